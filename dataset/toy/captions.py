@@ -1,0 +1,164 @@
+"""Random scenes with captions: what the toy CLIP learns from (DESIGN 7).
+
+Captions name colours, materials, backgrounds and the small marks with their places; a few mention damage, most damage
+goes unmentioned, and nothing ever says where in numbers it is: there are no masks here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataset.toy.defects import DEFECTS
+from dataset.toy.objects import OBJECTS, TEXTURES
+from dataset.toy.scene import COLORS, MARKS, MATERIALS, Mark, Scene, Thing, draw
+
+DAMAGED_SHARE = 0.1
+DAMAGE_MENTIONED = 0.5
+
+_FRAMES = ("{}.", "a {}.", "the {}.", "a photo of {}.", "a photo of a {}.", "a photo of the {}.", "a picture of a {}.")
+_ANY_DAMAGE = ("damaged {}", "broken {}", "{} with flaw", "{} with defect", "{} with damage")
+_THIS_DAMAGE = {
+    "scratch": ("scratched {}", "{} with a scratch"),
+    "crack": ("cracked {}", "{} with a crack"),
+    "hole": ("{} with a hole",),
+    "stain": ("stained {}", "{} with a stain"),
+    "contamination": ("dirty {}", "{} with dirt"),
+    "missing_part": ("chipped {}", "{} with a missing part"),
+    "deformation": ("bent {}", "deformed {}"),
+    "burn": ("burnt {}", "{} with a burn"),
+    "dent": ("dented {}", "{} with a dent"),
+    "fibre": ("{} with a thread on it", "{} with a hair"),
+    "peeling": ("peeling {}", "{} with peeling paint"),
+}
+_COUNTS = {1: "a", 2: "two", 3: "three"}
+
+
+class Captioned(NamedTuple):
+    """A scene, its caption, and the defect of its first thing (None: sound)."""
+
+    scene: Scene
+    caption: str
+    defect: str | None
+
+
+def _pick(rng: np.random.Generator, options: tuple[str, ...] | list[str]) -> str:
+    return options[int(rng.integers(len(options)))]
+
+
+def _place(center: tuple[float, float]) -> str:
+    column = "left" if center[0] < -0.3 else "right" if center[0] > 0.3 else ""
+    row = "top" if center[1] < -0.3 else "bottom" if center[1] > 0.3 else ""
+    return f"{row} {column}".strip() or "center"
+
+
+def _random_thing(rng: np.random.Generator, kind: str, background: str) -> Thing:
+    color = _pick(rng, [c for c in COLORS if c != background])
+    accent = _pick(rng, [c for c in COLORS if c != color])
+    texture = kind in TEXTURES
+    center = (0.0, 0.0) if texture else (float(rng.uniform(-0.15, 0.15)), float(rng.uniform(-0.15, 0.15)))
+    radius = float(rng.uniform(0.8, 1.3) if texture else rng.uniform(0.75, 1.0))
+    return Thing(kind, color, accent, _pick(rng, MATERIALS), center, radius, float(rng.uniform(0, 2 * np.pi)))
+
+
+def _random_marks(rng: np.random.Generator) -> list[list[Mark]]:
+    """Up to three groups of equal marks, each group near one place."""
+    groups = []
+    for _ in range(int(rng.choice(4, p=(0.4, 0.3, 0.2, 0.1)))):
+        shape, color, radius = _pick(rng, MARKS), _pick(rng, list(COLORS)), float(rng.uniform(0.07, 0.15))
+        cx, cy = rng.choice([-0.62, 0.0, 0.62], 2) + rng.uniform(-0.15, 0.15, 2)
+        count = int(rng.choice(3, p=(0.7, 0.15, 0.15))) + 1
+        turn = rng.uniform(0, 2 * np.pi)
+        offsets = (np.arange(count) - (count - 1) / 2) * 2.6 * radius
+        groups.append(
+            [Mark(shape, color, (float(cx + o * np.cos(turn)), float(cy + o * np.sin(turn))), radius) for o in offsets]
+        )
+    return groups
+
+
+def _name(thing: Thing, rng: np.random.Generator) -> str:
+    words = []
+    if rng.random() < 0.7:
+        words.append(thing.color)
+    if thing.kind not in TEXTURES and rng.random() < 0.5:
+        words.append(thing.material)
+    return " ".join([*words, thing.kind])
+
+
+def _marks_in_words(groups: list[list[Mark]], rng: np.random.Generator) -> list[str]:
+    phrases = []
+    for group in groups:
+        if rng.random() < 0.8:
+            first, count = group[0], len(group)
+            color = first.color if rng.random() < 0.8 else "small"
+            plural = "" if count == 1 else "es" if first.shape == "cross" else "s"
+            place = _place((float(np.mean([m.center[0] for m in group])), float(np.mean([m.center[1] for m in group]))))
+            where = f" at the {place}" if rng.random() < 0.6 else ""
+            phrases.append(f"{_COUNTS[count]} {color} {first.shape}{plural}{where}")
+    return phrases
+
+
+def random_captioned_scene(seed: tuple[int, ...]) -> Captioned:
+    """The scene and caption that belong to a seed: one thing, two things or a texture, marks, perhaps damage."""
+    rng = np.random.default_rng((*seed, 3))
+    background = _pick(rng, list(COLORS))
+    choice = rng.random()
+    if choice < 0.3:
+        things = [_random_thing(rng, _pick(rng, list(TEXTURES)), background)]
+    else:
+        things = [_random_thing(rng, _pick(rng, list(OBJECTS)), background)]
+    relation = None
+    if choice > 0.8:
+        second = _random_thing(rng, _pick(rng, list(OBJECTS)), background)
+        along, shift = int(rng.integers(2)), rng.uniform(-0.15, 0.15)
+        centers = [(-0.5, shift), (0.5, -shift)] if along else [(shift, -0.5), (-shift, 0.5)]
+        pair = (things[0], second)
+        things = [
+            Thing(
+                t.kind, t.color, t.accent, t.material, (float(c[0]), float(c[1])), float(rng.uniform(0.4, 0.52)), t.turn
+            )
+            for t, c in zip(pair, centers, strict=True)
+        ]
+        relation = "left of" if along else "above"
+    groups = _random_marks(rng)
+    defect = None
+    if rng.random() < DAMAGED_SHARE:
+        names = [d for d in DEFECTS if d != "missing_part" or things[0].kind in OBJECTS]
+        defect = _pick(rng, names)
+    scene = Scene(tuple(things), background, tuple(mark for group in groups for mark in group), seed)
+    return Captioned(scene, _caption(scene, groups, relation, defect, rng), defect)
+
+
+def _caption(
+    scene: Scene, groups: list[list[Mark]], relation: str | None, defect: str | None, rng: np.random.Generator
+) -> str:
+    words = _name(scene.things[0], rng)
+    if defect is not None and rng.random() < DAMAGE_MENTIONED:
+        words = _pick(rng, _ANY_DAMAGE if rng.random() < 0.7 else _THIS_DAMAGE[defect]).format(words)
+    if relation is not None and rng.random() < 0.9:
+        words += f" {relation} a {_name(scene.things[1], rng)}"
+    if scene.things[0].kind in OBJECTS and rng.random() < 0.4:
+        words += f" on a {scene.background} background"
+    marks = _marks_in_words(groups, rng)
+    if marks:
+        words += " and " + " and ".join(marks)
+    return _pick(rng, _FRAMES).format(words)
+
+
+def draw_pairs(
+    seed: tuple[int, ...], start: int, stop: int, size: int
+) -> tuple[NDArray[np.uint8], list[tuple[str, str | None]]]:
+    """Draw the pairs number `start` to `stop` of a seed.
+
+    Returns the pictures (N x size x size x 3) and, for each, its caption and the kind of thing where it shows just one.
+    """
+    images = np.empty((stop - start, size, size, 3), np.uint8)
+    words: list[tuple[str, str | None]] = []
+    for row, index in enumerate(range(start, stop)):
+        sample = random_captioned_scene((*seed, index))
+        images[row] = draw(sample.scene, size, sample.defect)
+        things = sample.scene.things
+        words.append((sample.caption, things[0].kind if len(things) == 1 else None))
+    return images, words

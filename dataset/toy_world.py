@@ -1,0 +1,163 @@
+"""The toy datasets: two small inspection sets, drawn from a seed and written once in MVTec's layout (DESIGN 7)."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dataset.toy.objects import TEXTURES
+from dataset.toy.scene import COLORS, Scene, Thing, draw, draw_with_mask
+from utils.errors import UserError
+
+IMAGE_SIZE = 96  # pixels; what the toy CLIP takes, so that nothing is resampled
+GOOD_IMAGES = 24  # per class
+SMALLEST_DEFECT = 0.008  # share of the image that a mask covers at least, about one patch
+
+
+@dataclass(frozen=True)
+class ToyClass:
+    """A class: what is drawn, its readable name, how it looks, and how many pictures each defect gets."""
+
+    kind: str
+    name: str
+    colors: tuple[str, ...]
+    accents: tuple[str, ...]
+    defects: tuple[str, ...]
+    images_per_defect: int
+    material: str = "plastic"
+    backgrounds: tuple[str, ...] = ("grey", "white", "black")
+
+
+_TRAIN_OBJECT = ("scratch", "crack", "hole", "stain", "missing_part", "deformation")
+_TRAIN_TEXTURE = ("scratch", "hole", "stain", "contamination")
+_TEST_OBJECT = ("scratch", "contamination", "missing_part", "deformation", "burn", "dent")
+_TEST_TEXTURE = ("crack", "hole", "burn", "fibre", "peeling", "stain")
+
+_CLASSES: dict[str, dict[str, ToyClass]] = {
+    "toy_train": {
+        "plate": ToyClass("plate", "plate", ("white", "blue", "turquoise"), ("white",), _TRAIN_OBJECT, 4, "ceramic"),
+        "gear": ToyClass("gear", "gear", ("grey", "orange", "brown"), ("grey",), _TRAIN_OBJECT, 4, "metal"),
+        "capsule": ToyClass("capsule", "capsule", ("red", "orange", "purple"), ("white", "yellow"), _TRAIN_OBJECT, 4),
+        "bottle": ToyClass("bottle", "bottle", ("green", "brown", "blue"), ("white", "beige"), _TRAIN_OBJECT, 4),
+        "key": ToyClass("key", "key", ("yellow", "grey", "orange"), ("grey",), _TRAIN_OBJECT, 4, "metal"),
+        "wood": ToyClass("wood", "wood", ("brown", "orange", "beige"), ("brown",), _TRAIN_TEXTURE, 6),
+        "carpet": ToyClass("carpet", "carpet", ("red", "blue", "beige", "green"), ("grey",), _TRAIN_TEXTURE, 6),
+        "tiles": ToyClass("tiles", "tiles", ("white", "turquoise", "pink"), ("grey", "white"), _TRAIN_TEXTURE, 6),
+    },
+    "toy_test": {
+        "nut": ToyClass("nut", "nut", ("grey", "yellow", "brown"), ("grey",), _TEST_OBJECT, 4, "metal"),
+        "button": ToyClass("button", "button", ("purple", "red", "beige"), ("grey",), _TEST_OBJECT, 4),
+        "spoon": ToyClass("spoon", "spoon", ("beige", "brown", "orange"), ("brown",), _TEST_OBJECT, 4, "wooden"),
+        "cup": ToyClass("cup", "cup", ("white", "blue", "pink", "green"), ("white",), _TEST_OBJECT, 4, "ceramic"),
+        "coin": ToyClass("coin", "coin", ("yellow", "grey", "orange"), ("grey",), _TEST_OBJECT, 4, "metal"),
+        "leather": ToyClass("leather", "leather", ("brown", "beige", "red"), ("brown",), _TEST_TEXTURE, 4),
+        "brick_wall": ToyClass(
+            "brick wall", "brick wall", ("red", "brown", "orange"), ("white", "grey"), _TEST_TEXTURE, 4
+        ),
+        "wire_mesh": ToyClass("wire mesh", "wire mesh", ("grey", "white", "green"), ("black",), _TEST_TEXTURE, 4),
+    },
+}
+
+TOY_DATASETS: dict[str, dict[str, str]] = {
+    dataset: {folder: toy.name for folder, toy in classes.items()} for dataset, classes in _CLASSES.items()
+}
+
+
+def _apart(one: str, other: str) -> bool:
+    """Whether two named colours can be told apart at a glance, so that what is missing from an object is seen."""
+    return max(abs(a - b) for a, b in zip(COLORS[one], COLORS[other], strict=True)) > 0.3
+
+
+def _scene(toy: ToyClass, seed: tuple[int, ...]) -> Scene:
+    """One instance of a class: its colours, pose and place are the seed's."""
+    rng = np.random.default_rng((*seed, 4))
+
+    def pick(names: tuple[str, ...]) -> str:
+        return names[int(rng.integers(len(names)))]
+
+    color = pick(toy.colors)
+    accent = pick(tuple(name for name in toy.accents if name != color) or ("black",))
+    background = pick(tuple(name for name in toy.backgrounds if _apart(name, color)))
+    texture = toy.kind in TEXTURES
+    center = (0.0, 0.0) if texture else (float(rng.uniform(-0.12, 0.12)), float(rng.uniform(-0.12, 0.12)))
+    radius = float(rng.uniform(0.85, 1.2) if texture else rng.uniform(0.82, 1.02))
+    turn = float(rng.uniform(0, 2 * np.pi))
+    return Scene((Thing(toy.kind, color, accent, toy.material, center, radius, turn),), background, (), seed)
+
+
+def _defective(toy: ToyClass, defect: str, seed: tuple[int, ...], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """A picture with a defect that is large enough to count: attempts follow one another until one is."""
+    for attempt in range(50):
+        image, mask = draw_with_mask(_scene(toy, (*seed, attempt)), size, defect)
+        if mask.mean() >= SMALLEST_DEFECT:
+            return image, mask
+    raise RuntimeError(f"no {defect} of {SMALLEST_DEFECT:.1%} of the image fits on a {toy.name}")
+
+
+def draw_toy_class(
+    dataset: str, class_folder: str, defect: str | None, index: int, seed: int = 0, size: int = IMAGE_SIZE
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw one picture of a toy dataset: image (size x size x 3, uint8) and mask (size x size, bool).
+
+    The picture depends on these arguments alone, not on what was drawn before. `defect` None is a normal picture.
+    """
+    toy = _CLASSES[dataset][class_folder]
+    defect_number = 0 if defect is None else 1 + toy.defects.index(defect)
+    place = (list(_CLASSES).index(dataset), list(_CLASSES[dataset]).index(class_folder), defect_number, index)
+    if defect is None:
+        return draw(_scene(toy, (seed, *place, 0)), size), np.zeros((size, size), bool)
+    return _defective(toy, defect, (seed, *place), size)
+
+
+def toy_defects(dataset: str, class_folder: str) -> dict[str, int]:
+    """The defects of a class and how many pictures each has."""
+    toy = _CLASSES[dataset][class_folder]
+    return dict.fromkeys(toy.defects, toy.images_per_defect)
+
+
+def write_toy_dataset(name: str, folder: Path, seed: int = 0) -> None:
+    """Write a toy dataset in MVTec's layout: CLASS/test/{good,DEFECT}/000.png, CLASS/ground_truth/DEFECT/000_mask.png.
+
+    The folder appears complete or not at all: everything is written beside it first. A folder that is there already is
+    left as it is. Raises UserError for a name that is none of `TOY_DATASETS`.
+    """
+    if name not in TOY_DATASETS:
+        raise UserError(f"'{name}' is not a toy dataset; the toy datasets are {', '.join(TOY_DATASETS)}")
+    folder = Path(folder)
+    if folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for class_folder in TOY_DATASETS[name]:
+            _write_class(name, class_folder, unfinished / class_folder, seed)
+        unfinished.chmod(0o755)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            # Another process was faster: its folder is as good as this one.
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_class(dataset: str, class_folder: str, folder: Path, seed: int) -> None:
+    good = folder / "test" / "good"
+    good.mkdir(parents=True)
+    for index in range(GOOD_IMAGES):
+        image, _ = draw_toy_class(dataset, class_folder, None, index, seed)
+        Image.fromarray(image).save(good / f"{index:03d}.png")
+    for defect, count in toy_defects(dataset, class_folder).items():
+        images, masks = folder / "test" / defect, folder / "ground_truth" / defect
+        images.mkdir()
+        masks.mkdir(parents=True)
+        for index in range(count):
+            image, mask = draw_toy_class(dataset, class_folder, defect, index, seed)
+            Image.fromarray(image).save(images / f"{index:03d}.png")
+            Image.fromarray(mask.astype(np.uint8) * 255).save(masks / f"{index:03d}_mask.png")

@@ -1,0 +1,132 @@
+"""What a training run was asked for: a frozen value that argparse fills, that is saved, that a restart must equal."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.clip import FrozenCLIP, load_clip
+from model.config import ModelConfig
+from utils.errors import UserError
+
+
+def free(default: Any) -> Any:
+    """A setting in which a restart may differ without being another run (DESIGN 5).
+
+    Weights and metadata are compared by digest, prompts by their words, and epochs where the run stands.
+    """
+    return field(default=default, metadata={"free": True})
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """Arguments of `train.py`, by the same names and with their defaults: the base's column of DESIGN 5."""
+
+    model_name: str = "ViT-L-14-336"
+    clip_weights: str | None = free(None)
+    img_size: int | None = None
+    activation: str | None = None
+    surgery: str = "dual"
+    surgery_until_layer: int | None = None
+    adapter: str = "bottleneck"
+    relu: bool = False
+    levels: tuple[int, ...] | None = None
+    text_adapt_weight: float = 0.1
+    image_adapt_weight: float = 0.1
+    text_adapt_until: int | None = None
+    image_adapt_until: int | None = None
+    dataset: str = "VisA"
+    data_root: Path | None = free(None)
+    metadata: Path | None = free(None)
+    class_names: Path | None = free(None)
+    skip_bad_images: bool = False
+    training_mode: str = "few_shot"
+    shot: int = 32
+    text_batch_size: int = 16
+    image_batch_size: int = 2
+    text_epoch: int = free(5)
+    image_epoch: int = free(20)
+    text_lr: float = 1e-5
+    image_lr: float = 5e-4
+    accumulate: int = 1
+    text_norm_weight: float = 0.1
+    stage1_levels: str = "all"
+    seed: int = 0
+    device: str = free("auto")
+    precision: str = "fp32"
+    num_workers: int = free(2)
+    save_path: Path = free(Path("ckpt/base"))
+    resume: str = free("auto")
+    tracker: str = free("tensorboard")
+
+    @classmethod
+    def from_namespace(cls, arguments: Namespace) -> BaseConfig:
+        values = vars(arguments)
+        levels = values.get("levels")
+        return cls(**{**values, "levels": tuple(levels) if levels else None})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `args.json` holds them."""
+        return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+
+    def signature(self) -> dict[str, Any]:
+        """What makes this run this run: a restart with another value is another run."""
+        values = self.to_dict()
+        signature = {item.name: values[item.name] for item in fields(self) if "free" not in item.metadata}
+        if self.training_mode == "full_shot":
+            del signature["shot"]
+        return signature
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return value.as_posix()
+    return list(value) if isinstance(value, tuple) else value
+
+
+def check_device(device: str, precision: str) -> str:
+    """Resolve `auto`, and raise `UserError` for a device that is absent or a precision that it lacks."""
+    name, _, index = device.partition(":")
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        device = name = "cuda" if cuda else "mps" if mps else "cpu"
+    if name not in ("cpu", "cuda", "mps") or (index and not (name == "cuda" and index.isdigit())):
+        raise UserError(f"--device {device}: choose auto, cpu, cuda, cuda:N or mps")
+    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
+        raise UserError(f"--device {device}: there is none here; --device cpu runs anywhere")
+    if index and int(index) >= torch.cuda.device_count():
+        raise UserError(f"--device {device}: there are {torch.cuda.device_count()} here, counted from 0")
+    if precision == "fp16" and name == "cpu":
+        raise UserError("--precision fp16 needs a GPU; take bf16 or fp32 on the CPU")
+    return device
+
+
+def build_clip(config: BaseConfig) -> FrozenCLIP:
+    """The frozen CLIP that a run asks for."""
+    return load_clip(config.model_name, config.clip_weights, config.img_size, config.activation)
+
+
+def resolve_model(config: BaseConfig, clip: FrozenCLIP) -> ModelConfig:
+    """The forward that a run asks for, with the depths that were left open filled in from the CLIP model."""
+    asked = {
+        name: getattr(config, name)
+        for name in ("levels", "text_adapt_until", "image_adapt_until", "surgery_until_layer")
+        if getattr(config, name) is not None
+    }
+    return ModelConfig(
+        model_name=clip.model_name,
+        weights_digest=clip.weights_digest,
+        activation=clip.activation,
+        img_size=clip.img_size,
+        text_adapt_weight=config.text_adapt_weight,
+        image_adapt_weight=config.image_adapt_weight,
+        adapter=config.adapter,
+        relu=config.relu,
+        surgery=config.surgery,
+        text_adapted=config.text_epoch > 0,
+        **{**clip.defaults, **asked},
+    )

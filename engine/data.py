@@ -1,0 +1,103 @@
+"""From a dataset's name to the records, prompts and loaders of a run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from dataset.catalog import LocatedDataset, class_display_names, locate_dataset
+from dataset.few_shot import few_shot
+from dataset.metadata import Record, load_records, metadata_digest
+from dataset.prompts import build_prompts
+from dataset.samples import AnomalyDataset, SeededSampler, drop_bad_images
+from model.clip import FrozenCLIP
+from model.text import Prompts
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The images of a task: where they are, their records, and each class's name in the prompts, in class order."""
+
+    located: LocatedDataset
+    records: list[Record]
+    names: dict[str, str]
+    digest: str
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self.names)
+
+    def prompts(self, clip: FrozenCLIP) -> Prompts:
+        """The prompts of all classes, in class order."""
+        return Prompts.from_texts(clip, [build_prompts(name) for name in self.names.values()])
+
+
+def load_task(
+    dataset: str,
+    data_root: Path | None = None,
+    metadata: Path | None = None,
+    class_names: Path | None = None,
+    skip_bad_images: bool = False,
+) -> TaskData:
+    """All records of a dataset's test split; raises `UserError` for whatever is missing (see `dataset`)."""
+    located = locate_dataset(dataset, data_root)
+    records = load_records(located, metadata)
+    digest = metadata_digest(records)
+    if skip_bad_images:
+        records, dropped = drop_bad_images(located.root, records)
+        logger.info("%s: %d images that cannot be read are left out", located.spec.name, dropped)
+    present = {record.class_name for record in records}
+    display = class_display_names(located.spec, class_names, dict.fromkeys(record.class_name for record in records))
+    return TaskData(located, records, {name: text for name, text in display.items() if name in present}, digest)
+
+
+def choose_training_images(data: TaskData, training_mode: str, shot: int, seed: int) -> TaskData:
+    """The images that training sees: all, or `shot` of each class."""
+    records = few_shot(data.records, shot, seed) if training_mode == "few_shot" else data.records
+    anomalous = sum(record.label for record in records)
+    logger.info(
+        "Training on %s: %d images of %d classes, %d normal and %d anomalous",
+        data.located.spec.name,
+        len(records),
+        len(data.names),
+        len(records) - anomalous,
+        anomalous,
+    )
+    return TaskData(data.located, records, data.names, data.digest)
+
+
+def make_dataset(
+    data: TaskData, clip: FrozenCLIP, augment: str, records: Sequence[Record] | None = None
+) -> AnomalyDataset:
+    """Samples at the CLIP model's size and normalisation."""
+    chosen = data.records if records is None else records
+    return AnomalyDataset(data.located.root, chosen, clip.img_size, clip.mean, clip.std, augment)
+
+
+def training_loader(
+    data: TaskData, clip: FrozenCLIP, augment: str, batch_size: int, stage: int, seed: int, num_workers: int
+) -> tuple[DataLoader, SeededSampler]:
+    """Augmented batches in an order and with augmentations that follow from (seed, stage, loop, epoch, index) alone."""
+    samples = make_dataset(data, clip, augment)
+    sampler = SeededSampler(len(samples), seed, stage)
+    loader = DataLoader(
+        samples,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return loader, sampler
+
+
+def evaluation_loader(samples: AnomalyDataset, batch_size: int, num_workers: int) -> DataLoader:
+    """Batches in the records' order."""
+    return DataLoader(samples, batch_size=batch_size, num_workers=num_workers, pin_memory=torch.cuda.is_available())

@@ -1,0 +1,210 @@
+"""A checkpoint as a ready model: loaded in one call, predicting on one image (DESIGN 6)."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from dataset.catalog import readable_name
+from dataset.prompts import build_prompts
+from dataset.samples import image_tensor, read_image
+from engine.config import check_device
+from model.adapter import AdaptedCLIP
+from model.checkpoint import Checkpoint, infer_choices, load_component, read_checkpoint
+from model.clip import FrozenCLIP, load_clip
+from model.config import ModelConfig
+from model.frozen import UnadaptedCLIP
+from model.scoring import DOMAINS, calibrated_maps, calibrated_scores
+from model.text import Prompts
+from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+PUBLISHED_MODEL = "ViT-L-14-336"
+
+
+class Prediction(NamedTuple):
+    """What `Detector.predict` says of one image.
+
+    anomaly_map: float32 (S, S), p_abnormal averaged over levels, in [0, 1]; score: in [0, 1], higher is more
+    anomalous; level_maps: float32 (levels, S, S). S is the model's image size.
+    """
+
+    anomaly_map: np.ndarray
+    score: float
+    level_maps: np.ndarray
+
+
+class Detector(nn.Module):
+    """A model with its checkpoint's story: `model`, `name`, `epoch`, `loop`, `config` (None: written elsewhere)."""
+
+    def __init__(self, model: AdaptedCLIP | UnadaptedCLIP, name: str, checkpoint: Checkpoint | None = None) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.name = name
+        self.epoch = checkpoint.epoch if checkpoint else None
+        self.loop = checkpoint.loop if checkpoint else None
+        self.config = checkpoint.config if checkpoint else None
+
+    @property
+    def clip(self) -> FrozenCLIP:
+        return self.model.clip
+
+    @property
+    def text_adapter(self) -> nn.ModuleList:
+        return self.model.text_adapter
+
+    @property
+    def image_adapter(self) -> nn.ModuleDict:
+        return self.model.image_adapter
+
+    @property
+    def device(self) -> torch.device:
+        return self.clip.clip.visual.conv1.weight.device
+
+    @torch.inference_mode()
+    def predict(
+        self, image: Image.Image | np.ndarray | str | Path, class_name: str = "object", domain: str = "industrial"
+    ) -> Prediction:
+        """Anomaly map, score and per-level maps of one image: a path, a PIL image, or uint8 RGB (H, W, 3).
+
+        class_name: what the object is called in the prompts, such as "metal screw". A single image has no class
+        statistics to normalise by, so the map is the calibrated one and the score is half its maximum plus half the
+        image's own; `domain="medical"`: the maximum alone (DESIGN 4, "Scores").
+        Raises `UserError` for a file that cannot be read and for a domain that is not known.
+        """
+        if domain not in DOMAINS:
+            raise UserError(f"domain {domain}: choose one of {', '.join(DOMAINS)}")
+        if isinstance(image, (str, Path)):
+            image = read_image(Path(image))
+        elif isinstance(image, np.ndarray):
+            image = Image.fromarray(image)
+        size = self.clip.img_size
+        pixels = image_tensor(image.convert("RGB"), size, self.clip.mean, self.clip.std)[None].to(self.device)
+        prompts = Prompts.from_texts(self.clip, [build_prompts(readable_name(class_name))]).to(self.device)
+        outputs = self.model(
+            pixels, self.model.text_side(prompts), torch.zeros(1, dtype=torch.long, device=self.device)
+        )
+        levels = calibrated_maps(outputs, size)
+        mean = levels.mean(dim=0)
+        score = calibrated_scores(mean, outputs, domain)
+        return Prediction(mean[0].cpu().numpy(), float(score[0]), levels[:, 0].cpu().numpy())
+
+
+def load_model(
+    path: str | Path,
+    *,
+    clip_weights: str | Path | None = None,
+    device: str = "auto",
+    clip: FrozenCLIP | None = None,
+    **overrides: Any,
+) -> Detector:
+    """Load a checkpoint file as a ready model.
+
+    clip_weights: CLIP's weights file; without it the one that training used, then the hub. clip: a CLIP that is loaded
+    already. overrides: `model_name`, `img_size`, `activation`, `surgery`, `surgery_until_layer` for files that do not
+    say (AA-CLIP's published form), or to ask for something else than the file says, which is logged.
+    Raises `UserError` where the file, the weights and the device do not fit together.
+    """
+    checkpoint = read_checkpoint(Path(path))
+    device = check_device(device, "fp32")
+    clip = clip or load_clip_for(checkpoint, clip_weights, **overrides)
+    return build_detector(checkpoint, clip, **overrides).to(device)
+
+
+def load_clip_for(checkpoint: Checkpoint, clip_weights: str | Path | None = None, **overrides: Any) -> FrozenCLIP:
+    """The CLIP under a checkpoint: its own choices where it says them, `overrides` where they are given."""
+    asked = {name: value for name, value in overrides.items() if value is not None}
+    if checkpoint.config is None:
+        name = asked.get("model_name", PUBLISHED_MODEL)
+        clip = load_clip(name, clip_weights, asked.get("img_size"), asked.get("activation"))
+        logger.info("%s has no config: assumed %s with %s", checkpoint.path, name, clip.activation)
+        return clip
+    config = checkpoint.model_config()
+    if asked.get("model_name", config.model_name) != config.model_name:
+        raise UserError(f"{checkpoint.path} was trained on {config.model_name}, not on {asked['model_name']}")
+    for name in ("img_size", "activation"):
+        if asked.get(name, getattr(config, name)) != getattr(config, name):
+            logger.warning(
+                "%s was trained with %s %s, now %s", checkpoint.path, name, getattr(config, name), asked[name]
+            )
+    recorded = checkpoint.config.get("arguments", {}).get("clip_weights")
+    if clip_weights is None and recorded and Path(recorded).is_file():
+        clip_weights = recorded
+    return load_clip(
+        config.model_name,
+        clip_weights,
+        asked.get("img_size", config.img_size),
+        asked.get("activation", config.activation),
+    )
+
+
+def build_detector(checkpoint: Checkpoint, clip: FrozenCLIP, **overrides: Any) -> Detector:
+    """An adapted model with a checkpoint's weights on a CLIP that is loaded already."""
+    config = checkpoint_config(checkpoint, clip, **overrides)
+    model = AdaptedCLIP(clip, config)
+    for name, component in model.components.items():
+        if name in checkpoint.components:
+            load_component(component, checkpoint.components[name], name, checkpoint.path)
+    epochs = "an unknown number of" if checkpoint.epoch is None else checkpoint.epoch
+    logger.info("%s: %s image epochs", checkpoint.path, epochs)
+    return Detector(model, checkpoint.path.stem, checkpoint)
+
+
+def checkpoint_config(checkpoint: Checkpoint, clip: FrozenCLIP, **overrides: Any) -> ModelConfig:
+    """The forward of a checkpoint on `clip`; `UserError` where it was trained on other weights."""
+    asked = {name: overrides[name] for name in ("surgery", "surgery_until_layer") if overrides.get(name) is not None}
+    if checkpoint.config is None:
+        return _assumed_config(checkpoint, clip, asked)
+    config = checkpoint.model_config()
+    if config.weights_digest != clip.weights_digest:
+        raise UserError(
+            f"{checkpoint.path} was trained on other weights of {config.model_name} ({config.weights_digest}) "
+            f"than those loaded ({clip.weights_digest}); give the file it was trained on with --clip_weights"
+        )
+    for name, value in asked.items():
+        if value != getattr(config, name):
+            logger.warning("%s was trained with %s %s, now %s", checkpoint.path, name, getattr(config, name), value)
+    changed = {"img_size": clip.img_size, "activation": clip.activation, **asked}
+    return ModelConfig(**{**{name: getattr(config, name) for name in config.__dataclass_fields__}, **changed})
+
+
+def _assumed_config(checkpoint: Checkpoint, clip: FrozenCLIP, asked: dict[str, Any]) -> ModelConfig:
+    choices = infer_choices(checkpoint)
+    levels = clip.defaults["levels"]
+    if choices.pop("n_levels") != len(levels):
+        raise UserError(f"{checkpoint.path}: has another number of levels than {clip.model_name}'s {len(levels)}")
+    # AA-CLIP's own code, where such files come from, puts V-V attention inside the blocks.
+    assumed = {**clip.defaults, "surgery": "sequential", **choices, **asked}
+    logger.info(
+        "%s has no config: assumed surgery %s, adapters %s, blend weights 0.1",
+        checkpoint.path,
+        assumed["surgery"],
+        assumed["adapter"],
+    )
+    return ModelConfig(
+        model_name=clip.model_name,
+        weights_digest=clip.weights_digest,
+        activation=clip.activation,
+        img_size=clip.img_size,
+        **assumed,
+    )
+
+
+def unadapted_detector(clip: FrozenCLIP) -> Detector:
+    """Unadapted CLIP, the baseline, with the same prompts and scoring."""
+    config = ModelConfig(
+        model_name=clip.model_name,
+        weights_digest=clip.weights_digest,
+        activation=clip.activation,
+        img_size=clip.img_size,
+        text_adapted=False,
+        **clip.defaults,
+    )
+    return Detector(UnadaptedCLIP(clip, config), "unadapted")

@@ -1,0 +1,185 @@
+"""Zero-shot evaluation: published scores and metrics per class, for one or several models on the same images."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataset.metadata import Record
+from engine.data import TaskData, evaluation_loader, make_dataset
+from engine.detector import Detector
+from model.scoring import Outputs, anomaly_map, class_image_scores, det_scores
+from utils.files import write_text
+from utils.logging import progress_bar
+from utils.metrics import auroc, average_precision
+
+logger = logging.getLogger(__name__)
+
+METRICS = {
+    "pixel_auroc": "Pixel AUROC",
+    "pixel_ap": "Pixel AP",
+    "image_auroc": "Image AUROC",
+    "image_ap": "Image AP",
+}
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """Metrics of one class in percent, None where undefined."""
+
+    class_name: str
+    images: int
+    anomalous: int
+    values: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's metrics on a dataset, per class and averaged over the classes in which they are defined."""
+
+    model: str
+    dataset: str
+    classes: list[ClassResult]
+
+    def average(self, metric: str) -> tuple[float | None, int]:
+        """The mean of a metric in percent, and over how many classes."""
+        values = [value for result in self.classes if (value := result.values[metric]) is not None]
+        return (sum(values) / len(values) if values else None), len(values)
+
+
+@dataclass
+class _ClassScores:
+    """What is kept of one class's images until its metrics are taken."""
+
+    masks: list[np.ndarray] = field(default_factory=list)
+    maps: list[np.ndarray] = field(default_factory=list)
+    labels: list[np.ndarray] = field(default_factory=list)
+    det: list[Tensor] = field(default_factory=list)
+
+    def add(self, outputs: Outputs, mask: Tensor, label: Tensor, domain: str) -> None:
+        maps = anomaly_map(outputs, mask.shape[-1], domain)
+        self.maps.append(maps.float().cpu().numpy())
+        self.masks.append(mask.cpu().numpy() > 0.5)
+        self.labels.append(label.cpu().numpy())
+        self.det.append(det_scores(outputs).float().cpu())
+
+    def metrics(self, domain: str) -> dict[str, float | None]:
+        maps, masks, labels = (np.concatenate(parts) for parts in (self.maps, self.masks, self.labels))
+        extremes = [torch.from_numpy(take(maps.reshape(len(maps), -1), axis=1)) for take in (np.max, np.min)]
+        scores = class_image_scores(*extremes, torch.cat(self.det), domain).numpy()
+        return {
+            "pixel_auroc": auroc(masks.ravel(), maps.ravel()),
+            "pixel_ap": average_precision(masks.ravel(), maps.ravel()),
+            "image_auroc": auroc(labels, scores),
+            "image_ap": average_precision(labels, scores),
+        }
+
+
+@torch.inference_mode()
+def evaluate(
+    models: Mapping[str, Detector],
+    data: TaskData,
+    device: torch.device | str,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    precision: str = "fp32",
+) -> dict[str, Evaluation]:
+    """Evaluate models that share one CLIP on all images of `data`, which are loaded once.
+
+    Scores are normalised per class (DESIGN 4, "Scores"), so the metrics of a class are taken when it is complete.
+    """
+    clip = next(iter(models.values())).clip
+    prompts = data.prompts(clip).to(device)
+    domain = data.located.spec.domain
+    text_sides = {name: detector.model.text_side(prompts) for name, detector in models.items()}
+    results: dict[str, list[ClassResult]] = {name: [] for name in models}
+    order = {name: row for row, name in enumerate(data.classes)}
+    records = sorted(data.records, key=lambda record: order[record.class_name])
+    bar = progress_bar(len(records), f"evaluating on {data.located.spec.name}")
+    for class_name, group in groupby(records, key=lambda record: record.class_name):
+        chosen: list[Record] = list(group)
+        scores = {name: _ClassScores() for name in models}
+        samples = make_dataset(data, clip, "none", chosen)
+        for batch in evaluation_loader(samples, batch_size, num_workers):
+            images = batch["image"].to(device, non_blocking=True)
+            rows = torch.full((len(images),), order[class_name], device=device)
+            for name, detector in models.items():
+                with autocast(device, precision):
+                    outputs = detector.model(images, text_sides[name], rows)
+                scores[name].add(outputs, batch["mask"].flatten(0, 1), batch["label"], domain)
+            bar.update(len(images))
+        anomalous = sum(record.label for record in chosen)
+        for name in models:
+            result = ClassResult(class_name, len(chosen), anomalous, scores[name].metrics(domain))
+            results[name].append(result)
+    bar.close()
+    return {name: Evaluation(name, data.located.spec.name, rows) for name, rows in results.items()}
+
+
+def autocast(device: torch.device | str, precision: str) -> torch.autocast:
+    """Half precision where it is asked for, a context that changes nothing otherwise."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype is not None)
+
+
+def format_value(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.2f}"
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned for a terminal: the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in pairs)
+        for pairs in (enumerate(zip(row, widths, strict=True)) for row in (header, *rows))
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def evaluation_table(evaluation: Evaluation) -> str:
+    """One model's metrics: a row per class and the average, which says how many classes it averages."""
+    rows = [
+        [result.class_name, str(result.images), *(format_value(result.values[metric]) for metric in METRICS)]
+        for result in evaluation.classes
+    ]
+    averages = [evaluation.average(metric) for metric in METRICS]
+    images = sum(result.images for result in evaluation.classes)
+    rows.append([f"average of {len(evaluation.classes)}", str(images), *(format_value(value) for value, _ in averages)])
+    counts = [count for _, count in averages]
+    if min(counts) < len(evaluation.classes):
+        rows.append(["  defined in", "", *(f"{count} classes" for count in counts)])
+    return format_table(["Class", "Images", *METRICS.values()], rows)
+
+
+def summary_table(evaluations: Sequence[Evaluation]) -> str:
+    """Averages of several models, a row each."""
+    rows = [[e.model, *(format_value(e.average(metric)[0]) for metric in METRICS)] for e in evaluations]
+    return format_table(["Model", *METRICS.values()], rows)
+
+
+def write_csv(evaluations: Sequence[Evaluation], path: Path) -> None:
+    """A row per model and class and one for each average; undefined values are `n/a`."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["model", "dataset", "class", "images", "anomalous", *METRICS])
+    for e in evaluations:
+        for result in e.classes:
+            values = [format_exact(result.values[metric]) for metric in METRICS]
+            writer.writerow([e.model, e.dataset, result.class_name, result.images, result.anomalous, *values])
+        averages = [format_exact(e.average(metric)[0]) for metric in METRICS]
+        images, anomalous = (sum(getattr(result, name) for result in e.classes) for name in ("images", "anomalous"))
+        writer.writerow([e.model, e.dataset, "average", images, anomalous, *averages])
+    write_text(path, text.getvalue())
+
+
+def format_exact(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.6f}"

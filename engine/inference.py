@@ -1,0 +1,175 @@
+"""What `inference.py` does: evaluate checkpoints on a dataset, or score pictures that belong to none."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dataset.metadata import IMAGE_ENDINGS
+from dataset.samples import read_image
+from engine.config import check_device
+from engine.data import TaskData, load_task
+from engine.detector import Detector, build_detector, load_clip_for, unadapted_detector
+from engine.evaluate import Evaluation, evaluate, evaluation_table, summary_table, write_csv
+from model.checkpoint import find_checkpoints, read_checkpoint
+from model.clip import load_clip
+from utils.errors import UserError
+from utils.files import write_text
+from utils.logging import progress_bar, set_up_logging
+from utils.plots import overlay, save_image
+
+logger = logging.getLogger(__name__)
+
+UNADAPTED = "none"
+
+
+def load_detectors(checkpoint: str, clip_weights: str | None, device: str, **overrides: Any) -> list[Detector]:
+    """The models that `--checkpoint` means, on one CLIP: unadapted CLIP, a file, or a folder's epochs in order."""
+    if checkpoint == UNADAPTED:
+        clip = load_clip(
+            overrides.get("model_name") or "ViT-L-14-336",
+            clip_weights,
+            overrides.get("img_size"),
+            overrides.get("activation"),
+        )
+        return [unadapted_detector(clip).to(device)]
+    files = [read_checkpoint(file) for file in find_checkpoints(Path(checkpoint))]
+    clip = load_clip_for(files[0], clip_weights, **overrides)
+    return [build_detector(file, clip, **overrides).to(device) for file in files]
+
+
+def output_folder(checkpoint: str, output_dir: Path | None) -> Path:
+    """Where results go: as asked, else beside the checkpoint, else `results` for unadapted CLIP."""
+    if output_dir is not None:
+        return output_dir
+    if checkpoint == UNADAPTED:
+        return Path("results")
+    path = Path(checkpoint)
+    return (path if path.is_dir() else path.parent) / "results"
+
+
+def training_dataset(detectors: Sequence[Detector]) -> str:
+    """The dataset that the checkpoint was trained on; `UserError` where it does not say."""
+    config = detectors[0].config
+    if config is None:
+        raise UserError("--dataset is needed: nothing says what this model was trained on")
+    return config["arguments"]["dataset"]
+
+
+def warn_unless_zero_shot(detectors: Sequence[Detector], data: TaskData) -> None:
+    """Say loudly where a model is tested on the dataset that it was trained on."""
+    for detector in detectors:
+        if detector.config and (
+            detector.config["metadata_digest"] == data.digest or detector.config["dataset"] == data.located.spec.name
+        ):
+            logger.warning(
+                "NOT ZERO-SHOT: %s was trained on %s and is tested on it: these figures say nothing about unseen data",
+                detector.name,
+                data.located.spec.name,
+            )
+            return
+
+
+def evaluate_checkpoints(
+    checkpoint: str,
+    dataset: str | None,
+    *,
+    data_root: Path | None = None,
+    metadata: Path | None = None,
+    class_names: Path | None = None,
+    skip_bad_images: bool = False,
+    output_dir: Path | None = None,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    device: str = "auto",
+    precision: str = "fp32",
+    clip_weights: str | None = None,
+    **overrides: Any,
+) -> list[Evaluation]:
+    """Evaluate what `--checkpoint` means on a dataset: tables to the log, rows to `evaluation_DATASET.csv`.
+
+    Raises `UserError` for files, datasets and devices that are not there or do not fit.
+    """
+    device = check_device(device, precision)
+    folder = output_folder(checkpoint, output_dir)
+    detectors = load_detectors(checkpoint, clip_weights, device, **overrides)
+    data = load_task(dataset or training_dataset(detectors), data_root, metadata, class_names, skip_bad_images)
+    set_up_logging(folder / "inference.log")
+    warn_unless_zero_shot(detectors, data)
+    models = {detector.name: detector for detector in detectors}
+    evaluations = list(evaluate(models, data, device, batch_size, num_workers, precision).values())
+    for evaluation in evaluations:
+        logger.info(
+            "\n%s on %s, in percent\n\n%s\n", evaluation.model, evaluation.dataset, evaluation_table(evaluation)
+        )
+    if len(evaluations) > 1:
+        logger.info("Averages\n\n%s\n", summary_table(evaluations))
+    name = "unadapted_" if checkpoint == UNADAPTED else ""
+    path = folder / f"{name}evaluation_{data.located.spec.name}.csv"
+    write_csv(evaluations, path)
+    logger.info("Written to %s", path)
+    return evaluations
+
+
+def score_pictures(
+    checkpoint: str,
+    image: Path,
+    class_name: str,
+    *,
+    domain: str = "industrial",
+    output_dir: Path | None = None,
+    device: str = "auto",
+    clip_weights: str | None = None,
+    skip_bad_images: bool = False,
+    **overrides: Any,
+) -> list[tuple[Path, float]]:
+    """Score pictures that belong to no dataset: a heatmap over each, and `scores.csv`; a folder means its pictures.
+
+    Of several checkpoints in a folder the last one is used. Raises `UserError` as `evaluate_checkpoints` does.
+    """
+    device = check_device(device, "fp32")
+    pictures = list_pictures(image)
+    folder = output_folder(checkpoint, output_dir)
+    if checkpoint != UNADAPTED:
+        checkpoint = str(find_checkpoints(Path(checkpoint))[-1])
+    detector = load_detectors(checkpoint, clip_weights, device, **overrides)[0]
+    scores: list[tuple[Path, float]] = []
+    bar = progress_bar(len(pictures), "scoring")
+    for path in pictures:
+        try:
+            picture = read_image(path)
+        except UserError as error:
+            if not skip_bad_images:
+                raise
+            logger.warning("left out: %s", error)
+            continue
+        prediction = detector.predict(picture, class_name, domain)
+        save_image(overlay(picture, prediction.anomaly_map), folder / "heatmaps" / f"{path.stem}_heatmap.png")
+        scores.append((path, prediction.score))
+        bar.update()
+    bar.close()
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "score"])
+    writer.writerows((path.as_posix(), f"{score:.6f}") for path, score in scores)
+    write_text(folder / "scores.csv", text.getvalue())
+    for path, score in scores:
+        logger.info("%.4f  %s", score, path)
+    logger.info("%d pictures scored by %s; heatmaps and scores.csv in %s", len(scores), detector.name, folder)
+    return scores
+
+
+def list_pictures(image: Path) -> list[Path]:
+    """A picture, or all pictures of a folder in order of their names; `UserError` where there are none."""
+    if image.is_file():
+        return [image]
+    if not image.is_dir():
+        raise UserError(f"--image {image}: no such file or folder")
+    pictures = sorted(path for path in image.iterdir() if path.suffix.lower() in IMAGE_ENDINGS)
+    if not pictures:
+        raise UserError(f"--image {image}: no pictures in this folder ({', '.join(sorted(IMAGE_ENDINGS))})")
+    return pictures

@@ -1,0 +1,41 @@
+"""Stage 1: text adapters learn anchors that separate normal from abnormal on frozen image features (DESIGN 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from engine.stages import Stage, StageOutput, class_rows, square_mask, watch_abnormal
+from model.adapter import AdaptedCLIP
+from model.losses import stage1_losses
+from model.scoring import similarities
+from model.text import Prompts
+
+
+class TextStage(Stage):
+    """Trains `text_adapter`; images pass the frozen encoder without gradient."""
+
+    name = "text"
+    number = 1
+    trains = ("text_adapter",)
+
+    def __init__(
+        self, model: AdaptedCLIP, prompts: Prompts, classes: Sequence[str], norm_weight: float, levels: str
+    ) -> None:
+        super().__init__(model)
+        self.prompts = prompts
+        self.order = {name: row for row, name in enumerate(classes)}
+        self.norm_weight = norm_weight
+        self.levels = levels
+
+    def forward(self, batch: dict[str, Any]) -> StageOutput:
+        """A batch of samples -> Stage 1's losses; the classes that occur in it share one text pass."""
+        mask = square_mask(batch)
+        present, rows = class_rows(batch, self.order).unique(return_inverse=True)
+        prompts = Prompts(self.prompts.tokens.to(rows.device)[present], self.prompts.normal)
+        anchors = self.model.anchors(prompts)[rows]  # (B, D, 2)
+        features = self.model.frozen_features(batch["image"])
+        losses, abnormal = stage1_losses(
+            similarities(features.levels, anchors), anchors, mask, self.norm_weight, self.levels
+        )
+        return StageOutput(losses, watch_abnormal(abnormal, mask))

@@ -1,0 +1,32 @@
+"""Stage 2: image adapters and projectors align patches with the anchors that Stage 1 left (DESIGN 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from engine.stages import Stage, StageOutput, class_rows, square_mask, watch_abnormal
+from model.adapter import AdaptedCLIP
+from model.losses import stage2_losses
+
+
+class ImageStage(Stage):
+    """Trains `image_adapter` through the model's own forward, the one that evaluation uses."""
+
+    name = "image"
+    number = 2
+    trains = ("image_adapter",)
+
+    def __init__(self, model: AdaptedCLIP, text_side: Tensor, classes: Sequence[str]) -> None:
+        super().__init__(model)
+        self.text_side = text_side
+        self.order = {name: row for row, name in enumerate(classes)}
+
+    def forward(self, batch: dict[str, Any]) -> StageOutput:
+        """A batch of samples -> Stage 2's losses."""
+        mask = square_mask(batch)
+        outputs = self.model(batch["image"], self.text_side, class_rows(batch, self.order))
+        losses, abnormal = stage2_losses(outputs, mask, batch["label"])
+        return StageOutput(losses, watch_abnormal(abnormal, mask))

@@ -1,0 +1,72 @@
+"""What a stage is to the training loop: a module that turns a batch into losses, and which components it trains."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model.adapter import AdaptedCLIP
+
+
+class StageOutput(NamedTuple):
+    """`losses`: named, "total" is the one to minimise; `watch`: sums and counts for the mean p_abnormal, detached."""
+
+    losses: dict[str, Tensor]
+    watch: dict[str, Tensor]
+
+
+class Stage(nn.Module):
+    """A stage of training around the one persistent model.
+
+    Only the components in `trains` require gradients and are in train mode while the stage runs.
+    """
+
+    name: str
+    number: int
+    trains: tuple[str, ...]
+
+    def __init__(self, model: AdaptedCLIP) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """The components that this stage trains, by name."""
+        return {name: self.model.components[name] for name in self.trains}
+
+    def begin(self) -> None:
+        """Let gradients reach the components of this stage and no others, and enter train mode."""
+        self.model.requires_grad_(False)
+        for component in self.trained.values():
+            component.requires_grad_(True)
+        self.train()
+
+    def train(self, mode: bool = True) -> Stage:
+        self.training = mode
+        self.model.eval()
+        for component in self.trained.values():
+            component.train(mode)
+        return self
+
+
+def watch_abnormal(abnormal: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Sums of p_abnormal (B, S, S) inside and outside the masks, and the pixels they are taken over."""
+    inside = mask > 0.5
+    return {
+        "inside_sum": abnormal[inside].sum(),
+        "inside_pixels": inside.sum().to(abnormal.dtype),
+        "outside_sum": abnormal[~inside].sum(),
+        "outside_pixels": (~inside).sum().to(abnormal.dtype),
+    }
+
+
+def square_mask(batch: dict[str, Any]) -> Tensor:
+    """The batch's masks without their channel axis, (B, S, S)."""
+    return batch["mask"].flatten(0, 1)
+
+
+def class_rows(batch: dict[str, Any], order: dict[str, int]) -> Tensor:
+    """The row of each image's class, (B,), on the batch's device."""
+    return torch.tensor([order[name] for name in batch["class_name"]], device=batch["image"].device)

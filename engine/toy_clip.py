@@ -1,0 +1,297 @@
+"""Pre-training of the toy CLIP (DESIGN 7): CLIP's contrastive loss on drawn image-caption pairs, open_clip's own model.
+
+The drawings are made once and kept beside the training state; every epoch ends with a state that can be resumed from and
+with an exported `local-dir:` folder, so that a run that is stopped early leaves a usable model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, SimpleTokenizer
+from open_clip.loss import ClipLoss
+from open_clip.model import CLIP
+from open_clip.transformer import PatchDropout, text_global_pool
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dataset.toy.captions import draw_pairs
+from dataset.toy.objects import OBJECTS, TEXTURES
+from utils.errors import NotFiniteError, UserError
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SIZE = 96
+TOY_CLIP_CONFIG: dict[str, Any] = {
+    "embed_dim": 96,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": IMAGE_SIZE, "layers": 8, "width": 96, "head_width": 48, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 4},
+}
+HELD_OUT = 1000
+_TRAIN_STREAM, _HELD_OUT_STREAM = 0, 1
+_CHUNK = 250
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """What determines a pre-training run. `full_epochs`: how many epochs, the last ones, see every patch."""
+
+    drawings: int = 60_000
+    epochs: int = 10
+    full_epochs: int = 3
+    patch_dropout: float = 0.5
+    batch_size: int = 128
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    warmup_share: float = 0.05
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Drawings (N x 96 x 96 x 3, uint8), their captions, and for those that show one thing its kind (otherwise None)."""
+
+    images: NDArray[np.uint8]
+    captions: list[str]
+    kinds: list[str | None]
+
+
+def drawn_pairs(count: int, seed: int, stream: int, folder: Path) -> Pairs:
+    """`count` image-caption pairs of a stream, drawn on all cores the first time and read from `folder` afterwards."""
+    stem = f"pairs_seed{seed}_stream{stream}_{count}"
+    images_file, words_file = folder / f"{stem}.npy", folder / f"{stem}.json"
+    if not words_file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        logger.info("drawing %d pictures into %s", count, images_file)
+        unfinished = images_file.with_suffix(".partial")
+        images = np.lib.format.open_memmap(unfinished, "w+", np.uint8, (count, IMAGE_SIZE, IMAGE_SIZE, 3))
+        words: list[tuple[str, str | None]] = []
+        starts = range(0, count, _CHUNK)
+        stops = [min(start + _CHUNK, count) for start in starts]
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+            many = len(stops)
+            done = pool.map(draw_pairs, [(seed, stream)] * many, starts, stops, [IMAGE_SIZE] * many)
+            for start, (chunk, chunk_words) in zip(starts, done, strict=True):
+                images[start : start + len(chunk)] = chunk
+                words += chunk_words
+        images.flush()
+        del images
+        unfinished.replace(images_file)
+        _write_text(words_file, json.dumps(words))
+    words = json.loads(words_file.read_text(encoding="utf-8"))
+    return Pairs(np.load(images_file, mmap_mode="r"), [word[0] for word in words], [word[1] for word in words])
+
+
+def _write_text(path: Path, text: str) -> None:
+    unfinished = path.with_name(path.name + ".partial")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+def _normalised(images: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """Pictures as CLIP takes them: (B, 3, S, S), CLIP's mean and standard deviation."""
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float() / 255
+    mean = torch.tensor(OPENAI_DATASET_MEAN, device=device).view(3, 1, 1)
+    std = torch.tensor(OPENAI_DATASET_STD, device=device).view(3, 1, 1)
+    return (pixels - mean) / std
+
+
+def _encode_text(model: CLIP, tokens: Tensor) -> Tensor:
+    """Text features, unit, of tokens cut to their longest caption (attention is causal: what follows cannot matter)."""
+    length = tokens.shape[1]
+    x = model.token_embedding(tokens) + model.positional_embedding[:length]
+    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
+    x = text_global_pool(x, tokens, model.text_pool_type, eos_token_id=getattr(model, "text_eos_id", None))
+    return F.normalize(x @ model.text_projection, dim=-1)
+
+
+def _tokens(captions: list[str]) -> Tensor:
+    tokens = SimpleTokenizer(context_length=TOY_CLIP_CONFIG["text_cfg"]["context_length"])(captions)
+    longest = int((tokens != 0).sum(dim=1).max())
+    return tokens[:, :longest]
+
+
+def new_toy_clip() -> CLIP:
+    """A toy CLIP with random weights."""
+    return CLIP(**TOY_CLIP_CONFIG)
+
+
+@torch.no_grad()
+def held_out_accuracy(model: CLIP, pairs: Pairs, device: torch.device) -> dict[str, float]:
+    """Zero-shot accuracy on held-out drawings.
+
+    `class`: a picture of one thing among all kinds, by "a photo of a KIND."; `retrieval`: a picture's own caption among
+    the captions of 100 pictures (equal captions count as equal), mean over the hundreds.
+    """
+    model.eval()
+    features = torch.cat(
+        [
+            model.encode_image(_normalised(pairs.images[i : i + 100], device), normalize=True)
+            for i in range(0, len(pairs.captions), 100)
+        ]
+    )
+    kinds = [*OBJECTS, *TEXTURES]
+    names = _encode_text(model, _tokens([f"a photo of a {kind}." for kind in kinds]).to(device))
+    chosen = (features @ names.T).argmax(dim=1).tolist()
+    single = [kinds[c] == kind for c, kind in zip(chosen, pairs.kinds, strict=True) if kind is not None]
+    hits = 0
+    for start in range(0, len(pairs.captions), 100):
+        captions = pairs.captions[start : start + 100]
+        texts = _encode_text(model, _tokens(captions).to(device))
+        best = (features[start : start + 100] @ texts.T).argmax(dim=1).tolist()
+        hits += sum(captions[b] == caption for b, caption in zip(best, captions, strict=True))
+    return {"class": sum(single) / len(single), "retrieval": hits / len(pairs.captions)}
+
+
+def _learning_rate(config: PretrainConfig, step: int, steps: int) -> float:
+    warmup = max(1, round(config.warmup_share * steps))
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _parameter_groups(model: CLIP, weight_decay: float) -> list[dict[str, Any]]:
+    """CLIP's own rule: gains, biases and the temperature are not decayed."""
+    plain = [p for p in model.parameters() if p.ndim < 2]
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def export_toy_clip(model: CLIP, folder: Path) -> None:
+    """Write an open_clip `local-dir:` folder: configuration and float16 weights, each file replaced in one go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "model_cfg": TOY_CLIP_CONFIG,
+        "preprocess_cfg": {
+            "mean": list(OPENAI_DATASET_MEAN),
+            "std": list(OPENAI_DATASET_STD),
+            "interpolation": "bicubic",
+            "resize_mode": "squash",
+        },
+    }
+    _write_text(folder / "open_clip_config.json", json.dumps(config, indent=2) + "\n")
+    weights = {key: value.detach().cpu().half().contiguous() for key, value in model.state_dict().items()}
+    unfinished = folder / "open_clip_model.partial"
+    save_file(weights, unfinished)
+    unfinished.chmod(0o644)
+    unfinished.replace(folder / "open_clip_model.safetensors")
+
+
+def _batches(
+    pairs: Pairs, tokens: Tensor, config: PretrainConfig, epoch: int
+) -> Iterator[tuple[NDArray[np.uint8], Tensor]]:
+    order = np.random.default_rng((config.seed, epoch)).permutation(len(tokens))
+    for start in range(0, len(order) - config.batch_size + 1, config.batch_size):
+        rows = np.sort(order[start : start + config.batch_size])
+        batch_tokens = tokens[torch.from_numpy(rows)]
+        longest = int((batch_tokens != 0).sum(dim=1).max())
+        yield pairs.images[rows], batch_tokens[:, :longest]
+
+
+class _Run:
+    """A pre-training run in progress: model, optimizer and how far it is."""
+
+    def __init__(self, config: PretrainConfig, work: Path, device: torch.device) -> None:
+        torch.manual_seed(config.seed)
+        self.config, self.device = config, device
+        self.state_file = work / "pretrain_state.pth"
+        self.model = new_toy_clip().to(device)
+        self.optimizer = torch.optim.AdamW(
+            _parameter_groups(self.model, config.weight_decay), lr=config.lr, betas=(0.9, 0.98), eps=1e-6
+        )
+        self.epoch = 0
+        if self.state_file.is_file():
+            self._resume()
+
+    def _resume(self) -> None:
+        state = torch.load(self.state_file, map_location=self.device, weights_only=True)
+        if state["config"] != asdict(self.config):
+            raise UserError(f"{self.state_file} belongs to a run with other settings; choose another --work folder")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch = state["epoch"]
+        logger.info("resumed after epoch %d", self.epoch)
+
+    def save(self) -> None:
+        state = {
+            "config": asdict(self.config),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch,
+        }
+        unfinished = self.state_file.with_suffix(".partial")
+        torch.save(state, unfinished)
+        unfinished.replace(self.state_file)
+
+    def train_epoch(self, pairs: Pairs, tokens: Tensor) -> float:
+        """One pass over the drawings; returns the mean loss."""
+        config, model = self.config, self.model
+        torch.manual_seed(config.seed * 1000 + self.epoch)
+        masked = self.epoch < config.epochs - config.full_epochs and config.patch_dropout > 0
+        model.visual.patch_dropout = PatchDropout(config.patch_dropout) if masked else nn.Identity()
+        model.train()
+        loss_of, total, started = ClipLoss(), 0.0, time.monotonic()
+        per_epoch = len(tokens) // config.batch_size
+        for number, (images, batch_tokens) in enumerate(_batches(pairs, tokens, config, self.epoch)):
+            rate = _learning_rate(config, self.epoch * per_epoch + number, config.epochs * per_epoch)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            image_features = model.encode_image(_normalised(images, self.device), normalize=True)
+            text_features = _encode_text(model, batch_tokens.to(self.device))
+            loss = loss_of(image_features, text_features, model.logit_scale.exp())
+            if not torch.isfinite(loss):
+                raise NotFiniteError(f"the loss is {loss.item()} in epoch {self.epoch + 1}, step {number + 1}")
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            self.optimizer.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, math.log(100))
+            total += loss.item()
+            if (number + 1) % 50 == 0:
+                speed = (number + 1) * config.batch_size / (time.monotonic() - started)
+                logger.info(
+                    "epoch %d step %d/%d loss %.3f, %.0f drawings/s",
+                    self.epoch + 1, number + 1, per_epoch, total / (number + 1), speed,
+                )  # fmt: skip
+        self.epoch += 1
+        return total / per_epoch
+
+
+def pretrain_toy_clip(config: PretrainConfig, output: Path, work: Path, device: str = "cpu") -> dict[str, float]:
+    """Pre-train the toy CLIP and export it to `output` after every epoch; returns the held-out accuracies.
+
+    `work` keeps the drawings and the state: the same command goes on where it was. Raises UserError where `work` holds
+    a run with other settings.
+    """
+    run = _Run(config, work, torch.device(device))
+    held_out = drawn_pairs(HELD_OUT, config.seed, _HELD_OUT_STREAM, work)
+    pairs = drawn_pairs(config.drawings, config.seed, _TRAIN_STREAM, work)
+    tokens = _tokens(pairs.captions)
+    logger.info("%s; captions of up to %d tokens", config, tokens.shape[1])
+    while run.epoch < config.epochs:
+        loss = run.train_epoch(pairs, tokens)
+        run.save()
+        export_toy_clip(run.model, output)
+        accuracy = held_out_accuracy(run.model, held_out, run.device)
+        logger.info(
+            "epoch %d/%d loss %.3f; held out: class %.1f %%, caption among 100 %.1f %%",
+            run.epoch, config.epochs, loss, 100 * accuracy["class"], 100 * accuracy["retrieval"],
+        )  # fmt: skip
+    return held_out_accuracy(run.model, held_out, run.device)

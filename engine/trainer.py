@@ -1,0 +1,249 @@
+"""The one training loop: an epoch of any stage, and what is measured and said about it (DESIGN 5)."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+
+from engine.stages import Stage
+from utils.errors import NotFiniteError
+from utils.logging import progress_bar
+
+logger = logging.getLogger(__name__)
+
+LOW_GRADIENT = 0.01
+VANISHING_GRADIENT = 0.001
+# Mean p_abnormal below this inside and outside the masks: the model calls everything normal.
+COLLAPSED_BELOW = 0.02
+# "Not learning" is said of a stage of at least this many steps that ends within this share of its first loss.
+ENOUGH_STEPS = 100
+FLAT_WITHIN = 0.01
+
+
+class StopRequest:
+    """Remembers SIGINT or SIGTERM, so that a run ends between two steps; a second SIGINT ends it at once."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal_number is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_number = number
+
+
+def gradient_norms(components: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """L2 norm of the gradients of each component, and of all together as "total"."""
+    norms = {
+        name: get_total_norm([parameter.grad for parameter in part.parameters() if parameter.grad is not None])
+        for name, part in components.items()
+    }
+    return {**norms, "total": torch.stack(list(norms.values())).norm()}
+
+
+def train_epoch(
+    stage: nn.Module,
+    components: Mapping[str, nn.Module],
+    loader: DataLoader,
+    optimizer: torch.optim.Optimizer,
+    schedule: LRScheduler,
+    accelerator: Accelerator,
+    description: str,
+    max_norm: float | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """One pass over `loader`: every step's losses and gradient norms, averaged over steps (and processes).
+
+    stage: a `Stage` as accelerate prepared it; components: what it trains. max_norm clips the gradient's norm; the
+    norms returned are those before clipping.
+    Returns a row of plain numbers, or None where `should_stop` ended the epoch early.
+    Raises `NotFiniteError` before the step that a loss or gradient that is not finite would have led to.
+    """
+    sums: dict[str, Tensor | float] = defaultdict(float)
+    steps = batches = images = 0
+    opening: list[Tensor] = []
+    parameters = [parameter for part in components.values() for parameter in part.parameters()]
+    start = time.perf_counter()
+    bar = progress_bar(len(loader), description)
+    for batch in loader:
+        with accelerator.accumulate(stage):
+            output = stage(batch)
+            total = output.losses["total"]
+            accelerator.backward(total)
+            if accelerator.sync_gradients:
+                norms = _finite_norms(components, total, optimizer, accelerator, description)
+                if max_norm is not None:
+                    clip_grads_with_norm_(parameters, max_norm, norms["total"])
+                for name, norm in norms.items():
+                    sums[f"grad_norm/{name}"] += norm
+                steps += 1
+            optimizer.step()
+            if accelerator.sync_gradients and not optimizer.step_was_skipped:
+                schedule.step()
+            optimizer.zero_grad()
+        for name, value in (*output.losses.items(), *output.watch.items()):
+            sums[name] += value.detach()
+        batches += 1
+        images += len(batch["label"])
+        if len(opening) < max(1, len(loader) // 10):
+            opening.append(total.detach())
+        bar.update()
+        if should_stop():
+            bar.close()
+            return None
+    bar.close()
+    seconds = time.perf_counter() - start
+    sums = {name: float(accelerator.reduce(torch.as_tensor(value), "mean")) for name, value in sums.items()}
+    return _epoch_row(sums, steps, batches, images * accelerator.num_processes, seconds) | {
+        "opening_loss": float(accelerator.reduce(torch.stack(opening).mean(), "mean")),
+        "lr": optimizer.param_groups[0]["lr"],
+        "memory_gib": _memory(accelerator.device),
+    }
+
+
+def _finite_norms(
+    components: Mapping[str, nn.Module],
+    loss: Tensor,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    description: str,
+) -> dict[str, Tensor]:
+    accelerator.unscale_gradients(optimizer)
+    norms = gradient_norms(components)
+    values = torch.stack([loss.detach(), norms["total"]]).tolist()
+    # The scaler of fp16 looks for its scale by letting gradients overflow and skips those steps itself.
+    if not math.isfinite(values[0]) or (accelerator.scaler is None and not math.isfinite(values[1])):
+        raise NotFiniteError(
+            f"{description}: loss {values[0]:.4g}, gradient norm {values[1]:.4g}; the step was not taken"
+        )
+    return norms
+
+
+def _epoch_row(sums: Mapping[str, float], steps: int, batches: int, images: int, seconds: float) -> dict[str, float]:
+    norms = {name: value / max(1, steps) for name, value in sums.items() if name.startswith("grad_norm/")}
+    watched = ("inside_sum", "inside_pixels", "outside_sum", "outside_pixels")
+    losses = {
+        name if name != "total" else "loss": value / batches
+        for name, value in sums.items()
+        if name not in norms and name not in watched
+    }
+    return {
+        **losses,
+        **norms,
+        "abnormal_inside": _ratio(sums["inside_sum"], sums["inside_pixels"]),
+        "abnormal_outside": _ratio(sums["outside_sum"], sums["outside_pixels"]),
+        "steps": steps,
+        "images": images,
+        "seconds": seconds,
+        "images_per_second": images / seconds,
+    }
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else float("nan")
+
+
+def _memory(device: torch.device) -> float:
+    """GiB: the peak on the GPU, or what the process holds on the CPU."""
+    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    return used / 2**30
+
+
+def log_epoch(row: Mapping[str, Any], epochs: int) -> None:
+    """Say what an epoch did: the loss with its parts, the gradient's norm, speed, and whether it looks healthy."""
+    stage: str = row["stage"]
+    parts = [name for name in ("focal", "dice_normal", "dice_abnormal", "classification", "overlap") if name in row]
+    logger.info(
+        "Loop %d - %s loss: %.4f  (%s)", row["loop"], stage, row["loss"],
+        ", ".join(f"{name} {row[name]:.4f}" for name in parts),
+    )  # fmt: skip
+    each = [name for name in row if name.startswith("grad_norm/") and name != "grad_norm/total"]
+    logger.info(
+        "  Average Grad Norm: %.4f  (%s)", row["grad_norm/total"],
+        ", ".join(f"{name.removeprefix('grad_norm/')} {row[name]:.4f}" for name in each),
+    )  # fmt: skip
+    left = (epochs - row["epoch"]) * row["seconds"]
+    logger.info(
+        "  epoch %d of %d, lr %.3g, p_abnormal %.3f inside masks and %.3f outside, %.1f images/s, %.2f GiB, %s left",
+        row["epoch"], epochs, row["lr"], row["abnormal_inside"], row["abnormal_outside"],
+        row["images_per_second"], row["memory_gib"], readable_time(left),
+    )  # fmt: skip
+    for warning in epoch_warnings(row):
+        logger.warning("  %s", warning)
+
+
+def readable_time(seconds: float) -> str:
+    """Seconds as "2 h 05 min", "3 min 20 s" or "12 s"."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+
+
+def is_collapsed(row: Mapping[str, Any]) -> bool:
+    """Whether an epoch called everything normal; an epoch without anomalous pixels tells nothing."""
+    return row["abnormal_inside"] < COLLAPSED_BELOW and row["abnormal_outside"] < COLLAPSED_BELOW
+
+
+def epoch_warnings(row: Mapping[str, Any]) -> list[str]:
+    """What is unhealthy about an epoch, in plain words (DESIGN 5)."""
+    warnings = []
+    norm = row["grad_norm/total"]
+    if norm < VANISHING_GRADIENT:
+        warnings.append(f"gradients are vanishing: norm {norm:.2g}, below {VANISHING_GRADIENT}")
+    elif norm < LOW_GRADIENT:
+        warnings.append(f"gradients are low: norm {norm:.2g}, below {LOW_GRADIENT}; 0.05 to 0.15 is healthy")
+    if is_collapsed(row):
+        warnings.append(
+            f'collapsed to "all normal": mean p_abnormal is {row["abnormal_inside"]:.3f} inside the masks '
+            f"and {row['abnormal_outside']:.3f} outside"
+        )
+    return warnings
+
+
+def stage_verdict(rows: list[dict[str, Any]]) -> str | None:
+    """What to say where a stage ends without having learned, given the rows of its epochs; otherwise None."""
+    if sum(row["steps"] for row in rows) < ENOUGH_STEPS:
+        return None
+    first, last = rows[0]["opening_loss"], rows[-1]["loss"]
+    stage = rows[-1]["stage"]
+    if is_collapsed(rows[-1]):
+        return (
+            f"the {stage} stage is not learning: it calls every pixel normal (loss {last:.4f}). "
+            f"Try another --{stage}_lr, and look at the masks of the training data"
+        )
+    if last > first * (1 - FLAT_WITHIN):
+        return (
+            f"the {stage} stage is not learning: its loss went from {first:.4f} to {last:.4f}. "
+            f"Try a higher --{stage}_lr or more epochs; if the gradient norm is low too, check the data"
+        )
+    return None
+
+
+def stage_name(stage: Stage, loop: int, epoch: int) -> str:
+    """What progress bars and errors call an epoch."""
+    return f"loop {loop}, {stage.name} epoch {epoch}"

@@ -1,0 +1,96 @@
+"""AdaptedCLIP: a frozen CLIP with trainable adapters in both encoders (AA-CLIP, CVPR 2025; DESIGN 4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.adapter_modules import SimpleProj, blend, make_adapter
+from model.blocks import run_block, unit
+from model.clip import FrozenCLIP
+from model.config import ModelConfig, check_depths
+from model.frozen import ImageFeatures, frozen_features
+from model.scoring import Outputs, compare
+from model.text import Prompts, encode_prompts, pair_anchors
+
+COMPONENTS = ("text_adapter", "image_adapter")
+
+
+class AdaptedCLIP(nn.Module):
+    """A frozen CLIP with `text_adapter` and `image_adapter`, the only trainable parts.
+
+    text_adapter: ModuleList of the adapters after the first text blocks and, last, the projector that takes the place
+        of CLIP's text projection.
+    image_adapter: ModuleDict of `layer_adapters`, `seg_proj` (one per level) and `det_proj`.
+    """
+
+    def __init__(self, clip: FrozenCLIP, config: ModelConfig) -> None:
+        super().__init__()
+        check_depths(config, clip.vision_layers, clip.text_layers)
+        self.clip = clip
+        self.config = config
+        d_t, d_v, d = clip.text_width, clip.vision_width, clip.embed_dim
+        self.text_adapter = nn.ModuleList(
+            [
+                *(make_adapter(config.adapter, d_t) for _ in range(config.text_adapt_until)),
+                SimpleProj(d_t, d, relu=True),
+            ]
+        )
+        self.image_adapter = nn.ModuleDict(
+            {
+                "layer_adapters": nn.ModuleList(
+                    make_adapter(config.adapter, d_v) for _ in range(config.image_adapt_until)
+                ),
+                "seg_proj": nn.ModuleList(SimpleProj(d_v, d, config.relu) for _ in config.levels),
+                "det_proj": SimpleProj(d_v, d, config.relu),
+            }
+        )
+
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        """The trainable components by the names that checkpoints and logs use."""
+        return {name: getattr(self, name) for name in COMPONENTS}
+
+    def anchors(self, prompts: Prompts) -> Tensor:
+        """Anchors of all classes from one text pass, (C, D, 2); CLIP's own where the text side is not adapted."""
+        tokens = prompts.tokens.flatten(0, 1)  # (C * P, T)
+        if self.config.text_adapted:
+            *adapters, projector = self.text_adapter
+            features = encode_prompts(self.clip, tokens, adapters, projector, self.config.text_adapt_weight)
+        else:
+            features = encode_prompts(self.clip, tokens)
+        return pair_anchors(features.unflatten(0, prompts.tokens.shape[:2]), prompts.normal)
+
+    def frozen_features(self, images: Tensor) -> ImageFeatures:
+        """What Stage 1 looks at: CLIP's own features by V-V attention, without gradient."""
+        return frozen_features(self.clip, images, self.config)
+
+    def image_features(self, images: Tensor) -> ImageFeatures:
+        """The adapted image branch: images (B, 3, S, S) -> unit patch features (B, N, D) per level, and det (B, D)."""
+        visual = self.clip.clip.visual
+        adapters = self.image_adapter["layer_adapters"]
+        projectors = dict(zip(self.config.levels, self.image_adapter["seg_proj"], strict=True))
+        x = self.clip.embed_image(images)
+        features, patches = [], x
+        for index, block in enumerate(visual.transformer.resblocks[: self.config.levels[-1]]):
+            x = run_block(block, x)
+            if index < len(adapters):
+                x = blend(x, adapters[index](x), self.config.image_adapt_weight)
+            if index + 1 in projectors:
+                patches = visual.ln_post(x[:, 1:])
+                features.append(unit(projectors[index + 1](patches)))
+        det = unit(self.image_adapter["det_proj"](patches)).mean(dim=1)
+        return ImageFeatures(features, det)
+
+    @torch.no_grad()
+    def text_side(self, prompts: Prompts) -> Tensor:
+        """What `forward` needs of the text side, computed once for all images: anchors (C, D, 2), without gradient."""
+        return self.anchors(prompts)
+
+    def forward(self, images: Tensor, text_side: Tensor, rows: Tensor) -> Outputs:
+        """Similarities of B images to the anchors of their classes: the one forward of Stage 2 and of evaluation.
+
+        images: (B, 3, S, S), normalised; text_side: as `text_side` gives it; rows: (B,), each image's class in it.
+        """
+        features = self.image_features(images)
+        return compare(features.levels, features.det, text_side[rows])

@@ -1,0 +1,71 @@
+"""The small trainable modules: adapters inside the encoders, projectors behind them (DESIGN 4; AA-CLIP, 2025)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from model.blocks import linear_2d
+
+
+class SimpleAdapter(nn.Module):
+    """Bottleneck adapter: Linear(c -> c/2), LeakyReLU, Linear(c/2 -> c), no bias; (..., c) -> (..., c)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, width // 2, bias=False)
+        self.act = nn.LeakyReLU()
+        self.fc2 = nn.Linear(width // 2, width, bias=False)
+        xavier(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_2d(self.act(linear_2d(x, self.fc1.weight)), self.fc2.weight)
+
+
+class LinearAdapter(nn.Module):
+    """The published AA-CLIP adapter: one Linear(c -> c) without bias, then LeakyReLU; (..., c) -> (..., c)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc = nn.Sequential(nn.Linear(width, width, bias=False), nn.LeakyReLU())
+        xavier(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc[1](linear_2d(x, self.fc[0].weight))
+
+
+class SimpleProj(nn.Module):
+    """Projector Linear(c_in -> c_out) without bias; with `relu` a LeakyReLU follows and the key is `fc.0`, not `fc`."""
+
+    def __init__(self, width_in: int, width_out: int, relu: bool) -> None:
+        super().__init__()
+        linear = nn.Linear(width_in, width_out, bias=False)
+        self.fc = nn.Sequential(linear, nn.LeakyReLU()) if relu else linear
+        xavier(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.fc, nn.Linear):
+            return linear_2d(x, self.fc.weight)
+        return self.fc[1](linear_2d(x, self.fc[0].weight))
+
+
+def xavier(module: nn.Module) -> None:
+    """Xavier-uniform weights, zero biases, for every Linear in `module`."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+def make_adapter(kind: str, width: int) -> nn.Module:
+    """The adapter that `--adapter` names: `bottleneck` (SimpleAdapter) or `linear` (the published form)."""
+    return {"bottleneck": SimpleAdapter, "linear": LinearAdapter}[kind](width)
+
+
+def blend(x: Tensor, adapted: Tensor, weight: float) -> Tensor:
+    """Adapter blend (DESIGN 4): w a |x| / |a| + (1 - w) x, with norms per token; shapes (..., c).
+
+    An adapter that gives exactly zero contributes zero instead of 0 / 0.
+    """
+    scale = x.norm(dim=-1, keepdim=True) / adapted.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return weight * (adapted * scale) + (1 - weight) * x

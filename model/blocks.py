@@ -1,0 +1,80 @@
+"""CLIP's frozen residual attention blocks, run on packed 2-D projections (DESIGN 3, 4).
+
+open_clip's blocks hold the weights; the forward is written here because three things are needed that
+`nn.MultiheadAttention` does not give: V-V attention beside ordinary attention from one projection (CLIP-Surgery,
+arXiv:2304.05653), a stop between attention and adapter, and linears on 2-D tokens, which on the CPU avoid the batched
+matrix products that 3-D activations fall into in the backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock
+from torch import Tensor, nn
+
+
+def linear_2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` over the last axis of `x` with all leading axes flattened to one; any strides."""
+    return F.linear(x.reshape(-1, x.shape[-1]), weight, bias).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def project_heads(attn: nn.MultiheadAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of `x` (B, T, C), each (B, heads, T, C / heads), from one packed projection."""
+    batch, tokens, width = x.shape
+    packed = linear_2d(x, attn.in_proj_weight, attn.in_proj_bias)
+    packed = packed.reshape(batch, tokens, 3, attn.num_heads, width // attn.num_heads)
+    q, k, v = packed.permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+def merge_heads(attn: nn.MultiheadAttention, heads: Tensor) -> Tensor:
+    """Join (B, heads, T, C / heads) to (B, T, C) and apply the output projection."""
+    joined = heads.transpose(1, 2).flatten(2)
+    return linear_2d(joined, attn.out_proj.weight, attn.out_proj.bias)
+
+
+def mlp_residual(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
+    """The second half of a block: x + MLP(ln_2(x)), x (B, T, C)."""
+    hidden = block.mlp(block.ln_2(x).reshape(-1, x.shape[-1])).reshape(x.shape)
+    return x + block.ls_2(hidden)
+
+
+def run_block(block: ResidualAttentionBlock, x: Tensor, causal: bool = False) -> Tensor:
+    """A block as CLIP was trained with it: x (B, T, C) -> (B, T, C)."""
+    q, k, v = project_heads(block.attn, block.ln_1(x))
+    x = x + block.ls_1(merge_heads(block.attn, F.scaled_dot_product_attention(q, k, v, is_causal=causal)))
+    return mlp_residual(block, x)
+
+
+def run_block_values(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
+    """A block whose attention is V-V attention over the tokens of each image: `--surgery sequential`."""
+    _, _, v = project_heads(block.attn, block.ln_1(x))
+    x = x + block.ls_1(merge_heads(block.attn, F.scaled_dot_product_attention(v, v, v)))
+    return mlp_residual(block, x)
+
+
+def run_block_dual(block: ResidualAttentionBlock, x: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
+    """A block that also adds its V-V attention to a side path without MLP: `--surgery dual`.
+
+    x and side (B, T, C) -> the original stream after the block, and the side path after it.
+    """
+    q, k, v = project_heads(block.attn, block.ln_1(x))
+    side = side + block.ls_1(merge_heads(block.attn, F.scaled_dot_product_attention(v, v, v)))
+    x = x + block.ls_1(merge_heads(block.attn, F.scaled_dot_product_attention(q, k, v)))
+    return mlp_residual(block, x), side
+
+
+def unit(x: Tensor) -> Tensor:
+    """L2-normalise along the last axis, in float32 or better; a zero vector stays zero."""
+    return F.normalize(full_precision(x), dim=-1)
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """`x` as float32 where autocast left it in half precision; float64 stays."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def take_tokens(x: Tensor, positions: Tensor) -> Tensor:
+    """x (B, T, C) at one position per row, positions (B,) -> (B, C)."""
+    return x[torch.arange(x.shape[0], device=x.device), positions]

@@ -1,0 +1,77 @@
+"""Frozen image features by V-V attention: what Stage 1 looks at, and unadapted CLIP as the baseline (DESIGN 4)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model.blocks import run_block, run_block_dual, run_block_values, unit
+from model.clip import FrozenCLIP
+from model.config import ModelConfig
+from model.scoring import Outputs, compare
+from model.text import Prompts, encode_prompts, pair_anchors
+
+
+class ImageFeatures(NamedTuple):
+    """`levels`: patch features, (B, N, D) for each level; `det`: the image's own unit feature, (B, D)."""
+
+    levels: list[Tensor]
+    det: Tensor
+
+
+def surgery_stream(clip: FrozenCLIP, images: Tensor, config: ModelConfig) -> tuple[list[Tensor], Tensor]:
+    """Token streams (B, 1 + N, D_v) at each level, and the class token (B, D_v) after the last block of the plain pass.
+
+    `dual` (CLIP-Surgery, arXiv:2304.05653): one pass; V-V attention of the original stream sums up on a side path.
+    `sequential` (AA-CLIP): V-V attention inside the blocks, so the class token takes a pass of its own.
+    """
+    blocks = clip.clip.visual.transformer.resblocks
+    first = len(blocks) - (config.surgery_until_layer - 1)
+    x = clip.embed_image(images)
+    side: Tensor | None = None
+    values: Tensor | None = None
+    levels = []
+    for index, block in enumerate(blocks):
+        if index < first:
+            x = run_block(block, x)
+        elif config.surgery == "dual":
+            x, side = run_block_dual(block, x, x if side is None else side)
+        else:
+            values = run_block_values(block, x if values is None else values)
+            x = run_block(block, x)
+        if index + 1 in config.levels:
+            levels.append(next(stream for stream in (side, values, x) if stream is not None))
+    return levels, x[:, 0]
+
+
+@torch.no_grad()
+def frozen_features(clip: FrozenCLIP, images: Tensor, config: ModelConfig) -> ImageFeatures:
+    """Unit patch features plus the unit class embedding, not normalised again, at each level; det: class embedding.
+
+    images: (B, 3, S, S), normalised. Features of an image do not depend on the batch that it is in.
+    """
+    streams, cls = surgery_stream(clip, images, config)
+    embedding = unit(clip.project_image(cls))
+    return ImageFeatures([unit(clip.project_image(x[:, 1:])) + embedding[:, None] for x in streams], embedding)
+
+
+class UnadaptedCLIP(nn.Module):
+    """The baseline: frozen `dual` features and CLIP's own text embeddings, scored like an adapted model (DESIGN 4)."""
+
+    def __init__(self, clip: FrozenCLIP, config: ModelConfig) -> None:
+        super().__init__()
+        self.clip = clip
+        self.config = config
+
+    @torch.no_grad()
+    def text_side(self, prompts: Prompts) -> Tensor:
+        """Anchors of all classes, (C, D, 2)."""
+        features = encode_prompts(self.clip, prompts.tokens.flatten(0, 1))
+        return pair_anchors(features.unflatten(0, prompts.tokens.shape[:2]), prompts.normal)
+
+    def forward(self, images: Tensor, text_side: Tensor, rows: Tensor) -> Outputs:
+        """As `AdaptedCLIP.forward`."""
+        features = frozen_features(self.clip, images, self.config)
+        return compare(features.levels, features.det, text_side[rows])

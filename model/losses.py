@@ -1,0 +1,93 @@
+"""Losses of both stages (DESIGN 4, "Losses"): focal (Lin et al. 2017), Dice (Milletari et al. 2016), entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.scoring import Outputs, pixel_logits
+
+FOCAL_GAMMA = 2.0
+DICE_SMOOTH = 1.0
+
+
+class Segmentation(NamedTuple):
+    """Parts of one level's loss, and p_abnormal on the pixels (B, S, S), detached, for watching."""
+
+    focal: Tensor
+    dice_normal: Tensor
+    dice_abnormal: Tensor
+    abnormal: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        return self.focal + self.dice_normal + self.dice_abnormal
+
+
+def focal_loss(logits: Tensor, mask: Tensor, gamma: float = FOCAL_GAMMA) -> Tensor:
+    """Mean over pixels of -(1 - p_t)^gamma log p_t; logits (B, 2, S, S), mask (B, S, S) in {0, 1}."""
+    log_p = logits.log_softmax(dim=1)
+    log_t = torch.where(mask > 0.5, log_p[:, 1], log_p[:, 0])
+    return -((1 - log_t.exp()) ** gamma * log_t).mean()
+
+
+def dice_loss(p: Tensor, target: Tensor, smooth: float = DICE_SMOOTH) -> Tensor:
+    """1 - Dice of each image, mean over the batch; p and target (B, S, S)."""
+    p, target = p.flatten(1), target.flatten(1)
+    dice = (2 * (p * target).sum(dim=1) + smooth) / (p.sum(dim=1) + target.sum(dim=1) + smooth)
+    return (1 - dice).mean()
+
+
+def segmentation_loss(similarity: Tensor, mask: Tensor) -> Segmentation:
+    """One level's loss: similarity (B, N, 2) on the patch grid, mask (B, S, S) in {0, 1}."""
+    logits = pixel_logits(similarity, mask.shape[-1])
+    p = logits.softmax(dim=1)
+    return Segmentation(
+        focal_loss(logits, mask), dice_loss(p[:, 0], 1 - mask), dice_loss(p[:, 1], mask), p[:, 1].detach()
+    )
+
+
+def mean_abnormal(parts: Sequence[Segmentation]) -> Tensor:
+    """p_abnormal averaged over levels, (B, S, S)."""
+    return torch.stack([part.abnormal for part in parts]).mean(dim=0)
+
+
+def stage1_losses(
+    level_similarities: Sequence[Tensor], anchors: Tensor, mask: Tensor, norm_weight: float, levels: str = "all"
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Stage 1: mean over levels of the segmentation losses, plus the anchors' overlap.
+
+    level_similarities: (B, N, 2) each; anchors: (B, D, 2), each image's own; mask: (B, S, S).
+    levels: "all", or "last", which counts the last level alone, as earlier code did by mistake.
+    Returns the named losses with "total" among them, and p_abnormal (B, S, S).
+    """
+    counted = level_similarities[-1:] if levels == "last" else level_similarities
+    parts = [segmentation_loss(similarity, mask) for similarity in counted]
+    overlap = (anchors[..., 0] * anchors[..., 1]).sum(dim=-1).mean() ** 2
+    losses = _mean_parts(parts, 1 / len(parts))
+    losses["overlap"] = overlap
+    losses["total"] = torch.stack([part.total for part in parts]).mean() + norm_weight * overlap
+    return losses, mean_abnormal(parts)
+
+
+def stage2_losses(outputs: Outputs, mask: Tensor, label: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Stage 2: cross-entropy of det . anchors against the image label, plus the sum over levels.
+
+    mask: (B, S, S); label: (B,), 1 for anomalous. Returns as `stage1_losses`.
+    """
+    parts = [segmentation_loss(similarity, mask) for similarity in outputs.levels]
+    losses = _mean_parts(parts, 1.0)
+    losses["classification"] = F.cross_entropy(outputs.det, label)
+    losses["total"] = losses["classification"] + torch.stack([part.total for part in parts]).sum()
+    return losses, mean_abnormal(parts)
+
+
+def _mean_parts(parts: Sequence[Segmentation], factor: float) -> dict[str, Tensor]:
+    return {
+        name: factor * torch.stack([getattr(part, name) for part in parts]).sum()
+        for name in ("focal", "dice_normal", "dice_abnormal")
+    }

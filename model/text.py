@@ -1,0 +1,68 @@
+"""The text side: prompts -> unit prompt features -> the pair of anchors of a class (DESIGN 4, "Text")."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model.adapter_modules import blend
+from model.blocks import full_precision, run_block, take_tokens, unit
+from model.clip import FrozenCLIP
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of C classes as token ids, P per class, of which the first `normal` describe a normal object.
+
+    tokens: (C, P, T), cut to the longest prompt of all classes.
+    """
+
+    tokens: Tensor
+    normal: int
+
+    @classmethod
+    def from_texts(cls, clip: FrozenCLIP, texts: Sequence[tuple[Sequence[str], Sequence[str]]]) -> Prompts:
+        """From (normal, abnormal) prompt lists of each class; every class has as many of each as the others."""
+        normal, abnormal = len(texts[0][0]), len(texts[0][1])
+        if any((len(first), len(second)) != (normal, abnormal) for first, second in texts):
+            raise ValueError("every class needs the same number of normal and of abnormal prompts")
+        tokens = clip.tokenize([prompt for first, second in texts for prompt in (*first, *second)])
+        return cls(tokens.reshape(len(texts), normal + abnormal, -1), normal)
+
+    def to(self, device: torch.device | str) -> Prompts:
+        return Prompts(self.tokens.to(device), self.normal)
+
+
+def encode_prompts(
+    clip: FrozenCLIP,
+    tokens: Tensor,
+    adapters: Sequence[nn.Module] = (),
+    projector: nn.Module | None = None,
+    weight: float = 0.0,
+) -> Tensor:
+    """Token ids (P, T) -> unit prompt features (P, D), one text pass.
+
+    adapters: stand after the first blocks, one each, blended in with `weight`.
+    projector: takes the place of CLIP's text projection; None keeps CLIP's own.
+    """
+    x = clip.embed_text(tokens)
+    for index, block in enumerate(clip.clip.transformer.resblocks):
+        x = run_block(block, x, causal=True)
+        if index < len(adapters):
+            x = blend(x, adapters[index](x), weight)
+    # ln_final acts on each token by itself, so it is enough to normalise the end-of-text token.
+    pooled = clip.clip.ln_final(take_tokens(x, tokens.argmax(dim=-1)))
+    return unit(clip.project_text(pooled) if projector is None else projector(pooled))
+
+
+def pair_anchors(features: Tensor, normal: int) -> Tensor:
+    """Unit prompt features (..., P, D) -> anchors (..., D, 2), column 0 normal, column 1 abnormal.
+
+    Each group is averaged and made unit again.
+    """
+    features = full_precision(features)
+    groups = (features[..., :normal, :], features[..., normal:, :])
+    return torch.stack([unit(group.mean(dim=-2)) for group in groups], dim=-1)

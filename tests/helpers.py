@@ -1,0 +1,113 @@
+"""Small random CLIPs and batches for the tests: no download, no training, every tensor filled with noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from model.adapter import AdaptedCLIP
+from model.clip import FrozenCLIP
+from model.config import ModelConfig
+from model.text import Prompts
+
+# All widths differ, so that one taken for another shows. Eight blocks put the first level before the first V-V block.
+TINY_ARCHITECTURE: dict[str, Any] = {
+    "embed_dim": 40,
+    "vision_cfg": {"image_size": 40, "layers": 8, "width": 48, "patch_size": 8, "head_width": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 4},
+}
+
+
+def fill_with_noise(module: nn.Module, scale: float = 0.05) -> None:
+    """Add noise to every parameter: fresh biases are 0 and fresh layer norms 1, which hides a forgotten one."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(scale * torch.randn_like(parameter))
+
+
+def tiny_open_clip(quick_gelu: bool = True, image_size: int = 40, seed: int = 0) -> open_clip.CLIP:
+    torch.manual_seed(seed)
+    vision = {**TINY_ARCHITECTURE["vision_cfg"], "image_size": image_size}
+    clip = open_clip.CLIP(**{**TINY_ARCHITECTURE, "vision_cfg": vision}, quick_gelu=quick_gelu)
+    fill_with_noise(clip)
+    return clip
+
+
+def tiny_clip(quick_gelu: bool = True, image_size: int = 40, seed: int = 0) -> FrozenCLIP:
+    return FrozenCLIP(tiny_open_clip(quick_gelu, image_size, seed), "tiny", "quick_gelu" if quick_gelu else "gelu")
+
+
+def config_for(clip: FrozenCLIP, **changes: Any) -> ModelConfig:
+    """The defaults of this CLIP, changed where asked for."""
+    values = {**clip.defaults, **changes}
+    return ModelConfig(clip.model_name, clip.weights_digest, clip.activation, clip.img_size, **values)
+
+
+def adapted_clip(clip: FrozenCLIP, seed: int = 1, **changes: Any) -> AdaptedCLIP:
+    torch.manual_seed(seed)
+    return AdaptedCLIP(clip, config_for(clip, **changes)).to(clip.clip.logit_scale.dtype)
+
+
+def trainable(model: AdaptedCLIP) -> dict[str, Tensor]:
+    """The trainable tensors by the names that checkpoints carry, without CLIP's."""
+    return {name: value for name, value in model.named_parameters() if not name.startswith("clip.")}
+
+
+# Lengths differ, so that cutting and padding matter.
+PROMPT_TEXTS = [
+    (["a nut.", "a photo of the nut."], ["a damaged nut.", "a photo of a nut with flaw.", "a broken nut."]),
+    (["a zipper.", "the long metal zipper."], ["a damaged zipper.", "a broken zipper.", "zipper."]),
+    (["rope.", "a photo of rope."], ["a rope with a very long and rather strange defect.", "a bad rope.", "old rope."]),
+]
+
+
+def tiny_prompts(clip: FrozenCLIP) -> Prompts:
+    return Prompts.from_texts(clip, PROMPT_TEXTS)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images (B, 3, S, S), masks (B, S, S) in {0, 1}, labels (B,), rows (B,): each image's class."""
+
+    images: Tensor
+    masks: Tensor
+    labels: Tensor
+    rows: Tensor
+
+    def to(self, dtype: torch.dtype) -> Batch:
+        return Batch(self.images.to(dtype), self.masks.to(dtype), self.labels, self.rows)
+
+
+def random_batch(size: int, seed: int = 2) -> Batch:
+    """Four images of three classes, two of one class: masks empty, full, a rectangle, and scattered."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(4, 3, size, size, generator=generator)
+    masks = torch.zeros(4, size, size)
+    masks[1] = 1
+    masks[2, : size // 3, size // 4 : size // 2] = 1
+    masks[3] = (torch.rand(size, size, generator=generator) < 0.3).float()
+    return Batch(images, masks, torch.tensor([0, 1, 1, 1]), torch.tensor([0, 2, 0, 1]))
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference, in units of the largest value of `expected`."""
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
+    difference = (actual.detach().double() - expected.detach().double()).abs().max().item()
+    largest = expected.detach().double().abs().max().item()
+    return difference / largest if largest else difference
+
+
+def assert_agrees(actual: Tensor, expected: Tensor, tolerance: float, what: str = "") -> None:
+    error = relative_error(actual, expected)
+    assert error <= tolerance, f"{what}: differs by {error:.2e} of the largest value, {tolerance:.0e} is allowed"
+
+
+def assert_all_agree(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float) -> None:
+    assert set(actual) == set(expected)
+    for name, value in actual.items():
+        assert_agrees(value, expected[name], tolerance, name)

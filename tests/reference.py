@@ -1,0 +1,312 @@
+"""A plain, slow reference of the method's mathematics, written for the tests from DESIGN 4 alone.
+
+Nothing here is fast and nothing here is shared with `model/`: images, heads and levels are looped over, attention is
+softmax(q k^T / sqrt(d)) v, blur and enlargement are matrices filled in entry by entry. What it takes from elsewhere is
+CLIP's own definition (open_clip's layer norms, projections and MLPs hold the weights) and the trainable tensors, by the
+names that checkpoints carry. Everything is differentiable, so that gradients can be compared too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+
+LEAKY_SLOPE = 0.01
+CONTEXT_LENGTH = 77
+BLUR = {"industrial": (7, 1.0), "medical": (9, 1.5)}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An open_clip CLIP, the trainable tensors by their state-dict names, and the choices that change the forward."""
+
+    clip: nn.Module
+    weights: Mapping[str, Tensor]
+    config: ModelConfig
+
+
+def unit(x: Tensor) -> Tensor:
+    """x / |x| along the last axis."""
+    return x / (x * x).sum(dim=-1, keepdim=True).sqrt()
+
+
+def leaky(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, LEAKY_SLOPE * x)
+
+
+def attention(attn: nn.MultiheadAttention, x: Tensor, causal: bool = False, values_only: bool = False) -> Tensor:
+    """Attention of one sequence, (T, C) -> (T, C); with `values_only` the values stand in for queries and keys."""
+    tokens, width = x.shape
+    depth = width // attn.num_heads
+    q_all, k_all, v_all = (
+        x @ attn.in_proj_weight[part * width : (part + 1) * width].T
+        + attn.in_proj_bias[part * width : (part + 1) * width]
+        for part in range(3)
+    )
+    heads = []
+    for head in range(attn.num_heads):
+        columns = slice(head * depth, (head + 1) * depth)
+        q, k, v = q_all[:, columns], k_all[:, columns], v_all[:, columns]
+        if values_only:
+            q, k = v, v
+        scores = q @ k.T / math.sqrt(depth)
+        if causal:
+            later = torch.arange(tokens)[None, :] > torch.arange(tokens)[:, None]
+            scores = scores.masked_fill(later, -math.inf)
+        heads.append(scores.softmax(dim=1) @ v)
+    return torch.cat(heads, dim=1) @ attn.out_proj.weight.T + attn.out_proj.bias
+
+
+def block(layer: nn.Module, x: Tensor, causal: bool = False, values_only: bool = False) -> Tensor:
+    """CLIP's residual attention block on one sequence, (T, C) -> (T, C)."""
+    x = x + attention(layer.attn, layer.ln_1(x), causal, values_only)
+    return x + layer.mlp(layer.ln_2(x))
+
+
+def vision_input(clip: nn.Module, image: Tensor) -> Tensor:
+    """One image (3, S, S) -> the tokens that enter the first block, (1 + N, D_v): class token, then rows of patches."""
+    visual = clip.visual
+    kernel = visual.conv1.weight  # (D_v, 3, p, p)
+    size = kernel.shape[-1]
+    tokens = [visual.class_embedding]
+    for top in range(0, image.shape[1], size):
+        for left in range(0, image.shape[2], size):
+            patch = image[:, top : top + size, left : left + size]
+            tokens.append((kernel * patch).sum(dim=(1, 2, 3)))
+    return visual.ln_pre(torch.stack(tokens) + visual.positional_embedding)
+
+
+def project_image(clip: nn.Module, tokens: Tensor) -> Tensor:
+    """Tokens (..., D_v) through `ln_post` and CLIP's own visual projection, unit."""
+    return unit(clip.visual.ln_post(tokens) @ clip.visual.proj)
+
+
+def adapter(ref: Reference, name: str, x: Tensor) -> Tensor:
+    if ref.config.adapter == "linear":
+        return leaky(x @ ref.weights[f"{name}.fc.0.weight"].T)
+    return leaky(x @ ref.weights[f"{name}.fc1.weight"].T) @ ref.weights[f"{name}.fc2.weight"].T
+
+
+def projector(ref: Reference, name: str, x: Tensor, relu: bool) -> Tensor:
+    return leaky(x @ ref.weights[f"{name}.fc.0.weight"].T) if relu else x @ ref.weights[f"{name}.fc.weight"].T
+
+
+def blend(x: Tensor, adapted: Tensor, weight: float) -> Tensor:
+    """x = w a |x| / |a| + (1 - w) x, with the lengths of each token, (T, C)."""
+    length = (x * x).sum(dim=1).sqrt()
+    adapted_length = (adapted * adapted).sum(dim=1).sqrt()
+    scaled = adapted * (length / adapted_length)[:, None]
+    return weight * scaled + (1 - weight) * x
+
+
+def prompt_feature(ref: Reference, tokens: Tensor) -> Tensor:
+    """One prompt's token ids, of any length up to 77, -> its unit feature (D,), computed on the full 77 tokens."""
+    clip = ref.clip
+    ids = F.pad(tokens, (0, CONTEXT_LENGTH - len(tokens)))
+    x = clip.token_embedding(ids) + clip.positional_embedding
+    adapted = ref.config.text_adapted
+    for index, layer in enumerate(clip.transformer.resblocks):
+        x = block(layer, x, causal=True)
+        if adapted and index < ref.config.text_adapt_until:
+            x = blend(x, adapter(ref, f"text_adapter.{index}", x), ref.config.text_adapt_weight)
+    end_of_text = clip.ln_final(x)[int(ids.argmax())]
+    if adapted:
+        return unit(projector(ref, f"text_adapter.{ref.config.text_adapt_until}", end_of_text, relu=True))
+    return unit(end_of_text @ clip.text_projection)
+
+
+def anchor_pair(ref: Reference, normal: Sequence[Tensor], abnormal: Sequence[Tensor]) -> Tensor:
+    """Token ids of a class's normal and abnormal prompts -> its anchors (D, 2)."""
+    columns = []
+    for group in (normal, abnormal):
+        features = [prompt_feature(ref, tokens) for tokens in group]
+        columns.append(unit(sum(features) / len(features)))
+    return torch.stack(columns, dim=1)
+
+
+def adapted_image(ref: Reference, image: Tensor) -> tuple[list[Tensor], Tensor]:
+    """One image (3, S, S) -> the levels' unit patch features, (N, D) each, and det (D,)."""
+    config = ref.config
+    x = vision_input(ref.clip, image)
+    streams = []
+    for index, layer in enumerate(ref.clip.visual.transformer.resblocks):
+        x = block(layer, x)
+        if index < config.image_adapt_until:
+            x = blend(x, adapter(ref, f"image_adapter.layer_adapters.{index}", x), config.image_adapt_weight)
+        streams.append(x)
+    normed = [ref.clip.visual.ln_post(streams[level - 1][1:]) for level in config.levels]
+    levels = [
+        unit(projector(ref, f"image_adapter.seg_proj.{k}", tokens, config.relu)) for k, tokens in enumerate(normed)
+    ]
+    det = unit(projector(ref, "image_adapter.det_proj", normed[-1], config.relu)).mean(dim=0)
+    return levels, det
+
+
+def frozen_image(ref: Reference, image: Tensor) -> tuple[list[Tensor], Tensor]:
+    """One image (3, S, S) -> the levels' features (N, D), unit patch plus unit class embedding, and the latter (D,)."""
+    layers = list(ref.clip.visual.transformer.resblocks)
+    first = len(layers) - (ref.config.surgery_until_layer - 1)
+    original = [vision_input(ref.clip, image)]
+    for layer in layers:
+        original.append(block(layer, original[-1]))
+    class_embedding = project_image(ref.clip, original[-1][0])
+
+    streams = original[: first + 1]
+    for index in range(first, len(layers)):
+        layer = layers[index]
+        if ref.config.surgery == "dual":
+            values = attention(layer.attn, layer.ln_1(original[index]), values_only=True)
+            streams.append(streams[-1] + values)
+        else:
+            streams.append(block(layer, streams[-1], values_only=True))
+    return [
+        project_image(ref.clip, streams[level][1:]) + class_embedding for level in ref.config.levels
+    ], class_embedding
+
+
+def enlarging_matrix(side: int, size: int, dtype: torch.dtype) -> Tensor:
+    """(size, side): bilinear interpolation of one axis, the first and last samples on the first and last pixels."""
+    matrix = torch.zeros(size, side, dtype=dtype)
+    for pixel in range(size):
+        position = pixel * (side - 1) / (size - 1)
+        below = min(int(position), side - 2)
+        matrix[pixel, below] = 1 - (position - below)
+        matrix[pixel, below + 1] = position - below
+    return matrix
+
+
+def enlarge(grid: Tensor, size: int) -> Tensor:
+    """(side, side) -> (size, size), bilinear with aligned corners."""
+    matrix = enlarging_matrix(grid.shape[0], size, grid.dtype)
+    return matrix @ grid @ matrix.T
+
+
+def to_grid(values: Tensor) -> Tensor:
+    """One value a patch, (N,) -> (side, side), row by row."""
+    side = math.isqrt(len(values))
+    return torch.stack([values[row * side : (row + 1) * side] for row in range(side)])
+
+
+def similarity(features: Tensor, anchors: Tensor) -> Tensor:
+    """(N, D) and (D, 2) -> (N, 2)."""
+    return 100 * features @ anchors
+
+
+def pixel_log_probabilities(scores: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """s on the patch grid (N, 2) -> log p_normal and log p_abnormal, (size, size) each."""
+    normal, abnormal = (enlarge(to_grid(scores[:, column]), size) for column in range(2))
+    total = torch.logaddexp(normal, abnormal)
+    return normal - total, abnormal - total
+
+
+def dice(p: Tensor, target: Tensor) -> Tensor:
+    """Of one image, (S, S) each; smooth 1."""
+    return 1 - (2 * (p * target).sum() + 1) / (p.sum() + target.sum() + 1)
+
+
+def segmentation(scores: Sequence[Tensor], masks: Tensor) -> Tensor:
+    """One level's loss: s on the patch grid of each image, (N, 2), and masks (B, S, S)."""
+    focal, dice_normal, dice_abnormal = [], [], []
+    for score, mask in zip(scores, masks, strict=True):
+        log_normal, log_abnormal = pixel_log_probabilities(score, mask.shape[-1])
+        log_true = torch.where(mask > 0.5, log_abnormal, log_normal)
+        focal.append((-((1 - log_true.exp()) ** 2) * log_true).mean())
+        dice_normal.append(dice(log_normal.exp(), 1 - mask))
+        dice_abnormal.append(dice(log_abnormal.exp(), mask))
+    return (sum(focal) + sum(dice_normal) + sum(dice_abnormal)) / len(scores)
+
+
+def stage1_loss(
+    features: Sequence[Sequence[Tensor]],
+    anchors: Sequence[Tensor],
+    masks: Tensor,
+    norm_weight: float = 0.1,
+    levels: str = "all",
+) -> Tensor:
+    """Frozen features of each image, a list over levels of (N, D); anchors of each image, (D, 2); masks (B, S, S)."""
+    counted = range(len(features[0])) if levels == "all" else [len(features[0]) - 1]
+    losses = [
+        segmentation([similarity(image[k], pair) for image, pair in zip(features, anchors, strict=True)], masks)
+        for k in counted
+    ]
+    overlap = sum(pair[:, 0] @ pair[:, 1] for pair in anchors) / len(anchors)
+    return sum(losses) / len(losses) + norm_weight * overlap**2
+
+
+def stage2_loss(
+    features: Sequence[tuple[Sequence[Tensor], Tensor]], anchors: Sequence[Tensor], masks: Tensor, labels: Tensor
+) -> Tensor:
+    """Adapted features and det of each image; anchors of each image, (D, 2); masks (B, S, S); labels (B,)."""
+    entropies = []
+    for (_, det), pair, label in zip(features, anchors, labels, strict=True):
+        logits = det @ pair
+        entropies.append(torch.logsumexp(logits, dim=0) - logits[int(label)])
+    total = sum(entropies) / len(entropies)
+    for k in range(len(features[0][0])):
+        scores = [similarity(levels[k], pair) for (levels, _), pair in zip(features, anchors, strict=True)]
+        total = total + segmentation(scores, masks)
+    return total
+
+
+def mirrored(index: int, length: int) -> int:
+    """The index that a reflecting border shows: -1 is 1, `length` is `length - 2`."""
+    while not 0 <= index < length:
+        index = -index if index < 0 else 2 * (length - 1) - index
+    return index
+
+
+def blur(grid: Tensor, kernel: int, sigma: float) -> Tensor:
+    """Gaussian blur with a reflecting border, (side, side) -> (side, side)."""
+    side = grid.shape[0]
+    reach = kernel // 2
+    taps = [math.exp(-(offset**2) / (2 * sigma**2)) for offset in range(-reach, reach + 1)]
+    blurred = torch.zeros_like(grid)
+    for down, tap_down in enumerate(taps):
+        rows = [mirrored(row + down - reach, side) for row in range(side)]
+        for right, tap_right in enumerate(taps):
+            columns = [mirrored(column + right - reach, side) for column in range(side)]
+            blurred = blurred + tap_down * tap_right / sum(taps) ** 2 * grid[rows][:, columns]
+    return blurred
+
+
+def anomaly_map(levels: Sequence[Tensor], anchors: Tensor, size: int, domain: str) -> Tensor:
+    """The published map of one image, (size, size), from its levels' features (N, D)."""
+    total = torch.zeros(size, size, dtype=anchors.dtype)
+    for features in levels:
+        scores = similarity(features, anchors)
+        grid = to_grid((scores[:, 1] + 1 - scores[:, 0]) / 2)
+        total = total + enlarge(blur(grid, *BLUR[domain]), size)
+    return total
+
+
+def det_score(det: Tensor, anchors: Tensor) -> Tensor:
+    return (det @ anchors[:, 1] + 1) / 2
+
+
+def normalised(values: Tensor) -> Tensor:
+    low, high = values.min(), values.max()
+    return torch.zeros_like(values) if low == high else (values - low) / (high - low)
+
+
+def class_image_scores(maps: Tensor, det: Tensor, domain: str) -> Tensor:
+    """Published image scores of all n images of a class: maps (n, S, S), det scores (n,)."""
+    highest = torch.stack([image.max() for image in normalised(maps)])
+    return 0.5 * highest + 0.5 * normalised(det) if domain == "industrial" else highest
+
+
+def calibrated_map(levels: Sequence[Tensor], anchors: Tensor, size: int) -> Tensor:
+    """Mean over levels of p_abnormal of one image, (size, size)."""
+    maps = [pixel_log_probabilities(similarity(features, anchors), size)[1].exp() for features in levels]
+    return sum(maps) / len(maps)
+
+
+def calibrated_score(levels: Sequence[Tensor], det: Tensor, anchors: Tensor, size: int, domain: str) -> Tensor:
+    highest = calibrated_map(levels, anchors, size).max()
+    return 0.5 * highest + 0.5 * det_score(det, anchors) if domain == "industrial" else highest

@@ -1,0 +1,199 @@
+"""The catalog, finding datasets on disk, and the names of classes in prompts."""
+
+import json
+import logging
+import re
+
+import pytest
+
+from dataset import catalog
+from dataset.catalog import CATALOG, LAYOUTS, class_display_names, locate_dataset
+from dataset.prompts import build_prompts
+from dataset.toy_world import TOY_DATASETS
+from utils.errors import UserError
+
+
+def make_folders(root, *paths):
+    for path in paths:
+        (root / path).mkdir(parents=True)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "domain"),
+    [
+        ("MVTec", 15, "industrial"),
+        ("VisA", 12, "industrial"),
+        ("BTAD", 3, "industrial"),
+        ("MPDD", 6, "industrial"),
+        *((name, 1, "medical") for name in ("Brain", "Liver", "Retina")),
+        *((f"Colon_{name}", 1, "medical") for name in ("clinicDB", "colonDB", "Kvasir", "cvc300")),
+        *((name, len(classes), "industrial") for name, classes in TOY_DATASETS.items()),
+    ],
+)
+def test_catalog_entries(name, classes, domain):
+    spec = CATALOG[name]
+    assert (spec.name, len(spec.class_names), spec.domain) == (name, classes, domain)
+    assert spec.layout in LAYOUTS
+
+
+def test_catalog_holds_nothing_else():
+    assert len(CATALOG) == 11 + len(TOY_DATASETS)
+
+
+@pytest.mark.parametrize("spec", CATALOG.values(), ids=lambda spec: spec.name)
+def test_readable_names_are_plain_nouns(spec):
+    for name in spec.class_names.values():
+        assert re.fullmatch(r"[a-z]+([ -][a-z]+)*", name)
+        assert not re.search("normal|good|damage|broken|flaw|defect|anomal", name)
+
+
+def test_prompts():
+    normal, abnormal = build_prompts("metal nut")
+    assert normal == [
+        "metal nut.",
+        "a photo of metal nut.",
+        "a metal nut.",
+        "a photo of a metal nut.",
+        "the metal nut.",
+        "a photo of the metal nut.",
+    ]
+    assert len(abnormal) == len(set(abnormal)) == 10
+    assert abnormal[:2] == ["a damaged metal nut.", "a photo of a damaged metal nut."]
+    assert abnormal[-1] == "a photo of a metal nut with damage."
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("MVTec", "mvtec_anomaly_detection"),
+        ("mvtec", "MVTec"),
+        ("mvtec", "mvtec"),
+        ("VISA", "visa"),
+        ("btad", "BTech_Dataset_transformed"),
+        ("Brain", "Brain_AD"),
+        ("colon_clinicdb", "TestDataset/CVC-ClinicDB"),
+        ("Colon_Kvasir", "Colon_Kvasir"),
+    ],
+)
+def test_named_dataset_under_the_data_root_in_any_letter_case(tmp_path, name, folder):
+    make_folders(tmp_path, folder)
+    located = locate_dataset(name, tmp_path)
+    assert located.root.samefile(tmp_path / folder)
+    assert located.spec is {known.lower(): spec for known, spec in CATALOG.items()}[name.lower()]
+
+
+def test_data_root_that_is_the_dataset_itself(tmp_path):
+    by_classes = make_folders(tmp_path / "any", *(f"{name}/test" for name in list(CATALOG["MVTec"].class_names)[:8]))
+    by_name = make_folders(tmp_path / "Liver_AD", "test")
+    assert locate_dataset("MVTec", by_classes).root == by_classes
+    assert locate_dataset("Liver", by_name).root == by_name
+    # The same folders in another medical set: only the name tells them apart.
+    with pytest.raises(UserError):
+        locate_dataset("Brain", by_name)
+    # One class that two datasets share does not make one the other.
+    with pytest.raises(UserError):
+        locate_dataset("MVTec", make_folders(tmp_path / "other", "leather/test"))
+
+
+def test_data_root_from_the_environment_then_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_folders(tmp_path, "data/MPDD", "elsewhere/MPDD")
+    monkeypatch.delenv(catalog.DATA_ROOT_VARIABLE, raising=False)
+    assert locate_dataset("MPDD").root.resolve() == tmp_path / "data" / "MPDD"
+    monkeypatch.setenv(catalog.DATA_ROOT_VARIABLE, str(tmp_path / "elsewhere"))
+    assert locate_dataset("MPDD").root == tmp_path / "elsewhere" / "MPDD"
+    assert locate_dataset("MPDD", tmp_path / "data").root == tmp_path / "data" / "MPDD"
+
+
+def test_own_folder_with_many_classes_and_with_one(tmp_path):
+    make_folders(tmp_path / "parts", "metal_screw/test/good", "bolt/test/good", "notes", "bolt/train")
+    many = locate_dataset(str(tmp_path / "parts"))
+    assert many.spec.class_names == {"bolt": "bolt", "metal_screw": "metal screw"}
+    assert (many.spec.layout, many.spec.domain, many.spec.name) == ("mvtec", "industrial", "parts")
+    one = locate_dataset(str(tmp_path / "parts" / "metal_screw"))
+    assert one.spec.class_names == {"metal_screw": "metal screw"}
+    assert one.root == tmp_path / "parts" / "metal_screw"
+
+
+def one_line(error):
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", ["MVTek", "", "no/such/folder"])
+def test_unknown_dataset_names_the_known_ones(name):
+    with pytest.raises(UserError) as error:
+        locate_dataset(name)
+    assert all(known in one_line(error) for known in CATALOG)
+
+
+def test_missing_folders_name_what_was_looked_for(tmp_path):
+    with pytest.raises(UserError) as error:
+        locate_dataset("VisA", tmp_path / "nothing")
+    assert str(tmp_path / "nothing") in one_line(error) and "--data_root" in one_line(error)
+    with pytest.raises(UserError) as error:
+        locate_dataset("VisA", tmp_path)
+    assert str(tmp_path / "VisA") in one_line(error) and "split_csv/1cls.csv" in one_line(error)
+
+
+def test_toy_dataset_is_drawn_on_first_use_only(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    drawn = []
+
+    def draw(name, folder, seed):
+        drawn.append((name, seed))
+        (folder / "nut" / "test").mkdir(parents=True)
+
+    monkeypatch.setattr(catalog, "write_toy_dataset", draw)
+    for _ in range(2):
+        assert locate_dataset("toy_test", tmp_path / "new").root == tmp_path / "new" / "toy_test"
+    assert drawn == [("toy_test", 0)]
+    assert len(caplog.messages) == 1
+    # The dataset's own folder as data root: nothing is drawn into it.
+    assert locate_dataset("toy_test", tmp_path / "new" / "toy_test").root == tmp_path / "new" / "toy_test"
+    assert len(drawn) == 1
+
+
+def test_toy_dataset_that_cannot_be_drawn(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be drawn"):
+        locate_dataset("toy_train", tmp_path / "file")
+
+
+def test_class_names_from_a_file(tmp_path):
+    file = tmp_path / "names.json"
+    file.write_text(json.dumps({"pcb1": " circuit board ", "candle": "Wachsstöcke"}), encoding="utf-8")
+    names = class_display_names(CATALOG["VisA"], file)
+    assert names == CATALOG["VisA"].class_names | {"pcb1": "circuit board", "candle": "Wachsstöcke"}
+    assert CATALOG["VisA"].class_names["candle"] == "candle"
+
+
+def test_class_names_of_classes_that_only_the_metadata_knows(tmp_path):
+    names = class_display_names(CATALOG["BTAD"], None, ["01", "small_gear"])
+    assert names == CATALOG["BTAD"].class_names | {"small_gear": "small gear"}
+    assert "small_gear" not in CATALOG["BTAD"].class_names
+    file = tmp_path / "names.json"
+    file.write_text('{"small_gear": "cog"}')
+    assert class_display_names(CATALOG["BTAD"], file, ["small_gear"])["small_gear"] == "cog"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"candel": "candle"}', "'candel'; its classes are candle, "),
+        ('{"candle": ', "no valid JSON"),
+        ('["candle"]', "one JSON object"),
+        ('{"candle": 3}', "one JSON object"),
+        ('{"candle": " "}', "one JSON object"),
+        (None, "cannot be read"),
+    ],
+)
+def test_bad_class_names_file(tmp_path, text, expected):
+    file = tmp_path / "names.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError) as error:
+        class_display_names(CATALOG["VisA"], file)
+    assert expected in one_line(error) and str(file) in one_line(error)

@@ -1,0 +1,126 @@
+"""The rule of few-shot training: K per class, half anomalous, spread, nested, chosen by the seed alone."""
+
+import logging
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dataset.few_shot import few_shot
+from dataset.metadata import Record
+from utils.errors import UserError
+
+
+def make_class(name, normal, **defects):
+    records = [Record(f"{name}/test/good/{i:03}.png", 0, name) for i in range(normal)]
+    for kind, count in defects.items():
+        records += [Record(f"{name}/test/{kind}/{i:03}.png", 1, name, f"{name}/mask/{kind}/{i}") for i in range(count)]
+    return records
+
+
+def labels(records):
+    return Counter(record.label for record in records)
+
+
+@st.composite
+def classes(draw):
+    counts = st.integers(0, 9)
+    records = make_class("wood", draw(counts), hole=draw(counts), scratch=draw(counts), stain=draw(counts))
+    return records or make_class("wood", 1)
+
+
+@settings(deadline=None)
+@given(classes(), st.data(), st.integers(-5, 2**40))
+def test_k_shots_are_half_anomalous_and_contain_fewer_shots(records, data, seed):
+    shot = data.draw(st.integers(1, len(records)))
+    fewer = data.draw(st.integers(1, shot))
+    chosen = few_shot(records, shot, seed)
+    there = labels(records)
+    assert len(set(chosen)) == shot and set(chosen) <= set(records)
+    assert set(few_shot(records, fewer, seed)) <= set(chosen)
+    anomalous = max(min((shot + 1) // 2, there[1]), shot - there[0])
+    assert labels(chosen) == Counter({1: anomalous, 0: shot - anomalous})
+
+
+@settings(deadline=None)
+@given(classes(), st.data())
+def test_defect_types_are_as_even_as_they_can_be(records, data):
+    chosen = few_shot(records, data.draw(st.integers(1, len(records))), 3)
+    there = Counter(r.image_path.split("/")[2] for r in records if r.label)
+    taken = Counter(r.image_path.split("/")[2] for r in chosen if r.label)
+    most = max(taken.values(), default=0)
+    assert all(taken[kind] >= min(most - 1, there[kind]) for kind in there)
+
+
+def test_every_class_gets_its_shots_whatever_the_others_and_the_order():
+    wood, tile = make_class("wood", 20, hole=6, scratch=9), make_class("tile", 20, crack=20)
+    both = few_shot(wood + tile, 8, seed=1)
+    assert Counter((r.class_name, r.label) for r in both) == Counter(
+        {("wood", 0): 4, ("wood", 1): 4, ("tile", 0): 4, ("tile", 1): 4}
+    )
+    mixed = wood + tile
+    random.Random(0).shuffle(mixed)
+    assert few_shot(mixed, 8, seed=1) == both
+    assert few_shot(tile, 8, seed=1) + few_shot(wood, 8, seed=1) == both
+
+
+def test_the_seed_decides():
+    wood = make_class("wood", 50, hole=50)
+    picks = {tuple(few_shot(wood, 8, seed)) for seed in range(20)}
+    assert len(picks) == 20
+    # No image is out of reach: over many seeds all are chosen.
+    assert {r for pick in (few_shot(wood, 8, seed) for seed in range(200)) for r in pick} == set(wood)
+
+
+def test_independent_of_hash_randomisation():
+    script = (
+        "from tests.test_few_shot import make_class; from dataset.few_shot import few_shot\n"
+        "print([r.image_path for r in few_shot(make_class('a', 9, x=5, y=5, z=5), 7, 4)])"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    here = [r.image_path for r in few_shot(make_class("a", 9, x=5, y=5, z=5), 7, 4)]
+    assert outputs == {f"{here}\n"}
+
+
+def test_filling_up_is_logged(caplog):
+    caplog.set_level(logging.INFO)
+    toothbrush = make_class("toothbrush", 12, defective=30)
+    assert labels(few_shot(toothbrush, 24, 0)) == {1: 12, 0: 12}
+    assert not caplog.messages
+    assert labels(few_shot(toothbrush, 32, 0)) == {1: 20, 0: 12}
+    (message,) = caplog.messages
+    assert "toothbrush" in message and "12 of 16 normal" in message
+    caplog.clear()
+    few_shot(make_class("colon", 0, polyp=10), 10, 0)
+    assert "0 of 5 normal" in caplog.text
+    few_shot(make_class("pure", 10), 9, 0)
+    assert "0 of 5 anomalous" in caplog.text
+
+
+def test_more_than_there_is_names_class_and_count():
+    with pytest.raises(UserError) as error:
+        few_shot(make_class("wood", 40, hole=40) + make_class("grid", 21, bent=57), 80, 0)
+    assert "'grid' has 78 images" in str(error.value)
+    assert "57 anomalous, 21 normal" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shot", [0, -2])
+def test_shot_below_one(shot):
+    with pytest.raises(UserError, match="at least 1"):
+        few_shot(make_class("wood", 4), shot, 0)

@@ -1,0 +1,356 @@
+"""The model against the plain reference: values, and gradients of every trainable tensor (DESIGN 9).
+
+The reference always computes in float64; the model is compared with it in float32 and in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import open_clip
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model import scoring
+from model.adapter import AdaptedCLIP
+from model.clip import FrozenCLIP
+from model.frozen import UnadaptedCLIP, frozen_features
+from model.losses import stage1_losses, stage2_losses
+from model.text import Prompts
+from tests import reference
+from tests.helpers import (
+    Batch,
+    adapted_clip,
+    assert_agrees,
+    assert_all_agree,
+    config_for,
+    random_batch,
+    tiny_clip,
+    tiny_prompts,
+    trainable,
+)
+
+NORM_WEIGHT = 0.1
+
+adapters = pytest.mark.parametrize("adapter", ["bottleneck", "linear"])
+relus = pytest.mark.parametrize("relu", [False, True], ids=["plain", "relu"])
+surgeries = pytest.mark.parametrize("surgery", ["dual", "sequential"])
+activations = pytest.mark.parametrize("quick_gelu", [True, False], ids=["quick_gelu", "gelu"])
+domains = pytest.mark.parametrize("domain", ["industrial", "medical"])
+
+
+class Case(NamedTuple):
+    """A model in float32, and the reference in float64 on the same numbers."""
+
+    model: AdaptedCLIP
+    ref: reference.Reference
+    batch: Batch
+    prompts: Prompts
+
+    def precisions(self) -> Iterator[tuple[AdaptedCLIP, Batch, float]]:
+        """The model and the batch in float32 and in float64, each with the tolerance that holds there."""
+        yield self.model, self.batch, 1e-5
+        yield copy.deepcopy(self.model).double(), self.batch.to(torch.float64), 1e-9
+
+    def image_anchors(self) -> list[Tensor]:
+        """The reference's anchors for each image of the batch."""
+        anchors = reference_anchors(self.ref, self.prompts)
+        return [anchors[row] for row in self.batch.rows]
+
+
+@functools.cache
+def shared_clip(quick_gelu: bool) -> FrozenCLIP:
+    """Built once for all cases: frozen means that none of them changes it."""
+    return tiny_clip(quick_gelu)
+
+
+def make_case(quick_gelu: bool = True, **changes: Any) -> Case:
+    clip = shared_clip(quick_gelu)
+    model = adapted_clip(clip, **{"text_adapt_until": 2, "image_adapt_until": 3, **changes})
+    return Case(model, reference_of(model), random_batch(clip.img_size), tiny_prompts(clip))
+
+
+def reference_of(model: AdaptedCLIP) -> reference.Reference:
+    weights = {name: value.detach().double().requires_grad_() for name, value in trainable(model).items()}
+    return reference.Reference(copy.deepcopy(model.clip.clip).double(), weights, model.config)
+
+
+def reference_anchors(ref: reference.Reference, prompts: Prompts) -> list[Tensor]:
+    return [reference.anchor_pair(ref, tokens[: prompts.normal], tokens[prompts.normal :]) for tokens in prompts.tokens]
+
+
+def stage1(model: AdaptedCLIP, batch: Batch, prompts: Prompts, levels: str = "all") -> dict[str, Tensor]:
+    anchors = model.anchors(prompts)[batch.rows]
+    similarities = scoring.similarities(model.frozen_features(batch.images).levels, anchors)
+    return stage1_losses(similarities, anchors, batch.masks, NORM_WEIGHT, levels)[0]
+
+
+def reference_stage1(case: Case, levels: str = "all") -> Tensor:
+    with torch.no_grad():
+        features = [reference.frozen_image(case.ref, image.double())[0] for image in case.batch.images]
+    return reference.stage1_loss(features, case.image_anchors(), case.batch.masks.double(), NORM_WEIGHT, levels)
+
+
+def stage2(model: AdaptedCLIP, batch: Batch, prompts: Prompts) -> dict[str, Tensor]:
+    outputs = model(batch.images, model.text_side(prompts), batch.rows)
+    return stage2_losses(outputs, batch.masks, batch.labels)[0]
+
+
+def reference_stage2(case: Case) -> Tensor:
+    with torch.no_grad():
+        anchors = case.image_anchors()
+    features = [reference.adapted_image(case.ref, image.double()) for image in case.batch.images]
+    return reference.stage2_loss(features, anchors, case.batch.masks.double(), case.batch.labels)
+
+
+def reference_gradients(ref: reference.Reference, loss: Tensor, component: str) -> dict[str, Tensor]:
+    names = [name for name in ref.weights if name.startswith(component)]
+    gradients = torch.autograd.grad(loss, [ref.weights[name] for name in names])
+    return dict(zip(names, gradients, strict=True))
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every gradient that there is, those of tensors that should have none included."""
+    return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+
+
+@activations
+def test_the_reference_without_adapters_is_open_clip(quick_gelu: bool) -> None:
+    case = make_case(quick_gelu, text_adapted=False)
+    clip, images = case.ref.clip, case.batch.images.double()
+    _, embedding = reference.frozen_image(case.ref, images[0])
+    assert_agrees(embedding, clip.encode_image(images[:1], normalize=True)[0], 1e-9)
+    prompt = case.prompts.tokens[0, 0]
+    padded = nn.functional.pad(prompt, (0, clip.context_length - len(prompt)))
+    assert_agrees(reference.prompt_feature(case.ref, prompt), clip.encode_text(padded[None], normalize=True)[0], 1e-9)
+
+
+@activations
+@adapters
+def test_anchors(quick_gelu: bool, adapter: str) -> None:
+    case = make_case(quick_gelu, adapter=adapter)
+    expected = torch.stack(reference_anchors(case.ref, case.prompts))
+    for model, _, tolerance in case.precisions():
+        assert_agrees(model.anchors(case.prompts), expected, tolerance)
+        assert_agrees(model.text_side(case.prompts), expected, tolerance)
+
+
+def test_anchors_of_an_unadapted_text_side_are_clips_own() -> None:
+    case = make_case(text_adapted=False)
+    expected = torch.stack(reference_anchors(case.ref, case.prompts))
+    for model, _, tolerance in case.precisions():
+        assert_agrees(model.anchors(case.prompts), expected, tolerance)
+        assert_agrees(UnadaptedCLIP(model.clip, model.config).text_side(case.prompts), expected, tolerance)
+
+
+@activations
+@adapters
+@relus
+def test_adapted_image(quick_gelu: bool, adapter: str, relu: bool) -> None:
+    case = make_case(quick_gelu, adapter=adapter, relu=relu)
+    expected = [reference.adapted_image(case.ref, image.double()) for image in case.batch.images]
+    for model, batch, tolerance in case.precisions():
+        features = model.image_features(batch.images)
+        for k, level in enumerate(features.levels):
+            assert_agrees(level, torch.stack([levels[k] for levels, _ in expected]), tolerance, f"level {k}")
+        assert_agrees(features.det, torch.stack([det for _, det in expected]), tolerance, "det")
+
+
+@activations
+@surgeries
+@pytest.mark.parametrize("until", [1, 4, 7, 9], ids=lambda until: f"until{until}")
+def test_frozen_features(quick_gelu: bool, surgery: str, until: int) -> None:
+    """From no V-V attention at all (1) to V-V attention in every one of the eight blocks (9)."""
+    case = make_case(quick_gelu, surgery=surgery, surgery_until_layer=until, levels=(1, 2, 5, 8))
+    expected = [reference.frozen_image(case.ref, image.double()) for image in case.batch.images]
+    for model, batch, tolerance in case.precisions():
+        features = frozen_features(model.clip, batch.images, model.config)
+        for k, level in enumerate(features.levels):
+            assert_agrees(level, torch.stack([levels[k] for levels, _ in expected]), tolerance, f"level {k}")
+        assert_agrees(features.det, torch.stack([embedding for _, embedding in expected]), tolerance, "class")
+
+
+@adapters
+@surgeries
+@pytest.mark.parametrize("levels", ["all", "last"])
+def test_stage1_loss_and_gradients(adapter: str, surgery: str, levels: str) -> None:
+    case = make_case(adapter=adapter, surgery=surgery)
+    expected = reference_stage1(case, levels)
+    gradients = reference_gradients(case.ref, expected, "text_adapter")
+    for model, batch, tolerance in case.precisions():
+        losses = stage1(model, batch, case.prompts, levels)
+        assert_agrees(losses["total"], expected, tolerance, "total")
+        parts = losses["focal"] + losses["dice_normal"] + losses["dice_abnormal"] + NORM_WEIGHT * losses["overlap"]
+        assert_agrees(parts, expected, tolerance, "the named parts")
+        losses["total"].backward()
+        assert_all_agree(gradients_of(model), gradients, tolerance)
+
+
+@adapters
+@relus
+@activations
+def test_stage2_loss_and_gradients(adapter: str, relu: bool, quick_gelu: bool) -> None:
+    case = make_case(quick_gelu, adapter=adapter, relu=relu)
+    expected = reference_stage2(case)
+    gradients = reference_gradients(case.ref, expected, "image_adapter")
+    for model, batch, tolerance in case.precisions():
+        losses = stage2(model, batch, case.prompts)
+        assert_agrees(losses["total"], expected, tolerance, "total")
+        parts = losses["focal"] + losses["dice_normal"] + losses["dice_abnormal"] + losses["classification"]
+        assert_agrees(parts, expected, tolerance, "the named parts")
+        losses["total"].backward()
+        assert_all_agree(gradients_of(model), gradients, tolerance)
+
+
+@domains
+@relus
+def test_maps_and_scores(domain: str, relu: bool) -> None:
+    case = make_case(relu=relu)
+    with torch.no_grad():
+        features = [reference.adapted_image(case.ref, image.double()) for image in case.batch.images]
+        expected = reference_scores(features, case.image_anchors(), case.model.clip.img_size, domain)
+        for model, batch, tolerance in case.precisions():
+            outputs = model(batch.images, model.text_side(case.prompts), batch.rows)
+            assert_scores_agree(outputs, expected, domain, tolerance)
+
+
+@domains
+@surgeries
+def test_unadapted_clip(domain: str, surgery: str) -> None:
+    """The baseline is `dual`, whatever the surgery of the model that it is compared with."""
+    case = make_case(text_adapted=False)
+    with torch.no_grad():
+        features = [reference.frozen_image(case.ref, image.double()) for image in case.batch.images]
+        expected = reference_scores(features, case.image_anchors(), case.model.clip.img_size, domain)
+        for model, batch, tolerance in case.precisions():
+            baseline = UnadaptedCLIP(model.clip, config_for(model.clip, surgery=surgery))
+            outputs = baseline(batch.images, baseline.text_side(case.prompts), batch.rows)
+            assert_scores_agree(outputs, expected, domain, tolerance)
+
+
+class Scores(NamedTuple):
+    """Published maps and scores, taking the images as one class; calibrated ones, of each image by itself."""
+
+    maps: Tensor
+    det: Tensor
+    of_class: Tensor
+    calibrated_maps: Tensor
+    calibrated: Tensor
+
+
+def reference_scores(
+    features: Sequence[tuple[list[Tensor], Tensor]], anchors: Sequence[Tensor], size: int, domain: str
+) -> Scores:
+    images = [(levels, det, pair) for (levels, det), pair in zip(features, anchors, strict=True)]
+    maps = torch.stack([reference.anomaly_map(levels, pair, size, domain) for levels, _, pair in images])
+    det = torch.stack([reference.det_score(det, pair) for _, det, pair in images])
+    return Scores(
+        maps,
+        det,
+        reference.class_image_scores(maps, det, domain),
+        torch.stack([reference.calibrated_map(levels, pair, size) for levels, _, pair in images]),
+        torch.stack([reference.calibrated_score(levels, det, pair, size, domain) for levels, det, pair in images]),
+    )
+
+
+def assert_scores_agree(outputs: scoring.Outputs, expected: Scores, domain: str, tolerance: float) -> None:
+    size = expected.maps.shape[-1]
+    maps, det = scoring.anomaly_map(outputs, size, domain), scoring.det_scores(outputs)
+    assert_agrees(maps, expected.maps, tolerance, "anomaly map")
+    assert_agrees(det, expected.det, tolerance, "det score")
+    calibrated = scoring.calibrated_maps(outputs, size).mean(dim=0)
+    assert_agrees(calibrated, expected.calibrated_maps, tolerance, "calibrated map")
+    scores = scoring.calibrated_scores(calibrated, outputs, domain)
+    assert_agrees(scores, expected.calibrated, tolerance, "calibrated scores")
+
+    # Min-max normalisation magnifies the rounding of its input by the input's size over its range.
+    magnified = tolerance * max(
+        (values.abs().max() / (values.max() - values.min())).item() for values in (expected.maps, expected.det)
+    )
+    flat = maps.flatten(1)
+    scores = scoring.class_image_scores(flat.amax(dim=1), flat.amin(dim=1), det, domain)
+    assert_agrees(scores, expected.of_class, max(tolerance, magnified), "class scores")
+
+
+@domains
+def test_maps_of_a_single_hot_patch_show_the_blur(domain: str) -> None:
+    """One patch in a corner of the grid: what reflection and enlargement make of it, on a grid of odd proportions."""
+    similarity = torch.zeros(1, 81, 2, dtype=torch.float64)
+    similarity[0, 0, 1] = 100.0
+    outputs = scoring.Outputs([similarity], torch.zeros(1, 2, dtype=torch.float64))
+    grid = reference.to_grid((similarity[0, :, 1] + 1 - similarity[0, :, 0]) / 2)
+    expected = reference.enlarge(reference.blur(grid, *reference.BLUR[domain]), 50)
+    assert_agrees(scoring.anomaly_map(outputs, 50, domain)[0], expected, 1e-9)
+
+
+def vit_l() -> FrozenCLIP:
+    """ViT-L-14-336 with its real widths and depths, random weights, on an image of 5 x 5 patches."""
+    config = open_clip.get_model_config("ViT-L-14-336")
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        clip = open_clip.CLIP(**{**config, "vision_cfg": {**config["vision_cfg"], "image_size": 70}}, quick_gelu=True)
+    clip = clip.to_empty(device="cpu")
+    # open_clip's own initialisation of 428 M weights takes longer than all the rest of the test.
+    with torch.no_grad():
+        for name, parameter in clip.named_parameters():
+            is_norm = "ln_" in name and name.endswith("weight")
+            parameter.normal_(1.0, 0.05) if is_norm else parameter.normal_(0.0, 0.02)
+        clip.attn_mask = torch.full((77, 77), -torch.inf).triu(1)
+    return FrozenCLIP(clip, "ViT-L-14-336", "quick_gelu")
+
+
+def test_real_sizes() -> None:
+    clip = vit_l()
+    assert sum(parameter.numel() for parameter in clip.parameters()) > 4.2e8
+    assert (clip.vision_width, clip.text_width, clip.embed_dim) == (1024, 768, 768)
+    assert clip.defaults == {
+        "levels": (6, 12, 18, 24),
+        "image_adapt_until": 6,
+        "text_adapt_until": 3,
+        "surgery_until_layer": 20,
+    }
+    torch.manual_seed(1)
+    model = AdaptedCLIP(clip, config_for(clip))
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.components.items()}
+    assert sizes == {"text_adapter": 2_359_296, "image_adapter": 10_223_616}
+
+    batch = random_batch(70)
+    batch = Batch(batch.images[2:3], batch.masks[2:3], batch.labels[2:3], torch.tensor([0]))
+    prompts = Prompts.from_texts(clip, [(["a nut."], ["a broken nut."])])
+    single = real_size_results(model, batch, prompts)
+    # In place, once: neither the 428 M weights nor their float64 form are held twice.
+    model.double()
+    batch = batch.to(torch.float64)
+    expected = real_size_reference(Case(model, reference_sharing(model), batch, prompts))
+    assert_all_agree(single, expected, 1e-5)
+    assert_all_agree(real_size_results(model, batch, prompts), expected, 1e-9)
+
+
+def reference_sharing(model: AdaptedCLIP) -> reference.Reference:
+    return reference.Reference(model.clip.clip, trainable(model), model.config)
+
+
+def real_size_results(model: AdaptedCLIP, batch: Batch, prompts: Prompts) -> dict[str, Tensor]:
+    """Frozen features, both stages' losses, and all gradients of both."""
+    results = {f"frozen {k}": level[0] for k, level in enumerate(model.frozen_features(batch.images).levels)}
+    model.zero_grad()
+    results["stage 1"] = stage1(model, batch, prompts)["total"]
+    results["stage 1"].backward()
+    results["stage 2"] = stage2(model, batch, prompts)["total"]
+    results["stage 2"].backward()
+    return {**results, **gradients_of(model)}
+
+
+def real_size_reference(case: Case) -> dict[str, Tensor]:
+    with torch.no_grad():
+        levels, _ = reference.frozen_image(case.ref, case.batch.images[0])
+    results = {f"frozen {k}": level for k, level in enumerate(levels)}
+    results["stage 1"] = reference_stage1(case)
+    results["stage 2"] = reference_stage2(case)
+    for stage, component in (("stage 1", "text_adapter"), ("stage 2", "image_adapter")):
+        results.update(reference_gradients(case.ref, results[stage], component))
+    return results

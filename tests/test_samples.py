@@ -1,0 +1,546 @@
+"""Reading pictures and masks of every kind, augmentation, seeded order, and errors from worker processes."""
+
+import logging
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from dataset.metadata import Record
+from dataset.samples import (
+    AnomalyDataset,
+    Augmentation,
+    SampleKey,
+    SeededSampler,
+    draw_augmentation,
+    drop_bad_images,
+    find_bad_images,
+    read_image,
+    read_mask,
+)
+from utils.errors import UserError, original_message
+
+MEAN, STD = (0.5, 0.25, 0.5), (0.5, 0.25, 0.25)
+ORIENTATION = 0x0112
+
+# One pixel of each of four colours, and the same as grey levels.
+COLOURS = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], np.uint8)
+GREYS = np.array([[0, 64], [128, 255]], np.uint8)
+
+
+def pixels(path):
+    image = read_image(path)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def marked(path):
+    mask = read_mask(path)
+    assert mask.mode == "L"
+    values = np.asarray(mask)
+    assert set(np.unique(values)) <= {0, 255}
+    return (values > 0).tolist()
+
+
+def save(path, values, **options):
+    image = values if isinstance(values, Image.Image) else Image.fromarray(values)
+    image.save(path, **options)
+    return path
+
+
+def palette_image(indices, *colours, **options):
+    image = Image.fromarray(np.array(indices, np.uint8), mode="P")
+    image.putpalette([channel for colour in colours for channel in colour])
+    return image
+
+
+class TestReadImage:
+    @pytest.mark.parametrize("ending", ["png", "bmp", "tif", "webp"])
+    def test_rgb(self, tmp_path, ending):
+        options = {"lossless": True} if ending == "webp" else {}
+        assert (pixels(save(tmp_path / f"x.{ending}", COLOURS, **options)) == COLOURS).all()
+
+    def test_jpeg(self, tmp_path):
+        path = save(tmp_path / "x.jpg", np.full((8, 8, 3), (200, 100, 50), np.uint8))
+        assert np.abs(pixels(path).astype(int) - (200, 100, 50)).max() <= 3
+
+    def test_grey_and_grey_with_alpha(self, tmp_path):
+        assert (pixels(save(tmp_path / "l.png", GREYS)) == GREYS[..., None]).all()
+        grey_alpha = Image.merge("LA", [Image.fromarray(GREYS), Image.new("L", (2, 2), 7)])
+        assert (pixels(save(tmp_path / "la.png", grey_alpha)) == GREYS[..., None]).all()
+
+    def test_one_bit(self, tmp_path):
+        path = save(tmp_path / "x.png", Image.fromarray(GREYS).convert("1", dither=Image.Dither.NONE))
+        assert pixels(path)[..., 0].tolist() == [[0, 0], [255, 255]]
+
+    @pytest.mark.parametrize("ending", ["png", "tif"])
+    def test_16_bit_keeps_its_full_range(self, tmp_path, ending):
+        values = np.array([[0, 257], [257 * 128, 65535]], np.uint16)
+        assert pixels(save(tmp_path / f"x.{ending}", values))[..., 0].tolist() == [[0, 1], [128, 255]]
+
+    def test_16_bit_in_a_big_endian_file(self, tmp_path):
+        values = np.array([[0, 257], [257 * 128, 65535]], np.uint16)
+        big_endian = Image.frombytes("I;16B", (2, 2), values.astype(">u2").tobytes())
+        assert pixels(save(tmp_path / "x.tif", big_endian))[..., 0].tolist() == [[0, 1], [128, 255]]
+
+    @pytest.mark.parametrize(
+        ("values", "expected"),
+        [
+            (np.array([[0, 255]], np.int32), [0, 255]),
+            (np.array([[257, 65535]], np.int32), [1, 255]),
+            (np.array([[0, 0.5, 1]], np.float32), [0, 128, 255]),
+            (np.array([[0, 100, 255]], np.float32), [0, 100, 255]),
+        ],
+    )
+    def test_32_bit(self, tmp_path, values, expected):
+        assert pixels(save(tmp_path / "x.tif", values))[0, :, 0].tolist() == expected
+
+    @pytest.mark.parametrize("values", [[[-1, 5]], [[0, 70000]]])
+    def test_32_bit_beyond_any_usual_range(self, tmp_path, values):
+        path = save(tmp_path / "x.tif", np.array(values, np.int32))
+        with pytest.raises(UserError, match="convert it to 8 or 16 bits") as error:
+            read_image(path)
+        assert str(path) in str(error.value)
+
+    def test_not_a_number(self, tmp_path):
+        path = save(tmp_path / "x.tif", np.array([[np.nan, 1]], np.float32))
+        with pytest.raises(UserError, match="8 or 16 bits"):
+            read_image(path)
+
+    def test_rgba_drops_alpha(self, tmp_path):
+        rgba = np.dstack([COLOURS, np.array([[0, 128], [255, 1]], np.uint8)])
+        assert (pixels(save(tmp_path / "x.png", rgba)) == COLOURS).all()
+
+    @pytest.mark.parametrize("transparency", [{}, {"transparency": 1}, {"transparency": bytes([0, 128, 255])}])
+    @pytest.mark.filterwarnings("error")
+    def test_palette(self, tmp_path, transparency):
+        image = palette_image([[0, 1], [2, 0]], (255, 0, 0), (1, 2, 3), (9, 8, 7))
+        values = pixels(save(tmp_path / "x.png", image, **transparency))
+        assert values.tolist() == [[[255, 0, 0], [1, 2, 3]], [[9, 8, 7], [255, 0, 0]]]
+
+    def test_cmyk(self, tmp_path):
+        path = save(tmp_path / "x.tif", Image.new("CMYK", (2, 2), (0, 255, 255, 0)))
+        assert pixels(path)[0, 0].tolist() == [255, 0, 0]
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    @pytest.mark.parametrize("ending", ["png", "tif"])
+    def test_exif_orientation(self, tmp_path, orientation, ending):
+        upright = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
+        as_stored = {
+            1: upright,
+            2: upright[:, ::-1],
+            3: upright[::-1, ::-1],
+            4: upright[::-1],
+            5: upright.T,
+            6: np.rot90(upright),
+            7: upright[::-1, ::-1].T,
+            8: np.rot90(upright, -1),
+        }[orientation]
+        exif = Image.Exif()
+        exif[ORIENTATION] = orientation
+        path = save(tmp_path / f"x.{ending}", np.ascontiguousarray(as_stored), exif=exif)
+        assert pixels(path)[..., 0].tolist() == upright.tolist()
+
+    def test_damaged_exif_is_no_damaged_picture(self, tmp_path):
+        path = save(tmp_path / "x.webp", COLOURS, lossless=True, exif=b"Exif\0\0no tags here")
+        assert (pixels(path) == COLOURS).all()
+
+    def test_exif_orientation_of_16_bit(self, tmp_path):
+        exif = Image.Exif()
+        exif[ORIENTATION] = 6
+        path = save(tmp_path / "x.png", np.array([[0, 65535, 257]], np.uint16), exif=exif)
+        assert pixels(path)[..., 0].tolist() == [[0], [255], [1]]
+
+
+def damaged_files(folder):
+    whole = save(folder / "whole.png", np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))
+    jpeg = save(folder / "whole.jpg", Image.open(whole))
+    content = whole.read_bytes()
+    broken = {
+        "cut.png": content[: len(content) // 2],
+        "cut.jpg": jpeg.read_bytes()[:-200],
+        "header.png": content[:20],
+        "changed.png": content[:60] + bytes(40) + content[100:],
+        "text.png": b"no picture",
+        "empty.png": b"",
+    }
+    for name, data in broken.items():
+        (folder / name).write_bytes(data)
+    (folder / "folder.png").mkdir()
+    return [*broken, "folder.png", "absent.png"]
+
+
+@pytest.mark.parametrize("read", [read_image, read_mask])
+def test_what_cannot_be_read_is_named(tmp_path, read):
+    for name in damaged_files(tmp_path):
+        with pytest.raises(UserError) as error:
+            read(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value), name
+
+
+def test_image_too_large_to_be_meant(tmp_path, monkeypatch):
+    path = save(tmp_path / "x.png", COLOURS)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_image(path)
+
+
+class TestReadMask:
+    @pytest.mark.parametrize(
+        ("values", "expected"),
+        [
+            ([0, 1, 0], [0, 1, 0]),
+            ([0, 1, 2, 3], [0, 1, 1, 1]),
+            ([0, 255], [0, 1]),
+            ([0, 3, 127, 128, 252, 255], [0, 0, 0, 1, 1, 1]),
+            ([0, 128, 191, 255], [0, 1, 1, 1]),
+            ([0, 100, 40], [0, 1, 0]),
+            ([0, 0], [0, 0]),
+            ([255, 255], [1, 1]),
+        ],
+    )
+    @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
+    def test_values(self, tmp_path, values, expected, dtype):
+        path = save(tmp_path / "x.tif", np.array([values], dtype))
+        assert marked(path) == [[bool(value) for value in expected]]
+
+    @pytest.mark.parametrize(
+        ("values", "expected"), [([0, 65535, 30000], [0, 1, 0]), ([0, 256, 512], [0, 1, 1]), ([0, 2000], [0, 1])]
+    )
+    def test_16_bit(self, tmp_path, values, expected):
+        path = save(tmp_path / "x.png", np.array([values], np.uint16))
+        assert marked(path) == [[bool(value) for value in expected]]
+
+    def test_floats(self, tmp_path):
+        assert marked(save(tmp_path / "x.tif", np.array([[0, 0.2, 0.5, 1]], np.float32))) == [
+            [False, False, True, True]
+        ]
+        with pytest.raises(UserError, match="no numbers"):
+            read_mask(save(tmp_path / "nan.tif", np.array([[0, np.nan]], np.float32)))
+
+    def test_one_bit(self, tmp_path):
+        path = save(tmp_path / "x.png", Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1"))
+        assert marked(path) == [[False, True]]
+
+    def test_jpeg_noise_is_no_anomaly(self, tmp_path):
+        values = np.zeros((32, 32), np.uint8)
+        values[9:23, 9:23] = 255
+        path = save(tmp_path / "x.jpg", values, quality=50)
+        assert np.asarray(Image.open(path))[values == 0].max() > 0
+        assert marked(path) == (values > 0).tolist()
+
+    def test_rgb_and_rgba(self, tmp_path):
+        black_red_grey = np.array([[[0, 0, 0], [255, 0, 0], [90, 90, 90]]], np.uint8)
+        assert marked(save(tmp_path / "rgb.png", black_red_grey)) == [[False, True, False]]
+        opacity = np.array([[255, 255, 255]], np.uint8)[..., None]
+        assert marked(save(tmp_path / "a.png", np.dstack([black_red_grey, opacity]))) == [[False, True, False]]
+        drawn_by_alpha = np.dstack([np.full((1, 3, 3), 255, np.uint8), np.array([[0, 255, 60]], np.uint8)])
+        assert marked(save(tmp_path / "b.png", drawn_by_alpha)) == [[False, True, False]]
+
+    @pytest.mark.parametrize(
+        ("colours", "expected"),
+        [
+            ([(0, 0, 0), (255, 255, 255), (60, 60, 60)], [0, 1, 0]),
+            ([(255, 255, 255), (0, 0, 0), (20, 20, 20)], [1, 0, 0]),
+            ([(0, 0, 0), (192, 0, 0), (0, 0, 64)], [0, 1, 1]),
+            ([(0, 0, 0), (1, 1, 1), (2, 2, 2)], [0, 1, 1]),
+        ],
+    )
+    def test_palette(self, tmp_path, colours, expected):
+        path = save(tmp_path / "x.png", palette_image([[0, 1, 2]], *colours))
+        assert marked(path) == [[bool(value) for value in expected]]
+
+    def test_turned_by_its_own_tag(self, tmp_path):
+        exif = Image.Exif()
+        exif[ORIENTATION] = 6
+        path = save(tmp_path / "x.png", np.array([[0, 255, 255]], np.uint8), exif=exif)
+        assert marked(path) == [[False], [True], [True]]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Eight 20 x 30 images, every other one anomalous with a white square on the image and in the mask."""
+    rng = np.random.default_rng(0)
+    records = []
+    for i in range(8):
+        image = rng.integers(40, 120, (20, 30, 3), dtype=np.uint8)
+        mask = np.zeros((20, 30), np.uint8)
+        if i % 2:
+            mask[8:14, 11:19] = 255
+            image[mask > 0] = 255
+            save(tmp_path / f"mask_{i}.png", mask)
+        save(tmp_path / f"{i}.png", image)
+        records.append(Record(f"{i}.png", i % 2, "part", f"mask_{i}.png" if i % 2 else None))
+    return tmp_path, records
+
+
+def make_dataset(tree, augment="none", size=24):
+    return AnomalyDataset(*tree, img_size=size, mean=MEAN, std=STD, augment=augment)
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(
+        torch.equal(one[key], other[key]) if isinstance(one[key], torch.Tensor) else one[key] == other[key]
+        for key in one
+    )
+
+
+def test_sample_without_augmentation(tree):
+    root, _ = tree
+    dataset = make_dataset(tree)
+    assert len(dataset) == 8
+    sample = dataset[3]
+    assert sample["image"].shape == (3, 24, 24) and sample["image"].dtype == torch.float32
+    assert sample["mask"].shape == (1, 24, 24) and sample["mask"].dtype == torch.float32
+    assert (sample["label"], sample["class_name"], sample["index"]) == (1, "part", 3)
+    resized = Image.open(root / "3.png").resize((24, 24), Image.Resampling.BICUBIC)
+    expected = (np.asarray(resized, np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
+    np.testing.assert_allclose(sample["image"].permute(1, 2, 0).numpy(), expected, rtol=1e-6)
+    small = Image.open(root / "mask_3.png").resize((24, 24), Image.Resampling.NEAREST)
+    assert (sample["mask"][0].numpy() * 255 == np.asarray(small)).all() and sample["mask"].sum() > 40
+    assert not dataset[2]["mask"].any() and dataset[2]["label"] == 0
+    assert equal(dataset[SampleKey(3, 99)], sample)
+
+
+def test_augmentation_needs_a_seed(tree):
+    with pytest.raises(ValueError, match="SeededSampler"):
+        make_dataset(tree, "full")[0]
+    with pytest.raises(ValueError, match="augment must be"):
+        make_dataset(tree, "some")
+
+
+@pytest.mark.parametrize("augment", ["geometric", "full"])
+def test_image_and_mask_move_together(tree, augment):
+    dataset = make_dataset(tree, augment, size=60)
+    for seed in range(30):
+        sample = dataset[SampleKey(3, seed)]
+        image = sample["image"] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+        inside, outside = image.mean(0)[sample["mask"][0] > 0], image.mean(0)[sample["mask"][0] == 0]
+        # The defect is the bright part of the picture; at its outline, pixels mix.
+        assert inside.median() > outside.quantile(0.95), seed
+
+
+def test_full_is_geometric_and_colour(tree):
+    plain, geometric, full = (make_dataset(tree, augment) for augment in ("none", "geometric", "full"))
+    for seed in range(20):
+        parameters = draw_augmentation(seed)
+        moved = parameters.angle != 0 or parameters.shift != (0, 0) or parameters.flip_horizontal
+        moved = moved or parameters.flip_vertical
+        coloured = (parameters.brightness, parameters.contrast, parameters.saturation) != (1, 1, 1)
+        samples = [dataset[SampleKey(1, seed)] for dataset in (plain, geometric, full)]
+        assert torch.equal(samples[1]["mask"], samples[2]["mask"])
+        assert torch.equal(samples[0]["image"], samples[1]["image"]) != moved
+        assert torch.equal(samples[1]["image"], samples[2]["image"]) != coloured
+
+
+def test_chances_and_ranges_of_augmentation():
+    drawn = [draw_augmentation(seed) for seed in range(4000)]
+    chance = {
+        "angle": np.mean([a.angle != 0 for a in drawn]),
+        "shift": np.mean([a.shift != (0, 0) for a in drawn]),
+        "horizontal": np.mean([a.flip_horizontal for a in drawn]),
+        "vertical": np.mean([a.flip_vertical for a in drawn]),
+        "brightness": np.mean([a.brightness != 1 for a in drawn]),
+        "contrast": np.mean([a.contrast != 1 for a in drawn]),
+        "saturation": np.mean([a.saturation != 1 for a in drawn]),
+    }
+    for name, value in chance.items():
+        expected = 0.7 if name in ("brightness", "contrast", "saturation") else 0.5
+        assert value == pytest.approx(expected, abs=0.03), name
+    for values, low, high in (
+        ([a.angle for a in drawn], -30, 30),
+        ([a.shift[0] for a in drawn], -0.15, 0.15),
+        ([a.shift[1] for a in drawn], -0.15, 0.15),
+        ([a.brightness for a in drawn], 0.5, 1.5),
+        ([a.contrast for a in drawn], 0.5, 1.5),
+        ([a.saturation for a in drawn], 0.5, 1.5),
+    ):
+        span = high - low
+        assert low <= min(values) < low + 0.02 * span and high - 0.02 * span < max(values) <= high
+    parts = [[a.angle != 0, a.shift != (0, 0), a.flip_horizontal, a.flip_vertical, a.contrast != 1] for a in drawn]
+    correlation = np.corrcoef(np.array(parts, float).T)
+    assert np.abs(correlation - np.eye(5)).max() < 0.06
+
+
+def shifted(right, down, **others):
+    settings = {"angle": 0.0, "flip_horizontal": False, "flip_vertical": False}
+    return Augmentation(shift=(right, down), brightness=1.0, contrast=1.0, saturation=1.0, **settings | others)
+
+
+def one_defect(tmp_path, rows, columns, size=20):
+    mask = np.zeros((size, size), np.uint8)
+    mask[rows, columns] = 255
+    save(tmp_path / "m.png", mask)
+    save(tmp_path / "x.png", np.full((size, size, 3), 200, np.uint8))
+    records = [Record("x.png", 1, "part", "m.png")]
+    return AnomalyDataset(tmp_path, records, img_size=size, mean=(0, 0, 0), std=(1, 1, 1), augment="geometric")
+
+
+def test_shift_is_a_fraction_of_the_side_and_uncovers_black(tmp_path, monkeypatch):
+    monkeypatch.setattr("dataset.samples.draw_augmentation", lambda seed: shifted(0.1, -0.15))
+    sample = one_defect(tmp_path, slice(10, 12), slice(5, 9))[SampleKey(0, 0)]
+    expected = torch.zeros(20, 20)
+    expected[7:9, 7:11] = 1
+    assert torch.equal(sample["mask"][0], expected)
+    assert not sample["image"][:, :, :2].any() and not sample["image"][:, -3:].any()
+    assert (sample["image"][:, :-3, 2:] - 200 / 255).abs().max() < 0.01
+
+
+def test_label_follows_a_defect_out_of_the_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr("dataset.samples.draw_augmentation", lambda seed: shifted(0.15, 0.0))
+    gone = one_defect(tmp_path, slice(4, 9), slice(18, 20))[SampleKey(0, 0)]
+    assert gone["label"] == 0 and not gone["mask"].any()
+    stays = one_defect(tmp_path, slice(4, 9), slice(16, 20))[SampleKey(0, 0)]
+    assert stays["label"] == 1 and stays["mask"].any()
+    empty_from_the_start = one_defect(tmp_path, slice(0, 0), slice(0, 0))[SampleKey(0, 0)]
+    assert empty_from_the_start["label"] == 1 and not empty_from_the_start["mask"].any()
+
+
+def test_defect_that_is_only_lost_between_pixels_keeps_its_label(tmp_path, monkeypatch):
+    outcomes = set()
+    for place in range(8, 12):
+        dataset = one_defect(tmp_path, slice(3, 4), slice(place, place + 1))
+        for angle in np.linspace(5, 30, 50):
+            monkeypatch.setattr("dataset.samples.draw_augmentation", lambda seed, a=angle: shifted(0, 0, angle=a))
+            sample = dataset[SampleKey(0, 0)]
+            outcomes.add((sample["label"], bool(sample["mask"].any())))
+    # In (1, False) no pixel centre of the turned picture fell into the defect.
+    assert outcomes == {(1, True), (1, False)}
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**63 - 1))
+def test_any_seed_gives_a_clean_sample(seed):
+    parameters = draw_augmentation(seed)
+    assert draw_augmentation(seed) == parameters
+    assert abs(parameters.angle) <= 30 and max(map(abs, parameters.shift)) <= 0.15
+
+
+def test_global_generators_do_not_matter(tree):
+    dataset = make_dataset(tree, "full")
+    samples = []
+    for state in (0, 1):
+        random.seed(state)
+        np.random.seed(state)
+        torch.manual_seed(state)
+        samples.append(dataset[SampleKey(3, 5)])
+        assert torch.initial_seed() == state and torch.rand(1) == torch.rand(
+            1, generator=torch.Generator().manual_seed(state)
+        )
+    assert equal(*samples)
+    assert not equal(dataset[SampleKey(3, 5)], dataset[SampleKey(3, 6)])
+
+
+def test_mask_of_another_size_names_both(tmp_path):
+    save(tmp_path / "x.png", np.zeros((20, 30), np.uint8))
+    save(tmp_path / "m.png", np.zeros((30, 20), np.uint8))
+    dataset = make_dataset((tmp_path, [Record("x.png", 1, "part", "m.png")]))
+    with pytest.raises(UserError) as error:
+        dataset[0]
+    message = str(error.value)
+    assert f"{tmp_path / 'x.png'} is 30 x 20" in message and f"{tmp_path / 'm.png'} is 20 x 30" in message
+
+
+def test_sizes_are_compared_as_turned(tmp_path):
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    save(tmp_path / "x.png", np.zeros((20, 30), np.uint8), exif=exif)
+    upright = np.zeros((30, 20), np.uint8)
+    upright[:15] = 255
+    save(tmp_path / "m.png", upright)
+    sample = make_dataset((tmp_path, [Record("x.png", 1, "part", "m.png")]), size=10)[0]
+    assert sample["mask"][0, :5].all() and not sample["mask"][0, 5:].any()
+
+
+class TestSeededSampler:
+    def test_every_index_once_in_a_repeatable_order(self):
+        sampler = SeededSampler(50, seed=3, stage=1)
+        sampler.set_position(loop=2, epoch=4)
+        keys = list(sampler)
+        assert len(sampler) == 50 and sorted(key.index for key in keys) == list(range(50))
+        assert list(sampler) == keys
+        assert len({key.seed for key in keys}) == 50
+        again = SeededSampler(50, seed=3, stage=1)
+        again.set_position(loop=2, epoch=4)
+        assert list(again) == keys
+
+    @pytest.mark.parametrize("other", [(4, 1, 2, 4), (3, 2, 2, 4), (3, 1, 3, 4), (3, 1, 2, 5)])
+    def test_every_part_of_the_position_changes_order_and_seeds(self, other):
+        runs = []
+        for seed, stage, loop, epoch in ((3, 1, 2, 4), other):
+            sampler = SeededSampler(50, seed, stage)
+            sampler.set_position(loop, epoch)
+            runs.append(list(sampler))
+        assert [key.index for key in runs[0]] != [key.index for key in runs[1]]
+        assert not {key.seed for key in runs[0]} & {key.seed for key in runs[1]}
+
+    def test_without_shuffling_only_the_seeds_change(self):
+        sampler = SeededSampler(10, seed=0, stage=2, shuffle=False)
+        first = list(sampler)
+        sampler.set_position(1, 2)
+        assert [key.index for key in sampler] == [key.index for key in first] == list(range(10))
+        assert all(one.seed != other.seed for one, other in zip(sampler, first, strict=True))
+
+    def test_a_sample_keeps_its_seed_wherever_it_comes(self):
+        shuffled, in_order = (SeededSampler(10, 0, 1, shuffle) for shuffle in (True, False))
+        assert set(shuffled) == set(in_order)
+
+
+def load_all(dataset, workers, context=None):
+    sampler = SeededSampler(len(dataset), seed=1, stage=2)
+    loader = DataLoader(dataset, batch_size=3, sampler=sampler, num_workers=workers, multiprocessing_context=context)
+    return list(loader)
+
+
+def test_batches_do_not_depend_on_workers(tree):
+    dataset = make_dataset(tree, "full")
+    here, spawned = load_all(dataset, 0), load_all(dataset, 2, "spawn")
+    assert [batch["class_name"] for batch in here] == [["part"] * 3, ["part"] * 3, ["part"] * 2]
+    assert here[0]["image"].shape == (3, 3, 24, 24) and here[0]["label"].dtype == torch.int64
+    assert all(equal(one, other) for one, other in zip(here, spawned, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_error_of_a_worker_is_one_line(tree, workers):
+    root, _ = tree
+    (root / "5.png").unlink()
+    with pytest.raises(UserError) as error:
+        load_all(make_dataset(tree), workers, "spawn" if workers else None)
+    assert ("Traceback" in str(error.value)) == (workers > 0)
+    message = original_message(error.value)
+    with pytest.raises(UserError) as direct:
+        read_image(root / "5.png")
+    assert message == str(direct.value) and str(root / "5.png") in message and "\n" not in message
+
+
+def test_original_message_of_other_errors():
+    assert original_message(UserError("a: b")) == "a: b"
+    assert original_message(UserError("")) == ""
+
+
+def test_pickling(tree):
+    dataset = make_dataset(tree, "full")
+    assert equal(pickle.loads(pickle.dumps(dataset))[SampleKey(1, 2)], dataset[SampleKey(1, 2)])
+    assert pickle.loads(pickle.dumps(SampleKey(1, 2))) == SampleKey(1, 2)
+
+
+def test_bad_images_are_found_logged_and_dropped(tree, caplog):
+    root, records = tree
+    assert find_bad_images(root, records) == []
+    assert drop_bad_images(root, records) == (records, 0)
+    (root / "2.png").write_bytes(b"")
+    (root / "mask_5.png").unlink()
+    save(root / "mask_7.png", np.zeros((3, 3), np.uint8))
+    bad = find_bad_images(root, records)
+    assert [record.image_path for record, _ in bad] == ["2.png", "5.png", "7.png"]
+    assert all(name in message for (_, message), name in zip(bad, ("2.png", "mask_5.png", "3 x 3"), strict=True))
+    kept, count = drop_bad_images(Path(root), records)
+    assert count == 3 and kept == [records[i] for i in (0, 1, 3, 4, 6)]
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 3

@@ -1,0 +1,154 @@
+"""The toy world: drawings depend on their seed alone, datasets have MVTec's layout, masks show what changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset import toy_world
+from dataset.toy.captions import draw_pairs, random_captioned_scene
+from dataset.toy.defects import DEFECTS
+from dataset.toy.objects import OBJECTS, TEXTURES
+from dataset.toy.scene import Scene, Thing, draw, draw_with_mask
+from dataset.toy_world import TOY_DATASETS, draw_toy_class, toy_defects, write_toy_dataset
+from utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def toy_test(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "toy_test"
+    write_toy_dataset("toy_test", folder)
+    return folder
+
+
+def _scene(kind: str, seed: int = 0) -> Scene:
+    return Scene((Thing(kind, "blue", "yellow", "plastic"),), "white", (), (seed,))
+
+
+def test_datasets_do_not_share_classes_and_differ_in_defects():
+    train, test = TOY_DATASETS["toy_train"], TOY_DATASETS["toy_test"]
+    assert len(train) >= 6
+    assert len(test) >= 6
+    assert not set(train.values()) & set(test.values())
+    found = {
+        name: {d for folder in classes for d in toy_defects(name, folder)} for name, classes in TOY_DATASETS.items()
+    }
+    assert found["toy_test"] - found["toy_train"]
+    assert found["toy_test"] & found["toy_train"]
+
+
+@pytest.mark.parametrize("dataset", TOY_DATASETS)
+def test_both_datasets_hold_objects_and_textures(dataset: str):
+    names = set(TOY_DATASETS[dataset].values())
+    assert names & set(OBJECTS)
+    assert names & set(TEXTURES)
+
+
+def test_layout_is_mvtecs(toy_test: Path):
+    assert {folder.name for folder in toy_test.iterdir()} == set(TOY_DATASETS["toy_test"])
+    for folder in toy_test.iterdir():
+        defects = toy_defects("toy_test", folder.name)
+        counts = {d.name: len(list(d.glob("*.png"))) for d in (folder / "test").iterdir()}
+        assert counts == {"good": toy_world.GOOD_IMAGES, **defects}
+        for defect in defects:
+            images = sorted((folder / "test" / defect).glob("*.png"))
+            masks = sorted((folder / "ground_truth" / defect).glob("*.png"))
+            assert [m.name for m in masks] == [f"{i.stem}_mask.png" for i in images]
+
+
+def test_masks_are_8_bit_and_cover_a_patch_to_a_quarter(toy_test: Path):
+    for path in toy_test.glob("*/ground_truth/*/*.png"):
+        with Image.open(path) as image:
+            assert image.mode == "L"
+            assert image.size == (toy_world.IMAGE_SIZE, toy_world.IMAGE_SIZE)
+            mask = np.asarray(image)
+        assert set(np.unique(mask)) == {0, 255}
+        assert toy_world.SMALLEST_DEFECT <= (mask > 0).mean() < 0.25, path
+
+
+def test_pictures_on_disk_do_not_depend_on_order(toy_test: Path):
+    image, mask = draw_toy_class("toy_test", "wire_mesh", "burn", 2)
+    drawn = np.asarray(Image.open(toy_test / "wire_mesh" / "test" / "burn" / "002.png"))
+    assert np.array_equal(drawn, image)
+    saved = np.asarray(Image.open(toy_test / "wire_mesh" / "ground_truth" / "burn" / "002_mask.png"))
+    assert np.array_equal(saved > 0, mask)
+
+
+def test_seeds_give_other_pictures():
+    first, _ = draw_toy_class("toy_test", "cup", None, 0, seed=0)
+    second, _ = draw_toy_class("toy_test", "cup", None, 0, seed=1)
+    third, _ = draw_toy_class("toy_test", "cup", None, 1, seed=0)
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, third)
+
+
+@pytest.mark.parametrize("kind", [*OBJECTS, *TEXTURES])
+def test_every_kind_draws_and_repeats(kind: str):
+    scene = _scene(kind)
+    image = draw(scene, 64)
+    assert image.shape == (64, 64, 3)
+    assert image.dtype == np.uint8
+    assert image.std() > 5
+    assert np.array_equal(image, draw(scene, 64))
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+@pytest.mark.parametrize("kind", ["plate", "brick wall"])
+def test_what_the_mask_covers_is_what_changed(defect: str, kind: str):
+    scene = _scene(kind, seed=3)
+    sound = draw(scene, 96).astype(int)
+    damaged, mask = draw_with_mask(scene, 96, defect)
+    assert np.array_equal(damaged, draw(scene, 96, defect))
+    change = np.abs(damaged - sound).max(-1)
+    assert change[mask].mean() > 15
+    assert change[mask].mean() > 8 * change[~mask].mean()
+
+
+def test_an_existing_folder_is_left_alone(tmp_path: Path):
+    folder = tmp_path / "toy_test"
+    folder.mkdir()
+    write_toy_dataset("toy_test", folder)
+    assert not list(folder.iterdir())
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(toy_world, "_write_class", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_toy_dataset("toy_test", tmp_path / "data" / "toy_test")
+    assert not list((tmp_path / "data").iterdir())
+
+
+def test_unknown_name_is_the_users_mistake(tmp_path: Path):
+    with pytest.raises(UserError, match="toy_train, toy_test"):
+        write_toy_dataset("toys", tmp_path / "toys")
+
+
+def test_captions_repeat_and_damage_is_rare_and_mostly_unsaid():
+    samples = [random_captioned_scene((0, i)) for i in range(2000)]
+    assert random_captioned_scene((0, 17)) == samples[17]
+    damaged = [s for s in samples if s.defect is not None]
+    assert 0.07 < len(damaged) / len(samples) < 0.13
+    states = ("damaged", "broken", "flaw", "defect", "damage")
+    said = [s for s in samples if any(word in s.caption for word in states)]
+    assert all(s.defect is not None for s in said)
+    assert 0.2 < len(said) / len(damaged) < 0.6
+
+
+def test_captions_name_every_class_of_both_datasets():
+    kinds = Counter(s.scene.things[0].kind for s in (random_captioned_scene((0, i)) for i in range(3000)))
+    names = [name for classes in TOY_DATASETS.values() for name in classes.values()]
+    assert all(kinds[name] for name in names)
+
+
+def test_pairs_do_not_depend_on_the_chunk():
+    images, words = draw_pairs((5, 0), 3, 6, 48)
+    again, more = draw_pairs((5, 0), 0, 5, 48)
+    assert np.array_equal(images[:2], again[3:])
+    assert words[:2] == more[3:]
