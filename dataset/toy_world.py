@@ -30,7 +30,7 @@ class ToyClass:
     defects: tuple[str, ...]
     images_per_defect: int
     material: str = "plastic"
-    backgrounds: tuple[str, ...] = ("grey", "white", "black")
+    backgrounds: tuple[str, ...] = ("grey", "white")
 
 
 _TRAIN_OBJECT = ("scratch", "crack", "hole", "stain", "missing_part", "deformation")
@@ -57,9 +57,11 @@ _CLASSES: dict[str, dict[str, ToyClass]] = {
         "coin": ToyClass("coin", "coin", ("yellow", "grey", "orange"), ("grey",), _TEST_OBJECT, 4, "metal"),
         "leather": ToyClass("leather", "leather", ("brown", "beige", "red"), ("brown",), _TEST_TEXTURE, 4),
         "brick_wall": ToyClass(
-            "brick wall", "brick wall", ("red", "brown", "orange"), ("white", "grey"), _TEST_TEXTURE, 4
+            "brick wall", "brick wall", ("red", "brown", "orange"), ("grey", "beige"), _TEST_TEXTURE, 4
         ),
-        "wire_mesh": ToyClass("wire mesh", "wire mesh", ("grey", "white", "green"), ("black",), _TEST_TEXTURE, 4),
+        "corrugated_sheet": ToyClass(
+            "corrugated sheet", "corrugated sheet", ("grey", "green", "blue"), ("grey",), _TEST_TEXTURE, 4
+        ),
     },
 }
 

@@ -346,11 +346,14 @@ def real_size_results(model: AdaptedCLIP, batch: Batch, prompts: Prompts) -> dic
 
 
 def real_size_reference(case: Case) -> dict[str, Tensor]:
+    image, masks = case.batch.images[0], case.batch.masks
     with torch.no_grad():
-        levels, _ = reference.frozen_image(case.ref, case.batch.images[0])
+        levels, _ = reference.frozen_image(case.ref, image)
     results = {f"frozen {k}": level for k, level in enumerate(levels)}
-    results["stage 1"] = reference_stage1(case)
-    results["stage 2"] = reference_stage2(case)
+    anchors = case.image_anchors()
+    results["stage 1"] = reference.stage1_loss([levels], anchors, masks, NORM_WEIGHT)
+    features = [reference.adapted_image(case.ref, image)]
+    results["stage 2"] = reference.stage2_loss(features, [pair.detach() for pair in anchors], masks, case.batch.labels)
     for stage, component in (("stage 1", "text_adapter"), ("stage 2", "image_adapter")):
         results.update(reference_gradients(case.ref, results[stage], component))
     return results

@@ -71,10 +71,10 @@ def test_masks_are_8_bit_and_cover_a_patch_to_a_quarter(toy_test: Path):
 
 
 def test_pictures_on_disk_do_not_depend_on_order(toy_test: Path):
-    image, mask = draw_toy_class("toy_test", "wire_mesh", "burn", 2)
-    drawn = np.asarray(Image.open(toy_test / "wire_mesh" / "test" / "burn" / "002.png"))
+    image, mask = draw_toy_class("toy_test", "brick_wall", "burn", 2)
+    drawn = np.asarray(Image.open(toy_test / "brick_wall" / "test" / "burn" / "002.png"))
     assert np.array_equal(drawn, image)
-    saved = np.asarray(Image.open(toy_test / "wire_mesh" / "ground_truth" / "burn" / "002_mask.png"))
+    saved = np.asarray(Image.open(toy_test / "brick_wall" / "ground_truth" / "burn" / "002_mask.png"))
     assert np.array_equal(saved > 0, mask)
 
 

@@ -15,7 +15,7 @@ from dataset.toy.defects import DEFECTS
 from dataset.toy.objects import OBJECTS, TEXTURES
 from dataset.toy.scene import COLORS, MARKS, MATERIALS, Mark, Scene, Thing, draw
 
-DAMAGED_SHARE = 0.1
+DAMAGED_SHARE = 0.12
 DAMAGE_MENTIONED = 0.5
 
 _FRAMES = ("{}.", "a {}.", "the {}.", "a photo of {}.", "a photo of a {}.", "a photo of the {}.", "a picture of a {}.")
@@ -64,10 +64,10 @@ def _random_thing(rng: np.random.Generator, kind: str, background: str) -> Thing
 
 
 def _random_marks(rng: np.random.Generator) -> list[list[Mark]]:
-    """Up to three groups of equal marks, each group near one place."""
+    """Up to two groups of equal marks, each group near one place."""
     groups = []
-    for _ in range(int(rng.choice(4, p=(0.4, 0.3, 0.2, 0.1)))):
-        shape, color, radius = _pick(rng, MARKS), _pick(rng, list(COLORS)), float(rng.uniform(0.07, 0.15))
+    for _ in range(int(rng.choice(3, p=(0.35, 0.4, 0.25)))):
+        shape, color, radius = _pick(rng, MARKS), _pick(rng, list(COLORS)), float(rng.uniform(0.08, 0.17))
         cx, cy = rng.choice([-0.62, 0.0, 0.62], 2) + rng.uniform(-0.15, 0.15, 2)
         count = int(rng.choice(3, p=(0.7, 0.15, 0.15))) + 1
         turn = rng.uniform(0, 2 * np.pi)
@@ -82,7 +82,7 @@ def _name(thing: Thing, rng: np.random.Generator) -> str:
     words = []
     if rng.random() < 0.7:
         words.append(thing.color)
-    if thing.kind not in TEXTURES and rng.random() < 0.5:
+    if thing.kind not in TEXTURES and rng.random() < 0.3:
         words.append(thing.material)
     return " ".join([*words, thing.kind])
 
@@ -90,12 +90,12 @@ def _name(thing: Thing, rng: np.random.Generator) -> str:
 def _marks_in_words(groups: list[list[Mark]], rng: np.random.Generator) -> list[str]:
     phrases = []
     for group in groups:
-        if rng.random() < 0.8:
+        if rng.random() < 0.9:
             first, count = group[0], len(group)
             color = first.color if rng.random() < 0.8 else "small"
             plural = "" if count == 1 else "es" if first.shape == "cross" else "s"
             place = _place((float(np.mean([m.center[0] for m in group])), float(np.mean([m.center[1] for m in group]))))
-            where = f" at the {place}" if rng.random() < 0.6 else ""
+            where = f" at the {place}" if rng.random() < 0.7 else ""
             phrases.append(f"{_COUNTS[count]} {color} {first.shape}{plural}{where}")
     return phrases
 
@@ -139,8 +139,8 @@ def _caption(
         words = _pick(rng, _ANY_DAMAGE if rng.random() < 0.7 else _THIS_DAMAGE[defect]).format(words)
     if relation is not None and rng.random() < 0.9:
         words += f" {relation} a {_name(scene.things[1], rng)}"
-    if scene.things[0].kind in OBJECTS and rng.random() < 0.4:
-        words += f" on a {scene.background} background"
+    if scene.things[0].kind in OBJECTS and rng.random() < 0.3:
+        words += f" on {scene.background}"
     marks = _marks_in_words(groups, rng)
     if marks:
         words += " and " + " and ".join(marks)

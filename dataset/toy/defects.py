@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from dataset.toy.shapes import Field, Point, blob, circle, cover, grid, polyline
 
 
+INSIDE = np.array([0.05, 0.05, 0.06], np.float32)  # the dark that is seen in a hole
+
+
 @dataclass(frozen=True)
 class Site:
     """Where a defect goes.
@@ -75,21 +78,21 @@ def _curve(rng: np.random.Generator, center: Point, length: float, bend: float, 
 
 def _scratch(site: Site) -> Change:
     x, y = grid(site.size)
-    width = site.rng.uniform(0.022, 0.034)
+    width = site.rng.uniform(0.03, 0.042)
     stroke = polyline(x, y, _curve(site.rng, site.center, 3.4 * site.radius, site.rng.normal(0, 0.5), 3, 0.0), width)
     if site.rng.random() < 0.5:
-        shift = site.rng.uniform(0.08, 0.14)
+        shift = site.rng.uniform(0.1, 0.16)
         stroke = np.minimum(stroke, np.roll(stroke, int(shift * site.size / 2), axis=int(site.rng.integers(2))))
     soft = _softness(site.size)
     return Change(
         cover(stroke - np.float32(0.02), soft),
-        paints=[(cover(stroke, soft), _against(site.color, site.rng.uniform(0.6, 0.8)))],
+        paints=[(cover(stroke, soft), _against(site.color, site.rng.uniform(0.75, 0.95)))],
     )
 
 
 def _crack(site: Site) -> Change:
     x, y = grid(site.size)
-    width = site.rng.uniform(0.02, 0.03)
+    width = site.rng.uniform(0.028, 0.038)
     trunk = _curve(site.rng, site.center, 3.4 * site.radius, 0.0, 6, 0.55)
     lines = polyline(x, y, trunk, width)
     for start in (2, 4):
@@ -103,24 +106,25 @@ def _crack(site: Site) -> Change:
 def _hole(site: Site) -> Change:
     x, y = grid(site.size)
     gap = blob(x, y, site.center, site.radius * 0.75, site.rng, 0.2)
-    return Change(cover(gap, _softness(site.size)), cut=gap)
+    soft = _softness(site.size)
+    return Change(cover(gap, soft), paints=[(cover(gap, soft), INSIDE)])
 
 
 def _stain(site: Site) -> Change:
     x, y = grid(site.size)
     spot = blob(x, y, site.center, site.radius, site.rng, 0.35)
     tint = _foreign_color(site.rng, site.color)
-    alpha = cover(spot, 5 * _softness(site.size)) * np.float32(site.rng.uniform(0.65, 0.85))
+    alpha = cover(spot, 5 * _softness(site.size)) * np.float32(site.rng.uniform(0.8, 0.95))
     return Change(cover(spot, _softness(site.size)), paints=[(alpha, tint)])
 
 
 def _contamination(site: Site) -> Change:
     x, y = grid(site.size)
     specks = np.full_like(x, 9)
-    for _ in range(int(site.rng.integers(4, 8))):
+    for _ in range(int(site.rng.integers(5, 9))):
         angle, far = site.rng.uniform(0, 2 * np.pi), site.radius * np.sqrt(site.rng.uniform(0, 1.3))
         place = (site.center[0] + far * np.cos(angle), site.center[1] + far * np.sin(angle))
-        specks = np.minimum(specks, blob(x, y, place, site.rng.uniform(0.045, 0.08), site.rng, 0.4))
+        specks = np.minimum(specks, blob(x, y, place, site.rng.uniform(0.06, 0.095), site.rng, 0.4))
     soft = _softness(site.size)
     color = _foreign_color(site.rng, site.color)
     return Change(cover(specks - np.float32(0.015), soft), paints=[(cover(specks, soft), color)])
@@ -158,13 +162,13 @@ def _burn(site: Site) -> Change:
 def _dent(site: Site) -> Change:
     x, y = grid(site.size)
     away = circle(x, y, 0, *site.center) / np.float32(site.radius)
-    pit = -(np.clip(1 - away * away, 0, 1) ** 2) * np.float32(site.radius * 1.5)
+    pit = -(np.clip(1 - away * away, 0, 1) ** 2) * np.float32(site.radius * 2.0)
     return Change(cover((away - 1) * np.float32(site.radius), _softness(site.size)), height=pit)
 
 
 def _fibre(site: Site) -> Change:
     x, y = grid(site.size)
-    width = site.rng.uniform(0.022, 0.032)
+    width = site.rng.uniform(0.03, 0.042)
     turn = site.rng.choice([-1, 1]) * site.rng.uniform(3, 6)
     thread = polyline(x, y, _curve(site.rng, site.center, 6 * site.radius, turn, 11, 0.1), width)
     soft = _softness(site.size)
@@ -182,7 +186,7 @@ def _peeling(site: Site) -> Change:
     flake = circle(x, y, 0, *site.center) - (site.radius * jagged).astype(np.float32)
     soft = _softness(site.size)
     edge = cover(np.abs(flake) - np.float32(0.02), soft) * np.float32(0.8)
-    under = _against(site.color, 0.5)
+    under = _against(site.color, 0.6)
     dark = (site.color * np.float32(0.25)).astype(np.float32)
     return Change(cover(flake, soft), paints=[(cover(flake, soft), under), (edge, dark)])
 

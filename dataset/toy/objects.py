@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataset.toy.shapes import Field, box, circle, polygon, polyline, segment, smooth_noise, wavy
+from dataset.toy.shapes import Field, box, circle, polygon, segment, smooth_noise, wavy
 
 
 class Part(NamedTuple):
@@ -116,20 +116,11 @@ def _flower(u: Field, v: Field, rng: np.random.Generator) -> list[Part]:
     return [Part(wavy(u, v, 0.66, 0.16, petals)), Part(circle(u, v, 0.26), 1.0, accent=True)]
 
 
-def _cross(u: Field, v: Field, rng: np.random.Generator) -> list[Part]:
-    wide = rng.uniform(0.2, 0.3)
-    return [Part(np.minimum(box(u, v, 0.8, wide), box(u, v, wide, 0.8)))]
-
-
 def _heart(u: Field, v: Field, rng: np.random.Generator) -> list[Part]:
     lobe = segment(u, v, (-0.36, -0.3), (0.0, 0.34), 0.4)
     other = segment(u, v, (0.36, -0.3), (0.0, 0.34), 0.4)
     point = polygon(u, v - np.float32(0.3), 4, rng.uniform(0.36, 0.4), np.pi / 4)
     return [Part(np.minimum(np.minimum(lobe, other), point))]
-
-
-def _moon(u: Field, v: Field, rng: np.random.Generator) -> list[Part]:
-    return [Part(np.maximum(circle(u, v, 0.8), -circle(u, v, 0.66, rng.uniform(0.34, 0.46), 0)))]
 
 
 def _leaf(u: Field, v: Field, rng: np.random.Generator) -> list[Part]:
@@ -166,18 +157,6 @@ def _pencil(u: Field, v: Field, rng: np.random.Generator) -> list[Part]:
     return [Part(np.minimum(body, tip)), Part(box(u, v, 0.13, 0.18, -0.77, 0), 1.0, accent=True), Part(tip, 0.75)]
 
 
-def _hammer(u: Field, v: Field, rng: np.random.Generator) -> list[Part]:
-    head = box(u, v, 0.18, rng.uniform(0.46, 0.56), -0.6, 0, 0.05)
-    return [Part(segment(u, v, (-0.5, 0), (0.85, 0), 0.1)), Part(head, 1.0, accent=True)]
-
-
-def _fork(u: Field, v: Field, rng: np.random.Generator) -> list[Part]:
-    body = np.minimum(segment(u, v, (0.0, 0), (0.85, 0), 0.09), box(u, v, 0.1, 0.3, -0.08, 0, 0.05))
-    for y in (-0.24, 0.0, 0.24):
-        body = np.minimum(body, segment(u, v, (-0.8, y), (-0.1, y), 0.06))
-    return [Part(body)]
-
-
 def _bowl(u: Field, v: Field, rng: np.random.Generator) -> list[Part]:
     body = np.maximum(circle(u, v, 0.8, 0, -0.3), -v - np.float32(0.3))
     return [Part(np.minimum(body, box(u, v, 0.3, 0.08, 0, 0.5))), Part(box(u, v, 0.8, 0.08, 0, -0.25), 0.8)]
@@ -196,37 +175,6 @@ def _book(u: Field, v: Field, rng: np.random.Generator) -> list[Part]:
     return [Part(box(u, v, 0.58, 0.76, rounding=0.03)), Part(box(u, v, 0.09, 0.76, -0.49, 0), 1.0, accent=True)]
 
 
-def _pipe(u: Field, v: Field, rng: np.random.Generator) -> list[Part]:
-    body = box(u, v, 0.85, rng.uniform(0.22, 0.32))
-    return [Part(body), Part(np.maximum(body, np.float32(0.66) - np.abs(u)), 0.78)]
-
-
-def _chain(u: Field, v: Field, rng: np.random.Generator) -> list[Part]:
-    links = [np.abs(segment(u, v, (x - 0.12, 0), (x + 0.12, 0), 0.2)) - np.float32(0.07) for x in (-0.52, 0.0, 0.52)]
-    return [Part(links[0]), Part(links[1], 0.85), Part(links[2])]
-
-
-def _propeller(u: Field, v: Field, rng: np.random.Generator) -> list[Part]:
-    blades = int(rng.integers(2, 5))
-    return [Part(wavy(u, v, 0.5, 0.34, blades)), Part(circle(u, v, 0.16), 0.7)]
-
-
-def _bulb(u: Field, v: Field, rng: np.random.Generator) -> list[Part]:
-    glass = np.minimum(circle(u, v, 0.52, 0, -0.28), box(u, v, 0.28, 0.3, 0, 0.22, 0.05))
-    return [Part(glass), Part(box(u, v, 0.25, 0.2, 0, 0.62, 0.06), 0.85, accent=True)]
-
-
-def _fish(u: Field, v: Field, rng: np.random.Generator) -> list[Part]:
-    body = (np.hypot(u + 0.15, v * np.float32(rng.uniform(1.5, 1.9))) - np.float32(0.6)) * np.float32(0.8)
-    tail = np.maximum(np.abs(v) - u + np.float32(0.3), u - np.float32(0.82)) * np.float32(0.7)
-    return [Part(np.minimum(body, tail)), Part(circle(u, v, 0.06, -0.5, -0.08), 0.3)]
-
-
-def _zigzag(u: Field, v: Field, rng: np.random.Generator) -> list[Part]:
-    points = [(-0.8, 0.3), (-0.4, -0.3), (0.0, 0.3), (0.4, -0.3), (0.8, 0.3)]
-    return [Part(polyline(u, v, points, rng.uniform(0.11, 0.16)))]
-
-
 OBJECTS: dict[str, ObjectDrawer] = {
     "plate": _plate,
     "gear": _gear,
@@ -242,26 +190,16 @@ OBJECTS: dict[str, ObjectDrawer] = {
     "bolt": _bolt,
     "star": _star,
     "flower": _flower,
-    "cross": _cross,
     "heart": _heart,
-    "moon": _moon,
     "leaf": _leaf,
     "arrow": _arrow,
     "triangle": _triangle,
     "square": _square,
     "hexagon": _hexagon,
     "pencil": _pencil,
-    "hammer": _hammer,
-    "fork": _fork,
     "bowl": _bowl,
     "can": _can,
     "book": _book,
-    "pipe": _pipe,
-    "chain": _chain,
-    "propeller": _propeller,
-    "light bulb": _bulb,
-    "fish": _fish,
-    "zigzag": _zigzag,
 }
 
 
@@ -295,7 +233,7 @@ def _weave(u: Field, v: Field, rng: np.random.Generator) -> Surface:
 def _tiles(u: Field, v: Field, rng: np.random.Generator) -> Surface:
     pitch, joint = np.float32(rng.uniform(0.5, 0.7)), np.float32(0.035)
     gap = np.minimum(pitch / 2 - np.abs(np.mod(u, pitch) - pitch / 2), pitch / 2 - np.abs(np.mod(v, pitch) - pitch / 2))
-    return Surface(np.ones_like(u), np.clip((joint - gap) * 40 + 0.5, 0, 1), np.clip(gap, 0, 0.1) * np.float32(0.6))
+    return Surface(np.ones_like(u), np.clip((joint - gap) * 40 + 0.5, 0, 1), np.clip(gap, 0, 0.08) * np.float32(0.4))
 
 
 def _bricks(u: Field, v: Field, rng: np.random.Generator) -> Surface:
@@ -305,7 +243,9 @@ def _bricks(u: Field, v: Field, rng: np.random.Generator) -> Surface:
     shifted = u + row * wide / 2
     gap = np.minimum(wide / 2 - np.abs(np.mod(shifted, wide) - wide / 2), high / 2 - np.abs(np.mod(v, high) - high / 2))
     brick = np.sin(row * np.float32(12.9) + np.floor(shifted / wide) * np.float32(78.2))
-    return Surface(1 + np.float32(0.06) * brick, np.clip((joint - gap) * 40 + 0.5, 0, 1), np.clip(gap, 0, 0.08))
+    return Surface(
+        1 + np.float32(0.06) * brick, np.clip((joint - gap) * 40 + 0.5, 0, 1), np.clip(gap, 0, 0.08) * np.float32(0.4)
+    )
 
 
 def _leather(u: Field, v: Field, rng: np.random.Generator) -> Surface:
@@ -342,11 +282,6 @@ def _marble(u: Field, v: Field, rng: np.random.Generator) -> Surface:
     return Surface(1 + np.float32(0.1) * veins, _flat(u), _flat(u))
 
 
-def _gravel(u: Field, v: Field, rng: np.random.Generator) -> Surface:
-    stones = smooth_noise(rng, u.shape[0], 16)
-    return Surface(1 + np.float32(0.1) * stones, _flat(u), np.float32(0.03) * stones)
-
-
 def _ribs(u: Field, v: Field, rng: np.random.Generator) -> Surface:
     wave = np.sin(v * np.float32(rng.uniform(14, 20)))
     return Surface(1 + np.float32(0.14) * wave, _flat(u), _flat(u))
@@ -363,6 +298,5 @@ TEXTURES: dict[str, TextureDrawer] = {
     "checkered floor": _checker,
     "dotted cloth": _dots,
     "marble": _marble,
-    "gravel": _gravel,
     "corrugated sheet": _ribs,
 }

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from dataset.toy.defects import AT_THE_EDGE, DEFECTS, Change, Site
+from dataset.toy.defects import AT_THE_EDGE, DEFECTS, INSIDE, Change, Site
 from dataset.toy.objects import OBJECTS, TEXTURES
 from dataset.toy.shapes import Field, box, circle, cover, grid, polygon, segment, smooth_noise
 
@@ -29,7 +29,6 @@ COLORS: dict[str, tuple[float, float, float]] = {
 }
 MATERIALS = ("plastic", "metal", "wooden", "stone", "ceramic", "rubber")
 MARKS = ("dot", "ring", "square", "cross", "bar", "triangle")
-MISSING_SHOWS = np.array([0.05, 0.05, 0.06], np.float32)  # what is seen through a hole in a texture
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def _draw_texture(stage: _Stage, thing: Thing, rng: np.random.Generator, x: Fiel
     stage.rgb[:] = (color + surface.accent[..., None] * (accent - color)) * surface.tone[..., None]
     stage.height += surface.height
     if change.cut is not None:
-        _paint(stage.rgb, cover(change.cut, 2.0 / len(x)), MISSING_SHOWS)
+        _paint(stage.rgb, cover(change.cut, 2.0 / len(x)), INSIDE)
     stage.body[:] = 1
     stage.outline[:] = np.maximum(np.abs(x), np.abs(y)) - np.float32(1)
 
@@ -224,7 +223,7 @@ def _place_defect(scene: Scene, stage: _Stage, defect: str, rng: np.random.Gener
     around = (slice(low, row + 4), slice(high, col + 4))
     weight = stage.body[around][..., None] + np.float32(1e-3)
     color = (stage.rgb[around] * weight).sum((0, 1)) / weight.sum()
-    radius = rng.uniform(0.17, 0.36) if textured else rng.uniform(0.15, 0.3)
+    radius = rng.uniform(0.2, 0.38) if textured else rng.uniform(0.19, 0.34)
     outward = None
     if not textured:
         near = stage.outline[max(row - 1, 0) : row + 2, max(col - 1, 0) : col + 2]

@@ -1,0 +1,79 @@
+"""The scripts as a user runs them: a subprocess with a tiny CLIP and a tiny dataset."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from safetensors.torch import save_file
+
+from tests.helpers import TINY_ARCHITECTURE, tiny_open_clip
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZE = 40
+
+
+def environment() -> dict[str, str]:
+    """One thread each: tensors are tiny. Nothing may be downloaded."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
+
+
+def start(script: str, *arguments: object, cwd: Path = ROOT) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment(), text=True, encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def run(script: str, *arguments: object, cwd: Path = ROOT, status: int = 0) -> str:
+    """Run a script to its end and return what it said on standard error; its exit status must be `status`."""
+    process = start(script, *arguments, cwd=cwd)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == status, errors
+    return errors
+
+
+def error_line(script: str, *arguments: object, cwd: Path = ROOT) -> str:
+    """The last line of a run that must end in one error line with status 2 and no traceback."""
+    errors = run(script, *arguments, cwd=cwd, status=2)
+    assert "Traceback" not in errors
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, errors
+    assert errors.rstrip().endswith(lines[0])
+    return lines[0]
+
+
+def write_clip(folder: Path) -> Path:
+    """A tiny random CLIP as an open_clip model folder."""
+    folder.mkdir(parents=True)
+    config = {"model_cfg": {**TINY_ARCHITECTURE, "quick_gelu": True}, "preprocess_cfg": {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
+    state = {key: value.contiguous() for key, value in tiny_open_clip().state_dict().items()}
+    save_file(state, folder / "open_clip_model.safetensors")
+    return folder
+
+
+def write_dataset(folder: Path, classes: tuple[str, ...] = ("bolt", "felt"), count: int = 6, seed: int = 0) -> Path:
+    """Noise with bright squares as anomalies, in MVTec's layout: `count` normal and `count` anomalous a class."""
+    rng = np.random.default_rng(seed)
+    for name in classes:
+        for index in range(count):
+            save(folder / name / "test" / "good" / f"{index:03d}.png", rng.integers(60, 120, (SIZE, SIZE, 3)))
+            pixels = rng.integers(60, 120, (SIZE, SIZE, 3))
+            mask = np.zeros((SIZE, SIZE))
+            top, left = rng.integers(0, SIZE - 14, 2)
+            pixels[top : top + 14, left : left + 14] += 130
+            mask[top : top + 14, left : left + 14] = 255
+            save(folder / name / "test" / "spot" / f"{index:03d}.png", pixels)
+            save(folder / name / "ground_truth" / "spot" / f"{index:03d}_mask.png", mask)
+    return folder
+
+
+def save(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.astype(np.uint8)).save(path)

@@ -1,0 +1,349 @@
+"""Properties that hold whatever the weights and the inputs are (DESIGN 9)."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from model import checkpoint, scoring
+from model.adapter import AdaptedCLIP
+from model.adapter_modules import blend
+from model.clip import FrozenCLIP
+from model.config import ModelConfig, check_depths, depth_defaults
+from model.frozen import ImageFeatures, UnadaptedCLIP, frozen_features
+from model.losses import dice_loss, focal_loss, stage1_losses, stage2_losses
+from model.text import Prompts, encode_prompts
+from tests.helpers import (
+    adapted_clip,
+    assert_agrees,
+    config_for,
+    random_batch,
+    tiny_clip,
+    tiny_prompts,
+)
+from utils.errors import UserError
+
+EXACT = 1e-10  # float64; other batch sizes may take other kernels, which add up in another order
+
+surgeries = pytest.mark.parametrize("surgery", ["dual", "sequential"])
+few_examples = settings(max_examples=15, deadline=None)
+
+
+@functools.cache
+def clip64() -> FrozenCLIP:
+    return tiny_clip().double()
+
+
+@functools.cache
+def model64() -> AdaptedCLIP:
+    return adapted_clip(clip64(), text_adapt_until=2, image_adapt_until=3)
+
+
+def images64() -> Tensor:
+    return random_batch(clip64().img_size).images.double()
+
+
+def features_of(kind: str, images: Tensor) -> ImageFeatures:
+    if kind == "adapted":
+        return model64().image_features(images)
+    return frozen_features(clip64(), images, config_for(clip64(), surgery=kind))
+
+
+def assert_same_features(actual: ImageFeatures, expected: ImageFeatures, tolerance: float = EXACT) -> None:
+    for k, (first, second) in enumerate(zip(actual.levels, expected.levels, strict=True)):
+        assert_agrees(first, second, tolerance, f"level {k}")
+    assert_agrees(actual.det, expected.det, tolerance, "det")
+
+
+def rows_of(features: ImageFeatures, rows: list[int]) -> ImageFeatures:
+    return ImageFeatures([level[rows] for level in features.levels], features.det[rows])
+
+
+@pytest.mark.parametrize("kind", ["dual", "sequential", "adapted"])
+@given(rows=st.lists(st.integers(0, 3), min_size=1, max_size=5))
+@example(rows=[3, 2, 1, 0])
+@example(rows=[1, 1])
+@few_examples
+def test_features_do_not_depend_on_the_batch(kind: str, rows: list[int]) -> None:
+    """Any selection of images, in any order and with repetitions, has the features of the images by themselves."""
+    with torch.no_grad():
+        together = features_of(kind, images64())
+        assert_same_features(features_of(kind, images64()[rows]), rows_of(together, rows))
+
+
+@pytest.mark.parametrize("kind", ["dual", "sequential", "adapted"])
+@pytest.mark.parametrize("layout", ["transposed", "channels_last", "sliced", "permuted", "expanded"])
+def test_any_strides_give_the_same_features(kind: str, layout: str) -> None:
+    images = images64()
+    views = {
+        "transposed": images.transpose(2, 3),
+        "channels_last": images.to(memory_format=torch.channels_last),
+        "sliced": torch.cat([images, images])[::2],
+        "permuted": images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+        "expanded": images[:1].expand(3, -1, -1, -1),
+    }
+    view = views[layout]
+    assert not view.is_contiguous()
+    with torch.no_grad():
+        assert_same_features(features_of(kind, view), features_of(kind, view.contiguous()))
+
+
+def test_losses_and_maps_take_any_strides() -> None:
+    batch = random_batch(40)
+    similarity = torch.randn(4, 2, 25).transpose(1, 2).requires_grad_()
+    anchors = torch.randn(4, 2, 30).transpose(1, 2)
+    masks = batch.masks.transpose(1, 2)
+    assert not similarity.is_contiguous() and not masks.is_contiguous() and not anchors.is_contiguous()
+    outputs = scoring.Outputs([similarity], torch.randn(2, 4).T)
+    dense = scoring.Outputs([similarity.contiguous()], outputs.det.contiguous())
+    for domain in scoring.DOMAINS:
+        assert_agrees(scoring.anomaly_map(outputs, 40, domain), scoring.anomaly_map(dense, 40, domain), 1e-6)
+    first = stage2_losses(outputs, masks, batch.labels)[0]["total"]
+    assert_agrees(first, stage2_losses(dense, masks.contiguous(), batch.labels)[0]["total"], 1e-6)
+    second = stage1_losses([similarity], anchors, masks, 0.1)[0]["total"]
+    assert_agrees(second, stage1_losses(dense.levels, anchors.contiguous(), masks.contiguous(), 0.1)[0]["total"], 1e-6)
+    (first + second).backward()
+    assert similarity.grad.isfinite().all()
+
+
+prompt_words = st.lists(
+    st.sampled_from(["nut", "old", "screw", "with", "a", "photo", "broken", "photosynthesis", "x9", ","]), max_size=12
+)
+
+
+@given(prompts=st.lists(prompt_words, min_size=1, max_size=4))
+@example(prompts=[[], ["nut"] * 12])
+@example(prompts=[["photosynthesis"] * 100])
+@few_examples
+def test_text_cut_to_length_equals_the_full_length(prompts: list[list[str]]) -> None:
+    clip, texts = clip64(), [" ".join(words) for words in prompts]
+    cut, full = clip.tokenize(texts), clip.tokenizer(texts)
+    longest = max(int(row.argmax()) + 1 for row in full)
+    assert cut.shape == (len(texts), longest)
+    assert torch.equal(cut, full[:, :longest])
+    *adapters, projector = model64().text_adapter
+    with torch.no_grad():
+        for arguments in ((), (adapters, projector, 0.1)):
+            features = encode_prompts(clip, full, *arguments)
+            assert_agrees(encode_prompts(clip, cut, *arguments), features, EXACT)
+        assert_agrees(encode_prompts(clip, cut), clip.clip.encode_text(full, normalize=True), 1e-9)
+
+
+def test_anchors_do_not_depend_on_the_other_classes() -> None:
+    prompts = tiny_prompts(clip64())
+    with torch.no_grad():
+        together = model64().anchors(prompts)
+        for row in range(len(prompts.tokens)):
+            alone = model64().anchors(Prompts(prompts.tokens[row : row + 1], prompts.normal))
+            assert_agrees(alone[0], together[row], EXACT)
+    assert_agrees(together.norm(dim=1), torch.ones(3, 2), 1e-12)
+
+
+def test_prompts_of_unequal_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="same number"):
+        Prompts.from_texts(clip64(), [(["a"], ["b"]), (["a"], ["b", "c"])])
+
+
+def test_train_mode_reaches_the_trainable_parts_only() -> None:
+    model = adapted_clip(tiny_clip()).eval()
+    assert not any(module.training for module in model.modules())
+    model.train()
+    assert model.training
+    assert not any(module.training for module in model.clip.modules())
+    assert all(module.training for part in model.components.values() for module in part.modules())
+    names = {name.split(".")[0] for name, value in model.named_parameters() if value.requires_grad}
+    assert names == {"text_adapter", "image_adapter"}
+    assert not any(value.requires_grad for value in model.clip.parameters())
+
+
+def test_trainable_weights_are_xavier_uniform_and_without_biases() -> None:
+    model = adapted_clip(tiny_clip())
+    for name, weight in [item for part in model.components.values() for item in part.named_parameters()]:
+        assert name.endswith("weight")
+        bound = (6 / sum(weight.shape)) ** 0.5
+        assert 0.9 * bound < weight.abs().max() <= bound
+        assert abs(weight.std().item() / (bound / 3**0.5) - 1) < 0.1
+
+
+@given(
+    silent=st.sets(st.integers(0, 4)),
+    weight=st.sampled_from([0.0, 0.1, 1.0]),
+    size=st.sampled_from([1e-30, 1e-3, 1.0, 1e6]),
+)
+@example(silent={0, 1, 2, 3, 4}, weight=0.1, size=1.0)
+@few_examples
+def test_blend_is_finite_where_an_adapter_gives_zero(silent: set[int], weight: float, size: float) -> None:
+    x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    adapted = size * torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(1))
+    adapted[:, sorted(silent)] = 0
+    adapted.requires_grad_()
+    blended = blend(x, adapted, weight)
+    blended.square().sum().backward()
+    assert all(value.isfinite().all() for value in (blended, x.grad, adapted.grad))
+    for token in silent:
+        assert torch.equal(blended[:, token], (1 - weight) * x[:, token])
+
+
+def test_an_adapter_of_zeros_trains_without_nan() -> None:
+    model = adapted_clip(tiny_clip())
+    for part in model.components.values():
+        for value in part.parameters():
+            torch.nn.init.zeros_(value)
+    batch, prompts = random_batch(40), tiny_prompts(model.clip)
+    outputs = model(batch.images, model.text_side(prompts), batch.rows)
+    losses, _ = stage2_losses(outputs, batch.masks, batch.labels)
+    losses["total"].backward()
+    assert losses["total"].isfinite()
+    assert all(value.grad.isfinite().all() for value in model.image_adapter.parameters())
+
+
+def test_constant_maps_normalise_to_zero() -> None:
+    values = torch.full((3,), 0.7)
+    assert torch.equal(scoring.min_max(values, values.min(), values.max()), torch.zeros(3))
+    for domain in scoring.DOMAINS:
+        assert torch.equal(scoring.class_image_scores(values, values, values, domain), torch.zeros(3))
+
+
+finite = st.floats(-100, 100, width=32)
+
+
+@given(
+    similarity=st.lists(st.tuples(finite, finite), min_size=9, max_size=9),
+    det=st.tuples(st.floats(-1, 1, width=32), st.floats(-1, 1, width=32)),
+    domain=st.sampled_from(sorted(scoring.DOMAINS)),
+)
+@example(similarity=[(-100.0, 100.0)] * 9, det=(-1.0, 1.0), domain="industrial")
+@few_examples
+def test_calibrated_maps_and_scores_lie_between_0_and_1(
+    similarity: list[tuple[float, float]], det: tuple[float, float], domain: str
+) -> None:
+    outputs = scoring.Outputs([torch.tensor(similarity)[None]] * 2, torch.tensor([det]))
+    maps = scoring.calibrated_maps(outputs, 12)
+    assert maps.shape == (2, 1, 12, 12)
+    scores = scoring.calibrated_scores(maps.mean(dim=0), outputs, domain)
+    for values in (maps, scores):
+        assert ((values >= 0) & (values <= 1)).all()
+
+
+@given(
+    maxima=st.lists(finite, min_size=1, max_size=6),
+    spread=st.floats(0, 10),
+    domain=st.sampled_from(["industrial", "medical"]),
+)
+@few_examples
+def test_class_scores_lie_between_0_and_1_and_keep_the_order(maxima: list[float], spread: float, domain: str) -> None:
+    highest = torch.tensor(maxima, dtype=torch.float64)
+    scores = scoring.class_image_scores(highest, highest - spread, torch.zeros_like(highest), domain)
+    assert ((scores >= 0) & (scores <= 1)).all()
+    assert (scores[highest.argsort()].diff() >= 0).all()
+
+
+@given(fraction=st.sampled_from([0.0, 0.2, 1.0]), sharpness=st.sampled_from([0.0, 1.0, 1e2, 1e4]))
+@few_examples
+def test_losses_stay_finite_at_extreme_logits(fraction: float, sharpness: float) -> None:
+    """log-softmax instead of log(softmax): a certain and wrong pixel costs much, not infinitely much."""
+    generator = torch.Generator().manual_seed(0)
+    mask = (torch.rand(2, 8, 8, generator=generator) < fraction).float()
+    logits = (sharpness * torch.randn(2, 2, 8, 8, generator=generator)).requires_grad_()
+    p = logits.softmax(dim=1)
+    loss = focal_loss(logits, mask) + dice_loss(p[:, 0], 1 - mask) + dice_loss(p[:, 1], mask)
+    loss.backward()
+    assert loss.isfinite() and logits.grad.isfinite().all()
+
+
+def test_dice_of_the_mask_itself_is_zero_and_of_each_image_by_itself() -> None:
+    masks = random_batch(40).masks
+    assert dice_loss(masks, masks).item() == pytest.approx(0, abs=1e-6)
+    guess = torch.rand(masks.shape, generator=torch.Generator().manual_seed(0))
+    alone = [dice_loss(guess[row : row + 1], masks[row : row + 1]).item() for row in range(len(masks))]
+    assert dice_loss(guess, masks).item() == pytest.approx(sum(alone) / len(alone), rel=1e-5)
+
+
+@surgeries
+def test_bfloat16_autocast_is_near_float32(surgery: str) -> None:
+    model = adapted_clip(tiny_clip(), surgery=surgery)
+    batch, prompts = random_batch(40), tiny_prompts(model.clip)
+
+    def run() -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        anchors = model.anchors(prompts)[batch.rows]
+        similarities = scoring.similarities(model.frozen_features(batch.images).levels, anchors)
+        first, _ = stage1_losses(similarities, anchors, batch.masks, 0.1)
+        outputs = model(batch.images, model.text_side(prompts), batch.rows)
+        second, _ = stage2_losses(outputs, batch.masks, batch.labels)
+        return [anchors, *similarities, *outputs.levels, outputs.det], first, second
+
+    tensors, *losses = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        half_tensors, *half_losses = run()
+    for half, full in zip(half_tensors, tensors, strict=True):
+        assert half.dtype == torch.float32
+        assert_agrees(half, full, 0.05)
+    for half, full in zip(half_losses, losses, strict=True):
+        assert half["total"].item() == pytest.approx(full["total"].item(), rel=0.05)
+        half["total"].backward()
+    gradients = [value.grad for part in model.components.values() for value in part.parameters()]
+    assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("adapter", ["bottleneck", "linear"])
+@pytest.mark.parametrize("relu", [False, True])
+def test_saved_and_loaded_models_give_the_same_outputs(tmp_path: Path, adapter: str, relu: bool) -> None:
+    clip = tiny_clip()
+    model = adapted_clip(clip, adapter=adapter, relu=relu, surgery="sequential")
+    states = {name: checkpoint.state_of(part) for name, part in model.components.items()}
+    config = {"schema": checkpoint.SCHEMA, "model": model.config.to_dict()}
+    checkpoint.save({**states, "epoch": 3, "config": config}, tmp_path / "image_adapter.pth")
+
+    read = checkpoint.read_checkpoint(tmp_path / "image_adapter.pth")
+    assert read.epoch == 3
+    assert read.model_config() == model.config
+    loaded = AdaptedCLIP(clip, read.model_config())
+    for name, part in loaded.components.items():
+        checkpoint.load_component(part, read.components[name], name, read.path)
+    batch, prompts = random_batch(40), tiny_prompts(clip)
+    with torch.no_grad():
+        for first, second in zip(
+            (loaded.anchors(prompts), *loaded(batch.images, loaded.text_side(prompts), batch.rows).levels),
+            (model.anchors(prompts), *model(batch.images, model.text_side(prompts), batch.rows).levels),
+            strict=True,
+        ):
+            assert torch.equal(first, second)
+
+
+def test_outputs_of_a_copied_model_are_equal() -> None:
+    model = adapted_clip(tiny_clip())
+    batch, prompts = random_batch(40), tiny_prompts(model.clip)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        first = model(batch.images, model.text_side(prompts), batch.rows)
+        assert torch.equal(first.det, twin(batch.images, twin.text_side(prompts), batch.rows).det)
+
+
+def test_the_baseline_has_nothing_to_train() -> None:
+    baseline = UnadaptedCLIP(clip64(), config_for(clip64())).train()
+    assert not any(value.requires_grad for value in baseline.parameters())
+    assert not any(module.training for module in baseline.clip.modules())
+
+
+@given(layers=st.integers(4, 60), text_layers=st.integers(1, 40), levels=st.lists(st.integers(-1, 61), max_size=5))
+@example(layers=24, text_layers=12, levels=[6, 12, 18, 24])
+@settings(deadline=None)
+def test_default_depths_exist_in_every_clip(layers: int, text_layers: int, levels: list[int]) -> None:
+    defaults = depth_defaults(layers, text_layers)
+    assert len(defaults["levels"]) == 4 and defaults["levels"][-1] == layers
+    config = ModelConfig("any", "", "gelu", 40, **defaults)
+    check_depths(config, layers, text_layers)
+    assert ModelConfig.from_dict(config.to_dict()) == config
+    asked = ModelConfig("any", "", "gelu", 40, **{**defaults, "levels": tuple(levels)})
+    if levels and levels == sorted(set(levels)) and levels[0] >= 1 and levels[-1] <= layers:
+        check_depths(asked, layers, text_layers)
+    else:
+        with pytest.raises(UserError, match="--levels"):
+            check_depths(asked, layers, text_layers)
