@@ -18,8 +18,8 @@ def parse_arguments() -> argparse.Namespace:
     what = parser.add_argument_group("what is learned")
     what.add_argument("--drawings", type=int, default=default.drawings, help="image-caption pairs to draw")
     what.add_argument("--epochs", type=int, default=default.epochs, help="passes over the drawings")
-    what.add_argument("--full_epochs", type=int, default=default.full_epochs, help="last epochs without patch dropout")
     what.add_argument("--patch_dropout", type=float, default=default.patch_dropout, help="share of patches left out")
+    what.add_argument("--full_share", type=float, default=default.full_share, help="last share of steps, all patches")
     what.add_argument("--batch_size", type=int, default=default.batch_size, help="pairs contrasted with one another")
     what.add_argument("--lr", type=float, default=default.lr, help="highest learning rate (warm-up, then cosine)")
     what.add_argument("--seed", type=int, default=default.seed, help="seed of drawings, weights and order")
@@ -42,8 +42,8 @@ def main() -> None:
     config = PretrainConfig(
         drawings=args.drawings,
         epochs=args.epochs,
-        full_epochs=args.full_epochs,
         patch_dropout=args.patch_dropout,
+        full_share=args.full_share,
         batch_size=args.batch_size,
         lr=args.lr,
         seed=args.seed,

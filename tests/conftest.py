@@ -1,11 +1,16 @@
-"""What all tests share."""
+"""What several test modules share."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
+import open_clip
 import pytest
 import torch
+
+from tests.helpers import TINY_ARCHITECTURE, TINY_NAME, save_openai_archive, tiny_open_clip
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -15,3 +20,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tiny_name(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny architecture under a name that open_clip knows, as it knows ViT-L-14-336."""
+    file = tmp_path_factory.mktemp("architectures") / f"{TINY_NAME}.json"
+    file.write_text(json.dumps(TINY_ARCHITECTURE), encoding="utf-8")
+    open_clip.add_model_config(file)
+    return TINY_NAME
+
+
+@pytest.fixture(scope="session")
+def openai_archive(tiny_name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny CLIP, which runs with QuickGELU, as a TorchScript archive in the form of OpenAI's."""
+    return save_openai_archive(tiny_open_clip(quick_gelu=True), tmp_path_factory.mktemp("archive") / "tiny.pt")

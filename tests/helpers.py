@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -21,6 +23,8 @@ TINY_ARCHITECTURE: dict[str, Any] = {
     "vision_cfg": {"image_size": 40, "layers": 8, "width": 48, "patch_size": 8, "head_width": 16},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 4},
 }
+
+TINY_NAME = "ViT-tiny-test"
 
 
 def fill_with_noise(module: nn.Module, scale: float = 0.05) -> None:
@@ -40,6 +44,23 @@ def tiny_open_clip(quick_gelu: bool = True, image_size: int = 40, seed: int = 0)
 
 def tiny_clip(quick_gelu: bool = True, image_size: int = 40, seed: int = 0) -> FrozenCLIP:
     return FrozenCLIP(tiny_open_clip(quick_gelu, image_size, seed), "tiny", "quick_gelu" if quick_gelu else "gelu")
+
+
+def save_openai_archive(clip: open_clip.CLIP, path: Path, half: bool = False) -> Path:
+    """Write `clip` as OpenAI distributes its models: TorchScript, with three numbers among the weights."""
+    clip = clip.half() if half else clip
+    size = clip.visual.image_size[0]
+    numbers = {"input_resolution": size, "context_length": clip.context_length, "vocab_size": clip.vocab_size}
+    del clip.context_length, clip.vocab_size
+    for name, value in numbers.items():
+        clip.register_buffer(name, torch.tensor(value))
+    image = torch.zeros(1, 3, size, size, dtype=clip.visual.conv1.weight.dtype)
+    tokens = torch.zeros(1, 77, dtype=torch.long)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace_module(clip.eval(), {"encode_image": (image,), "encode_text": (tokens,)})
+        traced.save(str(path))
+    return path
 
 
 def config_for(clip: FrozenCLIP, **changes: Any) -> ModelConfig:

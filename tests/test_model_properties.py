@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from pathlib import Path
 
@@ -315,15 +314,6 @@ def test_saved_and_loaded_models_give_the_same_outputs(tmp_path: Path, adapter: 
             strict=True,
         ):
             assert torch.equal(first, second)
-
-
-def test_outputs_of_a_copied_model_are_equal() -> None:
-    model = adapted_clip(tiny_clip())
-    batch, prompts = random_batch(40), tiny_prompts(model.clip)
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        first = model(batch.images, model.text_side(prompts), batch.rows)
-        assert torch.equal(first.det, twin(batch.images, twin.text_side(prompts), batch.rows).det)
 
 
 def test_the_baseline_has_nothing_to_train() -> None:

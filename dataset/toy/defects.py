@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from dataset.toy.shapes import Field, Point, blob, circle, cover, grid, polyline
 
-
 INSIDE = np.array([0.05, 0.05, 0.06], np.float32)  # the dark that is seen in a hole
 
 

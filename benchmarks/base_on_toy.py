@@ -1,0 +1,86 @@
+"""The base on the toy world over several seeds: trained on toy_train, tested on toy_test beside unadapted CLIP.
+
+Writes a Markdown table of every seed, mean and spread to `--output`; a seed that is trained is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+from engine.base import train_base
+from engine.config import BaseConfig, check_device
+from engine.data import load_task
+from engine.detector import build_detector, unadapted_detector
+from engine.evaluate import METRICS, Evaluation, evaluate
+from model.checkpoint import read_checkpoint
+from model.clip import load_clip
+from utils.cli import run_script
+from utils.files import write_text
+from utils.logging import set_up_logging
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one training run each")
+    parser.add_argument("--text_epoch", type=int, default=10, help="epochs of Stage 1")
+    parser.add_argument("--image_epoch", type=int, default=30, help="epochs of Stage 2")
+    parser.add_argument("--text_lr", type=float, default=1e-3, help="learning rate of Stage 1")
+    parser.add_argument("--image_lr", type=float, default=2e-3, help="learning rate of Stage 2")
+    parser.add_argument("--image_batch_size", type=int, default=8, help="images per step of Stage 2")
+    parser.add_argument("--save_path", type=Path, default=Path("runs/base_on_toy"), help="a folder in it per seed")
+    parser.add_argument("--output", type=Path, default=Path("runs/base_on_toy/table.md"), help="Markdown table")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    device = check_device("auto", "fp32")
+    detectors = {}
+    for seed in arguments.seeds:
+        config = BaseConfig(
+            model_name="toy",
+            dataset="toy_train",
+            training_mode="full_shot",
+            text_epoch=arguments.text_epoch,
+            image_epoch=arguments.image_epoch,
+            text_lr=arguments.text_lr,
+            image_lr=arguments.image_lr,
+            image_batch_size=arguments.image_batch_size,
+            seed=seed,
+            save_path=arguments.save_path / f"seed_{seed}",
+        )
+        train_base(config)
+        clip = load_clip("toy")
+        checkpoint = read_checkpoint(config.save_path / "image_adapter.pth")
+        detectors[f"base, seed {seed}"] = build_detector(checkpoint, clip).to(device)
+    set_up_logging()
+    models = {"unadapted CLIP": unadapted_detector(load_clip("toy")).to(device), **detectors}
+    evaluations = evaluate(models, load_task("toy_test"), device, batch_size=32)
+    table = markdown_table(list(evaluations.values()))
+    write_text(arguments.output, table)
+    print(table)
+
+
+def markdown_table(evaluations: list[Evaluation]) -> str:
+    """A row per model, then mean and standard deviation of the trained ones, then their gain over the first."""
+    names = list(METRICS)
+    values = {e.model: [e.average(name)[0] for name in names] for e in evaluations}
+    baseline, *trained = values.values()
+    columns = list(zip(*trained, strict=True))
+    means = [statistics.mean(column) for column in columns]
+    spread = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns]
+    lines = [f"| | {' | '.join(METRICS.values())} |", f"|---|{'---:|' * len(names)}"]
+    lines += [row(model, [f"{value:.2f}" for value in found]) for model, found in values.items()]
+    lines.append(row("base, mean ± sd", [f"{m:.2f} ± {s:.2f}" for m, s in zip(means, spread, strict=True)]))
+    lines.append(row("gain", [f"{m - b:+.2f}" for m, b in zip(means, baseline, strict=True)]))
+    return "\n".join(lines) + "\n"
+
+
+def row(first: str, cells: list[str]) -> str:
+    return f"| {first} | {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    run_script(main)

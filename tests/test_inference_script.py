@@ -1,0 +1,162 @@
+"""`inference.py` as a user runs it, and `load_model` as a notebook does (DESIGN 4 "Scores", 6, 8)."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine import load_model
+from tests.scripts import error_line, run, save, write_clip, write_dataset
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    write_clip(folder / "clip")
+    write_dataset(folder / "train")
+    write_dataset(folder / "test", classes=("cork", "tile"), seed=1)
+    (folder / "test" / "tile" / "test" / "good").rename(folder / "no_normal_images")
+    run(
+        "train.py", "--model_name", f"local-dir:{folder / 'clip'}", "--dataset", folder / "train", "--shot", 8,
+        "--text_epoch", 1, "--image_epoch", 10, "--text_batch_size", 4, "--image_lr", 0.01, "--num_workers", 0,
+        "--device", "cpu", "--tracker", "none", "--save_path", folder / "run",
+    )  # fmt: skip
+    return folder
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_folder_means_all_its_epochs_in_numeric_order(world: Path, tmp_path: Path) -> None:
+    errors = run(
+        "inference.py", "--checkpoint", world / "run", "--dataset", world / "test", "--output_dir", tmp_path,
+        "--device", "cpu", "--num_workers", 0,
+    )  # fmt: skip
+    rows = rows_of(tmp_path / "evaluation_test.csv")
+    assert [row["model"] for row in rows[::3]] == [f"image_adapter_{epoch}" for epoch in range(1, 11)]
+    assert "NOT ZERO-SHOT" not in errors
+    last = {row["class"]: row for row in rows[-3:]}
+    assert set(last) == {"cork", "tile", "average"}
+    # Bright squares on noise: a trained model must find most of them, or the whole path from file to figure is broken.
+    assert float(last["cork"]["pixel_auroc"]) > 80
+    # A class without normal images has no image AUROC: not 0, and not part of the average.
+    assert last["tile"]["image_auroc"] == last["tile"]["image_ap"] == "n/a"
+    assert last["average"]["image_auroc"] == last["cork"]["image_auroc"]
+    log = (tmp_path / "inference.log").read_text(encoding="utf-8")
+    assert "average of 2" in log
+    assert "1 classes" in log
+
+
+def test_unadapted_clip_is_scored_the_same_way(world: Path, tmp_path: Path) -> None:
+    run(
+        "inference.py", "--checkpoint", "none", "--model_name", f"local-dir:{world / 'clip'}", "--dataset",
+        world / "test", "--output_dir", tmp_path, "--num_workers", 0,
+    )  # fmt: skip
+    rows = rows_of(tmp_path / "unadapted_evaluation_test.csv")
+    assert [row["class"] for row in rows] == ["cork", "tile", "average"]
+
+
+def test_without_dataset_it_is_the_training_dataset_and_says_loudly_what_that_means(world: Path) -> None:
+    errors = run("inference.py", "--checkpoint", world / "run" / "image_adapter_2.pth", "--num_workers", 0)
+    assert "NOT ZERO-SHOT" in errors
+    assert (world / "run" / "results" / "evaluation_train.csv").is_file()
+
+
+def test_pictures_of_no_dataset_get_a_heatmap_and_a_score(world: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    rng = np.random.default_rng(5)
+    save(pictures / "plain.png", rng.integers(60, 120, (60, 80, 3)))
+    spotted = rng.integers(60, 120, (60, 80, 3))
+    spotted[10:40, 20:60] += 130
+    save(pictures / "spotted.png", spotted)
+    run(
+        "inference.py", "--checkpoint", world / "run", "--image", pictures, "--class_name", "metal screw",
+        "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    scores = {Path(row["image"]).stem: float(row["score"]) for row in rows_of(tmp_path / "out" / "scores.csv")}
+    assert 0 <= scores["plain"] < scores["spotted"] <= 1
+    with Image.open(tmp_path / "out" / "heatmaps" / "spotted_heatmap.png") as heatmap:
+        assert heatmap.size == (80, 60)
+
+
+def test_mistakes_end_in_one_line(world: Path, tmp_path: Path) -> None:
+    there = error_line("inference.py", "--checkpoint", world / "run" / "image_adapter_99.pth")
+    assert "image_adapter_10.pth" in there
+    assert "no checkpoints" in error_line("inference.py", "--checkpoint", world / "test")
+    asked = ("inference.py", "--checkpoint", world / "run", "--dataset", world / "test")
+    assert "local-dir" in error_line(*asked, "--model_name", "toy")
+    broken = tmp_path / "image_adapter.pth"
+    broken.write_bytes((world / "run" / "image_adapter.pth").read_bytes()[:2000])
+    assert "damaged" in error_line("inference.py", "--checkpoint", broken, "--dataset", world / "test")
+    assert "no such file or folder" in error_line(*asked[:3], "--image", tmp_path / "nothing.png")
+    data = shutil.copytree(world / "test", tmp_path / "data")
+    mask = next((data / "cork" / "ground_truth" / "spot").iterdir())
+    save(mask, np.zeros((20, 20)))
+    assert mask.name in error_line(*asked[:3], "--dataset", data, "--num_workers", 0)
+    mask.write_bytes(b"not a picture")
+    assert mask.name in error_line(*asked[:3], "--dataset", data, "--num_workers", 0)
+
+
+def test_a_checkpoint_of_other_clip_weights_is_refused(world: Path, tmp_path: Path) -> None:
+    checkpoint = torch.load(world / "run" / "image_adapter.pth", weights_only=True)
+    checkpoint["config"]["model"]["weights_digest"] = "0" * 32
+    path = tmp_path / "image_adapter.pth"
+    torch.save(checkpoint, path)
+    assert "other weights" in error_line("inference.py", "--checkpoint", path, "--dataset", world / "test")
+
+
+def published_form(world: Path, folder: Path, relu: bool) -> Path:
+    """An AA-CLIP checkpoint as published: linear adapters, text and image side in files of their own, no config."""
+    folder.mkdir()
+    torch.manual_seed(3)
+    middle = ".fc.0.weight" if relu else ".fc.weight"
+    text = {"0.fc.0.weight": torch.randn(32, 32), "1.fc.0.weight": torch.randn(40, 32)}
+    image = {f"layer_adapters.{index}.fc.0.weight": torch.randn(48, 48) for index in range(2)}
+    image |= {f"seg_proj.{index}{middle}": torch.randn(40, 48) for index in range(4)}
+    image[f"det_proj{middle}"] = torch.randn(40, 48)
+    torch.save({"epoch": 5, "text_adapter": text, "text_optimizer": {}}, folder / "text_adapter.pth")
+    torch.save({"epoch": 20, "image_adapter": image, "image_optimizer": {}}, folder / "image_adapter_20.pth")
+    return folder / "image_adapter_20.pth"
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_published_checkpoint_loads_into_the_script_and_the_notebook(world: Path, tmp_path: Path, relu: bool) -> None:
+    file = published_form(world, tmp_path / "published", relu)
+    name = f"local-dir:{world / 'clip'}"
+    errors = run(
+        "inference.py", "--checkpoint", file, "--dataset", world / "test", "--model_name", name, "--num_workers", 0
+    )
+    assert "assumed surgery sequential, adapters linear" in errors
+    assert "quick_gelu" in errors
+    model = load_model(file, model_name=name, device="cpu")
+    assert model.epoch == 20
+    assert model.model.config.adapter == "linear"
+    assert model.model.config.relu is relu
+    assert torch.equal(
+        model.text_adapter[0].fc[0].weight,
+        torch.load(file.with_name("text_adapter.pth"))["text_adapter"]["0.fc.0.weight"],
+    )
+
+
+def test_load_model_predicts_from_path_picture_and_array(world: Path) -> None:
+    model = load_model(world / "run" / "image_adapter.pth", device="cpu")
+    path = world / "test" / "cork" / "test" / "spot" / "000.png"
+    first = model.predict(path, class_name="cork")
+    assert first.anomaly_map.shape == (40, 40)
+    assert first.level_maps.shape == (4, 40, 40)
+    assert 0 <= first.anomaly_map.min() <= first.anomaly_map.max() <= 1
+    np.testing.assert_allclose(first.anomaly_map, first.level_maps.mean(axis=0), atol=1e-6)
+    with Image.open(path) as picture:
+        for same in (picture, np.asarray(picture)):
+            again = model.predict(same, class_name="cork")
+            np.testing.assert_array_equal(again.anomaly_map, first.anomaly_map)
+            assert again.score == first.score
+    assert model.predict(path, "cork", domain="medical").score == pytest.approx(float(first.anomaly_map.max()))
