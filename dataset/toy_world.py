@@ -30,7 +30,7 @@ class ToyClass:
     defects: tuple[str, ...]
     images_per_defect: int
     material: str = "plastic"
-    backgrounds: tuple[str, ...] = ("grey", "white")
+    backgrounds: tuple[str, ...] = ("grey", "white", "beige", "black", "brown")
 
 
 _TRAIN_OBJECT = ("scratch", "crack", "hole", "stain", "missing_part", "deformation")
@@ -40,27 +40,120 @@ _TEST_TEXTURE = ("crack", "hole", "burn", "fibre", "peeling", "stain")
 
 _CLASSES: dict[str, dict[str, ToyClass]] = {
     "toy_train": {
-        "plate": ToyClass("plate", "plate", ("white", "blue", "turquoise"), ("white",), _TRAIN_OBJECT, 4, "ceramic"),
-        "gear": ToyClass("gear", "gear", ("grey", "orange", "brown"), ("grey",), _TRAIN_OBJECT, 4, "metal"),
-        "capsule": ToyClass("capsule", "capsule", ("red", "orange", "purple"), ("white", "yellow"), _TRAIN_OBJECT, 4),
-        "bottle": ToyClass("bottle", "bottle", ("green", "brown", "blue"), ("white", "beige"), _TRAIN_OBJECT, 4),
-        "key": ToyClass("key", "key", ("yellow", "grey", "orange"), ("grey",), _TRAIN_OBJECT, 4, "metal"),
-        "wood": ToyClass("wood", "wood", ("brown", "orange", "beige"), ("brown",), _TRAIN_TEXTURE, 6),
-        "carpet": ToyClass("carpet", "carpet", ("red", "blue", "beige", "green"), ("grey",), _TRAIN_TEXTURE, 6),
-        "tiles": ToyClass("tiles", "tiles", ("white", "turquoise", "pink"), ("grey", "white"), _TRAIN_TEXTURE, 6),
+        "plate": ToyClass(
+            "plate",
+            "plate",
+            ("white", "blue", "turquoise", "pink", "yellow", "green"),
+            ("white", "beige"),
+            _TRAIN_OBJECT,
+            4,
+            "ceramic",
+        ),
+        "gear": ToyClass(
+            "gear", "gear", ("grey", "orange", "brown", "yellow", "blue", "green"), ("grey",), _TRAIN_OBJECT, 4, "metal"
+        ),
+        "capsule": ToyClass(
+            "capsule",
+            "capsule",
+            ("red", "orange", "purple", "green", "blue", "turquoise"),
+            ("white", "yellow", "pink"),
+            _TRAIN_OBJECT,
+            4,
+        ),
+        "bottle": ToyClass(
+            "bottle",
+            "bottle",
+            ("green", "brown", "blue", "turquoise", "purple", "orange"),
+            ("white", "beige", "yellow"),
+            _TRAIN_OBJECT,
+            4,
+        ),
+        "key": ToyClass(
+            "key",
+            "key",
+            ("yellow", "grey", "orange", "brown", "red", "turquoise"),
+            ("grey",),
+            _TRAIN_OBJECT,
+            4,
+            "metal",
+        ),
+        "wood": ToyClass(
+            "wood", "wood", ("brown", "orange", "beige", "grey", "red", "yellow"), ("brown",), _TRAIN_TEXTURE, 6
+        ),
+        "carpet": ToyClass(
+            "carpet",
+            "carpet",
+            ("red", "blue", "beige", "green", "purple", "pink", "grey"),
+            ("grey",),
+            _TRAIN_TEXTURE,
+            6,
+        ),
+        "tiles": ToyClass(
+            "tiles",
+            "tiles",
+            ("white", "turquoise", "pink", "blue", "orange", "green"),
+            ("grey", "white", "beige"),
+            _TRAIN_TEXTURE,
+            6,
+        ),
     },
     "toy_test": {
-        "nut": ToyClass("nut", "nut", ("grey", "yellow", "brown"), ("grey",), _TEST_OBJECT, 4, "metal"),
-        "button": ToyClass("button", "button", ("purple", "red", "beige"), ("grey",), _TEST_OBJECT, 4),
-        "spoon": ToyClass("spoon", "spoon", ("beige", "brown", "orange"), ("brown",), _TEST_OBJECT, 4, "wooden"),
-        "cup": ToyClass("cup", "cup", ("white", "blue", "pink", "green"), ("white",), _TEST_OBJECT, 4, "ceramic"),
-        "coin": ToyClass("coin", "coin", ("yellow", "grey", "orange"), ("grey",), _TEST_OBJECT, 4, "metal"),
-        "leather": ToyClass("leather", "leather", ("brown", "beige", "red"), ("brown",), _TEST_TEXTURE, 4),
+        "nut": ToyClass(
+            "nut",
+            "nut",
+            ("grey", "yellow", "brown", "orange", "turquoise", "purple"),
+            ("grey",),
+            _TEST_OBJECT,
+            4,
+            "metal",
+        ),
+        "button": ToyClass(
+            "button", "button", ("purple", "red", "beige", "blue", "green", "yellow"), ("grey",), _TEST_OBJECT, 4
+        ),
+        "spoon": ToyClass(
+            "spoon",
+            "spoon",
+            ("beige", "brown", "orange", "red", "yellow", "pink"),
+            ("brown",),
+            _TEST_OBJECT,
+            4,
+            "wooden",
+        ),
+        "cup": ToyClass(
+            "cup", "cup", ("white", "blue", "pink", "green", "red", "turquoise"), ("white",), _TEST_OBJECT, 4, "ceramic"
+        ),
+        "coin": ToyClass(
+            "coin",
+            "coin",
+            ("yellow", "grey", "orange", "brown", "turquoise", "pink"),
+            ("grey",),
+            _TEST_OBJECT,
+            4,
+            "metal",
+        ),
+        "leather": ToyClass(
+            "leather",
+            "leather",
+            ("brown", "beige", "red", "blue", "green", "grey", "orange"),
+            ("brown",),
+            _TEST_TEXTURE,
+            4,
+        ),
         "brick_wall": ToyClass(
-            "brick wall", "brick wall", ("red", "brown", "orange"), ("grey", "beige"), _TEST_TEXTURE, 4
+            "brick wall",
+            "brick wall",
+            ("red", "brown", "orange", "yellow", "purple", "blue"),
+            ("grey", "beige"),
+            _TEST_TEXTURE,
+            4,
         ),
         "corrugated_sheet": ToyClass(
-            "corrugated sheet", "corrugated sheet", ("grey", "green", "blue"), ("grey",), _TEST_TEXTURE, 4
+            "corrugated sheet",
+            "corrugated sheet",
+            ("grey", "green", "blue", "white", "orange", "pink"),
+            ("grey",),
+            _TEST_TEXTURE,
+            4,
         ),
     },
 }

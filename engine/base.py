@@ -40,7 +40,8 @@ def train_base(config: BaseConfig) -> None:
     Raises `UserError` for whatever the arguments ask for in vain, `NotFiniteError`, and `Stopped` on a signal.
     """
     accelerator = make_accelerator(config.device, config.precision, config.accumulate, config.tracker, config.save_path)
-    data = load_task(config.dataset, config.data_root, config.metadata, config.class_names, config.skip_bad_images)
+    with accelerator.main_process_first():  # it writes the metadata, and draws the toy datasets, on first use
+        data = load_task(config.dataset, config.data_root, config.metadata, config.class_names, config.skip_bad_images)
     data = choose_training_images(data, config.training_mode, config.shot, config.seed)
     clip = build_clip(config)
     model_config = resolve_model(config, clip)
@@ -50,6 +51,7 @@ def train_base(config: BaseConfig) -> None:
     }  # fmt: skip
     del signature["text_adapted"]  # follows from the number of epochs, which is compared as such
     check_save_path(config.save_path, config.resume, signature)
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         set_up_logging(config.save_path / "train.log")
         write_arguments(config.save_path, config.to_dict())

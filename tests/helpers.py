@@ -50,6 +50,10 @@ def save_openai_archive(clip: open_clip.CLIP, path: Path, half: bool = False) ->
     """Write `clip` as OpenAI distributes its models: TorchScript, with three numbers among the weights."""
     clip = clip.half() if half else clip
     size = clip.visual.image_size[0]
+    # OpenAI's mask is no buffer, so it is not among the weights.
+    mask = clip.attn_mask
+    del clip.attn_mask
+    clip.attn_mask = mask.to(clip.visual.conv1.weight.dtype)
     numbers = {"input_resolution": size, "context_length": clip.context_length, "vocab_size": clip.vocab_size}
     del clip.context_length, clip.vocab_size
     for name, value in numbers.items():

@@ -117,7 +117,7 @@ def test_row5_clip_gets_no_gradient() -> None:
 def test_row5_a_loaded_clip_is_frozen_too(openai_archive: Path) -> None:
     clip = load_clip(TINY_NAME, openai_archive)
     assert not any(value.requires_grad for value in clip.parameters())
-    assert not any(module.training for module in clip.modules())
+    assert not any(module.training for module in clip.clip.modules())
 
 
 # Row 6: OpenAI's weights run with GELU instead of the QuickGELU that they were trained with.

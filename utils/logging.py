@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,11 @@ from tqdm import tqdm
 
 # Libraries that narrate at INFO level what a user of this project does not need to read.
 QUIET = ("accelerate", "httpx", "httpcore", "huggingface_hub", "matplotlib", "PIL", "urllib3")
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that talks: of several that a launcher started, the first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class ScreenHandler(logging.Handler):
@@ -25,11 +31,11 @@ def set_up_logging(file: Path | None = None) -> None:
     for handler in list(root.handlers):
         root.removeHandler(handler)
         handler.close()
-    root.setLevel(logging.INFO)
+    root.setLevel(logging.INFO if is_main_process() else logging.ERROR)
     screen = ScreenHandler()
     screen.setFormatter(logging.Formatter("%(message)s"))
     root.addHandler(screen)
-    if file is not None:
+    if file is not None and is_main_process():
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = logging.FileHandler(file, encoding="utf-8")
         lines.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
@@ -40,4 +46,5 @@ def set_up_logging(file: Path | None = None) -> None:
 
 def progress_bar(total: int, description: str) -> tqdm:
     """A bar on standard error that stays away where that is no terminal."""
-    return tqdm(total=total, desc=description, leave=False, disable=None, file=sys.stderr, dynamic_ncols=True)
+    disable = None if is_main_process() else True
+    return tqdm(total=total, desc=description, leave=False, disable=disable, file=sys.stderr, dynamic_ncols=True)

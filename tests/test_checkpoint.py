@@ -1,0 +1,398 @@
+"""Checkpoint files of this project and of others: what loads, and what is said of what does not (DESIGN 6)."""
+
+from __future__ import annotations
+
+import functools
+import io
+import logging
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from model import checkpoint
+from model.adapter import AdaptedCLIP
+from model.clip import FrozenCLIP
+from tests import reference
+from tests.helpers import adapted_clip, assert_agrees, config_for, random_batch, tiny_clip, tiny_prompts
+from utils.errors import UserError
+
+State = dict[str, Tensor]
+
+
+@functools.cache
+def clip() -> FrozenCLIP:
+    return tiny_clip()
+
+
+def model_of(**changes: Any) -> AdaptedCLIP:
+    return adapted_clip(clip(), **{"text_adapt_until": 2, "image_adapt_until": 3, **changes})
+
+
+def states_of(model: AdaptedCLIP) -> dict[str, State]:
+    return {name: checkpoint.state_of(part) for name, part in model.components.items()}
+
+
+def published_states(relu: bool) -> dict[str, State]:
+    """AA-CLIP's keys, written out by hand: two text adapters and a projector, three image adapters, four levels."""
+    generator = torch.Generator().manual_seed(0)
+
+    def weight(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=generator) / columns**0.5
+
+    projector = "fc.0.weight" if relu else "fc.weight"
+    text = {"0.fc.0.weight": weight(32, 32), "1.fc.0.weight": weight(32, 32), "2.fc.0.weight": weight(40, 32)}
+    image = {f"layer_adapters.{index}.fc.0.weight": weight(48, 48) for index in range(3)}
+    image.update({f"seg_proj.{level}.{projector}": weight(40, 48) for level in range(4)})
+    image[f"det_proj.{projector}"] = weight(40, 48)
+    return {"text_adapter": text, "image_adapter": image}
+
+
+def write_pair(folder: Path, states: dict[str, State], epoch: int | None = 20) -> Path:
+    """As published: text and image side in a file each, no config."""
+    position = {} if epoch is None else {"epoch": epoch}
+    torch.save({**position, "text_adapter": states["text_adapter"]}, folder / "text_adapter.pth")
+    image = folder / "image_adapter_20.pth"
+    torch.save({**position, "image_adapter": states["image_adapter"]}, image)
+    return image
+
+
+def load_by_its_keys(path: Path) -> AdaptedCLIP:
+    """A file without config, in a model of the choices that its keys tell."""
+    read = checkpoint.read_checkpoint(path)
+    choices = checkpoint.infer_choices(read)
+    assert choices.pop("n_levels") == 4
+    model = AdaptedCLIP(clip(), config_for(clip(), **choices))
+    for name, part in model.components.items():
+        checkpoint.load_component(part, read.components[name], name, path)
+    return model
+
+
+def one_line(caught: pytest.ExceptionInfo[UserError], *parts: object) -> str:
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert str(part) in message, message
+    return message
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_published_checkpoint_loads_and_computes_what_was_published(relu: bool, tmp_path: Path) -> None:
+    states = published_states(relu)
+    model = load_by_its_keys(write_pair(tmp_path, states))
+    config = model.config
+    assert (config.adapter, config.relu, config.text_adapt_until, config.image_adapt_until) == ("linear", relu, 2, 3)
+    weights = {f"{part}.{key}": value for part, state in states.items() for key, value in state.items()}
+    ref = reference.Reference(clip().clip, weights, config)
+    images, prompts = random_batch(40).images[:1], tiny_prompts(clip())
+    with torch.no_grad():
+        levels, det = reference.adapted_image(ref, images[0])
+        features = model.image_features(images)
+        for level, expected in zip(features.levels, levels, strict=True):
+            assert_agrees(level[0], expected, 1e-5)
+        assert_agrees(features.det[0], det, 1e-5)
+        tokens = prompts.tokens[0]
+        expected = reference.anchor_pair(ref, tokens[: prompts.normal], tokens[prompts.normal :])
+        assert_agrees(model.anchors(prompts)[0], expected, 1e-5)
+
+
+@pytest.mark.parametrize("adapter", ["bottleneck", "linear"])
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_file_without_config_loads_by_its_keys(adapter: str, relu: bool, tmp_path: Path) -> None:
+    model = model_of(adapter=adapter, relu=relu)
+    states = states_of(model)
+    assert ("0.fc1.weight" in states["text_adapter"]) == (adapter == "bottleneck")
+    loaded = load_by_its_keys(write_pair(tmp_path, states))
+    assert (loaded.config.adapter, loaded.config.relu) == (adapter, relu)
+    for name, state in states_of(loaded).items():
+        assert state.keys() == states[name].keys()
+        assert all(torch.equal(value, states[name][key]) for key, value in state.items())
+
+
+def test_one_file_may_hold_both_sides(tmp_path: Path) -> None:
+    states = states_of(model_of())
+    torch.save({"epoch": 4, **states}, tmp_path / "both.pth")
+    read = checkpoint.read_checkpoint(tmp_path / "both.pth")
+    assert set(read.components) == {"text_adapter", "image_adapter"}
+    assert (read.epoch, read.loop, read.config, read.optimizers) == (4, None, None, {})
+    with pytest.raises(ValueError, match="no config"):
+        read.model_config()
+
+
+def test_an_own_text_side_is_preferred_to_the_file_beside_it(tmp_path: Path) -> None:
+    states, other = states_of(model_of()), states_of(model_of(adapter="linear"))
+    image = write_pair(tmp_path, other)
+    torch.save({"epoch": 4, **states}, image)
+    assert "0.fc1.weight" in checkpoint.read_checkpoint(image).components["text_adapter"]
+
+
+def test_the_text_side_and_its_optimizer_come_from_the_file_beside_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    states = states_of(model_of())
+    moments = {"state": {}, "param_groups": []}
+    image = write_pair(tmp_path, states)
+    text = {"epoch": 5, "text_adapter": states["text_adapter"], "text_optimizer": moments}
+    torch.save(text, tmp_path / "text_adapter.pth")
+    with caplog.at_level(logging.INFO):
+        read = checkpoint.read_checkpoint(image)
+    assert set(read.components) == {"text_adapter", "image_adapter"}
+    assert read.optimizers == {"text_optimizer": moments}
+    assert (read.path, read.epoch) == (image, 20)
+    assert str(tmp_path / "text_adapter.pth") in caplog.text
+
+
+def test_an_unadapted_text_side_needs_no_file(tmp_path: Path) -> None:
+    """`--text_epoch 0`: the config says that there is no text side to look for."""
+    model = model_of(text_adapted=False)
+    config = {"schema": checkpoint.SCHEMA, "model": model.config.to_dict()}
+    path = tmp_path / "image_adapter.pth"
+    checkpoint.save({"image_adapter": checkpoint.state_of(model.image_adapter), "epoch": 1, "config": config}, path)
+    read = checkpoint.read_checkpoint(path)
+    assert set(read.components) == {"image_adapter"}
+    assert read.model_config() == model.config
+
+
+def test_a_missing_epoch_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    image = write_pair(tmp_path, published_states(relu=False), epoch=None)
+    with caplog.at_level(logging.WARNING):
+        read = checkpoint.read_checkpoint(image)
+    assert read.epoch is None
+    assert str(image) in caplog.text and "epochs" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint.read_checkpoint(write_pair(tmp_path, published_states(relu=False))).epoch == 20
+    assert not caplog.records
+
+
+def test_a_missing_text_side_is_an_error(tmp_path: Path) -> None:
+    image = write_pair(tmp_path, published_states(relu=False))
+    (tmp_path / "text_adapter.pth").unlink()
+    with pytest.raises(UserError) as caught:
+        checkpoint.read_checkpoint(image)
+    one_line(caught, image, tmp_path / "text_adapter.pth")
+
+
+def test_a_text_file_without_text_side_is_an_error(tmp_path: Path) -> None:
+    image = write_pair(tmp_path, published_states(relu=False))
+    torch.save({"epoch": 1, "image_adapter": {}}, tmp_path / "text_adapter.pth")
+    with pytest.raises(UserError) as caught:
+        checkpoint.read_checkpoint(image)
+    one_line(caught, tmp_path / "text_adapter.pth", "text_adapter")
+
+
+def test_a_text_file_given_for_a_model_is_an_error(tmp_path: Path) -> None:
+    write_pair(tmp_path, published_states(relu=False))
+    with pytest.raises(UserError) as caught:
+        checkpoint.read_checkpoint(tmp_path / "text_adapter.pth")
+    one_line(caught, tmp_path / "text_adapter.pth", "image_adapter")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model": {}},
+        {},
+        [1, 2],
+        torch.zeros(3),
+        {"image_adapter": 5, "text_adapter": {}, "epoch": 1},
+        {"image_adapter": {"det_proj.fc.weight": "text"}, "text_adapter": {}, "epoch": 1},
+        {"image_adapter": {}, "text_adapter": {}, "epoch": 1, "config": "base run"},
+    ],
+    ids=["other keys", "empty", "list", "tensor", "number for a component", "text for a tensor", "text for a config"],
+)
+def test_what_is_no_checkpoint_is_refused(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "image_adapter.pth")
+    with pytest.raises(UserError) as caught:
+        checkpoint.read_checkpoint(tmp_path / "image_adapter.pth")
+    one_line(caught, tmp_path / "image_adapter.pth")
+
+
+def test_another_schema_is_refused(tmp_path: Path) -> None:
+    states = states_of(model_of())
+    torch.save({**states, "epoch": 1, "config": {"schema": 99}}, tmp_path / "image_adapter.pth")
+    with pytest.raises(UserError) as caught:
+        checkpoint.read_checkpoint(tmp_path / "image_adapter.pth")
+    one_line(caught, tmp_path / "image_adapter.pth", "schema 99")
+
+
+@pytest.mark.parametrize(("key", "change"), [("surgery", "missing"), ("temperature", "unknown")])
+def test_a_config_of_another_version_is_refused(key: str, change: str, tmp_path: Path) -> None:
+    model = model_of()
+    values = {**model.config.to_dict(), key: "dual"}
+    if change == "missing":
+        del values[key]
+    path = tmp_path / "image_adapter.pth"
+    checkpoint.save({**states_of(model), "epoch": 1, "config": {"schema": checkpoint.SCHEMA, "model": values}}, path)
+    with pytest.raises(UserError) as caught:
+        checkpoint.read_checkpoint(path).model_config()
+    one_line(caught, path, key)
+
+
+def refusal(module: nn.Module, state: State, name: str) -> str:
+    """The message, once it is sure that nothing was loaded."""
+    before = checkpoint.state_of(module)
+    with pytest.raises(UserError) as caught:
+        checkpoint.load_component(module, state, name, Path("run/image_adapter.pth"))
+    after = checkpoint.state_of(module)
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    return one_line(caught, "run/image_adapter.pth", name)
+
+
+def test_another_size_names_key_and_both_shapes() -> None:
+    model = model_of()
+    state = checkpoint.state_of(model.image_adapter)
+    state["seg_proj.2.fc.weight"] = torch.zeros(40, 64)
+    message = refusal(model.image_adapter, state, "image_adapter")
+    for part in ("'seg_proj.2.fc.weight'", "(40, 64)", "(40, 48)", "--model_name"):
+        assert part in message
+
+
+KINDS: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
+    ({"adapter": "bottleneck"}, {"adapter": "linear"}, "text_adapter", "--adapter"),
+    ({"adapter": "linear"}, {"adapter": "bottleneck"}, "text_adapter", "--adapter"),
+    ({"adapter": "bottleneck"}, {"adapter": "linear"}, "image_adapter", "--adapter"),
+    ({"adapter": "linear"}, {"adapter": "bottleneck"}, "image_adapter", "--adapter"),
+    ({"relu": False}, {"relu": True}, "image_adapter", "--relu"),
+    ({"relu": True}, {"relu": False}, "image_adapter", "--relu"),
+    ({"levels": (2, 4)}, {}, "image_adapter", "--levels"),
+    ({}, {"levels": (2, 4)}, "image_adapter", "--levels"),
+    ({"image_adapt_until": 2}, {}, "image_adapter", "--image_adapt_until"),
+    ({}, {"image_adapt_until": 2}, "image_adapter", "--image_adapt_until"),
+    ({"adapter": "linear", "image_adapt_until": 2}, {"adapter": "linear"}, "image_adapter", "--image_adapt_until"),
+    ({"adapter": "linear"}, {"adapter": "linear", "image_adapt_until": 2}, "image_adapter", "--image_adapt_until"),
+    ({"text_adapt_until": 1}, {}, "text_adapter", "--text_adapt_until"),
+    ({}, {"text_adapt_until": 1}, "text_adapter", "--text_adapt_until"),
+]
+
+
+@pytest.mark.parametrize(("in_file", "in_model", "component", "flag"), KINDS)
+def test_another_kind_names_the_likely_cause(
+    in_file: dict[str, Any], in_model: dict[str, Any], component: str, flag: str
+) -> None:
+    state = states_of(model_of(**in_file))[component]
+    message = refusal(model_of(**in_model).components[component], state, component)
+    assert flag in message, message
+
+
+def test_nothing_is_skipped_silently() -> None:
+    model = model_of()
+    state = checkpoint.state_of(model.text_adapter)
+    assert "'0.bias'" in refusal(model.text_adapter, {**state, "0.bias": torch.zeros(3)}, "text_adapter")
+    del state["2.fc.0.weight"]
+    assert "'2.fc.0.weight'" in refusal(model.text_adapter, state, "text_adapter")
+
+
+class Dangerous:
+    """A pickle that would run code: writing a file, here."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return Path.write_text, (self.target, "ran")
+
+
+@pytest.mark.parametrize("form", ["torch", "pickle"])
+def test_a_file_that_holds_code_is_refused_and_nothing_runs(form: str, tmp_path: Path) -> None:
+    path, target = tmp_path / "image_adapter.pth", tmp_path / "ran"
+    content = {"image_adapter": {}, "text_adapter": {}, "epoch": Dangerous(target)}
+    if form == "torch":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError) as caught:
+        checkpoint.read_checkpoint(path)
+    one_line(caught, path)
+    assert not target.exists()
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        checkpoint.read_checkpoint(tmp_path / "image_adapter.pth")
+    with pytest.raises(UserError) as caught:
+        checkpoint.read_checkpoint(tmp_path)
+    one_line(caught, tmp_path)
+
+
+@functools.cache
+def whole_file() -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"epoch": 1, **published_states(relu=False)}, buffer)
+    return buffer.getvalue()
+
+
+@given(fraction=st.floats(0, 0.99))
+@settings(max_examples=30, deadline=None)
+def test_a_truncated_file_is_refused(fraction: float, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("truncated") / "image_adapter.pth"
+    path.write_bytes(whole_file()[: int(fraction * len(whole_file()))])
+    with pytest.raises(UserError) as caught:
+        checkpoint.read_checkpoint(path)
+    one_line(caught, path)
+
+
+@given(content=st.binary(max_size=200))
+@settings(max_examples=100, deadline=None)
+def test_a_file_of_anything_is_refused(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("anything") / "image_adapter.pth"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        checkpoint.read_checkpoint(path)
+    one_line(caught, path)
+
+
+def test_a_failure_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "image_adapter.pth"
+    checkpoint.save({"epoch": 1}, path)
+    before = path.read_bytes()
+
+    def disk_full(_: object, target: Path) -> None:
+        Path(target).write_bytes(b"half a file")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save({"epoch": 2}, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save({"epoch": 2}, tmp_path / "new" / "image_adapter.pth")
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_state_is_a_copy_of_the_live_parameters() -> None:
+    model = model_of()
+    state = checkpoint.state_of(model.text_adapter)
+    kept = {key: value.clone() for key, value in state.items()}
+    with torch.no_grad():
+        for parameter in model.text_adapter.parameters():
+            parameter.add_(1)
+    assert all(torch.equal(value, kept[key]) and not value.requires_grad for key, value in state.items())
+
+
+def test_state_dict_keys_are_the_published_names() -> None:
+    names = {name for name, _ in model_of().named_parameters() if not name.startswith("clip.")}
+    patterns = (
+        r"text_adapter\.[01]\.fc[12]\.weight",
+        r"text_adapter\.2\.fc\.0\.weight",
+        r"image_adapter\.layer_adapters\.[0-2]\.fc[12]\.weight",
+        r"image_adapter\.seg_proj\.[0-3]\.fc\.weight",
+        r"image_adapter\.det_proj\.fc\.weight",
+    )
+    assert all(any(re.fullmatch(pattern, name) for pattern in patterns) for name in names)
+    assert len(names) == 2 * 2 + 1 + 3 * 2 + 4 + 1
+
+
+def test_digest_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert checkpoint.file_digest(tmp_path / "a") == expected
+    with (tmp_path / "a").open("rb") as file:
+        assert checkpoint._sha256(file) == expected

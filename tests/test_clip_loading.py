@@ -1,0 +1,343 @@
+"""Weights files in the formats that people have, and what is said when they do not fit (DESIGN 3)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import model.clip
+from model.clip import FrozenCLIP, load_clip
+from tests.helpers import (
+    TINY_ARCHITECTURE,
+    TINY_NAME,
+    assert_agrees,
+    random_batch,
+    save_openai_archive,
+    tiny_clip,
+    tiny_open_clip,
+)
+from utils.errors import UserError
+
+FORMATS = ("plain", "state_dict", "module_prefix", "safetensors", "archive")
+
+
+def weights_file(kind: str, folder: Path) -> Path:
+    """The tiny CLIP's weights, written in one of the formats that open_clip reads."""
+    if kind == "archive":
+        return save_openai_archive(tiny_open_clip(), folder / "archive.pt")
+    state = tiny_open_clip().state_dict()
+    file = folder / f"{kind}.{'safetensors' if kind == 'safetensors' else 'pt'}"
+    if kind == "safetensors":
+        save_file(state, file)
+    elif kind == "module_prefix":
+        torch.save({"epoch": 3, "state_dict": {f"module.{key}": value for key, value in state.items()}}, file)
+    else:
+        torch.save({"state_dict": state} if kind == "state_dict" else state, file)
+    return file
+
+
+def local_folder(folder: Path, **model_cfg: object) -> str:
+    config = {
+        "model_cfg": {**TINY_ARCHITECTURE, **model_cfg},
+        "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(tiny_open_clip().state_dict(), folder / "open_clip_model.safetensors")
+    return f"local-dir:{folder}"
+
+
+def assert_is_the_tiny_clip(loaded: FrozenCLIP, quick_gelu: bool = True, tolerance: float = 1e-6) -> None:
+    """Same image and text embeddings as the CLIP whose weights were written, computed by open_clip itself."""
+    expected = tiny_open_clip(quick_gelu).eval()
+    images, tokens = random_batch(40).images, loaded.tokenizer(["a nut.", "a broken nut."])
+    with torch.no_grad():
+        assert_agrees(loaded.clip.encode_image(images), expected.encode_image(images), tolerance)
+        assert_agrees(loaded.clip.encode_text(tokens), expected.encode_text(tokens), tolerance)
+
+
+def one_line(caught: pytest.ExceptionInfo[UserError]) -> str:
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_gives_the_same_clip(kind: str, tiny_name: str, tmp_path: Path) -> None:
+    loaded = load_clip(tiny_name, weights_file(kind, tmp_path), activation="quick_gelu")
+    assert_is_the_tiny_clip(loaded)
+    assert loaded.weights_digest == tiny_clip().weights_digest
+    assert loaded.img_size == 40 and loaded.grid == 5
+    assert all(value.dtype == torch.float32 and not value.requires_grad for value in loaded.parameters())
+
+
+def test_a_local_folder_is_a_model_by_itself(tmp_path: Path) -> None:
+    loaded = load_clip(local_folder(tmp_path, quick_gelu=True))
+    assert_is_the_tiny_clip(loaded)
+    assert loaded.activation == "quick_gelu"
+    assert (loaded.mean, loaded.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert loaded.weights_digest == tiny_clip().weights_digest
+
+
+def test_a_local_folder_without_an_entry_is_gelu(tmp_path: Path) -> None:
+    loaded = load_clip(local_folder(tmp_path))
+    assert loaded.activation == "gelu"
+    assert_is_the_tiny_clip(loaded, quick_gelu=False)
+
+
+def test_other_weights_have_another_digest(tiny_name: str, tmp_path: Path) -> None:
+    state = tiny_open_clip().state_dict()
+    state["visual.conv1.weight"].view(-1)[7] += 1e-3
+    torch.save(state, tmp_path / "other.pt")
+    loaded = load_clip(tiny_name, tmp_path / "other.pt", activation="quick_gelu")
+    assert loaded.weights_digest != tiny_clip().weights_digest
+
+
+def test_an_archive_tells_that_it_needs_quick_gelu(tiny_name: str, openai_archive: Path) -> None:
+    loaded = load_clip(tiny_name, openai_archive)
+    assert loaded.activation == "quick_gelu"
+    assert_is_the_tiny_clip(loaded)
+
+
+def test_a_state_dict_taken_from_an_archive_tells_too(tiny_name: str, tmp_path: Path) -> None:
+    state = tiny_open_clip().state_dict()
+    numbers = {"input_resolution": torch.tensor(40), "context_length": torch.tensor(77), "vocab_size": torch.tensor(9)}
+    torch.save({**state, **numbers}, tmp_path / "openai.pt")
+    assert load_clip(tiny_name, tmp_path / "openai.pt").activation == "quick_gelu"
+
+
+def test_a_configuration_beside_the_weights_tells(tiny_name: str, tmp_path: Path) -> None:
+    for stated, expected in ((True, "quick_gelu"), (False, "gelu")):
+        local_folder(tmp_path, quick_gelu=stated)
+        assert load_clip(tiny_name, tmp_path / "open_clip_model.safetensors").activation == expected
+
+
+@pytest.mark.parametrize("kind", ["plain", "state_dict", "module_prefix", "safetensors"])
+def test_weights_that_do_not_tell_their_activation_are_an_error(kind: str, tiny_name: str, tmp_path: Path) -> None:
+    file = weights_file(kind, tmp_path)
+    with pytest.raises(UserError) as caught:
+        load_clip(tiny_name, file)
+    message = one_line(caught)
+    assert str(file) in message and "--activation quick_gelu" in message and "--activation gelu" in message
+    for activation in ("gelu", "quick_gelu"):
+        loaded = load_clip(tiny_name, file, activation=activation)
+        assert loaded.activation == activation
+        assert_is_the_tiny_clip(loaded, activation == "quick_gelu")
+
+
+def test_asking_for_the_other_activation_is_possible_and_said(
+    tiny_name: str, openai_archive: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        loaded = load_clip(tiny_name, openai_archive, activation="gelu")
+    assert_is_the_tiny_clip(loaded, quick_gelu=False)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "quick_gelu" in caplog.text and "--activation" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        load_clip(tiny_name, openai_archive, activation="quick_gelu")
+    assert not caplog.records
+
+
+def test_an_unknown_activation_is_an_error(tiny_name: str, openai_archive: Path) -> None:
+    with pytest.raises(UserError, match=r"--activation relu.*gelu, quick_gelu"):
+        load_clip(tiny_name, openai_archive, activation="relu")
+
+
+def resized_positions(position: Tensor, grid: int) -> Tensor:
+    """The class token's row as it is; patch rows interpolated, bicubic and antialiased, as open_clip does."""
+    old = int((len(position) - 1) ** 0.5)
+    patches = position[1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    patches = torch.nn.functional.interpolate(patches, (grid, grid), mode="bicubic", antialias=True)
+    return torch.cat([position[:1], patches[0].flatten(1).T])
+
+
+@pytest.mark.parametrize("size", [16, 24, 56, 80])
+def test_positions_follow_the_image_size(size: int, tiny_name: str, tmp_path: Path) -> None:
+    file = weights_file("plain", tmp_path)
+    loaded = load_clip(tiny_name, file, img_size=size, activation="quick_gelu")
+    assert (loaded.img_size, loaded.grid) == (size, size // 8)
+    original = tiny_open_clip().visual.positional_embedding.detach()
+    assert_agrees(loaded.clip.visual.positional_embedding, resized_positions(original, size // 8), 1e-6)
+    assert loaded.weights_digest == tiny_clip().weights_digest
+    assert loaded.clip.encode_image(torch.zeros(1, 3, size, size)).shape == (1, 40)
+
+
+@pytest.mark.parametrize("kind", ["archive", "safetensors"])
+def test_half_precision_weights_run_in_float32_at_any_size(kind: str, tiny_name: str, tmp_path: Path) -> None:
+    """OpenAI's archives hold float16, and 518 px asks for other positions than they have."""
+    if kind == "archive":
+        file = save_openai_archive(tiny_open_clip(), tmp_path / "half.pt", half=True)
+    else:
+        file = tmp_path / "half.safetensors"
+        save_file({key: value.half() for key, value in tiny_open_clip().state_dict().items()}, file)
+    for size in (40, 56):
+        loaded = load_clip(tiny_name, file, img_size=size, activation="quick_gelu")
+        assert all(value.dtype == torch.float32 for value in loaded.parameters())
+        original = tiny_open_clip().visual.positional_embedding.detach()
+        expected = original if size == 40 else resized_positions(original, size // 8)
+        assert_agrees(loaded.clip.visual.positional_embedding, expected, 1e-3)
+
+
+@pytest.mark.parametrize("size", [41, 12, 8, 0, -40])
+def test_an_image_size_without_whole_patches_is_an_error(size: int, tiny_name: str, openai_archive: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_clip(tiny_name, openai_archive, img_size=size)
+    message = one_line(caught)
+    assert f"--img_size {size}" in message and "8 px" in message
+    near = int(message.split("such as ")[1])
+    assert near % 8 == 0 and near >= 16
+
+
+def test_default_image_sizes() -> None:
+    config = open_clip.get_model_config("ViT-L-14-336")
+    assert model.clip.check_image_size("ViT-L-14-336", config, None) == 518
+    assert model.clip.check_image_size("ViT-L-14-336", config, 336) == 336
+    assert model.clip.check_image_size("ViT-B-16", open_clip.get_model_config("ViT-B-16"), None) == 224
+
+
+@pytest.mark.parametrize("name", ["ViT-nonsense", "", "vit-l-14-336"])
+def test_an_unknown_model_is_an_error(name: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_clip(name)
+    assert f"--model_name {name}" in one_line(caught)
+
+
+def test_a_hub_model_out_of_reach_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(_: str) -> None:
+        raise OSError("We couldn't connect to the hub\nand a second line")
+
+    monkeypatch.setattr(open_clip, "get_model_config", unreachable)
+    with pytest.raises(UserError) as caught:
+        load_clip("hf-hub:someone/some-clip")
+    assert "--model_name hf-hub:someone/some-clip" in one_line(caught)
+
+
+@pytest.mark.parametrize("name", ["RN50", "ViT-B-16-SigLIP", "coca_ViT-B-32", "convnext_base"])
+def test_architectures_that_cannot_be_adapted_are_refused(name: str, openai_archive: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_clip(name, openai_archive, activation="gelu")
+    assert name in one_line(caught)
+
+
+def test_a_tower_with_other_blocks_is_refused() -> None:
+    clip = tiny_open_clip()
+    clip.visual.pool_type = "avg"
+    with pytest.raises(UserError, match="plain ViT"):
+        FrozenCLIP(clip, "odd", "gelu")
+
+
+def test_weights_of_another_architecture_name_key_and_shapes(tiny_name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    wider = open_clip.CLIP(**{**TINY_ARCHITECTURE, "embed_dim": 44})
+    torch.save(wider.state_dict(), tmp_path / "wider.pt")
+    with pytest.raises(UserError) as caught:
+        load_clip(tiny_name, tmp_path / "wider.pt", activation="gelu")
+    message = one_line(caught)
+    for part in ("wider.pt", "'text_projection'", "(32, 44)", "(32, 40)", TINY_NAME, "--model_name"):
+        assert part in message
+
+
+@pytest.mark.parametrize("change", ["one block less", "one block more"])
+def test_weights_of_another_depth_name_the_key(change: str, tiny_name: str, tmp_path: Path) -> None:
+    layers = 7 if change == "one block less" else 9
+    vision = {**TINY_ARCHITECTURE["vision_cfg"], "layers": layers}
+    torch.save(open_clip.CLIP(**{**TINY_ARCHITECTURE, "vision_cfg": vision}).state_dict(), tmp_path / "deep.pt")
+    with pytest.raises(UserError, match=rf"visual\.transformer\.resblocks\.{min(layers, 8)}\.") as caught:
+        load_clip(tiny_name, tmp_path / "deep.pt", activation="gelu")
+    one_line(caught)
+
+
+def damaged(kind: str, folder: Path) -> Path:
+    file = folder / ("damaged.safetensors" if kind.startswith("safetensors") else "damaged.pt")
+    if kind == "truncated":
+        whole = weights_file("plain", folder).read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+    elif kind == "truncated archive":
+        whole = weights_file("archive", folder).read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+    elif kind == "safetensors truncated":
+        whole = weights_file("safetensors", folder).read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+    elif kind == "checkpoint of this project":
+        torch.save({"epoch": 1, "text_adapter": {"0.fc1.weight": torch.zeros(2, 2)}}, file)
+    elif kind == "list":
+        torch.save([torch.zeros(2)], file)
+    else:
+        file.write_bytes({"empty": b"", "text": b"404: not found\n", "safetensors text": b"404: not found\n"}[kind])
+    return file
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "truncated",
+        "truncated archive",
+        "safetensors truncated",
+        "empty",
+        "text",
+        "safetensors text",
+        "list",
+        "checkpoint of this project",
+    ],
+)
+def test_a_damaged_file_is_one_line_that_names_it(kind: str, tiny_name: str, tmp_path: Path) -> None:
+    file = damaged(kind, tmp_path)
+    with pytest.raises(UserError) as caught:
+        load_clip(tiny_name, file, activation="gelu")
+    assert str(file) in one_line(caught)
+
+
+def test_a_missing_file_is_an_error_that_names_it(tiny_name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_clip(tiny_name, tmp_path / "nowhere.pt")
+    message = one_line(caught)
+    assert str(tmp_path / "nowhere.pt") in message and "no such file" in message
+
+
+def test_a_missing_local_folder_or_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"open_clip_config\.json is not there"):
+        load_clip(f"local-dir:{tmp_path / 'nowhere'}")
+    name = local_folder(tmp_path)
+    with pytest.raises(UserError, match=r"nowhere\.pt"):
+        load_clip(name, tmp_path / "nowhere.pt")
+    (tmp_path / "open_clip_model.safetensors").unlink()
+    with pytest.raises(UserError, match="no weights file"):
+        load_clip(name)
+    (tmp_path / "open_clip_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match="not an open_clip configuration"):
+        load_clip(name)
+
+
+@pytest.mark.parametrize("name", ["ViT-L-14-336", "ViT-B-32"])
+def test_without_network_the_error_says_what_to_download_and_where(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> str:
+        raise OSError("We couldn't connect to the hub\nand a second line")
+
+    monkeypatch.setattr(model.clip, "download_pretrained", unreachable)
+    with pytest.raises(UserError) as caught:
+        load_clip(name)
+    message = one_line(caught)
+    assert "https://huggingface.co/" in message and "https://openaipublic.azureedge.net/" in message
+    assert "--clip_weights" in message and name in message and "openai" in message
+
+
+def test_hub_weights_run_with_their_own_activation(
+    tiny_name: str, openai_archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tag tells the activation and the normalisation, whatever form its file has."""
+    known = {"openai": {"quick_gelu": True, "mean": (0.5, 0.5, 0.5)}, "own": {"quick_gelu": False}}
+    monkeypatch.setattr(model.clip, "list_pretrained_tags_by_model", lambda _: list(known))
+    monkeypatch.setattr(model.clip, "get_pretrained_cfg", lambda _, tag: known[tag])
+    monkeypatch.setattr(model.clip, "download_pretrained", lambda _: str(openai_archive))
+    loaded = load_clip(tiny_name)
+    assert loaded.activation == "quick_gelu" and loaded.mean == (0.5, 0.5, 0.5)
+    assert load_clip(tiny_name, "own").activation == "gelu"
+    with pytest.raises(UserError, match=r"--clip_weights other: .*openai, own"):
+        load_clip(tiny_name, "other")
