@@ -13,11 +13,10 @@ from model.text import Prompts
 
 
 class TextStage(Stage):
-    """Trains `text_adapter`; images pass the frozen encoder without gradient."""
+    """Trains the text side; images pass the frozen encoder without gradient."""
 
     name = "text"
     number = 1
-    trains = ("text_adapter",)
 
     def __init__(
         self, model: AdaptedCLIP, prompts: Prompts, classes: Sequence[str], norm_weight: float, levels: str
@@ -33,8 +32,8 @@ class TextStage(Stage):
         mask = square_mask(batch)
         present, rows = class_rows(batch, self.order).unique(return_inverse=True)
         prompts = Prompts(self.prompts.tokens.to(rows.device)[present], self.prompts.normal)
-        anchors = self.model.anchors(prompts)[rows]  # (B, D, 2)
         features = self.model.frozen_features(batch["image"])
+        anchors = self.model.batch_anchors(prompts, rows, features)  # (B, D, 2)
         losses, abnormal = stage1_losses(
             similarities(features.levels, anchors), anchors, mask, self.norm_weight, self.levels
         )

@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from engine.stages import Stage, StageOutput, class_rows, square_mask, watch_abnormal
 from model.adapter import AdaptedCLIP
 from model.losses import stage2_losses
 
 
 class ImageStage(Stage):
-    """Trains `image_adapter` through the model's own forward, the one that evaluation uses."""
+    """Trains the image side through the model's own forward, the one that evaluation uses."""
 
     name = "image"
     number = 2
-    trains = ("image_adapter",)
 
-    def __init__(self, model: AdaptedCLIP, text_side: Tensor, classes: Sequence[str]) -> None:
+    def __init__(self, model: AdaptedCLIP, text_side: Any, classes: Sequence[str]) -> None:
         super().__init__(model)
         self.text_side = text_side
         self.order = {name: row for row, name in enumerate(classes)}

@@ -20,12 +20,11 @@ class StageOutput(NamedTuple):
 class Stage(nn.Module):
     """A stage of training around the one persistent model.
 
-    Only the components in `trains` require gradients and are in train mode while the stage runs.
+    Only the components that it trains require gradients and are in train mode while it runs.
     """
 
     name: str
     number: int
-    trains: tuple[str, ...]
 
     def __init__(self, model: AdaptedCLIP) -> None:
         super().__init__()
@@ -34,7 +33,7 @@ class Stage(nn.Module):
     @property
     def trained(self) -> dict[str, nn.Module]:
         """The components that this stage trains, by name."""
-        return {name: self.model.components[name] for name in self.trains}
+        return {name: self.model.components[name] for name in self.model.trained_components(self.name)}
 
     def begin(self) -> None:
         """Let gradients reach the components of this stage and no others, and enter train mode."""

@@ -1,8 +1,9 @@
 """Pre-training of the toy CLIP (DESIGN 7): CLIP's contrastive loss on drawn pairs, with open_clip's own model.
 
-Most steps see a random quarter of each picture's patches (FLIP, arXiv:2212.00794): on a CPU that is four times the
-pictures in the same time. The drawings are made once and kept beside the training state; every epoch ends with a state
-that can be resumed from and with an exported `local-dir:` folder, so that a run stopped early leaves a usable model.
+At first a step sees a random quarter of each picture's patches (FLIP, arXiv:2212.00794), later more: on a CPU that is
+several times the pictures in the same time. The drawings are made once and kept beside the training state; every epoch
+ends with a state that can be resumed from and an exported `local-dir:` folder, so a run stopped early leaves a usable
+model.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from dataset.toy.captions import draw_pairs
 from dataset.toy.objects import OBJECTS, TEXTURES
 from utils.errors import NotFiniteError, UserError
+from utils.files import replacing, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +54,14 @@ _CHUNK = 250
 class PretrainConfig:
     """What determines a pre-training run.
 
-    patch_dropout: share of the patches left out of most steps; the last `full_share` of all steps sees every patch.
+    patch_dropout: share of the patches left out in the first half of all steps; in the second half it falls linearly to
+        `last_patch_dropout`.
     """
 
     drawings: int = 36_000
     epochs: int = 8
     patch_dropout: float = 0.75
-    full_share: float = 0.05
+    last_patch_dropout: float = 0.25
     batch_size: int = 128
     lr: float = 2e-3
     weight_decay: float = 0.1
@@ -97,15 +100,9 @@ def drawn_pairs(count: int, seed: int, stream: int, folder: Path) -> Pairs:
         images.flush()
         del images
         unfinished.replace(images_file)
-        _write_text(words_file, json.dumps(words))
+        write_json(words_file, words)
     words = json.loads(words_file.read_text(encoding="utf-8"))
     return Pairs(np.load(images_file, mmap_mode="r"), [word[0] for word in words], [word[1] for word in words])
-
-
-def _write_text(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
 
 
 def _patches(images: NDArray[np.uint8], device: torch.device) -> Tensor:
@@ -212,12 +209,11 @@ def export_toy_clip(model: CLIP, folder: Path) -> None:
             "resize_mode": "squash",
         },
     }
-    _write_text(folder / "open_clip_config.json", json.dumps(config, indent=2) + "\n")
+    write_json(folder / "open_clip_config.json", config)
     weights = {key: value.detach().cpu().half().contiguous() for key, value in model.state_dict().items()}
-    unfinished = folder / "open_clip_model.partial"
-    save_file(weights, unfinished)
-    unfinished.chmod(0o644)
-    unfinished.replace(folder / "open_clip_model.safetensors")
+    with replacing(folder / "open_clip_model.safetensors") as temporary:
+        save_file(weights, temporary)
+        temporary.chmod(0o644)
 
 
 def _batches(
@@ -262,9 +258,8 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "epoch": self.epoch,
         }
-        unfinished = self.state_file.with_suffix(".partial")
-        torch.save(state, unfinished)
-        unfinished.replace(self.state_file)
+        with replacing(self.state_file) as temporary:
+            torch.save(state, temporary)
 
     def train_epoch(self, pairs: Pairs, tokens: Tensor) -> float:
         """One pass over the drawings; returns the mean loss."""
@@ -279,7 +274,7 @@ class _Run:
             rate = _learning_rate(config, step, steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            keep = None if step >= (1 - config.full_share) * steps else self._kept_patches(len(images), random)
+            keep = self._kept_patches(len(images), step / steps, random)
             image_features = encode_image(model, images, keep)
             text_features = _encode_text(model, batch_tokens.to(self.device))
             loss = loss_of(image_features, text_features, model.logit_scale.exp())
@@ -301,10 +296,12 @@ class _Run:
         self.epoch += 1
         return total / per_epoch
 
-    def _kept_patches(self, batch: int, random: torch.Generator) -> Tensor:
-        """Which patches of each picture are looked at, (B, K)."""
+    def _kept_patches(self, batch: int, progress: float, random: torch.Generator) -> Tensor:
+        """Which patches of each picture are looked at, (B, K); `progress` runs from 0 to 1 over the whole run."""
+        first, last = self.config.patch_dropout, self.config.last_patch_dropout
+        dropped = first + (last - first) * max(0.0, 2 * progress - 1)
         patches = self.model.visual.positional_embedding.shape[0] - 1
-        kept = round(patches * (1 - self.config.patch_dropout))
+        kept = round(patches * (1 - dropped))
         return torch.rand(batch, patches, generator=random).argsort(dim=1)[:, :kept].to(self.device)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -51,14 +54,22 @@ class AdaptedCLIP(nn.Module):
         """The trainable components by the names that checkpoints and logs use."""
         return {name: getattr(self, name) for name in COMPONENTS}
 
+    def trained_components(self, side: str) -> tuple[str, ...]:
+        """The components that take part in the forward of a side, "text" or "image"."""
+        return (f"{side}_adapter",)
+
+    @property
+    def text_modules(self) -> dict[str, Any]:
+        """What the text pass takes beside CLIP: adapters, projector and blend weight; nothing where not adapted."""
+        if not self.config.text_adapted:
+            return {}
+        *adapters, projector = self.text_adapter
+        return {"adapters": adapters, "projector": projector, "weight": self.config.text_adapt_weight}
+
     def anchors(self, prompts: Prompts) -> Tensor:
         """Anchors of all classes from one text pass, (C, D, 2); CLIP's own where the text side is not adapted."""
         tokens = prompts.tokens.flatten(0, 1)  # (C * P, T)
-        if self.config.text_adapted:
-            *adapters, projector = self.text_adapter
-            features = encode_prompts(self.clip, tokens, adapters, projector, self.config.text_adapt_weight)
-        else:
-            features = encode_prompts(self.clip, tokens)
+        features = encode_prompts(self.clip, tokens, **self.text_modules)
         return pair_anchors(features.unflatten(0, prompts.tokens.shape[:2]), prompts.normal)
 
     def frozen_features(self, images: Tensor) -> ImageFeatures:
@@ -67,20 +78,42 @@ class AdaptedCLIP(nn.Module):
 
     def image_features(self, images: Tensor) -> ImageFeatures:
         """The adapted image branch: images (B, 3, S, S) -> unit patch features (B, N, D) per level, and det (B, D)."""
+        return self.encode_image(images)
+
+    def encode_image(
+        self,
+        images: Tensor,
+        after_first_block: Callable[[Tensor], Tensor] | None = None,
+        with_embedding: bool = False,
+    ) -> ImageFeatures:
+        """`image_features`, with a change of the stream (B, 1 + N, D_v) between the first block and its adapter.
+
+        with_embedding: also the branch's own class embedding, which takes the blocks behind the last level too.
+        """
         visual = self.clip.clip.visual
         adapters = self.image_adapter["layer_adapters"]
         projectors = dict(zip(self.config.levels, self.image_adapter["seg_proj"], strict=True))
         x = self.clip.embed_image(images)
         features, patches = [], x
-        for index, block in enumerate(visual.transformer.resblocks[: self.config.levels[-1]]):
+        depth = self.clip.vision_layers if with_embedding else self.config.levels[-1]
+        for index, block in enumerate(visual.transformer.resblocks[:depth]):
             x = run_block(block, x)
+            if index == 0 and after_first_block is not None:
+                x = after_first_block(x)
             if index < len(adapters):
                 x = blend(x, adapters[index](x), self.config.image_adapt_weight)
             if index + 1 in projectors:
                 patches = visual.ln_post(x[:, 1:])
                 features.append(unit(projectors[index + 1](patches)))
         det = unit(self.image_adapter["det_proj"](patches)).mean(dim=1)
-        return ImageFeatures(features, det)
+        return ImageFeatures(features, det, unit(self.clip.project_image(x[:, 0])) if with_embedding else None)
+
+    def batch_anchors(self, prompts: Prompts, rows: Tensor, features: ImageFeatures) -> Tensor:
+        """Anchors of each image of a batch, (B, D, 2), for Stage 1; rows (B,): each image's class in `prompts`.
+
+        `features` are those that the batch is compared with; here anchors do not depend on them.
+        """
+        return self.anchors(prompts)[rows]
 
     @torch.no_grad()
     def text_side(self, prompts: Prompts) -> Tensor:

@@ -10,6 +10,11 @@ from utils.errors import UserError
 ADAPTERS = ("bottleneck", "linear")
 SURGERIES = ("dual", "sequential")
 ACTIVATIONS = ("gelu", "quick_gelu")
+CONTEXT_NORMS = ("unit", "none")
+CROSS_ATTN_INITS = ("xavier", "zero")
+CROSS_ATTN_SCALES = ("fixed", "learned")
+TEXT_CONDITIONINGS = ("image", "batch_mean", "none")
+TEXT_CONTEXTS = ("frozen", "trained")
 
 
 def rounded(value: float) -> int:
@@ -58,6 +63,45 @@ class ModelConfig:
                 f"{source}: its model config does not fit this version ({what}); use the version that wrote it"
             )
         return cls(**{key: tuple(value) if key == "levels" else value for key, value in values.items()})
+
+
+@dataclass(frozen=True)
+class CrossAttentionConfig:
+    """What the two cross-attentions are (DESIGN 4, "Cross-attention").
+
+    `text_conditioning`: whether anchors see each image ("image"), the batch's mean in Stage 1 ("batch_mean"), or no
+    image ("none"). `text_context`: the image features they see, "frozen" or those of the "trained" image branch.
+    """
+
+    text_cross_attn_weight: float = 0.1
+    image_cross_attn_weight: float = 0.1
+    cross_attn_heads: int = 8
+    cross_attn_dropout: float = 0.1
+    context_norm: str = "unit"
+    cross_attn_init: str = "xavier"
+    cross_attn_scale: str = "fixed"
+    text_conditioning: str = "image"
+    text_context: str = "frozen"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check_cross_attention(config: CrossAttentionConfig, text_width: int) -> None:
+    """Raise `UserError` for choices that do not exist, or heads that do not divide the text width."""
+    if config.cross_attn_heads < 1 or text_width % config.cross_attn_heads:
+        raise UserError(f"--cross_attn_heads {config.cross_attn_heads}: must divide the text width, {text_width}")
+    if not 0 <= config.cross_attn_dropout < 1:
+        raise UserError(f"--cross_attn_dropout {config.cross_attn_dropout}: takes 0 to below 1")
+    for flag, value, choices in (
+        ("context_norm", config.context_norm, CONTEXT_NORMS),
+        ("cross_attn_init", config.cross_attn_init, CROSS_ATTN_INITS),
+        ("cross_attn_scale", config.cross_attn_scale, CROSS_ATTN_SCALES),
+        ("text_conditioning", config.text_conditioning, TEXT_CONDITIONINGS),
+        ("text_context", config.text_context, TEXT_CONTEXTS),
+    ):
+        if value not in choices:
+            raise UserError(f"--{flag} {value}: choose one of {', '.join(choices)}")
 
 
 def depth_defaults(vision_layers: int, text_layers: int) -> dict[str, Any]:

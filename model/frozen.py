@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,14 +17,20 @@ from model.text import Prompts, encode_prompts, pair_anchors
 
 
 class ImageFeatures(NamedTuple):
-    """`levels`: patch features, (B, N, D) for each level; `det`: the image's own unit feature, (B, D)."""
+    """`levels`: patch features, (B, N, D) for each level; `det`: the image's own feature, (B, D).
+
+    `embedding`: the unit class embedding of the branch that made them, (B, D), where it was asked for.
+    """
 
     levels: list[Tensor]
     det: Tensor
+    embedding: Tensor | None = None
 
 
-def surgery_stream(clip: FrozenCLIP, images: Tensor, config: ModelConfig) -> tuple[list[Tensor], Tensor]:
-    """Token streams (B, 1 + N, D_v) at each level, and the class token (B, D_v) after the last block of the plain pass.
+def surgery_stream(
+    clip: FrozenCLIP, images: Tensor, config: ModelConfig, levels: Sequence[int]
+) -> tuple[list[Tensor], Tensor]:
+    """Token streams (B, 1 + N, D_v) at `levels`, and the class token (B, D_v) after the last block of the plain pass.
 
     `dual` (CLIP-Surgery, arXiv:2304.05653): one pass; V-V attention of the original stream sums up on a side path.
     `sequential` (AA-CLIP): V-V attention inside the blocks, so the class token takes a pass of its own.
@@ -32,29 +40,33 @@ def surgery_stream(clip: FrozenCLIP, images: Tensor, config: ModelConfig) -> tup
     x = clip.embed_image(images)
     side: Tensor | None = None
     values: Tensor | None = None
-    levels = []
+    streams = []
     for index, block in enumerate(blocks):
-        if index < first:
+        if index < first or index >= levels[-1]:
             x = run_block(block, x)
         elif config.surgery == "dual":
             x, side = run_block_dual(block, x, x if side is None else side)
         else:
             values = run_block_values(block, x if values is None else values)
             x = run_block(block, x)
-        if index + 1 in config.levels:
-            levels.append(next(stream for stream in (side, values, x) if stream is not None))
-    return levels, x[:, 0]
+        if index + 1 in levels:
+            streams.append(next(stream for stream in (side, values, x) if stream is not None))
+    return streams, x[:, 0]
 
 
 @torch.no_grad()
-def frozen_features(clip: FrozenCLIP, images: Tensor, config: ModelConfig) -> ImageFeatures:
+def frozen_features(
+    clip: FrozenCLIP, images: Tensor, config: ModelConfig, levels: Sequence[int] | None = None
+) -> ImageFeatures:
     """Unit patch features plus the unit class embedding, not normalised again, at each level; det: class embedding.
 
-    images: (B, 3, S, S), normalised. Features of an image do not depend on the batch that it is in.
+    images: (B, 3, S, S), normalised; levels: those of `config` unless fewer are enough. Features of an image do not
+    depend on the batch that it is in.
     """
-    streams, cls = surgery_stream(clip, images, config)
+    streams, cls = surgery_stream(clip, images, config, levels or config.levels)
     embedding = unit(clip.project_image(cls))
-    return ImageFeatures([unit(clip.project_image(x[:, 1:])) + embedding[:, None] for x in streams], embedding)
+    features = [unit(clip.project_image(x[:, 1:])) + embedding[:, None] for x in streams]
+    return ImageFeatures(features, embedding, embedding)
 
 
 class UnadaptedCLIP(nn.Module):
@@ -63,7 +75,7 @@ class UnadaptedCLIP(nn.Module):
     def __init__(self, clip: FrozenCLIP, config: ModelConfig) -> None:
         super().__init__()
         self.clip = clip
-        self.config = config
+        self.config = replace(config, surgery="dual")
 
     @torch.no_grad()
     def text_side(self, prompts: Prompts) -> Tensor:

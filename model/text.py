@@ -36,6 +36,34 @@ class Prompts:
         return Prompts(self.tokens.to(device), self.normal)
 
 
+def begin_prompts(clip: FrozenCLIP, tokens: Tensor) -> Tensor:
+    """Token ids (P, T) -> the text stream after the first block, (P, T, D_t): what prompts are before any adapter."""
+    return run_block(clip.clip.transformer.resblocks[0], clip.embed_text(tokens), causal=True)
+
+
+def finish_prompts(
+    clip: FrozenCLIP,
+    x: Tensor,
+    tokens: Tensor,
+    adapters: Sequence[nn.Module] = (),
+    projector: nn.Module | None = None,
+    weight: float = 0.0,
+) -> Tensor:
+    """The stream after the first block (P, T, D_t) -> unit prompt features (P, D); `tokens` tell where each ends.
+
+    adapters: stand after the first blocks, one each, blended in with `weight`.
+    projector: takes the place of CLIP's text projection; None keeps CLIP's own.
+    """
+    for index, block in enumerate(clip.clip.transformer.resblocks):
+        if index > 0:
+            x = run_block(block, x, causal=True)
+        if index < len(adapters):
+            x = blend(x, adapters[index](x), weight)
+    # ln_final acts on each token by itself, so it is enough to normalise the end-of-text token.
+    pooled = clip.clip.ln_final(take_tokens(x, tokens.argmax(dim=-1)))
+    return unit(clip.project_text(pooled) if projector is None else projector(pooled))
+
+
 def encode_prompts(
     clip: FrozenCLIP,
     tokens: Tensor,
@@ -43,19 +71,8 @@ def encode_prompts(
     projector: nn.Module | None = None,
     weight: float = 0.0,
 ) -> Tensor:
-    """Token ids (P, T) -> unit prompt features (P, D), one text pass.
-
-    adapters: stand after the first blocks, one each, blended in with `weight`.
-    projector: takes the place of CLIP's text projection; None keeps CLIP's own.
-    """
-    x = clip.embed_text(tokens)
-    for index, block in enumerate(clip.clip.transformer.resblocks):
-        x = run_block(block, x, causal=True)
-        if index < len(adapters):
-            x = blend(x, adapters[index](x), weight)
-    # ln_final acts on each token by itself, so it is enough to normalise the end-of-text token.
-    pooled = clip.clip.ln_final(take_tokens(x, tokens.argmax(dim=-1)))
-    return unit(clip.project_text(pooled) if projector is None else projector(pooled))
+    """Token ids (P, T) -> unit prompt features (P, D), one text pass; the rest as `finish_prompts`."""
+    return finish_prompts(clip, begin_prompts(clip, tokens), tokens, adapters, projector, weight)
 
 
 def pair_anchors(features: Tensor, normal: int) -> Tensor:
