@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
 
 from engine.config import BaseConfig, build_clip, resolve_model
 from engine.data import TaskData, choose_training_images, load_task, training_loader
@@ -15,7 +16,6 @@ from engine.run import (
     TrainingRun,
     check_save_path,
     constant_then_halved,
-    describe_initialisation,
     make_accelerator,
     write_arguments,
 )
@@ -23,6 +23,7 @@ from engine.stage1 import TextStage
 from engine.stage2 import ImageStage
 from model.adapter import AdaptedCLIP
 from model.checkpoint import SCHEMA, save, state_of
+from model.clip import FrozenCLIP
 from model.config import ModelConfig
 from utils.logging import set_up_logging
 from utils.seeding import derive_seed
@@ -34,11 +35,37 @@ BETAS = (0.5, 0.999)
 LIBRARIES = ("torch", "torchvision", "open_clip_torch", "accelerate", "numpy")
 
 
+class Setup(NamedTuple):
+    """The parts that a training script builds before its model."""
+
+    accelerator: Accelerator
+    data: TaskData
+    clip: FrozenCLIP
+    model_config: ModelConfig
+    signature: dict[str, Any]
+
+
 def train_base(config: BaseConfig) -> None:
     """Train text adapters, then image adapters, and write the files of DESIGN 6 to `config.save_path`.
 
     Raises `UserError` for whatever the arguments ask for in vain, `NotFiniteError`, and `Stopped` on a signal.
     """
+    setup = set_up(config, "train.py")
+    model = AdaptedCLIP(setup.clip, setup.model_config).to(setup.accelerator.device)
+    for name, part in model.components.items():
+        logger.info("%s: %s trainable parameters", name, f"{sum(p.numel() for p in part.parameters()):,}")
+    optimizers = {
+        side: torch.optim.Adam(model.components[f"{side}_adapter"].named_parameters(), lr=rate, betas=BETAS)
+        for side, rate in (("text", config.text_lr), ("image", config.image_lr))
+    }
+    run = TrainingRun(model, optimizers, setup.accelerator, config.save_path, config.seed, setup.signature)
+    described = describe_run(config, setup.model_config, setup.data)
+    run.run(two_phases(config, model, setup.data, run, described))
+    logger.info("Complete: %d text and %d image epochs, in %s", config.text_epoch, config.image_epoch, config.save_path)
+
+
+def set_up(config: BaseConfig, script: str, more_signature: dict[str, Any] | None = None) -> Setup:
+    """Find data and CLIP, check that the save path may be written, start the log, and seed the weights to come."""
     accelerator = make_accelerator(config.device, config.precision, config.accumulate, config.tracker, config.save_path)
     with accelerator.main_process_first():  # it writes the metadata, and draws the toy datasets, on first use
         data = load_task(config.dataset, config.data_root, config.metadata, config.class_names, config.skip_bad_images)
@@ -46,9 +73,13 @@ def train_base(config: BaseConfig) -> None:
     clip = build_clip(config)
     model_config = resolve_model(config, clip)
     signature = {
-        "script": "train.py", **config.signature(), **model_config.to_dict(),
-        "metadata_digest": data.digest, "prompt_names": data.names,
-    }  # fmt: skip
+        "script": script,
+        **config.signature(),
+        **model_config.to_dict(),
+        "metadata_digest": data.digest,
+        "prompt_names": data.names,
+        **(more_signature or {}),
+    }
     del signature["text_adapted"]  # follows from the number of epochs, which is compared as such
     check_save_path(config.save_path, config.resume, signature)
     accelerator.wait_for_everyone()
@@ -56,62 +87,56 @@ def train_base(config: BaseConfig) -> None:
         set_up_logging(config.save_path / "train.log")
         write_arguments(config.save_path, config.to_dict())
     torch.manual_seed(derive_seed(config.seed))
-    model = AdaptedCLIP(clip, model_config).to(accelerator.device)
-    describe_initialisation(model.components)
-    optimizers = {
-        "text": torch.optim.Adam(model.text_adapter.named_parameters(), lr=config.text_lr, betas=BETAS),
-        "image": torch.optim.Adam(model.image_adapter.named_parameters(), lr=config.image_lr, betas=BETAS),
-    }
-    run = TrainingRun(model, optimizers, accelerator, config.save_path, config.seed, signature)
-    phases = base_phases(config, model, data, run)
-    run.run(phases)
-    logger.info("Complete: %d text and %d image epochs, in %s", config.text_epoch, config.image_epoch, config.save_path)
+    return Setup(accelerator, data, clip, model_config, signature)
 
 
-def base_phases(config: BaseConfig, model: AdaptedCLIP, data: TaskData, run: TrainingRun) -> list[Phase]:
-    """Stage 1 and Stage 2 as the phases of a run."""
+def two_phases(
+    config: BaseConfig,
+    model: AdaptedCLIP,
+    data: TaskData,
+    run: TrainingRun,
+    described: dict[str, Any],
+    suffix: str = "",
+    frozen: tuple[str, ...] = (),
+) -> list[Phase]:
+    """Stage 1 and Stage 2 as the phases of a run, writing `text_adapter{suffix}.pth` and `image_adapter{suffix}.pth`.
+
+    described: the `config` of the checkpoints; frozen: components that are not trained.
+    """
     clip, device = model.clip, run.accelerator.device
     prompts = data.prompts(clip).to(device)
-    text_loader, text_sampler = training_loader(
-        data, clip, "geometric", config.text_batch_size, 1, config.seed, config.num_workers
-    )
-    image_loader, image_sampler = training_loader(
-        data, clip, "full", config.image_batch_size, 2, config.seed, config.num_workers
-    )
-    described = describe_run(config, model.config, data)
+    workers = config.num_workers
+    text_loader = training_loader(data, clip, "geometric", config.text_batch_size, 1, config.seed, workers)
+    image_loader = training_loader(data, clip, "full", config.image_batch_size, 2, config.seed, workers)
+
+    def write(side: str, epoch: int, parts: list[str], names: list[str]) -> None:
+        checkpoint = {name: state_of(model.components[name]) for name in parts}
+        checkpoint |= {f"{side}_optimizer": run.optimizer_state(side), "epoch": epoch, "config": described}
+        for name in names:
+            save(checkpoint, config.save_path / name)
+
+    text_parts = [name for name in model.components if name.startswith("text")]
+    image_parts = [name for name in model.components if name.startswith("image")]
+    carried = text_parts if model.config.text_adapted else []
 
     def write_text_side(epoch: int) -> None:
-        checkpoint = {
-            "text_adapter": state_of(model.text_adapter),
-            "text_optimizer": run.optimizer_state("text"),
-            "epoch": epoch,
-            "config": described,
-        }
-        save(checkpoint, config.save_path / "text_adapter.pth")
+        write("text", epoch, text_parts, [f"text_adapter{suffix}.pth"])
 
     def write_image_side(epoch: int) -> None:
-        checkpoint: dict[str, Any] = {
-            "image_adapter": state_of(model.image_adapter),
-            "image_optimizer": run.optimizer_state("image"),
-            "epoch": epoch,
-            "config": described,
-        }
-        if model.config.text_adapted:
-            checkpoint["text_adapter"] = state_of(model.text_adapter)
-        save(checkpoint, config.save_path / f"image_adapter_{epoch}.pth")
-        save(checkpoint, config.save_path / "image_adapter.pth")
+        names = [f"image_adapter{suffix}_{epoch}.pth", f"image_adapter{suffix}.pth"]
+        write("image", epoch, [*carried, *image_parts], names)
 
-    text = Phase(
-        1, "text", config.text_epoch,
-        lambda: TextStage(model, prompts, data.classes, config.text_norm_weight, config.stage1_levels),
-        constant_then_halved(()), text_loader, text_sampler, write_text_side,
-    )  # fmt: skip
-    image = Phase(
-        1, "image", config.image_epoch,
-        lambda: ImageStage(model, model.text_side(prompts), data.classes),
-        constant_then_halved(IMAGE_MILESTONES), image_loader, image_sampler, write_image_side,
-    )  # fmt: skip
-    return [text, image]
+    def text_stage() -> TextStage:
+        return TextStage(model, prompts, data.classes, config.text_norm_weight, config.stage1_levels, frozen)
+
+    def image_stage() -> ImageStage:
+        return ImageStage(model, model.text_side(prompts), data.classes, frozen)
+
+    text_schedule, image_schedule = constant_then_halved(()), constant_then_halved(IMAGE_MILESTONES)
+    return [
+        Phase(1, "text", config.text_epoch, text_stage, text_schedule, *text_loader, write_text_side),
+        Phase(1, "image", config.image_epoch, image_stage, image_schedule, *image_loader, write_image_side),
+    ]
 
 
 def describe_run(config: BaseConfig, model_config: ModelConfig, data: TaskData) -> dict[str, Any]:
@@ -119,6 +144,7 @@ def describe_run(config: BaseConfig, model_config: ModelConfig, data: TaskData) 
     return {
         "schema": SCHEMA,
         "model": model_config.to_dict(),
+        "cross_attention": None,
         "dataset": data.located.spec.name,
         "domain": data.located.spec.domain,
         "metadata_digest": data.digest,
@@ -127,7 +153,6 @@ def describe_run(config: BaseConfig, model_config: ModelConfig, data: TaskData) 
         "shot": config.shot if config.training_mode == "few_shot" else None,
         "text_epochs": config.text_epoch,
         "seed": config.seed,
-        "cross_attention": False,
         "arguments": config.to_dict(),
         "versions": {name: version(name) for name in LIBRARIES},
     }

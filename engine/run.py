@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
@@ -265,12 +264,6 @@ def describe_differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     return "; ".join(
         f"{name} was {before.get(name)}, now {now.get(name)}" for name in names if before.get(name) != now.get(name)
     )
-
-
-def describe_initialisation(components: dict[str, nn.Module]) -> None:
-    """Log how many parameters each component has."""
-    for name, part in components.items():
-        logger.info("%s: %s trainable parameters", name, f"{sum(p.numel() for p in part.parameters()):,}")
 
 
 def write_arguments(save_path: Path, arguments: dict[str, Any]) -> None:

@@ -19,9 +19,15 @@ class TextStage(Stage):
     number = 1
 
     def __init__(
-        self, model: AdaptedCLIP, prompts: Prompts, classes: Sequence[str], norm_weight: float, levels: str
+        self,
+        model: AdaptedCLIP,
+        prompts: Prompts,
+        classes: Sequence[str],
+        norm_weight: float,
+        levels: str,
+        frozen: tuple[str, ...] = (),
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, frozen)
         self.prompts = prompts
         self.order = {name: row for row, name in enumerate(classes)}
         self.norm_weight = norm_weight

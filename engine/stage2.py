@@ -16,8 +16,10 @@ class ImageStage(Stage):
     name = "image"
     number = 2
 
-    def __init__(self, model: AdaptedCLIP, text_side: Any, classes: Sequence[str]) -> None:
-        super().__init__(model)
+    def __init__(
+        self, model: AdaptedCLIP, text_side: Any, classes: Sequence[str], frozen: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(model, frozen)
         self.text_side = text_side
         self.order = {name: row for row, name in enumerate(classes)}
 

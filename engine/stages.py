@@ -26,14 +26,16 @@ class Stage(nn.Module):
     name: str
     number: int
 
-    def __init__(self, model: AdaptedCLIP) -> None:
+    def __init__(self, model: AdaptedCLIP, frozen: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.model = model
+        self.frozen = frozen
 
     @property
     def trained(self) -> dict[str, nn.Module]:
         """The components that this stage trains, by name."""
-        return {name: self.model.components[name] for name in self.model.trained_components(self.name)}
+        names = [name for name in self.model.trained_components(self.name) if name not in self.frozen]
+        return {name: self.model.components[name] for name in names}
 
     def begin(self) -> None:
         """Let gradients reach the components of this stage and no others, and enter train mode."""
