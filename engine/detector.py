@@ -16,6 +16,7 @@ from dataset.prompts import build_prompts
 from dataset.samples import image_tensor, read_image
 from engine.config import check_device
 from model.adapter import AdaptedCLIP
+from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.checkpoint import Checkpoint, infer_choices, load_component, read_checkpoint
 from model.clip import FrozenCLIP, load_clip
 from model.config import ModelConfig
@@ -148,7 +149,8 @@ def load_clip_for(checkpoint: Checkpoint, clip_weights: str | Path | None = None
 def build_detector(checkpoint: Checkpoint, clip: FrozenCLIP, **overrides: Any) -> Detector:
     """An adapted model with a checkpoint's weights on a CLIP that is loaded already."""
     config = checkpoint_config(checkpoint, clip, **overrides)
-    model = AdaptedCLIP(clip, config)
+    crossed = checkpoint.config and checkpoint.config.get("cross_attention")
+    model = AdaptedCLIPWithCrossAttention(clip, config, **crossed) if crossed else AdaptedCLIP(clip, config)
     for name, component in model.components.items():
         if name in checkpoint.components:
             load_component(component, checkpoint.components[name], name, checkpoint.path)

@@ -84,7 +84,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     Raises `UserError` for a file that is not a checkpoint, or whose text side is nowhere.
     """
-    checkpoint = _read_file(path)
+    checkpoint = read_any(path)
     if "image_adapter" not in checkpoint.components:
         raise UserError(f"{path}: holds a text side only; give an image checkpoint (image_adapter*.pth) or a folder")
     text_adapted = checkpoint.config is None or checkpoint.config["model"].get("text_adapted", True)
@@ -95,7 +95,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise UserError(
             f"{path}: has no text side, and {beside} is not there; put the text adapter it was trained with there"
         )
-    text = _read_file(beside)
+    text = read_any(beside)
     if "text_adapter" not in text.components:
         raise UserError(f"{beside}: holds no 'text_adapter'")
     logger.info("%s has no text side: taken from %s", path, beside)
@@ -109,7 +109,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def _read_file(path: Path) -> Checkpoint:
+def read_any(path: Path) -> Checkpoint:
+    """Read a checkpoint file of either side or both, as it is; `UserError` for a file that is none."""
     content = load(path)
     if not isinstance(content, dict) or not any(name in content for name in COMPONENTS):
         raise UserError(f"{path}: not a checkpoint of this project (none of {', '.join(COMPONENTS)} is in it)")

@@ -167,3 +167,26 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto goes on with the run that is there; never starts over, in a new folder only",
     )
     group.add_argument("--tracker", choices=("tensorboard", "wandb", "none"), help="where curves go")
+
+
+def add_cross_attention_arguments(parser: argparse.ArgumentParser) -> None:
+    """The two cross-attentions (DESIGN 4)."""
+    group = parser.add_argument_group("cross-attention")
+    group.add_argument("--text_cross_attn_weight", type=rate, help="weight of the text side's residual; 0 is off")
+    group.add_argument("--image_cross_attn_weight", type=rate, help="weight of the image side's residual; 0 is off")
+    group.add_argument("--cross_attn_heads", type=positive_int, help="attention heads")
+    group.add_argument("--cross_attn_dropout", type=rate, help="of the attention weights, while training")
+    group.add_argument(
+        "--context_norm", choices=("unit", "none"), help="context tokens at length 1, or raw (the old behaviour)"
+    )
+    group.add_argument(
+        "--cross_attn_init", choices=("xavier", "zero"), help="zero starts the output projection at zero"
+    )
+    group.add_argument(
+        "--cross_attn_scale", choices=("fixed", "learned"), help="the weights above as they are, or as a start"
+    )
+    group.add_argument(
+        "--text_conditioning",
+        choices=("image", "batch_mean", "none"),
+        help="anchors see each image, in Stage 1 the mean of the batch, or no image",
+    )

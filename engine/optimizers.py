@@ -1,0 +1,36 @@
+"""Optimizer moments from one run to another, by parameter name (DESIGN 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+def transfer_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> int:
+    """Copy the moments of parameters that have the same name and shape into `optimizer`; returns how many.
+
+    saved: another optimizer's state dict whose groups carry `param_names`. Rates, betas and decay stay the new ones',
+    and parameters that `saved` does not know start fresh. A state without names transfers nothing.
+    """
+    moments = {
+        name: saved["state"][index]
+        for group in saved.get("param_groups", ())
+        for name, index in zip(group.get("param_names", ()), group["params"], strict=False)
+        if index in saved["state"]
+    }
+    carried = 0
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            state = moments.get(name)
+            if state is None or any(
+                value.dim() and value.shape != parameter.shape for value in state.values() if torch.is_tensor(value)
+            ):
+                continue
+            optimizer.state[parameter] = {
+                key: value.clone().to(parameter.device if value.dim() else "cpu") if torch.is_tensor(value) else value
+                for key, value in state.items()
+            }
+            carried += 1
+    return carried
