@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -60,7 +60,7 @@ def load_task(
 
 def choose_training_images(data: TaskData, training_mode: str, shot: int, seed: int) -> TaskData:
     """The images that training sees: all, or `shot` of each class."""
-    records = few_shot(data.records, shot, seed) if training_mode == "few_shot" else data.records
+    records = few_shot(data.records, shot, seed) if training_mode == "few_shot" else list(data.records)
     anomalous = sum(record.label for record in records)
     logger.info(
         "Training on %s: %d images of %d classes, %d normal and %d anomalous",
@@ -73,12 +73,11 @@ def choose_training_images(data: TaskData, training_mode: str, shot: int, seed: 
     return TaskData(data.located, records, data.names, data.digest)
 
 
-def make_dataset(
-    data: TaskData, clip: FrozenCLIP, augment: str, records: Sequence[Record] | None = None
-) -> AnomalyDataset:
-    """Samples at the CLIP model's size and normalisation."""
-    chosen = data.records if records is None else records
-    return AnomalyDataset(data.located.root, chosen, clip.img_size, clip.mean, clip.std, augment)
+def make_dataset(data: TaskData, clip: FrozenCLIP, augment: str) -> AnomalyDataset:
+    """Samples at the CLIP model's size and normalisation, in class order."""
+    order = {name: row for row, name in enumerate(data.classes)}
+    records = sorted(data.records, key=lambda record: order[record.class_name])
+    return AnomalyDataset(data.located.root, records, clip.img_size, clip.mean, clip.std, augment)
 
 
 def training_loader(
@@ -99,5 +98,9 @@ def training_loader(
 
 
 def evaluation_loader(samples: AnomalyDataset, batch_size: int, num_workers: int) -> DataLoader:
-    """Batches in the records' order."""
-    return DataLoader(samples, batch_size=batch_size, num_workers=num_workers, pin_memory=torch.cuda.is_available())
+    """Batches in the records' order, none of which holds images of two classes."""
+    batches = []
+    for _, positions in groupby(range(len(samples)), key=lambda position: samples.records[position].class_name):
+        chosen = list(positions)
+        batches += [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
+    return DataLoader(samples, batch_sampler=batches, num_workers=num_workers, pin_memory=torch.cuda.is_available())

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset.metadata import Record
 from engine.data import TaskData, evaluation_loader, make_dataset
 from engine.detector import Detector
 from model.scoring import Outputs, anomaly_map, class_image_scores, det_scores
@@ -72,16 +71,18 @@ class _ClassScores:
         self.labels.append(label.cpu().numpy())
         self.det.append(det_scores(outputs).float().cpu())
 
-    def metrics(self, domain: str) -> dict[str, float | None]:
+    def result(self, class_name: str, domain: str) -> ClassResult:
+        """The class's metrics, once all its images are in."""
         maps, masks, labels = (np.concatenate(parts) for parts in (self.maps, self.masks, self.labels))
         extremes = [torch.from_numpy(take(maps.reshape(len(maps), -1), axis=1)) for take in (np.max, np.min)]
         scores = class_image_scores(*extremes, torch.cat(self.det), domain).numpy()
-        return {
+        values = {
             "pixel_auroc": auroc(masks.ravel(), maps.ravel()),
             "pixel_ap": average_precision(masks.ravel(), maps.ravel()),
             "image_auroc": auroc(labels, scores),
             "image_ap": average_precision(labels, scores),
         }
+        return ClassResult(class_name, len(labels), int(labels.sum()), values)
 
 
 @torch.inference_mode()
@@ -102,25 +103,21 @@ def evaluate(
     domain = data.located.spec.domain
     text_sides = {name: detector.model.text_side(prompts) for name, detector in models.items()}
     results: dict[str, list[ClassResult]] = {name: [] for name in models}
-    order = {name: row for row, name in enumerate(data.classes)}
-    records = sorted(data.records, key=lambda record: order[record.class_name])
-    bar = progress_bar(len(records), f"evaluating on {data.located.spec.name}")
-    for class_name, group in groupby(records, key=lambda record: record.class_name):
-        chosen: list[Record] = list(group)
+    samples = make_dataset(data, clip, "none")
+    loader = evaluation_loader(samples, batch_size, num_workers)
+    bar = progress_bar(len(samples), f"evaluating on {data.located.spec.name}")
+    for class_name, batches in groupby(loader, key=lambda batch: batch["class_name"][0]):
         scores = {name: _ClassScores() for name in models}
-        samples = make_dataset(data, clip, "none", chosen)
-        for batch in evaluation_loader(samples, batch_size, num_workers):
+        for batch in batches:
             images = batch["image"].to(device, non_blocking=True)
-            rows = torch.full((len(images),), order[class_name], device=device)
+            rows = torch.full((len(images),), data.classes.index(class_name), device=device)
             for name, detector in models.items():
                 with autocast(device, precision):
                     outputs = detector.model(images, text_sides[name], rows)
                 scores[name].add(outputs, batch["mask"].flatten(0, 1), batch["label"], domain)
             bar.update(len(images))
-        anomalous = sum(record.label for record in chosen)
-        for name in models:
-            result = ClassResult(class_name, len(chosen), anomalous, scores[name].metrics(domain))
-            results[name].append(result)
+        for name, kept in scores.items():
+            results[name].append(kept.result(class_name, domain))
     bar.close()
     return {name: Evaluation(name, data.located.spec.name, rows) for name, rows in results.items()}
 

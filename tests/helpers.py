@@ -136,3 +136,13 @@ def assert_all_agree(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor
     assert set(actual) == set(expected)
     for name, value in actual.items():
         assert_agrees(value, expected[name], tolerance, name)
+
+
+class RunsCode:
+    """Pickled, it runs code when it is read without `weights_only`: it writes `target`."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return Path.write_text, (self.target, "ran")

@@ -20,7 +20,7 @@ from model import checkpoint
 from model.adapter import AdaptedCLIP
 from model.clip import FrozenCLIP
 from tests import reference
-from tests.helpers import adapted_clip, assert_agrees, config_for, random_batch, tiny_clip, tiny_prompts
+from tests.helpers import RunsCode, adapted_clip, assert_agrees, config_for, random_batch, tiny_clip, tiny_prompts
 from utils.errors import UserError
 
 State = dict[str, Tensor]
@@ -272,7 +272,7 @@ KINDS: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("in_file", "in_model", "component", "flag"), KINDS)
+@pytest.mark.parametrize(("in_file", "in_model", "component", "flag"), KINDS, ids=str)
 def test_another_kind_names_the_likely_cause(
     in_file: dict[str, Any], in_model: dict[str, Any], component: str, flag: str
 ) -> None:
@@ -289,20 +289,10 @@ def test_nothing_is_skipped_silently() -> None:
     assert "'2.fc.0.weight'" in refusal(model.text_adapter, state, "text_adapter")
 
 
-class Dangerous:
-    """A pickle that would run code: writing a file, here."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return Path.write_text, (self.target, "ran")
-
-
 @pytest.mark.parametrize("form", ["torch", "pickle"])
 def test_a_file_that_holds_code_is_refused_and_nothing_runs(form: str, tmp_path: Path) -> None:
     path, target = tmp_path / "image_adapter.pth", tmp_path / "ran"
-    content = {"image_adapter": {}, "text_adapter": {}, "epoch": Dangerous(target)}
+    content = {"image_adapter": {}, "text_adapter": {}, "epoch": RunsCode(target)}
     if form == "torch":
         torch.save(content, path)
     else:

@@ -17,6 +17,7 @@ from model.clip import FrozenCLIP, load_clip
 from tests.helpers import (
     TINY_ARCHITECTURE,
     TINY_NAME,
+    RunsCode,
     assert_agrees,
     random_batch,
     save_openai_archive,
@@ -292,6 +293,14 @@ def test_a_damaged_file_is_one_line_that_names_it(kind: str, tiny_name: str, tmp
     with pytest.raises(UserError) as caught:
         load_clip(tiny_name, file, activation="gelu")
     assert str(file) in one_line(caught)
+
+
+def test_a_weights_file_that_holds_code_is_refused_and_nothing_runs(tiny_name: str, tmp_path: Path) -> None:
+    target = tmp_path / "ran"
+    torch.save({"state_dict": tiny_open_clip().state_dict(), "extra": RunsCode(target)}, tmp_path / "code.pt")
+    with pytest.raises(UserError, match=r"code\.pt"):
+        load_clip(tiny_name, tmp_path / "code.pt", activation="gelu")
+    assert not target.exists()
 
 
 def test_a_missing_file_is_an_error_that_names_it(tiny_name: str, tmp_path: Path) -> None:
