@@ -16,7 +16,7 @@ from dataset.prompts import build_prompts
 from dataset.samples import image_tensor, read_image
 from engine.config import check_device
 from model.adapter import AdaptedCLIP
-from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
+from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention, Attention
 from model.checkpoint import Checkpoint, infer_choices, load_component, read_checkpoint
 from model.clip import FrozenCLIP, load_clip
 from model.config import ModelConfig
@@ -69,19 +69,35 @@ class Detector(nn.Module):
     def device(self) -> torch.device:
         return self.clip.clip.visual.conv1.weight.device
 
+    @property
+    def text_cross_attn(self) -> nn.Module:
+        return self.model.text_cross_attn
+
+    @property
+    def image_cross_attn(self) -> nn.Module:
+        return self.model.image_cross_attn
+
     @torch.inference_mode()
     def predict(
-        self, image: Image.Image | np.ndarray | str | Path, class_name: str = "object", domain: str = "industrial"
-    ) -> Prediction:
+        self,
+        image: Image.Image | np.ndarray | str | Path,
+        class_name: str = "object",
+        domain: str = "industrial",
+        return_attention: bool = False,
+    ) -> Prediction | tuple[Prediction, Attention]:
         """Anomaly map, score and per-level maps of one image: a path, a PIL image, or uint8 RGB (H, W, 3).
 
         class_name: what the object is called in the prompts, such as "metal screw". A single image has no class
         statistics to normalise by, so the map is the calibrated one and the score is half its maximum plus half the
         image's own; `domain="medical"`: the maximum alone (DESIGN 4, "Scores").
-        Raises `UserError` for a file that cannot be read and for a domain that is not known.
+        return_attention: also give `Attention`, the weights of both cross-attentions per head, for a batch of one.
+        Raises `UserError` for a file that cannot be read, for a domain that is not known, and where attention is asked
+        of a model without cross-attention.
         """
         if domain not in DOMAINS:
             raise UserError(f"domain {domain}: choose one of {', '.join(DOMAINS)}")
+        if return_attention and not isinstance(self.model, AdaptedCLIPWithCrossAttention):
+            raise UserError(f"{self.name} has no cross-attention to show")
         if isinstance(image, (str, Path)):
             image = read_image(Path(image))
         elif isinstance(image, np.ndarray):
@@ -89,13 +105,13 @@ class Detector(nn.Module):
         size = self.clip.img_size
         pixels = image_tensor(image.convert("RGB"), size, self.clip.mean, self.clip.std)[None].to(self.device)
         prompts = Prompts.from_texts(self.clip, [build_prompts(readable_name(class_name))]).to(self.device)
-        outputs = self.model(
-            pixels, self.model.text_side(prompts), torch.zeros(1, dtype=torch.long, device=self.device)
-        )
+        side, rows = self.model.text_side(prompts), torch.zeros(1, dtype=torch.long, device=self.device)
+        outputs = self.model(pixels, side, rows)
         levels = calibrated_maps(outputs, size)
         mean = levels.mean(dim=0)
         score = calibrated_scores(mean, outputs, domain)
-        return Prediction(mean[0].cpu().numpy(), float(score[0]), levels[:, 0].cpu().numpy())
+        prediction = Prediction(mean[0].cpu().numpy(), float(score[0]), levels[:, 0].cpu().numpy())
+        return (prediction, self.model.attention(pixels, side, rows)) if return_attention else prediction
 
 
 def load_model(

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,15 @@ def error_line(script: str, *arguments: object, cwd: Path = ROOT) -> str:
     assert len(lines) == 1, errors
     assert errors.rstrip().endswith(lines[0])
     return lines[0]
+
+
+def wait_for_rows(history: Path, rows: int, process: subprocess.Popen[str]) -> None:
+    """Wait until a run has finished this many epochs."""
+    deadline = time.monotonic() + 120
+    while not history.is_file() or len(history.read_text(encoding="utf-8").splitlines()) < rows:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
 
 
 def write_clip(folder: Path) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.scripts import error_line, run, start, write_clip, write_dataset
+from tests.scripts import error_line, run, start, wait_for_rows, write_clip, write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +86,6 @@ def test_killed_runs_end_with_the_same_weights(world: Path, finished: Path, tmp_
     errors = run("train.py", *arguments(world, path, num_workers=1))
     assert "Going on with the run" in errors
     assert same_weights(path / "image_adapter.pth", finished / "image_adapter.pth")
-
-
-def wait_for_rows(history: Path, rows: int, process: object) -> None:
-    deadline = time.monotonic() + 120
-    while not history.is_file() or len(history.read_text(encoding="utf-8").splitlines()) < rows:
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
 
 
 def test_sigterm_finishes_the_step_and_says_how_to_go_on(world: Path, finished: Path, tmp_path: Path) -> None:

@@ -1,0 +1,192 @@
+"""`train_cross_attention.py` and `test_stage2_gradients.py` as a user runs them (DESIGN 1, 4, 6, 8)."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import load_model
+from tests.scripts import ROOT, environment, error_line, run, start, wait_for_rows, write_clip, write_dataset
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    write_clip(folder / "clip")
+    write_dataset(folder / "train")
+    write_dataset(folder / "test", classes=("cork",), seed=1)
+    run("train.py", *common(folder), "--save_path", folder / "base")
+    return folder
+
+
+def common(world: Path) -> list[object]:
+    return [
+        "--model_name", f"local-dir:{world / 'clip'}", "--dataset", world / "train", "--shot", 8, "--text_epoch", 2,
+        "--image_epoch", 3, "--text_batch_size", 4, "--image_lr", 0.005, "--num_workers", 0, "--device", "cpu",
+        "--tracker", "none",
+    ]  # fmt: skip
+
+
+def from_base(world: Path, save_path: Path, *more: object) -> list[object]:
+    base = world / "base"
+    return [
+        "train_cross_attention.py", *common(world), "--load_base_text_adapter", base / "text_adapter.pth",
+        "--load_base_image_adapter", base / "image_adapter.pth", "--save_path", save_path, *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path) -> Path:
+    path = world / "cross"
+    run(*from_base(world, path))
+    return path
+
+
+def test_files_and_verification(finished: Path) -> None:
+    files = {path.name for path in finished.glob("*.pth")}
+    assert files == {
+        "training_state.pth", "text_adapter_cross_attn.pth", "image_adapter_cross_attn.pth",
+        "image_adapter_cross_attn_1.pth", "image_adapter_cross_attn_2.pth", "image_adapter_cross_attn_3.pth",
+    }  # fmt: skip
+    log = (finished / "train.log").read_text(encoding="utf-8")
+    assert "WEIGHT INITIALIZATION VERIFICATION" in log
+    assert "Base text adapter loaded successfully!" in log
+    assert "image_cross_attn mean weight magnitude: " in log
+    assert "image optimizer: moments of 9 tensors taken from" in log
+    checkpoint = torch.load(finished / "image_adapter_cross_attn.pth", weights_only=True)
+    assert checkpoint["config"]["cross_attention"]["text_conditioning"] == "image"
+    assert {"text_adapter", "text_cross_attn", "image_adapter", "image_cross_attn"} <= set(checkpoint)
+
+
+def test_it_starts_from_the_base(world: Path, tmp_path: Path) -> None:
+    """No epoch of training: what the state holds before it is the base's adapters."""
+    run(*from_base(world, tmp_path, "--text_epoch", 0, "--image_epoch", 0))
+    state = torch.load(tmp_path / "training_state.pth", weights_only=True)
+    base = torch.load(world / "base" / "image_adapter.pth", weights_only=True)
+    for name in ("text_adapter", "image_adapter"):
+        assert all(torch.equal(value, base[name][key]) for key, value in state["components"][name].items())
+    moments = state["optimizers"]["image"]["state"]
+    assert torch.equal(moments[0]["exp_avg"], base["image_optimizer"]["state"][0]["exp_avg"])
+
+
+def test_killed_runs_end_with_the_same_weights(world: Path, finished: Path, tmp_path: Path) -> None:
+    """Dropout is on while training: its stream, too, must not depend on where a run was killed."""
+    path = tmp_path / "killed"
+    chance = random.Random(time.time_ns())
+    for rows in (1, 3):
+        process = start(*from_base(world, path))
+        wait_for_rows(path / "history.jsonl", rows, process)
+        time.sleep(chance.uniform(0, 0.3))
+        process.kill()
+        process.wait()
+    run(*from_base(world, path))
+    one, two = (torch.load(folder / "image_adapter_cross_attn.pth", weights_only=True) for folder in (path, finished))
+    for name in ("text_adapter", "text_cross_attn", "image_adapter", "image_cross_attn"):
+        assert all(torch.equal(value, two[name][key]) for key, value in one[name].items()), name
+
+
+def test_evaluation_uses_cross_attention(world: Path, finished: Path, tmp_path: Path) -> None:
+    """Row 3 of DESIGN 1: left out at test time it gives other results, and is not what `inference.py` does."""
+    run("inference.py", "--checkpoint", finished, "--dataset", world / "test", "--num_workers", 0, "--device", "cpu")
+    model = load_model(finished / "image_adapter_cross_attn.pth", device="cpu")
+    picture = world / "test" / "cork" / "test" / "spot" / "000.png"
+    trained, attention = model.predict(picture, "cork", return_attention=True)
+    torch.testing.assert_close(attention.text.sum(-1), torch.ones(attention.text.shape[:-1]))
+    torch.testing.assert_close(attention.image.sum((-1, -2)), torch.ones(attention.image.shape[:-2]))
+    assert (model.predict(picture, "cork").anomaly_map == trained.anomaly_map).all()
+    model.image_cross_attn.scale = model.text_cross_attn.scale = 0.0
+    assert abs(model.predict(picture, "cork").anomaly_map - trained.anomaly_map).max() > 1e-4
+
+
+def test_mistakes_end_in_one_line(world: Path, finished: Path, tmp_path: Path) -> None:
+    path = tmp_path / "unused"
+    asked = ["train_cross_attention.py", *common(world), "--save_path", path]
+    text, image = world / "base" / "text_adapter.pth", world / "base" / "image_adapter.pth"
+    both = ["--load_base_text_adapter", text, "--load_base_image_adapter"]
+    assert "--allow_partial_base" in error_line(*asked, "--load_base_text_adapter", text)
+    crossed = finished / "image_adapter_cross_attn.pth"
+    assert "cross-attention checkpoint, not a base" in error_line(*asked, *both, crossed)
+    assert "set --adapter to match" in error_line(*asked, *both, image, "--adapter", "linear")
+    assert "has no 'image_adapter'" in error_line(*asked, *both, text)
+    assert "--cross_attn_heads 7" in error_line(*asked, "--cross_attn_heads", 7)
+    untrained = tmp_path / "untrained.pth"
+    torch.save({**torch.load(image, weights_only=True), "epoch": 0}, untrained)
+    # Row 9 of DESIGN 1: cross-attention on top of an untrained base went unnoticed.
+    assert "was trained for 0 epochs" in error_line(*asked, *both, untrained)
+    other = tmp_path / "other.pth"
+    content = torch.load(image, weights_only=True)
+    content["image_adapter"]["det_proj.fc.weight"] = torch.zeros(8, 8)
+    torch.save(content, other)
+    message = error_line(*asked, *both, other)
+    assert "det_proj.fc.weight" in message
+    assert "(8, 8)" in message
+    assert "(40, 48)" in message
+    content = torch.load(image, weights_only=True)
+    content["config"]["model"]["text_adapted"] = False
+    torch.save(content, other)
+    assert "text side was not trained" in error_line(*asked, *both, other)
+    assert not path.exists()
+
+
+def test_from_scratch_is_said_to_be_unfair(world: Path, tmp_path: Path) -> None:
+    errors = run(
+        "train_cross_attention.py", *common(world), "--text_epoch", 1, "--image_epoch", 1, "--save_path", tmp_path
+    )
+    assert "from scratch" in errors
+
+
+def test_frozen_base_and_learned_scale(world: Path, tmp_path: Path) -> None:
+    run(*from_base(world, tmp_path, "--freeze_base", "--cross_attn_scale", "learned", "--cross_attn_init", "zero"))
+    trained = torch.load(tmp_path / "image_adapter_cross_attn.pth", weights_only=True)
+    base = torch.load(world / "base" / "image_adapter.pth", weights_only=True)
+    assert all(torch.equal(value, base["image_adapter"][key]) for key, value in trained["image_adapter"].items())
+    assert trained["image_cross_attn"]["out_proj.weight"].abs().max() > 0
+    assert trained["image_cross_attn"]["scale"] != 0.1
+
+
+def gradients(*arguments: object) -> tuple[int, str]:
+    command = [sys.executable, str(ROOT / "test_stage2_gradients.py"), *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), text=True, encoding="utf-8", capture_output=True)
+    return done.returncode, done.stdout
+
+
+def test_gradient_test_says_ratio_and_contribution(world: Path, finished: Path, tmp_path: Path) -> None:
+    """Row 1 of DESIGN 1: raw context at full scale moves the stream far; unit context at 0.1 hardly."""
+    model = ["--model_name", f"local-dir:{world / 'clip'}", "--dataset", world / "train", "--batches", 2]
+    status, said = gradients(*model)
+    assert status == 0
+    for line in ("Image adapter gradient norm:", "  Without cross-attention: ", "  Ratio: ", "[OK] Cross-attention"):
+        assert line in said
+    assert ratio(said) >= 0.8
+    _, old = gradients(*model, "--image_cross_attn_weight", 1.0, "--context_norm", "none")
+    assert contribution(old) > 5 * contribution(said)
+    assert contribution(said) < 0.1
+    status, said = gradients(
+        "--checkpoint", finished / "image_adapter_cross_attn.pth", "--dataset", world / "train", "--component",
+        "--sweep", 0, 0.1, 1, "--output_dir", tmp_path,
+    )  # fmt: skip
+    assert "Stage 1 (text):" in said
+    assert "image_cross_attn: " in said
+    assert len((tmp_path / "gradient_sweep.csv").read_text(encoding="utf-8").splitlines()) == 4
+    assert (tmp_path / "gradient_sweep.png").stat().st_size > 1000
+
+
+def ratio(said: str) -> float:
+    return float(said.split("Ratio: ")[1].split("x")[0])
+
+
+def contribution(said: str) -> float:
+    return float(said.split("|w * out| / |x|: ")[1].split()[0])
+
+
+def test_collecting_the_root_does_not_run_the_gradient_test() -> None:
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "test_stage2_gradients.py"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), text=True, encoding="utf-8", capture_output=True)
+    assert "gradient norm" not in done.stdout
+    assert "no tests collected" in done.stdout
