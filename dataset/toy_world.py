@@ -15,7 +15,7 @@ from dataset.toy.scene import COLORS, Scene, Thing, draw, draw_with_mask
 from utils.errors import UserError
 
 IMAGE_SIZE = 96  # pixels; what the toy CLIP takes, so that nothing is resampled
-GOOD_IMAGES = 24  # per class
+GOOD_IMAGES = {"toy_train": 48, "toy_test": 24}  # per class; as many more are defective
 SMALLEST_DEFECT = 0.008  # share of the image that a mask covers at least, about one patch
 
 
@@ -30,7 +30,7 @@ class ToyClass:
     defects: tuple[str, ...]
     images_per_defect: int
     material: str = "plastic"
-    backgrounds: tuple[str, ...] = ("grey", "white", "beige", "black", "brown")
+    backgrounds: tuple[str, ...] = ("grey", "white", "beige")
 
 
 _TRAIN_OBJECT = ("scratch", "crack", "hole", "stain", "missing_part", "deformation")
@@ -46,11 +46,11 @@ _CLASSES: dict[str, dict[str, ToyClass]] = {
             ("white", "blue", "turquoise", "pink", "yellow", "green"),
             ("white", "beige"),
             _TRAIN_OBJECT,
-            4,
+            8,
             "ceramic",
         ),
         "gear": ToyClass(
-            "gear", "gear", ("grey", "orange", "brown", "yellow", "blue", "green"), ("grey",), _TRAIN_OBJECT, 4, "metal"
+            "gear", "gear", ("grey", "orange", "brown", "yellow", "blue", "green"), ("grey",), _TRAIN_OBJECT, 8, "metal"
         ),
         "capsule": ToyClass(
             "capsule",
@@ -58,7 +58,7 @@ _CLASSES: dict[str, dict[str, ToyClass]] = {
             ("red", "orange", "purple", "green", "blue", "turquoise"),
             ("white", "yellow", "pink"),
             _TRAIN_OBJECT,
-            4,
+            8,
         ),
         "bottle": ToyClass(
             "bottle",
@@ -66,7 +66,7 @@ _CLASSES: dict[str, dict[str, ToyClass]] = {
             ("green", "brown", "blue", "turquoise", "purple", "orange"),
             ("white", "beige", "yellow"),
             _TRAIN_OBJECT,
-            4,
+            8,
         ),
         "key": ToyClass(
             "key",
@@ -74,11 +74,11 @@ _CLASSES: dict[str, dict[str, ToyClass]] = {
             ("yellow", "grey", "orange", "brown", "red", "turquoise"),
             ("grey",),
             _TRAIN_OBJECT,
-            4,
+            8,
             "metal",
         ),
         "wood": ToyClass(
-            "wood", "wood", ("brown", "orange", "beige", "grey", "red", "yellow"), ("brown",), _TRAIN_TEXTURE, 6
+            "wood", "wood", ("brown", "orange", "beige", "grey", "red", "yellow"), ("brown",), _TRAIN_TEXTURE, 12
         ),
         "carpet": ToyClass(
             "carpet",
@@ -86,7 +86,7 @@ _CLASSES: dict[str, dict[str, ToyClass]] = {
             ("red", "blue", "beige", "green", "purple", "pink", "grey"),
             ("grey",),
             _TRAIN_TEXTURE,
-            6,
+            12,
         ),
         "tiles": ToyClass(
             "tiles",
@@ -94,7 +94,7 @@ _CLASSES: dict[str, dict[str, ToyClass]] = {
             ("white", "turquoise", "pink", "blue", "orange", "green"),
             ("grey", "white", "beige"),
             _TRAIN_TEXTURE,
-            6,
+            12,
         ),
     },
     "toy_test": {
@@ -179,7 +179,7 @@ def _scene(toy: ToyClass, seed: tuple[int, ...]) -> Scene:
     accent = pick(tuple(name for name in toy.accents if name != color) or ("black",))
     background = pick(tuple(name for name in toy.backgrounds if _apart(name, color)))
     texture = toy.kind in TEXTURES
-    center = (0.0, 0.0) if texture else (float(rng.uniform(-0.12, 0.12)), float(rng.uniform(-0.12, 0.12)))
+    center = (0.0, 0.0) if texture else (float(rng.uniform(-0.16, 0.16)), float(rng.uniform(-0.16, 0.16)))
     radius = float(rng.uniform(0.85, 1.2) if texture else rng.uniform(0.82, 1.02))
     turn = float(rng.uniform(0, 2 * np.pi))
     return Scene((Thing(toy.kind, color, accent, toy.material, center, radius, turn),), background, (), seed)
@@ -245,7 +245,7 @@ def write_toy_dataset(name: str, folder: Path, seed: int = 0) -> None:
 def _write_class(dataset: str, class_folder: str, folder: Path, seed: int) -> None:
     good = folder / "test" / "good"
     good.mkdir(parents=True)
-    for index in range(GOOD_IMAGES):
+    for index in range(GOOD_IMAGES[dataset]):
         image, _ = draw_toy_class(dataset, class_folder, None, index, seed)
         Image.fromarray(image).save(good / f"{index:03d}.png")
     for defect, count in toy_defects(dataset, class_folder).items():

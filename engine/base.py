@@ -51,6 +51,7 @@ def train_base(config: BaseConfig) -> None:
     Raises `UserError` for whatever the arguments ask for in vain, `NotFiniteError`, and `Stopped` on a signal.
     """
     setup = set_up(config, "train.py")
+    open_run(setup, config)
     model = AdaptedCLIP(setup.clip, setup.model_config).to(setup.accelerator.device)
     for name, part in model.components.items():
         logger.info("%s: %s trainable parameters", name, f"{sum(p.numel() for p in part.parameters()):,}")
@@ -65,7 +66,7 @@ def train_base(config: BaseConfig) -> None:
 
 
 def set_up(config: BaseConfig, script: str, more_signature: dict[str, Any] | None = None) -> Setup:
-    """Find data and CLIP, check that the save path may be written, start the log, and seed the weights to come."""
+    """Find data and CLIP, and seed the weights to come; writes nothing to the save path."""
     accelerator = make_accelerator(config.device, config.precision, config.accumulate, config.tracker, config.save_path)
     with accelerator.main_process_first():  # it writes the metadata, and draws the toy datasets, on first use
         data = load_task(config.dataset, config.data_root, config.metadata, config.class_names, config.skip_bad_images)
@@ -81,13 +82,20 @@ def set_up(config: BaseConfig, script: str, more_signature: dict[str, Any] | Non
         **(more_signature or {}),
     }
     del signature["text_adapted"]  # follows from the number of epochs, which is compared as such
-    check_save_path(config.save_path, config.resume, signature)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        set_up_logging(config.save_path / "train.log")
-        write_arguments(config.save_path, config.to_dict())
     torch.manual_seed(derive_seed(config.seed))
     return Setup(accelerator, data, clip, model_config, signature)
+
+
+def open_run(setup: Setup, config: BaseConfig) -> None:
+    """Check that the save path may be written, and write the first of it: the log and `args.json`.
+
+    Comes after every other check, so that a mistake leaves nothing behind.
+    """
+    check_save_path(config.save_path, config.resume, setup.signature)
+    setup.accelerator.wait_for_everyone()
+    if setup.accelerator.is_main_process:
+        set_up_logging(config.save_path / "train.log")
+        write_arguments(config.save_path, config.to_dict())
 
 
 def two_phases(

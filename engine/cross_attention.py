@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.base import BETAS, describe_run, set_up, two_phases
+from engine.base import BETAS, describe_run, open_run, set_up, two_phases
 from engine.config import BaseConfig, free
 from engine.optimizers import transfer_moments
 from engine.run import STATE_FILE, TrainingRun
@@ -78,6 +78,11 @@ def train_cross_attention(config: CrossAttentionRunConfig) -> None:
     check_base(base, setup.model_config, config)
     model = AdaptedCLIPWithCrossAttention(setup.clip, setup.model_config, **config.cross_attention().to_dict())
     origins = load_base(model, base)
+    frozen = ("text_adapter", "image_adapter") if config.freeze_base else ()
+    for side, epochs in (("text", config.text_epoch), ("image", config.image_epoch)):
+        if epochs and not set(model.trained_components(side)) - set(frozen):
+            raise UserError(f"--freeze_base leaves the {side} stage nothing to train; give --{side}_epoch 0")
+    open_run(setup, config)
     model = model.to(setup.accelerator.device)
     log_initialisation(model.components, origins)
     optimizers = {
@@ -86,10 +91,6 @@ def train_cross_attention(config: CrossAttentionRunConfig) -> None:
     if not config.reset_base_optimizer and not (config.save_path / STATE_FILE).is_file():
         for side, optimizer in optimizers.items():
             carry_over_moments(optimizer, base.side(side), side)
-    frozen = ("text_adapter", "image_adapter") if config.freeze_base else ()
-    for side, epochs in (("text", config.text_epoch), ("image", config.image_epoch)):
-        if epochs and not set(model.trained_components(side)) - set(frozen):
-            raise UserError(f"--freeze_base leaves the {side} stage nothing to train; give --{side}_epoch 0")
     run = TrainingRun(model, optimizers, setup.accelerator, config.save_path, config.seed, setup.signature)
     described = describe_run(config, setup.model_config, setup.data) | {
         "cross_attention": model.cross_config.to_dict(),

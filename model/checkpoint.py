@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +55,7 @@ def load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (RuntimeError, EOFError, OSError, BadZipFile, pickle.UnpicklingError, ValueError, KeyError) as error:
+    except Exception as error:  # torch's reader fails in many ways on a file that is damaged or something else
         raise UserError(f"{path}: damaged, or not a checkpoint of plain data ({type(error).__name__})") from error
 
 
@@ -116,11 +114,14 @@ def read_any(path: Path) -> Checkpoint:
         raise UserError(f"{path}: not a checkpoint of this project (none of {', '.join(COMPONENTS)} is in it)")
     if content.get("epoch") is None:
         logger.warning("%s does not say how many epochs it was trained", path)
+    for name in COMPONENTS:
+        state = content.get(name, {})
+        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise UserError(f"{path}: its '{name}' is not a state dict, so it is not a checkpoint of this project")
     config = content.get("config")
-    if config is not None and config.get("schema") != SCHEMA:
-        raise UserError(
-            f"{path}: schema {config.get('schema')} where this version reads {SCHEMA}; use the version that wrote it"
-        )
+    schema = config.get("schema") if isinstance(config, dict) else None
+    if config is not None and schema != SCHEMA:
+        raise UserError(f"{path}: schema {schema} where this version reads {SCHEMA}; use the version that wrote it")
     return Checkpoint(
         path,
         {name: content[name] for name in COMPONENTS if name in content},
@@ -153,7 +154,7 @@ def load_component(module: nn.Module, state: Mapping[str, Tensor], name: str, so
     expected = module.state_dict()
     for key, value in expected.items():
         if key not in state:
-            raise UserError(f"{source}: {name} has no '{key}'; {_likely_cause(key, state)}")
+            raise UserError(f"{source}: {name} has no '{key}'; {_likely_cause(key, state, expected)}")
         if tuple(state[key].shape) != tuple(value.shape):
             raise UserError(
                 f"{source}: {name} '{key}' is {tuple(state[key].shape)} where this model has {tuple(value.shape)}; "
@@ -161,18 +162,16 @@ def load_component(module: nn.Module, state: Mapping[str, Tensor], name: str, so
             )
     unknown = sorted(set(state) - set(expected))
     if unknown:
-        raise UserError(
-            f"{source}: {name} has '{unknown[0]}', which this model has not; {_likely_cause(unknown[0], state)}"
-        )
+        cause = _likely_cause(unknown[0], state, expected)
+        raise UserError(f"{source}: {name} has '{unknown[0]}', which this model has not; {cause}")
     module.load_state_dict(state)
 
 
-def _likely_cause(key: str, state: Mapping[str, Tensor]) -> str:
-    linear = any(part.endswith(".fc.0.weight") and not part.startswith(("seg", "det")) for part in state)
-    if "fc1" in key or "fc2" in key or (linear and "layer_adapters" in key):
-        return "its adapters are of the other kind (check --adapter)"
+def _likely_cause(key: str, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
     if key.startswith(("seg_proj", "det_proj")):
         return "its projectors are of the other kind (check --relu and --levels)"
+    if any(part.endswith("fc1.weight") for part in state) != any(part.endswith("fc1.weight") for part in expected):
+        return "its adapters are of the other kind (check --adapter)"
     return "its depths are other ones (check --text_adapt_until and --image_adapt_until)"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +56,7 @@ class FrozenCLIP(nn.Module):
         self.img_size: int = clip.visual.image_size[0]
         self.weights_digest = digest_weights(clip)
         self.tokenizer = SimpleTokenizer(context_length=clip.context_length)
+        self.eval()
 
     def train(self, mode: bool = True) -> FrozenCLIP:
         """Stay in eval mode whatever is asked for: frozen means frozen."""
@@ -216,7 +218,11 @@ def load_clip(
 def check_image_size(model_name: str, model_cfg: dict[str, Any], img_size: int | None) -> int:
     """The image size to use; `UserError` unless it is made of at least two whole patches a side."""
     vision = model_cfg["vision_cfg"]
-    size = img_size or DEFAULT_IMG_SIZES.get(model_name, vision["image_size"])
+    size = (
+        DEFAULT_IMG_SIZES.get(model_name.removesuffix("-quickgelu"), vision["image_size"])
+        if img_size is None
+        else img_size
+    )
     patch = vision["patch_size"]
     if size % patch or size < 2 * patch:
         near = max(2, round(size / patch)) * patch
@@ -262,13 +268,15 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _named_source(model_name: str, clip_weights: str | Path | None) -> _Source:
-    model_cfg = open_clip.get_model_config(model_name)
+    model_cfg = None if ":" in model_name else open_clip.get_model_config(model_name)
     if model_cfg is None:
         raise UserError(
             f"--model_name {model_name}: not known; take toy, local-dir:FOLDER, or a name that open_clip.list_models() "
             "gives, such as ViT-L-14-336"
         )
-    if "hf_tokenizer_name" in model_cfg["text_cfg"] or "timm_model_name" in model_cfg["vision_cfg"]:
+    vision = model_cfg["vision_cfg"]
+    plain_vit = isinstance(vision.get("patch_size"), int) and "timm_model_name" not in vision
+    if "hf_tokenizer_name" in model_cfg["text_cfg"] or not plain_vit:
         raise UserError(
             f"--model_name {model_name}: only CLIP models with a plain ViT and CLIP's tokenizer can be adapted"
         )
@@ -332,7 +340,9 @@ def _read_state_dict(file: Path) -> dict[str, Tensor]:
     """A state dict in any form that open_clip reads; OpenAI's archives as TorchScript, which runs no pickle."""
     try:
         if _is_torchscript(file):
-            return torch.jit.load(file, map_location="cpu").state_dict()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated, OpenAI's archives stay
+                return torch.jit.load(file, map_location="cpu").state_dict()
         return open_clip.factory.load_state_dict(str(file), device="cpu", weights_only=True)
     except Exception as error:  # each format fails in its own way on a file that is damaged or is none of them
         raise UserError(
@@ -342,7 +352,12 @@ def _read_state_dict(file: Path) -> dict[str, Tensor]:
 
 
 def _load_weights(clip: open_clip.CLIP, source: _Source, model_name: str) -> None:
-    state = {key: value for key, value in source.state.items() if key not in OPENAI_ENTRIES}
+    # Float16 files (OpenAI's archives) are widened first: positions cannot be interpolated in half precision on a CPU.
+    state = {
+        key: value.float() if torch.is_tensor(value) and value.is_floating_point() else value
+        for key, value in source.state.items()
+        if key not in OPENAI_ENTRIES and key != "attn_mask"
+    }
     if "logit_scale" in state:  # a scalar in some files, a vector of one in others
         state["logit_scale"] = state["logit_scale"].reshape(clip.logit_scale.shape)
     resize_pos_embed(state, clip)

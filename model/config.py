@@ -107,7 +107,7 @@ def check_cross_attention(config: CrossAttentionConfig, text_width: int) -> None
 def depth_defaults(vision_layers: int, text_layers: int) -> dict[str, Any]:
     """Levels and adapter depths that follow the encoders' depths (DESIGN 2): (6, 12, 18, 24), 6, 3, 20 for ViT-L/14."""
     return {
-        "levels": tuple(max(1, rounded(vision_layers * quarter / 4)) for quarter in (1, 2, 3, 4)),
+        "levels": tuple(sorted({max(1, rounded(vision_layers * quarter / 4)) for quarter in (1, 2, 3, 4)})),
         "image_adapt_until": max(1, rounded(vision_layers / 4)),
         "text_adapt_until": max(1, rounded(text_layers / 4)),
         "surgery_until_layer": max(1, rounded(5 * vision_layers / 6)),

@@ -296,7 +296,7 @@ def test_a_file_that_holds_code_is_refused_and_nothing_runs(form: str, tmp_path:
     if form == "torch":
         torch.save(content, path)
     else:
-        path.write_bytes(pickle.dumps(content))
+        path.write_bytes(pickle.dumps(content, protocol=2))
     with pytest.raises(UserError) as caught:
         checkpoint.read_checkpoint(path)
     one_line(caught, path)

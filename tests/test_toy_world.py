@@ -53,7 +53,7 @@ def test_layout_is_mvtecs(toy_test: Path):
     for folder in toy_test.iterdir():
         defects = toy_defects("toy_test", folder.name)
         counts = {d.name: len(list(d.glob("*.png"))) for d in (folder / "test").iterdir()}
-        assert counts == {"good": toy_world.GOOD_IMAGES, **defects}
+        assert counts == {"good": toy_world.GOOD_IMAGES["toy_test"], **defects}
         for defect in defects:
             images = sorted((folder / "test" / defect).glob("*.png"))
             masks = sorted((folder / "ground_truth" / defect).glob("*.png"))
