@@ -29,6 +29,12 @@ def parse_arguments() -> argparse.Namespace:
         help="what that share falls to at the end",
     )
     what.add_argument(
+        "--careful_epochs",
+        type=int,
+        default=default.careful_epochs,
+        help="epochs whose captions mention damage only where there is some",
+    )
+    what.add_argument(
         "--batch_size", type=positive_int, default=default.batch_size, help="pairs contrasted with one another"
     )
     what.add_argument("--lr", type=float, default=default.lr, help="highest learning rate (warm-up, then cosine)")
@@ -52,6 +58,7 @@ def main() -> None:
         epochs=args.epochs,
         patch_dropout=args.patch_dropout,
         last_patch_dropout=args.last_patch_dropout,
+        careful_epochs=args.careful_epochs,
         batch_size=args.batch_size,
         lr=args.lr,
         seed=args.seed,

@@ -24,7 +24,6 @@ from utils.plots import Example, example_grid
 
 logger = logging.getLogger(__name__)
 
-FOLDER = Path("runs/demo")
 TEST_DATASET = "toy_test"
 CONFIG = BaseConfig(
     model_name="toy",
@@ -35,31 +34,37 @@ CONFIG = BaseConfig(
     text_lr=1e-3,
     image_lr=3e-3,
     image_batch_size=8,
-    save_path=FOLDER,
+    save_path=Path("runs/demo"),
 )
 
 
 def main() -> None:
     set_up_logging()
+    run_demo(CONFIG)
+
+
+def run_demo(config: BaseConfig) -> None:
+    """Train as `config` says, then write tables, `evaluation.csv` and `examples.png` to its save path."""
     start = time.perf_counter()
-    logger.info("1 of 3: training the base on %s\n", CONFIG.dataset)
-    train_base(CONFIG)
+    folder = config.save_path
+    logger.info("1 of 3: training the base on %s\n", config.dataset)
+    train_base(config)
     logger.info("\n2 of 3: evaluating on %s, whose classes training has not seen\n", TEST_DATASET)
-    device = check_device(CONFIG.device, CONFIG.precision)
-    clip = load_clip(CONFIG.model_name)
-    adapted = build_detector(read_checkpoint(FOLDER / "image_adapter.pth"), clip)
+    device = check_device(config.device, config.precision)
+    clip = load_clip(config.model_name)
+    adapted = build_detector(read_checkpoint(folder / "image_adapter.pth"), clip)
     models = {"unadapted CLIP": unadapted_detector(clip).to(device), "base": adapted.to(device)}
-    data = load_task(TEST_DATASET)
+    data = load_task(TEST_DATASET, config.data_root)
     evaluations = list(evaluate(models, data, device, batch_size=32).values())
     for evaluation in evaluations:
         logger.info("%s on %s, in percent\n\n%s\n", evaluation.model, TEST_DATASET, evaluation_table(evaluation))
     logger.info("Both, averaged over classes\n\n%s\n", summary_table(evaluations))
-    write_csv(evaluations, FOLDER / "evaluation.csv")
+    write_csv(evaluations, folder / "evaluation.csv")
     logger.info("3 of 3: drawing examples\n")
-    grid = FOLDER / "examples.png"
+    grid = folder / "examples.png"
     example_grid(draw_examples(data, models), list(models), grid, "Images of classes that training has not seen")
     logger.info(
-        "Pictures: %s\nFigures:  %s\nModel:    %s", grid, FOLDER / "evaluation.csv", FOLDER / "image_adapter.pth"
+        "Pictures: %s\nFigures:  %s\nModel:    %s", grid, folder / "evaluation.csv", folder / "image_adapter.pth"
     )
     logger.info("Done in %s", readable_time(time.perf_counter() - start))
 

@@ -31,7 +31,7 @@ from open_clip.transformer import text_global_pool
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dataset.toy.captions import draw_pairs
+from dataset.toy.captions import Words, draw_pairs
 from dataset.toy.objects import OBJECTS, TEXTURES
 from utils.errors import NotFiniteError, UserError
 from utils.files import replacing, write_json
@@ -56,12 +56,15 @@ class PretrainConfig:
 
     patch_dropout: share of the patches left out in the first half of all steps; in the second half it falls linearly to
         `last_patch_dropout`.
+    careful_epochs: the captions of the first epochs mention damage only where there is some, those of later epochs
+        anywhere: the model has learned to see damage, but its words for it say little, as CLIP's do.
     """
 
     drawings: int = 36_000
     epochs: int = 8
     patch_dropout: float = 0.75
     last_patch_dropout: float = 0.25
+    careful_epochs: int = 5
     batch_size: int = 128
     lr: float = 2e-3
     weight_decay: float = 0.1
@@ -71,11 +74,10 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Drawings (N x 96 x 96 x 3, uint8), their captions, and the kind of thing where just one is shown."""
+    """Drawings (N x 96 x 96 x 3, uint8) and what is said of them."""
 
     images: NDArray[np.uint8]
-    captions: list[str]
-    kinds: list[str | None]
+    words: list[Words]
 
 
 def drawn_pairs(count: int, seed: int, stream: int, folder: Path) -> Pairs:
@@ -87,7 +89,7 @@ def drawn_pairs(count: int, seed: int, stream: int, folder: Path) -> Pairs:
         logger.info("drawing %d pictures into %s", count, images_file)
         unfinished = images_file.with_suffix(".partial")
         images = np.lib.format.open_memmap(unfinished, "w+", np.uint8, (count, IMAGE_SIZE, IMAGE_SIZE, 3))
-        words: list[tuple[str, str | None]] = []
+        words: list[Words] = []
         starts = range(0, count, _CHUNK)
         stops = [min(start + _CHUNK, count) for start in starts]
         context = multiprocessing.get_context("spawn")
@@ -102,7 +104,7 @@ def drawn_pairs(count: int, seed: int, stream: int, folder: Path) -> Pairs:
         unfinished.replace(images_file)
         write_json(words_file, words)
     words = json.loads(words_file.read_text(encoding="utf-8"))
-    return Pairs(np.load(images_file, mmap_mode="r"), [word[0] for word in words], [word[1] for word in words])
+    return Pairs(np.load(images_file, mmap_mode="r"), [Words(*entry) for entry in words])
 
 
 def _patches(images: NDArray[np.uint8], device: torch.device) -> Tensor:
@@ -169,18 +171,18 @@ def held_out_accuracy(model: CLIP, pairs: Pairs, device: torch.device) -> dict[s
     the captions of 100 pictures (equal captions count as equal), mean over the hundreds.
     """
     model.eval()
-    features = torch.cat([encode_image(model, pairs.images[i : i + 100]) for i in range(0, len(pairs.captions), 100)])
+    features = torch.cat([encode_image(model, pairs.images[i : i + 100]) for i in range(0, len(pairs.words), 100)])
     kinds = [*OBJECTS, *TEXTURES]
     names = _encode_text(model, _tokens([f"a photo of a {kind}." for kind in kinds]).to(device))
     chosen = (features @ names.T).argmax(dim=1).tolist()
-    single = [kinds[c] == kind for c, kind in zip(chosen, pairs.kinds, strict=True) if kind is not None]
+    single = [kinds[c] == said.kind for c, said in zip(chosen, pairs.words, strict=True) if said.kind is not None]
     hits = 0
-    for start in range(0, len(pairs.captions), 100):
-        captions = pairs.captions[start : start + 100]
+    for start in range(0, len(pairs.words), 100):
+        captions = [said.caption for said in pairs.words[start : start + 100]]
         texts = _encode_text(model, _tokens(captions).to(device))
         best = (features[start : start + 100] @ texts.T).argmax(dim=1).tolist()
         hits += sum(captions[b] == caption for b, caption in zip(best, captions, strict=True))
-    return {"class": sum(single) / len(single), "retrieval": hits / len(pairs.captions)}
+    return {"class": sum(single) / len(single), "retrieval": hits / len(pairs.words)}
 
 
 def _learning_rate(config: PretrainConfig, step: int, steps: int) -> float:
@@ -314,10 +316,11 @@ def pretrain_toy_clip(config: PretrainConfig, output: Path, work: Path, device: 
     run = _Run(config, work, torch.device(device))
     held_out = drawn_pairs(HELD_OUT, config.seed, _HELD_OUT_STREAM, work)
     pairs = drawn_pairs(config.drawings, config.seed, _TRAIN_STREAM, work)
-    tokens = _tokens(pairs.captions)
-    logger.info("%s; captions of up to %d tokens", config, tokens.shape[1])
+    careful = _tokens([said.caption for said in pairs.words])
+    careless = _tokens([said.careless_caption for said in pairs.words])
+    logger.info("%s; captions of up to %d tokens", config, careful.shape[1])
     while run.epoch < config.epochs:
-        loss = run.train_epoch(pairs, tokens)
+        loss = run.train_epoch(pairs, careful if run.epoch < config.careful_epochs else careless)
         run.save()
         export_toy_clip(run.model, output)
         accuracy = held_out_accuracy(run.model, held_out, run.device)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import ModelConfig
+from model.config import CrossAttentionConfig, ModelConfig
 
 LEAKY_SLOPE = 0.01
 CONTEXT_LENGTH = 77
@@ -30,6 +30,7 @@ class Reference:
     clip: nn.Module
     weights: Mapping[str, Tensor]
     config: ModelConfig
+    cross: CrossAttentionConfig | None = None
 
 
 def unit(x: Tensor) -> Tensor:
@@ -106,14 +107,83 @@ def blend(x: Tensor, adapted: Tensor, weight: float) -> Tensor:
     return weight * scaled + (1 - weight) * x
 
 
-def prompt_feature(ref: Reference, tokens: Tensor) -> Tensor:
-    """One prompt's token ids, of any length up to 77, -> its unit feature (D,), computed on the full 77 tokens."""
+def cross_attention(ref: Reference, name: str, queries: Tensor, context: Tensor) -> Tensor:
+    """Multi-head attention of queries (T, C_q) to context (M, C_c), all of it real tokens -> (T, C_q), no dropout."""
+    q_all, k_all, v_all = (
+        tokens @ ref.weights[f"{name}.{part}_proj.weight"].T + ref.weights[f"{name}.{part}_proj.bias"]
+        for part, tokens in (("q", queries), ("k", context), ("v", context))
+    )
+    depth = q_all.shape[1] // ref.cross.cross_attn_heads
+    rows = []
+    for q in q_all:
+        heads = []
+        for head in range(ref.cross.cross_attn_heads):
+            columns = slice(head * depth, (head + 1) * depth)
+            scores = k_all[:, columns] @ q[columns] / math.sqrt(depth)
+            heads.append(scores.softmax(dim=0) @ v_all[:, columns])
+        rows.append(torch.cat(heads))
+    return torch.stack(rows) @ ref.weights[f"{name}.out_proj.weight"].T + ref.weights[f"{name}.out_proj.bias"]
+
+
+def cross_residual(ref: Reference, side: str, x: Tensor, context: Tensor) -> Tensor:
+    """x + w_ca * cross_attn(x, context), with the learned w_ca where there is one; `side` is "text" or "image"."""
+    name = f"{side}_cross_attn"
+    weight = ref.weights.get(f"{name}.scale", getattr(ref.cross, f"{name}_weight"))
+    return x + weight * cross_attention(ref, name, x, context)
+
+
+def as_context(ref: Reference, tokens: Tensor) -> Tensor:
+    """Tokens as they are attended to: unit or raw, and never with gradient."""
+    return (tokens if ref.cross.context_norm == "none" else unit(tokens)).detach()
+
+
+def words_of(ref: Reference, prompts: Sequence[Tensor]) -> Tensor:
+    """Token ids of all prompts of a class -> what image tokens attend to: their real tokens in one sequence, (M, D_t).
+
+    After text block 0 and the blend of the first text adapter, without text cross-attention.
+    """
+    words = []
+    for tokens in prompts:
+        real = tokens[: int(tokens.argmax()) + 1]
+        x = ref.clip.token_embedding(real) + ref.clip.positional_embedding[: len(real)]
+        x = block(ref.clip.transformer.resblocks[0], x, causal=True)
+        if ref.config.text_adapted and ref.config.text_adapt_until > 0:
+            x = blend(x, adapter(ref, "text_adapter.0", x), ref.config.text_adapt_weight)
+        words.append(x)
+    return as_context(ref, torch.cat(words))
+
+
+def frozen_patches(ref: Reference, image: Tensor) -> Tensor:
+    """One image (3, S, S) -> what text tokens attend to in frozen features: unit(f_0), (N, D)."""
+    return as_context(ref, frozen_image(ref, image)[0][0])
+
+
+def trained_patches(ref: Reference, image: Tensor, words: Tensor | None) -> Tensor:
+    """As `frozen_patches`, from the trained branch: its level-0 feature plus its own unit class embedding, (N, D)."""
+    streams = adapted_streams(ref, image, words)
+    return as_context(ref, adapted_levels(ref, streams)[0] + project_image(ref.clip, streams[-1][0]))
+
+
+def averaged_patches(ref: Reference, contexts: Sequence[Tensor]) -> Tensor:
+    """One context for a whole batch: each patch of the grid averaged over the images and made unit again, (N, D)."""
+    return as_context(ref, sum(contexts) / len(contexts))
+
+
+def prompt_feature(ref: Reference, tokens: Tensor, patches: Tensor | None = None) -> Tensor:
+    """One prompt's token ids, of any length up to 77, -> its unit feature (D,), computed on the full 77 tokens.
+
+    patches: (M, D), the context of text cross-attention; without it there is none.
+    """
     clip = ref.clip
     ids = F.pad(tokens, (0, CONTEXT_LENGTH - len(tokens)))
     x = clip.token_embedding(ids) + clip.positional_embedding
     adapted = ref.config.text_adapted
     for index, layer in enumerate(clip.transformer.resblocks):
         x = block(layer, x, causal=True)
+        if index == 0 and patches is not None:
+            # Attention is causal: what is added to the padding after the end-of-text token reaches nothing.
+            end = int(ids.argmax()) + 1
+            x = torch.cat([cross_residual(ref, "text", x[:end], patches), x[end:]])
         if adapted and index < ref.config.text_adapt_until:
             x = blend(x, adapter(ref, f"text_adapter.{index}", x), ref.config.text_adapt_weight)
     end_of_text = clip.ln_final(x)[int(ids.argmax())]
@@ -122,31 +192,54 @@ def prompt_feature(ref: Reference, tokens: Tensor) -> Tensor:
     return unit(end_of_text @ clip.text_projection)
 
 
-def anchor_pair(ref: Reference, normal: Sequence[Tensor], abnormal: Sequence[Tensor]) -> Tensor:
-    """Token ids of a class's normal and abnormal prompts -> its anchors (D, 2)."""
+def anchor_pair(
+    ref: Reference, normal: Sequence[Tensor], abnormal: Sequence[Tensor], patches: Tensor | None = None
+) -> Tensor:
+    """Token ids of a class's normal and abnormal prompts -> its anchors (D, 2), conditioned on `patches` (M, D)."""
     columns = []
     for group in (normal, abnormal):
-        features = [prompt_feature(ref, tokens) for tokens in group]
+        features = [prompt_feature(ref, tokens, patches) for tokens in group]
         columns.append(unit(sum(features) / len(features)))
     return torch.stack(columns, dim=1)
 
 
-def adapted_image(ref: Reference, image: Tensor) -> tuple[list[Tensor], Tensor]:
-    """One image (3, S, S) -> the levels' unit patch features, (N, D) each, and det (D,)."""
+def adapted_streams(ref: Reference, image: Tensor, words: Tensor | None = None) -> list[Tensor]:
+    """One image (3, S, S) -> the adapted branch's stream after each block, (1 + N, D_v).
+
+    words: (M, D_t), the context of image cross-attention; without it there is none.
+    """
     config = ref.config
     x = vision_input(ref.clip, image)
     streams = []
     for index, layer in enumerate(ref.clip.visual.transformer.resblocks):
         x = block(layer, x)
+        if index == 0 and words is not None:
+            x = cross_residual(ref, "image", x, words)
         if index < config.image_adapt_until:
             x = blend(x, adapter(ref, f"image_adapter.layer_adapters.{index}", x), config.image_adapt_weight)
         streams.append(x)
-    normed = [ref.clip.visual.ln_post(streams[level - 1][1:]) for level in config.levels]
-    levels = [
-        unit(projector(ref, f"image_adapter.seg_proj.{k}", tokens, config.relu)) for k, tokens in enumerate(normed)
+    return streams
+
+
+def adapted_levels(ref: Reference, streams: Sequence[Tensor]) -> list[Tensor]:
+    """The levels' unit patch features, (N, D) each."""
+    return [
+        unit(projector(ref, f"image_adapter.seg_proj.{k}", level_tokens(ref, streams, level), ref.config.relu))
+        for k, level in enumerate(ref.config.levels)
     ]
-    det = unit(projector(ref, "image_adapter.det_proj", normed[-1], config.relu)).mean(dim=0)
-    return levels, det
+
+
+def level_tokens(ref: Reference, streams: Sequence[Tensor], level: int) -> Tensor:
+    """Patch tokens of a level after `ln_post`, (N, D_v)."""
+    return ref.clip.visual.ln_post(streams[level - 1][1:])
+
+
+def adapted_image(ref: Reference, image: Tensor, words: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+    """One image (3, S, S) -> the levels' unit patch features, (N, D) each, and det (D,)."""
+    streams = adapted_streams(ref, image, words)
+    last = level_tokens(ref, streams, ref.config.levels[-1])
+    det = unit(projector(ref, "image_adapter.det_proj", last, ref.config.relu)).mean(dim=0)
+    return adapted_levels(ref, streams), det
 
 
 def frozen_image(ref: Reference, image: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -16,7 +16,8 @@ from dataset.toy.objects import OBJECTS, TEXTURES
 from dataset.toy.scene import COLORS, MARKS, MATERIALS, Mark, Scene, Thing, draw
 
 DAMAGED_SHARE = 0.12
-DAMAGE_MENTIONED = 0.5
+DAMAGE_MENTIONED = 0.5  # of the damaged
+CARELESS_MENTIONS = 0.05  # of all
 
 _FRAMES = ("{}.", "a {}.", "the {}.", "a photo of {}.", "a photo of a {}.", "a photo of the {}.", "a picture of a {}.")
 _ANY_DAMAGE = ("damaged {}", "broken {}", "{} with flaw", "{} with defect", "{} with damage")
@@ -37,11 +38,23 @@ _COUNTS = {1: "a", 2: "two", 3: "three"}
 
 
 class Captioned(NamedTuple):
-    """A scene, its caption, and the defect of its first thing (None: sound)."""
+    """A scene, its caption, and the defect of its first thing (None: sound).
+
+    `careless_caption` says the same, but its words about damage stand anywhere, damaged or not.
+    """
 
     scene: Scene
     caption: str
+    careless_caption: str
     defect: str | None
+
+
+class Words(NamedTuple):
+    """What is said of a drawing: both captions, and the kind of thing where it shows just one (otherwise None)."""
+
+    caption: str
+    careless_caption: str
+    kind: str | None
 
 
 def _pick(rng: np.random.Generator, options: tuple[str, ...] | list[str]) -> str:
@@ -128,37 +141,47 @@ def random_captioned_scene(seed: tuple[int, ...]) -> Captioned:
         names = [d for d in DEFECTS if d != "missing_part" or things[0].kind in OBJECTS]
         defect = _pick(rng, names)
     scene = Scene(tuple(things), background, tuple(mark for group in groups for mark in group), seed)
-    return Captioned(scene, _caption(scene, groups, relation, defect, rng), defect)
+    words = _put_in_words(scene, groups, relation, defect, rng)
+    careless = np.random.default_rng((*seed, 5))
+    remark = _pick(careless, _ANY_DAMAGE) if careless.random() < CARELESS_MENTIONS else "{}"
+    return Captioned(scene, words.caption, words.around.format(remark.format(words.subject)), defect)
 
 
-def _caption(
+class _Words(NamedTuple):
+    """A caption, its subject without any damage, and what stands around the subject (with "{}" in its place)."""
+
+    caption: str
+    subject: str
+    around: str
+
+
+def _put_in_words(
     scene: Scene, groups: list[list[Mark]], relation: str | None, defect: str | None, rng: np.random.Generator
-) -> str:
-    words = _name(scene.things[0], rng)
+) -> _Words:
+    subject = _name(scene.things[0], rng)
+    state = "{}"
     if defect is not None and rng.random() < DAMAGE_MENTIONED:
-        words = _pick(rng, _ANY_DAMAGE if rng.random() < 0.7 else _THIS_DAMAGE[defect]).format(words)
+        state = _pick(rng, _ANY_DAMAGE if rng.random() < 0.7 else _THIS_DAMAGE[defect])
+    rest = "{}"
     if relation is not None and rng.random() < 0.9:
-        words += f" {relation} a {_name(scene.things[1], rng)}"
+        rest += f" {relation} a {_name(scene.things[1], rng)}"
     if scene.things[0].kind in OBJECTS and rng.random() < 0.3:
-        words += f" on {scene.background}"
+        rest += f" on {scene.background}"
     marks = _marks_in_words(groups, rng)
     if marks:
-        words += " and " + " and ".join(marks)
-    return _pick(rng, _FRAMES).format(words)
+        rest += " and " + " and ".join(marks)
+    around = _pick(rng, _FRAMES).format(rest)
+    return _Words(around.format(state.format(subject)), subject, around)
 
 
-def draw_pairs(
-    seed: tuple[int, ...], start: int, stop: int, size: int
-) -> tuple[NDArray[np.uint8], list[tuple[str, str | None]]]:
-    """Draw the pairs number `start` to `stop` of a seed.
-
-    Returns the pictures (N x size x size x 3) and, for each, its caption and the kind of thing where it shows just one.
-    """
+def draw_pairs(seed: tuple[int, ...], start: int, stop: int, size: int) -> tuple[NDArray[np.uint8], list[Words]]:
+    """Draw the pairs number `start` to `stop` of a seed: pictures (N x size x size x 3) and what is said of them."""
     images = np.empty((stop - start, size, size, 3), np.uint8)
-    words: list[tuple[str, str | None]] = []
+    words: list[Words] = []
     for row, index in enumerate(range(start, stop)):
         sample = random_captioned_scene((*seed, index))
         images[row] = draw(sample.scene, size, sample.defect)
         things = sample.scene.things
-        words.append((sample.caption, things[0].kind if len(things) == 1 else None))
+        kind = things[0].kind if len(things) == 1 else None
+        words.append(Words(sample.caption, sample.careless_caption, kind))
     return images, words
