@@ -16,7 +16,8 @@ from utils.errors import UserError
 
 IMAGE_SIZE = 96  # pixels; what the toy CLIP takes, so that nothing is resampled
 GOOD_IMAGES = {"toy_train": 48, "toy_test": 24}  # per class; as many more are defective
-SMALLEST_DEFECT = 0.008  # share of the image that a mask covers at least, about one patch
+SEVERITY = 1.3  # defects are larger than in the pre-training drawings
+SMALLEST_DEFECT = 0.01  # share of the image that a mask covers at least, about one patch
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ class ToyClass:
     backgrounds: tuple[str, ...] = ("grey", "white", "beige")
 
 
-_TRAIN_OBJECT = ("scratch", "crack", "hole", "stain", "missing_part", "deformation")
+_TRAIN_OBJECT = ("scratch", "crack", "hole", "stain", "fracture", "bend")
 _TRAIN_TEXTURE = ("scratch", "hole", "stain", "contamination")
-_TEST_OBJECT = ("scratch", "contamination", "missing_part", "deformation", "burn", "dent")
+_TEST_OBJECT = ("scratch", "contamination", "fracture", "bend", "burn", "dent")
 _TEST_TEXTURE = ("crack", "hole", "burn", "fibre", "peeling", "stain")
 
 _CLASSES: dict[str, dict[str, ToyClass]] = {
@@ -107,8 +108,8 @@ _CLASSES: dict[str, dict[str, ToyClass]] = {
             4,
             "metal",
         ),
-        "button": ToyClass(
-            "button", "button", ("purple", "red", "beige", "blue", "green", "yellow"), ("grey",), _TEST_OBJECT, 4
+        "book": ToyClass(
+            "book", "book", ("purple", "red", "beige", "blue", "green", "yellow"), ("grey", "white"), _TEST_OBJECT, 4
         ),
         "spoon": ToyClass(
             "spoon",
@@ -188,7 +189,7 @@ def _scene(toy: ToyClass, seed: tuple[int, ...]) -> Scene:
 def _defective(toy: ToyClass, defect: str, seed: tuple[int, ...], size: int) -> tuple[np.ndarray, np.ndarray]:
     """A picture with a defect that is large enough to count: attempts follow one another until one is."""
     for attempt in range(50):
-        image, mask = draw_with_mask(_scene(toy, (*seed, attempt)), size, defect)
+        image, mask = draw_with_mask(_scene(toy, (*seed, attempt)), size, defect, SEVERITY)
         if mask.mean() >= SMALLEST_DEFECT:
             return image, mask
     raise RuntimeError(f"no {defect} of {SMALLEST_DEFECT:.1%} of the image fits on a {toy.name}")

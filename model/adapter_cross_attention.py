@@ -191,7 +191,7 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
 
     @torch.no_grad()
     def attention(self, images: Tensor, text_side: TextSide, rows: Tensor) -> Attention:
-        """The weights of both cross-attentions for B images, per head; see `Attention`."""
+        """The weights of both cross-attentions for B images, per head; see `Attention`. For a model in eval mode."""
         text = image = None
         prompt_shape = text_side.prompts.tokens.shape[1:]  # (P, T)
         if self.text_sees_image:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset.toy.defects import DEFECTS
 from dataset.toy.objects import OBJECTS, TEXTURES
 from dataset.toy.scene import COLORS, MARKS, MATERIALS, Mark, Scene, Thing, draw
 
@@ -138,7 +137,7 @@ def random_captioned_scene(seed: tuple[int, ...]) -> Captioned:
     groups = _random_marks(rng)
     defect = None
     if rng.random() < DAMAGED_SHARE:
-        names = [d for d in DEFECTS if d != "missing_part" or things[0].kind in OBJECTS]
+        names = [d for d in _THIS_DAMAGE if d != "missing_part" or things[0].kind in OBJECTS]
         defect = _pick(rng, names)
     scene = Scene(tuple(things), background, tuple(mark for group in groups for mark in group), seed)
     words = _put_in_words(scene, groups, relation, defect, rng)

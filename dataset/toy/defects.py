@@ -148,6 +148,25 @@ def _deformation(site: Site) -> Change:
     )
 
 
+def _fracture(site: Site) -> Change:
+    x, y = grid(site.size)
+    bite = blob(x, y, site.center, site.radius * 1.1, site.rng, 0.3)
+    soft = _softness(site.size)
+    face = cover(bite - np.float32(0.09), soft) * np.float32(0.9)
+    return Change(cover(bite - np.float32(0.09), soft), cut=bite, paints=[(face, _against(site.color, 0.75))])
+
+
+def _bend(site: Site) -> Change:
+    change = _deformation(site)
+    x, y = grid(site.size)
+    creases = np.full_like(x, 9)
+    for _ in range(3):
+        place = tuple(np.array(site.center) + site.rng.uniform(-0.5, 0.5, 2) * site.radius)
+        creases = np.minimum(creases, polyline(x, y, _curve(site.rng, place, 1.6 * site.radius, 0.0, 2, 0.2), 0.025))
+    change.paints.append((cover(creases, _softness(site.size)), _against(site.color, 0.7)))
+    return change
+
+
 def _burn(site: Site) -> Change:
     x, y = grid(site.size)
     spot = blob(x, y, site.center, site.radius, site.rng, 0.3)
@@ -202,6 +221,8 @@ DEFECTS: dict[str, Callable[[Site], Change]] = {
     "dent": _dent,
     "fibre": _fibre,
     "peeling": _peeling,
+    "fracture": _fracture,
+    "bend": _bend,
 }
 # These belong at the outline of an object, not inside it.
-AT_THE_EDGE = frozenset({"missing_part", "deformation"})
+AT_THE_EDGE = frozenset({"missing_part", "deformation", "fracture", "bend"})

@@ -205,7 +205,7 @@ def _photograph(scene: Scene, stage: _Stage) -> NDArray[np.uint8]:
     return (np.clip(rgb, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def _place_defect(scene: Scene, stage: _Stage, defect: str, rng: np.random.Generator) -> Site:
+def _place_defect(scene: Scene, stage: _Stage, defect: str, rng: np.random.Generator, severity: float) -> Site:
     """A centre on the body (inside, or at the outline where the defect belongs there) and a radius."""
     size = len(stage.rgb)
     textured = scene.things[0].kind in TEXTURES
@@ -229,7 +229,9 @@ def _place_defect(scene: Scene, stage: _Stage, defect: str, rng: np.random.Gener
         near = stage.outline[max(row - 1, 0) : row + 2, max(col - 1, 0) : col + 2]
         rise, run = np.gradient(near)
         outward = float(np.arctan2(rise.mean(), run.mean()))
-    return Site(size, rng, (float(x[row, col]), float(y[row, col])), radius, color.astype(np.float32), outward)
+    return Site(
+        size, rng, (float(x[row, col]), float(y[row, col])), severity * radius, color.astype(np.float32), outward
+    )
 
 
 def draw(scene: Scene, size: int, defect: str | None = None) -> NDArray[np.uint8]:
@@ -240,18 +242,20 @@ def draw(scene: Scene, size: int, defect: str | None = None) -> NDArray[np.uint8
     return _photograph(scene, stage)
 
 
-def draw_with_mask(scene: Scene, size: int, defect: str) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+def draw_with_mask(
+    scene: Scene, size: int, defect: str, severity: float = 1.0
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """The picture of a damaged scene and where the damage is, size x size.
 
-    A defect covers its own region of the body; where the body was bent, of the body before and after.
+    `severity` scales the defect. A defect covers its own region of the body; a bent body, before and after the bend.
     """
     sound = _compose(scene, size, _NOTHING)
-    change = _change(scene, sound, defect)
+    change = _change(scene, sound, defect, severity)
     damaged = _compose(scene, size, change)
     mask = change.region * np.maximum(sound.body, damaged.body if change.warp is not None else 0) > 0.4
     return _photograph(scene, damaged), mask
 
 
-def _change(scene: Scene, sound: _Stage, defect: str) -> Change:
+def _change(scene: Scene, sound: _Stage, defect: str, severity: float = 1.0) -> Change:
     rng = np.random.default_rng((*scene.seed, 2))
-    return DEFECTS[defect](_place_defect(scene, sound, defect, rng))
+    return DEFECTS[defect](_place_defect(scene, sound, defect, rng, severity))

@@ -1,0 +1,718 @@
+"""Cross-attention against the plain reference, and what must hold whatever the weights are (DESIGN 1 row 1, 4, 9)."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from model import scoring
+from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
+from model.blocks import run_block
+from model.clip import FrozenCLIP, load_clip
+from model.cross_attention import CrossAttention
+from model.frozen import ImageFeatures
+from model.losses import stage1_losses, stage2_losses
+from model.text import Prompts
+from tests import reference
+from tests.helpers import (
+    Batch,
+    adapted_clip,
+    assert_agrees,
+    assert_all_agree,
+    config_for,
+    fill_with_noise,
+    random_batch,
+    tiny_clip,
+    tiny_prompts,
+    trainable,
+)
+from utils.errors import UserError
+
+NORM_WEIGHT = 0.1
+EXACT = 1e-10  # float64; other batch sizes may take other kernels, which add up in another order
+
+# The two weights and the numbers of heads differ from the defaults and from each other, so that a swap shows.
+CROSS = {
+    "text_cross_attn_weight": 0.3,
+    "image_cross_attn_weight": 0.2,
+    "cross_attn_heads": 4,
+    "cross_attn_dropout": 0.0,
+}
+# The rest of what a model can be, by the fields of both configs; defaults where nothing is said.
+CASES: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "eval": {"cross_attn_dropout": 0.5},
+    "raw": {"context_norm": "none"},
+    "batch_mean": {"text_conditioning": "batch_mean"},
+    "batch_mean_raw": {"text_conditioning": "batch_mean", "context_norm": "none"},
+    "no_conditioning": {"text_conditioning": "none"},
+    "trained": {"text_context": "trained"},
+    "trained_raw": {"text_context": "trained", "context_norm": "none"},
+    "trained_batch_mean": {"text_context": "trained", "text_conditioning": "batch_mean"},
+    "trained_early_levels": {"text_context": "trained", "levels": (1, 5)},
+    "learned": {"cross_attn_scale": "learned"},
+    "linear_relu": {"adapter": "linear", "relu": True},
+    "sequential": {"surgery": "sequential"},
+    "surgery_before_level_0": {"surgery_until_layer": 8, "levels": (4, 8)},
+    "no_inner_adapters": {"text_adapt_until": 0, "image_adapt_until": 0},
+    "text_only": {"image_cross_attn_weight": 0.0, "text_context": "trained"},
+    "image_only": {"text_cross_attn_weight": 0.0},
+}
+cases = pytest.mark.parametrize("name", list(CASES))
+
+MODEL_FIELDS = ("adapter", "relu", "surgery", "surgery_until_layer", "levels", "text_adapt_until", "image_adapt_until")
+
+
+@functools.cache
+def shared_clip() -> FrozenCLIP:
+    """Built once for all cases: frozen means that none of them changes it."""
+    return tiny_clip()
+
+
+def cross_model(clip: FrozenCLIP, seed: int = 4, **changes: Any) -> AdaptedCLIPWithCrossAttention:
+    """A model whose cross-attentions have biases, 0 when fresh, and look sharply at few tokens, not alike at all."""
+    values = {"text_adapt_until": 2, "image_adapt_until": 3, **changes}
+    of_model = {name: values.pop(name) for name in MODEL_FIELDS if name in values}
+    torch.manual_seed(seed)
+    model = AdaptedCLIPWithCrossAttention(clip, config_for(clip, **of_model), **{**CROSS, **values})
+    for part in (model.text_cross_attn, model.image_cross_attn):
+        fill_with_noise(part)
+        with torch.no_grad():
+            part.q_proj.weight.mul_(4)
+            part.k_proj.weight.mul_(4)
+    return model.to(clip.clip.logit_scale.dtype)
+
+
+@functools.cache
+def model64(**changes: Any) -> AdaptedCLIPWithCrossAttention:
+    return cross_model(copy.deepcopy(shared_clip()).double(), **changes).eval()
+
+
+class Case(NamedTuple):
+    """A model in float32, and the reference in float64 on the same numbers."""
+
+    model: AdaptedCLIPWithCrossAttention
+    ref: reference.Reference
+    batch: Batch
+    prompts: Prompts
+
+    def precisions(self) -> Iterator[tuple[AdaptedCLIPWithCrossAttention, Batch, float]]:
+        yield self.model, self.batch, 1e-5
+        yield copy.deepcopy(self.model).double(), self.batch.to(torch.float64), 1e-9
+
+    def words(self) -> list[Tensor]:
+        """What the tokens of each image of the batch attend to."""
+        return [reference.words_of(self.ref, list(self.prompts.tokens[row])) for row in self.batch.rows]
+
+    def patches(self) -> list[Tensor | None]:
+        """What the prompts of each image attend to, each image's own."""
+        if self.ref.cross.text_conditioning == "none":
+            return [None] * len(self.batch.rows)
+        images = self.batch.images.double()
+        if self.ref.cross.text_context == "frozen":
+            return [reference.frozen_patches(self.ref, image) for image in images]
+        return [
+            reference.trained_patches(self.ref, image, words) for image, words in zip(images, self.words(), strict=True)
+        ]
+
+    def anchors(self, patches: list[Tensor | None]) -> list[Tensor]:
+        """Each image's anchors, conditioned on its entry of `patches`."""
+        normal = self.prompts.normal
+        return [
+            reference.anchor_pair(self.ref, tokens[:normal], tokens[normal:], context)
+            for tokens, context in zip(self.prompts.tokens[self.batch.rows], patches, strict=True)
+        ]
+
+    def adapted_images(self) -> list[tuple[list[Tensor], Tensor]]:
+        images = self.batch.images.double()
+        return [
+            reference.adapted_image(self.ref, image, words) for image, words in zip(images, self.words(), strict=True)
+        ]
+
+
+def make_case(name: str) -> Case:
+    model = cross_model(shared_clip(), **CASES[name]).train(name != "eval")
+    weights = {key: value.detach().double().requires_grad_() for key, value in trainable(model).items()}
+    ref = reference.Reference(copy.deepcopy(model.clip.clip).double(), weights, model.config, cross=model.cross_config)
+    return Case(model, ref, random_batch(model.clip.img_size), tiny_prompts(model.clip))
+
+
+def stage1_features(model: AdaptedCLIPWithCrossAttention, batch: Batch, prompts: Prompts) -> ImageFeatures:
+    """What Stage 1 looks at: frozen features, or in later loops those of the trained branch, without gradient."""
+    if model.cross_config.text_context == "frozen":
+        return model.frozen_features(batch.images)
+    with torch.no_grad():
+        return model.image_features(batch.images, model.text_side(prompts), batch.rows)
+
+
+def stage1(model: AdaptedCLIPWithCrossAttention, batch: Batch, prompts: Prompts) -> dict[str, Tensor]:
+    features = stage1_features(model, batch, prompts)
+    anchors = model.batch_anchors(prompts, batch.rows, features)
+    similarities = scoring.similarities(features.levels, anchors)
+    return stage1_losses(similarities, anchors, batch.masks, NORM_WEIGHT)[0]
+
+
+def reference_stage1(case: Case) -> tuple[list[Tensor], Tensor]:
+    """Each image's anchors, and the loss."""
+    with torch.no_grad():
+        if case.ref.cross.text_context == "frozen":
+            features = [reference.frozen_image(case.ref, image.double())[0] for image in case.batch.images]
+        else:
+            features = [levels for levels, _ in case.adapted_images()]
+    patches = case.patches()
+    if case.ref.cross.text_conditioning == "batch_mean":
+        patches = [reference.averaged_patches(case.ref, patches)] * len(patches)
+    anchors = case.anchors(patches)
+    return anchors, reference.stage1_loss(features, anchors, case.batch.masks.double(), NORM_WEIGHT)
+
+
+def stage2(model: AdaptedCLIPWithCrossAttention, batch: Batch, prompts: Prompts) -> dict[str, Tensor]:
+    outputs = model(batch.images, model.text_side(prompts), batch.rows)
+    return stage2_losses(outputs, batch.masks, batch.labels)[0]
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every gradient that there is, those of tensors that should have none included."""
+    return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+
+
+def reference_gradients(case: Case, loss: Tensor, side: str) -> dict[str, Tensor]:
+    parts = [f"{side}_adapter."]
+    off = side == "text" and case.ref.cross.text_conditioning == "none"
+    if getattr(case.ref.cross, f"{side}_cross_attn_weight") != 0 and not off:
+        parts.append(f"{side}_cross_attn.")
+    names = [name for name in case.ref.weights if name.startswith(tuple(parts))]
+    gradients = torch.autograd.grad(loss, [case.ref.weights[name] for name in names])
+    return dict(zip(names, gradients, strict=True))
+
+
+def assert_gradients_agree(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Two gradients are sums whose terms cancel, so that rounding has no size of their own to compare with.
+
+    A bias of keys shifts all scores of a query alike: its gradient is 0. A learned scale is one number for all tokens.
+    Both are measured against the largest gradient of their branch.
+    """
+    assert set(actual) == set(expected)
+    cancelling = [name for name in expected if name.endswith(("k_proj.bias", "_cross_attn.scale"))]
+    for name in cancelling:
+        branch = name.split(".")[0]
+        size = max(value.abs().max() for key, value in expected.items() if key.startswith(branch))
+        assert (actual[name].double() - expected[name]).abs().max() <= tolerance * size, name
+    kept = [name for name in expected if name not in cancelling]
+    assert_all_agree({name: actual[name] for name in kept}, {name: expected[name] for name in kept}, tolerance)
+
+
+@cases
+def test_stage1(name: str) -> None:
+    """Conditioned anchors, loss, and gradients, which reach nothing but the text side."""
+    case = make_case(name)
+    anchors, expected = reference_stage1(case)
+    gradients = reference_gradients(case, expected, "text")
+    for model, batch, tolerance in case.precisions():
+        found = model.batch_anchors(case.prompts, batch.rows, stage1_features(model, batch, case.prompts))
+        assert_agrees(found, torch.stack(anchors), tolerance, "anchors")
+        loss = stage1(model, batch, case.prompts)["total"]
+        assert_agrees(loss, expected, tolerance, "total")
+        loss.backward()
+        assert_gradients_agree(gradients_of(model), gradients, tolerance)
+        trained = {key.split(".")[0] for key in gradients}
+        assert trained == set(model.trained_components("text"))
+
+
+@cases
+def test_stage2(name: str) -> None:
+    """Features, scores against each image's own anchors, loss, and gradients, which reach only the image side."""
+    case = make_case(name)
+    features = case.adapted_images()
+    with torch.no_grad():
+        anchors = case.anchors(case.patches())
+    expected = reference.stage2_loss(features, anchors, case.batch.masks.double(), case.batch.labels)
+    gradients = reference_gradients(case, expected, "image")
+    for model, batch, tolerance in case.precisions():
+        text_side = model.text_side(case.prompts)
+        found = model.image_features(batch.images, text_side, batch.rows)
+        outputs = model(batch.images, text_side, batch.rows)
+        for k, level in enumerate(found.levels):
+            assert_agrees(level, torch.stack([levels[k] for levels, _ in features]), tolerance, f"level {k}")
+            scores = [reference.similarity(image[0][k], pair) for image, pair in zip(features, anchors, strict=True)]
+            assert_agrees(outputs.levels[k], torch.stack(scores), tolerance, f"similarity {k}")
+        assert_agrees(found.det, torch.stack([det for _, det in features]), tolerance, "det")
+        loss = stage2(model, batch, case.prompts)["total"]
+        assert_agrees(loss, expected, tolerance, "total")
+        loss.backward()
+        assert_gradients_agree(gradients_of(model), gradients, tolerance)
+        trained = {key.split(".")[0] for key in gradients}
+        assert trained == set(model.trained_components("image"))
+
+
+def test_batch_mean_is_not_image_and_not_none() -> None:
+    """Otherwise agreement of the three would say nothing of which is which."""
+    batch, found = random_batch(40).to(torch.float64), {}
+    for choice in ("image", "batch_mean", "none"):
+        model = model64(text_conditioning=choice)
+        with torch.no_grad():
+            found[choice] = model.batch_anchors(
+                tiny_prompts(model.clip), batch.rows, model.frozen_features(batch.images)
+            )
+    for first, second in (("image", "batch_mean"), ("image", "none"), ("batch_mean", "none")):
+        assert (found[first] - found[second]).abs().max() > 1e-5
+    # Images 0 and 2 are of one class: only their own context can tell them apart.
+    assert not torch.equal(found["image"][0], found["image"][2])
+    assert torch.equal(found["batch_mean"][0], found["batch_mean"][2])
+
+
+def test_parameter_counts_at_the_sizes_of_vit_l() -> None:
+    sizes = {
+        (768, 768, 768): 2_362_368,  # text: D_t, D, D_t
+        (1024, 768, 768): 2_755_840,  # image: D_v, D_t, D_t
+    }
+    for widths, expected in sizes.items():
+        assert sum(value.numel() for value in CrossAttention(*widths, weight=0.1).parameters()) == expected
+
+
+def test_each_side_has_the_widths_of_its_streams() -> None:
+    clip = shared_clip()
+    model = cross_model(clip)
+    d_t, d_v, d = clip.text_width, clip.vision_width, clip.embed_dim
+    assert len({d_t, d_v, d}) == 3
+    for part, queries, context in ((model.text_cross_attn, d_t, d), (model.image_cross_attn, d_v, d_t)):
+        shapes = {name: tuple(value.shape) for name, value in part.named_parameters() if name.endswith("weight")}
+        assert shapes == {
+            "q_proj.weight": (d_t, queries),
+            "k_proj.weight": (d_t, context),
+            "v_proj.weight": (d_t, context),
+            "out_proj.weight": (queries, d_t),
+        }
+
+
+@pytest.mark.parametrize("scale", ["fixed", "learned"])
+def test_state_dict_keys(scale: str) -> None:
+    model = cross_model(shared_clip(), cross_attn_scale=scale)
+    keys = {f"{part}_proj.{kind}" for part in ("q", "k", "v", "out") for kind in ("weight", "bias")}
+    keys |= {"scale"} if scale == "learned" else set()
+    for part in (model.text_cross_attn, model.image_cross_attn):
+        assert set(part.state_dict()) == keys
+    assert list(model.components) == ["text_adapter", "text_cross_attn", "image_adapter", "image_cross_attn"]
+    assert {name.split(".")[0] for name in trainable(model)} == set(model.components)
+
+
+def test_weights_of_the_residuals() -> None:
+    model = AdaptedCLIPWithCrossAttention(shared_clip(), config_for(shared_clip()))
+    assert (model.t_ca_w, model.i_ca_w) == (0.1, 0.1)
+    assert (model.text_cross_attn.heads, model.image_cross_attn.heads) == (8, 8)
+    assert (model.text_cross_attn.dropout, model.image_cross_attn.dropout) == (0.1, 0.1)
+    assert model.cross_config.context_norm == "unit"
+    model = cross_model(shared_clip())
+    assert (model.t_ca_w, model.i_ca_w) == (0.3, 0.2)
+    assert "cross_out_scaled = self.i_ca_w * cross_out" in inspect.getsource(AdaptedCLIPWithCrossAttention)
+    assert "cross_out_scaled = self.t_ca_w * cross_out" in inspect.getsource(AdaptedCLIPWithCrossAttention)
+
+
+def test_fresh_projections_are_xavier_uniform_with_zero_biases() -> None:
+    torch.manual_seed(0)
+    for name, value in CrossAttention(96, 40, 64, weight=0.1).named_parameters():
+        if name.endswith("bias"):
+            assert not value.any()
+        else:
+            bound = (6 / sum(value.shape)) ** 0.5
+            assert 0.9 * bound < value.abs().max() <= bound
+            assert abs(value.std().item() / (bound / 3**0.5) - 1) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("cross_attn_heads", 5),
+        ("cross_attn_heads", 0),
+        ("cross_attn_dropout", 1.0),
+        ("cross_attn_dropout", -0.1),
+        ("context_norm", "raw"),
+        ("cross_attn_init", "ones"),
+        ("cross_attn_scale", "free"),
+        ("text_conditioning", "batch"),
+        ("text_context", "fresh"),
+    ],
+)
+def test_choices_that_do_not_exist_are_refused(flag: str, value: object) -> None:
+    with pytest.raises(UserError, match=f"--{flag}"):
+        cross_model(shared_clip(), **{flag: value})
+
+
+def copied_from(base: nn.Module, model: AdaptedCLIPWithCrossAttention) -> AdaptedCLIPWithCrossAttention:
+    for name in ("text_adapter", "image_adapter"):
+        getattr(model, name).load_state_dict(getattr(base, name).state_dict())
+    return model
+
+
+@pytest.mark.parametrize("conditioning", ["image", "batch_mean", "none"])
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_at_weight_0_the_model_is_the_base_bit_for_bit(conditioning: str, train: bool) -> None:
+    """Outputs, losses and gradients of both stages."""
+    clip = shared_clip()
+    base = adapted_clip(clip, seed=5, text_adapt_until=2, image_adapt_until=3).train(train)
+    off = {"text_cross_attn_weight": 0.0, "image_cross_attn_weight": 0.0, "text_conditioning": conditioning}
+    model = copied_from(base, cross_model(clip, **off)).train(train)
+    batch, prompts = random_batch(40), tiny_prompts(clip)
+    outputs, losses = [], []
+    for each in (base, model):
+        outputs.append(each(batch.images, each.text_side(prompts), batch.rows))
+        frozen = each.frozen_features(batch.images)
+        anchors = each.batch_anchors(prompts, batch.rows, frozen)
+        first = stage1_losses(scoring.similarities(frozen.levels, anchors), anchors, batch.masks, NORM_WEIGHT)[0]
+        second = stage2_losses(outputs[-1], batch.masks, batch.labels)[0]
+        (first["total"] + second["total"]).backward()
+        losses.append((first["total"], second["total"]))
+    for first, second in zip((*outputs[0].levels, outputs[0].det), (*outputs[1].levels, outputs[1].det), strict=True):
+        assert torch.equal(first, second)
+    assert losses[0] == losses[1]
+    expected = gradients_of(base)
+    assert set(gradients_of(model)) == set(expected)
+    for name, gradient in gradients_of(model).items():
+        assert torch.equal(gradient, expected[name])
+
+
+@pytest.mark.parametrize("side", ["text", "image"])
+def test_one_side_at_weight_0_leaves_the_other_on(side: str) -> None:
+    base = adapted_clip(model64().clip, text_adapt_until=2, image_adapt_until=3)
+    model = copied_from(base, cross_model(base.clip, **{f"{side}_cross_attn_weight": 0.0})).eval()
+    batch, prompts = random_batch(40).to(torch.float64), tiny_prompts(base.clip)
+    with torch.no_grad():
+        text_side = model.text_side(prompts)
+        same_features = torch.equal(
+            model.image_features(batch.images, text_side, batch.rows).levels[-1],
+            base.image_features(batch.images).levels[-1],
+        )
+        assert same_features == (side == "image")
+        assert (text_side.anchors is not None) == (side == "text")
+        attention = model.attention(batch.images, text_side, batch.rows)
+        assert (attention.text is None) == (side == "text") and (attention.image is None) == (side == "image")
+
+
+def test_zero_init_starts_at_the_base() -> None:
+    """The image side to the bit; prompts are expanded to each image, so their sums may come in another order."""
+    clip = model64().clip
+    base = adapted_clip(clip, text_adapt_until=2, image_adapt_until=3)
+    torch.manual_seed(3)
+    model = AdaptedCLIPWithCrossAttention(clip, base.config, cross_attn_heads=4, cross_attn_init="zero").double()
+    copied_from(base, model).train()
+    batch, prompts = random_batch(40).to(torch.float64), tiny_prompts(clip)
+    text_side = model.text_side(prompts)
+    found, expected = model.image_features(batch.images, text_side, batch.rows), base.image_features(batch.images)
+    for first, second in zip((*found.levels, found.det), (*expected.levels, expected.det), strict=True):
+        assert torch.equal(first, second)
+    anchors = model.batch_anchors(prompts, batch.rows, model.frozen_features(batch.images))
+    assert_agrees(anchors, base.text_side(prompts)[batch.rows], 1e-13)
+    stream = text_side.stream[batch.rows].flatten(1, 2)
+    context = model.text_context(model.frozen_features(batch.images))
+    assert torch.equal(model.attend_to_image(stream, context), stream)
+    # It can leave the start: the output projection has a gradient, the silent rest follows.
+    stage2(model, batch, prompts)["total"].backward()
+    assert model.image_cross_attn.out_proj.weight.grad.abs().max() > 0
+    stage1(model, batch, prompts)["total"].backward()
+    assert model.text_cross_attn.out_proj.weight.grad.abs().max() > 0
+
+
+def test_learned_scales_start_at_their_weights_and_train() -> None:
+    model = AdaptedCLIPWithCrossAttention(
+        shared_clip(), config_for(shared_clip()), 0.1, 0.2, cross_attn_scale="learned", cross_attn_heads=4
+    )
+    batch, prompts = random_batch(40), tiny_prompts(model.clip)
+    stage1(model, batch, prompts)["total"].backward()
+    stage2(model, batch, prompts)["total"].backward()
+    for scale, start in ((model.t_ca_w, 0.1), (model.i_ca_w, 0.2)):
+        assert isinstance(scale, nn.Parameter)
+        assert scale.item() == pytest.approx(start)
+        assert scale.grad.abs() > 0
+
+
+def test_fixed_scales_are_no_parameters() -> None:
+    model = cross_model(shared_clip())
+    assert not isinstance(model.t_ca_w, Tensor) and not isinstance(model.i_ca_w, Tensor)
+
+
+@pytest.mark.parametrize("text_context", ["frozen", "trained"])
+def test_attention_sums_to_1_and_changes_nothing(text_context: str) -> None:
+    model = model64(text_context=text_context)
+    batch, prompts = random_batch(40).to(torch.float64), tiny_prompts(model.clip)
+    text_side = model.text_side(prompts)
+    before = model(batch.images, text_side, batch.rows)
+    random_state = torch.get_rng_state()
+    attention = model.attention(batch.images, text_side, batch.rows)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    after = model(batch.images, text_side, batch.rows)
+    for first, second in zip((*before.levels, before.det), (*after.levels, after.det), strict=True):
+        assert torch.equal(first, second)
+
+    count, length = prompts.tokens.shape[1:]
+    assert attention.text.shape == (4, 4, count, length, 25)
+    assert attention.image.shape == (4, 4, 26, count, length)
+    assert (attention.text >= 0).all() and (attention.image >= 0).all()
+    assert_agrees(attention.text.sum(dim=-1), torch.ones(4, 4, count, length), 1e-12)
+    assert_agrees(attention.image.sum(dim=(-2, -1)), torch.ones(4, 4, 26), 1e-12)
+    real = torch.arange(length) <= prompts.tokens[batch.rows].argmax(dim=-1, keepdim=True)
+    assert not real.all()
+    assert not attention.image[~real[:, None, None].expand_as(attention.image)].any()
+
+
+def test_attention_is_what_the_forward_uses() -> None:
+    """The published weights, put on the values, give the branch's output; on the streams that the forward has."""
+    model = model64()
+    batch, prompts = random_batch(40).to(torch.float64), tiny_prompts(model.clip)
+    text_side = model.text_side(prompts)
+    with torch.no_grad():
+        attention = model.attention(batch.images, text_side, batch.rows)
+        x = run_block(model.clip.clip.visual.transformer.resblocks[0], model.clip.embed_image(batch.images))
+        words = text_side.context[batch.rows]
+        found = weighted_values(model.image_cross_attn, attention.image.flatten(3), words)
+        assert_agrees(found, model.image_cross_attn(x, words, text_side.mask[batch.rows]), EXACT)
+        patches = model.text_context(model.frozen_features(batch.images))
+        found = weighted_values(model.text_cross_attn, attention.text.flatten(2, 3), patches)
+        stream = text_side.stream[batch.rows].flatten(1, 2)
+        assert_agrees(found, model.text_cross_attn(stream, patches), EXACT)
+
+
+def weighted_values(branch: CrossAttention, weights: Tensor, context: Tensor) -> Tensor:
+    """weights (B, heads, T, M) on the values of context (B, M, C_c) -> (B, T, C_q)."""
+    values = branch.v_proj(context).chunk(branch.heads, dim=-1)
+    return branch.out_proj(torch.cat([weights[:, head] @ value for head, value in enumerate(values)], dim=-1))
+
+
+@pytest.mark.parametrize("text_context", ["frozen", "trained"])
+@pytest.mark.parametrize("conditioning", ["image", "batch_mean"])
+@given(rows=st.lists(st.integers(0, 3), min_size=1, max_size=5))
+@example(rows=[3, 2, 1, 0])
+@example(rows=[1, 1])
+@settings(max_examples=6, deadline=None)
+def test_an_image_does_not_depend_on_its_batch(conditioning: str, text_context: str, rows: list[int]) -> None:
+    """Features and scores of Stage 2 and testing, and the anchors of Stage 1 where each image conditions its own."""
+    model = model64(text_conditioning=conditioning, text_context=text_context)
+    batch, prompts = random_batch(40).to(torch.float64), tiny_prompts(model.clip)
+    text_side = model.text_side(prompts)
+
+    def results(images: Tensor, classes: Tensor) -> list[Tensor]:
+        outputs = model(images, text_side, classes)
+        features = model.image_features(images, text_side, classes)
+        found = [*outputs.levels, outputs.det, *features.levels, features.det]
+        if conditioning == "image":
+            of_stage1 = features if text_context == "trained" else model.frozen_features(images)
+            found.append(model.batch_anchors(prompts, classes, of_stage1))
+        return found
+
+    with torch.no_grad():
+        together = results(batch.images, batch.rows)
+        for found, expected in zip(results(batch.images[rows], batch.rows[rows]), together, strict=True):
+            assert_agrees(found, expected[rows], EXACT)
+
+
+def test_batch_mean_sees_the_batch_in_stage_1() -> None:
+    model = model64(text_conditioning="batch_mean")
+    batch, prompts = random_batch(40).to(torch.float64), tiny_prompts(model.clip)
+    with torch.no_grad():
+        together = model.batch_anchors(prompts, batch.rows, model.frozen_features(batch.images))
+        alone = model.batch_anchors(prompts, batch.rows[:1], model.frozen_features(batch.images[:1]))
+    assert (together[0] - alone[0]).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("conditioning", ["image", "batch_mean"])
+@pytest.mark.parametrize("text_context", ["frozen", "trained"])
+def test_stage_1_gives_the_image_side_no_gradient(conditioning: str, text_context: str) -> None:
+    """Not even where the features that it is given carry one, and not through the context's own tensors."""
+    model = cross_model(shared_clip(), text_conditioning=conditioning, text_context=text_context)
+    batch, prompts = random_batch(40), tiny_prompts(model.clip)
+    features = model.image_features(batch.images, model.text_side(prompts), batch.rows)
+    if text_context == "frozen":
+        features = ImageFeatures([level.requires_grad_() for level in features.levels], features.det)
+    assert features.levels[0].requires_grad
+    features.levels[0].retain_grad()
+    model.batch_anchors(prompts, batch.rows, features)[..., 0].sum().backward()
+    assert features.levels[0].grad is None
+    assert {name.split(".")[0] for name in gradients_of(model)} == {"text_adapter", "text_cross_attn"}
+
+
+@pytest.mark.parametrize("text_context", ["frozen", "trained"])
+def test_stage_2_gives_the_text_side_no_gradient(text_context: str) -> None:
+    model = cross_model(shared_clip(), text_context=text_context).train()
+    batch, prompts = random_batch(40), tiny_prompts(model.clip)
+    text_side = model.text_side(prompts)
+    assert not text_side.context.requires_grad and not text_side.stream.requires_grad
+    stage2(model, batch, prompts)["total"].backward()
+    assert {name.split(".")[0] for name in gradients_of(model)} == {"image_adapter", "image_cross_attn"}
+
+
+@pytest.mark.parametrize("norm", ["unit", "none"])
+@given(padding=st.lists(st.integers(0, 49405), min_size=1, max_size=12))
+@example(padding=[0])
+@settings(max_examples=6, deadline=None)
+def test_padding_does_not_matter(norm: str, padding: list[int]) -> None:
+    """Neither how long it is nor which words stand in it, for images, anchors and scores."""
+    model = model64(context_norm=norm)
+    batch, prompts = random_batch(40).to(torch.float64), tiny_prompts(model.clip)
+    length = prompts.tokens.shape[-1]
+    tokens = F.pad(prompts.tokens, (0, len(padding)))
+    positions = torch.arange(tokens.shape[-1])
+    after = positions > tokens.argmax(dim=-1, keepdim=True)
+    filled = torch.where(after, torch.tensor(padding)[positions % len(padding)], tokens)
+    assert after[..., :length].any() and after[..., length:].all()
+    with torch.no_grad():
+        frozen = model.frozen_features(batch.images)
+        results = []
+        for each in (prompts, replace(prompts, tokens=filled)):
+            outputs = model(batch.images, model.text_side(each), batch.rows)
+            results.append([*outputs.levels, outputs.det, model.batch_anchors(each, batch.rows, frozen)])
+    for found, expected in zip(results[1], results[0], strict=True):
+        assert_agrees(found, expected, EXACT)
+
+
+def test_an_image_sees_the_words_of_its_own_class_only() -> None:
+    """Other classes may come and go, and may have longer prompts."""
+    model = model64()
+    batch, prompts = random_batch(40).to(torch.float64), tiny_prompts(model.clip)
+    with torch.no_grad():
+        together = model(batch.images, model.text_side(prompts), batch.rows)
+        for image, row in enumerate(batch.rows.tolist()):
+            tokens = prompts.tokens[row : row + 1]
+            cut = tokens[..., : int(tokens.argmax(dim=-1).max()) + 1]
+            alone = model(
+                batch.images[image : image + 1],
+                model.text_side(Prompts(cut, prompts.normal)),
+                torch.zeros(1, dtype=torch.long),
+            )
+            assert_agrees(alone.levels[-1][0], together.levels[-1][image], EXACT)
+            assert_agrees(alone.det[0], together.det[image], EXACT)
+
+
+def test_dropout_is_on_in_train_mode_and_off_in_eval() -> None:
+    model = cross_model(shared_clip(), cross_attn_dropout=0.5)
+    batch, prompts = random_batch(40), tiny_prompts(model.clip)
+    frozen = model.frozen_features(batch.images)
+    runs: list[Callable[[], Tensor]] = [
+        lambda: model.image_features(batch.images, model.text_side(prompts), batch.rows).levels[-1],
+        lambda: model.batch_anchors(prompts, batch.rows, frozen),
+    ]
+    with torch.no_grad():
+        for call in runs:
+            model.train()
+            assert not torch.equal(call(), call())
+            model.eval()
+            assert torch.equal(call(), call())
+    silent = cross_model(shared_clip(), cross_attn_dropout=0.0).eval()
+    with torch.no_grad():
+        assert torch.equal(silent.batch_anchors(prompts, batch.rows, frozen), runs[1]())
+
+
+def test_dropout_acts_on_the_attention_weights() -> None:
+    """With values of 1, a head's output is the sum of the weights that it kept: one number for all its channels."""
+    torch.manual_seed(0)
+    branch = CrossAttention(8, 6, 8, weight=1.0, heads=2, dropout=0.1)
+    with torch.no_grad():
+        branch.v_proj.weight.zero_()
+        branch.v_proj.bias.fill_(1)
+        branch.out_proj.weight.copy_(torch.eye(8))
+        out = branch(torch.randn(3, 400, 8), torch.randn(3, 50, 6)).unflatten(-1, (2, 4))
+        assert_agrees(out, out[..., :1].expand_as(out), 1e-6)
+        assert out.std() > 0.01
+        # What is dropped is made up for: the mean stays.
+        assert out.mean().item() == pytest.approx(1, abs=0.01)
+        branch.eval()
+        assert_agrees(branch(torch.randn(3, 4, 8), torch.randn(3, 5, 6)), torch.ones(3, 4, 8), 1e-6)
+
+
+def remembered(model: nn.Module) -> dict[str, int]:
+    """Everything that hangs on the model or a part of it, by name and identity."""
+    held = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            held[f"{path}.{name}"] = id(value)
+            if isinstance(value, dict):
+                held.update({f"{path}.{name}[{key}]": id(entry) for key, entry in value.items()})
+    return held
+
+
+def test_nothing_stays_on_the_model_between_calls() -> None:
+    model = cross_model(shared_clip(), text_context="trained")
+    batch, prompts = random_batch(40), tiny_prompts(model.clip)
+    before = remembered(model)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    text_side = model.text_side(prompts)
+    outputs = model(batch.images, text_side, batch.rows)
+    model.batch_anchors(prompts, batch.rows, model.image_features(batch.images, text_side, batch.rows))
+    model.attention(batch.images, text_side, batch.rows)
+    assert remembered(model) == before
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    # And so nothing of one batch reaches the next.
+    model.eval()
+    first = model(batch.images[:1], text_side, batch.rows[:1])
+    model(batch.images[1:], text_side, batch.rows[1:])
+    again = model(batch.images[:1], text_side, batch.rows[:1])
+    assert torch.equal(first.levels[0], again.levels[0]) and len(outputs.levels) == len(first.levels)
+
+
+# Row 1: cross-attention output added at full scale, from raw context.
+
+NEW = {"image_cross_attn_weight": 0.1, "context_norm": "unit"}
+OLD = {"image_cross_attn_weight": 1.0, "context_norm": "none"}
+
+
+@functools.cache
+def toy_clip() -> FrozenCLIP:
+    """Trained weights: the tokens of a random text encoder are much shorter than those of a trained one."""
+    return load_clip("toy")
+
+
+def toy_model(**changes: Any) -> AdaptedCLIPWithCrossAttention:
+    """Fresh, without text cross-attention, so that nothing but the image side differs between two of them."""
+    clip = toy_clip()
+    torch.manual_seed(0)
+    model = AdaptedCLIPWithCrossAttention(clip, config_for(clip), text_cross_attn_weight=0.0, **changes)
+    return model.eval()
+
+
+def contribution(model: AdaptedCLIPWithCrossAttention) -> float:
+    """|w * out| / |x|, mean over tokens: how much of the stream is the cross-attention's."""
+    batch, text_side = random_batch(model.clip.img_size), model.text_side(tiny_prompts(model.clip))
+    with torch.no_grad():
+        x = run_block(model.clip.clip.visual.transformer.resblocks[0], model.clip.embed_image(batch.images))
+        added = model.attend_to_text(x, text_side.context[batch.rows], text_side.mask[batch.rows]) - x
+    return (added.norm(dim=-1) / x.norm(dim=-1)).mean().item()
+
+
+def image_gradient(model: AdaptedCLIPWithCrossAttention) -> float:
+    """Norm of the image adapter's gradient in Stage 2."""
+    stage2(model, random_batch(model.clip.img_size), tiny_prompts(model.clip))["total"].backward()
+    return torch.stack([value.grad.norm() for value in model.image_adapter.parameters()]).norm().item()
+
+
+def check_a_fresh_cross_attention_is_a_small_disturbance(**setting: Any) -> None:
+    model = toy_model(**setting)
+    assert 0 < contribution(model) < 0.05
+    assert image_gradient(model) >= 0.8 * image_gradient(toy_model(image_cross_attn_weight=0.0))
+
+
+def test_row1_a_fresh_cross_attention_is_a_small_disturbance() -> None:
+    check_a_fresh_cross_attention_is_a_small_disturbance(**NEW)
+    with pytest.raises(AssertionError):
+        check_a_fresh_cross_attention_is_a_small_disturbance(**OLD)
+
+
+def test_row1_raw_context_at_full_scale_contributes_many_times_as_much() -> None:
+    new, old = contribution(toy_model(**NEW)), contribution(toy_model(**OLD))
+    assert old > 10 * new
+    # Both parts of the mending count: the weight by its factor, and unit context by itself.
+    assert contribution(toy_model(**{**OLD, "image_cross_attn_weight": 0.1})) == pytest.approx(old / 10, rel=1e-3)
+    assert contribution(toy_model(**{**NEW, "context_norm": "none"})) > 1.5 * new
+
+
+def test_row1_the_defaults_are_the_mended_setting() -> None:
+    model = toy_model()
+    assert {name: getattr(model.cross_config, name) for name in NEW} == NEW
