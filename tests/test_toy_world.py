@@ -105,7 +105,8 @@ def test_what_the_mask_covers_is_what_changed(defect: str, kind: str):
     assert np.array_equal(damaged, draw(scene, 96, defect))
     change = np.abs(damaged - sound).max(-1)
     assert change[mask].mean() > 15
-    assert change[mask].mean() > 8 * change[~mask].mean()
+    # Not more: the rim of a bend moves a little and is left out of its mask, and light from a dent reaches beyond it.
+    assert change[mask].mean() > 5 * change[~mask].mean()
 
 
 def test_an_existing_folder_is_left_alone(tmp_path: Path):
