@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 from engine.base import train_base
-from engine.config import BaseConfig, check_device
+from engine.config import check_device
 from engine.data import load_task
+from engine.demo import CONFIG
 from engine.detector import build_detector, unadapted_detector
 from engine.evaluate import METRICS, Evaluation, evaluate
 from model.checkpoint import read_checkpoint
@@ -24,11 +26,8 @@ from utils.logging import set_up_logging
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one training run each")
-    parser.add_argument("--text_epoch", type=int, default=10, help="epochs of Stage 1")
-    parser.add_argument("--image_epoch", type=int, default=30, help="epochs of Stage 2")
-    parser.add_argument("--text_lr", type=float, default=1e-3, help="learning rate of Stage 1")
-    parser.add_argument("--image_lr", type=float, default=2e-3, help="learning rate of Stage 2")
-    parser.add_argument("--image_batch_size", type=int, default=8, help="images per step of Stage 2")
+    parser.add_argument("--text_epoch", type=int, default=6, help="epochs of Stage 1")
+    parser.add_argument("--image_epoch", type=int, default=12, help="epochs of Stage 2")
     parser.add_argument("--save_path", type=Path, default=Path("runs/base_on_toy"), help="a folder in it per seed")
     parser.add_argument("--output", type=Path, default=Path("runs/base_on_toy/table.md"), help="Markdown table")
     return parser.parse_args()
@@ -39,15 +38,10 @@ def main() -> None:
     device = check_device("auto", "fp32")
     detectors = {}
     for seed in arguments.seeds:
-        config = BaseConfig(
-            model_name="toy",
-            dataset="toy_train",
-            training_mode="full_shot",
+        config = replace(
+            CONFIG,
             text_epoch=arguments.text_epoch,
             image_epoch=arguments.image_epoch,
-            text_lr=arguments.text_lr,
-            image_lr=arguments.image_lr,
-            image_batch_size=arguments.image_batch_size,
             seed=seed,
             save_path=arguments.save_path / f"seed_{seed}",
         )
