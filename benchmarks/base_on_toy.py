@@ -27,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one training run each")
     parser.add_argument("--text_epoch", type=int, default=6, help="epochs of Stage 1")
-    parser.add_argument("--image_epoch", type=int, default=20, help="epochs of Stage 2")
+    parser.add_argument("--image_epoch", type=int, default=28, help="epochs of Stage 2")
     parser.add_argument("--save_path", type=Path, default=Path("runs/base_on_toy"), help="a folder in it per seed")
     parser.add_argument("--output", type=Path, default=Path("runs/base_on_toy/table.md"), help="Markdown table")
     return parser.parse_args()
