@@ -8,6 +8,7 @@ import logging
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,7 +146,7 @@ def take_batches(
             f"--batches {test.batches}: {data.located.spec.name} has {len(loader)} of {test.batch_size} images"
         )
     sampler.set_position(1, 1)
-    batches = [batch for _, batch in zip(range(test.batches), loader, strict=False)]
+    batches = list(islice(loader, test.batches))
     return [
         {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
         for batch in batches
