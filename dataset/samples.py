@@ -86,8 +86,19 @@ def read_mask(path: Path) -> Image.Image:
 
 def image_tensor(image: Image.Image, img_size: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """An RGB picture as a model takes it: square (bicubic), normalised, float32 (3, S, S)."""
-    pixels = F.pil_to_tensor(image.resize((img_size, img_size), Image.Resampling.BICUBIC)).float() / 255
-    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    return _normalised(_square(image, img_size), _per_channel(mean), _per_channel(std))
+
+
+def _square(image: Image.Image, img_size: int) -> Image.Image:
+    return image.resize((img_size, img_size), Image.Resampling.BICUBIC)
+
+
+def _per_channel(values: Sequence[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
+
+
+def _normalised(image: Image.Image, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    return (F.pil_to_tensor(image).float() / 255 - mean) / std
 
 
 @dataclass(frozen=True)
@@ -129,8 +140,7 @@ class AnomalyDataset(Dataset):
         self.records = list(records)
         self.img_size = img_size
         self.augment = augment
-        self.mean = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1)
-        self.std = torch.tensor(std, dtype=torch.float32).view(3, 1, 1)
+        self.mean, self.std = _per_channel(mean), _per_channel(std)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -140,7 +150,7 @@ class AnomalyDataset(Dataset):
         record = self.records[index]
         image, mask = _read_pair(self.root, record)
         size = (self.img_size, self.img_size)
-        image = image.resize(size, Image.Resampling.BICUBIC)
+        image = _square(image, self.img_size)
         mask = Image.new("L", size) if mask is None else mask.resize(size, Image.Resampling.NEAREST)
         label = record.label
         if self.augment != "none":
@@ -154,7 +164,7 @@ class AnomalyDataset(Dataset):
                 label = 0
             image, mask = _move(image, parameters, InterpolationMode.BILINEAR), moved
         return {
-            "image": (F.pil_to_tensor(image).float() / 255 - self.mean) / self.std,
+            "image": _normalised(image, self.mean, self.std),
             "mask": (F.pil_to_tensor(mask) > 0).float(),
             "label": label,
             "class_name": record.class_name,
