@@ -4,27 +4,14 @@ from __future__ import annotations
 
 from engine.base import train_base
 from engine.config import BaseConfig
-from utils.cli import (
-    Parser,
-    add_adapter_arguments,
-    add_data_arguments,
-    add_model_arguments,
-    add_output_arguments,
-    add_run_arguments,
-    add_training_arguments,
-    run_script,
-)
+from utils.cli import Parser, add_epoch_arguments, add_shared_arguments, run_script
 from utils.logging import set_up_logging
 
 
 def build_parser() -> Parser:
     parser = Parser(description=__doc__)
-    add_model_arguments(parser)
-    add_adapter_arguments(parser)
-    add_data_arguments(parser, "dataset to train on: a catalog name, or a folder in MVTec's layout")
-    add_training_arguments(parser)
-    add_run_arguments(parser)
-    add_output_arguments(parser)
+    add_shared_arguments(parser)
+    add_epoch_arguments(parser)
     parser.set_defaults(**vars(BaseConfig()))
     return parser
 

@@ -9,20 +9,20 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 
-from engine.config import BaseConfig, build_clip, resolve_model
+from engine.config import BaseConfig, RunConfig, build_clip, resolve_model
 from engine.data import TaskData, choose_training_images, load_task, training_loader
 from engine.run import (
     Phase,
     TrainingRun,
     check_save_path,
-    constant_then_halved,
     make_accelerator,
     write_arguments,
 )
+from engine.schedules import halved_at
 from engine.stage1 import TextStage
 from engine.stage2 import ImageStage
 from model.adapter import AdaptedCLIP
-from model.checkpoint import SCHEMA, save, state_of
+from model.checkpoint import SCHEMA
 from model.clip import FrozenCLIP
 from model.config import ModelConfig
 from utils.logging import set_up_logging
@@ -50,7 +50,7 @@ def train_base(config: BaseConfig) -> None:
 
     Raises `UserError` for whatever the arguments ask for in vain, `NotFiniteError`, and `Stopped` on a signal.
     """
-    setup = set_up(config, "train.py")
+    setup = set_up(config, "train.py", text_adapted=config.text_epoch > 0)
     open_run(setup, config)
     model = AdaptedCLIP(setup.clip, setup.model_config).to(setup.accelerator.device)
     for name, part in model.components.items():
@@ -59,20 +59,24 @@ def train_base(config: BaseConfig) -> None:
         side: torch.optim.Adam(model.components[f"{side}_adapter"].named_parameters(), lr=rate, betas=BETAS)
         for side, rate in (("text", config.text_lr), ("image", config.image_lr))
     }
-    run = TrainingRun(model, optimizers, setup.accelerator, config.save_path, config.seed, setup.signature)
-    described = describe_run(config, setup.model_config, setup.data)
-    run.run(two_phases(config, model, setup.data, run, described))
+    described = describe_run(config, setup)
+    run = TrainingRun(
+        model, optimizers, setup.accelerator, config.save_path, config.seed, setup.signature, lambda: described
+    )
+    run.run(two_phases(config, model, setup.data, run))
     logger.info("Complete: %d text and %d image epochs, in %s", config.text_epoch, config.image_epoch, config.save_path)
 
 
-def set_up(config: BaseConfig, script: str, more_signature: dict[str, Any] | None = None) -> Setup:
+def set_up(
+    config: RunConfig, script: str, more_signature: dict[str, Any] | None = None, text_adapted: bool = True
+) -> Setup:
     """Find data and CLIP, and seed the weights to come; writes nothing to the save path."""
     accelerator = make_accelerator(config.device, config.precision, config.accumulate, config.tracker, config.save_path)
     with accelerator.main_process_first():  # it writes the metadata, and draws the toy datasets, on first use
         data = load_task(config.dataset, config.data_root, config.metadata, config.class_names, config.skip_bad_images)
     data = choose_training_images(data, config.training_mode, config.shot, config.seed)
     clip = build_clip(config)
-    model_config = resolve_model(config, clip)
+    model_config = resolve_model(config, clip, text_adapted)
     signature = {
         "script": script,
         **config.signature(),
@@ -86,7 +90,7 @@ def set_up(config: BaseConfig, script: str, more_signature: dict[str, Any] | Non
     return Setup(accelerator, data, clip, model_config, signature)
 
 
-def open_run(setup: Setup, config: BaseConfig) -> None:
+def open_run(setup: Setup, config: RunConfig) -> None:
     """Check that the save path may be written, and write the first of it: the log and `args.json`.
 
     Comes after every other check, so that a mistake leaves nothing behind.
@@ -103,13 +107,12 @@ def two_phases(
     model: AdaptedCLIP,
     data: TaskData,
     run: TrainingRun,
-    described: dict[str, Any],
     suffix: str = "",
     frozen: tuple[str, ...] = (),
 ) -> list[Phase]:
     """Stage 1 and Stage 2 as the phases of a run, writing `text_adapter{suffix}.pth` and `image_adapter{suffix}.pth`.
 
-    described: the `config` of the checkpoints; frozen: components that are not trained.
+    frozen: components that are not trained.
     """
     clip, device = model.clip, run.accelerator.device
     prompts = data.prompts(clip).to(device)
@@ -117,22 +120,16 @@ def two_phases(
     text_loader = training_loader(data, clip, "geometric", config.text_batch_size, 1, config.seed, workers)
     image_loader = training_loader(data, clip, "full", config.image_batch_size, 2, config.seed, workers)
 
-    def write(side: str, epoch: int, parts: list[str], names: list[str]) -> None:
-        checkpoint = {name: state_of(model.components[name]) for name in parts}
-        checkpoint |= {f"{side}_optimizer": run.optimizer_state(side), "epoch": epoch, "config": described}
-        for name in names:
-            save(checkpoint, config.save_path / name)
-
     text_parts = [name for name in model.components if name.startswith("text")]
     image_parts = [name for name in model.components if name.startswith("image")]
     carried = text_parts if model.config.text_adapted else []
 
-    def write_text_side(epoch: int) -> None:
-        write("text", epoch, text_parts, [f"text_adapter{suffix}.pth"])
+    def write_text_side(_: int) -> None:
+        run.write_checkpoint([f"text_adapter{suffix}.pth"], text_parts, ["text"])
 
     def write_image_side(epoch: int) -> None:
         names = [f"image_adapter{suffix}_{epoch}.pth", f"image_adapter{suffix}.pth"]
-        write("image", epoch, [*carried, *image_parts], names)
+        run.write_checkpoint(names, [*carried, *image_parts], ["image"])
 
     def text_stage() -> TextStage:
         return TextStage(model, prompts, data.classes, config.text_norm_weight, config.stage1_levels, frozen)
@@ -140,18 +137,19 @@ def two_phases(
     def image_stage() -> ImageStage:
         return ImageStage(model, model.text_side(prompts), data.classes, frozen)
 
-    text_schedule, image_schedule = constant_then_halved(()), constant_then_halved(IMAGE_MILESTONES)
+    constant, halved = halved_at(()), halved_at(IMAGE_MILESTONES)
     return [
-        Phase(1, "text", config.text_epoch, text_stage, text_schedule, *text_loader, write_text_side),
-        Phase(1, "image", config.image_epoch, image_stage, image_schedule, *image_loader, write_image_side),
+        Phase(1, "text", config.text_epoch, config.text_lr, constant, text_stage, *text_loader, write_text_side),
+        Phase(1, "image", config.image_epoch, config.image_lr, halved, image_stage, *image_loader, write_image_side),
     ]
 
 
-def describe_run(config: BaseConfig, model_config: ModelConfig, data: TaskData) -> dict[str, Any]:
+def describe_run(config: RunConfig, setup: Setup) -> dict[str, Any]:
     """The `config` of a checkpoint: the forward, the data, the seed, the libraries (DESIGN 6)."""
+    data = setup.data
     return {
         "schema": SCHEMA,
-        "model": model_config.to_dict(),
+        "model": setup.model_config.to_dict(),
         "cross_attention": None,
         "dataset": data.located.spec.name,
         "domain": data.located.spec.domain,
@@ -159,7 +157,6 @@ def describe_run(config: BaseConfig, model_config: ModelConfig, data: TaskData) 
         "prompt_names": dict(data.names),
         "training_mode": config.training_mode,
         "shot": config.shot if config.training_mode == "few_shot" else None,
-        "text_epochs": config.text_epoch,
         "seed": config.seed,
         "arguments": config.to_dict(),
         "versions": {name: version(name) for name in LIBRARIES},

@@ -5,12 +5,12 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from model.clip import FrozenCLIP, load_clip
-from model.config import ModelConfig
+from model.config import CrossAttentionConfig, ModelConfig
 from utils.errors import UserError
 
 
@@ -22,9 +22,12 @@ def free(default: Any) -> Any:
     return field(default=default, metadata={"free": True})
 
 
+Config = TypeVar("Config", bound="RunConfig")
+
+
 @dataclass(frozen=True)
-class BaseConfig:
-    """Arguments of `train.py`, by the same names and with their defaults: the base's column of DESIGN 5."""
+class RunConfig:
+    """Arguments that all training scripts share, by the same names and with the base's defaults (DESIGN 5)."""
 
     model_name: str = "ViT-L-14-336"
     clip_weights: str | None = free(None)
@@ -48,8 +51,6 @@ class BaseConfig:
     shot: int = 32
     text_batch_size: int = 16
     image_batch_size: int = 2
-    text_epoch: int = free(5)
-    image_epoch: int = free(20)
     text_lr: float = 1e-5
     image_lr: float = 5e-4
     accumulate: int = 1
@@ -64,7 +65,7 @@ class BaseConfig:
     tracker: str = free("tensorboard")
 
     @classmethod
-    def from_namespace(cls, arguments: Namespace) -> BaseConfig:
+    def from_namespace(cls: type[Config], arguments: Namespace) -> Config:
         values = vars(arguments)
         levels = values.get("levels")
         return cls(**{**values, "levels": tuple(levels) if levels else None})
@@ -80,6 +81,45 @@ class BaseConfig:
         if self.training_mode == "full_shot":
             del signature["shot"]
         return signature
+
+
+@dataclass(frozen=True)
+class BaseConfig(RunConfig):
+    """Arguments of `train.py`: the base's column of DESIGN 5."""
+
+    text_epoch: int = free(5)
+    image_epoch: int = free(20)
+
+
+@dataclass(frozen=True)
+class CrossAttentionArguments(RunConfig):
+    """Arguments that the scripts with cross-attention share: the branches, and the base that they start from."""
+
+    text_cross_attn_weight: float = CrossAttentionConfig.text_cross_attn_weight
+    image_cross_attn_weight: float = CrossAttentionConfig.image_cross_attn_weight
+    cross_attn_heads: int = CrossAttentionConfig.cross_attn_heads
+    cross_attn_dropout: float = CrossAttentionConfig.cross_attn_dropout
+    context_norm: str = CrossAttentionConfig.context_norm
+    cross_attn_init: str = CrossAttentionConfig.cross_attn_init
+    cross_attn_scale: str = CrossAttentionConfig.cross_attn_scale
+    text_conditioning: str = CrossAttentionConfig.text_conditioning
+    load_base_text_adapter: Path | None = free(None)
+    load_base_image_adapter: Path | None = free(None)
+    reset_base_optimizer: bool = False
+    allow_partial_base: bool = free(False)
+    freeze_base: bool = False
+
+    def cross_attention(self) -> CrossAttentionConfig:
+        """The choices that the forward depends on; what a feedback loop sets keeps its default."""
+        names = {item.name for item in fields(CrossAttentionConfig)} & {item.name for item in fields(self)}
+        return CrossAttentionConfig(**{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True)
+class CrossAttentionRunConfig(CrossAttentionArguments, BaseConfig):
+    """Arguments of `train_cross_attention.py`."""
+
+    save_path: Path = free(Path("ckpt/cross_attention"))
 
 
 def _plain(value: Any) -> Any:
@@ -105,13 +145,16 @@ def check_device(device: str, precision: str) -> str:
     return device
 
 
-def build_clip(config: BaseConfig) -> FrozenCLIP:
+def build_clip(config: RunConfig) -> FrozenCLIP:
     """The frozen CLIP that a run asks for."""
     return load_clip(config.model_name, config.clip_weights, config.img_size, config.activation)
 
 
-def resolve_model(config: BaseConfig, clip: FrozenCLIP) -> ModelConfig:
-    """The forward that a run asks for, with the depths that were left open filled in from the CLIP model."""
+def resolve_model(config: RunConfig, clip: FrozenCLIP, text_adapted: bool = True) -> ModelConfig:
+    """The forward that a run asks for, with the depths that were left open filled in from the CLIP model.
+
+    text_adapted: whether the text side is trained, now or in the base that the run starts from.
+    """
     asked = {
         name: getattr(config, name)
         for name in ("levels", "text_adapt_until", "image_adapt_until", "surgery_until_layer")
@@ -127,6 +170,6 @@ def resolve_model(config: BaseConfig, clip: FrozenCLIP) -> ModelConfig:
         adapter=config.adapter,
         relu=config.relu,
         surgery=config.surgery,
-        text_adapted=config.text_epoch > 0,
+        text_adapted=text_adapted,
         **{**clip.defaults, **asked},
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from dataset.prompts import build_prompts
 from dataset.samples import AnomalyDataset, SeededSampler, drop_bad_images
 from model.clip import FrozenCLIP
 from model.text import Prompts
+from utils.errors import UserError
+from utils.seeding import derive_seed
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ def choose_training_images(data: TaskData, training_mode: str, shot: int, seed: 
         len(records) - anomalous,
         anomalous,
     )
-    return TaskData(data.located, records, data.names, data.digest)
+    return replace(data, records=records)
 
 
 def make_dataset(data: TaskData, clip: FrozenCLIP, augment: str) -> AnomalyDataset:
@@ -104,3 +106,25 @@ def evaluation_loader(samples: AnomalyDataset, batch_size: int, num_workers: int
         chosen = list(positions)
         batches += [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
     return DataLoader(samples, batch_sampler=batches, num_workers=num_workers, pin_memory=torch.cuda.is_available())
+
+
+def hold_out(data: TaskData, fraction: float, seed: int) -> tuple[TaskData, TaskData]:
+    """Split off a share of the images of each class and label: (to train on, held out).
+
+    At least one image of each stays on both sides. Raises `UserError` where a class has a single one of a kind.
+    """
+    kept, held = [], []
+    groups: dict[tuple[str, int], list[Record]] = {}
+    for record in data.records:
+        groups.setdefault((record.class_name, record.label), []).append(record)
+    for (class_name, label), records in groups.items():
+        kind = "anomalous" if label else "normal"
+        if len(records) < 2:
+            raise UserError(f"--val_fraction: class {class_name!r} has a single {kind} image, none can be held out")
+        generator = torch.Generator().manual_seed(derive_seed(seed, len(held)))
+        order = torch.randperm(len(records), generator=generator).tolist()
+        count = min(max(1, round(fraction * len(records))), len(records) - 1)
+        held += [records[index] for index in order[:count]]
+        kept += [records[index] for index in sorted(order[count:])]
+    logger.info("Held out for validation: %d of %d images", len(held), len(data.records))
+    return replace(data, records=kept), replace(data, records=held)

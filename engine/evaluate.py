@@ -20,6 +20,7 @@ from model.scoring import Outputs, anomaly_map, class_image_scores, det_scores
 from utils.files import write_text
 from utils.logging import progress_bar
 from utils.metrics import auroc, average_precision
+from utils.tables import format_table
 
 logger = logging.getLogger(__name__)
 
@@ -130,16 +131,6 @@ def autocast(device: torch.device | str, precision: str) -> torch.autocast:
 
 def format_value(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.2f}"
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned for a terminal: the first to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in pairs)
-        for pairs in (enumerate(zip(row, widths, strict=True)) for row in (header, *rows))
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def evaluation_table(evaluation: Evaluation) -> str:

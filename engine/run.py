@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
 from dataset.samples import SeededSampler
 from engine.config import check_device
+from engine.schedules import Factor, make_schedule
 from engine.stages import Stage
-from engine.trainer import StopRequest, log_epoch, stage_name, stage_verdict, train_epoch
+from engine.trainer import StopRequest, log_epoch, stage_name, train_epoch
+from engine.verdicts import judge_run
 from model.adapter import AdaptedCLIP
 from model.checkpoint import load, load_component, save, state_of
 from utils.errors import NotFiniteError, Stopped, UserError
@@ -29,31 +30,45 @@ from utils.seeding import derive_seed
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.pth"
-STATE_SCHEMA = 1
+STATE_SCHEMA = 2
+STATE_FIELDS = ("done", "planned", "history", "schedule", "loops")
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One stage in one loop: how often it goes over its images, and what is written after each epoch."""
+    """One stage in one loop: how often it goes over its images, at what rate, and what is written after each epoch.
+
+    factor: of the rate, by step; max_norm clips the gradient; grows: whether a stage that has begun may be given more
+    epochs, which a schedule that ends with the stage forbids; fresh_optimizer: begin with its moments forgotten.
+    """
 
     loop: int
     side: str
     epochs: int
+    rate: float
+    factor: Factor
     make_stage: Callable[[], Stage]
-    make_schedule: Callable[[torch.optim.Optimizer], LRScheduler]
     loader: DataLoader
     sampler: SeededSampler
     write: Callable[[int], None]
     max_norm: float | None = None
+    grows: bool = True
+    fresh_optimizer: bool = False
 
 
 @dataclass
 class RunState:
-    """Where a run stands: epochs done in each phase, the rows of all epochs, the schedule of the phase under way."""
+    """Where a run stands.
+
+    done, planned: epochs of each phase; history: a row of each epoch; schedule: of the phase under way; loops: what
+    was found at the end of each loop that is finished.
+    """
 
     done: list[int]
+    planned: list[int]
     history: list[dict[str, Any]] = field(default_factory=list)
     schedule: dict[str, Any] | None = None
+    loops: list[dict[str, Any]] = field(default_factory=list)
 
 
 def make_accelerator(device: str, precision: str, accumulate: int, tracker: str, save_path: Path) -> Accelerator:
@@ -72,15 +87,12 @@ def make_accelerator(device: str, precision: str, accumulate: int, tracker: str,
     )
 
 
-def constant_then_halved(milestones: Sequence[int]) -> Callable[[torch.optim.Optimizer], LRScheduler]:
-    """The rate times 0.5 from each of these steps on."""
-    return lambda optimizer: LambdaLR(optimizer, lambda step: 0.5 ** sum(step >= milestone for milestone in milestones))
-
-
 class TrainingRun:
     """The persistent part of a run: one model, one optimizer per side for all of it, and the state on disk.
 
     `signature` is what a restart must agree in. `optimizers` are by side, "text" and "image"; parameters carry names.
+    `describe` gives the `config` of checkpoints; `steps_before`: optimizer steps by side that the weights had seen;
+    `feedback`: whether advice may name the flags of the feedback script.
     """
 
     def __init__(
@@ -91,6 +103,9 @@ class TrainingRun:
         save_path: Path,
         seed: int,
         signature: dict[str, Any],
+        describe: Callable[[], dict[str, Any]],
+        steps_before: Mapping[str, int | None] | None = None,
+        feedback: bool = False,
     ) -> None:
         self.model = model
         self.accelerator = accelerator
@@ -98,34 +113,74 @@ class TrainingRun:
         self.seed = seed
         self.signature = signature
         self.optimizers = {side: accelerator.prepare(optimizer) for side, optimizer in optimizers.items()}
-        self.state = RunState([])
+        self.describe = describe
+        self.steps_before = dict(steps_before or {})
+        self.feedback = feedback
+        self.state = RunState([], [])
 
     @property
     def history(self) -> list[dict[str, Any]]:
         return self.state.history
 
-    def optimizer_state(self, side: str) -> dict[str, Any]:
-        """An optimizer's state as checkpoints hold it."""
-        return self.optimizers[side].state_dict()
+    def steps(self, side: str) -> int | None:
+        """Optimizer steps that a side's weights have seen, those before this run included; None where not known."""
+        before = self.steps_before.get(side, 0)
+        return None if before is None else before + sum(row["steps"] for row in self.history if row["stage"] == side)
 
-    def run(self, phases: Sequence[Phase]) -> None:
-        """Train all phases, going on where the state on disk ends; raises `Stopped` and `NotFiniteError`."""
+    def epochs(self, side: str) -> int:
+        """Epochs of a side in this run."""
+        return sum(row["stage"] == side for row in self.history)
+
+    def write_checkpoint(
+        self, names: Sequence[str], parts: Sequence[str], sides: Sequence[str], loop: int | None = None
+    ) -> None:
+        """Write components and the optimizers of `sides` under each of `names`; the last side's epochs count."""
+        checkpoint = self._checkpoint(parts, sides) | ({} if loop is None else {"loop": loop})
+        for name in names:
+            save(checkpoint, self.save_path / name)
+
+    def _checkpoint(self, parts: Sequence[str], sides: Sequence[str]) -> dict[str, Any]:
+        return {
+            **{name: state_of(self.model.components[name]) for name in parts},
+            **{f"{side}_optimizer": self.optimizers[side].state_dict() for side in sides},
+            "epoch": self.epochs(sides[-1]),
+            "steps": {side: self.steps(side) for side in self.optimizers},
+            "config": self.describe(),
+        }
+
+    def run(
+        self, phases: Sequence[Phase], finish_loop: Callable[[int], dict[str, Any]] | None = None
+    ) -> list[dict[str, Any]]:
+        """Train all phases, going on where the state on disk ends; raises `Stopped` and `NotFiniteError`.
+
+        finish_loop: called once after the last phase of each loop, with its number, in the main process; a restart
+        repeats it where it did not come to its end. What it returns is kept, and returned for all loops.
+        """
         self._restore(phases)
         with StopRequest() as stop:
             for index, phase in enumerate(phases):
                 if self.state.done[index] < phase.epochs:
                     self._run_phase(index, phase, stop)
+                ends = index + 1 == len(phases) or phases[index + 1].loop != phase.loop
+                if finish_loop is not None and ends and len(self.state.loops) < phase.loop:
+                    self._finish_loop(phase.loop, finish_loop)
         self.accelerator.end_training()
+        return self.state.loops
 
-    def is_complete(self, phases: Sequence[Phase]) -> bool:
-        return all(done >= phase.epochs for done, phase in zip(self.state.done, phases, strict=True))
+    def _finish_loop(self, loop: int, finish_loop: Callable[[int], dict[str, Any]]) -> None:
+        if self.accelerator.is_main_process:
+            self.state.loops.append({"loop": loop, **finish_loop(loop)})
+            self._save_state()
+        self.accelerator.wait_for_everyone()
 
     def _run_phase(self, index: int, phase: Phase, stop: StopRequest) -> None:
         stage = phase.make_stage()
         stage.begin()
         prepared, loader = self.accelerator.prepare(stage, phase.loader)
         optimizer = self.optimizers[phase.side]
-        schedule = phase.make_schedule(optimizer.optimizer)
+        if phase.fresh_optimizer and not self.state.done[index]:
+            optimizer.optimizer.state.clear()
+        schedule = make_schedule(optimizer.optimizer, phase.rate, phase.factor)
         if self.state.done[index] and self.state.schedule is not None:
             schedule.load_state_dict(self.state.schedule)
             for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
@@ -141,10 +196,14 @@ class TrainingRun:
                     phase.max_norm, lambda: stop.signal_number is not None,
                 )  # fmt: skip
             except NotFiniteError as error:
-                raise NotFiniteError(
-                    f"{error}. The last good state is {self.save_path / STATE_FILE}; start with another --save_path "
-                    f"and a lower --{phase.side}_lr"
-                ) from error
+                state = self.save_path / STATE_FILE
+                advice = f"start with another --save_path and a lower --{phase.side}_lr"
+                if self.feedback:
+                    advice = (
+                        f"start with another --save_path, --init_from {state}, and a lower --{phase.side}_lr or a "
+                        "tighter --grad_clip"
+                    )
+                raise NotFiniteError(f"{error}. The last good state is {state}; {advice}") from error
             if row is None:
                 raise Stopped(
                     f"stopped in {description}: the same command goes on, and repeats this epoch", stop.signal_number
@@ -159,10 +218,9 @@ class TrainingRun:
                 phase.write(epoch)
                 self._save_state()
             self.accelerator.wait_for_everyone()
-        rows = [row for row in self.history if row["loop"] == phase.loop and row["stage"] == stage.name]
-        verdict = stage_verdict(rows)
-        if verdict:
-            logger.warning(verdict)
+        verdict = judge_run(self.history, self.feedback)[phase.loop, phase.side]
+        if verdict.remedies:
+            logger.warning("loop %d, %s: %s", phase.loop, phase.side, verdict)
 
     def _track(self, row: dict[str, Any]) -> None:
         position = sum(other["stage"] == row["stage"] for other in self.history)
@@ -174,11 +232,8 @@ class TrainingRun:
             {
                 "schema": STATE_SCHEMA,
                 "signature": self.signature,
-                "components": {name: state_of(part) for name, part in self.model.components.items()},
-                "optimizers": {side: self.optimizer_state(side) for side in self.optimizers},
-                "done": self.state.done,
-                "schedule": self.state.schedule,
-                "history": self.history,
+                **self._checkpoint(list(self.model.components), list(self.optimizers)),
+                **{name: getattr(self.state, name) for name in STATE_FIELDS},
             },
             self.save_path / STATE_FILE,
         )
@@ -186,15 +241,17 @@ class TrainingRun:
         write_text(self.save_path / "history.jsonl", "\n".join(lines) + "\n" if lines else "")
 
     def _restore(self, phases: Sequence[Phase]) -> None:
-        self.state = RunState([0] * len(phases))
+        planned = [phase.epochs for phase in phases]
+        self.state = RunState([0] * len(phases), planned)
         file = self.save_path / STATE_FILE
         if file.is_file():
             saved = load(file)
-            self.state = RunState(continued(saved["done"], phases, self.save_path), saved["history"], saved["schedule"])
+            done = continued(saved["done"], saved["planned"], phases, self.save_path)
+            self.state = RunState(done, planned, saved["history"], saved["schedule"], saved["loops"])
             for name, part in self.model.components.items():
-                load_component(part, saved["components"][name], name, file)
+                load_component(part, saved[name], name, file)
             for side, optimizer in self.optimizers.items():
-                optimizer.load_state_dict(saved["optimizers"][side])
+                optimizer.load_state_dict(saved[f"{side}_optimizer"])
             logger.info("Going on with the run in %s: %s", self.save_path, describe_progress(self.state.done, phases))
         elif self.accelerator.is_main_process:
             self._save_state()
@@ -212,10 +269,11 @@ def describe_progress(done: Sequence[int], phases: Sequence[Phase]) -> str:
     )
 
 
-def continued(done: Sequence[int], phases: Sequence[Phase], save_path: Path) -> list[int]:
+def continued(done: Sequence[int], planned: Sequence[int], phases: Sequence[Phase], save_path: Path) -> list[int]:
     """Epochs done, fitted to the phases now asked for; `UserError` where they would not be the same run.
 
-    More epochs are fine at the point that the run has reached. A phase that others were built on cannot grow.
+    More epochs are fine at the point that the run has reached, unless its learning rate was to end there. A phase that
+    others were built on cannot grow.
     """
     counts = [*done, *([0] * (len(phases) - len(done)))]
     if len(counts) > len(phases) and any(counts[len(phases) :]):
@@ -226,6 +284,11 @@ def continued(done: Sequence[int], phases: Sequence[Phase], save_path: Path) -> 
             raise UserError(
                 f"{save_path} has {count} {phase.side} epochs already, {phase.epochs} are asked for; "
                 "give another --save_path"
+            )
+        if count and not phase.grows and phase.epochs != planned[index]:
+            raise UserError(
+                f"{save_path}: loop {phase.loop}'s {phase.side} stage began with {planned[index]} epochs, to whose end "
+                f"its learning rate falls; {phase.epochs} epochs are another run: give another --save_path"
             )
         if count < phase.epochs and any(counts[index + 1 :]):
             raise UserError(

@@ -1,4 +1,4 @@
-"""Stage 1: text adapters learn anchors that separate normal from abnormal on frozen image features (DESIGN 4)."""
+"""Stage 1: text adapters learn anchors that separate normal from abnormal image features (DESIGN 4)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from model.text import Prompts
 
 
 class TextStage(Stage):
-    """Trains the text side; images pass the frozen encoder without gradient."""
+    """Trains the text side on image features without gradient: frozen ones, or in feedback those of Stage 2."""
 
     name = "text"
     number = 1
@@ -38,7 +38,7 @@ class TextStage(Stage):
         mask = square_mask(batch)
         present, rows = class_rows(batch, self.order).unique(return_inverse=True)
         prompts = Prompts(self.prompts.tokens.to(rows.device)[present], self.prompts.normal)
-        features = self.model.frozen_features(batch["image"])
+        features = self.model.stage1_features(batch["image"], prompts, rows)
         anchors = self.model.batch_anchors(prompts, rows, features)  # (B, D, 2)
         losses, abnormal = stage1_losses(
             similarities(features.levels, anchors), anchors, mask, self.norm_weight, self.levels

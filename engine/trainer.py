@@ -21,18 +21,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from engine.stages import Stage
+from engine.verdicts import epoch_warnings
 from utils.errors import NotFiniteError
 from utils.logging import progress_bar
 
 logger = logging.getLogger(__name__)
-
-LOW_GRADIENT = 0.01
-VANISHING_GRADIENT = 0.001
-# Mean p_abnormal below this inside and outside the masks: the model calls everything normal.
-COLLAPSED_BELOW = 0.02
-# "Not learning" is said of a stage of at least this many steps that ends within this share of its first loss.
-ENOUGH_STEPS = 100
-FLAT_WITHIN = 0.01
 
 
 class StopRequest:
@@ -83,12 +76,14 @@ def train_epoch(
 
     stage: a `Stage` as accelerate prepared it; components: what it trains. max_norm clips the gradient's norm; the
     norms returned are those before clipping.
-    Returns a row of plain numbers, or None where `should_stop` ended the epoch early.
+    Returns a row of plain numbers (the learning rate is the mean over steps), or None where `should_stop` ended the
+    epoch early.
     Raises `NotFiniteError` before the step that a loss or gradient that is not finite would have led to.
     """
     sums: dict[str, Tensor | float] = defaultdict(float)
     steps = batches = images = 0
     opening: list[Tensor] = []
+    rates: list[float] = []
     parameters = [parameter for part in components.values() for parameter in part.parameters()]
     start = time.perf_counter()
     bar = progress_bar(len(loader), description)
@@ -103,6 +98,7 @@ def train_epoch(
                     clip_grads_with_norm_(parameters, max_norm, norms["total"])
                 for name, norm in norms.items():
                     sums[f"grad_norm/{name}"] += norm
+                rates.append(optimizer.param_groups[0]["lr"])
                 steps += 1
             optimizer.step()
             if accelerator.sync_gradients and not optimizer.step_was_skipped:
@@ -123,7 +119,7 @@ def train_epoch(
     sums = {name: float(accelerator.reduce(torch.as_tensor(value), "mean")) for name, value in sums.items()}
     return _epoch_row(sums, steps, batches, images * accelerator.num_processes, seconds) | {
         "opening_loss": float(accelerator.reduce(torch.stack(opening).mean(), "mean")),
-        "lr": optimizer.param_groups[0]["lr"],
+        "lr": math.fsum(rates) / max(1, len(rates)),
         "memory_gib": _memory(accelerator.device),
     }
 
@@ -205,46 +201,6 @@ def readable_time(seconds: float) -> str:
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
-
-
-def is_collapsed(row: Mapping[str, Any]) -> bool:
-    """Whether an epoch called everything normal; an epoch without anomalous pixels tells nothing."""
-    return row["abnormal_inside"] < COLLAPSED_BELOW and row["abnormal_outside"] < COLLAPSED_BELOW
-
-
-def epoch_warnings(row: Mapping[str, Any]) -> list[str]:
-    """What is unhealthy about an epoch, in plain words (DESIGN 5)."""
-    warnings = []
-    norm = row["grad_norm/total"]
-    if norm < VANISHING_GRADIENT:
-        warnings.append(f"gradients are vanishing: norm {norm:.2g}, below {VANISHING_GRADIENT}")
-    elif norm < LOW_GRADIENT:
-        warnings.append(f"gradients are low: norm {norm:.2g}, below {LOW_GRADIENT}; 0.05 to 0.15 is healthy")
-    if is_collapsed(row):
-        warnings.append(
-            f'collapsed to "all normal": mean p_abnormal is {row["abnormal_inside"]:.3f} inside the masks '
-            f"and {row['abnormal_outside']:.3f} outside"
-        )
-    return warnings
-
-
-def stage_verdict(rows: list[dict[str, Any]]) -> str | None:
-    """What to say where a stage ends without having learned, given the rows of its epochs; otherwise None."""
-    if sum(row["steps"] for row in rows) < ENOUGH_STEPS:
-        return None
-    first, last = rows[0]["opening_loss"], rows[-1]["loss"]
-    stage = rows[-1]["stage"]
-    if is_collapsed(rows[-1]):
-        return (
-            f"the {stage} stage is not learning: it calls every pixel normal (loss {last:.4f}). "
-            f"Try another --{stage}_lr, and look at the masks of the training data"
-        )
-    if last > first * (1 - FLAT_WITHIN):
-        return (
-            f"the {stage} stage is not learning: its loss went from {first:.4f} to {last:.4f}. "
-            f"Try a higher --{stage}_lr or more epochs; if the gradient norm is low too, check the data"
-        )
-    return None
 
 
 def stage_name(stage: Stage, loop: int, epoch: int) -> str:

@@ -76,6 +76,10 @@ class AdaptedCLIP(nn.Module):
         """What Stage 1 looks at: CLIP's own features by V-V attention, without gradient."""
         return frozen_features(self.clip, images, self.config)
 
+    def stage1_features(self, images: Tensor, prompts: Prompts, rows: Tensor) -> ImageFeatures:
+        """The image features of Stage 1's loss and conditioning, without gradient; rows as in `batch_anchors`."""
+        return self.frozen_features(images)
+
     def image_features(self, images: Tensor) -> ImageFeatures:
         """The adapted image branch: images (B, 3, S, S) -> unit patch features (B, N, D) per level, and det (B, D)."""
         return self.encode_image(images)
@@ -84,18 +88,18 @@ class AdaptedCLIP(nn.Module):
         self,
         images: Tensor,
         after_first_block: Callable[[Tensor], Tensor] | None = None,
-        with_embedding: bool = False,
+        with_context: bool = False,
     ) -> ImageFeatures:
         """`image_features`, with a change of the stream (B, 1 + N, D_v) between the first block and its adapter.
 
-        with_embedding: also the branch's own class embedding, which takes the blocks behind the last level too.
+        with_context: also what text attends to, whose class embedding takes the blocks behind the last level too.
         """
         visual = self.clip.clip.visual
         adapters = self.image_adapter["layer_adapters"]
         projectors = dict(zip(self.config.levels, self.image_adapter["seg_proj"], strict=True))
         x = self.clip.embed_image(images)
         features, patches = [], x
-        depth = self.clip.vision_layers if with_embedding else self.config.levels[-1]
+        depth = self.clip.vision_layers if with_context else self.config.levels[-1]
         for index, block in enumerate(visual.transformer.resblocks[:depth]):
             x = run_block(block, x)
             if index == 0 and after_first_block is not None:
@@ -106,7 +110,8 @@ class AdaptedCLIP(nn.Module):
                 patches = visual.ln_post(x[:, 1:])
                 features.append(unit(projectors[index + 1](patches)))
         det = unit(self.image_adapter["det_proj"](patches)).mean(dim=1)
-        return ImageFeatures(features, det, unit(self.clip.project_image(x[:, 0])) if with_embedding else None)
+        context = features[0] + unit(self.clip.project_image(x[:, 0]))[:, None] if with_context else None
+        return ImageFeatures(features, det, context)
 
     def batch_anchors(self, prompts: Prompts, rows: Tensor, features: ImageFeatures) -> Tensor:
         """Anchors of each image of a batch, (B, D, 2), for Stage 1; rows (B,): each image's class in `prompts`.

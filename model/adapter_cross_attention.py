@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -13,7 +15,7 @@ from model.blocks import run_block, unit
 from model.clip import FrozenCLIP
 from model.config import CrossAttentionConfig, ModelConfig, check_cross_attention
 from model.cross_attention import CrossAttention, prepare_context
-from model.frozen import ImageFeatures, frozen_features
+from model.frozen import ImageFeatures, frozen_features, projected_features
 from model.scoring import Outputs, compare
 from model.text import Prompts, begin_prompts, finish_prompts, pair_anchors
 
@@ -65,6 +67,7 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
         cross_attn_scale: str = "fixed",
         text_conditioning: str = "image",
         text_context: str = "frozen",
+        cross_attn_active: bool = True,
     ) -> None:
         super().__init__(clip, config)
         self.cross_config = CrossAttentionConfig(
@@ -77,6 +80,7 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
             cross_attn_scale,
             text_conditioning,
             text_context,
+            cross_attn_active,
         )
         check_cross_attention(self.cross_config, clip.text_width)
         d_t, d_v, d = clip.text_width, clip.vision_width, clip.embed_dim
@@ -101,15 +105,34 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
     @property
     def text_sees_image(self) -> bool:
         """Whether anchors depend on the image."""
-        on = self.text_cross_attn.is_on and self.cross_config.text_conditioning != "none"
-        return on and self.config.text_adapted
+        on = self.cross_config.cross_attn_active and self.text_cross_attn.is_on
+        return on and self.cross_config.text_conditioning != "none" and self.config.text_adapted
+
+    @property
+    def image_sees_text(self) -> bool:
+        """Whether image features depend on the class's words."""
+        return self.cross_config.cross_attn_active and self.image_cross_attn.is_on
+
+    def enter_loop(self, text_context: str, cross_attn_active: bool) -> None:
+        """Take on what a feedback loop changes in the forward: the features that Stage 1 and text see, and on or off.
+
+        It stays so for Stage 2, for testing, and in the `config` of the checkpoints that the loop writes.
+        """
+        config = replace(self.cross_config, text_context=text_context, cross_attn_active=cross_attn_active)
+        check_cross_attention(config, self.clip.text_width)
+        self.cross_config = config
 
     def trained_components(self, side: str) -> tuple[str, ...]:
-        on = self.text_sees_image if side == "text" else self.image_cross_attn.is_on
+        on = self.text_sees_image if side == "text" else self.image_sees_text
         return (f"{side}_adapter", f"{side}_cross_attn") if on else (f"{side}_adapter",)
 
     @torch.no_grad()
     def text_side(self, prompts: Prompts) -> TextSide:
+        words = self._words(prompts)
+        return words if self.text_sees_image else words._replace(anchors=self.anchors(prompts))
+
+    def _words(self, prompts: Prompts) -> TextSide:
+        """The text side as far as image tokens see it, without anchors."""
         classes, count, length = prompts.tokens.shape
         tokens = prompts.tokens.flatten(0, 1)
         stream = begin_prompts(self.clip, tokens)  # (C * P, T, D_t)
@@ -119,15 +142,26 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
         context = prepare_context(words, self.cross_config.context_norm).reshape(classes, count * length, -1)
         positions = torch.arange(length, device=tokens.device)
         mask = (positions <= tokens.argmax(dim=-1, keepdim=True)).reshape(classes, count * length)
-        anchors = None if self.text_sees_image else self.anchors(prompts)
-        return TextSide(prompts, stream.unflatten(0, (classes, count)), context, mask, anchors)
+        return TextSide(prompts, stream.unflatten(0, (classes, count)), context, mask, None)
+
+    @torch.no_grad()
+    def stage1_features(self, images: Tensor, prompts: Prompts, rows: Tensor) -> ImageFeatures:
+        """Frozen features, or from loop 2 of a feedback run on what Stage 2 has learned (DESIGN 4, "Feedback").
+
+        The trained branch sees the words as `text_adapter` makes them now, so that it is the branch of Stage 2.
+        """
+        if self.cross_config.text_context == "trained":
+            return self.image_features(images, self._words(prompts), rows)
+        return self._features_on_frozen_tokens(images, self.config.levels)
+
+    def _features_on_frozen_tokens(self, images: Tensor, levels: Sequence[int]) -> ImageFeatures:
+        if self.cross_config.text_context == "projectors":
+            return projected_features(self.clip, images, self.config, self.image_adapter["seg_proj"], levels)
+        return frozen_features(self.clip, images, self.config, levels)
 
     def text_context(self, features: ImageFeatures) -> Tensor:
         """What text tokens attend to: the level-0 features with the class embedding in them, (B, N, D)."""
-        first = features.levels[0]
-        if self.cross_config.text_context == "trained":
-            first = first + features.embedding[:, None]
-        return prepare_context(first, self.cross_config.context_norm)
+        return prepare_context(features.context, self.cross_config.context_norm)
 
     def attend_to_image(self, stream: Tensor, context: Tensor) -> Tensor:
         """Text tokens (B, P * T, D_t) after the first block see the patches of their own image, (B, N, D)."""
@@ -167,17 +201,17 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
 
     def image_features(self, images: Tensor, text_side: TextSide, rows: Tensor) -> ImageFeatures:
         """The adapted image branch, whose tokens see the words of their class; shapes as in `AdaptedCLIP`."""
-        with_embedding = self.text_sees_image and self.cross_config.text_context == "trained"
-        if not self.image_cross_attn.is_on:
-            return self.encode_image(images, with_embedding=with_embedding)
+        with_context = self.text_sees_image and self.cross_config.text_context == "trained"
+        if not self.image_sees_text:
+            return self.encode_image(images, with_context=with_context)
         context, mask = text_side.context[rows], text_side.mask[rows]
-        return self.encode_image(images, lambda x: self.attend_to_text(x, context, mask), with_embedding)
+        return self.encode_image(images, lambda x: self.attend_to_text(x, context, mask), with_context)
 
     def context_features(self, images: Tensor, features: ImageFeatures) -> ImageFeatures:
-        """The features that text sees: of the trained branch, or frozen ones, of which the first level is enough."""
+        """The features that text sees: the trained branch's, given as `features`, or frozen ones' first level."""
         if self.cross_config.text_context == "trained":
             return features
-        return frozen_features(self.clip, images, self.config, self.config.levels[:1])
+        return self._features_on_frozen_tokens(images, self.config.levels[:1])
 
     def forward(self, images: Tensor, text_side: TextSide, rows: Tensor) -> Outputs:
         """As `AdaptedCLIP.forward`, against anchors that each image conditions; no gradient reaches the text side."""
@@ -199,7 +233,7 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
             context = self.text_context(self.context_features(images, features))
             weights = self.text_cross_attn.weights(text_side.stream[rows].flatten(1, 2), context)
             text = weights.unflatten(2, prompt_shape)
-        if self.image_cross_attn.is_on:
+        if self.image_sees_text:
             x = run_block(self.clip.clip.visual.transformer.resblocks[0], self.clip.embed_image(images))
             weights = self.image_cross_attn.weights(x, text_side.context[rows], text_side.mask[rows])
             image = weights.unflatten(3, prompt_shape)

@@ -27,7 +27,10 @@ OPTIMIZERS = ("text_optimizer", "image_optimizer")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint file in memory: the state dicts it has, its position, and its config (None: written elsewhere)."""
+    """A checkpoint file in memory: the state dicts it has, its position, and its config (None: written elsewhere).
+
+    steps: optimizer steps that each side has seen, by "text" and "image"; None where the file does not say.
+    """
 
     path: Path
     components: dict[str, dict[str, Tensor]]
@@ -35,6 +38,7 @@ class Checkpoint:
     epoch: int | None = None
     loop: int | None = None
     config: dict[str, Any] | None = None
+    steps: dict[str, int | None] | None = None
 
     def model_config(self) -> ModelConfig:
         """The forward that this file was trained with."""
@@ -104,6 +108,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         checkpoint.epoch,
         checkpoint.loop,
         checkpoint.config,
+        checkpoint.steps,
     )
 
 
@@ -129,6 +134,7 @@ def read_any(path: Path) -> Checkpoint:
         content.get("epoch"),
         content.get("loop"),
         config,
+        content.get("steps"),
     )
 
 

@@ -14,7 +14,7 @@ CONTEXT_NORMS = ("unit", "none")
 CROSS_ATTN_INITS = ("xavier", "zero")
 CROSS_ATTN_SCALES = ("fixed", "learned")
 TEXT_CONDITIONINGS = ("image", "batch_mean", "none")
-TEXT_CONTEXTS = ("frozen", "trained")
+TEXT_CONTEXTS = ("frozen", "trained", "projectors")
 
 
 def rounded(value: float) -> int:
@@ -70,7 +70,9 @@ class CrossAttentionConfig:
     """What the two cross-attentions are (DESIGN 4, "Cross-attention").
 
     `text_conditioning`: whether anchors see each image ("image"), the batch's mean in Stage 1 ("batch_mean"), or no
-    image ("none"). `text_context`: the image features they see, "frozen" or those of the "trained" image branch.
+    image ("none"). `text_context`: the image features they see, and that Stage 1 looks at: "frozen", those of the
+    "trained" image branch, or its "projectors" on frozen tokens. `cross_attn_active`: False in the loops of a feedback
+    run before its `cross_attn_start_loop`.
     """
 
     text_cross_attn_weight: float = 0.1
@@ -82,6 +84,7 @@ class CrossAttentionConfig:
     cross_attn_scale: str = "fixed"
     text_conditioning: str = "image"
     text_context: str = "frozen"
+    cross_attn_active: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -19,12 +19,13 @@ from model.text import Prompts, encode_prompts, pair_anchors
 class ImageFeatures(NamedTuple):
     """`levels`: patch features, (B, N, D) for each level; `det`: the image's own feature, (B, D).
 
-    `embedding`: the unit class embedding of the branch that made them, (B, D), where it was asked for.
+    `context`: what text attends to, before it is normalised: the level-0 patch features with the class embedding of the
+    same branch in them, (B, N, D); None where it was not asked for.
     """
 
     levels: list[Tensor]
     det: Tensor
-    embedding: Tensor | None = None
+    context: Tensor | None = None
 
 
 def surgery_stream(
@@ -66,7 +67,27 @@ def frozen_features(
     streams, cls = surgery_stream(clip, images, config, levels or config.levels)
     embedding = unit(clip.project_image(cls))
     features = [unit(clip.project_image(x[:, 1:])) + embedding[:, None] for x in streams]
-    return ImageFeatures(features, embedding, embedding)
+    return ImageFeatures(features, embedding, features[0])
+
+
+@torch.no_grad()
+def projected_features(
+    clip: FrozenCLIP,
+    images: Tensor,
+    config: ModelConfig,
+    projectors: Sequence[nn.Module],
+    levels: Sequence[int] | None = None,
+) -> ImageFeatures:
+    """The trained projectors on the frozen encoder's tokens: unit patch features at each level (DESIGN 4, "Feedback").
+
+    What feedback carried over in the idea's first form: `seg_proj` without the adapters. Shapes as `frozen_features`.
+    """
+    streams, cls = surgery_stream(clip, images, config, levels or config.levels)
+    embedding = unit(clip.project_image(cls))
+    ln_post = clip.clip.visual.ln_post
+    pairs = zip(streams, projectors, strict=False)  # fewer levels than projectors where the first ones are enough
+    features = [unit(projector(ln_post(x[:, 1:]))) for x, projector in pairs]
+    return ImageFeatures(features, embedding, features[0] + embedding[:, None])
 
 
 class UnadaptedCLIP(nn.Module):

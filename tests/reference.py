@@ -164,6 +164,12 @@ def trained_patches(ref: Reference, image: Tensor, words: Tensor | None) -> Tens
     return as_context(ref, adapted_levels(ref, streams)[0] + project_image(ref.clip, streams[-1][0]))
 
 
+def projected_patches(ref: Reference, image: Tensor) -> Tensor:
+    """As `frozen_patches`, from the trained projectors on frozen tokens, (N, D)."""
+    levels, class_embedding = projected_image(ref, image)
+    return as_context(ref, levels[0] + class_embedding)
+
+
 def averaged_patches(ref: Reference, contexts: Sequence[Tensor]) -> Tensor:
     """One context for a whole batch: each patch of the grid averaged over the images and made unit again, (N, D)."""
     return as_context(ref, sum(contexts) / len(contexts))
@@ -244,6 +250,21 @@ def adapted_image(ref: Reference, image: Tensor, words: Tensor | None = None) ->
 
 def frozen_image(ref: Reference, image: Tensor) -> tuple[list[Tensor], Tensor]:
     """One image (3, S, S) -> the levels' features (N, D), unit patch plus unit class embedding, and the latter (D,)."""
+    streams, class_embedding = frozen_streams(ref, image)
+    return [
+        project_image(ref.clip, streams[level][1:]) + class_embedding for level in ref.config.levels
+    ], class_embedding
+
+
+def projected_image(ref: Reference, image: Tensor) -> tuple[list[Tensor], Tensor]:
+    """As `frozen_image`, by the trained projectors: the levels' unit patch features alone, and the class embedding."""
+    streams, class_embedding = frozen_streams(ref, image)
+    # `adapted_levels` counts streams from the first block's output, without the input.
+    return adapted_levels(ref, streams[1:]), class_embedding
+
+
+def frozen_streams(ref: Reference, image: Tensor) -> tuple[list[Tensor], Tensor]:
+    """One image -> the input of the first block and each block's output, with V-V attention; the class embedding."""
     layers = list(ref.clip.visual.transformer.resblocks)
     first = len(layers) - (ref.config.surgery_until_layer - 1)
     original = [vision_input(ref.clip, image)]
@@ -259,9 +280,7 @@ def frozen_image(ref: Reference, image: Tensor) -> tuple[list[Tensor], Tensor]:
             streams.append(streams[-1] + values)
         else:
             streams.append(block(layer, streams[-1], values_only=True))
-    return [
-        project_image(ref.clip, streams[level][1:]) + class_embedding for level in ref.config.levels
-    ], class_embedding
+    return streams, class_embedding
 
 
 def enlarging_matrix(side: int, size: int, dtype: torch.dtype) -> Tensor:

@@ -61,6 +61,9 @@ CASES: dict[str, dict[str, Any]] = {
     "trained_raw": {"text_context": "trained", "context_norm": "none"},
     "trained_batch_mean": {"text_context": "trained", "text_conditioning": "batch_mean"},
     "trained_early_levels": {"text_context": "trained", "levels": (1, 5)},
+    "projectors": {"text_context": "projectors"},
+    "projectors_batch_mean": {"text_context": "projectors", "text_conditioning": "batch_mean", "relu": True},
+    "projectors_sequential": {"text_context": "projectors", "surgery": "sequential", "context_norm": "none"},
     "learned": {"cross_attn_scale": "learned"},
     "linear_relu": {"adapter": "linear", "relu": True},
     "sequential": {"surgery": "sequential"},
@@ -122,6 +125,8 @@ class Case(NamedTuple):
         images = self.batch.images.double()
         if self.ref.cross.text_context == "frozen":
             return [reference.frozen_patches(self.ref, image) for image in images]
+        if self.ref.cross.text_context == "projectors":
+            return [reference.projected_patches(self.ref, image) for image in images]
         return [
             reference.trained_patches(self.ref, image, words) for image, words in zip(images, self.words(), strict=True)
         ]
@@ -149,11 +154,8 @@ def make_case(name: str) -> Case:
 
 
 def stage1_features(model: AdaptedCLIPWithCrossAttention, batch: Batch, prompts: Prompts) -> ImageFeatures:
-    """What Stage 1 looks at: frozen features, or in later loops those of the trained branch, without gradient."""
-    if model.cross_config.text_context == "frozen":
-        return model.frozen_features(batch.images)
-    with torch.no_grad():
-        return model.image_features(batch.images, model.text_side(prompts), batch.rows)
+    """What Stage 1 looks at, as `TextStage` asks for it."""
+    return model.stage1_features(batch.images, prompts, batch.rows)
 
 
 def stage1(model: AdaptedCLIPWithCrossAttention, batch: Batch, prompts: Prompts) -> dict[str, Tensor]:
@@ -168,6 +170,8 @@ def reference_stage1(case: Case) -> tuple[list[Tensor], Tensor]:
     with torch.no_grad():
         if case.ref.cross.text_context == "frozen":
             features = [reference.frozen_image(case.ref, image.double())[0] for image in case.batch.images]
+        elif case.ref.cross.text_context == "projectors":
+            features = [reference.projected_image(case.ref, image.double())[0] for image in case.batch.images]
         else:
             features = [levels for levels, _ in case.adapted_images()]
     patches = case.patches()
@@ -532,7 +536,8 @@ def test_stage_1_gives_the_image_side_no_gradient(conditioning: str, text_contex
     batch, prompts = random_batch(40), tiny_prompts(model.clip)
     features = model.image_features(batch.images, model.text_side(prompts), batch.rows)
     if text_context == "frozen":
-        features = ImageFeatures([level.requires_grad_() for level in features.levels], features.det)
+        levels = [level.requires_grad_() for level in features.levels]
+        features = ImageFeatures(levels, features.det, levels[0])
     assert features.levels[0].requires_grad
     features.levels[0].retain_grad()
     model.batch_anchors(prompts, batch.rows, features)[..., 0].sum().backward()

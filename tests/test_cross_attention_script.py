@@ -70,8 +70,8 @@ def test_it_starts_from_the_base(world: Path, tmp_path: Path) -> None:
     state = torch.load(tmp_path / "training_state.pth", weights_only=True)
     base = torch.load(world / "base" / "image_adapter.pth", weights_only=True)
     for name in ("text_adapter", "image_adapter"):
-        assert all(torch.equal(value, base[name][key]) for key, value in state["components"][name].items())
-    moments = state["optimizers"]["image"]["state"]
+        assert all(torch.equal(value, base[name][key]) for key, value in state[name].items())
+    moments = state["image_optimizer"]["state"]
     assert torch.equal(moments[0]["exp_avg"], base["image_optimizer"]["state"][0]["exp_avg"])
 
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from engine.run import constant_then_halved, continued, describe_differences
-from engine.trainer import epoch_warnings, gradient_norms, readable_time, stage_verdict
+from engine.run import continued, describe_differences
+from engine.schedules import halved_at, make_schedule, warmup_cosine
+from engine.trainer import gradient_norms, readable_time
+from engine.verdicts import Verdict, epoch_warnings, judge_run, judge_stage, remedies_for, run_summary
 from utils.cli import run_script
 from utils.errors import NotFiniteError, Stopped, UserError
 
@@ -26,7 +28,6 @@ def epoch(**changes: Any) -> dict[str, Any]:
 
 def test_a_healthy_epoch_is_not_warned_of() -> None:
     assert epoch_warnings(epoch()) == []
-    assert stage_verdict([epoch()]) is None
 
 
 @pytest.mark.parametrize(
@@ -46,11 +47,50 @@ def test_an_epoch_without_anomalous_pixels_is_not_called_collapsed() -> None:
     assert epoch_warnings(epoch(abnormal_inside=math.nan, abnormal_outside=0.001)) == []
 
 
-def test_not_learning_is_said_of_a_flat_loss_and_of_a_collapse_in_a_stage_of_enough_steps() -> None:
-    assert "--image_lr" in stage_verdict([epoch(loss=2.99), epoch(loss=2.98)])
-    assert stage_verdict([epoch(loss=2.99), epoch(loss=2.9)]) is None
-    assert "every pixel normal" in stage_verdict([epoch(abnormal_inside=0.0, abnormal_outside=0.0)])
-    assert stage_verdict([epoch(loss=3.0, steps=40), epoch(loss=3.0, steps=40)]) is None
+def verdict(*rows: dict[str, Any], first: float = 3.0, feedback: bool = True) -> Verdict:
+    return judge_stage(rows, first, remedies_for("image", feedback))
+
+
+@pytest.mark.parametrize(
+    ("rows", "label", "remedy"),
+    [
+        ([epoch(loss=2.99), epoch(loss=2.9)], "learning", ""),
+        ([epoch(loss=2.99), epoch(loss=2.98)], "not learning", "--image_lr"),
+        ([epoch(abnormal_inside=0.0, abnormal_outside=0.0)], "all normal", "--cross_attn_start_loop 2"),
+        ([epoch(loss=4.6)], "exploding", "--grad_clip"),
+        ([epoch(**{"grad_norm/total": 0.0005})], "vanishing", "--image_lr"),
+        ([epoch(loss=3.0, steps=40), epoch(loss=3.0, steps=40)], "too short to tell", ""),
+    ],
+)
+def test_a_stage_is_judged_and_given_remedies(rows: list[dict[str, Any]], label: str, remedy: str) -> None:
+    found = verdict(*rows)
+    assert label in found.label
+    assert remedy in str(found)
+    assert bool(found.remedies) == bool(remedy)
+
+
+def test_remedies_name_flags_that_the_script_has() -> None:
+    assert "--cross_attn_start_loop" not in str(verdict(epoch(loss=2.99), feedback=False))
+    assert "--grad_clip" not in str(verdict(epoch(loss=4.6), feedback=False))
+
+
+def test_a_flat_loss_of_maps_that_tell_anomalies_apart_is_not_called_a_failure() -> None:
+    assert "trained model" in verdict(epoch(loss=2.99)).reason
+    assert "trained model" not in verdict(epoch(loss=2.99, abnormal_inside=0.15)).reason
+
+
+def test_later_loops_are_judged_by_the_first_loss_of_the_run() -> None:
+    history = [
+        {**epoch(loss=2.0), "loop": 1, "epoch": 1},
+        {**epoch(loss=1.99, opening_loss=2.0), "loop": 2, "epoch": 1},
+        {**epoch(loss=2.98, opening_loss=2.0), "loop": 3, "epoch": 1},
+    ]
+    verdicts = judge_run(history, feedback=True)
+    assert [found.label for found in verdicts.values()] == ["learning", "learning", "not learning"]
+    summary = run_summary(history, feedback=True).splitlines()
+    assert summary[2].split() == ["1", "image", "1", "3.0000", "2.0000", "0.1000", "learning"]
+    assert summary[-1].startswith("Loop 3, image: not learning")
+    assert len(summary) == 6
 
 
 def test_gradient_norms_are_those_of_each_component_and_of_all() -> None:
@@ -61,42 +101,78 @@ def test_gradient_norms_are_those_of_each_component_and_of_all() -> None:
     assert {name: value.item() for name, value in norms.items()} == {"a": 5.0, "b": 12.0, "total": 13.0}
 
 
+def rates(optimizer: Any, schedule: Any, count: int) -> list[float]:
+    found = []
+    for _ in range(count):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def one_weight() -> torch.optim.Optimizer:
+    return torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=0.123)
+
+
 def test_the_base_schedule_halves_at_its_steps_and_survives_a_restart() -> None:
-    def steps(schedule: Any, optimizer: Any, count: int) -> list[float]:
-        rates = []
-        for _ in range(count):
-            rates.append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            schedule.step()
-        return rates
-
-    def new() -> tuple[Any, Any]:
-        optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=1.0)
-        return constant_then_halved((3, 5))(optimizer), optimizer
-
-    schedule, optimizer = new()
-    assert steps(schedule, optimizer, 7) == [1, 1, 1, 0.5, 0.5, 0.25, 0.25]
-    schedule, optimizer = new()
-    steps(schedule, optimizer, 4)
-    later, later_optimizer = new()
+    optimizer = one_weight()
+    assert rates(optimizer, make_schedule(optimizer, 1.0, halved_at((3, 5))), 7) == [1, 1, 1, 0.5, 0.5, 0.25, 0.25]
+    optimizer = one_weight()
+    schedule = make_schedule(optimizer, 1.0, halved_at((3, 5)))
+    rates(optimizer, schedule, 4)
+    other = one_weight()
+    later = make_schedule(other, 1.0, halved_at((3, 5)))
     later.load_state_dict(schedule.state_dict())
-    later_optimizer.load_state_dict(optimizer.state_dict())
-    assert steps(later, later_optimizer, 3) == [0.5, 0.25, 0.25]
+    other.load_state_dict(optimizer.state_dict())
+    assert rates(other, later, 3) == [0.5, 0.25, 0.25]
 
 
-def phases(*epochs: int) -> list[Any]:
+def test_warm_up_rises_to_the_rate_and_the_cosine_falls_to_0() -> None:
+    factor = warmup_cosine(12, 4)
+    assert [factor(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert factor(4) == 1.0
+    assert factor(8) == pytest.approx(0.5)
+    assert factor(11) == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
+    assert factor(12) == pytest.approx(0.0)
+
+
+def test_warm_up_takes_at_most_half_the_stage() -> None:
+    assert [warmup_cosine(6, 100)(step) for step in range(4)] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
+    assert warmup_cosine(1, 100)(0) == 1.0
+
+
+def test_a_loop_starts_from_its_own_rate_not_from_where_the_last_ended() -> None:
+    optimizer = one_weight()
+    rates(optimizer, make_schedule(optimizer, 1.0, warmup_cosine(4, 1)), 4)
+    assert rates(optimizer, make_schedule(optimizer, 0.5, warmup_cosine(4, 1)), 2) == [0.5, 0.5]
+
+
+def phases(*epochs: int, grows: bool = True) -> list[Any]:
     sides = ("text", "image", "text", "image")
-    return [SimpleNamespace(side=side, epochs=count) for side, count in zip(sides, epochs, strict=False)]
+    return [
+        SimpleNamespace(loop=1 + index // 2, side=side, epochs=count, grows=grows)
+        for index, (side, count) in enumerate(zip(sides, epochs, strict=False))
+    ]
 
 
 def test_a_run_may_grow_where_it_stands_and_nowhere_else() -> None:
     folder = Path("somewhere")
-    assert continued([3, 0], phases(5, 20), folder) == [3, 0]
-    assert continued([5, 20], phases(5, 30), folder) == [5, 20]
-    assert continued([5, 20], phases(5, 20, 4, 16), folder) == [5, 20, 0, 0]
+    assert continued([3, 0], [5, 20], phases(5, 20), folder) == [3, 0]
+    assert continued([5, 20], [5, 20], phases(5, 30), folder) == [5, 20]
+    assert continued([5, 20], [5, 20], phases(5, 20, 4, 16), folder) == [5, 20, 0, 0]
     for done, asked in (([5, 1], (6, 20)), ([5, 20], (5, 10)), ([5, 20, 4, 16], (5, 20))):
         with pytest.raises(UserError, match="save_path"):
-            continued(done, phases(*asked), folder)
+            continued(done, [5, 20, 4, 16], phases(*asked), folder)
+
+
+def test_a_stage_whose_rate_falls_to_its_end_cannot_grow_once_begun() -> None:
+    folder = Path("somewhere")
+    with pytest.raises(UserError, match="began with 20 epochs"):
+        continued([5, 3], [5, 20], phases(5, 30, grows=False), folder)
+    with pytest.raises(UserError, match="began with 20 epochs"):
+        continued([5, 3], [5, 20], phases(5, 10, grows=False), folder)
+    assert continued([5, 0], [5, 20], phases(5, 30, grows=False), folder) == [5, 0]
+    assert continued([5, 20], [5, 20], phases(5, 20, 4, 16, grows=False), folder) == [5, 20, 0, 0]
 
 
 def test_differences_are_named_with_both_values() -> None:

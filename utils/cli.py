@@ -143,10 +143,6 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--shot", type=positive_int, help="images per class in few_shot, half of them anomalous")
     group.add_argument("--text_batch_size", type=positive_int, help="images per step of Stage 1")
     group.add_argument("--image_batch_size", type=positive_int, help="images per step of Stage 2")
-    group.add_argument("--text_epoch", type=count, help="epochs of Stage 1; 0 keeps CLIP's own text embeddings")
-    group.add_argument("--image_epoch", type=count, help="epochs of Stage 2")
-    group.add_argument("--text_lr", type=rate, help="learning rate of Stage 1")
-    group.add_argument("--image_lr", type=rate, help="learning rate of Stage 2")
     group.add_argument("--accumulate", type=positive_int, help="batches whose gradients make one optimizer step")
     group.add_argument("--text_norm_weight", type=rate, help="weight of the anchors' overlap in Stage 1")
     group.add_argument(
@@ -155,6 +151,25 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="levels that count in Stage 1; last is what earlier code did by mistake",
     )
     group.add_argument("--seed", type=int, help="of weights, few-shot choice, order and augmentation")
+
+
+def add_epoch_arguments(parser: argparse.ArgumentParser) -> None:
+    """How long and how fast each stage is trained, where each is trained once."""
+    group = parser.add_argument_group("schedule")
+    group.add_argument("--text_epoch", type=count, help="epochs of Stage 1; 0 keeps CLIP's own text embeddings")
+    group.add_argument("--image_epoch", type=count, help="epochs of Stage 2")
+    group.add_argument("--text_lr", type=rate, help="learning rate of Stage 1")
+    group.add_argument("--image_lr", type=rate, help="learning rate of Stage 2")
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    """The groups that all training scripts have: model, adapters, data, training, machine and output."""
+    add_model_arguments(parser)
+    add_adapter_arguments(parser)
+    add_data_arguments(parser, "dataset to train on: a catalog name, or a folder in MVTec's layout")
+    add_training_arguments(parser)
+    add_run_arguments(parser)
+    add_output_arguments(parser)
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -167,6 +182,16 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto goes on with the run that is there; never starts over, in a new folder only",
     )
     group.add_argument("--tracker", choices=("tensorboard", "wandb", "none"), help="where curves go")
+
+
+def add_base_arguments(parser: argparse.ArgumentParser) -> None:
+    """The trained base that a run with cross-attention starts from."""
+    group = parser.add_argument_group("base")
+    group.add_argument("--load_base_text_adapter", type=Path, help="text_adapter.pth of a trained base")
+    group.add_argument("--load_base_image_adapter", type=Path, help="image_adapter.pth of a trained base")
+    group.add_argument("--reset_base_optimizer", action="store_true", help="leave the base's optimizer moments behind")
+    group.add_argument("--allow_partial_base", action="store_true", help="start from one trained side only")
+    group.add_argument("--freeze_base", action="store_true", help="train the cross-attentions only")
 
 
 def add_cross_attention_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image
 
 from utils.files import replacing
 
 COLOURS = "turbo"
 OPACITY = 0.5
+STAGE_COLOURS = {"text": "tab:blue", "image": "tab:orange"}
 
 
 def overlay(image: Image.Image, anomaly_map: np.ndarray, low: float = 0.0, high: float = 1.0) -> Image.Image:
@@ -78,3 +83,66 @@ def example_grid(examples: Sequence[Example], models: Sequence[str], path: Path,
     bar.ax.tick_params(labelsize=7)
     figure.suptitle(title, fontsize=11)
     save_png(figure, path)
+
+
+def training_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Losses and gradient norms over all epochs of a run, in the order of training, loops and stages marked.
+
+    history: rows of `history.jsonl`; every (loop, stage) is a line of its own on a ground of its stage's colour.
+    """
+    figure = Figure(figsize=(max(7.0, 3.5 + 0.16 * len(history)), 5.6), layout="constrained")
+    losses, norms = figure.subplots(2, 1, sharex=True)
+    spans = _stage_spans(history)
+    for (_, stage), rows in spans:
+        epochs = [position for position, _ in rows]
+        style = {"color": STAGE_COLOURS[stage], "marker": "o", "markersize": 3}
+        losses.plot(epochs, [row["loss"] for _, row in rows], **style)
+        norms.plot(epochs, [row["grad_norm/total"] for _, row in rows], **style)
+        crossed = [row.get(f"grad_norm/{stage}_cross_attn") or np.nan for _, row in rows]
+        norms.plot(epochs, crossed, ":", marker=".", markersize=3, color=STAGE_COLOURS[stage])
+        for axis in (losses, norms):
+            axis.axvspan(epochs[0] - 0.5, epochs[-1] + 0.5, color=STAGE_COLOURS[stage], alpha=0.08, linewidth=0)
+    _mark_loops(losses, norms, spans)
+    losses.set_ylabel("loss")
+    norms.set_ylabel("gradient norm")
+    norms.set_yscale("log")
+    found = [row["loss"] for row in history]
+    if max(found) > 8 * min(found) > 0:
+        losses.set_yscale("log")
+    norms.set_xlim(0.5, len(history) + 0.5)
+    norms.set_xlabel("epoch, in the order of training")
+    norms.xaxis.get_major_locator().set_params(integer=True)
+    crossed = any(row.get(f"grad_norm/{side}_cross_attn") for row in history for side in STAGE_COLOURS)
+    handles = [Line2D([], [], color=colour, marker="o", markersize=3) for colour in STAGE_COLOURS.values()]
+    labels = ["text stage", "image stage"]
+    if crossed:
+        handles.append(Line2D([], [], color="grey", linestyle=":", marker=".", markersize=3))
+        labels.append("its cross-attention alone")
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    for axis in (losses, norms):
+        axis.grid(alpha=0.25)
+        axis.tick_params(labelsize=8)
+    save_png(figure, path)
+
+
+Span = tuple[tuple[int, str], list[tuple[int, Mapping[str, Any]]]]
+
+
+def _stage_spans(history: Sequence[Mapping[str, Any]]) -> list[Span]:
+    """Each (loop, stage) with its rows and their positions, counted from 1."""
+    numbered = enumerate(history, start=1)
+    return [(key, list(rows)) for key, rows in groupby(numbered, key=lambda item: (item[1]["loop"], item[1]["stage"]))]
+
+
+def _mark_loops(top: Axes, bottom: Axes, spans: Sequence[Span]) -> None:
+    """A line before each loop, and its number above the upper axis."""
+    for loop, group in groupby(spans, key=lambda span: span[0][0]):
+        rows = [position for _, rows in group for position, _ in rows]
+        if loop > 1:
+            for axis in (top, bottom):
+                axis.axvline(rows[0] - 0.5, color="grey", linewidth=0.8)
+        middle = (rows[0] + rows[-1]) / 2
+        top.annotate(
+            f"loop {loop}", (middle, 1), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
+            ha="center", fontsize=8,
+        )  # fmt: skip

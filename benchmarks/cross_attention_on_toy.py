@@ -1,0 +1,100 @@
+"""Cross-attention on the toy world over several seeds: does it beat a base that is trained on for as long?
+
+Every arm starts from the same trained base and takes the same number of steps; one starts from scratch and takes the
+base's steps too. An arm that is trained is not trained again; `--arms` and `--seeds` let several processes share it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.arms import Arm, arms_table, test_arms, train_arms
+from engine.base import train_base
+from engine.config import CrossAttentionRunConfig
+from engine.cross_attention import train_cross_attention
+from engine.demo import CONFIG
+from utils.cli import run_script
+from utils.files import write_text
+from utils.logging import set_up_logging
+
+BASE_EPOCHS = {"text_epoch": 6, "image_epoch": 12}
+MORE_EPOCHS = {"text_epoch": 4, "image_epoch": 9}
+CHECKPOINT = "image_adapter_cross_attn.pth"
+
+
+def train_arm(base_path: Path, changes: dict[str, Any], seed: int, folder: Path) -> None:
+    """Train with cross-attention from this seed's base, or from scratch, with `changes` to the defaults."""
+    same = {**vars(CONFIG), "seed": seed, "save_path": folder, "num_workers": 0}
+    if "from_scratch" in changes:
+        epochs = {name: BASE_EPOCHS[name] + MORE_EPOCHS[name] for name in BASE_EPOCHS}
+        changes = {name: value for name, value in changes.items() if name != "from_scratch"}
+        train_cross_attention(CrossAttentionRunConfig(**{**same, **epochs, **changes}))
+        return
+    base = base_path / f"seed_{seed}"
+    files = {"load_base_text_adapter": base / "text_adapter.pth"}
+    files["load_base_image_adapter"] = base / f"image_adapter_{BASE_EPOCHS['image_epoch']}.pth"
+    if not files["load_base_image_adapter"].is_file():
+        train_base(replace(CONFIG, **BASE_EPOCHS, seed=seed, save_path=base, num_workers=0))
+    train_cross_attention(CrossAttentionRunConfig(**{**same, **MORE_EPOCHS, **files, **changes}))
+
+
+TRAINED: dict[str, dict[str, Any]] = {
+    "base continued": {"text_cross_attn_weight": 0.0, "image_cross_attn_weight": 0.0},
+    "cross-attention": {},
+    "from scratch": {"from_scratch": True},
+    "conditioning batch_mean": {"text_conditioning": "batch_mean"},
+    "conditioning none": {"text_conditioning": "none"},
+    "text side only": {"image_cross_attn_weight": 0.0},
+    "weight 0.5": {"text_cross_attn_weight": 0.5, "image_cross_attn_weight": 0.5},
+    "weight 1, raw context": {
+        "text_cross_attn_weight": 1.0,
+        "image_cross_attn_weight": 1.0,
+        "context_norm": "none",
+    },
+    "no dropout": {"cross_attn_dropout": 0.0},
+    "zero init": {"cross_attn_init": "zero"},
+}
+TESTED: dict[str, dict[str, Any]] = {
+    "cross-attention, tested with trained context": {"text_context": "trained"},
+    "cross-attention, tested without conditioning": {"text_conditioning": "none"},
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one training run each")
+    parser.add_argument("--arms", nargs="+", choices=list(TRAINED), default=list(TRAINED), help="which to train")
+    parser.add_argument("--train_only", action="store_true", help="leave the table to another process")
+    parser.add_argument("--base_path", type=Path, default=Path("runs/base_on_toy"), help="bases, a folder per seed")
+    parser.add_argument("--save_path", type=Path, default=Path("runs/cross_attention_on_toy"), help="a folder per run")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    trained = [
+        Arm(name, partial(train_arm, arguments.base_path, TRAINED[name]), CHECKPOINT, name.replace(" ", "_"))
+        for name in arguments.arms
+    ]
+    train_arms(trained, arguments.seeds, arguments.save_path)
+    if arguments.train_only:
+        return
+    set_up_logging()
+    tested = [
+        replace(arm, name=name, overrides=overrides)
+        for arm in trained
+        if arm.name == "cross-attention"
+        for name, overrides in TESTED.items()
+    ]
+    results = test_arms([*trained, *tested], arguments.seeds, arguments.save_path)
+    table = arms_table(results, arguments.seeds, arguments.arms[0])
+    write_text(arguments.save_path / "table.md", table)
+    print(table)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,205 @@
+"""What a run with cross-attention starts from: a trained base, any checkpoint, or nothing; checked, loaded, said."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.config import CrossAttentionArguments
+from engine.optimizers import transfer_moments
+from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
+from model.checkpoint import Checkpoint, file_digest, load_component, read_any
+from model.config import CrossAttentionConfig, ModelConfig
+from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SIDES = ("text", "image")
+FRESH = "newly initialised"
+FEEDBACK_SCRIPT = "train_cross_attention_feedback_v2.py"
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoints that a run starts from, by side; None where a side starts fresh.
+
+    whole: one file of `--init_from`, whose cross-attentions are taken too where it has them; otherwise a base's.
+    """
+
+    text: Checkpoint | None = None
+    image: Checkpoint | None = None
+    whole: bool = False
+
+    def side(self, name: str) -> Checkpoint | None:
+        return self.text if name == "text" else self.image
+
+    def source(self, component: str) -> Checkpoint | None:
+        """The checkpoint that a component comes from."""
+        checkpoint = self.side(component.partition("_")[0])
+        if checkpoint is None or component not in checkpoint.components:
+            return None
+        return checkpoint if self.whole or component.endswith("_adapter") else None
+
+    def signature(self) -> dict[str, Any]:
+        """The contents of the files, so that a restart from others is noticed."""
+        kind = "init" if self.whole else "base"
+        digests = {side: file_digest(checkpoint.path) if (checkpoint := self.side(side)) else None for side in SIDES}
+        return {f"{kind}_{side}": digest for side, digest in digests.items()}
+
+    def steps(self) -> dict[str, int | None]:
+        """Optimizer steps that each side has seen; None where its file does not say."""
+        found: dict[str, int | None] = {}
+        for side in SIDES:
+            checkpoint = self.side(side)
+            found[side] = 0 if checkpoint is None else (checkpoint.steps or {}).get(side)
+        return found
+
+    def stories(self) -> dict[str, str | None]:
+        """Where each side comes from, in words."""
+        return {side: story(checkpoint) if (checkpoint := self.side(side)) else None for side in SIDES}
+
+
+def read_base(config: CrossAttentionArguments) -> Start:
+    """The base files that the arguments name; `UserError` for one side only, unless that is asked for."""
+    files = (config.load_base_text_adapter, config.load_base_image_adapter)
+    if len([file for file in files if file]) == 1 and not config.allow_partial_base:
+        missing = "--load_base_image_adapter" if files[0] else "--load_base_text_adapter"
+        raise UserError(
+            f"only one side of a base is given: add {missing} FILE, or --allow_partial_base if that is meant"
+        )
+    checkpoints = [read_any(file) if file else None for file in files]
+    for checkpoint, side in zip(checkpoints, SIDES, strict=True):
+        if checkpoint is not None:
+            _check_is_base(checkpoint, side)
+    return Start(*checkpoints)
+
+
+def read_whole(file: Path) -> Start:
+    """The file of `--init_from`: a checkpoint of any script with an image side, or the state of a run."""
+    checkpoint = read_any(file)
+    for name in ("text_adapter", "image_adapter"):
+        if name not in checkpoint.components:
+            raise UserError(f"--init_from {file}: has no '{name}'; give a file that holds both sides, or --load_base_*")
+    return Start(checkpoint, checkpoint, whole=True)
+
+
+def _check_is_base(checkpoint: Checkpoint, side: str) -> None:
+    """`UserError` for a file that is no trained base of this side, with what it is instead."""
+    flag = f"--load_base_{side}_adapter"
+    if checkpoint.loop is not None or (checkpoint.config and checkpoint.config.get("feedback")):
+        raise UserError(
+            f"{flag} {checkpoint.path}: this is a feedback checkpoint, not a base; {FEEDBACK_SCRIPT} takes it as "
+            "--init_from"
+        )
+    crossed = [name for name in checkpoint.components if name.endswith("cross_attn")]
+    if crossed or (checkpoint.config and checkpoint.config.get("cross_attention")):
+        raise UserError(
+            f"{flag} {checkpoint.path}: this is a cross-attention checkpoint, not a base; "
+            f"give the files that train.py wrote, or this one to {FEEDBACK_SCRIPT} as --init_from"
+        )
+    if f"{side}_adapter" not in checkpoint.components:
+        has = ", ".join(checkpoint.components)
+        raise UserError(f"{flag} {checkpoint.path}: has no '{side}_adapter' but {has}; give the {side} side's file")
+    if checkpoint.epoch == 0:
+        raise UserError(f"{flag} {checkpoint.path}: was trained for 0 epochs; train the base first (train.py)")
+
+
+def check_start(start: Start, model: ModelConfig, run: CrossAttentionArguments) -> None:
+    """`UserError` where a checkpoint was trained as another model than the one now asked for."""
+    for side in SIDES:
+        checkpoint = start.side(side)
+        if checkpoint is None or checkpoint.config is None:
+            continue
+        before = checkpoint.model_config()
+        if side == "image" and not before.text_adapted and not run.allow_partial_base:
+            raise UserError(
+                f"{checkpoint.path}: its text side was not trained (--text_epoch 0); train a base with both stages, "
+                "or give --allow_partial_base if that is meant"
+            )
+        for name in ("weights_digest", "activation", "adapter", "relu", "levels", "img_size"):
+            was, now = getattr(before, name), getattr(model, name)
+            if was != now:
+                flag = "--clip_weights" if name == "weights_digest" else f"--{name}"
+                raise UserError(
+                    f"{checkpoint.path}: this checkpoint was trained with {name} {was}, not {now}; set {flag} to match"
+                )
+        for name in ("text_adapt_weight", "image_adapt_weight"):
+            if getattr(before, name) != getattr(model, name):
+                logger.warning("%s was trained with %s %s", checkpoint.path, name, getattr(before, name))
+    if start.whole and start.image.config and start.image.config.get("cross_attention"):
+        _check_cross_attention(start.image, run.cross_attention())
+
+
+def _check_cross_attention(checkpoint: Checkpoint, now: CrossAttentionConfig) -> None:
+    was = CrossAttentionConfig(**checkpoint.config["cross_attention"])
+    for name in ("cross_attn_heads", "cross_attn_scale"):
+        if getattr(was, name) != getattr(now, name):
+            raise UserError(
+                f"--init_from {checkpoint.path}: was trained with {name} {getattr(was, name)}, not "
+                f"{getattr(now, name)}; set --{name} to match"
+            )
+    for name in ("text_cross_attn_weight", "image_cross_attn_weight", "context_norm", "text_conditioning"):
+        if getattr(was, name) != getattr(now, name):
+            logger.warning(
+                "%s was trained with %s %s, now %s", checkpoint.path, name, getattr(was, name), getattr(now, name)
+            )
+
+
+def load_start(model: AdaptedCLIPWithCrossAttention, start: Start) -> None:
+    """Load what the run starts from; `UserError` where it does not fit."""
+    for name, part in model.components.items():
+        checkpoint = start.source(name)
+        if checkpoint is not None:
+            load_component(part, checkpoint.components[name], name, checkpoint.path)
+
+
+def story(checkpoint: Checkpoint) -> str:
+    """A checkpoint's file, epochs and dataset, in words."""
+    epochs = "an unknown number of" if checkpoint.epoch is None else checkpoint.epoch
+    dataset = checkpoint.config["dataset"] if checkpoint.config else "an unknown dataset"
+    return f"{checkpoint.path}, {epochs} epochs on {dataset}"
+
+
+def log_initialisation(components: dict[str, nn.Module], start: Start) -> None:
+    """Say of every component where it comes from, with its size and mean weight, under the heading users look for."""
+    logger.info("WEIGHT INITIALIZATION VERIFICATION")
+    for name, part in components.items():
+        weights = torch.cat([parameter.detach().flatten() for parameter in part.parameters()])
+        checkpoint = start.source(name)
+        origin = FRESH
+        if checkpoint is not None:
+            origin = f"from the {'checkpoint' if start.whole else 'base'}: {story(checkpoint)}"
+            kind = "" if start.whole else "Base "
+            logger.info("%s loaded successfully!", f"{kind}{name.replace('_', ' ')}")
+        logger.info(
+            "%s mean weight magnitude: %.6f (%s parameters, %s)",
+            name,
+            weights.abs().mean().item(),
+            f"{weights.numel():,}",
+            origin,
+        )
+    if start.text is None and start.image is None:
+        logger.warning(
+            "Training from scratch, without a base: compared with runs that start from a trained base, this is unfair"
+        )
+
+
+def named_groups(model: AdaptedCLIPWithCrossAttention, side: str) -> list[dict[str, Any]]:
+    """A side's two parameter groups, with names: its adapter, then its cross-attention."""
+    kinds = ("adapter", "cross_attn")
+    return [{"params": list(model.components[f"{side}_{kind}"].named_parameters())} for kind in kinds]
+
+
+def carry_over_moments(optimizers: dict[str, torch.optim.Optimizer], start: Start) -> None:
+    """Take along the optimizer moments that the checkpoints have, for the components that come from them."""
+    for side, optimizer in optimizers.items():
+        checkpoint = start.side(side)
+        saved = checkpoint.optimizers.get(f"{side}_optimizer") if checkpoint else None
+        if saved:
+            carried = transfer_moments(optimizer, saved)
+            logger.info("%s optimizer: moments of %d tensors taken from %s", side, carried, checkpoint.path)
