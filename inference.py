@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine.inference import evaluate_checkpoints, score_pictures
+from model.config import TEXT_CONDITIONINGS, TEXT_CONTEXTS
 from utils.cli import Parser, add_data_arguments, add_model_arguments, add_run_arguments, positive_int, run_script
 from utils.errors import UserError
 from utils.logging import set_up_logging
@@ -23,6 +24,9 @@ def build_parser() -> Parser:
     )
     group.add_argument("--batch_size", type=positive_int, default=8, help="images per forward")
     group.add_argument("--output_dir", type=Path, help="folder of the results; None is results beside the checkpoint")
+    group = parser.add_argument_group("cross-attention", "None tests what was trained; anything else is logged")
+    group.add_argument("--text_conditioning", choices=TEXT_CONDITIONINGS, help="whether anchors see the image")
+    group.add_argument("--text_context", choices=TEXT_CONTEXTS, help="image features that they see")
     add_data_arguments(parser, "dataset to test on; None is the one trained on, which is not zero-shot")
     add_model_arguments(parser)
     add_run_arguments(parser)

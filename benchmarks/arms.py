@@ -19,34 +19,34 @@ from model.clip import load_clip
 class Arm:
     """One way to train or to test.
 
-    train: given a seed and a folder, leaves `checkpoint` there, at once where it is there already; overrides: what
-    testing asks for that training did not; folder: where it trains, for arms that only test another's checkpoint.
+    train: given a seed and a folder, leaves `checkpoint` there, at once where it is there already; folder: of its runs,
+    to which the seed is added; overrides: what testing asks for that training did not.
     """
 
     name: str
     train: Callable[[int, Path], None]
     checkpoint: str
-    folder: str
+    folder: Path
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
-    def path(self, save_path: Path, seed: int) -> Path:
-        return save_path / f"{self.folder}_seed_{seed}"
+    def path(self, seed: int) -> Path:
+        return self.folder.with_name(f"{self.folder.name}_seed_{seed}")
 
 
-def train_arms(arms: Sequence[Arm], seeds: Sequence[int], save_path: Path) -> None:
+def train_arms(arms: Sequence[Arm], seeds: Sequence[int]) -> None:
     """Train every arm with every seed, seed by seed."""
     for seed in seeds:
         for arm in arms:
-            arm.train(seed, arm.path(save_path, seed))
+            arm.train(seed, arm.path(seed))
 
 
-def test_arms(arms: Sequence[Arm], seeds: Sequence[int], save_path: Path) -> dict[str, list[Evaluation]]:
+def test_arms(arms: Sequence[Arm], seeds: Sequence[int]) -> dict[str, list[Evaluation]]:
     """Every arm's evaluations on toy_test, in the order of the seeds; images are loaded once."""
     clip = load_clip("toy")
     detectors = {}
     for arm in arms:
         for seed in seeds:
-            checkpoint = read_checkpoint(arm.path(save_path, seed) / arm.checkpoint)
+            checkpoint = read_checkpoint(arm.path(seed) / arm.checkpoint)
             detectors[arm.name, seed] = build_detector(checkpoint, clip, **arm.overrides)
     found = evaluate({f"{name}, {seed}": d for (name, seed), d in detectors.items()}, load_task("toy_test"), "cpu", 32)
     return {arm.name: [found[f"{arm.name}, {seed}"] for seed in seeds] for arm in arms}

@@ -34,12 +34,17 @@ def train_arm(base_path: Path, changes: dict[str, Any], seed: int, folder: Path)
         changes = {name: value for name, value in changes.items() if name != "from_scratch"}
         train_cross_attention(CrossAttentionRunConfig(**{**same, **epochs, **changes}))
         return
+    asked = {**same, **MORE_EPOCHS, **trained_base(base_path, seed), **changes}
+    train_cross_attention(CrossAttentionRunConfig(**asked))
+
+
+def trained_base(base_path: Path, seed: int) -> dict[str, Path]:
+    """The arguments that load a seed's base; it is trained where it is not there."""
     base = base_path / f"seed_{seed}"
-    files = {"load_base_text_adapter": base / "text_adapter.pth"}
-    files["load_base_image_adapter"] = base / f"image_adapter_{BASE_EPOCHS['image_epoch']}.pth"
-    if not files["load_base_image_adapter"].is_file():
+    image = base / f"image_adapter_{BASE_EPOCHS['image_epoch']}.pth"
+    if not image.is_file():
         train_base(replace(CONFIG, **BASE_EPOCHS, seed=seed, save_path=base, num_workers=0))
-    train_cross_attention(CrossAttentionRunConfig(**{**same, **MORE_EPOCHS, **files, **changes}))
+    return {"load_base_text_adapter": base / "text_adapter.pth", "load_base_image_adapter": image}
 
 
 TRAINED: dict[str, dict[str, Any]] = {
@@ -64,6 +69,11 @@ TESTED: dict[str, dict[str, Any]] = {
 }
 
 
+def make_arm(name: str, base_path: Path, save_path: Path) -> Arm:
+    """One of `TRAINED`."""
+    return Arm(name, partial(train_arm, base_path, TRAINED[name]), CHECKPOINT, save_path / name.replace(" ", "_"))
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one training run each")
@@ -76,11 +86,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    trained = [
-        Arm(name, partial(train_arm, arguments.base_path, TRAINED[name]), CHECKPOINT, name.replace(" ", "_"))
-        for name in arguments.arms
-    ]
-    train_arms(trained, arguments.seeds, arguments.save_path)
+    trained = [make_arm(name, arguments.base_path, arguments.save_path) for name in arguments.arms]
+    train_arms(trained, arguments.seeds)
     if arguments.train_only:
         return
     set_up_logging()
@@ -90,7 +97,7 @@ def main() -> None:
         if arm.name == "cross-attention"
         for name, overrides in TESTED.items()
     ]
-    results = test_arms([*trained, *tested], arguments.seeds, arguments.save_path)
+    results = test_arms([*trained, *tested], arguments.seeds)
     table = arms_table(results, arguments.seeds, arguments.arms[0])
     write_text(arguments.save_path / "table.md", table)
     print(table)

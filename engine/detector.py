@@ -126,7 +126,8 @@ def load_model(
 
     clip_weights: CLIP's weights file; without it the one that training used, then the hub. clip: a CLIP that is loaded
     already. overrides: `model_name`, `img_size`, `activation`, `surgery`, `surgery_until_layer` for files that do not
-    say (AA-CLIP's published form), or to ask for something else than the file says, which is logged.
+    say (AA-CLIP's published form), or to ask for something else than the file says, which is logged; so, too,
+    `text_conditioning` and `text_context` of a model with cross-attention.
     Raises `UserError` where the file, the weights and the device do not fit together.
     """
     checkpoint = read_checkpoint(Path(path))
@@ -165,7 +166,7 @@ def load_clip_for(checkpoint: Checkpoint, clip_weights: str | Path | None = None
 def build_detector(checkpoint: Checkpoint, clip: FrozenCLIP, **overrides: Any) -> Detector:
     """An adapted model with a checkpoint's weights on a CLIP that is loaded already."""
     config = checkpoint_config(checkpoint, clip, **overrides)
-    crossed = checkpoint.config and checkpoint.config.get("cross_attention")
+    crossed = cross_attention_choices(checkpoint, **overrides)
     model = AdaptedCLIPWithCrossAttention(clip, config, **crossed) if crossed else AdaptedCLIP(clip, config)
     for name, component in model.components.items():
         if name in checkpoint.components:
@@ -173,6 +174,23 @@ def build_detector(checkpoint: Checkpoint, clip: FrozenCLIP, **overrides: Any) -
     epochs = "an unknown number of" if checkpoint.epoch is None else checkpoint.epoch
     logger.info("%s: %s image epochs", checkpoint.path, epochs)
     return Detector(model, checkpoint.path.stem, checkpoint)
+
+
+def cross_attention_choices(checkpoint: Checkpoint, **overrides: Any) -> dict[str, Any] | None:
+    """What cross-attention a checkpoint was trained with, changed where `overrides` ask for something else; or None.
+
+    Raises `UserError` where something is asked of a checkpoint without cross-attention.
+    """
+    asked = {name: overrides[name] for name in ("text_conditioning", "text_context") if overrides.get(name) is not None}
+    trained = checkpoint.config and checkpoint.config.get("cross_attention")
+    if not trained:
+        if asked:
+            raise UserError(f"{checkpoint.path}: has no cross-attention, so --{next(iter(asked))} asks for nothing")
+        return None
+    for name, value in asked.items():
+        if value != trained[name]:
+            logger.warning("%s was trained with %s %s, now %s", checkpoint.path, name, trained[name], value)
+    return {**trained, **asked}
 
 
 def checkpoint_config(checkpoint: Checkpoint, clip: FrozenCLIP, **overrides: Any) -> ModelConfig:
