@@ -13,6 +13,7 @@ import torch
 
 from engine import load_model
 from tests.scripts import ROOT, environment, error_line, run, start, wait_for_rows, write_clip, write_dataset
+from utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,25 @@ def test_evaluation_uses_cross_attention(world: Path, finished: Path, tmp_path: 
     assert (model.predict(picture, "cork").anomaly_map == trained.anomaly_map).all()
     model.image_cross_attn.scale = model.text_cross_attn.scale = 0.0
     assert abs(model.predict(picture, "cork").anomaly_map - trained.anomaly_map).max() > 1e-4
+
+
+def test_testing_may_ask_for_something_else_and_says_so(world: Path, finished: Path, tmp_path: Path) -> None:
+    errors = run(
+        "inference.py", "--checkpoint", finished / "image_adapter_cross_attn.pth", "--dataset", world / "test",
+        "--text_conditioning", "none", "--text_context", "trained", "--num_workers", 0, "--device", "cpu",
+        "--output_dir", tmp_path,
+    )  # fmt: skip
+    assert "was trained with text_conditioning image, now none" in errors
+    assert "was trained with text_context frozen, now trained" in errors
+    picture = world / "test" / "cork" / "test" / "spot" / "000.png"
+    models = [
+        load_model(finished / "image_adapter_cross_attn.pth", device="cpu", text_conditioning=conditioning)
+        for conditioning in (None, "none")
+    ]
+    trained, asked = (model.predict(picture, "cork").anomaly_map for model in models)
+    assert abs(trained - asked).max() > 1e-4
+    with pytest.raises(UserError, match="has no cross-attention"):
+        load_model(world / "base" / "image_adapter.pth", device="cpu", text_context="trained")
 
 
 def test_mistakes_end_in_one_line(world: Path, finished: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import model.adapter
 import model.clip
 import model.frozen
+import model.cross_attention
 import model.losses
 from model import blocks, scoring
 from model.adapter import AdaptedCLIP
@@ -228,6 +229,15 @@ def check_heads_of_any_strides_merge() -> None:
     assert_agrees(blocks.merge_heads(attn, heads.transpose(0, 2).contiguous().transpose(0, 2)), expected, 1e-5)
 
 
+def check_cross_attention_takes_any_strides() -> None:
+    torch.manual_seed(0)
+    branch = model.cross_attention.CrossAttention(4, 6, 8, 0.1, heads=2).eval()
+    queries, context = torch.randn(5, 3, 4).transpose(0, 1), torch.randn(3, 6, 7).transpose(1, 2)
+    assert not queries.is_contiguous()
+    assert not context.is_contiguous()
+    assert_agrees(branch(queries, context), branch(queries.contiguous(), context.contiguous()), 1e-5)
+
+
 def check_losses_take_transposed_masks() -> None:
     mask = random_batch(40).masks.transpose(1, 2)
     assert not mask.is_contiguous()
@@ -241,6 +251,7 @@ def check_losses_take_transposed_masks() -> None:
     [
         (check_linear_takes_any_strides, blocks, "linear_2d", viewing_linear),
         (check_heads_of_any_strides_merge, blocks, "merge_heads", viewing_merge),
+        (check_cross_attention_takes_any_strides, model.cross_attention, "linear_2d", viewing_linear),
         (check_losses_take_transposed_masks, model.losses, "dice_loss", viewing_dice),
     ],
 )
