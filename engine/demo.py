@@ -1,4 +1,4 @@
-"""The demo: train the base on one toy dataset, evaluate it and unadapted CLIP on the other, and show pictures."""
+"""The demo: a short base, three loops of feedback from it, and both compared with unadapted CLIP on unseen classes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import numpy as np
 from dataset.metadata import Record
 from dataset.samples import read_image, read_mask
 from engine.base import train_base
+from engine.compare import compare_feedback_loops
 from engine.config import BaseConfig, check_device
 from engine.data import TaskData, load_task
 from engine.detector import Detector, build_detector, unadapted_detector
-from engine.evaluate import evaluate, evaluation_table, summary_table, write_csv
+from engine.feedback import train_feedback
+from engine.feedback_config import FeedbackConfig
 from engine.trainer import readable_time
 from model.checkpoint import read_checkpoint
 from model.clip import load_clip
@@ -25,52 +27,86 @@ from utils.plots import Example, example_grid
 logger = logging.getLogger(__name__)
 
 TEST_DATASET = "toy_test"
+FOLDER = Path("runs/demo")
 # What the toy CLIP needs other than the published recipe, and why, is in docs/base.md.
 CONFIG = BaseConfig(
     model_name="toy",
     dataset="toy_train",
     training_mode="full_shot",
-    text_epoch=4,
-    image_epoch=8,
+    text_epoch=3,
+    image_epoch=5,
     text_lr=1e-3,
     text_norm_weight=3.0,
     text_adapt_until=2,
     text_adapt_weight=0.3,
     image_lr=1e-3,
     image_batch_size=8,
-    save_path=Path("runs/demo"),
+    save_path=FOLDER / "base",
 )
+
+
+def feedback_from(base: BaseConfig, **changes: object) -> FeedbackConfig:
+    """V2's preset on the same model, images and toy rates, from the files that `base` writes."""
+    shared = {name: value for name, value in vars(base).items() if name not in ("text_epoch", "image_epoch")}
+    files = {f"load_base_{side}_adapter": base.save_path / f"{side}_adapter.pth" for side in ("text", "image")}
+    return FeedbackConfig.from_preset("v2", **{**shared, **files, **changes})
 
 
 def main() -> None:
     set_up_logging()
-    run_demo(CONFIG)
+    feedback = feedback_from(
+        CONFIG,
+        num_feedback_loops=3,
+        text_epochs_per_loop=(1,),
+        image_epochs_per_loop=(3,),
+        save_path=FOLDER / "feedback",
+    )
+    run_demo(CONFIG, feedback, FOLDER)
 
 
-def run_demo(config: BaseConfig) -> None:
-    """Train as `config` says, then write tables, `evaluation.csv` and `examples.png` to its save path."""
+def run_demo(base: BaseConfig, feedback: FeedbackConfig, folder: Path) -> None:
+    """Train as both configs say, then write the comparison and `examples.png` to `folder`."""
     start = time.perf_counter()
-    folder = config.save_path
-    logger.info("1 of 3: training the base on %s\n", config.dataset)
-    train_base(config)
-    logger.info("\n2 of 3: evaluating on %s, whose classes training has not seen\n", TEST_DATASET)
-    device = check_device(config.device, config.precision)
-    clip = load_clip(config.model_name)
-    adapted = build_detector(read_checkpoint(folder / "image_adapter.pth"), clip)
-    models = {"unadapted CLIP": unadapted_detector(clip).to(device), "base": adapted.to(device)}
-    data = load_task(TEST_DATASET, config.data_root)
-    evaluations = list(evaluate(models, data, device, batch_size=32).values())
-    for evaluation in evaluations:
-        logger.info("%s on %s, in percent\n\n%s\n", evaluation.model, TEST_DATASET, evaluation_table(evaluation))
-    logger.info("Both, averaged over classes\n\n%s\n", summary_table(evaluations))
-    write_csv(evaluations, folder / "evaluation.csv")
-    logger.info("3 of 3: drawing examples\n")
+    logger.info("1 of 4: training a short base on %s\n", base.dataset)
+    train_base(base)
+    logger.info("\n2 of 4: %d loops of feedback from that base\n", feedback.num_feedback_loops)
+    train_feedback(feedback)
+    logger.info("\n3 of 4: comparing on %s, whose classes training has not seen\n", TEST_DATASET)
+    compare_feedback_loops(
+        feedback.save_path,
+        TEST_DATASET,
+        base_path=base.save_path,
+        unadapted=True,
+        output_dir=folder,
+        data_root=base.data_root,
+        batch_size=32,
+        device=base.device,
+    )
+    logger.info("\n4 of 4: drawing examples\n")
+    models = demo_models(base, feedback)
+    data = load_task(TEST_DATASET, base.data_root)
     grid = folder / "examples.png"
     example_grid(draw_examples(data, models), list(models), grid, "Images of classes that training has not seen")
-    logger.info(
-        "Pictures: %s\nFigures:  %s\nModel:    %s", grid, folder / "evaluation.csv", folder / "image_adapter.pth"
-    )
+    for what, path in (
+        ("Pictures", grid),
+        ("Loops", folder / "comparison.png"),
+        ("Curves", feedback.save_path / "training_curves.png"),
+        ("Figures", folder / "comparison.md"),
+        ("Model", feedback.save_path / "final_model.pth"),
+    ):
+        logger.info("%-9s %s", f"{what}:", path)
     logger.info("Done in %s", readable_time(time.perf_counter() - start))
+
+
+def demo_models(base: BaseConfig, feedback: FeedbackConfig) -> dict[str, Detector]:
+    """Unadapted CLIP, the base and every loop, on one CLIP."""
+    device = check_device(base.device, base.precision)
+    clip = load_clip(base.model_name)
+    files = {"base": base.save_path / "image_adapter.pth"}
+    for loop in range(1, feedback.num_feedback_loops + 1):
+        files[f"loop {loop}"] = feedback.save_path / f"loop_{loop}_final.pth"
+    trained = {name: build_detector(read_checkpoint(file), clip) for name, file in files.items()}
+    return {name: model.to(device) for name, model in {"unadapted CLIP": unadapted_detector(clip), **trained}.items()}
 
 
 def draw_examples(data: TaskData, models: dict[str, Detector]) -> list[Example]:

@@ -30,6 +30,7 @@ METRICS = {
     "image_auroc": "Image AUROC",
     "image_ap": "Image AP",
 }
+CSV_COLUMNS = ("model", "dataset", "class", "images", "anomalous", *METRICS)
 
 
 @dataclass(frozen=True)
@@ -154,18 +155,27 @@ def summary_table(evaluations: Sequence[Evaluation]) -> str:
     return format_table(["Model", *METRICS.values()], rows)
 
 
+def csv_rows(evaluation: Evaluation) -> list[list[object]]:
+    """A row per class and one for the average, in the columns of `CSV_COLUMNS`; undefined values are `n/a`."""
+    e = evaluation
+    rows = [
+        [e.model, e.dataset, r.class_name, r.images, r.anomalous, *(format_exact(r.values[m]) for m in METRICS)]
+        for r in e.classes
+    ]
+    images, anomalous = (sum(getattr(result, name) for result in e.classes) for name in ("images", "anomalous"))
+    averages = [format_exact(e.average(metric)[0]) for metric in METRICS]
+    return [*rows, [e.model, e.dataset, "average", images, anomalous, *averages]]
+
+
 def write_csv(evaluations: Sequence[Evaluation], path: Path) -> None:
     """A row per model and class and one for each average; undefined values are `n/a`."""
+    write_csv_rows([row for evaluation in evaluations for row in csv_rows(evaluation)], path)
+
+
+def write_csv_rows(rows: Sequence[Sequence[object]], path: Path) -> None:
+    """Write rows of `csv_rows` under their header, whole or not at all."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["model", "dataset", "class", "images", "anomalous", *METRICS])
-    for e in evaluations:
-        for result in e.classes:
-            values = [format_exact(result.values[metric]) for metric in METRICS]
-            writer.writerow([e.model, e.dataset, result.class_name, result.images, result.anomalous, *values])
-        averages = [format_exact(e.average(metric)[0]) for metric in METRICS]
-        images, anomalous = (sum(getattr(result, name) for result in e.classes) for name in ("images", "anomalous"))
-        writer.writerow([e.model, e.dataset, "average", images, anomalous, *averages])
+    csv.writer(text, lineterminator="\n").writerows([CSV_COLUMNS, *rows])
     write_text(path, text.getvalue())
 
 

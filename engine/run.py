@@ -117,6 +117,7 @@ class TrainingRun:
         self.steps_before = dict(steps_before or {})
         self.feedback = feedback
         self.state = RunState([], [])
+        self._loaders: dict[int, DataLoader] = {}
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -176,7 +177,7 @@ class TrainingRun:
     def _run_phase(self, index: int, phase: Phase, stop: StopRequest) -> None:
         stage = phase.make_stage()
         stage.begin()
-        prepared, loader = self.accelerator.prepare(stage, phase.loader)
+        prepared, loader = self.accelerator.prepare(stage), self._prepared_loader(phase.loader)
         optimizer = self.optimizers[phase.side]
         if phase.fresh_optimizer and not self.state.done[index]:
             optimizer.optimizer.state.clear()
@@ -188,6 +189,7 @@ class TrainingRun:
         for epoch in range(self.state.done[index] + 1, phase.epochs + 1):
             phase.sampler.set_position(phase.loop, epoch)
             torch.manual_seed(derive_seed(self.seed, stage.number, phase.loop, epoch, self.accelerator.process_index))
+            torch.empty((), dtype=torch.int64).random_()  # as an iterator without workers did: see `_prepared_loader`
             description = stage_name(stage, phase.loop, epoch)
             stage.train()
             try:
@@ -222,6 +224,17 @@ class TrainingRun:
         if verdict.remedies:
             logger.warning("loop %d, %s: %s", phase.loop, phase.side, verdict)
 
+    def _prepared_loader(self, loader: DataLoader) -> DataLoader:
+        """`loader` as accelerate prepares it, once for all loops: each preparation keeps worker processes of its own.
+
+        An iterator draws a seed when it is made, which with persistent workers is not in every epoch. Drawn from
+        dropout's stream, it would make a run depend on the number of workers and on where it was killed.
+        """
+        if id(loader) not in self._loaders:
+            loader.generator = torch.Generator()
+            self._loaders[id(loader)] = self.accelerator.prepare(loader)
+        return self._loaders[id(loader)]
+
     def _track(self, row: dict[str, Any]) -> None:
         position = sum(other["stage"] == row["stage"] for other in self.history)
         values = {f"{row['stage']}/{name}": value for name, value in row.items() if name not in ("stage", "epoch")}
@@ -237,8 +250,17 @@ class TrainingRun:
             },
             self.save_path / STATE_FILE,
         )
+        self._write_history()
+
+    def _write_history(self) -> None:
         lines = [json.dumps(row) for row in self.history]
         write_text(self.save_path / "history.jsonl", "\n".join(lines) + "\n" if lines else "")
+
+    def _tidy_up(self) -> None:
+        """What a kill may have left: files half written, and a history without the last epoch."""
+        for leftover in self.save_path.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        self._write_history()
 
     def _restore(self, phases: Sequence[Phase]) -> None:
         planned = [phase.epochs for phase in phases]
@@ -247,7 +269,8 @@ class TrainingRun:
         if file.is_file():
             saved = load(file)
             done = continued(saved["done"], saved["planned"], phases, self.save_path)
-            self.state = RunState(done, planned, saved["history"], saved["schedule"], saved["loops"])
+            loops = still_finished(saved["loops"], len(saved["done"]), done, phases)
+            self.state = RunState(done, planned, saved["history"], saved["schedule"], loops)
             for name, part in self.model.components.items():
                 load_component(part, saved[name], name, file)
             for side, optimizer in self.optimizers.items():
@@ -255,6 +278,8 @@ class TrainingRun:
             logger.info("Going on with the run in %s: %s", self.save_path, describe_progress(self.state.done, phases))
         elif self.accelerator.is_main_process:
             self._save_state()
+        if self.accelerator.is_main_process:
+            self._tidy_up()
         self.accelerator.wait_for_everyone()
         if self.accelerator.log_with:
             self.accelerator.init_trackers("events")
@@ -296,6 +321,21 @@ def continued(done: Sequence[int], planned: Sequence[int], phases: Sequence[Phas
                 f"{phase.epochs} epochs are another run: give another --save_path"
             )
     return counts
+
+
+def still_finished(
+    loops: Sequence[dict[str, Any]], planned: int, done: Sequence[int], phases: Sequence[Phase]
+) -> list[dict[str, Any]]:
+    """The results of the loops that need not be finished again.
+
+    planned: phases that the run had before. A loop that has more epochs to go is finished after them, and one that has
+    become the last of a run now shorter is finished again, as the last.
+    """
+    open_loops = {phase.loop for count, phase in zip(done, phases, strict=True) if count < phase.epochs}
+    if planned > len(phases):
+        open_loops.add(phases[-1].loop)
+    first = min(open_loops, default=len(loops) + 1)
+    return [found for found in loops if found["loop"] < first]
 
 
 def check_save_path(save_path: Path, resume: str, signature: dict[str, Any]) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import model.adapter
 import model.clip
-import model.frozen
 import model.cross_attention
+import model.frozen
 import model.losses
 from model import blocks, scoring
 from model.adapter import AdaptedCLIP

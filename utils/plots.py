@@ -146,3 +146,150 @@ def _mark_loops(top: Axes, bottom: Axes, spans: Sequence[Span]) -> None:
             f"loop {loop}", (middle, 1), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
             ha="center", fontsize=8,
         )  # fmt: skip
+
+
+REFERENCE_STYLES = (("tab:orange", "--"), ("tab:green", "-."), ("dimgrey", ":"), ("tab:purple", (0, (5, 1))))
+Panel = tuple[Mapping[int, float | None], Mapping[str, float | None]]
+
+
+def loop_curves(panels: Mapping[str, Panel], path: Path, title: str) -> None:
+    """A panel per metric: its values over loops as a line, and other models' as horizontal lines with labels.
+
+    panels: by the panel's title, the values by loop and those of other models by name, in percent; None is left out,
+    and a loop that is not there breaks the line.
+    """
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    axes = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).ravel()
+    names = list(dict.fromkeys(name for _, references in panels.values() for name in references))
+    styles = {name: REFERENCE_STYLES[index % len(REFERENCE_STYLES)] for index, name in enumerate(names)}
+    for axis, (heading, (values, references)) in zip(axes, panels.items(), strict=False):
+        loops = range(min(values, default=1), max(values, default=1) + 1)
+        line = [np.nan if values.get(loop) is None else values[loop] for loop in loops]
+        axis.plot(loops, line, color="tab:blue", marker="o", markersize=5)
+        known = {name: value for name, value in references.items() if value is not None}
+        for name, value in known.items():
+            axis.axhline(value, color=styles[name][0], linestyle=styles[name][1], linewidth=1.4, zorder=1)
+        _limit_to(axis, [*(value for value in line if not np.isnan(value)), *known.values()])
+        _label_lines(axis, known, {name: colour for name, (colour, _) in styles.items()})
+        axis.set_xlim(loops[0] - 0.4, loops[-1] + 0.4)
+        axis.set_xticks(loops)
+        axis.set_title(heading, fontsize=10)
+        axis.set_xlabel("loop", fontsize=9)
+        axis.grid(alpha=0.25)
+        axis.tick_params(labelsize=8)
+    figure.suptitle(title, fontsize=11)
+    save_png(figure, path)
+
+
+def _limit_to(axis: Axes, values: Sequence[float]) -> None:
+    """Room around the values, at least a point, so that differences which mean nothing do not fill the panel."""
+    low, high = (min(values), max(values)) if values else (0.0, 100.0)
+    margin = max(0.1 * (high - low), 0.5)
+    axis.set_ylim(low - margin, high + margin)
+
+
+def _label_lines(axis: Axes, values: Mapping[str, float], colours: Mapping[str, str], gap: float = 0.075) -> None:
+    """Name horizontal lines with their values right of the axis, at least `gap` of its height apart."""
+    bottom, top = axis.get_ylim()
+    names = sorted(values, key=values.get)
+    places: list[float] = []
+    for name in names:
+        place = (values[name] - bottom) / (top - bottom)
+        places.append(max(place, places[-1] + gap) if places else place)
+    for index in range(len(places) - 1, -1, -1):
+        above = places[index + 1] - gap if index + 1 < len(places) else 1.0
+        places[index] = min(places[index], above)
+    for name, place in zip(names, places, strict=True):
+        axis.annotate(
+            f"{name} {values[name]:.2f}", (1, values[name]), xycoords=("axes fraction", "data"), xytext=(1.06, place),
+            textcoords="axes fraction", va="center", fontsize=8, color=colours[name],
+            arrowprops={"arrowstyle": "-", "color": colours[name], "linewidth": 0.8, "relpos": (0, 0.5)},
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """What one model says of an image: anomaly map (h, w) in [0, 1], score, pixel AUROC in percent (None: undefined).
+
+    attention: more maps by their title, on the patch grid, where 1 is even attention.
+    """
+
+    model: str
+    anomaly_map: np.ndarray
+    score: float
+    auroc: float | None
+    attention: Mapping[str, np.ndarray]
+
+    @property
+    def caption(self) -> str:
+        value = "n/a" if self.auroc is None else f"{self.auroc:.1f}"
+        return f"score {self.score:.2f}   AUROC {value}"
+
+
+ATTENTION_COLOURS = "viridis"
+
+
+def comparison_figure(
+    image: Image.Image, mask: np.ndarray, heatmaps: Sequence[Heatmap], path: Path, title: str
+) -> None:
+    """One image as several models see it: original, ground truth, heatmaps on one colour scale; attention below."""
+    extra = list(dict.fromkeys(name for heatmap in heatmaps for name in heatmap.attention))
+    columns, rows = 2 + len(heatmaps), 1 + len(extra)
+    figure = Figure(figsize=(2.3 * columns + 0.8, 2.6 * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.ravel():
+        axis.set_xticks([])
+        axis.set_yticks([])
+    for axis, name in zip(axes[0], ["Original", "Ground truth", *(h.model for h in heatmaps)], strict=True):
+        axis.set_title(name, fontsize=10)
+    axes[0, 0].imshow(image)
+    axes[0, 1].imshow(mask, cmap="gray", vmin=0, vmax=1)
+    for axis, heatmap in zip(axes[0, 2:], heatmaps, strict=True):
+        axis.imshow(overlay(image, heatmap.anomaly_map))
+        axis.set_xlabel(heatmap.caption, fontsize=9)
+        _outline(axis, mask)
+    _colour_bar(figure, axes[0], COLOURS, 0, 1, "p(abnormal)")
+    for row, name in zip(axes[1:], extra, strict=True):
+        highest = max(float(h.attention[name].max()) for h in heatmaps if name in h.attention)
+        for axis in row[:2]:
+            axis.set_axis_off()
+        row[1].text(1, 0.5, name, ha="right", va="center", fontsize=10, transform=row[1].transAxes)
+        for axis, heatmap in zip(row[2:], heatmaps, strict=True):
+            if name not in heatmap.attention:
+                axis.text(0.5, 0.5, "no cross-attention", ha="center", va="center", fontsize=9, color="grey")
+                continue
+            extent = (-0.5, image.width - 0.5, image.height - 0.5, -0.5)
+            axis.imshow(heatmap.attention[name], cmap=ATTENTION_COLOURS, vmin=0, vmax=highest, extent=extent)
+            _outline(axis, mask)
+        _colour_bar(figure, row, ATTENTION_COLOURS, 0, highest, "1 is even")
+    figure.suptitle(title, fontsize=11)
+    save_png(figure, path)
+
+
+def stacked_picture(image: Image.Image, mask: np.ndarray, heatmap: Heatmap, path: Path) -> None:
+    """One model alone, from top to bottom: original, ground truth, heatmap."""
+    figure = Figure(figsize=(2.8, 8.2), layout="constrained")
+    axes = figure.subplots(3, 1)
+    axes[0].imshow(image)
+    axes[1].imshow(mask, cmap="gray", vmin=0, vmax=1)
+    axes[2].imshow(overlay(image, heatmap.anomaly_map))
+    _outline(axes[2], mask)
+    axes[2].set_xlabel(heatmap.caption, fontsize=9)
+    for axis, name in zip(axes, ("Original", "Ground truth", heatmap.model), strict=True):
+        axis.set_title(name, fontsize=10)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    save_png(figure, path)
+
+
+def _outline(axis: Axes, mask: np.ndarray) -> None:
+    """The ground truth's outline, where there is one."""
+    if mask.any() and not mask.all():
+        axis.contour(mask, levels=[0.5], colors="white", linewidths=0.8)
+
+
+def _colour_bar(figure: Figure, axes: np.ndarray, colours: str, low: float, high: float, label: str) -> None:
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(low, high), colours)
+    bar = figure.colorbar(scale, ax=axes, fraction=0.025, pad=0.01)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)

@@ -1,0 +1,213 @@
+"""`train_cross_attention_feedback_v2.py` as a user runs it: files, kills, signals, refusals (DESIGN 5, 6, 8)."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine import load_model
+from tests.scripts import error_line, run, start, wait_for_rows, write_clip, write_dataset
+
+SCRIPT = "train_cross_attention_feedback_v2.py"
+COMPONENTS = ("text_adapter", "text_cross_attn", "image_adapter", "image_cross_attn")
+TIMED = ("seconds", "images_per_second", "memory_gib")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    write_clip(folder / "clip")
+    write_dataset(folder / "train")
+    write_dataset(folder / "test", classes=("cork",), count=4, seed=1)
+    run("train.py", *common(folder), "--text_epoch", 1, "--image_epoch", 2, "--save_path", folder / "base")
+    return folder
+
+
+def common(world: Path) -> list[object]:
+    return [
+        "--model_name", f"local-dir:{world / 'clip'}", "--dataset", world / "train", "--shot", 8,
+        "--text_batch_size", 4, "--num_workers", 0, "--device", "cpu", "--tracker", "none",
+    ]  # fmt: skip
+
+
+def three_loops(world: Path, save_path: Path, *more: object) -> list[object]:
+    """From a base, with everything on that happens at the end of a loop."""
+    base = world / "base"
+    return [
+        *common(world), "--load_base_text_adapter", base / "text_adapter.pth", "--load_base_image_adapter",
+        base / "image_adapter.pth", "--num_feedback_loops", 3, "--text_epochs_per_loop", 3,
+        "--image_epochs_per_loop", 3, "--val_fraction", 0.25, "--eval_dataset", world / "test",
+        "--save_path", save_path, *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path) -> Path:
+    """An uninterrupted run, with workers and TensorBoard."""
+    path = world / "finished"
+    run(SCRIPT, *three_loops(world, path, "--num_workers", 1, "--tracker", "tensorboard"))
+    return path
+
+
+def read(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name not in TIMED} for line in lines]
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """The same weights bit for bit in every file, the same history and results, nothing half-written left."""
+    names = sorted(path.name for path in two.glob("*.pth"))
+    assert sorted(path.name for path in one.glob("*.pth")) == names
+    for name in names:
+        first, second = read(one / name), read(two / name)
+        for part in COMPONENTS:
+            assert all(torch.equal(value, second[part][key]) for key, value in first[part].items()), (name, part)
+    assert rows(one) == rows(two)
+    assert read(one / "training_state.pth")["loops"] == read(two / "training_state.pth")["loops"]
+    assert not list(one.glob(".*"))
+
+
+def test_files_log_and_events(finished: Path) -> None:
+    files = {path.name for path in finished.iterdir() if path.is_file()}
+    assert files == {
+        *(f"loop_{loop}_{kind}.pth" for loop in (1, 2, 3) for kind in ("text_adapter", "image_adapter", "final")),
+        "final_model.pth", "training_state.pth", "training_curves.png", "train.log", "history.jsonl", "args.json",
+    }  # fmt: skip
+    assert [path for path in finished.rglob("*tfevents*") if path.stat().st_size > 500]
+    log = (finished / "train.log").read_text(encoding="utf-8")
+    table = [line.split() for line in log.splitlines() if re.fullmatch(r"[123]\s.*\son", line)]
+    assert table == [
+        ["1", "3", "3", "2e-05", "0.005", "on"], ["2", "2", "2", "1.6e-05", "0.004", "on"],
+        ["3", "1", "1", "1.28e-05", "0.0032", "on"],
+    ]  # fmt: skip
+    for line in (
+        "Base text adapter loaded successfully!", "image optimizer: moments of 9 tensors taken from",
+        "Loop 3 - text loss: ", "Loop 3 - image loss: ", "Average Grad Norm: ", "Loop 2 on held-out training images",
+        "Loop 2 on test", "Summary", "Best loop by held-out training images: loop ", "Complete: 3 loops",
+    ):  # fmt: skip
+        assert line in log, line
+    assert [(row["loop"], row["stage"], row["epoch"]) for row in rows(finished)] == [
+        (loop, stage, epoch) for loop, epochs in ((1, 3), (2, 2), (3, 1)) for stage in ("text", "image")
+        for epoch in range(1, epochs + 1)
+    ]  # fmt: skip
+
+
+def test_killed_runs_end_with_the_same_weights(world: Path, finished: Path, tmp_path: Path) -> None:
+    """SIGKILL in each loop and near the end of one, with and without workers."""
+    path = tmp_path / "killed"
+    chance = random.Random(time.time_ns())
+    for count, workers in ((1, 0), (4, 1), (6, 2), (10, 0)):
+        process = start(SCRIPT, *three_loops(world, path, "--num_workers", workers))
+        wait_for_rows(path / "history.jsonl", count, process)
+        time.sleep(chance.uniform(0, 0.3))
+        process.kill()
+        process.wait()
+        assert len(rows(path)) < 12, "killed too late to show anything"
+    errors = run(SCRIPT, *three_loops(world, path))
+    assert "Going on with the run" in errors
+    assert_same_run(path, finished)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send")
+def test_signals_finish_the_step_and_say_how_to_go_on(world: Path, finished: Path, tmp_path: Path) -> None:
+    path = tmp_path / "stopped"
+    for number, status, count in ((signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 7)):
+        process = start(SCRIPT, *three_loops(world, path))
+        wait_for_rows(path / "history.jsonl", count, process)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == status, errors
+        assert "Traceback" not in errors
+        last = errors.splitlines()[-1]
+        assert "the same command goes on, and repeats this epoch" in last
+        loop, side, epoch = re.search(r"stopped in loop (\d), (\w+) epoch (\d)", last).groups()
+        done = [(str(row["loop"]), row["stage"], str(row["epoch"])) for row in rows(path)]
+        expected = [(str(row["loop"]), row["stage"], str(row["epoch"])) for row in rows(finished)]
+        assert (loop, side, epoch) == expected[len(done)]
+        assert done == expected[: len(done)]
+    run(SCRIPT, *three_loops(world, path))
+    assert_same_run(path, finished)
+
+
+def test_a_loss_that_is_not_finite_names_a_way_out_that_works(world: Path, tmp_path: Path) -> None:
+    path, other = tmp_path / "exploding", tmp_path / "other"
+    short = ["--num_feedback_loops", 1, "--text_epochs_per_loop", 1, "--image_epochs_per_loop", 1]
+    errors = run(
+        SCRIPT, *common(world), *short, "--image_lr", 1e30, "--grad_clip", 0, "--save_path", path, status=3
+    )  # fmt: skip
+    assert "Traceback" not in errors
+    last = errors.splitlines()[-1]
+    assert last.startswith("error: loop 1, image epoch 1: ")
+    state = re.search(r"--init_from (\S+),", last).group(1)
+    assert Path(state) == path / "training_state.pth"
+    for flag in ("--save_path", "--image_lr", "--grad_clip"):
+        assert flag in last
+    saved = read(Path(state))
+    assert all(value.isfinite().all() for part in COMPONENTS for value in saved[part].values())
+    log = run(SCRIPT, *common(world), *short, "--init_from", state, "--save_path", other)
+    assert "Complete: 1 loops" in log
+    assert len(rows(other)) == 2
+
+
+def test_v1_by_the_name_of_older_notes(world: Path, tmp_path: Path) -> None:
+    log = run(
+        "train_cross_attention_feedback.py", *common(world), "--num_feedback_loops", 2, "--image_epochs_per_loop", 2,
+        1, "--text_epochs_per_loop", 1, "--save_path", tmp_path,
+    )  # fmt: skip
+    assert "2 feedback loops, preset v1" in log
+    table = [line.split() for line in log.splitlines() if re.fullmatch(r"[12]\s.*\son", line)]
+    assert table == [["1", "1", "2", "1e-05", "0.0005", "on"], ["2", "1", "1", "5e-06", "0.00025", "on"]]
+    config = read(tmp_path / "final_model.pth")["config"]
+    assert config["arguments"]["preset"] == "v1"
+    assert config["arguments"]["reset_optimizers"] is True
+    assert config["cross_attention"]["text_cross_attn_weight"] == 1.0
+    assert config["cross_attention"]["context_norm"] == "none"
+
+
+def test_inference_takes_a_loop_and_a_folder_of_them(world: Path, finished: Path, tmp_path: Path) -> None:
+    """With what training itself found after that loop."""
+    test = ["--dataset", world / "test", "--device", "cpu", "--num_workers", 0]
+    run("inference.py", "--checkpoint", finished, *test, "--output_dir", tmp_path)
+    with (tmp_path / "evaluation_test.csv").open(encoding="utf-8") as file:
+        found = {row["model"]: row for row in csv.DictReader(file) if row["class"] == "average"}
+    assert list(found) == ["loop_1_final", "loop_2_final", "loop_3_final"]
+    for result in read(finished / "training_state.pth")["loops"]:
+        row = found[f"loop_{result['loop']}_final"]
+        for metric, value in result["eval_dataset"].items():
+            assert float(row[metric]) == pytest.approx(value, abs=1e-5)
+    # A stage's file alone, in another place.
+    alone = tmp_path / "elsewhere.pth"
+    alone.write_bytes((finished / "loop_2_text_adapter.pth").read_bytes())
+    prediction = load_model(alone, device="cpu").predict(world / "test" / "cork" / "test" / "spot" / "000.png", "cork")
+    assert 0 <= prediction.score <= 1
+
+
+def test_mistakes_end_in_one_line(world: Path, finished: Path, tmp_path: Path) -> None:
+    path = tmp_path / "unused"
+    asked = [SCRIPT, *common(world), "--save_path", path]
+    assert "--num_feedback_loops 11: takes 1 to 10" in error_line(*asked, "--num_feedback_loops", 11)
+    late = ["--num_feedback_loops", 2, "--cross_attn_start_loop", 3]
+    assert "--cross_attn_start_loop 3: takes 1 to 2" in error_line(*asked, *late)
+    entry = ["train_cross_attention_feedback.py", *asked[1:]]
+    assert "covers 3 loops, 5 are asked for" in error_line(*entry, "--num_feedback_loops", 5)
+    final = finished / "final_model.pth"
+    both = ["--load_base_text_adapter", final, "--load_base_image_adapter", final]
+    assert "takes it as --init_from" in error_line(*asked, *both)
+    assert not path.exists(), "a mistake found before training leaves nothing behind"
+    before = {file.name: file.read_bytes() for file in finished.iterdir() if file.is_file()}
+    assert "image_lr was 0.005, now 0.1" in error_line(SCRIPT, *three_loops(world, finished, "--image_lr", 0.1))
+    assert before == {file.name: file.read_bytes() for file in finished.iterdir() if file.is_file()}
