@@ -172,7 +172,7 @@ def build_detector(checkpoint: Checkpoint, clip: FrozenCLIP, **overrides: Any) -
         if name in checkpoint.components:
             load_component(component, checkpoint.components[name], name, checkpoint.path)
     epochs = "an unknown number of" if checkpoint.epoch is None else checkpoint.epoch
-    logger.info("%s: %s image epochs", checkpoint.path, epochs)
+    logger.info("%s: %s epochs", checkpoint.path, epochs)
     return Detector(model, checkpoint.path.stem, checkpoint)
 
 

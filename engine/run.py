@@ -189,7 +189,8 @@ class TrainingRun:
         for epoch in range(self.state.done[index] + 1, phase.epochs + 1):
             phase.sampler.set_position(phase.loop, epoch)
             torch.manual_seed(derive_seed(self.seed, stage.number, phase.loop, epoch, self.accelerator.process_index))
-            torch.empty((), dtype=torch.int64).random_()  # as an iterator without workers did: see `_prepared_loader`
+            # A draw that iterators once took from this stream; without it the figures in docs/ would be other ones.
+            torch.empty((), dtype=torch.int64).random_()
             description = stage_name(stage, phase.loop, epoch)
             stage.train()
             try:

@@ -115,6 +115,7 @@ def train_epoch(
             bar.close()
             return None
     bar.close()
+    _check_last_step(stage, batch, description)
     seconds = time.perf_counter() - start
     sums = {name: float(accelerator.reduce(torch.as_tensor(value), "mean")) for name, value in sums.items()}
     return _epoch_row(sums, steps, batches, images * accelerator.num_processes, seconds) | {
@@ -122,6 +123,14 @@ def train_epoch(
         "lr": math.fsum(rates) / max(1, len(rates)),
         "memory_gib": _memory(accelerator.device),
     }
+
+
+@torch.no_grad()
+def _check_last_step(stage: nn.Module, batch: Mapping[str, Any], description: str) -> None:
+    """`NotFiniteError` where an epoch's last step has ruined the weights, which no later step is there to notice."""
+    loss = stage(batch).losses["total"].item()
+    if not math.isfinite(loss):
+        raise NotFiniteError(f"{description}: loss {loss:.4g} after its last step, which is not kept")
 
 
 def _finite_norms(
