@@ -164,13 +164,18 @@ def load_clip_for(checkpoint: Checkpoint, clip_weights: str | Path | None = None
 
 
 def build_detector(checkpoint: Checkpoint, clip: FrozenCLIP, **overrides: Any) -> Detector:
-    """An adapted model with a checkpoint's weights on a CLIP that is loaded already."""
+    """An adapted model with a checkpoint's weights on a CLIP that is loaded already.
+
+    Raises `UserError` for a checkpoint that does not fit, or in which a component is missing.
+    """
     config = checkpoint_config(checkpoint, clip, **overrides)
     crossed = cross_attention_choices(checkpoint, **overrides)
     model = AdaptedCLIPWithCrossAttention(clip, config, **crossed) if crossed else AdaptedCLIP(clip, config)
     for name, component in model.components.items():
         if name in checkpoint.components:
             load_component(component, checkpoint.components[name], name, checkpoint.path)
+        elif config.text_adapted or not name.startswith("text"):
+            raise UserError(f"{checkpoint.path}: has no '{name}', which a model of its config needs; it is damaged")
     epochs = "an unknown number of" if checkpoint.epoch is None else checkpoint.epoch
     logger.info("%s: %s epochs", checkpoint.path, epochs)
     return Detector(model, checkpoint.path.stem, checkpoint)

@@ -120,6 +120,11 @@ def test_testing_may_ask_for_something_else_and_says_so(world: Path, finished: P
     ]
     trained, asked = (model.predict(picture, "cork").anomaly_map for model in models)
     assert abs(trained - asked).max() > 1e-4
+    content = torch.load(finished / "image_adapter_cross_attn.pth", weights_only=True)
+    del content["image_cross_attn"]
+    torch.save(content, tmp_path / "half.pth")
+    with pytest.raises(UserError, match="has no 'image_cross_attn'"):
+        load_model(tmp_path / "half.pth", device="cpu")
     with pytest.raises(UserError, match="has no cross-attention"):
         load_model(world / "base" / "image_adapter.pth", device="cpu", text_context="trained")
 

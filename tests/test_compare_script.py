@@ -1,0 +1,436 @@
+"""`compare_feedback_loops.py` as a user runs it: table, files, cache, missing and damaged loops, unfair comparisons."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
+from safetensors.torch import load_file
+
+from engine.compare import compare_feedback_loops
+from engine.evaluate import METRICS
+from engine.inference import evaluate_checkpoints
+from tests.scripts import error_line, run, write_clip, write_dataset
+from utils import plots
+from utils.errors import UserError
+
+REFERENCES = ["unadapted", "base", "cross-attention"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, a cross-attention run of another seed from it, and three loops of feedback from it."""
+    folder = tmp_path_factory.mktemp("world")
+    write_clip(folder / "clip")
+    write_dataset(folder / "train")
+    write_dataset(folder / "test", classes=("cork", "tile"), seed=1)
+    common = [
+        "--model_name", f"local-dir:{folder / 'clip'}", "--dataset", folder / "train", "--shot", 8,
+        "--text_batch_size", 4, "--image_lr", 0.005, "--num_workers", 0, "--device", "cpu", "--tracker", "none",
+    ]  # fmt: skip
+    once = ["--text_epoch", 1, "--image_epoch", 2]
+    start = ["--load_base_text_adapter", folder / "base" / "text_adapter.pth"]
+    start += ["--load_base_image_adapter", folder / "base" / "image_adapter.pth"]
+    loops = ["--num_feedback_loops", 3, "--text_epochs_per_loop", 1, "--image_epochs_per_loop", 2]
+    run("train.py", *common, *once, "--save_path", folder / "base")
+    run("train_cross_attention.py", *common, *once, *start, "--seed", 1, "--save_path", folder / "cross")
+    run("train_cross_attention_feedback_v2.py", *common, *start, *loops, "--save_path", folder / "feedback")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compared(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run with a gap in its loops, 1, 2, 3 and 10, compared with everything; and what was said."""
+    folder = tmp_path_factory.mktemp("compared") / "run"
+    shutil.copytree(world / "feedback", folder)
+    change(world / "feedback" / "loop_3_final.pth", scale_projector, folder / "loop_10_final.pth")
+    return folder, run("compare_feedback_loops.py", *asked(world, folder), "--unadapted")
+
+
+def asked(world: Path, save_path: Path) -> list[object]:
+    return [
+        "--save_path", save_path, "--dataset", world / "test", "--base_path", world / "base", "--cross_path",
+        world / "cross" / "image_adapter_cross_attn.pth", "--num_workers", 0, "--device", "cpu",
+    ]  # fmt: skip
+
+
+def compare(world: Path, save_path: Path, dataset: str = "test", **options: Any) -> int:
+    """The script's function without the start of a process."""
+    return compare_feedback_loops(save_path, str(world / dataset), device="cpu", **options)
+
+
+@pytest.fixture
+def loops(world: Path, tmp_path: Path) -> Path:
+    """A copy of the feedback run, to be changed."""
+    return shutil.copytree(world / "feedback", tmp_path / "loops")
+
+
+def change(source: Path, edit: Callable[[dict[str, Any]], None], target: Path | None = None) -> Path:
+    """Write a checkpoint with a change, to its own place or another."""
+    content = torch.load(source, weights_only=True)
+    edit(content)
+    torch.save(content, target or source)
+    return target or source
+
+
+def scale_projector(content: dict[str, Any]) -> None:
+    """One of the four levels the other way round: other figures."""
+    content["image_adapter"]["seg_proj.0.fc.weight"] *= -1
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "comparison.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def averages(folder: Path) -> dict[str, dict[str, str]]:
+    return {row["model"]: row for row in rows_of(folder) if row["class"] == "average"}
+
+
+def said_in(folder: Path) -> str:
+    return (folder / "comparison.log").read_text(encoding="utf-8")
+
+
+def page_of(folder: Path) -> str:
+    return (folder / "comparison.md").read_text(encoding="utf-8")
+
+
+def test_table_and_files_hold_every_model_in_order(compared: tuple[Path, str]) -> None:
+    folder, errors = compared
+    models = [*REFERENCES, "Loop 1", "Loop 2", "Loop 3", "Loop 10"]
+    rows = rows_of(folder)
+    assert [row["model"] for row in rows] == [model for model in models for _ in range(3)]
+    assert [row["class"] for row in rows] == ["cork", "tile", "average"] * len(models)
+    lines = errors.splitlines()
+    top = lines.index(next(line for line in lines if line.startswith("Loop ") and "Pixel AUC" in line))
+    assert lines[top].split("  ")[0] == "Loop"
+    assert lines[top].split()[1:] == ["Pixel", "AUC", "Pixel", "AP", "Image", "AUC", "Image", "AP"]
+    found = averages(folder)
+    for line, model in zip(lines[top + 2 :], models, strict=False):
+        assert line.startswith(model)
+        assert line.removeprefix(model).split() == [f"{float(found[model][metric]):.2f}" for metric in METRICS]
+        assert f"| {model} | {' | '.join(line.removeprefix(model).split())} |" in page_of(folder)
+    with Image.open(folder / "comparison.png") as picture:
+        assert picture.format == "PNG"
+        assert min(picture.size) > 400
+    assert not list(folder.glob(".*.tmp"))
+
+
+def test_best_and_improvement_lines_follow_from_the_figures(compared: tuple[Path, str]) -> None:
+    folder, errors = compared
+    found = {model: {metric: float(row[metric]) for metric in METRICS} for model, row in averages(folder).items()}
+    loops = [model for model in found if model.startswith("Loop")]
+    expected = []
+    for metric, label in (("pixel_auroc", "Pixel AUC"), ("image_auroc", "Image AUC")):
+        best = max(loops, key=lambda model: found[model][metric])
+        expected.append(f"Best {label}: {best} ({found[best][metric]:.2f})")
+    for start in ("Loop 1", *REFERENCES):
+        points = [f"{found['Loop 10'][metric] - found[start][metric]:+.2f}" for metric in METRICS]
+        labels = ("Pixel AUC", "Pixel AP", "Image AUC", "Image AP")
+        gains = ", ".join(map(" ".join, zip(labels, points, strict=True)))
+        expected.append(f"Improvement from {start} to Loop 10: {gains} points")
+    assert found["Loop 10"] != found["Loop 3"]
+    for line in expected:
+        assert line in errors.splitlines()
+        assert f"- {line}" in page_of(folder)
+
+
+def test_figures_are_those_of_inference(world: Path, compared: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = compared
+    rows = rows_of(folder)
+    files = {
+        "base": world / "base" / "image_adapter.pth",
+        "cross-attention": world / "cross" / "image_adapter_cross_attn.pth",
+        "Loop 2": folder / "loop_2_final.pth",
+    }
+    for model, file in files.items():
+        (evaluation,) = evaluate_checkpoints(str(file), str(world / "test"), output_dir=tmp_path, device="cpu")
+        mine = [row for row in rows if row["model"] == model and row["class"] != "average"]
+        for row, theirs in zip(mine, evaluation.classes, strict=True):
+            assert (row["class"], row["images"]) == (theirs.class_name, str(theirs.images))
+            assert [float(row[metric]) for metric in METRICS] == pytest.approx(
+                [theirs.values[metric] for metric in METRICS], abs=2e-6
+            )
+
+
+def test_missing_loops_are_a_warning(world: Path, compared: tuple[Path, str], loops: Path) -> None:
+    folder, errors = compared
+    gap = ", ".join(f"loop_{number}_final.pth" for number in range(4, 10))
+    assert f"Missing in {folder}: {gap} (the run planned 3 loops)" in errors
+    assert gap in page_of(folder)
+    (loops / "loop_3_final.pth").unlink()
+    assert compare(world, loops) == 0
+    assert "loop_3_final.pth (the run planned 3 loops)" in said_in(loops)
+    assert list(averages(loops)) == ["Loop 1", "Loop 2"]
+
+
+def test_a_run_that_went_on_counts_its_loops_by_its_arguments(world: Path, loops: Path) -> None:
+    arguments = json.loads((loops / "args.json").read_text(encoding="utf-8"))
+    (loops / "args.json").write_text(json.dumps({**arguments, "num_feedback_loops": 5}), encoding="utf-8")
+    assert compare(world, loops) == 0
+    assert "loop_4_final.pth, loop_5_final.pth (the run planned 5 loops)" in said_in(loops)
+
+
+def test_a_single_loop_has_a_page_and_a_picture(world: Path, loops: Path) -> None:
+    for number in (1, 3):
+        (loops / f"loop_{number}_final.pth").unlink()
+    assert compare(world, loops, base_path=world / "base") == 0
+    assert "Improvement from Loop" not in page_of(loops)
+    assert "Improvement from base to Loop 2" in page_of(loops)
+    assert (loops / "comparison.png").is_file()
+
+
+def test_a_second_run_evaluates_nothing_and_needs_no_clip(world: Path, compared: tuple[Path, str]) -> None:
+    folder, _ = compared
+    before = (folder / "comparison.csv").read_bytes()
+    clip = world / "clip"
+    clip.rename(world / "clip_is_away")
+    try:
+        errors = run("compare_feedback_loops.py", *asked(world, folder), "--unadapted")
+    finally:
+        (world / "clip_is_away").rename(clip)
+    assert "not evaluated again: unadapted, base, cross-attention, Loop 1, Loop 2, Loop 3, Loop 10" in errors
+    assert (folder / "comparison.csv").read_bytes() == before
+
+
+def evaluated_again(folder: Path) -> set[str]:
+    """The loops that the last comparison did not take from the cache."""
+    last = said_in(folder).split("Feedback loops of")[-2]
+    kept = last.rpartition("not evaluated again: ")[2].splitlines()[0].split(", ") if "again: " in last else []
+    return {"Loop 1", "Loop 2", "Loop 3"} - set(kept)
+
+
+def test_only_what_changed_is_evaluated_again(world: Path, loops: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(world / "test", tmp_path / "data")
+    again = {"save_path": loops, "dataset": str(data), "device": "cpu"}
+    everything = {"Loop 1", "Loop 2", "Loop 3"}
+    compare_feedback_loops(**again)
+    assert evaluated_again(loops) == everything
+    before = averages(loops)
+    change(loops / "loop_2_final.pth", scale_projector)
+    compare_feedback_loops(**again)
+    assert evaluated_again(loops) == {"Loop 2"}
+    assert averages(loops)["Loop 2"] != before["Loop 2"]
+    assert averages(loops)["Loop 3"] == before["Loop 3"]
+    picture = next((data / "cork" / "test" / "good").iterdir())
+    with Image.open(picture) as image:
+        image.rotate(90).save(picture)
+    compare_feedback_loops(**again)
+    assert evaluated_again(loops) == everything
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps({"cork": "bottle cork"}), encoding="utf-8")
+    for options in ({"class_names": names}, {"precision": "bf16"}, {"surgery": "sequential"}, {"img_size": 48}):
+        compare_feedback_loops(**again, **options)
+        assert evaluated_again(loops) == everything, options
+    compare_feedback_loops(**again, class_names=names, surgery=None, batch_size=3)
+    assert evaluated_again(loops) == set()
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]", b'{"schema": 1, "results": {"a": [{"class": "x"}]}}'])
+def test_a_damaged_cache_is_ignored_with_a_warning(world: Path, loops: Path, content: bytes) -> None:
+    (loops / "comparison_cache.json").write_bytes(content)
+    assert compare(world, loops) == 0
+    assert "comparison_cache.json cannot be used" in said_in(loops)
+    assert json.loads((loops / "comparison_cache.json").read_text(encoding="utf-8"))["results"]
+
+
+def test_a_damaged_loop_is_unreadable_and_the_others_are_evaluated(world: Path, loops: Path) -> None:
+    """Whatever is wrong with a loop's file is found where it is: in reading it, or where it meets the model."""
+    file = loops / "loop_2_final.pth"
+    file.write_bytes(file.read_bytes()[:5000])
+    errors = run("compare_feedback_loops.py", *asked(world, loops), status=1)
+    assert "Traceback" not in errors
+    assert any(line.split() == ["Loop", "2", *["unreadable"] * 4] for line in errors.splitlines())
+    assert "| Loop 2 | unreadable |" in page_of(loops)
+    found = averages(loops)
+    assert list(found) == ["base", "cross-attention", "Loop 1", "Loop 2", "Loop 3"]
+    assert {found["Loop 2"][metric] for metric in METRICS} == {"unreadable"}
+    assert float(found["Loop 3"]["pixel_auroc"]) > 0
+    assert "Improvement from Loop 1 to Loop 3" in errors
+
+
+def reshape(content: dict[str, Any]) -> None:
+    content["image_adapter"]["det_proj.fc.weight"] = torch.zeros(8, 8)
+
+
+def spoil(content: dict[str, Any]) -> None:
+    content["image_adapter"]["det_proj.fc.weight"][0, 0] = float("nan")
+
+
+def other_weights(content: dict[str, Any]) -> None:
+    content["config"]["model"]["weights_digest"] = "0" * 32
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (reshape, "det_proj.fc.weight"),
+        (spoil, "not finite"),
+        (lambda content: content.pop("image_cross_attn"), "no image_cross_attn"),
+        (lambda content: content["config"].pop("model"), "config"),
+        (lambda content: content["config"]["cross_attention"].update(new_choice=1), "config"),
+        (lambda content: content.update(config=None), "cross_attention"),
+        (lambda content: content.clear(), "not a checkpoint"),
+    ],
+)
+def test_kinds_of_damage(world: Path, loops: Path, edit: Callable[[dict[str, Any]], None], reason: str) -> None:
+    change(loops / "loop_1_final.pth", edit)
+    assert compare(world, loops) == 1
+    assert averages(loops)["Loop 1"]["pixel_auroc"] == "unreadable"
+    assert averages(loops)["Loop 2"]["pixel_auroc"] != "unreadable"
+    line = next(line for line in page_of(loops).splitlines() if "Loop 1 is unreadable: " in line)
+    assert reason in line
+
+
+def test_nothing_but_damaged_loops(world: Path, loops: Path) -> None:
+    for number in (1, 2, 3):
+        (loops / f"loop_{number}_final.pth").write_bytes(b"")
+    assert compare(world, loops, unadapted=True) == 1
+    assert list(averages(loops)) == ["Loop 1", "Loop 2", "Loop 3"]
+    assert "Best Pixel AUC: n/a" in said_in(loops)
+    assert "No loop can be read" in said_in(loops)
+    assert compare(world, loops, base_path=world / "base") == 1
+    assert float(averages(loops)["base"]["pixel_auroc"]) > 0
+
+
+def test_unfair_comparisons_are_named_with_both_values(compared: tuple[Path, str]) -> None:
+    folder, errors = compared
+    for sentence in (
+        "Unfair comparison: Loop 10 and base differ in optimizer steps of the image side: 48 against 16",
+        "Unfair comparison: Loop 10 and cross-attention differ in seed: 0 against 1",
+        "Unfair comparison: Loop 10 and cross-attention differ in optimizer steps of the text side: 16 against 8",
+    ):
+        assert sentence in errors
+        assert sentence in page_of(folder)
+    assert "base differ in seed" not in errors
+    assert "differ in training data" not in errors
+    assert "Loop 10 and Loop" not in errors
+
+
+CONTINUED = {"text": 16, "image": 48}
+
+
+@pytest.mark.parametrize(
+    ("config", "steps", "sentence"),
+    [
+        ({}, CONTINUED, None),
+        ({"dataset": "VisA"}, CONTINUED, "differ in training data: train (image list "),
+        ({"metadata_digest": "0" * 64}, CONTINUED, "with 8 images per class against train (image list 000000000000)"),
+        ({"shot": 4}, CONTINUED, "with 8 images per class against train (image list "),
+        ({"training_mode": "full_shot", "shot": None}, CONTINUED, "full_shot"),
+        ({"seed": 7}, CONTINUED, "differ in seed: 0 against 7"),
+        ({"arguments": {"val_fraction": 0.25}}, CONTINUED, "held out: 0.0 against 0.25"),
+        ({}, {"text": 16, "image": None}, "may differ in optimizer steps of the image side: 48 against unknown"),
+        ({}, None, "may differ in optimizer steps of the text side: 16 against unknown"),
+    ],
+)
+def test_a_base_is_fair_where_data_seed_and_steps_are_the_same(
+    world: Path, loops: Path, tmp_path: Path, config: Mapping[str, Any], steps: Mapping[str, Any], sentence: str | None
+) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        content["steps"] = steps
+        content["config"].update(config)
+
+    base = change(world / "base" / "image_adapter.pth", edit, tmp_path / "base.pth")
+    compare(world, loops, base_path=base)
+    assert ("nfair comparison" in page_of(loops)) == (sentence is not None)
+    if sentence is not None:
+        assert sentence in page_of(loops)
+        assert sentence in said_in(loops)
+
+
+def test_loops_of_different_runs_are_named(world: Path, loops: Path) -> None:
+    change(loops / "loop_1_final.pth", lambda content: content["config"].update(seed=5))
+    compare(world, loops)
+    assert "Loop 3 and Loop 1 differ in seed: 0 against 5" in said_in(loops)
+
+
+def test_testing_on_the_training_images_is_said_loudly(world: Path, loops: Path, tmp_path: Path) -> None:
+    compare(world, loops, dataset="train", output_dir=tmp_path / "out")
+    assert "NOT ZERO-SHOT" in said_in(tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "comparison.csv", "comparison.md", "comparison.png", "comparison.log", "comparison_cache.json",
+    }  # fmt: skip
+    assert not (loops / "comparison.csv").exists()
+
+
+def test_a_folder_without_loops_says_what_is_there(world: Path) -> None:
+    message = error_line("compare_feedback_loops.py", *asked(world, world / "base"))
+    assert "no loop_*_final.pth" in message
+    assert "image_adapter_1.pth" in message
+
+
+def test_mistakes_are_the_users(world: Path, loops: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "image_adapter.pth"
+    broken.write_bytes(b"not a checkpoint")
+    other = change(world / "base" / "image_adapter.pth", other_weights, tmp_path / "other.pth")
+    misfit = change(world / "base" / "image_adapter.pth", reshape, tmp_path / "misfit.pth")
+    for options, words in (
+        ({"base_path": tmp_path / "nothing"}, "--base_path"),
+        ({"cross_path": world / "base"}, "no image_adapter_cross_attn.pth"),
+        ({"base_path": tmp_path}, "damaged"),
+        ({"cross_path": broken}, "damaged"),
+        ({"base_path": other}, "trained on other weights"),
+        ({"base_path": misfit}, "det_proj.fc.weight"),
+    ):
+        with pytest.raises(UserError, match=words):
+            compare(world, loops, **options)
+    with pytest.raises(UserError, match="--dataset is needed"):
+        compare_feedback_loops(loops, None, device="cpu")
+    with pytest.raises(UserError, match="no such folder"):
+        compare(world, tmp_path / "nothing")
+    assert not (loops / "comparison.csv").exists()
+
+
+def test_loops_on_different_clip_weights_do_not_compare(world: Path, loops: Path) -> None:
+    change(loops / "loop_2_final.pth", other_weights)
+    with pytest.raises(UserError, match="the two do not compare"):
+        compare(world, loops)
+
+
+def test_wrong_clip_weights_are_no_damage_of_the_loops(world: Path, loops: Path, tmp_path: Path) -> None:
+    state = load_file(world / "clip" / "open_clip_model.safetensors")
+    torch.save({**state, "text_projection": -state["text_projection"]}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="--clip_weights"):
+        compare(world, loops, clip_weights=str(tmp_path / "other.pt"))
+
+
+def test_a_folder_means_its_latest_epoch(world: Path, loops: Path, tmp_path: Path) -> None:
+    """Without the file that repeats the last epoch it is the highest number, 10 after 9."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    shutil.copy(world / "base" / "image_adapter.pth", folder / "image_adapter_10.pth")
+    (folder / "image_adapter_9.pth").write_bytes(b"older")
+    assert compare(world, loops, base_path=folder) == 0
+
+
+def test_a_cross_attention_checkpoint_called_a_base_is_named(world: Path, loops: Path) -> None:
+    compare(world, loops, base_path=world / "cross" / "image_adapter_cross_attn.pth")
+    assert "base is not what its name says" in said_in(loops)
+
+
+def test_labels_of_close_lines_do_not_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    save = plots.save_png
+    monkeypatch.setattr(plots, "save_png", lambda figure, path: (drawn.append(figure), save(figure, path)))
+    close = {"unadapted": 86.9, "base": 86.95, "cross-attention": 86.9}
+    panels = {
+        "Pixel AUC": ({1: 80.0, 2: None, 4: 90.0}, close),
+        "Image AP": ({1: None}, {"base": None, "unadapted": 20.0}),
+    }
+    plots.loop_curves(panels, tmp_path / "curves.png", "loops")
+    first, second = drawn[0].axes[:2]
+    # An annotation's own extent takes in the line that leads to it.
+    boxes = [Text.get_window_extent(text) for text in first.texts]
+    assert [text.get_text() for text in first.texts] == ["unadapted 86.90", "cross-attention 86.90", "base 86.95"]
+    assert not any(a.overlaps(b) for index, a in enumerate(boxes) for b in boxes[:index])
+    assert [text.get_text() for text in second.texts] == ["unadapted 20.00"]
