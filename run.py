@@ -20,7 +20,8 @@ REQUIREMENTS = {"demo": ["requirements.txt"], "test": ["requirements.txt", "requ
 REQUIREMENTS["check"] = REQUIREMENTS["test"]
 COMMANDS = {
     "demo": [["-m", "engine.demo"]],
-    "test": [["-m", "pytest"]],
+    # A file's tests stay in one process, so that they share what they trained.
+    "test": [["-m", "pytest", "-n", "2", "--dist", "loadfile"]],
     "check": [["-m", "ruff", "check", "."], ["-m", "ruff", "format", "--check", "."]],
 }
 
