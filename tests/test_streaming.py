@@ -1,0 +1,550 @@
+"""Streamed metrics against scikit-learn on the full arrays, and AUPRO against a plain form of MVTec's definition."""
+
+from __future__ import annotations
+
+import warnings
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+from torch import Tensor
+
+import utils.streaming
+from utils.errors import UserError
+from utils.streaming import (
+    COARSE_BINS,
+    FPR_LIMIT,
+    TOLERANCE,
+    Bins,
+    CoarseToFine,
+    Estimate,
+    PixelCounter,
+    Windows,
+    bins_to_refine,
+    estimates,
+    image_metrics,
+    score_keys,
+)
+
+ALLOWED = 0.01
+ROUNDING = 1e-8
+# One bin per coarse bin at first, and next to nothing kept: bounds and further passes do all the work.
+TINY = {"bins": COARSE_BINS, "buffer": 16}
+SIZES = pytest.mark.parametrize("sizes", [TINY, {}], ids=["tiny", "default"])
+
+
+def reference(scores: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
+    """AUROC, AP and F1-max of all pixels by scikit-learn, in percent."""
+    scores, labels = scores.ravel().astype(np.float64), labels.ravel()
+    if not labels.any():
+        return {"pixel_auroc": None, "pixel_ap": None, "pixel_f1_max": None}
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-300)
+    return {
+        "pixel_auroc": None if labels.all() else 100 * roc_auc_score(labels, scores),
+        "pixel_ap": 100 * average_precision_score(labels, scores),
+        "pixel_f1_max": 100 * f1.max(),
+    }
+
+
+def regions_of(mask: np.ndarray) -> list[set[tuple[int, int]]]:
+    """8-connected regions of a mask (H, W), by growing them pixel by pixel."""
+    left = set(map(tuple, np.argwhere(mask).tolist()))
+    regions = []
+    while left:
+        region, border = set(), [left.pop()]
+        while border:
+            y, x = border.pop()
+            region.add((y, x))
+            near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
+            left -= near
+            border += near
+        regions.append(region)
+    return regions
+
+
+def plain_aupro(maps: np.ndarray, masks: np.ndarray, limit: float = FPR_LIMIT) -> float | None:
+    """MVTec's definition, threshold by threshold, in percent."""
+    regions = [(image, region) for image, mask in zip(maps, masks, strict=True) for region in regions_of(mask)]
+    normal = maps[~masks]
+    if not regions or not normal.size:
+        return None
+    curve = [(0.0, 0.0)]
+    for threshold in np.unique(maps)[::-1]:
+        overlaps = [np.mean([image[pixel] >= threshold for pixel in region]) for image, region in regions]
+        curve.append((float((normal >= threshold).mean()), float(np.mean(overlaps))))
+    area = 0.0
+    for (x0, y0), (x1, y1) in pairwise(curve):
+        end = min(x1, limit)
+        if x0 < end:
+            area += (end - x0) * (y0 + y0 + (y1 - y0) * (end - x0) / (x1 - x0)) / 2
+    return 100 * area / limit
+
+
+def full_reference(maps: Tensor, masks: Tensor) -> dict[str, float | None]:
+    maps, masks = maps.float().numpy() + np.float32(0), masks.numpy()
+    return {**reference(maps, masks), "aupro": plain_aupro(maps, masks)}
+
+
+def feed(counter: PixelCounter, maps: Tensor, masks: Tensor, batch: int = 3) -> None:
+    names = [f"image {index}" for index in range(len(maps))]
+    for start in range(0, len(maps), batch):
+        rows = slice(start, start + batch)
+        counter.update(maps[rows], masks[rows], names[rows])
+
+
+def stream(maps: Tensor, masks: Tensor, batch: int = 3, **sizes) -> PixelCounter:
+    """A settled counter."""
+    counter = PixelCounter(**sizes)
+    for _ in range(60):
+        feed(counter, maps, masks, batch)
+        if counter.settled():
+            return counter
+    raise AssertionError("does not settle")
+
+
+def assert_within(counter: PixelCounter, expected: dict[str, float | None], allowed: float) -> None:
+    """Errors are within `allowed` points and within what the counter itself claims."""
+    values, bounds = counter.result(), counter.error_bounds()
+    for name, value in expected.items():
+        if value is None:
+            assert values[name] is None, name
+            continue
+        error = abs(values[name] - value)
+        assert error <= bounds[name] + ROUNDING, f"{name}: {values[name]}, {value}, bound {bounds[name]}"
+        assert error <= allowed, f"{name}: {values[name]} instead of {value}"
+
+
+def generator_of(seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def normal_scores(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.normal(size=shape)
+
+
+def step_scores(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.integers(-3, 4, shape) / 4
+
+
+def clustered_scores(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return 2 + 0.001 * rng.uniform(-1, 1, shape)
+
+
+def neighbouring_floats(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Clusters in coarse bins far from each other, each of a few neighbouring float32 values."""
+    centre = np.exp2(rng.integers(-40, 40, shape)).astype(np.float32) * rng.choice([-1, 1], shape).astype(np.float32)
+    return (centre.view(np.int32) + rng.integers(0, 40, shape).astype(np.int32)).view(np.float32)
+
+
+def scores_of_all_sizes(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.choice([-1, 1], shape) * 10.0 ** rng.uniform(-30, 30, shape)
+
+
+def denormals_and_zeros(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.choice([-0.0, 0.0, 1e-45, -1e-45, 1e-39, -1e-39, 1e-38], shape)
+
+
+def outlying_scores(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    scores = 0.5 + 0.01 * rng.normal(size=shape)
+    scores.flat[rng.integers(0, scores.size, 3)] = 1e30, -1e30, 3e38
+    return scores
+
+
+def constant_scores(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return np.full(shape, -0.7)
+
+
+KINDS = [
+    normal_scores,
+    step_scores,
+    clustered_scores,
+    neighbouring_floats,
+    scores_of_all_sizes,
+    denormals_and_zeros,
+    outlying_scores,
+    constant_scores,
+]
+
+
+def masks_of(rng: np.random.Generator, shape: tuple[int, int, int], what: str) -> np.ndarray:
+    masks = np.zeros(shape, dtype=bool)
+    if what == "single":
+        masks.flat[rng.integers(0, masks.size)] = True
+    elif what == "all":
+        masks[:] = True
+    elif what == "all but one":
+        masks[:] = True
+        masks.flat[rng.integers(0, masks.size)] = False
+    elif what == "some":
+        masks = rng.random(shape) < 0.2
+    return masks
+
+
+MASKS = ["none", "single", "some", "all but one", "all"]
+
+
+def case(kind, what: str, seed: int = 0, shape: tuple[int, int, int] = (4, 12, 11), raised: bool = False):
+    """Maps (B, H, W) float32 and masks of a kind; with `raised`, most anomalous pixels get the higher scores."""
+    rng = generator_of(seed)
+    masks = masks_of(rng, shape, what)
+    scores = kind(rng, shape).astype(np.float32)
+    if raised:
+        order = np.argsort(rng.normal(size=scores.size) + 2 * masks.ravel())
+        scores.flat[order] = np.sort(scores.ravel())
+    return torch.from_numpy(scores), torch.from_numpy(masks)
+
+
+@SIZES
+@pytest.mark.parametrize("what", MASKS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_hard_cases_agree_with_the_references(kind, what, sizes):
+    maps, masks = case(kind, what)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        counter = stream(maps, masks, **sizes)
+    assert_within(counter, full_reference(maps, masks), ALLOWED)
+
+
+def test_undefined_metrics_are_none_and_all_anomalous_is_found():
+    maps = torch.rand(2, 5, 5)
+    for sizes in (TINY, {}):
+        nothing = stream(maps, torch.zeros(2, 5, 5, dtype=torch.bool), **sizes).result()
+        assert nothing == {"pixel_auroc": None, "pixel_ap": None, "pixel_f1_max": None, "aupro": None}
+        everything = stream(maps, torch.ones(2, 5, 5), **sizes).result()
+        assert everything == {"pixel_auroc": None, "pixel_ap": 100.0, "pixel_f1_max": 100.0, "aupro": None}
+    assert set(PixelCounter().result().values()) == {None}
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.sampled_from(KINDS), st.sampled_from(MASKS), st.integers(0, 2**32), st.booleans(), st.integers(1, 5),
+    st.integers(1, 200),
+)  # fmt: skip
+def test_bounds_hold_after_every_pass(kind, what, seed, raised, batch, buffer):
+    maps, masks = case(kind, what, seed, raised=raised)
+    expected = full_reference(maps, masks)
+    counter = PixelCounter(bins=COARSE_BINS, buffer=buffer)
+    for _ in range(60):
+        feed(counter, maps, masks, batch)
+        # The bound of an unsettled pass is wide, and holds all the same.
+        assert_within(counter, expected, 100.0)
+        if counter.settled():
+            break
+    assert_within(counter, expected, ALLOWED)
+
+
+FLOATS = st.floats(allow_nan=False, allow_infinity=False, width=32)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(FLOATS, st.booleans()), min_size=1, max_size=40), st.integers(0, 40))
+@example([(0.0, True), (-0.0, False)], 0)
+@example([(2.0, False), (np.nextafter(np.float32(2), np.float32(3)).item(), True), (1.0, False)], 0)
+def test_any_finite_scores(pixels, buffer):
+    maps = torch.tensor([score for score, _ in pixels], dtype=torch.float32).reshape(-1, 1, 1)
+    masks = torch.tensor([label for _, label in pixels]).reshape(-1, 1, 1)
+    counter = stream(maps, masks, bins=COARSE_BINS, buffer=buffer)
+    assert_within(counter, full_reference(maps, masks), ALLOWED)
+
+
+@settings(deadline=None)
+@given(st.lists(FLOATS, min_size=1))
+@example([0.0, -0.0, 1e-45, -1e-45, 3.4028234663852886e38, -3.4028234663852886e38])
+def test_keys_order_scores_as_floats_do(scores):
+    scores = torch.tensor(scores, dtype=torch.float32)
+    ranks = np.unique(scores.numpy(), return_inverse=True)[1]
+    assert np.array_equal(np.unique(score_keys(scores).numpy(), return_inverse=True)[1], ranks)
+
+
+def many_pixels(seed: int = 3) -> tuple[Tensor, Tensor]:
+    """Maps of 2 % anomalous pixels with overlapping scores, more than the small buffers of these tests hold."""
+    rng = generator_of(seed)
+    masks = np.zeros((12, 60, 60), dtype=bool)
+    for mask in masks[6:]:
+        y, x = rng.integers(0, 50, 2)
+        mask[y : y + 12, x : x + 12] = True
+    scores = 0.1 * rng.random(masks.shape) ** 3 + 0.15 * masks * rng.random(masks.shape)
+    return torch.from_numpy(scores.astype(np.float32)), torch.from_numpy(masks)
+
+
+@pytest.mark.parametrize("bins", [COARSE_BINS, 1 << 19])
+def test_many_pixels_in_bins(bins):
+    maps, masks = many_pixels()
+    counter = stream(maps, masks, bins=bins, buffer=4096)
+    assert max(counter.error_bounds().values()) > 0
+    assert_within(counter, reference(maps.numpy(), masks.numpy()), ALLOWED)
+
+
+def test_default_bins_need_one_pass_for_ordinary_maps():
+    maps, masks = many_pixels()
+    assert stream(maps, masks, buffer=4096).passes == 1
+    assert stream(maps.flip(0), masks.flip(0), buffer=4096).passes == 1
+
+
+@pytest.mark.parametrize("outlier", [None, 1e30])
+def test_anomalies_above_all_that_the_bins_were_chosen_by_need_no_further_pass(outlier):
+    rng = generator_of(5)
+    masks = torch.zeros(20, 60, 60, dtype=torch.bool)
+    masks[15:, 5:20, 5:20] = True
+    noise = torch.from_numpy(rng.normal(size=masks.shape)).float()
+    maps = 2 + 0.01 * noise + masks * (0.3 + 0.1 * noise.roll(1, 0))
+    if outlier:
+        maps[0, 0, 0] = outlier
+    counter = stream(maps, masks, buffer=20000)
+    assert counter.passes == 1
+    assert_within(counter, reference(maps.numpy(), masks.numpy()), ALLOWED)
+
+
+# Pixels and factors of their scores: later batches leave the range of earlier ones.
+BATCHES = [(400, 0.25), (50, 0.5), (3000, 0.1), (1, 1e-9), (20, 1)]
+
+
+@pytest.mark.parametrize("size", [COARSE_BINS, COARSE_BINS + 1000, 1 << 20])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_key_falls_into_a_bin_that_holds_it(kind, size):
+    rng = generator_of(7)
+    parts = [score_keys(torch.from_numpy(kind(rng, (n,)).astype(np.float32)) * scale) for n, scale in BATCHES]
+    layout = CoarseToFine(parts[0], size)
+    index = [layout.locate(part) for part in parts]
+    lowest, bits = layout.extents()
+    for keys, bins in zip(parts, index, strict=True):
+        assert 0 <= int(bins.min()) <= int(bins.max()) < len(lowest) <= size
+        above = keys.numpy() - lowest[bins.numpy()]
+        assert (above >= 0).all()
+        assert (above < 1 << bits[bins.numpy()]).all()
+        # What comes later moves no bin that has been counted in.
+        assert torch.equal(layout.locate(keys), bins)
+    # One bin stays set aside for every coarse bin that has not come yet.
+    assert len(lowest) + COARSE_BINS - len(np.unique(lowest >> 16)) <= size
+    ends = np.sort(lowest) + (1 << bits[np.argsort(lowest)])
+    assert (ends[:-1] <= np.sort(lowest)[1:]).all()
+
+
+def test_windows_count_the_keys_inside_and_no_others():
+    lowest, bits, split_bits = np.array([-64, 0, 256]), np.array([3, 8, 4]), np.array([3, 2, 0])
+    windows = Windows(lowest, bits, split_bits, torch.device("cpu"))
+    keys = [-(2**31), -65, -64, -57, -56, -1, 0, 63, 64, 255, 256, 271, 272, 2**31 - 1]
+    index = windows.locate(torch.tensor(keys, dtype=torch.int32)).tolist()
+    nowhere = windows.size
+    assert nowhere == 8 + 4 + 1
+    assert index == [nowhere, nowhere, 0, 7, nowhere, nowhere, 8, 8, 9, 11, 12, 12, nowhere, nowhere]
+
+
+def test_a_bin_of_one_pixel_of_each_kind_can_be_in_any_order():
+    one = np.ones(1, dtype=np.int64)
+    found = estimates(Bins(0 * one, 4 * one, one, one, 0 * one, 1.0 * one), all_normals=1, fpr_limit=1.0)
+    ranges = {
+        name: (estimate.value - estimate.bound, estimate.value + estimate.bound) for name, estimate in found.items()
+    }
+    assert ranges["auroc"] == ranges["aupro"] == (0.0, 100.0)
+    assert ranges["ap"] == pytest.approx((50.0, 100.0))
+    assert ranges["f1_max"] == pytest.approx((200 / 3, 100.0))
+
+
+def test_the_worst_bins_are_refined_first_where_not_all_fit():
+    slack = np.array([0.1, 0.4, 0.0, 0.3, 0.2])
+    bins = Bins(*[np.arange(5)] * 6)
+    for name in ("pixel_ap", "pixel_f1_max"):
+        found = {name: Estimate(50.0, 1.0, slack), "pixel_auroc": Estimate(50.0, 0.0, np.ones(5))}
+        assert bins_to_refine(bins, found, 0.1, 2).tolist() == [1, 3]
+        assert bins_to_refine(bins, found, 0.1, 9).tolist() == [1, 3, 4, 0]
+
+
+def test_small_inputs_are_exact():
+    maps, masks = many_pixels()
+    counter = stream(maps, masks)
+    assert counter.passes == 1
+    assert set(counter.error_bounds().values()) == {0.0}
+    assert_within(counter, reference(maps.numpy(), masks.numpy()), ROUNDING)
+
+
+def test_a_single_anomalous_pixel_gets_an_exact_count():
+    maps, masks = case(clustered_scores, "single", shape=(20, 40, 40))
+    maps.view(-1)[masks.view(-1)] = 2.0009
+    counter = PixelCounter(**TINY)
+    feed(counter, maps, masks)
+    assert counter.error_bounds()["pixel_ap"] > 1
+    assert not counter.settled()
+    assert not counter.settled(), "a pass that was not made settles nothing"
+    assert counter.passes == 2
+    feed(counter, maps, masks)
+    assert counter.settled()
+    assert_within(counter, reference(maps.numpy(), masks.numpy()), ROUNDING)
+
+
+def test_a_further_pass_may_take_several_for_many_close_clusters():
+    """Every coarse bin's order matters and none is known: more bins to refine than a pass has."""
+    rng = generator_of(1)
+    centres = np.repeat(np.arange(500, dtype=np.int32) << 16, 64) + (100 << 23)
+    labels = rng.random(centres.size) < 0.02
+    scores = (centres + 30000 + 2 * labels.astype(np.int32)).view(np.float32)
+    maps, masks = (torch.from_numpy(array.reshape(10, 40, 80)) for array in (scores, labels))
+    counter = stream(maps, masks, bins=COARSE_BINS, buffer=16)
+    assert counter.passes > 2
+    assert_within(counter, reference(maps.numpy(), masks.numpy()), ALLOWED)
+
+
+def test_a_further_pass_must_see_the_same_maps():
+    maps, masks = case(clustered_scores, "some")
+    counter = PixelCounter(**TINY)
+    feed(counter, maps, masks)
+    assert not counter.settled()
+    feed(counter, maps[:2], masks[:2])
+    with pytest.raises(RuntimeError, match="same scores"):
+        counter.settled()
+
+
+@pytest.mark.parametrize("buffer", [16, 1000, 1 << 21])
+def test_batches_do_not_matter(buffer):
+    maps, masks = many_pixels()
+    results = [stream(maps, masks, batch, bins=1 << 17, buffer=buffer).result() for batch in (1, 5, 12)]
+    for other in results[1:]:
+        assert other == pytest.approx(results[0], rel=0, abs=1e-10)
+
+
+def state_bytes(value: object) -> int:
+    """Bytes of all arrays that an object holds."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, np.ndarray):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(map(state_bytes, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(state_bytes, value))
+    return state_bytes(vars(value)) if hasattr(value, "__dict__") else 0
+
+
+def test_memory_does_not_grow_with_images():
+    maps, masks = (tensor.repeat(1, 3, 3) for tensor in many_pixels())
+    counter = PixelCounter(buffer=1 << 18)
+    sizes = []
+    for _ in range(6):
+        feed(counter, maps, masks)
+        sizes.append(state_bytes(counter))
+    assert len(set(sizes)) == 1
+    assert sizes[0] <= 22 * 2**20
+    kept = PixelCounter(buffer=1 << 18)
+    feed(kept, maps[:8], masks[:8])
+    assert state_bytes(kept) == 4 * maps[:8].numel() + 12 * int(masks[:8].sum())
+
+
+def test_counters_are_emptied_before_they_overflow(monkeypatch):
+    maps, masks = many_pixels()
+    expected = stream(maps, masks, buffer=4096).result()
+    monkeypatch.setattr(utils.streaming, "CARRY", 11000)
+    counter = stream(maps, masks, buffer=4096)
+    assert int(counter._histogram._recent.sum()) <= 11000
+    assert counter.result() == pytest.approx(expected, abs=1e-10)
+
+
+@SIZES
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 2**32), density=st.floats(0.02, 0.6), levels=st.integers(1, 300))
+def test_aupro_agrees_with_the_plain_definition(seed, density, levels, sizes):
+    rng = generator_of(seed)
+    masks = rng.random((3, 9, 8)) < density
+    maps = (rng.integers(0, levels, masks.shape) + masks * rng.integers(0, levels, masks.shape)).astype(np.float32)
+    counter = stream(torch.from_numpy(maps), torch.from_numpy(masks), **sizes)
+    assert_within(counter, {"aupro": plain_aupro(maps, masks)}, 0.1)
+
+
+def test_aupro_integrates_to_its_limit():
+    maps, masks = case(normal_scores, "some")
+    for limit in (0.05, 1.0):
+        counter = stream(maps, masks, fpr_limit=limit, **TINY)
+        assert_within(counter, {"aupro": plain_aupro(maps.numpy(), masks.numpy(), limit)}, 0.1)
+
+
+def test_regions_touch_diagonally_and_not_across_images():
+    """One region of two pixels and one of one: half of the first found, then the second, before any normal pixel."""
+    masks = torch.zeros(2, 3, 3, dtype=torch.bool)
+    masks[0, 1, 1] = masks[0, 2, 2] = masks[1, 0, 0] = True
+    maps = torch.zeros(2, 3, 3)
+    maps[0, 2, 2] = 2.0
+    found = stream(maps, masks).result()["aupro"]
+    # PRO starts at (1/2 + 0) / 2 and reaches 1 on a straight line at a false positive rate of 1.
+    assert found == pytest.approx(100 * (0.25 + 0.75 * FPR_LIMIT / 2))
+    maps[0, 2, 2], maps[1, 0, 0] = 0.0, 2.0
+    found = stream(maps, masks).result()["aupro"]
+    assert found == pytest.approx(100 * (0.5 + 0.5 * FPR_LIMIT / 2))
+
+
+@SIZES
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_are_not_finite_name_their_image(bad, sizes):
+    maps, masks = case(normal_scores, "some")
+    counter = PixelCounter(**sizes)
+    feed(counter, maps, masks)
+    before = counter.result()
+    broken = maps.clone()
+    broken[2, 3, 4] = bad
+    with pytest.raises(UserError, match=r"map of third\.png "):
+        counter.update(broken, masks, ["first.png", "second.png", "third.png", "fourth.png"])
+    assert counter.result() == before
+    with pytest.raises(UserError, match=r"map of huge\.png .*float32"):
+        counter.update(torch.full((1, 2, 2), 1e300, dtype=torch.float64), torch.ones(1, 2, 2), ["huge.png"])
+
+
+def test_shapes_must_belong_together():
+    counter = PixelCounter()
+    for maps, masks, names in (
+        (torch.rand(2, 3, 3), torch.zeros(2, 3, 4), ["a", "b"]),
+        (torch.rand(2, 3, 3), torch.zeros(2, 3, 3), ["a"]),
+        (torch.rand(2, 1, 3, 3), torch.zeros(2, 1, 3, 3), ["a", "b"]),
+    ):
+        with pytest.raises(ValueError, match=r"\(B, H, W\)"):
+            counter.update(maps, masks, names)
+    with pytest.raises(ValueError, match="too few"):
+        PixelCounter(bins=COARSE_BINS - 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_types_count_as_float32(dtype):
+    maps, masks = case(normal_scores, "some")
+    maps = maps.to(dtype).requires_grad_()
+    expected = full_reference(maps.detach(), masks)
+    assert_within(stream(maps, masks.to(dtype), **TINY), expected, ALLOWED)
+
+
+def test_maps_need_not_be_contiguous():
+    maps, masks = case(normal_scores, "some")
+    counter = stream(maps.transpose(1, 2), masks.transpose(1, 2), **TINY)
+    assert_within(counter, full_reference(maps.transpose(1, 2), masks.transpose(1, 2)), ALLOWED)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("what", MASKS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_counting_on_a_gpu_gives_the_same(kind, what):
+    maps, masks = case(kind, what)
+    for sizes in (TINY, {"buffer": 100}, {}):
+        on_cpu, on_gpu = stream(maps, masks, **sizes), stream(maps.cuda(), masks.cuda(), **sizes)
+        assert on_gpu.result() == pytest.approx(on_cpu.result(), abs=1e-10)
+        assert on_gpu.passes == on_cpu.passes
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.floats(-1e6, 1e6), st.booleans()), min_size=1, max_size=30))
+@example([(1.0, True)])
+@example([(1.0, False)])
+@example([(1.0, False), (1.0 + 1e-12, True)])
+def test_image_metrics_are_exact(images):
+    scores, labels = (np.array(column) for column in zip(*images, strict=True))
+    found = image_metrics(labels.astype(int), scores, [str(index) for index in range(len(images))])
+    expected = {name.replace("pixel", "image"): value for name, value in reference(scores, labels).items()}
+    assert found == pytest.approx(expected, abs=ROUNDING)
+
+
+def test_image_scores_that_are_not_finite_name_their_image():
+    with pytest.raises(UserError, match=r"b\.png"):
+        image_metrics(np.array([0, 1]), np.array([0.5, np.nan]), ["a.png", "b.png"])
+
+
+def test_the_tolerance_leaves_room():
+    assert TOLERANCE < ALLOWED
