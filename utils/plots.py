@@ -226,7 +226,7 @@ class Heatmap:
         return f"score {self.score:.2f}   AUROC {value}"
 
 
-ATTENTION_COLOURS = "viridis"
+ATTENTION_COLOURS = "PuOr_r"
 
 
 def comparison_figure(
@@ -250,18 +250,21 @@ def comparison_figure(
         _outline(axis, mask)
     _colour_bar(figure, axes[0], COLOURS, 0, 1, "p(abnormal)")
     for row, name in zip(axes[1:], extra, strict=True):
-        highest = max(float(h.attention[name].max()) for h in heatmaps if name in h.attention)
+        shown = [h.attention[name] for h in heatmaps if name in h.attention]
+        reach = max(float(np.abs(values - 1).max()) for values in shown)
+        low, high = 1 - max(reach, 0.01), 1 + max(reach, 0.01)
         for axis in row[:2]:
             axis.set_axis_off()
-        row[1].text(1, 0.5, name, ha="right", va="center", fontsize=10, transform=row[1].transAxes)
+        first = next(column for column, heatmap in enumerate(heatmaps, start=2) if name in heatmap.attention)
+        row[first - 1].text(1, 0.5, name, ha="right", va="center", fontsize=10, transform=row[first - 1].transAxes)
         for axis, heatmap in zip(row[2:], heatmaps, strict=True):
             if name not in heatmap.attention:
-                axis.text(0.5, 0.5, "no cross-attention", ha="center", va="center", fontsize=9, color="grey")
+                axis.set_axis_off()
                 continue
             extent = (-0.5, image.width - 0.5, image.height - 0.5, -0.5)
-            axis.imshow(heatmap.attention[name], cmap=ATTENTION_COLOURS, vmin=0, vmax=highest, extent=extent)
+            axis.imshow(heatmap.attention[name], cmap=ATTENTION_COLOURS, vmin=low, vmax=high, extent=extent)
             _outline(axis, mask)
-        _colour_bar(figure, row, ATTENTION_COLOURS, 0, highest, "1 is even")
+        _colour_bar(figure, row, ATTENTION_COLOURS, low, high, "1 is even")
     figure.suptitle(title, fontsize=11)
     save_png(figure, path)
 

@@ -1,0 +1,253 @@
+"""What `visualize_comparison.py` does: anomalous images of a class as several models see them, side by side."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dataset.metadata import Record
+from dataset.samples import read_image, read_mask
+from engine.compare import find_loops, find_reference
+from engine.config import check_device
+from engine.data import TaskData, load_task
+from engine.detector import Detector, Prediction, build_detector, load_clip_for
+from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention, Attention
+from model.checkpoint import Checkpoint, read_checkpoint
+from utils.errors import UserError
+from utils.logging import progress_bar
+from utils.metrics import auroc
+from utils.plots import Heatmap, comparison_figure, stacked_picture
+
+logger = logging.getLogger(__name__)
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which images of a class are shown: by index among its anomalous images, or the worst by score."""
+
+    indices: tuple[int, ...] | None = None
+    worst: int | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An image as one model sees it: `Detector.predict`'s answer, the image's pixel AUROC in percent, attention."""
+
+    prediction: Prediction
+    auroc: float | None
+    attention: Attention | None
+
+
+def visualize_comparison(
+    class_name: str,
+    choice: Choice,
+    dataset: str | None = None,
+    *,
+    base_path: Path | None = None,
+    cross_path: Path | None = None,
+    feedback_path: Path | None = None,
+    feedback_loop: int | None = None,
+    attention: bool = False,
+    output_dir: Path | None = None,
+    data_root: Path | None = None,
+    metadata: Path | None = None,
+    class_names: Path | None = None,
+    device: str = "auto",
+    clip_weights: str | None = None,
+) -> list[Path]:
+    """Draw each chosen image: one figure with all models, and a stacked picture per model. Returns the figures.
+
+    Raises `UserError` for a class, index, run or loop that is not there, and where no run is given.
+    """
+    device = check_device(device, "fp32")
+    checkpoints = find_checkpoints_of(base_path, cross_path, feedback_path, feedback_loop)
+    data = load_task(dataset or trained_on(checkpoints), data_root, metadata, class_names)
+    records = anomalous_records(data, class_name)
+    indices = check_indices(choice, records, class_name)
+    clip = load_clip_for(next(iter(checkpoints.values())), clip_weights)
+    models = {name: build_detector(checkpoint, clip).to(device) for name, checkpoint in checkpoints.items()}
+    folder = output_dir or Path("results") / "visualize"
+    if choice.worst is not None:
+        indices = worst_indices(list(models.values())[-1], data, records, choice.worst)
+    figures = []
+    bar = progress_bar(len(indices), "drawing")
+    for index in indices:
+        figures.append(draw(models, data, records[index], index, folder, attention))
+        logger.info("%s  %s", figures[-1], records[index].image_path)
+        bar.update()
+    bar.close()
+    return figures
+
+
+def list_images(
+    class_name: str,
+    dataset: str | None,
+    *,
+    data_root: Path | None = None,
+    metadata: Path | None = None,
+    class_names: Path | None = None,
+) -> list[str]:
+    """The class's anomalous images with their index, a line each."""
+    if dataset is None:
+        raise UserError("--list_images needs --dataset")
+    records = anomalous_records(load_task(dataset, data_root, metadata, class_names), class_name)
+    return [f"{index:4d}  {record.image_path}" for index, record in enumerate(records)]
+
+
+def find_checkpoints_of(
+    base_path: Path | None, cross_path: Path | None, feedback_path: Path | None, feedback_loop: int | None
+) -> dict[str, Checkpoint]:
+    """The checkpoints of the runs that are given, by the name of their column."""
+    found = {}
+    for name, path in (("base", base_path), ("cross-attention", cross_path)):
+        if path is not None:
+            found[name.capitalize()] = read_checkpoint(find_reference(name, path))
+    if feedback_path is not None:
+        loops = find_loops(feedback_path)
+        loop = max(loops) if feedback_loop is None else feedback_loop
+        if loop not in loops:
+            raise UserError(f"--feedback_loop {loop}: {feedback_path} has loops {', '.join(map(str, loops))}")
+        found[f"Feedback (loop {loop})"] = read_checkpoint(loops[loop])
+    if not found:
+        raise UserError("give at least one of --base_path, --cross_path and --feedback_path")
+    return found
+
+
+def trained_on(checkpoints: dict[str, Checkpoint]) -> str:
+    """The dataset of the first checkpoint; `UserError` where it does not say."""
+    config = next(iter(checkpoints.values())).config
+    if config is None:
+        raise UserError("--dataset is needed: nothing says what this model was trained on")
+    return config["arguments"]["dataset"]
+
+
+def anomalous_records(data: TaskData, class_name: str) -> list[Record]:
+    """The class's anomalous images in the order of the metadata; `UserError` for an unknown class."""
+    if class_name not in data.names:
+        raise UserError(
+            f"--class_name {class_name}: {data.located.spec.name} has no such class, but {', '.join(data.classes)}"
+        )
+    return [record for record in data.records if record.class_name == class_name and record.label]
+
+
+def check_indices(choice: Choice, records: Sequence[Record], class_name: str) -> list[int]:
+    """The indices that are asked for; all where none are. `UserError` for one that is not there."""
+    indices = list(range(len(records))) if choice.indices is None else list(choice.indices)
+    for index in indices:
+        if not 0 <= index < len(records):
+            raise UserError(
+                f"--image_idx {index}: {class_name} has {len(records)} anomalous images, counted from 0 "
+                "(--list_images shows them)"
+            )
+    return indices
+
+
+def worst_indices(detector: Detector, data: TaskData, records: Sequence[Record], count: int) -> list[int]:
+    """The anomalous images that a model gives the lowest scores, the lowest first."""
+    scores = []
+    bar = progress_bar(len(records), "scoring")
+    for record in records:
+        image = read_image(data.located.root / record.image_path)
+        scores.append(detector.predict(image, data.names[record.class_name], data.located.spec.domain).score)
+        bar.update()
+    bar.close()
+    return sorted(range(len(records)), key=scores.__getitem__)[:count]
+
+
+def look(detector: Detector, data: TaskData, record: Record, mask: np.ndarray, attention: bool) -> Seen:
+    """One image through one model; mask: bool (H, W)."""
+    image = read_image(data.located.root / record.image_path)
+    crossed = isinstance(detector.model, AdaptedCLIPWithCrossAttention)
+    found = detector.predict(
+        image, data.names[record.class_name], data.located.spec.domain, return_attention=attention and crossed
+    )
+    prediction, weights = found if attention and crossed else (found, None)
+    size = prediction.anomaly_map.shape[::-1]
+    truth = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+    return Seen(prediction, auroc(truth.ravel(), prediction.anomaly_map.ravel()), weights)
+
+
+def attention_heatmaps(seen: Seen, normal: int) -> dict[str, np.ndarray]:
+    """Maps on the patch grid, mean over heads, relative to even attention: 1 is what a patch gets by chance.
+
+    "Prompts look at": from the tokens of the abnormal prompts to each patch. "Looks at abnormal words": the weight that
+    each patch gives to the abnormal prompts. normal: how many of the prompts are normal; they come first.
+    """
+    maps = {}
+    if seen.attention is not None and seen.attention.text is not None:
+        looked_at = seen.attention.text[0, :, normal:].mean(dim=(0, 1, 2))  # (N,)
+        maps["Abnormal prompts look at"] = on_grid(looked_at * looked_at.numel())
+    if seen.attention is not None and seen.attention.image is not None:
+        words = seen.attention.image[0, :, 1:]  # (heads, N, P, T)
+        share = words[:, :, normal:].sum(dim=(2, 3)).mean(dim=0)
+        real = (words.sum(dim=(0, 1)) > 0).float()  # padding gets no weight at all
+        maps["Looks at abnormal words"] = on_grid(share / (real[normal:].sum() / real.sum()))
+    return maps
+
+
+def on_grid(values: torch.Tensor) -> np.ndarray:
+    """(N,) -> (side, side)."""
+    side = round(values.numel() ** 0.5)
+    return values.reshape(side, side).cpu().numpy()
+
+
+def draw(
+    models: dict[str, Detector], data: TaskData, record: Record, index: int, folder: Path, attention: bool
+) -> Path:
+    """Draw one image; returns the figure's path, beside which a stacked picture per model is written."""
+    image = read_image(data.located.root / record.image_path)
+    mask = np.zeros((image.height, image.width), bool)
+    if record.mask_path:
+        mask = np.asarray(read_mask(data.located.root / record.mask_path)) > 0
+    stem = f"{record.class_name}_{index:03d}"
+    heatmaps = []
+    for name, detector in models.items():
+        seen = look(detector, data, record, mask, attention)
+        normal = data.prompts(detector.clip).normal
+        heatmap = Heatmap(
+            name, seen.prediction.anomaly_map, seen.prediction.score, seen.auroc, attention_heatmaps(seen, normal)
+        )
+        heatmaps.append(heatmap)
+        file = f"{stem}_{name.lower().replace(' ', '_').replace('(', '').replace(')', '')}.png"
+        stacked_picture(image, mask, heatmap, folder / file)
+    title = f"{data.names[record.class_name]}, {Path(record.image_path).parent.name.replace('_', ' ')} ({index})"
+    path = folder / f"{stem}.png"
+    comparison_figure(image, mask, heatmaps, path, title)
+    return path
+
+
+def parse_indices(values: Sequence[str]) -> tuple[int, ...] | None:
+    """`--image_idx`: numbers, or the word all, which gives None."""
+    if list(values) == [ALL]:
+        return None
+    try:
+        return tuple(int(value) for value in values)
+    except ValueError:
+        raise UserError(f"--image_idx {' '.join(values)}: give indices, or {ALL}") from None
+
+
+def choose(image_idx: Sequence[str], worst: int | None) -> Choice:
+    """The choice that the arguments make."""
+    return Choice(None, worst) if worst is not None else Choice(parse_indices(image_idx))
+
+
+def run_visualization(arguments: dict[str, Any]) -> None:
+    """What the script does with its arguments."""
+    listing = arguments.pop("list_images")
+    image_idx, worst = arguments.pop("image_idx"), arguments.pop("worst")
+    if listing:
+        names = ("class_name", "dataset", "data_root", "metadata", "class_names")
+        lines = list_images(**{name: arguments[name] for name in names})
+        logger.info("\n".join(lines))
+        return
+    figures = visualize_comparison(choice=choose(image_idx, worst), **arguments)
+    logger.info("%d figures, and a stacked picture per model beside each", len(figures))

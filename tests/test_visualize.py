@@ -1,0 +1,109 @@
+"""`visualize_comparison.py`: which images, which models, which pictures (run in this process, on a tiny CLIP)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset.metadata import Record
+from engine import load_model
+from engine.base import train_base
+from engine.config import BaseConfig
+from engine.data import load_task
+from engine.feedback import train_feedback
+from engine.feedback_config import FeedbackConfig
+from engine.visualize import (
+    Choice,
+    anomalous_records,
+    attention_heatmaps,
+    list_images,
+    look,
+    parse_indices,
+    visualize_comparison,
+)
+from tests.scripts import error_line, write_clip, write_dataset
+from utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    write_clip(folder / "clip")
+    write_dataset(folder / "train")
+    write_dataset(folder / "test", classes=("cork", "reed"), count=3, seed=1)
+    common = {
+        "model_name": f"local-dir:{folder / 'clip'}", "dataset": str(folder / "train"), "shot": 4, "text_batch_size": 4,
+        "num_workers": 0, "device": "cpu", "tracker": "none",
+    }  # fmt: skip
+    train_base(BaseConfig(**common, text_epoch=1, image_epoch=1, save_path=folder / "base"))
+    loops = {"num_feedback_loops": 2, "text_epochs_per_loop": (1,), "image_epochs_per_loop": (1,)}
+    train_feedback(FeedbackConfig.from_preset("v2", **common, **loops, save_path=folder / "feedback"))
+    return folder
+
+
+def draw(world: Path, folder: Path, choice: Choice, **runs: object) -> list[str]:
+    """Names of the figures that were drawn of cork."""
+    figures = visualize_comparison("cork", choice, str(world / "test"), output_dir=folder, device="cpu", **runs)
+    return [figure.name for figure in figures]
+
+
+def test_a_figure_and_a_stacked_picture_per_model(world: Path, tmp_path: Path) -> None:
+    runs = {"base_path": world / "base", "feedback_path": world / "feedback", "attention": True}
+    assert draw(world, tmp_path, Choice((2, 0)), **runs) == ["cork_002.png", "cork_000.png"]
+    stacked = {f"cork_{index}_{model}.png" for index in ("000", "002") for model in ("base", "feedback_loop_2")}
+    assert {path.name for path in tmp_path.iterdir()} == {"cork_000.png", "cork_002.png", *stacked}
+    with Image.open(tmp_path / "cork_000.png") as with_attention:
+        height = with_attention.height
+    assert draw(world, tmp_path, Choice((0,)), base_path=world / "base") == ["cork_000.png"]
+    with Image.open(tmp_path / "cork_000.png") as without:
+        assert without.height < height / 2
+
+
+def test_all_and_the_worst_by_score(world: Path, tmp_path: Path) -> None:
+    assert draw(world, tmp_path, Choice(), base_path=world / "base") == [f"cork_00{index}.png" for index in range(3)]
+    model = load_model(world / "base" / "image_adapter.pth", device="cpu")
+    records = anomalous_records(load_task(str(world / "test")), "cork")
+    scores = [model.predict(world / "test" / record.image_path, "cork").score for record in records]
+    worst = [f"cork_{index:03d}.png" for index in np.argsort(scores)[:2]]
+    assert draw(world, tmp_path, Choice(worst=2), base_path=world / "base") == worst
+
+
+def test_indices_count_the_anomalous_images_in_metadata_order(world: Path) -> None:
+    lines = list_images("reed", str(world / "test"))
+    assert [line.split() for line in lines] == [[str(n), f"reed/test/spot/{n:03d}.png"] for n in range(3)]
+    assert parse_indices(["all"]) is None
+    assert parse_indices(["3", "1"]) == (3, 1)
+
+
+def test_attention_is_relative_to_even_attention(world: Path) -> None:
+    data = load_task(str(world / "test"))
+    record: Record = anomalous_records(data, "cork")[0]
+    model = load_model(world / "feedback" / "loop_2_final.pth", device="cpu")
+    seen = look(model, data, record, np.ones((40, 40), bool), attention=True)
+    assert seen.auroc is None
+    maps = attention_heatmaps(seen, normal=6)
+    assert maps["Abnormal prompts look at"].shape == (5, 5)
+    assert maps["Abnormal prompts look at"].mean() == pytest.approx(1, abs=1e-5)
+    # A tiny fresh module attends almost evenly; by the number of prompts it would be 10 of 16, whatever their lengths.
+    assert maps["Looks at abnormal words"].mean() == pytest.approx(1, abs=0.1)
+
+
+def test_mistakes_are_named(world: Path, tmp_path: Path) -> None:
+    base = {"base_path": world / "base"}
+    for choice, runs, words in (
+        (Choice((3,)), base, "3 anomalous images"),
+        (Choice((0,)), {}, "at least one of --base_path"),
+        (Choice((0,)), {"feedback_path": world / "feedback", "feedback_loop": 3}, "has loops 1, 2"),
+        (Choice((0,)), {"cross_path": world / "base"}, "--cross_path"),
+    ):
+        with pytest.raises(UserError, match=words):
+            draw(world, tmp_path, choice, **runs)
+    with pytest.raises(UserError, match="no such class, but cork, reed"):
+        list_images("nail", str(world / "test"))
+    with pytest.raises(UserError, match="--image_idx one"):
+        parse_indices(["one"])
+    arguments = ["--class_name", "nail", "--dataset", world / "test", "--list_images"]
+    assert "no such class" in error_line("visualize_comparison.py", *arguments)
