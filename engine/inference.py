@@ -15,7 +15,7 @@ from engine.config import check_device
 from engine.data import TaskData, load_task
 from engine.detector import Detector, build_detector, load_clip_for, unadapted_detector
 from engine.evaluate import Evaluation, evaluate, evaluation_table, summary_table, write_csv
-from model.checkpoint import find_checkpoints, read_checkpoint
+from model.checkpoint import Checkpoint, find_checkpoints, read_checkpoint
 from model.clip import load_clip
 from utils.errors import UserError
 from utils.files import write_text
@@ -52,9 +52,9 @@ def output_folder(checkpoint: str, output_dir: Path | None) -> Path:
     return (path if path.is_dir() else path.parent) / "results"
 
 
-def training_dataset(detectors: Sequence[Detector]) -> str:
-    """The dataset that the checkpoint was trained on; `UserError` where it does not say."""
-    config = detectors[0].config
+def training_dataset(models: Sequence[Detector | Checkpoint]) -> str:
+    """The dataset that the first of these was trained on; `UserError` where it does not say."""
+    config = models[0].config
     if config is None:
         raise UserError("--dataset is needed: nothing says what this model was trained on")
     return config["arguments"]["dataset"]

@@ -18,6 +18,7 @@ from engine.compare import find_loops, find_reference
 from engine.config import check_device
 from engine.data import TaskData, load_task
 from engine.detector import Detector, Prediction, build_detector, load_clip_for
+from engine.inference import training_dataset
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention, Attention
 from model.checkpoint import Checkpoint, read_checkpoint
 from utils.errors import UserError
@@ -70,7 +71,7 @@ def visualize_comparison(
     """
     device = check_device(device, "fp32")
     checkpoints = find_checkpoints_of(base_path, cross_path, feedback_path, feedback_loop)
-    data = load_task(dataset or trained_on(checkpoints), data_root, metadata, class_names)
+    data = load_task(dataset or training_dataset(list(checkpoints.values())), data_root, metadata, class_names)
     records = anomalous_records(data, class_name)
     indices = check_indices(choice, records, class_name)
     clip = load_clip_for(next(iter(checkpoints.values())), clip_weights)
@@ -120,14 +121,6 @@ def find_checkpoints_of(
     if not found:
         raise UserError("give at least one of --base_path, --cross_path and --feedback_path")
     return found
-
-
-def trained_on(checkpoints: dict[str, Checkpoint]) -> str:
-    """The dataset of the first checkpoint; `UserError` where it does not say."""
-    config = next(iter(checkpoints.values())).config
-    if config is None:
-        raise UserError("--dataset is needed: nothing says what this model was trained on")
-    return config["arguments"]["dataset"]
 
 
 def anomalous_records(data: TaskData, class_name: str) -> list[Record]:
