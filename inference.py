@@ -5,10 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine.inference import evaluate_checkpoints, score_pictures
+from engine.pictures import ALL
 from model.config import TEXT_CONDITIONINGS, TEXT_CONTEXTS
 from utils.cli import Parser, add_data_arguments, add_model_arguments, add_run_arguments, positive_int, run_script
 from utils.errors import UserError
 from utils.logging import set_up_logging
+
+
+def all_or_number(text: str) -> str | int:
+    """The word all, or a positive number."""
+    return text if text == ALL else positive_int(text)
 
 
 def build_parser() -> Parser:
@@ -23,6 +29,10 @@ def build_parser() -> Parser:
         "--domain", choices=("industrial", "medical"), default="industrial", help="how pictures are scored"
     )
     group.add_argument("--batch_size", type=positive_int, default=8, help="images per forward")
+    group.add_argument(
+        "--visualize", nargs="?", const=ALL, type=all_or_number, metavar="N",
+        help="draw every image with its heatmap, or N of each class; of several checkpoints, as the last sees them",
+    )  # fmt: skip
     group.add_argument("--output_dir", type=Path, help="folder of the results; None is results beside the checkpoint")
     group = parser.add_argument_group("cross-attention", "None tests what was trained; anything else is logged")
     group.add_argument("--text_conditioning", choices=TEXT_CONDITIONINGS, help="whether anchors see the image")
@@ -42,6 +52,8 @@ def main() -> None:
         return
     if arguments["dataset"] is not None:
         raise UserError("--image scores pictures that belong to no dataset: leave --dataset out")
+    if arguments.pop("visualize") is not None:
+        raise UserError("--image draws a heatmap over each picture as it is: leave --visualize out")
     unused = ("dataset", "data_root", "metadata", "class_names", "batch_size", "num_workers", "precision")
     rest = {name: value for name, value in arguments.items() if name not in unused}
     score_pictures(rest.pop("checkpoint"), image, class_name, domain=domain, **rest)

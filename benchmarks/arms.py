@@ -65,7 +65,13 @@ def arms_table(results: Mapping[str, Sequence[Evaluation]], seeds: Sequence[int]
             lines.append(
                 _row(name, [_spread([a.average(m)[0] - b.average(m)[0] for a, b in pairs], "+") for m in METRICS])
             )
-    lines += ["", "Every seed:", "", f"| arm | seed | {' | '.join(METRICS.values())} |", f"|---|---:|{'---:|' * 4}"]
+    lines += [
+        "",
+        "Every seed:",
+        "",
+        f"| arm | seed | {' | '.join(METRICS.values())} |",
+        f"|---|---:|{'---:|' * len(METRICS)}",
+    ]
     for name, found in results.items():
         lines += [
             _row(name, [str(seed), *(f"{e.average(m)[0]:.2f}" for m in METRICS)])

@@ -168,6 +168,7 @@ class AnomalyDataset(Dataset):
             "mask": (F.pil_to_tensor(mask) > 0).float(),
             "label": label,
             "class_name": record.class_name,
+            "image_path": record.image_path,
             "index": index,
         }
 

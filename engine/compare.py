@@ -17,7 +17,16 @@ from dataset.metadata import metadata_digest
 from engine.config import check_device
 from engine.data import TaskData, load_task
 from engine.detector import Detector, build_detector, load_clip_for, unadapted_detector
-from engine.evaluate import METRICS, ClassResult, Evaluation, csv_rows, evaluate, format_value, write_csv_rows
+from engine.evaluate import (
+    METRICS,
+    ClassResult,
+    Evaluation,
+    ImageScore,
+    csv_rows,
+    evaluate,
+    format_value,
+    write_csv_rows,
+)
 from engine.inference import warn_unless_zero_shot
 from model.checkpoint import COMPONENTS, TEXT_FILE, Checkpoint, file_digest, read_checkpoint
 from model.clip import FrozenCLIP
@@ -30,7 +39,17 @@ from utils.tables import format_table
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = {"pixel_auroc": "Pixel AUC", "pixel_ap": "Pixel AP", "image_auroc": "Image AUC", "image_ap": "Image AP"}
+COLUMNS = {
+    "pixel_auroc": "Pixel AUC",
+    "pixel_ap": "Pixel AP",
+    "pixel_f1_max": "Pixel F1",
+    "aupro": "AUPRO",
+    "image_auroc": "Image AUC",
+    "image_ap": "Image AP",
+    "image_f1_max": "Image F1",
+}
+# The panels of `comparison.png`, row by row: pixels to the left, images to the right.
+PANELS = ("pixel_auroc", "image_auroc", "pixel_ap", "image_ap", "pixel_f1_max", "image_f1_max", "aupro")
 LOOP_FILE = re.compile(r"loop_([1-9][0-9]*)_final\.pth")
 # The rows beside the loops: the flag that asks for each, and the file that a run's folder keeps it in.
 BASE, CROSS_ATTENTION, UNADAPTED = "base", "cross-attention", "unadapted"
@@ -48,7 +67,7 @@ TRAINING_FACTS = (DATA, HELD_OUT, SEED, TEXT_STEPS, IMAGE_STEPS) = (
 )
 CACHE_FILE = "comparison_cache.json"
 # Another number makes earlier caches void: raise it when scoring or metrics change.
-CACHE_SCHEMA = 1
+CACHE_SCHEMA = 2
 Results = dict[str, list[ClassResult]]
 
 
@@ -405,13 +424,17 @@ def read_cache(path: Path) -> Results:
 
 def _class_result(item: Mapping[str, Any]) -> ClassResult:
     values = {metric: None if item[metric] is None else float(item[metric]) for metric in METRICS}
-    return ClassResult(str(item["class"]), int(item["images"]), int(item["anomalous"]), values)
+    scores = tuple(ImageScore(str(path), bool(anomalous), float(score)) for path, anomalous, score in item["scores"])
+    return ClassResult(str(item["class"]), values, scores)
 
 
 def write_cache(path: Path, results: Results) -> None:
-    """Keep metrics per class by key, in full precision."""
+    """Keep metrics per class and scores per image by key, in full precision."""
     rows = {
-        key: [{"class": r.class_name, "images": r.images, "anomalous": r.anomalous, **r.values} for r in classes]
+        key: [
+            {"class": r.class_name, **r.values, "scores": [[s.path, s.anomalous, s.score] for s in r.scores]}
+            for r in classes
+        ]
         for key, classes in results.items()
     }
     write_json(path, {"schema": CACHE_SCHEMA, "results": rows})
@@ -613,8 +636,8 @@ def draw(comparison: Comparison, path: Path) -> None:
     """`comparison.png`: a panel per metric."""
     loops = comparison.loops
     panels = {}
-    for metric, title in COLUMNS.items():
-        best = best_loop(comparison, metric)
+    for metric in PANELS:
+        best, title = best_loop(comparison, metric), COLUMNS[metric]
         heading = title if best is None else f"{title} (best: {best.name}, {comparison.average(best, metric):.2f})"
         panels[heading] = (
             {row.loop: comparison.average(row, metric) for row in loops},

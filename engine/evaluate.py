@@ -6,20 +6,22 @@ import csv
 import io
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from dataset.samples import AnomalyDataset
 from engine.data import TaskData, evaluation_loader, make_dataset
 from engine.detector import Detector
+from model.clip import FrozenCLIP
 from model.scoring import Outputs, anomaly_map, class_image_scores, det_scores
 from utils.files import write_text
 from utils.logging import progress_bar
-from utils.metrics import auroc, average_precision
+from utils.streaming import PixelCounter, image_metrics
 from utils.tables import format_table
 
 logger = logging.getLogger(__name__)
@@ -27,20 +29,39 @@ logger = logging.getLogger(__name__)
 METRICS = {
     "pixel_auroc": "Pixel AUROC",
     "pixel_ap": "Pixel AP",
+    "pixel_f1_max": "Pixel F1-max",
+    "aupro": "AUPRO",
     "image_auroc": "Image AUROC",
     "image_ap": "Image AP",
+    "image_f1_max": "Image F1-max",
 }
 CSV_COLUMNS = ("model", "dataset", "class", "images", "anomalous", *METRICS)
 
 
 @dataclass(frozen=True)
+class ImageScore:
+    """An image's path under the dataset's root, whether it is anomalous, and its score among those of its class."""
+
+    path: str
+    anomalous: bool
+    score: float
+
+
+@dataclass(frozen=True)
 class ClassResult:
-    """Metrics of one class in percent, None where undefined."""
+    """Metrics of one class in percent, None where undefined, and its images in the order of evaluation."""
 
     class_name: str
-    images: int
-    anomalous: int
     values: dict[str, float | None]
+    scores: tuple[ImageScore, ...]
+
+    @property
+    def images(self) -> int:
+        return len(self.scores)
+
+    @property
+    def anomalous(self) -> int:
+        return sum(image.anomalous for image in self.scores)
 
 
 @dataclass(frozen=True)
@@ -59,32 +80,33 @@ class Evaluation:
 
 @dataclass
 class _ClassScores:
-    """What is kept of one class's images until its metrics are taken."""
+    """What is kept of one class's images until its metrics are taken: counts of pixels, a few numbers per image."""
 
-    masks: list[np.ndarray] = field(default_factory=list)
-    maps: list[np.ndarray] = field(default_factory=list)
-    labels: list[np.ndarray] = field(default_factory=list)
-    det: list[Tensor] = field(default_factory=list)
+    domain: str
+    pixels: PixelCounter
+    paths: list[str] = field(default_factory=list)
+    numbers: list[Tensor] = field(default_factory=list)
 
-    def add(self, outputs: Outputs, mask: Tensor, label: Tensor, domain: str) -> None:
-        maps = anomaly_map(outputs, mask.shape[-1], domain)
-        self.maps.append(maps.float().cpu().numpy())
-        self.masks.append(mask.cpu().numpy() > 0.5)
-        self.labels.append(label.cpu().numpy())
-        self.det.append(det_scores(outputs).float().cpu())
+    def add(self, outputs: Outputs, batch: Mapping[str, Any]) -> None:
+        """Take a batch in; in a further pass over the class only its pixels are counted."""
+        maps = anomaly_map(outputs, batch["mask"].shape[-1], self.domain).float()
+        self.pixels.update(maps, batch["mask"].flatten(0, 1), batch["image_path"])
+        if self.pixels.passes == 1:
+            self.paths += batch["image_path"]
+            low, high = torch.aminmax(maps.flatten(1), dim=1)
+            self.numbers.append(torch.stack([high, low, det_scores(outputs).float(), batch["label"].to(low)]).cpu())
 
-    def result(self, class_name: str, domain: str) -> ClassResult:
-        """The class's metrics, once all its images are in."""
-        maps, masks, labels = (np.concatenate(parts) for parts in (self.maps, self.masks, self.labels))
-        extremes = [torch.from_numpy(take(maps.reshape(len(maps), -1), axis=1)) for take in (np.max, np.min)]
-        scores = class_image_scores(*extremes, torch.cat(self.det), domain).numpy()
-        values = {
-            "pixel_auroc": auroc(masks.ravel(), maps.ravel()),
-            "pixel_ap": average_precision(masks.ravel(), maps.ravel()),
-            "image_auroc": auroc(labels, scores),
-            "image_ap": average_precision(labels, scores),
-        }
-        return ClassResult(class_name, len(labels), int(labels.sum()), values)
+    def result(self, class_name: str) -> ClassResult:
+        """The class's metrics, once its pixels are settled."""
+        maxima, minima, det, labels = torch.cat(self.numbers, dim=1)
+        scores = class_image_scores(maxima, minima, det, self.domain)
+        of_images = image_metrics(labels.numpy(), scores.numpy(), self.paths)
+        if labels.all():
+            # AP and F1-max would be 100, whatever the model says.
+            of_images = dict.fromkeys(of_images)
+        pairs = zip(self.paths, labels.tolist(), scores.tolist(), strict=True)
+        images = tuple(ImageScore(path, bool(label), score) for path, label, score in pairs)
+        return ClassResult(class_name, {**self.pixels.result(), **of_images}, images)
 
 
 @torch.inference_mode()
@@ -98,7 +120,9 @@ def evaluate(
 ) -> dict[str, Evaluation]:
     """Evaluate models that share one CLIP on all images of `data`, which are loaded once.
 
-    Scores are normalised per class (DESIGN 4, "Scores"), so the metrics of a class are taken when it is complete.
+    Scores are normalised per class (DESIGN 4, "Scores"), so the metrics of a class are taken when it is complete. Maps
+    are counted and not kept; where a metric needs a finer count (`PixelCounter`), that class's images are loaded again.
+    Raises `UserError` for images that cannot be read, and names the first image whose map is not finite.
     """
     clip = next(iter(models.values())).clip
     prompts = data.prompts(clip).to(device)
@@ -109,19 +133,32 @@ def evaluate(
     loader = evaluation_loader(samples, batch_size, num_workers)
     bar = progress_bar(len(samples), f"evaluating on {data.located.spec.name}")
     for class_name, batches in groupby(loader, key=lambda batch: batch["class_name"][0]):
-        scores = {name: _ClassScores() for name in models}
-        for batch in batches:
-            images = batch["image"].to(device, non_blocking=True)
-            rows = torch.full((len(images),), data.classes.index(class_name), device=device)
-            for name, detector in models.items():
-                with autocast(device, precision):
-                    outputs = detector.model(images, text_sides[name], rows)
-                scores[name].add(outputs, batch["mask"].flatten(0, 1), batch["label"], domain)
-            bar.update(len(images))
+        scores = {name: _ClassScores(domain, PixelCounter()) for name in models}
+        pending = list(models)
+        while pending:
+            for batch in batches:
+                images = batch["image"].to(device, non_blocking=True)
+                rows = torch.full((len(images),), data.classes.index(class_name), device=device)
+                for name in pending:
+                    with autocast(device, precision):
+                        outputs = models[name].model(images, text_sides[name], rows)
+                    scores[name].add(outputs, batch)
+                bar.update(len(images))
+            pending = [name for name in pending if not scores[name].pixels.settled()]
+            if pending:
+                again = class_samples(data, class_name, clip)
+                bar.total += len(again)
+                batches = evaluation_loader(again, batch_size, num_workers)
         for name, kept in scores.items():
-            results[name].append(kept.result(class_name, domain))
+            results[name].append(kept.result(class_name))
     bar.close()
     return {name: Evaluation(name, data.located.spec.name, rows) for name, rows in results.items()}
+
+
+def class_samples(data: TaskData, class_name: str, clip: FrozenCLIP) -> AnomalyDataset:
+    """The samples of one class alone, in the same order as among the others."""
+    records = [record for record in data.records if record.class_name == class_name]
+    return make_dataset(replace(data, records=records), clip, "none")
 
 
 def autocast(device: torch.device | str, precision: str) -> torch.autocast:

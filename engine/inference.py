@@ -15,6 +15,7 @@ from engine.config import check_device
 from engine.data import TaskData, load_task
 from engine.detector import Detector, build_detector, load_clip_for, unadapted_detector
 from engine.evaluate import Evaluation, evaluate, evaluation_table, summary_table, write_csv
+from engine.pictures import ALL, draw_overlays
 from model.checkpoint import Checkpoint, find_checkpoints, read_checkpoint
 from model.clip import load_clip
 from utils.errors import UserError
@@ -88,10 +89,12 @@ def evaluate_checkpoints(
     device: str = "auto",
     precision: str = "fp32",
     clip_weights: str | None = None,
+    visualize: int | str | None = None,
     **overrides: Any,
 ) -> list[Evaluation]:
     """Evaluate what `--checkpoint` means on a dataset: tables to the log, rows to `evaluation_DATASET.csv`.
 
+    visualize: also draw this many images of each class, or `ALL`, as the last of the models sees them.
     Raises `UserError` for files, datasets and devices that are not there or do not fit.
     """
     device = check_device(device, precision)
@@ -112,6 +115,10 @@ def evaluate_checkpoints(
     path = folder / f"{name}evaluation_{data.located.spec.name}.csv"
     write_csv(evaluations, path)
     logger.info("Written to %s", path)
+    if visualize is not None:
+        pictures = folder / f"{name}pictures_{data.located.spec.name}"
+        figures = draw_overlays(detectors[-1], data, None if visualize == ALL else int(visualize), pictures)
+        logger.info("%d images as %s sees them, in %s", len(figures), detectors[-1].name, pictures)
     return evaluations
 
 

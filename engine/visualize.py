@@ -8,27 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-
 from dataset.metadata import Record
-from dataset.samples import read_image, read_mask
+from dataset.samples import read_image
 from engine.compare import find_loops, find_reference
 from engine.config import check_device
 from engine.data import TaskData, load_task
-from engine.detector import Detector, Prediction, build_detector, load_clip_for
+from engine.detector import Detector, build_detector, load_clip_for
 from engine.inference import training_dataset
-from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention, Attention
+from engine.pictures import ALL, Picture, look, read_picture
 from model.checkpoint import Checkpoint, read_checkpoint
 from utils.errors import UserError
 from utils.logging import progress_bar
-from utils.metrics import auroc
-from utils.plots import Heatmap, comparison_figure, stacked_picture
+from utils.plots import comparison_figure, stacked_picture
 
 logger = logging.getLogger(__name__)
-
-ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -37,15 +30,6 @@ class Choice:
 
     indices: tuple[int, ...] | None = None
     worst: int | None = None
-
-
-@dataclass(frozen=True)
-class Seen:
-    """An image as one model sees it: `Detector.predict`'s answer, the image's pixel AUROC in percent, attention."""
-
-    prediction: Prediction
-    auroc: float | None
-    attention: Attention | None
 
 
 def visualize_comparison(
@@ -82,7 +66,7 @@ def visualize_comparison(
     figures = []
     bar = progress_bar(len(indices), "drawing")
     for index in indices:
-        figures.append(draw(models, data, records[index], index, folder, attention))
+        figures.append(draw(models, read_picture(data, records[index]), index, folder, attention))
         logger.info("%s  %s", figures[-1], records[index].image_path)
         bar.update()
     bar.close()
@@ -156,65 +140,15 @@ def worst_indices(detector: Detector, data: TaskData, records: Sequence[Record],
     return sorted(range(len(records)), key=scores.__getitem__)[:count]
 
 
-def look(detector: Detector, data: TaskData, record: Record, mask: np.ndarray, attention: bool) -> Seen:
-    """One image through one model; mask: bool (H, W)."""
-    image = read_image(data.located.root / record.image_path)
-    crossed = isinstance(detector.model, AdaptedCLIPWithCrossAttention)
-    found = detector.predict(
-        image, data.names[record.class_name], data.located.spec.domain, return_attention=attention and crossed
-    )
-    prediction, weights = found if attention and crossed else (found, None)
-    size = prediction.anomaly_map.shape[::-1]
-    truth = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
-    return Seen(prediction, auroc(truth.ravel(), prediction.anomaly_map.ravel()), weights)
-
-
-def attention_heatmaps(seen: Seen, normal: int) -> dict[str, np.ndarray]:
-    """Maps on the patch grid, mean over heads, relative to even attention: 1 is what a patch gets by chance.
-
-    "Prompts look at": from the tokens of the abnormal prompts to each patch. "Looks at abnormal words": the weight that
-    each patch gives to the abnormal prompts. normal: how many of the prompts are normal; they come first.
-    """
-    maps = {}
-    if seen.attention is not None and seen.attention.text is not None:
-        looked_at = seen.attention.text[0, :, normal:].mean(dim=(0, 1, 2))  # (N,)
-        maps["Abnormal prompts look at"] = on_grid(looked_at * looked_at.numel())
-    if seen.attention is not None and seen.attention.image is not None:
-        words = seen.attention.image[0, :, 1:]  # (heads, N, P, T)
-        share = words[:, :, normal:].sum(dim=(2, 3)).mean(dim=0)
-        real = (words.sum(dim=(0, 1)) > 0).float()  # padding gets no weight at all
-        maps["Looks at abnormal words"] = on_grid(share / (real[normal:].sum() / real.sum()))
-    return maps
-
-
-def on_grid(values: torch.Tensor) -> np.ndarray:
-    """(N,) -> (side, side)."""
-    side = round(values.numel() ** 0.5)
-    return values.reshape(side, side).cpu().numpy()
-
-
-def draw(
-    models: dict[str, Detector], data: TaskData, record: Record, index: int, folder: Path, attention: bool
-) -> Path:
+def draw(models: dict[str, Detector], picture: Picture, index: int, folder: Path, attention: bool) -> Path:
     """Draw one image; returns the figure's path, beside which a stacked picture per model is written."""
-    image = read_image(data.located.root / record.image_path)
-    mask = np.zeros((image.height, image.width), bool)
-    if record.mask_path:
-        mask = np.asarray(read_mask(data.located.root / record.mask_path)) > 0
-    stem = f"{record.class_name}_{index:03d}"
-    heatmaps = []
-    for name, detector in models.items():
-        seen = look(detector, data, record, mask, attention)
-        normal = data.prompts(detector.clip).normal
-        heatmap = Heatmap(
-            name, seen.prediction.anomaly_map, seen.prediction.score, seen.auroc, attention_heatmaps(seen, normal)
-        )
-        heatmaps.append(heatmap)
-        file = f"{stem}_{name.lower().replace(' ', '_').replace('(', '').replace(')', '')}.png"
-        stacked_picture(image, mask, heatmap, folder / file)
-    title = f"{data.names[record.class_name]}, {Path(record.image_path).parent.name.replace('_', ' ')} ({index})"
+    stem = f"{picture.record.class_name}_{index:03d}"
+    heatmaps = [look(detector, picture, name, attention) for name, detector in models.items()]
+    for heatmap in heatmaps:
+        file = f"{stem}_{heatmap.model.lower().replace(' ', '_').replace('(', '').replace(')', '')}.png"
+        stacked_picture(picture.image, picture.mask, heatmap, folder / file)
     path = folder / f"{stem}.png"
-    comparison_figure(image, mask, heatmaps, path, title)
+    comparison_figure(picture.image, picture.mask, heatmaps, path, f"{picture.title} ({index})")
     return path
 
 

@@ -113,7 +113,8 @@ def test_table_and_files_hold_every_model_in_order(compared: tuple[Path, str]) -
     lines = errors.splitlines()
     top = lines.index(next(line for line in lines if line.startswith("Loop ") and "Pixel AUC" in line))
     assert lines[top].split("  ")[0] == "Loop"
-    assert lines[top].split()[1:] == ["Pixel", "AUC", "Pixel", "AP", "Image", "AUC", "Image", "AP"]
+    header = "Pixel AUC  Pixel AP  Pixel F1  AUPRO  Image AUC  Image AP  Image F1"
+    assert " ".join(lines[top].split()[1:]) == " ".join(header.split())
     found = averages(folder)
     for line, model in zip(lines[top + 2 :], models, strict=False):
         assert line.startswith(model)
@@ -135,7 +136,7 @@ def test_best_and_improvement_lines_follow_from_the_figures(compared: tuple[Path
         expected.append(f"Best {label}: {best} ({found[best][metric]:.2f})")
     for start in ("Loop 1", *REFERENCES):
         points = [f"{found['Loop 10'][metric] - found[start][metric]:+.2f}" for metric in METRICS]
-        labels = ("Pixel AUC", "Pixel AP", "Image AUC", "Image AP")
+        labels = ("Pixel AUC", "Pixel AP", "Pixel F1", "AUPRO", "Image AUC", "Image AP", "Image F1")
         gains = ", ".join(map(" ".join, zip(labels, points, strict=True)))
         expected.append(f"Improvement from {start} to Loop 10: {gains} points")
     assert found["Loop 10"] != found["Loop 3"]
@@ -235,7 +236,7 @@ def test_only_what_changed_is_evaluated_again(world: Path, loops: Path, tmp_path
     assert evaluated_again(loops) == set()
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]", b'{"schema": 1, "results": {"a": [{"class": "x"}]}}'])
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]", b'{"schema": 2, "results": {"a": [{"class": "x"}]}}'])
 def test_a_damaged_cache_is_ignored_with_a_warning(world: Path, loops: Path, content: bytes) -> None:
     (loops / "comparison_cache.json").write_bytes(content)
     assert compare(world, loops) == 0
@@ -249,7 +250,7 @@ def test_a_damaged_loop_is_unreadable_and_the_others_are_evaluated(world: Path, 
     file.write_bytes(file.read_bytes()[:5000])
     errors = run("compare_feedback_loops.py", *asked(world, loops), status=1)
     assert "Traceback" not in errors
-    assert any(line.split() == ["Loop", "2", *["unreadable"] * 4] for line in errors.splitlines())
+    assert any(line.split() == ["Loop", "2", *["unreadable"] * len(METRICS)] for line in errors.splitlines())
     assert "| Loop 2 | unreadable |" in page_of(loops)
     found = averages(loops)
     assert list(found) == ["base", "cross-attention", "Loop 1", "Loop 2", "Loop 3"]

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 
 from engine import load_model
+from engine.inference import evaluate_checkpoints
+from engine.pictures import ALL
 from tests.scripts import error_line, run, save, write_clip, write_dataset
 
 
@@ -62,6 +64,28 @@ def test_unadapted_clip_is_scored_the_same_way(world: Path, tmp_path: Path) -> N
     )  # fmt: skip
     rows = rows_of(tmp_path / "unadapted_evaluation_test.csv")
     assert [row["class"] for row in rows] == ["cork", "tile", "average"]
+
+
+def test_visualize_draws_the_images_it_has_evaluated(world: Path, tmp_path: Path) -> None:
+    asked = ("--dataset", world / "test", "--output_dir", tmp_path, "--num_workers", 0)
+    errors = run("inference.py", "--checkpoint", world / "run", *asked, "--visualize", 3)
+    folder = tmp_path / "pictures_test"
+    drawn = {path.relative_to(folder).as_posix() for path in folder.rglob("*.png")}
+    # Anomalous and normal ones in turn where there are both.
+    of_cork = {"cork/test/spot/000.png", "cork/test/good/000.png", "cork/test/spot/001.png"}
+    assert drawn == of_cork | {f"tile/test/spot/00{index}.png" for index in range(3)}
+    assert f"6 images as image_adapter_10 sees them, in {folder}" in errors
+    with Image.open(folder / "cork/test/spot/000.png") as picture:
+        assert picture.width > 2 * picture.height
+
+
+def test_visualize_alone_means_every_image(world: Path, tmp_path: Path) -> None:
+    asked = {"output_dir": tmp_path, "device": "cpu", "visualize": ALL}
+    evaluate_checkpoints(str(world / "run" / "image_adapter_2.pth"), str(world / "test"), **asked)
+    assert len(list((tmp_path / "pictures_test").rglob("*.png"))) == 18
+    asked = ("inference.py", "--checkpoint", world / "run", "--image", world / "test", "--visualize")
+    assert "leave --visualize out" in error_line(*asked)
+    assert "0 is not 1 or more" in error_line(*asked[:3], "--visualize", 0)
 
 
 def test_without_dataset_it_is_the_training_dataset_and_says_loudly_what_that_means(world: Path) -> None:

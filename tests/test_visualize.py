@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +16,8 @@ from engine.config import BaseConfig
 from engine.data import load_task
 from engine.feedback import train_feedback
 from engine.feedback_config import FeedbackConfig
-from engine.visualize import (
-    Choice,
-    anomalous_records,
-    attention_heatmaps,
-    list_images,
-    look,
-    parse_indices,
-    visualize_comparison,
-)
+from engine.pictures import look, read_picture
+from engine.visualize import Choice, anomalous_records, list_images, parse_indices, visualize_comparison
 from tests.scripts import error_line, write_clip, write_dataset
 from utils.errors import UserError
 
@@ -82,9 +76,10 @@ def test_attention_is_relative_to_even_attention(world: Path) -> None:
     data = load_task(str(world / "test"))
     record: Record = anomalous_records(data, "cork")[0]
     model = load_model(world / "feedback" / "loop_2_final.pth", device="cpu")
-    seen = look(model, data, record, np.ones((40, 40), bool), attention=True)
+    picture = replace(read_picture(data, record), mask=np.ones((40, 40), bool))
+    seen = look(model, picture, "loop 2", attention=True)
     assert seen.auroc is None
-    maps = attention_heatmaps(seen, normal=6)
+    maps = seen.attention
     assert maps["Abnormal prompts look at"].shape == (5, 5)
     assert maps["Abnormal prompts look at"].mean() == pytest.approx(1, abs=1e-5)
     # A tiny fresh module attends almost evenly; by the number of prompts it would be 10 of 16, whatever their lengths.

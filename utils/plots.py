@@ -158,11 +158,14 @@ def loop_curves(panels: Mapping[str, Panel], path: Path, title: str) -> None:
     panels: by the panel's title, the values by loop and those of other models by name, in percent; None is left out,
     and a loop that is not there breaks the line.
     """
-    figure = Figure(figsize=(10, 6.4), layout="constrained")
-    axes = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).ravel()
+    height = -(-len(panels) // 2)
+    figure = Figure(figsize=(10, 3.1 * height), layout="constrained")
+    axes = figure.subplots(height, 2, squeeze=False).ravel()
     names = list(dict.fromkeys(name for _, references in panels.values() for name in references))
     styles = {name: REFERENCE_STYLES[index % len(REFERENCE_STYLES)] for index, name in enumerate(names)}
-    for axis, (heading, (values, references)) in zip(axes, panels.items(), strict=False):
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (heading, (values, references)) in zip(axes[: len(panels)], panels.items(), strict=True):
         loops = range(min(values, default=1), max(values, default=1) + 1)
         line = [np.nan if values.get(loop) is None else values[loop] for loop in loops]
         axis.plot(loops, line, color="tab:blue", marker="o", markersize=5)

@@ -1,0 +1,118 @@
+"""Images of a dataset as models see them: heatmap, score, that image's pixel AUROC, and attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dataset.metadata import Record
+from dataset.prompts import build_prompts
+from dataset.samples import read_image, read_mask
+from engine.data import TaskData
+from engine.detector import Detector
+from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention, Attention
+from utils.logging import progress_bar
+from utils.plots import Heatmap, comparison_figure
+from utils.streaming import PixelCounter
+
+# Every image, where a number of images can be asked for.
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of a dataset: its record, the picture, its ground truth (H, W), and what prompts and scoring need."""
+
+    record: Record
+    image: Image.Image
+    mask: np.ndarray
+    class_name: str
+    domain: str
+
+    @property
+    def title(self) -> str:
+        """Class and kind of defect, in words."""
+        return f"{self.class_name}, {Path(self.record.image_path).parent.name.replace('_', ' ')}"
+
+
+def read_picture(data: TaskData, record: Record) -> Picture:
+    """An image with its ground truth; `UserError` for a file that cannot be read."""
+    image = read_image(data.located.root / record.image_path)
+    mask = np.zeros((image.height, image.width), bool)
+    if record.mask_path:
+        mask = np.asarray(read_mask(data.located.root / record.mask_path)) > 0
+    return Picture(record, image, mask, data.names[record.class_name], data.located.spec.domain)
+
+
+def look(detector: Detector, picture: Picture, name: str, attention: bool = False) -> Heatmap:
+    """One picture through one model, called `name`; with its attention maps where asked for and where it has any."""
+    asked = (picture.image, picture.class_name, picture.domain)
+    maps: dict[str, np.ndarray] = {}
+    if attention and isinstance(detector.model, AdaptedCLIPWithCrossAttention):
+        prediction, weights = detector.predict(*asked, return_attention=True)
+        maps = attention_heatmaps(weights, len(build_prompts(picture.class_name)[0]))
+    else:
+        prediction = detector.predict(*asked)
+    found = prediction.anomaly_map
+    truth = Image.fromarray(picture.mask).resize(found.shape[::-1], Image.Resampling.NEAREST)
+    pixels = PixelCounter()
+    pixels.update(torch.from_numpy(found)[None], torch.from_numpy(np.array(truth))[None], [picture.record.image_path])
+    return Heatmap(name, found, prediction.score, pixels.result()["pixel_auroc"], maps)
+
+
+def attention_heatmaps(attention: Attention, normal: int) -> dict[str, np.ndarray]:
+    """Maps on the patch grid, mean over heads, relative to even attention: 1 is what a patch gets by chance.
+
+    "Prompts look at": from the tokens of the abnormal prompts to each patch. "Looks at abnormal words": the weight that
+    each patch gives to the abnormal prompts. normal: how many of the prompts are normal; they come first.
+    """
+    maps = {}
+    if attention.text is not None:
+        looked_at = attention.text[0, :, normal:].mean(dim=(0, 1, 2))  # (N,)
+        maps["Abnormal prompts look at"] = on_grid(looked_at * looked_at.numel())
+    if attention.image is not None:
+        words = attention.image[0, :, 1:]  # (heads, N, P, T)
+        share = words[:, :, normal:].sum(dim=(2, 3)).mean(dim=0)
+        real = (words.sum(dim=(0, 1)) > 0).float()  # padding gets no weight at all
+        maps["Looks at abnormal words"] = on_grid(share / (real[normal:].sum() / real.sum()))
+    return maps
+
+
+def on_grid(values: torch.Tensor) -> np.ndarray:
+    """(N,) -> (side, side)."""
+    side = round(values.numel() ** 0.5)
+    return values.reshape(side, side).cpu().numpy()
+
+
+def draw_overlays(detector: Detector, data: TaskData, per_class: int | None, folder: Path) -> list[Path]:
+    """A figure for every image, or for `per_class` of each class, anomalous and normal ones in turn.
+
+    Returns the figures' paths, which are those of the images, under `folder`.
+    """
+    records = list(data.records) if per_class is None else some_of_each_class(data, per_class)
+    figures = []
+    bar = progress_bar(len(records), "drawing")
+    for record in records:
+        picture = read_picture(data, record)
+        figures.append((folder / record.image_path).with_suffix(".png"))
+        heatmap = look(detector, picture, detector.name)
+        comparison_figure(picture.image, picture.mask, [heatmap], figures[-1], picture.title)
+        bar.update()
+    bar.close()
+    return figures
+
+
+def some_of_each_class(data: TaskData, count: int) -> list[Record]:
+    """The first `count` records of each class, anomalous and normal ones in turn while there are both."""
+    chosen = []
+    for class_name in data.classes:
+        records = [record for record in data.records if record.class_name == class_name]
+        kinds = ([record for record in records if record.label == label] for label in (1, 0))
+        in_turn = [record for pair in zip_longest(*kinds) for record in pair if record is not None]
+        chosen += in_turn[:count]
+    return chosen

@@ -1,0 +1,131 @@
+"""Evaluation of datasets: a whole pass against scikit-learn on the full arrays, and classes that are counted again."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+
+from engine import evaluate as module
+from engine.data import TaskData, evaluation_loader, load_task, make_dataset
+from engine.detector import Detector
+from engine.evaluate import METRICS, evaluate
+from model.clip import load_clip
+from model.scoring import anomaly_map, class_image_scores, det_scores
+from tests.helpers import adapted_clip
+from tests.scripts import write_clip, write_dataset
+from utils.errors import UserError
+from utils.streaming import IMAGE_NAMES, PixelCounter
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TaskData:
+    folder = tmp_path_factory.mktemp("data")
+    write_dataset(folder, classes=("cork", "reed"), count=3)
+    (folder / "reed" / "test" / "good").rename(folder / "no_normal_images")
+    return load_task(str(folder))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Detector]:
+    clip = load_clip(f"local-dir:{write_clip(tmp_path_factory.mktemp('world') / 'clip')}")
+    return {f"model {seed}": Detector(adapted_clip(clip, seed), f"model {seed}") for seed in (1, 2)}
+
+
+@torch.inference_mode()
+def full_arrays(detector: Detector, data: TaskData, class_name: str) -> tuple[np.ndarray, ...]:
+    """All maps (n, S, S), masks, labels (n,) and published image scores of a class, kept whole."""
+    row, prompts = data.classes.index(class_name), data.prompts(detector.clip)
+    side = detector.model.text_side(prompts)
+    maps, masks, labels, det = [], [], [], []
+    for batch in evaluation_loader(make_dataset(data, detector.clip, "none"), 8, 0):
+        if batch["class_name"][0] == class_name:
+            outputs = detector.model(batch["image"], side, torch.full((len(batch["label"]),), row))
+            maps.append(anomaly_map(outputs, batch["mask"].shape[-1], "industrial"))
+            masks.append(batch["mask"][:, 0] > 0.5)
+            labels.append(batch["label"])
+            det.append(det_scores(outputs))
+    maps, masks, labels, det = (torch.cat(parts) for parts in (maps, masks, labels, det))
+    scores = class_image_scores(maps.amax(dim=(1, 2)), maps.amin(dim=(1, 2)), det, "industrial")
+    return tuple(values.numpy() for values in (maps, masks, labels, scores))
+
+
+def f1_max(labels: np.ndarray, scores: np.ndarray) -> float:
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    return float((2 * precision * recall / np.maximum(precision + recall, 1e-12)).max())
+
+
+def test_metrics_are_scikit_learns_on_the_full_arrays(data: TaskData, models: dict[str, Detector]) -> None:
+    found = evaluate(models, data, "cpu", batch_size=4)
+    assert found["model 1"].classes[0].values != found["model 2"].classes[0].values
+    for name, detector in models.items():
+        result = found[name].classes[0]
+        maps, masks, labels, scores = full_arrays(detector, data, "cork")
+        expected = {
+            f"{kind}_{metric}": 100 * function(truth.ravel(), values.ravel())
+            for kind, truth, values in (("pixel", masks, maps), ("image", labels, scores))
+            for metric, function in (("auroc", roc_auc_score), ("ap", average_precision_score), ("f1_max", f1_max))
+        }
+        assert {metric: result.values[metric] for metric in expected} == pytest.approx(expected, abs=0.01)
+        assert [image.score for image in result.scores] == pytest.approx(scores.tolist(), abs=1e-6)
+        assert [image.anomalous for image in result.scores] == labels.astype(bool).tolist()
+        assert [image.path for image in result.scores] == [r.image_path for r in data.records[: len(labels)]]
+
+
+def test_image_metrics_are_undefined_without_normal_images(data: TaskData, models: dict[str, Detector]) -> None:
+    _, reed = evaluate(models, data, "cpu")["model 1"].classes
+    assert {name for name, value in reed.values.items() if value is None} == set(IMAGE_NAMES.values())
+    assert (reed.images, reed.anomalous) == (3, 3)
+
+
+def test_a_class_is_loaded_again_where_bins_are_too_coarse_for_one_of_the_models(
+    data: TaskData, models: dict[str, Detector], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = evaluate(models, data, "cpu", batch_size=4)
+    counters: list[PixelCounter] = []
+
+    def counter() -> PixelCounter:
+        # Every second counter, which is model 2's, has no room for raw values and must be exact.
+        second = len(counters) % 2
+        counters.append(PixelCounter(tolerance=0.0, bins=1 << 16, buffer=1) if second else PixelCounter())
+        return counters[-1]
+
+    monkeypatch.setattr(module, "PixelCounter", counter)
+    found = evaluate(models, data, "cpu", batch_size=4)
+    assert [counter.passes for counter in counters[::2]] == [1, 1]
+    assert all(counter.passes > 1 for counter in counters[1::2])
+    for name, evaluation in expected.items():
+        for mine, theirs in zip(found[name].classes, evaluation.classes, strict=True):
+            assert mine.scores == theirs.scores
+            assert [mine.values[m] for m in METRICS] == pytest.approx([theirs.values[m] for m in METRICS], abs=1e-9)
+
+
+def test_a_map_that_is_not_finite_names_its_image(
+    data: TaskData, models: dict[str, Detector], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoiled(*arguments: object) -> torch.Tensor:
+        maps = anomaly_map(*arguments)
+        maps[1, 3, 3] = float("nan")
+        return maps
+
+    monkeypatch.setattr(module, "anomaly_map", spoiled)
+    with pytest.raises(UserError, match=data.records[1].image_path):
+        evaluate(models, data, "cpu")
+
+
+def test_averages_say_how_many_classes_they_are_of(
+    data: TaskData, models: dict[str, Detector], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    evaluation = evaluate(models, data, "cpu")["model 1"]
+    cork, reed = (result.values for result in evaluation.classes)
+    assert evaluation.average("aupro") == (pytest.approx((cork["aupro"] + reed["aupro"]) / 2), 2)
+    assert evaluation.average("image_f1_max") == (cork["image_f1_max"], 1)
+    table = module.evaluation_table(evaluation)
+    assert "average of 2" in table
+    assert [line.split()[2::2] for line in table.splitlines() if "defined in" in line] == [
+        [str(evaluation.average(metric)[1]) for metric in METRICS]
+    ]
