@@ -18,6 +18,7 @@ def build_parser() -> Parser:
     group.add_argument("--base_path", type=Path, help="folder or image checkpoint of a base run")
     group.add_argument("--cross_path", type=Path, help="folder or image checkpoint of a cross-attention run")
     group.add_argument("--unadapted", action="store_true", help="evaluate unadapted CLIP as well")
+    group.add_argument("--report", action="store_true", help="also write report.html: all of it on one page")
     group.add_argument("--batch_size", type=positive_int, default=8, help="images per forward")
     group.add_argument("--output_dir", type=Path, help="folder of the results; None is the save path")
     add_data_arguments(parser, "dataset to test on, other than the one trained on")

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from engine.data import load_task
+from dataset.few_shot import few_shot
+from engine.data import TaskData, load_task
 from engine.detector import build_detector
 from engine.evaluate import METRICS, Evaluation, evaluate
 from model.checkpoint import read_checkpoint
 from model.clip import load_clip
+
+# What `--short` trains on, and how many images of each class it tests on; its epochs are one of each.
+SHORT = {"training_mode": "few_shot", "shot": 4}
+
+
+def add_short_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--short",
+        action="store_true",
+        help="one epoch of every stage, training and testing on 4 images per class: to see that it runs",
+    )
+
+
+def tested_images(short: bool) -> TaskData:
+    """All images of toy_test, or a few of each class."""
+    data = load_task("toy_test")
+    return replace(data, records=few_shot(data.records, SHORT["shot"], 0)) if short else data
 
 
 @dataclass(frozen=True)
@@ -40,7 +59,7 @@ def train_arms(arms: Sequence[Arm], seeds: Sequence[int]) -> None:
             arm.train(seed, arm.path(seed))
 
 
-def test_arms(arms: Sequence[Arm], seeds: Sequence[int]) -> dict[str, list[Evaluation]]:
+def test_arms(arms: Sequence[Arm], seeds: Sequence[int], short: bool = False) -> dict[str, list[Evaluation]]:
     """Every arm's evaluations on toy_test, in the order of the seeds; images are loaded once."""
     clip = load_clip("toy")
     detectors = {}
@@ -48,7 +67,8 @@ def test_arms(arms: Sequence[Arm], seeds: Sequence[int]) -> dict[str, list[Evalu
         for seed in seeds:
             checkpoint = read_checkpoint(arm.path(seed) / arm.checkpoint)
             detectors[arm.name, seed] = build_detector(checkpoint, clip, **arm.overrides)
-    found = evaluate({f"{name}, {seed}": d for (name, seed), d in detectors.items()}, load_task("toy_test"), "cpu", 32)
+    models = {f"{name}, {seed}": detector for (name, seed), detector in detectors.items()}
+    found = evaluate(models, tested_images(short), "cpu", 32)
     return {arm.name: [found[f"{arm.name}, {seed}"] for seed in seeds] for arm in arms}
 
 

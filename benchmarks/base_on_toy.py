@@ -10,9 +10,9 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.arms import SHORT, add_short_argument, tested_images
 from engine.base import train_base
 from engine.config import check_device
-from engine.data import load_task
 from engine.demo import CONFIG
 from engine.detector import build_detector, unadapted_detector
 from engine.evaluate import METRICS, Evaluation, evaluate
@@ -30,6 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--image_epoch", type=int, default=28, help="epochs of Stage 2")
     parser.add_argument("--save_path", type=Path, default=Path("runs/base_on_toy"), help="a folder in it per seed")
     parser.add_argument("--output", type=Path, default=Path("runs/base_on_toy/table.md"), help="Markdown table")
+    add_short_argument(parser)
     return parser.parse_args()
 
 
@@ -45,13 +46,15 @@ def main() -> None:
             seed=seed,
             save_path=arguments.save_path / f"seed_{seed}",
         )
+        if arguments.short:
+            config = replace(config, **SHORT, text_epoch=1, image_epoch=1)
         train_base(config)
         clip = load_clip("toy")
         checkpoint = read_checkpoint(config.save_path / "image_adapter.pth")
         detectors[f"base, seed {seed}"] = build_detector(checkpoint, clip).to(device)
     set_up_logging()
     models = {"unadapted CLIP": unadapted_detector(load_clip("toy")).to(device), **detectors}
-    evaluations = evaluate(models, load_task("toy_test"), device, batch_size=32)
+    evaluations = evaluate(models, tested_images(arguments.short), device, batch_size=32)
     table = markdown_table(list(evaluations.values()))
     write_text(arguments.output, table)
     print(table)

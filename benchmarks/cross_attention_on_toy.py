@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arms import Arm, arms_table, test_arms, train_arms
+from benchmarks.arms import SHORT, Arm, add_short_argument, arms_table, test_arms, train_arms
 from engine.base import train_base
 from engine.config import CrossAttentionRunConfig
 from engine.cross_attention import train_cross_attention
@@ -23,27 +23,30 @@ from utils.logging import set_up_logging
 
 BASE_EPOCHS = {"text_epoch": 6, "image_epoch": 12}
 MORE_EPOCHS = {"text_epoch": 4, "image_epoch": 9}
+ONE_EPOCH = {"text_epoch": 1, "image_epoch": 1}
 CHECKPOINT = "image_adapter_cross_attn.pth"
 
 
-def train_arm(base_path: Path, changes: dict[str, Any], seed: int, folder: Path) -> None:
+def train_arm(base_path: Path, changes: dict[str, Any], short: bool, seed: int, folder: Path) -> None:
     """Train with cross-attention from this seed's base, or from scratch, with `changes` to the defaults."""
-    same = {**vars(CONFIG), "seed": seed, "save_path": folder, "num_workers": 0}
+    same = {**vars(CONFIG), "seed": seed, "save_path": folder, "num_workers": 0, **(SHORT if short else {})}
+    base_epochs, more_epochs = (ONE_EPOCH, ONE_EPOCH) if short else (BASE_EPOCHS, MORE_EPOCHS)
     if "from_scratch" in changes:
-        epochs = {name: BASE_EPOCHS[name] + MORE_EPOCHS[name] for name in BASE_EPOCHS}
+        epochs = {name: base_epochs[name] + more_epochs[name] for name in base_epochs}
         changes = {name: value for name, value in changes.items() if name != "from_scratch"}
         train_cross_attention(CrossAttentionRunConfig(**{**same, **epochs, **changes}))
         return
-    asked = {**same, **MORE_EPOCHS, **trained_base(base_path, seed), **changes}
+    asked = {**same, **more_epochs, **trained_base(base_path, seed, short), **changes}
     train_cross_attention(CrossAttentionRunConfig(**asked))
 
 
-def trained_base(base_path: Path, seed: int) -> dict[str, Path]:
+def trained_base(base_path: Path, seed: int, short: bool = False) -> dict[str, Path]:
     """The arguments that load a seed's base; it is trained where it is not there."""
     base = base_path / f"seed_{seed}"
-    image = base / f"image_adapter_{BASE_EPOCHS['image_epoch']}.pth"
+    changes = {**ONE_EPOCH, **SHORT} if short else BASE_EPOCHS
+    image = base / f"image_adapter_{changes['image_epoch']}.pth"
     if not image.is_file():
-        train_base(replace(CONFIG, **BASE_EPOCHS, seed=seed, save_path=base, num_workers=0))
+        train_base(replace(CONFIG, **changes, seed=seed, save_path=base, num_workers=0))
     return {"load_base_text_adapter": base / "text_adapter.pth", "load_base_image_adapter": image}
 
 
@@ -69,9 +72,10 @@ TESTED: dict[str, dict[str, Any]] = {
 }
 
 
-def make_arm(name: str, base_path: Path, save_path: Path) -> Arm:
+def make_arm(name: str, base_path: Path, save_path: Path, short: bool = False) -> Arm:
     """One of `TRAINED`."""
-    return Arm(name, partial(train_arm, base_path, TRAINED[name]), CHECKPOINT, save_path / name.replace(" ", "_"))
+    train = partial(train_arm, base_path, TRAINED[name], short)
+    return Arm(name, train, CHECKPOINT, save_path / name.replace(" ", "_"))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -81,12 +85,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train_only", action="store_true", help="leave the table to another process")
     parser.add_argument("--base_path", type=Path, default=Path("runs/base_on_toy"), help="bases, a folder per seed")
     parser.add_argument("--save_path", type=Path, default=Path("runs/cross_attention_on_toy"), help="a folder per run")
+    add_short_argument(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    trained = [make_arm(name, arguments.base_path, arguments.save_path) for name in arguments.arms]
+    trained = [make_arm(name, arguments.base_path, arguments.save_path, arguments.short) for name in arguments.arms]
     train_arms(trained, arguments.seeds)
     if arguments.train_only:
         return
@@ -97,7 +102,7 @@ def main() -> None:
         if arm.name == "cross-attention"
         for name, overrides in TESTED.items()
     ]
-    results = test_arms([*trained, *tested], arguments.seeds)
+    results = test_arms([*trained, *tested], arguments.seeds, arguments.short)
     table = arms_table(results, arguments.seeds, arguments.arms[0])
     write_text(arguments.save_path / "table.md", table)
     print(table)

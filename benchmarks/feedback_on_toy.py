@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from benchmarks.arms import Arm, arms_table, test_arms, train_arms
+from benchmarks.arms import SHORT, Arm, add_short_argument, arms_table, test_arms, train_arms
 from benchmarks.cross_attention_on_toy import make_arm as cross_attention_arm
 from benchmarks.cross_attention_on_toy import trained_base
 from engine.demo import CONFIG
@@ -65,17 +65,20 @@ ARMS = (*FROM_CROSS_ATTENTION, *RECIPES)
 def make_arm(name: str, arguments: argparse.Namespace) -> Arm:
     """One of `ARMS`."""
     if name in FROM_CROSS_ATTENTION:
-        return cross_attention_arm(name, arguments.base_path, arguments.cross_path)
+        return cross_attention_arm(name, arguments.base_path, arguments.cross_path, arguments.short)
     folder = arguments.save_path / re.sub(r"[^\w.]+", "_", name)
-    return Arm(name, partial(train_arm, arguments.base_path, RECIPES[name]), FINAL_FILE, folder)
+    return Arm(name, partial(train_arm, arguments.base_path, RECIPES[name], arguments.short), FINAL_FILE, folder)
 
 
-def train_arm(base_path: Path, recipe: Recipe, seed: int, folder: Path) -> None:
+def train_arm(base_path: Path, recipe: Recipe, short: bool, seed: int, folder: Path) -> None:
     """Train one arm, from this seed's base or from scratch."""
     preset, changes, from_base = recipe
     common = {key: value for key, value in vars(CONFIG).items() if key not in ("text_epoch", "image_epoch")}
-    base = trained_base(base_path, seed) if from_base else {}
+    base = trained_base(base_path, seed, short) if from_base else {}
     asked = {**common, **LOOPS, **TOY_RATES, **base, **changes}
+    if short:
+        one_each = {name: (1,) * len(asked[name]) for name in ("text_epochs_per_loop", "image_epochs_per_loop")}
+        asked |= {**SHORT, **one_each}
     train_feedback(FeedbackConfig.from_preset(preset, **{**asked, "seed": seed, "save_path": folder, "num_workers": 0}))
 
 
@@ -89,6 +92,7 @@ def parse_arguments() -> argparse.Namespace:
         "--cross_path", type=Path, default=Path("runs/cross_attention_on_toy"), help="runs of cross_attention_on_toy"
     )
     parser.add_argument("--save_path", type=Path, default=Path("runs/feedback_on_toy"), help="a folder per run")
+    add_short_argument(parser)
     return parser.parse_args()
 
 
@@ -99,7 +103,7 @@ def main() -> None:
     if arguments.train_only:
         return
     set_up_logging()
-    table = arms_table(test_arms(arms, arguments.seeds), arguments.seeds, arguments.arms[0])
+    table = arms_table(test_arms(arms, arguments.seeds, arguments.short), arguments.seeds, arguments.arms[0])
     write_text(arguments.save_path / "table.md", table)
     print(table)
 

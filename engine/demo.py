@@ -6,10 +6,7 @@ import logging
 import time
 from pathlib import Path
 
-import numpy as np
-
 from dataset.metadata import Record
-from dataset.samples import read_image, read_mask
 from engine.base import train_base
 from engine.compare import compare_feedback_loops
 from engine.config import BaseConfig, check_device
@@ -17,6 +14,8 @@ from engine.data import TaskData, load_task
 from engine.detector import Detector, build_detector, unadapted_detector
 from engine.feedback import train_feedback
 from engine.feedback_config import FeedbackConfig
+from engine.pictures import look, read_picture
+from engine.report import REPORT_FILE
 from engine.trainer import readable_time
 from model.checkpoint import read_checkpoint
 from model.clip import load_clip
@@ -81,13 +80,15 @@ def run_demo(base: BaseConfig, feedback: FeedbackConfig, folder: Path) -> None:
         data_root=base.data_root,
         batch_size=32,
         device=base.device,
+        report=True,
     )
     logger.info("\n4 of 4: drawing examples\n")
     models = demo_models(base, feedback)
     data = load_task(TEST_DATASET, base.data_root)
     grid = folder / "examples.png"
-    example_grid(draw_examples(data, models), list(models), grid, "Images of classes that training has not seen")
+    example_grid(draw_examples(data, models), grid, "Images of classes that training has not seen")
     for what, path in (
+        ("Report", folder / REPORT_FILE),
         ("Pictures", grid),
         ("Loops", folder / "comparison.png"),
         ("Curves", feedback.save_path / "training_curves.png"),
@@ -113,12 +114,10 @@ def draw_examples(data: TaskData, models: dict[str, Detector]) -> list[Example]:
     """One anomalous image of each class and one normal image of the first, as every model sees them."""
     examples = []
     for record in choose_examples(data):
-        image = read_image(data.located.root / record.image_path)
-        mask = np.asarray(read_mask(data.located.root / record.mask_path)) > 0 if record.mask_path else None
-        name = data.names[record.class_name]
-        found = [detector.predict(image, name, data.located.spec.domain) for detector in models.values()]
-        title = f"{name}\n{Path(record.image_path).parent.name.replace('_', ' ')}"
-        examples.append(Example(title, image, mask, [p.anomaly_map for p in found], [p.score for p in found]))
+        picture = read_picture(data, record)
+        heatmaps = [look(model, picture, name) for name, model in models.items()]
+        title = picture.title.replace(", ", "\n")
+        examples.append(Example(title, picture.image, picture.mask, heatmaps))
     return examples
 
 

@@ -35,6 +35,8 @@ METRICS = {
     "image_ap": "Image AP",
     "image_f1_max": "Image F1-max",
 }
+# What stands in tables for a metric that is undefined.
+UNDEFINED = "n/a"
 CSV_COLUMNS = ("model", "dataset", "class", "images", "anomalous", *METRICS)
 
 
@@ -168,7 +170,7 @@ def autocast(device: torch.device | str, precision: str) -> torch.autocast:
 
 
 def format_value(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.2f}"
+    return UNDEFINED if value is None else f"{value:.2f}"
 
 
 def evaluation_table(evaluation: Evaluation) -> str:
@@ -217,4 +219,4 @@ def write_csv_rows(rows: Sequence[Sequence[object]], path: Path) -> None:
 
 
 def format_exact(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.6f}"
+    return UNDEFINED if value is None else f"{value:.6f}"

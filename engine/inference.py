@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,18 +61,24 @@ def training_dataset(models: Sequence[Detector | Checkpoint]) -> str:
     return config["arguments"]["dataset"]
 
 
-def warn_unless_zero_shot(detectors: Sequence[Detector], data: TaskData) -> None:
-    """Say loudly where a model is tested on the dataset that it was trained on."""
-    for detector in detectors:
-        if detector.config and (
-            detector.config["metadata_digest"] == data.digest or detector.config["dataset"] == data.located.spec.name
-        ):
-            logger.warning(
-                "NOT ZERO-SHOT: %s was trained on %s and is tested on it: these figures say nothing about unseen data",
-                detector.name,
-                data.located.spec.name,
-            )
-            return
+def zero_shot_notes(configs: Mapping[str, Mapping[str, Any] | None], data: TaskData) -> list[str]:
+    """A note that names the models which are tested on the dataset that they were trained on, if there are any.
+
+    configs: the `config` of each model's checkpoint by its name; None for unadapted CLIP and where a file has none.
+    """
+    dataset = data.located.spec.name
+    seen = [
+        name
+        for name, config in configs.items()
+        if config and (config["metadata_digest"] == data.digest or config["dataset"] == dataset)
+    ]
+    if not seen:
+        return []
+    were = "was" if len(seen) == 1 else "were"
+    return [
+        f"NOT ZERO-SHOT: {', '.join(seen)} {were} trained on {dataset} and tested on it: "
+        "these figures say nothing about unseen data"
+    ]
 
 
 def evaluate_checkpoints(
@@ -102,7 +108,8 @@ def evaluate_checkpoints(
     detectors = load_detectors(checkpoint, clip_weights, device, **overrides)
     data = load_task(dataset or training_dataset(detectors), data_root, metadata, class_names, skip_bad_images)
     set_up_logging(folder / "inference.log")
-    warn_unless_zero_shot(detectors, data)
+    for note in zero_shot_notes({detector.name: detector.config for detector in detectors}, data):
+        logger.warning("%s", note)
     models = {detector.name: detector for detector in detectors}
     evaluations = list(evaluate(models, data, device, batch_size, num_workers, precision).values())
     for evaluation in evaluations:

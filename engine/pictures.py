@@ -68,18 +68,17 @@ def look(detector: Detector, picture: Picture, name: str, attention: bool = Fals
 def attention_heatmaps(attention: Attention, normal: int) -> dict[str, np.ndarray]:
     """Maps on the patch grid, mean over heads, relative to even attention: 1 is what a patch gets by chance.
 
-    "Prompts look at": from the tokens of the abnormal prompts to each patch. "Looks at abnormal words": the weight that
-    each patch gives to the abnormal prompts. normal: how many of the prompts are normal; they come first.
+    "Abnormal prompts look at": from the words of the abnormal prompts to each patch. "Looks at abnormal words": the
+    weight that each patch gives to the abnormal prompts. normal: how many of the prompts are normal; they come first.
     """
     maps = {}
+    words = attention.words[0]  # (P, T)
     if attention.text is not None:
-        looked_at = attention.text[0, :, normal:].mean(dim=(0, 1, 2))  # (N,)
+        looked_at = attention.text[0].mean(dim=0)[normal:][words[normal:]].mean(dim=0)  # (N,)
         maps["Abnormal prompts look at"] = on_grid(looked_at * looked_at.numel())
     if attention.image is not None:
-        words = attention.image[0, :, 1:]  # (heads, N, P, T)
-        share = words[:, :, normal:].sum(dim=(2, 3)).mean(dim=0)
-        real = (words.sum(dim=(0, 1)) > 0).float()  # padding gets no weight at all
-        maps["Looks at abnormal words"] = on_grid(share / (real[normal:].sum() / real.sum()))
+        share = attention.image[0, :, 1:, normal:].sum(dim=(2, 3)).mean(dim=0)
+        maps["Looks at abnormal words"] = on_grid(share * words.sum() / words[normal:].sum())
     return maps
 
 

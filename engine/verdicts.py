@@ -117,8 +117,8 @@ def judge_run(history: Sequence[Row], feedback: bool) -> dict[tuple[int, str], V
     return verdicts
 
 
-def run_summary(history: Sequence[Row], feedback: bool) -> str:
-    """A table with a row for each stage of each loop, and what to try where something is wrong."""
+def summary_cells(history: Sequence[Row], feedback: bool) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows of a run's summary, a row for each stage of each loop."""
     verdicts = judge_run(history, feedback)
     table = [
         [
@@ -132,6 +132,15 @@ def run_summary(history: Sequence[Row], feedback: bool) -> str:
         ]
         for (loop, side), rows in stage_rows(history).items()
     ]
-    header = ["Loop", "Stage", "Epochs", "First loss", "Last loss", "Grad norm", "Verdict"]
-    advice = [f"Loop {loop}, {side}: {verdict}" for (loop, side), verdict in verdicts.items() if verdict.remedies]
-    return "\n".join([format_table(header, table), *advice])
+    return ["Loop", "Stage", "Epochs", "First loss", "Last loss", "Grad norm", "Verdict"], table
+
+
+def advice(history: Sequence[Row], feedback: bool) -> list[str]:
+    """What to try for each stage with which something is wrong, a sentence each."""
+    verdicts = judge_run(history, feedback)
+    return [f"Loop {loop}, {side}: {verdict}" for (loop, side), verdict in verdicts.items() if verdict.remedies]
+
+
+def run_summary(history: Sequence[Row], feedback: bool) -> str:
+    """A table with a row for each stage of each loop, and what to try where something is wrong."""
+    return "\n".join([format_table(*summary_cells(history, feedback)), *advice(history, feedback)])

@@ -41,10 +41,12 @@ class Attention(NamedTuple):
 
     text: (B, heads, P, T, N), which patches each token of each prompt looks at; None where text sees no image.
     image: (B, heads, 1 + N, P, T), which words each image token looks at, class token first; None where it sees none.
+    words: (B, P, T) bool, False for what fills short prompts up: text has weights there that mean nothing, image none.
     """
 
     text: Tensor | None
     image: Tensor | None
+    words: Tensor
 
 
 class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
@@ -237,4 +239,4 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
             x = run_block(self.clip.clip.visual.transformer.resblocks[0], self.clip.embed_image(images))
             weights = self.image_cross_attn.weights(x, text_side.context[rows], text_side.mask[rows])
             image = weights.unflatten(3, prompt_shape)
-        return Attention(text, image)
+        return Attention(text, image, text_side.mask[rows].unflatten(1, prompt_shape))

@@ -13,6 +13,10 @@ import numpy as np
 from PIL import Image
 from safetensors.torch import save_file
 
+from engine.base import train_base
+from engine.config import BaseConfig
+from engine.feedback import train_feedback
+from engine.feedback_config import FeedbackConfig
 from tests.helpers import TINY_ARCHITECTURE, tiny_open_clip
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,6 +85,21 @@ def write_dataset(folder: Path, classes: tuple[str, ...] = ("bolt", "felt"), cou
             mask[top : top + 14, left : left + 14] = 255
             save(folder / name / "test" / "spot" / f"{index:03d}.png", pixels)
             save(folder / name / "ground_truth" / "spot" / f"{index:03d}_mask.png", mask)
+    return folder
+
+
+def train_small_runs(folder: Path) -> Path:
+    """In `folder`: a tiny CLIP, datasets `train` and `test`, a run `base`, and two loops of `feedback` from scratch."""
+    write_clip(folder / "clip")
+    write_dataset(folder / "train")
+    write_dataset(folder / "test", classes=("cork", "reed"), count=3, seed=1)
+    common = {
+        "model_name": f"local-dir:{folder / 'clip'}", "dataset": str(folder / "train"), "shot": 4, "text_batch_size": 4,
+        "num_workers": 0, "device": "cpu", "tracker": "none",
+    }  # fmt: skip
+    train_base(BaseConfig(**common, text_epoch=1, image_epoch=1, save_path=folder / "base"))
+    loops = {"num_feedback_loops": 2, "text_epochs_per_loop": (1,), "image_epochs_per_loop": (1,)}
+    train_feedback(FeedbackConfig.from_preset("v2", **common, **loops, save_path=folder / "feedback"))
     return folder
 
 

@@ -7,35 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dataset.metadata import Record
+from dataset.prompts import build_prompts
 from engine import load_model
-from engine.base import train_base
-from engine.config import BaseConfig
 from engine.data import load_task
-from engine.feedback import train_feedback
-from engine.feedback_config import FeedbackConfig
 from engine.pictures import look, read_picture
 from engine.visualize import Choice, anomalous_records, list_images, parse_indices, visualize_comparison
-from tests.scripts import error_line, write_clip, write_dataset
+from tests.scripts import error_line, train_small_runs
 from utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    write_clip(folder / "clip")
-    write_dataset(folder / "train")
-    write_dataset(folder / "test", classes=("cork", "reed"), count=3, seed=1)
-    common = {
-        "model_name": f"local-dir:{folder / 'clip'}", "dataset": str(folder / "train"), "shot": 4, "text_batch_size": 4,
-        "num_workers": 0, "device": "cpu", "tracker": "none",
-    }  # fmt: skip
-    train_base(BaseConfig(**common, text_epoch=1, image_epoch=1, save_path=folder / "base"))
-    loops = {"num_feedback_loops": 2, "text_epochs_per_loop": (1,), "image_epochs_per_loop": (1,)}
-    train_feedback(FeedbackConfig.from_preset("v2", **common, **loops, save_path=folder / "feedback"))
-    return folder
+    return train_small_runs(tmp_path_factory.mktemp("world"))
 
 
 def draw(world: Path, folder: Path, choice: Choice, **runs: object) -> list[str]:
@@ -82,6 +69,13 @@ def test_attention_is_relative_to_even_attention(world: Path) -> None:
     maps = seen.attention
     assert maps["Abnormal prompts look at"].shape == (5, 5)
     assert maps["Abnormal prompts look at"].mean() == pytest.approx(1, abs=1e-5)
+    _, weights = model.predict(picture.image, picture.class_name, return_attention=True)
+    # Short prompts are filled up; what fills them looks somewhere too, and means nothing.
+    lengths = [len(model.clip.tokenize([prompt])[0]) for prompt in build_prompts("cork")[1]]
+    real = torch.cat([weights.text[0, :, 6 + p, :n] for p, n in enumerate(lengths)], dim=1)  # (heads, words, N)
+    expected = real.mean(dim=(0, 1)).reshape(5, 5) * 25
+    np.testing.assert_allclose(maps["Abnormal prompts look at"], expected, rtol=1e-5)
+    assert min(lengths) < max(lengths) == weights.text.shape[3]
     # A tiny fresh module attends almost evenly; by the number of prompts it would be 10 of 16, whatever their lengths.
     assert maps["Looks at abnormal words"].mean() == pytest.approx(1, abs=0.1)
 

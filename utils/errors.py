@@ -9,6 +9,10 @@ class UserError(Exception):
     Scripts turn it into that line on standard error and exit status 2 (`utils.cli.run_script`); libraries raise it.
     """
 
+    def _render_traceback_(self) -> list[str]:
+        """What Jupyter shows: the line, without the code that found the mistake."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class NotFiniteError(Exception):
     """A loss or gradient was not finite: the step was not taken, the last good state is on disk (exit status 3)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
+from scipy import ndimage
 
 from utils.files import replacing
 
@@ -32,15 +33,11 @@ def overlay(image: Image.Image, anomaly_map: np.ndarray, low: float = 0.0, high:
     return Image.fromarray(mixed.astype(np.uint8))
 
 
-@dataclass(frozen=True)
-class Example:
-    """A row of a grid: an image, its mask (H, W; None: normal), and a map with its score for each model."""
-
-    title: str
-    image: Image.Image
-    mask: np.ndarray | None
-    maps: Sequence[np.ndarray]
-    scores: Sequence[float]
+def outlined(image: Image.Image, mask: np.ndarray) -> Image.Image:
+    """The picture with a white line around the ground truth (H, W)."""
+    pixels = np.array(image.convert("RGB"))
+    pixels[ndimage.binary_dilation(mask, iterations=2) & ~mask] = 255
+    return Image.fromarray(pixels)
 
 
 def save_image(image: Image.Image, path: Path) -> None:
@@ -56,33 +53,7 @@ def save_png(figure: Figure, path: Path, dpi: int = 110) -> None:
         figure.savefig(temporary, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
 
 
-def example_grid(examples: Sequence[Example], models: Sequence[str], path: Path, title: str) -> None:
-    """Rows of image, mask and one heatmap per model, all maps of the grid on one colour scale from 0 to 1."""
-    columns = ["Image", "Ground truth", *models]
-    figure = Figure(figsize=(1.75 * len(columns) + 0.6, 1.75 * len(examples) + 0.9), layout="constrained")
-    axes = figure.subplots(len(examples), len(columns), squeeze=False)
-    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 1), COLOURS)
-    for row, example in zip(axes, examples, strict=True):
-        size = (example.image.height, example.image.width)
-        mask = np.zeros(size, bool) if example.mask is None else example.mask
-        row[0].imshow(example.image)
-        row[0].set_ylabel(example.title, fontsize=8)
-        row[1].imshow(mask, cmap="gray", vmin=0, vmax=1)
-        for axis, anomaly_map, score in zip(row[2:], example.maps, example.scores, strict=True):
-            axis.imshow(overlay(example.image, anomaly_map))
-            if mask.any():
-                axis.contour(mask, levels=[0.5], colors="white", linewidths=0.8)
-            axis.set_xlabel(f"score {score:.2f}", fontsize=8, labelpad=2)
-        for axis in row:
-            axis.set_xticks([])
-            axis.set_yticks([])
-    for axis, name in zip(axes[0], columns, strict=True):
-        axis.set_title(name, fontsize=9)
-    bar = figure.colorbar(scale, ax=axes, fraction=0.025, pad=0.01)
-    bar.set_label("p(abnormal)", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
-    figure.suptitle(title, fontsize=11)
-    save_png(figure, path)
+Span = tuple[tuple[int, str], list[tuple[int, Mapping[str, Any]]]]
 
 
 def training_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -92,96 +63,135 @@ def training_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     """
     figure = Figure(figsize=(max(7.0, 3.5 + 0.16 * len(history)), 5.6), layout="constrained")
     losses, norms = figure.subplots(2, 1, sharex=True)
-    spans = _stage_spans(history)
-    for (_, stage), rows in spans:
-        epochs = [position for position, _ in rows]
-        style = {"color": STAGE_COLOURS[stage], "marker": "o", "markersize": 3}
-        losses.plot(epochs, [row["loss"] for _, row in rows], **style)
-        norms.plot(epochs, [row["grad_norm/total"] for _, row in rows], **style)
-        crossed = [row.get(f"grad_norm/{stage}_cross_attn") or np.nan for _, row in rows]
-        norms.plot(epochs, crossed, ":", marker=".", markersize=3, color=STAGE_COLOURS[stage])
-        for axis in (losses, norms):
-            axis.axvspan(epochs[0] - 0.5, epochs[-1] + 0.5, color=STAGE_COLOURS[stage], alpha=0.08, linewidth=0)
-    _mark_loops(losses, norms, spans)
-    losses.set_ylabel("loss")
-    norms.set_ylabel("gradient norm")
-    norms.set_yscale("log")
-    found = [row["loss"] for row in history]
-    if max(found) > 8 * min(found) > 0:
-        losses.set_yscale("log")
-    norms.set_xlim(0.5, len(history) + 0.5)
+    spans = stage_spans(history)
+    draw_losses(losses, spans)
+    draw_norms(norms, spans)
+    mark_loops([losses, norms], spans)
     norms.set_xlabel("epoch, in the order of training")
-    norms.xaxis.get_major_locator().set_params(integer=True)
-    crossed = any(row.get(f"grad_norm/{side}_cross_attn") for row in history for side in STAGE_COLOURS)
-    handles = [Line2D([], [], color=colour, marker="o", markersize=3) for colour in STAGE_COLOURS.values()]
-    labels = ["text stage", "image stage"]
-    if crossed:
-        handles.append(Line2D([], [], color="grey", linestyle=":", marker=".", markersize=3))
-        labels.append("its cross-attention alone")
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    for axis in (losses, norms):
-        axis.grid(alpha=0.25)
-        axis.tick_params(labelsize=8)
+    stage_legend(figure, history)
     save_png(figure, path)
 
 
-Span = tuple[tuple[int, str], list[tuple[int, Mapping[str, Any]]]]
-
-
-def _stage_spans(history: Sequence[Mapping[str, Any]]) -> list[Span]:
+def stage_spans(history: Sequence[Mapping[str, Any]]) -> list[Span]:
     """Each (loop, stage) with its rows and their positions, counted from 1."""
     numbered = enumerate(history, start=1)
     return [(key, list(rows)) for key, rows in groupby(numbered, key=lambda item: (item[1]["loop"], item[1]["stage"]))]
 
 
-def _mark_loops(top: Axes, bottom: Axes, spans: Sequence[Span]) -> None:
-    """A line before each loop, and its number above the upper axis."""
+def _draw_spans(axis: Axes, spans: Sequence[Span], value: Callable[[Mapping[str, Any]], float], **style: Any) -> None:
+    """A line over the epochs of each stage, in its colour."""
+    for (_, stage), rows in spans:
+        epochs, values = [position for position, _ in rows], [value(row) for _, row in rows]
+        axis.plot(epochs, values, **{"marker": "o", "markersize": 3, "color": STAGE_COLOURS[stage], **style})
+
+
+def draw_losses(axis: Axes, spans: Sequence[Span]) -> None:
+    """The loss of every epoch."""
+    _draw_spans(axis, spans, lambda row: row["loss"])
+    found = [row["loss"] for _, rows in spans for _, row in rows]
+    if max(found) > 8 * min(found) > 0:
+        axis.set_yscale("log")
+    _finish_epochs(axis, spans, "loss")
+
+
+def draw_norms(axis: Axes, spans: Sequence[Span]) -> None:
+    """The gradient's norm in every epoch, and that of the cross-attention alone."""
+    _draw_spans(axis, spans, lambda row: row["grad_norm/total"])
+    _draw_spans(axis, spans, _cross_attention_norm, linestyle=":", marker=".")
+    axis.set_yscale("log")
+    _finish_epochs(axis, spans, "gradient norm")
+
+
+def draw_watch(axis: Axes, spans: Sequence[Span]) -> None:
+    """Mean p(abnormal) inside the masks, and dashed outside, in every epoch."""
+    _draw_spans(axis, spans, lambda row: row["abnormal_inside"])
+    _draw_spans(axis, spans, lambda row: row["abnormal_outside"], linestyle="--", marker=".")
+    axis.set_ylim(bottom=0)
+    _finish_epochs(axis, spans, "mean p(abnormal)")
+
+
+def _cross_attention_norm(row: Mapping[str, Any]) -> float:
+    return row.get(f"grad_norm/{row['stage']}_cross_attn") or np.nan
+
+
+def _finish_epochs(axis: Axes, spans: Sequence[Span], label: str) -> None:
+    for (_, stage), rows in spans:
+        axis.axvspan(rows[0][0] - 0.5, rows[-1][0] + 0.5, color=STAGE_COLOURS[stage], alpha=0.08, linewidth=0)
+    axis.set_xlim(0.5, spans[-1][1][-1][0] + 0.5)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_ylabel(label)
+    axis.grid(alpha=0.25)
+    axis.tick_params(labelsize=8)
+
+
+def mark_loops(axes: Sequence[Axes], spans: Sequence[Span]) -> None:
+    """A line before each loop, and its number above the first of the axes."""
     for loop, group in groupby(spans, key=lambda span: span[0][0]):
         rows = [position for _, rows in group for position, _ in rows]
         if loop > 1:
-            for axis in (top, bottom):
+            for axis in axes:
                 axis.axvline(rows[0] - 0.5, color="grey", linewidth=0.8)
         middle = (rows[0] + rows[-1]) / 2
-        top.annotate(
+        axes[0].annotate(
             f"loop {loop}", (middle, 1), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
             ha="center", fontsize=8,
         )  # fmt: skip
 
 
-REFERENCE_STYLES = (("tab:orange", "--"), ("tab:green", "-."), ("dimgrey", ":"), ("tab:purple", (0, (5, 1))))
+def stage_legend(figure: Figure, history: Sequence[Mapping[str, Any]]) -> None:
+    """Which colour is which stage, and that dotted lines are cross-attention's where there is any."""
+    handles = [Line2D([], [], color=colour, marker="o", markersize=3) for colour in STAGE_COLOURS.values()]
+    labels = ["text stage", "image stage"]
+    if any(row.get(f"grad_norm/{side}_cross_attn") for row in history for side in STAGE_COLOURS):
+        handles.append(Line2D([], [], color="grey", linestyle=":", marker=".", markersize=3))
+        labels.append("its cross-attention alone")
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+
+
+REFERENCE_STYLES = (("tab:orange", "--"), ("tab:green", "-."), ("tab:gray", ":"), ("tab:purple", (0, (5, 1))))
 Panel = tuple[Mapping[int, float | None], Mapping[str, float | None]]
 
 
 def loop_curves(panels: Mapping[str, Panel], path: Path, title: str) -> None:
-    """A panel per metric: its values over loops as a line, and other models' as horizontal lines with labels.
-
-    panels: by the panel's title, the values by loop and those of other models by name, in percent; None is left out,
-    and a loop that is not there breaks the line.
-    """
+    """A panel per metric, two in a row; panels: by the panel's title, as `draw_loops` takes them."""
     height = -(-len(panels) // 2)
     figure = Figure(figsize=(10, 3.1 * height), layout="constrained")
     axes = figure.subplots(height, 2, squeeze=False).ravel()
-    names = list(dict.fromkeys(name for _, references in panels.values() for name in references))
-    styles = {name: REFERENCE_STYLES[index % len(REFERENCE_STYLES)] for index, name in enumerate(names)}
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    for axis, (heading, (values, references)) in zip(axes[: len(panels)], panels.items(), strict=True):
-        loops = range(min(values, default=1), max(values, default=1) + 1)
-        line = [np.nan if values.get(loop) is None else values[loop] for loop in loops]
-        axis.plot(loops, line, color="tab:blue", marker="o", markersize=5)
-        known = {name: value for name, value in references.items() if value is not None}
-        for name, value in known.items():
-            axis.axhline(value, color=styles[name][0], linestyle=styles[name][1], linewidth=1.4, zorder=1)
-        _limit_to(axis, [*(value for value in line if not np.isnan(value)), *known.values()])
-        _label_lines(axis, known, {name: colour for name, (colour, _) in styles.items()})
-        axis.set_xlim(loops[0] - 0.4, loops[-1] + 0.4)
-        axis.set_xticks(loops)
+    for axis, (heading, panel) in zip(axes[: len(panels)], panels.items(), strict=True):
+        draw_loops(axis, panel)
         axis.set_title(heading, fontsize=10)
-        axis.set_xlabel("loop", fontsize=9)
-        axis.grid(alpha=0.25)
-        axis.tick_params(labelsize=8)
     figure.suptitle(title, fontsize=11)
     save_png(figure, path)
+
+
+def draw_loops(axis: Axes, panel: Panel) -> None:
+    """One metric over the loops as a line, and other models' as horizontal lines with labels.
+
+    panel: the values by loop and those of other models by name, in percent; None is left out, and a loop that is not
+    there breaks the line.
+    """
+    values, references = panel
+    colours = reference_styles(references)
+    loops = range(min(values, default=1), max(values, default=1) + 1)
+    line = [np.nan if values.get(loop) is None else values[loop] for loop in loops]
+    axis.plot(loops, line, color="tab:blue", marker="o", markersize=5)
+    known = {name: value for name, value in references.items() if value is not None}
+    for name, value in known.items():
+        axis.axhline(value, color=colours[name][0], linestyle=colours[name][1], linewidth=1.4, zorder=1)
+    _limit_to(axis, [*(value for value in line if not np.isnan(value)), *known.values()])
+    _label_lines(axis, known, {name: colour for name, (colour, _) in colours.items()})
+    axis.set_xlim(loops[0] - 0.4, loops[-1] + 0.4)
+    axis.set_xticks(loops)
+    axis.set_xlabel("loop", fontsize=9)
+    axis.grid(alpha=0.25)
+    axis.tick_params(labelsize=8)
+
+
+def reference_styles(names: Iterable[str]) -> dict[str, tuple[str, Any]]:
+    """Colour and line style of the models beside the loops, in their order."""
+    return {name: REFERENCE_STYLES[index % len(REFERENCE_STYLES)] for index, name in enumerate(names)}
 
 
 def _limit_to(axis: Axes, values: Sequence[float]) -> None:
@@ -226,7 +236,7 @@ class Heatmap:
     @property
     def caption(self) -> str:
         value = "n/a" if self.auroc is None else f"{self.auroc:.1f}"
-        return f"score {self.score:.2f}   AUROC {value}"
+        return f"score {self.score:.2f}, AUROC {value}"
 
 
 ATTENTION_COLOURS = "PuOr_r"
@@ -238,7 +248,7 @@ def comparison_figure(
     """One image as several models see it: original, ground truth, heatmaps on one colour scale; attention below."""
     extra = list(dict.fromkeys(name for heatmap in heatmaps for name in heatmap.attention))
     columns, rows = 2 + len(heatmaps), 1 + len(extra)
-    figure = Figure(figsize=(2.3 * columns + 0.8, 2.6 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(2.3 * columns + 0.8, 2.6 * rows + 0.5), layout="compressed")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.ravel():
         axis.set_xticks([])
@@ -268,6 +278,39 @@ def comparison_figure(
             axis.imshow(heatmap.attention[name], cmap=ATTENTION_COLOURS, vmin=low, vmax=high, extent=extent)
             _outline(axis, mask)
         _colour_bar(figure, row, ATTENTION_COLOURS, low, high, "1 is even")
+    figure.suptitle(title, fontsize=11)
+    save_png(figure, path)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row of a grid: an image, its mask (H, W), and what each model says of it."""
+
+    title: str
+    image: Image.Image
+    mask: np.ndarray
+    heatmaps: Sequence[Heatmap]
+
+
+def example_grid(examples: Sequence[Example], path: Path, title: str) -> None:
+    """Rows of image, mask and one heatmap per model, the same in every row, on one colour scale from 0 to 1."""
+    columns = ["Image", "Ground truth", *(heatmap.model for heatmap in examples[0].heatmaps)]
+    figure = Figure(figsize=(1.75 * len(columns) + 0.6, 1.75 * len(examples) + 0.9), layout="compressed")
+    axes = figure.subplots(len(examples), len(columns), squeeze=False)
+    for row, example in zip(axes, examples, strict=True):
+        row[0].imshow(example.image)
+        row[0].set_ylabel(example.title, fontsize=8)
+        row[1].imshow(example.mask, cmap="gray", vmin=0, vmax=1)
+        for axis, heatmap in zip(row[2:], example.heatmaps, strict=True):
+            axis.imshow(overlay(example.image, heatmap.anomaly_map))
+            _outline(axis, example.mask)
+            axis.set_xlabel(heatmap.caption, fontsize=8, labelpad=2)
+        for axis in row:
+            axis.set_xticks([])
+            axis.set_yticks([])
+    for axis, name in zip(axes[0], columns, strict=True):
+        axis.set_title(name, fontsize=9)
+    _colour_bar(figure, axes, COLOURS, 0, 1, "p(abnormal)")
     figure.suptitle(title, fontsize=11)
     save_png(figure, path)
 

@@ -1,0 +1,122 @@
+"""Charts of a page: each an SVG for light and one for dark surroundings, narrow enough to be read on a phone."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from utils.plots import (
+    Panel,
+    draw_loops,
+    draw_losses,
+    draw_norms,
+    draw_watch,
+    mark_loops,
+    reference_styles,
+    stage_legend,
+    stage_spans,
+)
+
+WIDTH, HEIGHT = 3.9, 2.75
+# Ink of text, axes and ticks; the ground is the page's.
+INKS = {"light": "#22262b", "dark": "#e3e6ea"}
+INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
+SETTINGS = {"svg.fonttype": "path", "svg.hashsalt": "charts", "axes.facecolor": "none", "font.size": 9}
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A picture as data URIs, for a light and a dark ground, with what it shows in words."""
+
+    title: str
+    light: str
+    dark: str
+    alternative: str
+
+
+def make_chart(title: str, alternative: str, draw: Callable[[Figure], None], height: float = HEIGHT) -> Chart:
+    """A chart by a function that draws on a figure, called once for each ground."""
+    return Chart(title, *(_svg(draw, ink, height) for ink in INKS.values()), alternative)
+
+
+def _svg(draw: Callable[[Figure], None], ink: str, height: float) -> str:
+    with matplotlib.rc_context({**SETTINGS, **dict.fromkeys(INKED, ink)}):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        draw(figure)
+        text = io.BytesIO()
+        FigureCanvasSVG(figure)
+        # Without the date, the same figures make the same file.
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    return data_uri(text.getvalue(), "image/svg+xml")
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    """Content inside its own address."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def training_charts(history: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """Loss, gradient norm, and p(abnormal) inside and outside the masks, over all epochs of a run.
+
+    history: rows of `history.jsonl`, at least one.
+    """
+    spans = stage_spans(history)
+    several = len({row["loop"] for row in history}) > 1
+    kinds = (
+        ("Loss", "Loss of each epoch of both stages", draw_losses),
+        ("Gradient norm", "Gradient norm of each epoch, before clipping", draw_norms),
+        (
+            "p(abnormal) in masks, dashed outside",
+            "Mean p(abnormal) inside and outside the masks in each epoch",
+            draw_watch,
+        ),
+    )
+
+    def chart(title: str, alternative: str, draw: Callable[..., None]) -> Chart:
+        def on(figure: Figure) -> None:
+            axis = figure.subplots()
+            draw(axis, spans)
+            if several:
+                mark_loops([axis], spans)
+            axis.set_xlabel("epoch, in the order of training")
+            stage_legend(figure, history if draw is draw_norms else [])
+
+        return make_chart(title, alternative, on)
+
+    return [chart(*kind) for kind in kinds]
+
+
+def loop_chart(title: str, panel: Panel) -> Chart:
+    """One metric over the loops beside other models, in percent (`plots.draw_loops`)."""
+    return make_chart(title, f"{title} of each loop, in percent", lambda figure: draw_loops(figure.subplots(), panel))
+
+
+def class_chart(title: str, values: Mapping[str, Mapping[str, float | None]]) -> Chart:
+    """One metric of every class, a marker for each model; values: percent by model, then by class, None left out."""
+    classes = list(next(iter(values.values())))
+    *others, last = values
+    colours = {name: colour for name, (colour, _) in reference_styles(others).items()} | {last: "tab:blue"}
+
+    def on(figure: Figure) -> None:
+        axis = figure.subplots()
+        for index, (name, of_class) in enumerate(values.items()):
+            known = [(value, row) for row, value in enumerate(of_class.values()) if value is not None]
+            style = {"color": colours[name], "marker": MARKERS[index % len(MARKERS)], "linestyle": "none"}
+            if known:
+                axis.plot(*zip(*known, strict=True), **style, markersize=6, alpha=0.9, label=name)
+        axis.set_yticks(range(len(classes)), classes)
+        axis.set_ylim(len(classes) - 0.5, -0.5)
+        axis.set_xlabel("percent")
+        axis.grid(alpha=0.25)
+        axis.tick_params(labelsize=8)
+        figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+
+    return make_chart(title, f"{title} of each class and model, in percent", on, 1.4 + 0.24 * len(classes))
