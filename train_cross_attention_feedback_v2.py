@@ -15,6 +15,7 @@ from utils.cli import (
     Parser,
     add_base_arguments,
     add_cross_attention_arguments,
+    add_rate_arguments,
     add_shared_arguments,
     count,
     positive_int,
@@ -48,8 +49,7 @@ def build_parser() -> Parser:
     group.add_argument("--eval_dataset", help="dataset to test on after each loop; not for choosing one")
     group.add_argument("--val_fraction", type=rate, help="share of the training images held out to choose a loop by")
     group = parser.add_argument_group("schedule")
-    group.add_argument("--text_lr", type=rate, help="learning rate of Stage 1 in loop 1")
-    group.add_argument("--image_lr", type=rate, help="learning rate of Stage 2 in loop 1")
+    add_rate_arguments(group, " in loop 1")
     group.add_argument("--lr_decay_per_loop", type=rate, help="factor of both rates from loop to loop")
     group.add_argument(
         "--lr_schedule",

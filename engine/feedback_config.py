@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,42 +14,23 @@ from utils.tables import format_table
 
 MOST_LOOPS = 10
 
-# The columns of DESIGN 5. V1 is what earlier code did, kept so that it can be measured.
-PRESETS: dict[str, dict[str, Any]] = {
-    "v2": {
-        "num_feedback_loops": 5,
-        "text_epochs_per_loop": (5,),
-        "image_epochs_per_loop": (15,),
-        "epochs_decay_rate": 0.8,
-        "text_lr": 2e-5,
-        "image_lr": 5e-3,
-        "lr_decay_per_loop": 0.8,
-        "lr_schedule": "cosine",
-        "warmup_epochs": 2,
-        "grad_clip": 1.0,
-        "optimizer": "adamw",
-        "reset_optimizers": False,
-        "text_cross_attn_weight": 0.1,
-        "image_cross_attn_weight": 0.1,
-        "context_norm": "unit",
-    },
-    "v1": {
-        "num_feedback_loops": 3,
-        "text_epochs_per_loop": (5, 3, 2),
-        "image_epochs_per_loop": (20, 10, 5),
-        "epochs_decay_rate": 0.5,
-        "text_lr": 1e-5,
-        "image_lr": 5e-4,
-        "lr_decay_per_loop": 0.5,
-        "lr_schedule": "multistep",
-        "warmup_epochs": 0,
-        "grad_clip": 0.0,
-        "optimizer": "adam",
-        "reset_optimizers": True,
-        "text_cross_attn_weight": 1.0,
-        "image_cross_attn_weight": 1.0,
-        "context_norm": "none",
-    },
+# V1's column of DESIGN 5: what earlier code did, kept so that it can be measured.
+V1: dict[str, Any] = {
+    "num_feedback_loops": 3,
+    "text_epochs_per_loop": (5, 3, 2),
+    "image_epochs_per_loop": (20, 10, 5),
+    "epochs_decay_rate": 0.5,
+    "text_lr": 1e-5,
+    "image_lr": 5e-4,
+    "lr_decay_per_loop": 0.5,
+    "lr_schedule": "multistep",
+    "warmup_epochs": 0,
+    "grad_clip": 0.0,
+    "optimizer": "adam",
+    "reset_optimizers": True,
+    "text_cross_attn_weight": 1.0,
+    "image_cross_attn_weight": 1.0,
+    "context_norm": "none",
 }
 ADAMW_WEIGHT_DECAY = 0.01
 
@@ -98,6 +79,10 @@ class FeedbackConfig(CrossAttentionArguments):
             if values.get(name) is not None:
                 values[name] = tuple(values[name])
         return cls.from_preset(values.pop("preset"), **values)
+
+
+# What each preset decides: the same arguments for both, V2's values being the defaults above.
+PRESETS: dict[str, dict[str, Any]] = {"v2": {name: getattr(FeedbackConfig, name) for name in V1}, "v1": V1}
 
 
 class LoopPlan(NamedTuple):
@@ -172,8 +157,3 @@ def plan_table(plan: list[LoopPlan]) -> str:
         for loop in plan
     ]
     return format_table(["Loop", "Text epochs", "Image epochs", "Text lr", "Image lr", "Cross-attention"], rows)
-
-
-def preset_names() -> list[str]:
-    """The arguments that a preset decides."""
-    return [item.name for item in fields(FeedbackConfig) if item.name in PRESETS["v2"]]

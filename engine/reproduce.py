@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import BaseConfig, CrossAttentionRunConfig
-from engine.feedback_config import PRESETS, FeedbackConfig
+from engine.feedback_config import FeedbackConfig
 
 
 def command_line(script: str, values: Mapping[str, Any]) -> str:
@@ -46,7 +46,7 @@ def script_and_defaults(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
         decay = FeedbackConfig.from_preset(preset, optimizer=optimizer).weight_decay
         defaults = FeedbackConfig.from_preset(preset, weight_decay=decay).to_dict()
         # The script's own default preset, which need not be named.
-        defaults["preset"] = next(iter(PRESETS))
+        defaults["preset"] = FeedbackConfig.preset
         return "train_cross_attention_feedback_v2.py", defaults
     if config.get("cross_attention"):
         return "train_cross_attention.py", CrossAttentionRunConfig().to_dict()

@@ -257,16 +257,13 @@ class TrainingRun:
         lines = [json.dumps(row) for row in self.history]
         write_text(self.save_path / "history.jsonl", "\n".join(lines) + "\n" if lines else "")
 
-    def _tidy_up(self) -> None:
-        """What a kill may have left: files half written, and a history without the last epoch."""
-        for leftover in self.save_path.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
-        self._write_history()
-
     def _restore(self, phases: Sequence[Phase]) -> None:
         planned = [phase.epochs for phase in phases]
         self.state = RunState([0] * len(phases), planned)
         file = self.save_path / STATE_FILE
+        if self.accelerator.is_main_process:
+            for half_written in self.save_path.glob(".*.tmp"):
+                half_written.unlink(missing_ok=True)
         if file.is_file():
             saved = load(file)
             done = continued(saved["done"], saved["planned"], phases, self.save_path)
@@ -277,10 +274,11 @@ class TrainingRun:
             for side, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(saved[f"{side}_optimizer"])
             logger.info("Going on with the run in %s: %s", self.save_path, describe_progress(self.state.done, phases))
+            if self.accelerator.is_main_process:
+                # A kill may have come between the state and the history's last row.
+                self._write_history()
         elif self.accelerator.is_main_process:
             self._save_state()
-        if self.accelerator.is_main_process:
-            self._tidy_up()
         self.accelerator.wait_for_everyone()
         if self.accelerator.log_with:
             self.accelerator.init_trackers("events")

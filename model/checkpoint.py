@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.config import ModelConfig
+from model.config import CrossAttentionConfig, ModelConfig
 from utils.errors import UserError
 from utils.files import replacing
 
@@ -112,6 +112,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
     )
 
 
+def _check_config(config: Mapping[str, Any], path: Path) -> None:
+    """`UserError` for a config that describes no forward of this version."""
+    try:
+        ModelConfig.from_dict(config["model"], str(path))
+        CrossAttentionConfig(**(config.get("cross_attention") or {}))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: its config is damaged ({error!r})") from error
+
+
 def read_any(path: Path) -> Checkpoint:
     """Read a checkpoint file of either side or both, as it is; `UserError` for a file that is none."""
     content = load(path)
@@ -127,6 +136,8 @@ def read_any(path: Path) -> Checkpoint:
     schema = config.get("schema") if isinstance(config, dict) else None
     if config is not None and schema != SCHEMA:
         raise UserError(f"{path}: schema {schema} where this version reads {SCHEMA}; use the version that wrote it")
+    if config is not None:
+        _check_config(config, path)
     return Checkpoint(
         path,
         {name: content[name] for name in COMPONENTS if name in content},

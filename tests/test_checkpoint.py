@@ -222,6 +222,17 @@ def test_another_schema_is_refused(tmp_path: Path) -> None:
     one_line(caught, tmp_path / "image_adapter.pth", "schema 99")
 
 
+@pytest.mark.parametrize("damage", [{"model": None}, {"cross_attention": {"depth": 2}}, {"cross_attention": [1]}])
+def test_a_damaged_config_is_refused(damage: dict[str, object], tmp_path: Path) -> None:
+    model = model_of()
+    config = {"schema": checkpoint.SCHEMA, "model": model.config.to_dict(), **damage}
+    path = tmp_path / "image_adapter.pth"
+    checkpoint.save({**states_of(model), "epoch": 1, "config": config}, path)
+    with pytest.raises(UserError) as caught:
+        checkpoint.read_checkpoint(path)
+    one_line(caught, path, "config is damaged")
+
+
 @pytest.mark.parametrize(("key", "change"), [("surgery", "missing"), ("temperature", "unknown")])
 def test_a_config_of_another_version_is_refused(key: str, change: str, tmp_path: Path) -> None:
     model = model_of()

@@ -86,7 +86,7 @@ def test_every_picture_is_there_and_legible(page: Page) -> None:
     for words, complete, natural, shown in pictures:
         assert words
         assert complete, words
-        assert natural > 0, words
+        assert natural >= 200, words
         assert shown > 100, words
     assert all(address.startswith("data:") for address in page.evaluate("[...document.images].map(i => i.currentSrc)"))
 

@@ -40,8 +40,8 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         status = _say(str(error), 128 + error.signal_number)
     except torch.OutOfMemoryError:
         status = _say(
-            "out of GPU memory; these need less: a smaller --image_batch_size or --text_batch_size, "
-            "--precision bf16, a smaller --img_size",
+            "out of GPU memory; these need less: a smaller --image_batch_size or --text_batch_size (training) or "
+            "--batch_size (testing), --precision bf16, a smaller --img_size",
             USER_ERROR,
         )
     except BrokenPipeError:
@@ -158,8 +158,13 @@ def add_epoch_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("schedule")
     group.add_argument("--text_epoch", type=count, help="epochs of Stage 1; 0 keeps CLIP's own text embeddings")
     group.add_argument("--image_epoch", type=count, help="epochs of Stage 2")
-    group.add_argument("--text_lr", type=rate, help="learning rate of Stage 1")
-    group.add_argument("--image_lr", type=rate, help="learning rate of Stage 2")
+    add_rate_arguments(group)
+
+
+def add_rate_arguments(group: argparse._ArgumentGroup, when: str = "") -> None:
+    """The learning rates of both stages."""
+    group.add_argument("--text_lr", type=rate, help=f"learning rate of Stage 1{when}")
+    group.add_argument("--image_lr", type=rate, help=f"learning rate of Stage 2{when}")
 
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
