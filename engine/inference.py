@@ -123,9 +123,9 @@ def evaluate_checkpoints(
     write_csv(evaluations, path)
     logger.info("Written to %s", path)
     if visualize is not None:
-        pictures = folder / f"{name}pictures_{data.located.spec.name}"
-        figures = draw_overlays(detectors[-1], data, None if visualize == ALL else int(visualize), pictures)
-        logger.info("%d images as %s sees them, in %s", len(figures), detectors[-1].name, pictures)
+        pictures, last = folder / f"{name}pictures_{data.located.spec.name}", detectors[-1]
+        figures = draw_overlays(last, data, None if visualize == ALL else int(visualize), pictures)
+        logger.info("%d images as %s sees them, in %s", len(figures), last.name, pictures)
     return evaluations
 
 

@@ -3,12 +3,14 @@
 `tests/documented.py` says which blocks hold commands and what the marks before them mean. Commands are run in the order
 of the pages, with this interpreter in place of `python`; later ones use what earlier ones wrote. The form of each is
 "as written"; "shortened" by its `long` mark; "arguments only" where a `needs` mark says what is missing here, or where
-a rule says why a command is not run, which is shown. Exit status 1 if any command failed, else 0.
+a rule says why a command is not run, which is shown. In the copy the list of toy_test's images is cut to a few of each
+class, so that testing takes seconds. Exit status 1 if any command failed, else 0.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -20,6 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dataset.few_shot import few_shot
+from engine.data import load_task
 from tests.documented import (
     PYTHON,
     ROOT,
@@ -36,9 +40,12 @@ from tests.documented import (
 )
 from utils.cli import run_script
 from utils.errors import UserError
+from utils.files import write_text
 from utils.tables import format_table
 
 AS_WRITTEN, SHORTENED, ARGUMENTS = "as written", "shortened", "arguments only"
+# Images of each class of toy_test that are tested on; some command shows the fourth anomalous one.
+TESTED_IMAGES = 8
 # A command that takes longer is stopped, in seconds.
 LIMIT = 1800
 SHOWN_WIDTH = 90
@@ -85,6 +92,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--folder", type=Path, help="copy the repository here and keep it; what earlier runs wrote there is used again"
     )
+    parser.add_argument("--all_images", action="store_true", help="test on all images of toy_test")
     parser.add_argument("--keep", action="store_true", help="keep the temporary folder")
     return parser.parse_args(arguments)
 
@@ -99,10 +107,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(f"{item.page}:{item.line}  [{item.form}]  {item.shown}{because(item)}")
         return 0
     if asked.folder is not None:
-        return check(items, asked.folder)
+        return check(items, asked.folder, asked.all_images)
     folder = Path(tempfile.mkdtemp(prefix="check_commands_"))
     try:
-        return check(items, folder)
+        return check(items, folder, asked.all_images)
     finally:
         if asked.keep:
             say(f"Kept: {folder}")
@@ -158,9 +166,11 @@ def wanted(item: Item, pattern: str | None) -> bool:
     return pattern is None or bool(re.search(pattern, f"{item.page}:{item.line} {item.shown}"))
 
 
-def check(items: Sequence[Item], folder: Path) -> int:
+def check(items: Sequence[Item], folder: Path, all_images: bool = False) -> int:
     """Copy the repository to `folder`, run the items there, and say what became of them; returns the exit status."""
     copy_repository(folder)
+    if not all_images:
+        cut_test_images(folder / "data")
     say(f"{len(items)} commands, in {folder}\n")
     outcomes = []
     for number, item in enumerate(items, start=1):
@@ -189,6 +199,17 @@ def copy_repository(folder: Path) -> None:
         target = folder / file
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / file, target)
+
+
+def cut_test_images(data_root: Path) -> None:
+    """Draw toy_test and leave a few images of each class in the list that is read from then on."""
+    data_root.mkdir(exist_ok=True)
+    data = load_task("toy_test", data_root)
+    chosen = {record.image_path for record in few_shot(data.records, min(TESTED_IMAGES, len(data.records)), 0)}
+    listed = data.located.root / METADATA_FILE
+    lines = listed.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if json.loads(line)["image_path"] in chosen]
+    write_text(listed, "\n".join(kept) + "\n")
 
 
 def run_item(item: Item, folder: Path) -> Outcome:
