@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.few_shot import few_shot
+from dataset.metadata import METADATA_FILE
 from engine.data import load_task
 from tests.documented import (
     PYTHON,
@@ -205,7 +206,7 @@ def cut_test_images(data_root: Path) -> None:
     """Draw toy_test and leave a few images of each class in the list that is read from then on."""
     data_root.mkdir(exist_ok=True)
     data = load_task("toy_test", data_root)
-    chosen = {record.image_path for record in few_shot(data.records, min(TESTED_IMAGES, len(data.records)), 0)}
+    chosen = {record.image_path for record in few_shot(data.records, TESTED_IMAGES, 0)}
     listed = data.located.root / METADATA_FILE
     lines = listed.read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if json.loads(line)["image_path"] in chosen]
