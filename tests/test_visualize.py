@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
 from dataset.metadata import Record
 from dataset.prompts import build_prompts
@@ -78,6 +79,16 @@ def test_attention_is_relative_to_even_attention(world: Path) -> None:
     assert min(lengths) < max(lengths) == weights.text.shape[3]
     # A tiny fresh module attends almost evenly; by the number of prompts it would be 10 of 16, whatever their lengths.
     assert maps["Looks at abnormal words"].mean() == pytest.approx(1, abs=0.1)
+
+
+def test_the_caption_is_the_score_and_this_images_pixel_auroc(world: Path) -> None:
+    data = load_task(str(world / "test"))
+    picture = read_picture(data, anomalous_records(data, "cork")[0])
+    model = load_model(world / "base" / "image_adapter.pth", device="cpu")
+    found = look(model, picture, "base")
+    prediction = model.predict(picture.image, "cork")
+    auroc = 100 * roc_auc_score(picture.mask.ravel(), prediction.anomaly_map.ravel())
+    assert found.caption == f"score {prediction.score:.2f}, AUROC {auroc:.1f}"
 
 
 def test_mistakes_are_named(world: Path, tmp_path: Path) -> None:
