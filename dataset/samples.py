@@ -114,7 +114,7 @@ class AnomalyDataset(Dataset):
 
     - `image`: float32 (3, S, S), resized to a square (bicubic) and normalised with `mean` and `std`;
     - `mask`: float32 (1, S, S), 1 where anomalous (nearest neighbour), all 0 for normal images;
-    - `label`: 0 normal, 1 anomalous; `class_name`; `index`: the record's position.
+    - `label`: 0 normal, 1 anomalous; `class_name`; `image_path`; `index`: the record's position.
 
     `augment` (DESIGN 5): "geometric" turns, shifts and flips image and mask together, "full" also changes brightness,
     contrast and saturation. The parameters come from `SampleKey.seed` alone; a plain index is for `augment="none"`,
@@ -148,7 +148,7 @@ class AnomalyDataset(Dataset):
     def __getitem__(self, key: int | SampleKey) -> dict[str, Any]:
         index = key.index if isinstance(key, SampleKey) else key
         record = self.records[index]
-        image, mask = _read_pair(self.root, record)
+        image, mask = read_pair(self.root, record)
         size = (self.img_size, self.img_size)
         image = _square(image, self.img_size)
         mask = Image.new("L", size) if mask is None else mask.resize(size, Image.Resampling.NEAREST)
@@ -205,7 +205,7 @@ def find_bad_images(root: Path, records: Sequence[Record]) -> list[tuple[Record,
 
     def check(record: Record) -> str | None:
         try:
-            _read_pair(Path(root), record)
+            read_pair(Path(root), record)
         except UserError as error:
             return str(error)
         return None
@@ -269,7 +269,8 @@ def _is_out_of_sight(mask: Image.Image, parameters: Augmentation) -> bool:
     return _move(mask, parameters, InterpolationMode.BILINEAR).getbbox() is None
 
 
-def _read_pair(root: Path, record: Record) -> tuple[Image.Image, Image.Image | None]:
+def read_pair(root: Path, record: Record) -> tuple[Image.Image, Image.Image | None]:
+    """A record's image and its mask, None for a normal image; raises UserError where the two have different sizes."""
     image = read_image(root / record.image_path)
     if record.mask_path is None:
         return image, None

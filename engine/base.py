@@ -16,7 +16,6 @@ from engine.run import (
     TrainingRun,
     check_save_path,
     make_accelerator,
-    write_arguments,
 )
 from engine.schedules import halved_at
 from engine.stage1 import TextStage
@@ -91,7 +90,7 @@ def set_up(
 
 
 def open_run(setup: Setup, config: RunConfig) -> None:
-    """Check that the save path may be written, and write the first of it: the log and `args.json`.
+    """Check that the save path may be written, and begin its log.
 
     Comes after every other check, so that a mistake leaves nothing behind.
     """
@@ -99,7 +98,6 @@ def open_run(setup: Setup, config: RunConfig) -> None:
     setup.accelerator.wait_for_everyone()
     if setup.accelerator.is_main_process:
         set_up_logging(config.save_path / "train.log")
-        write_arguments(config.save_path, config.to_dict())
 
 
 def two_phases(
@@ -159,5 +157,6 @@ def describe_run(config: RunConfig, setup: Setup) -> dict[str, Any]:
         "shot": config.shot if config.training_mode == "few_shot" else None,
         "seed": config.seed,
         "arguments": config.to_dict(),
+        "processes": setup.accelerator.num_processes,
         "versions": {name: version(name) for name in LIBRARIES},
     }

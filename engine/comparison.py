@@ -10,6 +10,7 @@ from typing import Any
 
 from engine.evaluate import METRICS, UNDEFINED, Evaluation, csv_rows, format_value, write_csv_rows
 from model.checkpoint import Checkpoint
+from model.config import CrossAttentionConfig
 from utils.files import write_text
 from utils.plots import Panel, loop_curves
 from utils.tables import format_table
@@ -136,7 +137,9 @@ def setting_notes(rows: Sequence[Row], used: Mapping[str, Any]) -> list[str]:
     for row in rows:
         if row.config is None:
             continue
-        crossed = bool(row.config.get("cross_attention"))
+        # A base that went on under the same script, with both cross-attentions at weight 0, is a base.
+        trained_with = row.config.get("cross_attention")
+        crossed = bool(trained_with) and CrossAttentionConfig(**trained_with).on
         if row.loop is None and crossed != (row.name == CROSS_ATTENTION):
             has = "has" if crossed else "has no"
             notes.append(f"{row.name} is not what its name says: {row.checkpoint.path} {has} cross-attention")

@@ -111,8 +111,7 @@ def plan_loops(config: FeedbackConfig) -> list[LoopPlan]:
         raise UserError(f"--val_fraction {config.val_fraction}: takes 0 to below 1")
     text = epochs_of_loops("text", config.text_epochs_per_loop, config)
     image = epochs_of_loops("image", config.image_epochs_per_loop, config)
-    learned = config.cross_attn_scale == "learned"
-    on = learned or config.text_cross_attn_weight != 0 or config.image_cross_attn_weight != 0
+    on = config.cross_attention().on
     return [
         LoopPlan(
             loop,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -10,9 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dataset.catalog import readable_name
 from dataset.metadata import Record
 from dataset.prompts import build_prompts
-from dataset.samples import read_image, read_mask
+from dataset.samples import read_pair
 from engine.data import TaskData
 from engine.detector import Detector
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention, Attention
@@ -36,16 +38,18 @@ class Picture:
 
     @property
     def title(self) -> str:
-        """Class and kind of defect, in words."""
-        return f"{self.class_name}, {Path(self.record.image_path).parent.name.replace('_', ' ')}"
+        """Class and kind of defect, in words; medical datasets' folders tell no kind."""
+        kind = Path(self.record.image_path).parent.name
+        if self.domain == "medical":
+            kind = "anomalous" if self.record.label else "normal"
+        # Not the name in prompts, which several classes may share.
+        return f"{readable_name(self.record.class_name)}, {readable_name(kind)}"
 
 
 def read_picture(data: TaskData, record: Record) -> Picture:
-    """An image with its ground truth; `UserError` for a file that cannot be read."""
-    image = read_image(data.located.root / record.image_path)
-    mask = np.zeros((image.height, image.width), bool)
-    if record.mask_path:
-        mask = np.asarray(read_mask(data.located.root / record.mask_path)) > 0
+    """An image with its ground truth; `UserError` for a file that cannot be read, and a mask of another size."""
+    image, found = read_pair(data.located.root, record)
+    mask = np.zeros((image.height, image.width), bool) if found is None else np.asarray(found) > 0
     return Picture(record, image, mask, data.names[record.class_name], data.located.spec.domain)
 
 
@@ -94,16 +98,25 @@ def draw_overlays(detector: Detector, data: TaskData, per_class: int | None, fol
     Returns the figures' paths, which are those of the images, under `folder`.
     """
     records = list(data.records) if per_class is None else some_of_each_class(data, per_class)
-    figures = []
+    figures: list[Path] = []
     bar = progress_bar(len(records), "drawing")
     for record in records:
         picture = read_picture(data, record)
-        figures.append((folder / record.image_path).with_suffix(".png"))
+        figures.append(figure_path(folder, record.image_path, figures))
         heatmap = look(detector, picture, detector.name)
         comparison_figure(picture.image, picture.mask, [heatmap], figures[-1], picture.title)
         bar.update()
     bar.close()
     return figures
+
+
+def figure_path(folder: Path, image_path: str, taken: Sequence[Path]) -> Path:
+    """Where the figure of an image goes: to its path under `folder`, also where that path leads out of the dataset."""
+    path = Path(image_path)
+    place = folder.joinpath(*(part for part in path.parts if part not in (path.anchor, "..")))
+    figure = place.with_suffix(".png")
+    # Images of one name and several kinds of file.
+    return place.with_name(f"{place.name}.png") if figure in taken else figure
 
 
 def some_of_each_class(data: TaskData, count: int) -> list[Record]:

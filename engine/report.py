@@ -10,12 +10,11 @@ import json
 import logging
 import platform
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -44,6 +43,7 @@ from engine.pictures import Picture, look, read_picture
 from engine.reproduce import script_and_defaults, training_command
 from engine.trainer import readable_time
 from engine.verdicts import advice, summary_cells
+from model.checkpoint import Checkpoint
 from utils.charts import Chart, class_chart, data_uri, loop_chart, training_charts
 from utils.files import write_text
 from utils.plots import COLOURS, outlined, overlay
@@ -62,7 +62,7 @@ MOST_WARNINGS = 20
 
 
 @dataclass(frozen=True)
-class Example:
+class ShownImage:
     """A dataset's image on the page: what it is, where its score stands, and it as each model sees it."""
 
     title: str
@@ -72,7 +72,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run on the page; rows of tables are lists of cells."""
+    """One training run on the page; rows of tables are lists of cells.
+
+    watched: whether there is a history or a log, without which nothing is known of warnings.
+    """
 
     name: str
     command: str
@@ -82,6 +85,7 @@ class Run:
     header: list[str]
     stages: list[list[str]]
     warnings: list[str]
+    watched: bool
 
 
 def write_report(
@@ -123,6 +127,7 @@ def write_report(
         tested=tested_facts(comparison, data),
         groups=example_groups(comparison, models, data) if models else [],
         runs=runs_of(comparison),
+        silent=[row.name for row in comparison.rows if row.checkpoint and not row.config],
         command=command,
     )
     write_text(path, page)
@@ -168,13 +173,14 @@ def class_charts(comparison: Comparison) -> list[Chart]:
     rows = shown_rows(comparison)
     if not rows:
         return []
-    return [
+    charts = (
         class_chart(
             COLUMNS[metric],
             {r.name: {c.class_name: c.values[metric] for c in comparison.evaluations[r.name].classes} for r in rows},
         )
         for metric in CLASS_METRICS
-    ]
+    )
+    return [chart for chart in charts if chart is not None]
 
 
 def class_rows(comparison: Comparison) -> list[list[str]]:
@@ -199,7 +205,7 @@ def tested_facts(comparison: Comparison, data: TaskData) -> list[tuple[str, str]
     anomalous = sum(record.label for record in data.records)
     facts = [
         ("Dataset", f"{comparison.dataset}, {len(data.records)} images, {anomalous} of them anomalous"),
-        ("Classes", ", ".join(data.names.values())),
+        ("Classes", ", ".join(data.classes)),
         ("Image list", data.digest[:12]),
     ]
     known = [row.config for row in comparison.rows if row.config]
@@ -213,7 +219,7 @@ def tested_facts(comparison: Comparison, data: TaskData) -> list[tuple[str, str]
 
 def example_groups(
     comparison: Comparison, models: Mapping[str, Detector], data: TaskData
-) -> list[tuple[str, str, list[Example]]]:
+) -> list[tuple[str, str, list[ShownImage]]]:
     """Title, explanation and images of each kind of example, chosen by the scores of the judged row."""
     name = judged_row(comparison).name
     scores = [(c.class_name, image) for c in comparison.evaluations[name].classes for image in c.scores]
@@ -227,7 +233,7 @@ def example_groups(
     groups = []
     for title, pool, highest in kinds:
         chosen = one_of_each_class(pool, highest)[:EXAMPLES]
-        order = f"the {'highest' if highest else 'lowest'} scores of {name}, one image of a class"
+        order = f"the {'highest' if highest else 'lowest'} scores of {name} within each class, one image of a class"
         if chosen:
             groups.append((title, order, [make_example(image, models, data) for image in chosen]))
     return groups
@@ -241,7 +247,7 @@ def one_of_each_class(pool: Sequence[tuple[str, ImageScore]], highest: bool) -> 
     return list(found.values())
 
 
-def make_example(image: ImageScore, models: Mapping[str, Detector], data: TaskData) -> Example:
+def make_example(image: ImageScore, models: Mapping[str, Detector], data: TaskData) -> ShownImage:
     """An image with its ground truth and the heatmap of every model, as pictures of one size."""
     record = next(record for record in data.records if record.image_path == image.path)
     picture = read_picture(data, record)
@@ -252,7 +258,7 @@ def make_example(image: ImageScore, models: Mapping[str, Detector], data: TaskDa
         heatmap = look(model, picture, name)
         coloured = outlined(overlay(shown.image, heatmap.anomaly_map), shown.mask)
         pictures.append((name, picture_uri(coloured), heatmap.caption))
-    return Example(picture.title, f"{image.score:.2f} among its class, {image.path}", pictures)
+    return ShownImage(picture.title, f"{image.score:.2f} among its class, {image.path}", pictures)
 
 
 def fitted(picture: Picture) -> Picture:
@@ -260,13 +266,8 @@ def fitted(picture: Picture) -> Picture:
     scale = SIDE / max(picture.image.size)
     size = tuple(max(1, round(scale * side)) for side in picture.image.size)
     mask = Image.fromarray(picture.mask).resize(size, Image.Resampling.NEAREST)
-    return Picture(
-        picture.record,
-        picture.image.resize(size, Image.Resampling.BICUBIC),
-        np.array(mask),
-        picture.class_name,
-        picture.domain,
-    )
+    image = picture.image.resize(size, Image.Resampling.BICUBIC)
+    return replace(picture, image=image, mask=np.array(mask))
 
 
 def picture_uri(image: Image.Image) -> str:
@@ -288,26 +289,47 @@ def runs_of(comparison: Comparison) -> list[Run]:
 
 
 def describe_run(name: str, row: Row) -> Run:
-    """What a run was asked for, how it went, and what it said."""
+    """What a run was asked for, how it went until the row's checkpoint, and what it said."""
     config, folder = row.config, row.checkpoint.path.parent
-    history = read_history(folder)
+    whole = read_history(folder)
+    history = until_checkpoint(whole, row.checkpoint)
     feedback = bool(config.get("feedback"))
     header, stages = summary_cells(history, feedback) if history else ([], [])
-    times, warnings = read_log(folder)
+    facts = run_facts(row, history)
+    if len(history) < len(whole):
+        facts.append(
+            ("Went on", f"to {len(whole)} epochs of both stages; shown are the {len(history)} until this file")
+        )
+    log = read_log(folder)
+    if log.began:
+        facts.append(("Log", f"from {log.began} to {log.ended}"))
     defaults = script_and_defaults(config)[1]
     arguments = [
         (argument, words(value), value != defaults.get(argument)) for argument, value in config["arguments"].items()
     ]
+    advised = advice(history, feedback)
+    known = {sentence.lower() for sentence in advised}
     return Run(
         name,
         training_command(config),
-        [*run_facts(row, history), *times],
+        facts,
         arguments,
         training_charts(history) if history else [],
         header,
         stages,
-        [*warnings, *(advice(history, feedback) if history and not warnings else [])],
+        # The verdicts first: single epochs' warnings may be many.
+        [*advised, *gathered([said for said in log.warnings if said.lower() not in known])],
+        bool(history or log.began),
     )
+
+
+def until_checkpoint(history: Sequence[Mapping[str, Any]], checkpoint: Checkpoint) -> list[Mapping[str, Any]]:
+    """The epochs of a run that its checkpoint has seen: a run may have gone on since."""
+    if checkpoint.loop is not None:
+        return [row for row in history if row["loop"] <= checkpoint.loop]
+    if checkpoint.epoch is None:
+        return list(history)
+    return [row for row in history if row["stage"] == "text" or row["epoch"] <= checkpoint.epoch]
 
 
 def run_facts(row: Row, history: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -321,6 +343,8 @@ def run_facts(row: Row, history: Sequence[Mapping[str, Any]]) -> list[tuple[str,
         ("Seed", str(config["seed"])),
         ("Optimizer steps", counts),
     ]
+    if config.get("processes", 1) > 1:
+        facts.append(("Processes", str(config["processes"])))
     if config.get("base") and any(config["base"].values()):
         facts.append(("Started from", "; ".join(filter(None, config["base"].values()))))
     if history:
@@ -342,25 +366,43 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
     except FileNotFoundError:
         return []
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         logger.warning("%s cannot be read (%s): the report has no curves of that run", folder / "history.jsonl", error)
         return []
 
 
-def read_log(folder: Path) -> tuple[list[tuple[str, str]], list[str]]:
-    """From a run's `train.log`: when it began and ended, and what it warned of, each warning once."""
+class Log(NamedTuple):
+    """What a `train.log` tells: when it began and ended (empty: there is none), and its warnings in order."""
+
+    began: str = ""
+    ended: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+def read_log(folder: Path) -> Log:
+    """A run's `train.log`; empty where it is not there or cannot be read, which is logged."""
     try:
         lines = (folder / "train.log").read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        return [], []
+        return Log()
+    except (OSError, ValueError) as error:
+        logger.warning("%s cannot be read (%s): the report has no warnings of that run", folder / "train.log", error)
+        return Log()
     found = [match.groups() for line in lines if (match := LOG_LINE.fullmatch(line))]
-    times = [("Log", f"from {found[0][0]} to {found[-1][0]}")] if found else []
-    counts = Counter(message for _, level, message in found if level in ("WARNING", "ERROR"))
-    warnings = [message if count == 1 else f"{message} ({count} times)" for message, count in counts.items()]
-    if len(warnings) > MOST_WARNINGS:
-        more = len(warnings) - MOST_WARNINGS
-        warnings = [*warnings[:MOST_WARNINGS], f"and {more} more in {(folder / 'train.log').as_posix()}"]
-    return times, warnings
+    warnings = tuple(message.strip() for _, level, message in found if level in ("WARNING", "ERROR"))
+    return Log(found[0][0], found[-1][0], warnings) if found else Log()
+
+
+def gathered(warnings: Sequence[str]) -> list[str]:
+    """Warnings that differ in figures alone as one, with their number; `MOST_WARNINGS` at the most."""
+    alike: dict[str, list[str]] = {}
+    for warning in warnings:
+        alike.setdefault(re.sub(r"[0-9][0-9.e+-]*", "0", warning), []).append(warning)
+    said = []
+    for kind in alike.values():
+        differ = ", figures differ" if len(set(kind)) > 1 else ""
+        said.append(kind[0] if len(kind) == 1 else f"{kind[0]} ({len(kind)} times{differ})")
+    return said if len(said) <= MOST_WARNINGS else [*said[:MOST_WARNINGS], f"and {len(said) - MOST_WARNINGS} more"]
 
 
 def words(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,12 @@ from engine.config import BaseConfig, CrossAttentionRunConfig
 from engine.feedback_config import FeedbackConfig
 
 
-def command_line(script: str, values: Mapping[str, Any]) -> str:
-    """A command with an argument for each value: None and False are left out, True is a flag, a list is spread."""
-    words = ["python", script]
+def command_line(script: str, values: Mapping[str, Any], launcher: Sequence[str] = ("python",)) -> str:
+    """A command, quoted for a POSIX shell or PowerShell, with an argument for each value.
+
+    None and False are left out, True is a flag, a list is spread.
+    """
+    words = [*launcher, script]
     for name, value in values.items():
         if value is None or value is False:
             continue
@@ -24,7 +27,7 @@ def command_line(script: str, values: Mapping[str, Any]) -> str:
 
 
 def plain(value: Any) -> str:
-    """A value as it is typed on any system."""
+    """A value as it is typed; paths with slashes, which Windows takes too."""
     return value.as_posix() if isinstance(value, Path) else str(value)
 
 
@@ -35,7 +38,10 @@ def training_command(config: Mapping[str, Any]) -> str:
     changed = {name: value for name, value in asked.items() if value != defaults.get(name)}
     # A switch that is off against its default needs the form that says so.
     switched_off = {f"no-{name}": True for name, value in changed.items() if value is False}
-    return command_line(script, {**changed, **switched_off})
+    # As many processes, which share the images of a step.
+    processes = config.get("processes", 1)
+    launcher = ("accelerate", "launch", "--num_processes", str(processes)) if processes > 1 else ("python",)
+    return command_line(script, {**changed, **switched_off}, launcher)
 
 
 def script_and_defaults(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

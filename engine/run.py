@@ -279,6 +279,9 @@ class TrainingRun:
                 self._write_history()
         elif self.accelerator.is_main_process:
             self._save_state()
+        if self.accelerator.is_main_process:
+            # Not before: what is refused must not take the place of what the run was asked for.
+            write_json(self.save_path / "args.json", self.describe()["arguments"])
         self.accelerator.wait_for_everyone()
         if self.accelerator.log_with:
             self.accelerator.init_trackers("events")
@@ -366,8 +369,3 @@ def describe_differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     return "; ".join(
         f"{name} was {before.get(name)}, now {now.get(name)}" for name in names if before.get(name) != now.get(name)
     )
-
-
-def write_arguments(save_path: Path, arguments: dict[str, Any]) -> None:
-    """`args.json`: what this run was asked for."""
-    write_json(save_path / "args.json", arguments)

@@ -86,6 +86,12 @@ class CrossAttentionConfig:
     text_context: str = "frozen"
     cross_attn_active: bool = True
 
+    @property
+    def on(self) -> bool:
+        """Whether either branch can have an effect: both fixed at weight 0 are left out of the forward."""
+        weights = (self.text_cross_attn_weight, self.image_cross_attn_weight)
+        return self.cross_attn_scale == "learned" or any(weights)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -414,9 +414,17 @@ def test_a_folder_means_its_latest_epoch(world: Path, loops: Path, tmp_path: Pat
     assert compare(world, loops, base_path=folder) == 0
 
 
-def test_a_cross_attention_checkpoint_called_a_base_is_named(world: Path, loops: Path) -> None:
-    compare(world, loops, base_path=world / "cross" / "image_adapter_cross_attn.pth")
+def test_a_cross_attention_checkpoint_called_a_base_is_named(world: Path, loops: Path, tmp_path: Path) -> None:
+    crossed = world / "cross" / "image_adapter_cross_attn.pth"
+    compare(world, loops, base_path=crossed)
     assert "base is not what its name says" in said_in(loops)
+
+    def leave_out(content: dict[str, Any]) -> None:
+        content["config"]["cross_attention"].update(text_cross_attn_weight=0.0, image_cross_attn_weight=0.0)
+
+    # A base continued by the same script is the fair control.
+    compare(world, loops, base_path=change(crossed, leave_out, tmp_path / "continued.pth"), output_dir=tmp_path / "out")
+    assert "is not what its name says" not in said_in(tmp_path / "out")
 
 
 def test_labels_of_close_lines_do_not_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

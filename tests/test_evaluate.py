@@ -9,6 +9,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
+from benchmarks.bench_metrics import plain_aupro
 from engine import evaluate as module
 from engine.data import TaskData, evaluation_loader, load_task, make_dataset
 from engine.detector import Detector
@@ -69,6 +70,7 @@ def test_metrics_are_scikit_learns_on_the_full_arrays(data: TaskData, models: di
             for kind, truth, values in (("pixel", masks, maps), ("image", labels, scores))
             for metric, function in (("auroc", roc_auc_score), ("ap", average_precision_score), ("f1_max", f1_max))
         }
+        expected["aupro"] = plain_aupro(maps, masks)
         assert {metric: result.values[metric] for metric in expected} == pytest.approx(expected, abs=0.01)
         assert [image.score for image in result.scores] == pytest.approx(scores.tolist(), abs=1e-6)
         assert [image.anomalous for image in result.scores] == labels.astype(bool).tolist()

@@ -13,7 +13,7 @@ from PIL import Image
 
 from engine import load_model
 from engine.inference import evaluate_checkpoints
-from engine.pictures import ALL
+from engine.pictures import ALL, figure_path
 from tests.scripts import error_line, run, save, write_clip, write_dataset
 
 
@@ -86,6 +86,14 @@ def test_visualize_alone_means_every_image(world: Path, tmp_path: Path) -> None:
     asked = ("inference.py", "--checkpoint", world / "run", "--image", world / "test", "--visualize")
     assert "leave --visualize out" in error_line(*asked)
     assert "0 is not 1 or more" in error_line(*asked[:3], "--visualize", 0)
+
+
+def test_figures_stay_in_their_folder(tmp_path: Path) -> None:
+    taken: list[Path] = []
+    for path in ("a/000.png", "a/000.jpg", "/data/a/001.png", "../../b.png"):
+        taken.append(figure_path(tmp_path, path, taken))
+    names = [path.relative_to(tmp_path).as_posix() for path in taken]
+    assert names == ["a/000.png", "a/000.jpg.png", "data/a/001.png", "b.png"]
 
 
 def test_without_dataset_it_is_the_training_dataset_and_says_loudly_what_that_means(world: Path) -> None:

@@ -20,9 +20,22 @@ from engine.comparison import Comparison, Row
 from engine.config import BaseConfig, CrossAttentionRunConfig, RunConfig
 from engine.evaluate import METRICS, ClassResult, Evaluation, ImageScore
 from engine.feedback_config import FeedbackConfig
-from engine.report import best_of_columns, judged_row, one_of_each_class, read_log, shown_rows
+from engine.report import (
+    Log,
+    best_of_columns,
+    class_charts,
+    gathered,
+    judged_row,
+    one_of_each_class,
+    read_history,
+    read_log,
+    shown_rows,
+    until_checkpoint,
+)
 from engine.reproduce import command_line, training_command
+from model.checkpoint import Checkpoint
 from tests.scripts import train_small_runs
+from utils.charts import class_chart, training_charts
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "msedge")
 RUN = "feedback_" + "of_a_long_name" * 6
@@ -145,6 +158,7 @@ def test_the_page_says_what_was_run(world: Path, report: Path) -> None:
     for heading in ("Best: anomalies", "Worst: anomalies", "Worst: normal images"):
         assert heading in text
     assert f"{RUN}/loop_2_final.pth</dd>" in text
+    assert "<dd>cork, reed</dd>" in text
     # Two classes, each with an image of every kind.
     assert text.count('class="example"') == 6
     commands = [line.strip() for line in re.findall(r"<pre>(.*?)</pre>", text, re.DOTALL)]
@@ -167,6 +181,8 @@ def test_a_report_without_history_and_of_nothing_readable(world: Path, tmp_path:
     text = (run / "report.html").read_text(encoding="utf-8")
     assert "Loop 2 is unreadable" in text
     assert "no curves" in text
+    assert "there is no train.log that can be read" in text
+    assert "Training gave no warnings" not in text
     (run / "loop_1_final.pth").write_bytes(b"")
     assert compare_feedback_loops(run, str(world / "test"), device="cpu", report=True) == 1
     text = (run / "report.html").read_text(encoding="utf-8")
@@ -215,14 +231,34 @@ def test_one_example_of_each_class() -> None:
     assert [image.path for image in one_of_each_class(pool, highest=False)] == ["a0.1", "b0.1", "c"]
 
 
-def test_many_warnings_are_cut(tmp_path: Path) -> None:
-    lines = [f"2026-01-02 03:04:{second:02d} WARNING   norm {second}" for second in range(30)]
+def test_a_log_is_read_and_a_damaged_one_is_no_reason_to_fail(tmp_path: Path) -> None:
+    lines = [f"2026-01-02 03:04:{second:02d} {level} said" for second, level in enumerate(("INFO", "WARNING"))]
     (tmp_path / "train.log").write_text("\n".join(["a line of a table", *lines]), encoding="utf-8")
-    times, warnings = read_log(tmp_path)
-    assert times == [("Log", "from 2026-01-02 03:04:00 to 2026-01-02 03:04:29")]
-    assert len(warnings) == 21
-    assert warnings[-1].startswith("and 10 more in ")
-    assert read_log(tmp_path / "nothing") == ([], [])
+    assert read_log(tmp_path) == Log("2026-01-02 03:04:00", "2026-01-02 03:04:01", ("said",))
+    assert read_log(tmp_path / "nothing") == Log()
+    for name, reader, nothing in (("train.log", read_log, Log()), ("history.jsonl", read_history, [])):
+        (tmp_path / name).write_bytes(b"\xff\xfe{")
+        assert reader(tmp_path) == nothing
+
+
+def test_warnings_that_differ_in_figures_are_gathered() -> None:
+    low = [f"gradients are low: norm {0.001 * n:.3g}, below 0.01" for n in range(1, 9)]
+    said = gathered([*low, "collapsed", "again", "again"])
+    assert said == [f"{low[0]} (8 times, figures differ)", "collapsed", "again (2 times)"]
+    many = gathered(["a" * length for length in range(1, 31)])
+    assert len(many) == 21
+    assert many[-1] == "and 10 more"
+
+
+def test_a_run_that_went_on_is_shown_until_its_checkpoint() -> None:
+    def rows(*stages: tuple[int, str, int]) -> list[dict[str, Any]]:
+        return [{"loop": loop, "stage": stage, "epoch": epoch} for loop, stage, epoch in stages]
+
+    base = rows((1, "text", 1), (1, "text", 2), (1, "text", 3), (1, "image", 1), (1, "image", 2))
+    assert until_checkpoint(base, Checkpoint(Path("x"), {}, epoch=1)) == base[:4]
+    assert until_checkpoint(base, Checkpoint(Path("x"), {}, epoch=None)) == base
+    loops = rows((1, "text", 1), (1, "image", 1), (2, "text", 1), (2, "image", 1))
+    assert until_checkpoint(loops, Checkpoint(Path("x"), {}, epoch=7, loop=1)) == loops[:2]
 
 
 CONFIGS: list[tuple[RunConfig, dict[str, Any]]] = [
@@ -241,6 +277,21 @@ def test_the_command_asks_for_the_same_run(config: RunConfig, kind: dict[str, An
     words = shlex.split(training_command({"arguments": config.to_dict(), **kind}))
     parser = import_module(Path(words[1]).stem).build_parser()
     assert type(config).from_namespace(parser.parse_args(words[2:])) == config
+
+
+def test_several_processes_are_launched_again() -> None:
+    command = training_command({"arguments": BaseConfig().to_dict(), "processes": 4})
+    assert command == "accelerate launch --num_processes 4 train.py"
+
+
+def test_charts_of_names_and_values_that_are_not_ordinary() -> None:
+    values = {"a $x_{$ run": {"a_class_of_a_very_long_name" * 4: 3.0, "$b_{$": None}}
+    assert class_chart("Pixel AUC", values) is not None
+    assert class_chart("Image AUC", {"base": {"colon": None}}) is None
+    assert [chart.title for chart in class_charts(made_up(base={"image_auroc": None}))] == ["Pixel AUC", "AUPRO"]
+    row = {"loss": 1.0, "grad_norm/total": float("nan"), "abnormal_inside": 0.0, "abnormal_outside": 0.0, "epoch": 1}
+    history = [{**row, "loop": loop, "stage": stage} for loop in range(1, 11) for stage in ("text", "image")]
+    assert len(training_charts(history)) == 3
 
 
 def test_a_default_is_not_repeated() -> None:

@@ -17,7 +17,7 @@ from engine import load_model
 from engine.data import load_task
 from engine.pictures import look, read_picture
 from engine.visualize import Choice, anomalous_records, list_images, parse_indices, visualize_comparison
-from tests.scripts import error_line, train_small_runs
+from tests.scripts import error_line, save, train_small_runs
 from utils.errors import UserError
 
 
@@ -79,6 +79,26 @@ def test_attention_is_relative_to_even_attention(world: Path) -> None:
     assert min(lengths) < max(lengths) == weights.text.shape[3]
     # A tiny fresh module attends almost evenly; by the number of prompts it would be 10 of 16, whatever their lengths.
     assert maps["Looks at abnormal words"].mean() == pytest.approx(1, abs=0.1)
+
+
+def test_titles_tell_classes_and_kinds_apart(world: Path) -> None:
+    data = load_task(str(world / "test"))
+    picture = read_picture(data, anomalous_records(data, "cork")[0])
+    assert picture.title == "cork, spot"
+    # Several classes may share a name in prompts, and medical folders are called the same on both sides.
+    pcb = replace(picture.record, class_name="pcb_1", image_path="test/Ungood/img/1.png")
+    assert replace(picture, record=pcb, class_name="printed circuit board").title == "pcb 1, img"
+    assert replace(picture, record=pcb, domain="medical").title == "pcb 1, anomalous"
+    assert replace(picture, record=replace(pcb, label=0), domain="medical").title == "pcb 1, normal"
+
+
+def test_a_mask_of_another_size_is_named(world: Path) -> None:
+    data = load_task(str(world / "test"))
+    record = anomalous_records(data, "cork")[1]
+    smaller = replace(record, mask_path="smaller.png")
+    save(world / "test" / "smaller.png", np.zeros((20, 20)))
+    with pytest.raises(UserError, match="both must have one size"):
+        read_picture(data, smaller)
 
 
 def test_the_caption_is_the_score_and_this_images_pixel_auroc(world: Path) -> None:

@@ -18,6 +18,7 @@ from utils.plots import (
     draw_losses,
     draw_norms,
     draw_watch,
+    literal,
     mark_loops,
     reference_styles,
     stage_legend,
@@ -29,6 +30,8 @@ WIDTH, HEIGHT = 3.9, 2.75
 INKS = {"light": "#22262b", "dark": "#e3e6ea"}
 INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
 SETTINGS = {"svg.fonttype": "path", "svg.hashsalt": "charts", "axes.facecolor": "none", "font.size": 9}
+# Characters of a class's name that leave room for the chart.
+LONGEST = 18
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -99,8 +102,13 @@ def loop_chart(title: str, panel: Panel) -> Chart:
     return make_chart(title, f"{title} of each loop, in percent", lambda figure: draw_loops(figure.subplots(), panel))
 
 
-def class_chart(title: str, values: Mapping[str, Mapping[str, float | None]]) -> Chart:
-    """One metric of every class, a marker for each model; values: percent by model, then by class, None left out."""
+def class_chart(title: str, values: Mapping[str, Mapping[str, float | None]]) -> Chart | None:
+    """One metric of every class, a marker for each model; None where no class has a value.
+
+    values: percent by model, then by class, None left out.
+    """
+    if not any(value is not None for of_class in values.values() for value in of_class.values()):
+        return None
     classes = list(next(iter(values.values())))
     *others, last = values
     colours = {name: colour for name, (colour, _) in reference_styles(others).items()} | {last: "tab:blue"}
@@ -111,8 +119,9 @@ def class_chart(title: str, values: Mapping[str, Mapping[str, float | None]]) ->
             known = [(value, row) for row, value in enumerate(of_class.values()) if value is not None]
             style = {"color": colours[name], "marker": MARKERS[index % len(MARKERS)], "linestyle": "none"}
             if known:
-                axis.plot(*zip(*known, strict=True), **style, markersize=6, alpha=0.9, label=name)
-        axis.set_yticks(range(len(classes)), classes)
+                axis.plot(*zip(*known, strict=True), **style, markersize=6, alpha=0.9, label=literal(name))
+        labels = [literal(name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…") for name in classes]
+        axis.set_yticks(range(len(classes)), labels)
         axis.set_ylim(len(classes) - 0.5, -0.5)
         axis.set_xlabel("percent")
         axis.grid(alpha=0.25)

@@ -24,6 +24,11 @@ OPACITY = 0.5
 STAGE_COLOURS = {"text": "tab:blue", "image": "tab:orange"}
 
 
+def literal(text: str) -> str:
+    """Text in which matplotlib sees no formulas."""
+    return text.replace("$", r"\$")
+
+
 def overlay(image: Image.Image, anomaly_map: np.ndarray, low: float = 0.0, high: float = 1.0) -> Image.Image:
     """A heatmap over an image, at the image's size; anomaly_map (h, w), coloured from `low` to `high`."""
     scaled = np.clip((anomaly_map - low) / max(high - low, 1e-12), 0, 1)
@@ -125,7 +130,8 @@ def _finish_epochs(axis: Axes, spans: Sequence[Span], label: str) -> None:
 
 
 def mark_loops(axes: Sequence[Axes], spans: Sequence[Span]) -> None:
-    """A line before each loop, and its number above the first of the axes."""
+    """A line before each loop, and its number above the first of the axes, alone where there are many."""
+    many = spans[-1][0][0] > 5
     for loop, group in groupby(spans, key=lambda span: span[0][0]):
         rows = [position for _, rows in group for position, _ in rows]
         if loop > 1:
@@ -133,8 +139,8 @@ def mark_loops(axes: Sequence[Axes], spans: Sequence[Span]) -> None:
                 axis.axvline(rows[0] - 0.5, color="grey", linewidth=0.8)
         middle = (rows[0] + rows[-1]) / 2
         axes[0].annotate(
-            f"loop {loop}", (middle, 1), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points",
-            ha="center", fontsize=8,
+            f"{loop}" if many and loop > 1 else f"loop {loop}", (middle, 1), xycoords=("data", "axes fraction"),
+            xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8,
         )  # fmt: skip
 
 
@@ -253,7 +259,7 @@ def comparison_figure(
     for axis in axes.ravel():
         axis.set_xticks([])
         axis.set_yticks([])
-    for axis, name in zip(axes[0], ["Original", "Ground truth", *(h.model for h in heatmaps)], strict=True):
+    for axis, name in zip(axes[0], ["Original", "Ground truth", *(literal(h.model) for h in heatmaps)], strict=True):
         axis.set_title(name, fontsize=10)
     axes[0, 0].imshow(image)
     axes[0, 1].imshow(mask, cmap="gray", vmin=0, vmax=1)
@@ -278,7 +284,7 @@ def comparison_figure(
             axis.imshow(heatmap.attention[name], cmap=ATTENTION_COLOURS, vmin=low, vmax=high, extent=extent)
             _outline(axis, mask)
         _colour_bar(figure, row, ATTENTION_COLOURS, low, high, "1 is even")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(literal(title), fontsize=11)
     save_png(figure, path)
 
 
@@ -299,7 +305,7 @@ def example_grid(examples: Sequence[Example], path: Path, title: str) -> None:
     axes = figure.subplots(len(examples), len(columns), squeeze=False)
     for row, example in zip(axes, examples, strict=True):
         row[0].imshow(example.image)
-        row[0].set_ylabel(example.title, fontsize=8)
+        row[0].set_ylabel(literal(example.title), fontsize=8)
         row[1].imshow(example.mask, cmap="gray", vmin=0, vmax=1)
         for axis, heatmap in zip(row[2:], example.heatmaps, strict=True):
             axis.imshow(overlay(example.image, heatmap.anomaly_map))

@@ -485,7 +485,8 @@ class PixelCounter:
             raise ValueError(f"maps and masks (B, H, W) and B names are needed, not {shapes}")
         if maps.numel() == 0:
             return
-        maps = maps.detach().to(torch.float32)
+        # Apple's GPUs have no float64, which coverage needs.
+        maps = maps.detach().to(device="cpu" if maps.device.type == "mps" else None, dtype=torch.float32)
         check_finite(maps, names)
         positions, coverage = region_coverage((masks if masks.dtype == torch.bool else masks > 0.5).cpu().numpy())
         scores = maps.flatten(1)
