@@ -6,13 +6,15 @@ import csv
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from engine.compare import compare_feedback_loops
@@ -35,7 +37,8 @@ from engine.report import (
 from engine.reproduce import command_line, training_command
 from model.checkpoint import Checkpoint
 from tests.scripts import train_small_runs
-from utils.charts import class_chart, training_charts
+from utils import charts
+from utils.charts import class_chart, loop_chart, training_charts
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "msedge")
 RUN = "feedback_" + "of_a_long_name" * 6
@@ -292,6 +295,30 @@ def test_charts_of_names_and_values_that_are_not_ordinary() -> None:
     row = {"loss": 1.0, "grad_norm/total": float("nan"), "abnormal_inside": 0.0, "abnormal_outside": 0.0, "epoch": 1}
     history = [{**row, "loop": loop, "stage": stage} for loop in range(1, 11) for stage in ("text", "image")]
     assert len(training_charts(history)) == 3
+
+
+def test_no_chart_cuts_its_legend_or_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+
+    def draw_only(draw: Callable[[Figure], None], _ink: str, height: float) -> str:
+        drawn.append(Figure(figsize=(charts.WIDTH, height), layout="constrained"))
+        draw(drawn[-1])
+        return ""
+
+    monkeypatch.setattr(charts, "_svg", draw_only)
+    sides = {f"grad_norm/{side}_cross_attn": 0.1 for side in ("text", "image")}
+    row = {"loss": 1.0, "grad_norm/total": 1.0, "abnormal_inside": 0.5, "abnormal_outside": 0.1, "epoch": 1, **sides}
+    training_charts([{**row, "loop": loop, "stage": stage} for loop in (1, 2) for stage in ("text", "image")])
+    models = ("unadapted", "base", "cross-attention", "Loop 10")
+    class_chart("Pixel AUC", {model: {"corrugated_sheet_of_metal": 50.0} for model in models})
+    loop_chart("Pixel AUC", ({1: 80.0, 10: 81.0}, dict.fromkeys(models[:3], 80.0)))
+    assert len(drawn) == 10
+    for figure in drawn:
+        FigureCanvasAgg(figure).draw()
+        legends = [legend.get_window_extent() for legend in figure.legends]
+        for box in (figure.axes[0].get_tightbbox(), *legends):
+            assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+            assert box.y0 >= 0 and box.y1 <= figure.bbox.height
 
 
 def test_a_default_is_not_repeated() -> None:

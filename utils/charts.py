@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from utils.plots import (
     Panel,
+    bottom_legend,
     draw_loops,
     draw_losses,
     draw_norms,
@@ -126,6 +127,6 @@ def class_chart(title: str, values: Mapping[str, Mapping[str, float | None]]) ->
         axis.set_xlabel("percent")
         axis.grid(alpha=0.25)
         axis.tick_params(labelsize=8)
-        figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+        bottom_legend(figure, *axis.get_legend_handles_labels())
 
     return make_chart(title, f"{title} of each class and model, in percent", on, 1.4 + 0.24 * len(classes))

@@ -151,7 +151,13 @@ def stage_legend(figure: Figure, history: Sequence[Mapping[str, Any]]) -> None:
     if any(row.get(f"grad_norm/{side}_cross_attn") for row in history for side in STAGE_COLOURS):
         handles.append(Line2D([], [], color="grey", linestyle=":", marker=".", markersize=3))
         labels.append("its cross-attention alone")
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    bottom_legend(figure, handles, labels)
+
+
+def bottom_legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """A legend below all axes, compact enough for a narrow figure."""
+    style = {"fontsize": 8, "frameon": False, "handlelength": 1.4, "columnspacing": 1.1, "handletextpad": 0.5}
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, **style)
 
 
 REFERENCE_STYLES = (("tab:orange", "--"), ("tab:green", "-."), ("tab:gray", ":"), ("tab:purple", (0, (5, 1))))
