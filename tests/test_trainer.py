@@ -43,6 +43,10 @@ def test_an_unhealthy_epoch_is_named(changes: dict[str, float], word: str) -> No
     assert word in warning
 
 
+def test_maps_that_are_high_in_the_wrong_places_have_not_collapsed() -> None:
+    assert epoch_warnings(epoch(abnormal_inside=0.01, abnormal_outside=0.3)) == []
+
+
 def test_an_epoch_without_anomalous_pixels_is_not_called_collapsed() -> None:
     assert epoch_warnings(epoch(abnormal_inside=math.nan, abnormal_outside=0.001)) == []
 
