@@ -36,6 +36,10 @@ class TaskData:
     def classes(self) -> list[str]:
         return list(self.names)
 
+    def of_class(self, class_name: str) -> list[Record]:
+        """The records of a class, in their order."""
+        return [record for record in self.records if record.class_name == class_name]
+
     def prompts(self, clip: FrozenCLIP) -> Prompts:
         """The prompts of all classes, in class order."""
         return Prompts.from_texts(clip, [build_prompts(name) for name in self.names.values()])

@@ -125,12 +125,11 @@ def choose_examples(data: TaskData) -> list[Record]:
     """Of each class an anomalous image, a different defect type from class to class where there are several."""
     chosen = []
     for row, class_name in enumerate(data.classes):
-        records = [record for record in data.records if record.class_name == class_name]
-        anomalous = [record for record in records if record.label]
+        anomalous = [record for record in data.of_class(class_name) if record.label]
         kinds = sorted({Path(record.image_path).parent.name for record in anomalous})
         kind = kinds[row % len(kinds)]
         chosen.append(next(record for record in anomalous if Path(record.image_path).parent.name == kind))
-    normal = next(record for record in data.records if record.class_name == data.classes[0] and not record.label)
+    normal = next(record for record in data.of_class(data.classes[0]) if not record.label)
     return [*chosen, normal]
 
 

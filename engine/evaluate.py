@@ -159,8 +159,7 @@ def evaluate(
 
 def class_samples(data: TaskData, class_name: str, clip: FrozenCLIP) -> AnomalyDataset:
     """The samples of one class alone, in the same order as among the others."""
-    records = [record for record in data.records if record.class_name == class_name]
-    return make_dataset(replace(data, records=records), clip, "none")
+    return make_dataset(replace(data, records=data.of_class(class_name)), clip, "none")
 
 
 def autocast(device: torch.device | str, precision: str) -> torch.autocast:

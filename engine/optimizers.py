@@ -17,7 +17,8 @@ def transfer_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any])
     moments = {
         name: saved["state"][index]
         for group in saved.get("param_groups", ())
-        for name, index in zip(group.get("param_names", ()), group["params"], strict=False)
+        if "param_names" in group
+        for name, index in zip(group["param_names"], group["params"], strict=True)
         if index in saved["state"]
     }
     carried = 0

@@ -123,7 +123,7 @@ def some_of_each_class(data: TaskData, count: int) -> list[Record]:
     """The first `count` records of each class, anomalous and normal ones in turn while there are both."""
     chosen = []
     for class_name in data.classes:
-        records = [record for record in data.records if record.class_name == class_name]
+        records = data.of_class(class_name)
         kinds = ([record for record in records if record.label == label] for label in (1, 0))
         in_turn = [record for pair in zip_longest(*kinds) for record in pair if record is not None]
         chosen += in_turn[:count]

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from dataset.metadata import Record
-from dataset.samples import read_image
 from engine.compare import find_loops, find_reference
 from engine.config import check_device
 from engine.data import TaskData, load_task
@@ -113,7 +112,7 @@ def anomalous_records(data: TaskData, class_name: str) -> list[Record]:
         raise UserError(
             f"--class_name {class_name}: {data.located.spec.name} has no such class, but {', '.join(data.classes)}"
         )
-    return [record for record in data.records if record.class_name == class_name and record.label]
+    return [record for record in data.of_class(class_name) if record.label]
 
 
 def check_indices(choice: Choice, records: Sequence[Record], class_name: str) -> list[int]:
@@ -133,8 +132,8 @@ def worst_indices(detector: Detector, data: TaskData, records: Sequence[Record],
     scores = []
     bar = progress_bar(len(records), "scoring")
     for record in records:
-        image = read_image(data.located.root / record.image_path)
-        scores.append(detector.predict(image, data.names[record.class_name], data.located.spec.domain).score)
+        path = data.located.root / record.image_path
+        scores.append(detector.predict(path, data.names[record.class_name], data.located.spec.domain).score)
         bar.update()
     bar.close()
     return sorted(range(len(records)), key=scores.__getitem__)[:count]

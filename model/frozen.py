@@ -85,7 +85,7 @@ def projected_features(
     streams, cls = surgery_stream(clip, images, config, levels or config.levels)
     embedding = unit(clip.project_image(cls))
     ln_post = clip.clip.visual.ln_post
-    pairs = zip(streams, projectors, strict=False)  # fewer levels than projectors where the first ones are enough
+    pairs = zip(streams, projectors[: len(streams)], strict=True)  # the first levels may be enough
     features = [unit(projector(ln_post(x[:, 1:]))) for x, projector in pairs]
     return ImageFeatures(features, embedding, features[0] + embedding[:, None])
 

@@ -88,11 +88,17 @@ def write_dataset(folder: Path, classes: tuple[str, ...] = ("bolt", "felt"), cou
     return folder
 
 
-def train_small_runs(folder: Path) -> Path:
-    """In `folder`: a tiny CLIP, datasets `train` and `test`, a run `base`, and two loops of `feedback` from scratch."""
+def write_world(folder: Path, classes: tuple[str, ...], count: int = 6) -> Path:
+    """In `folder`: a tiny CLIP as `clip`, a dataset `train`, and `test` of these classes."""
     write_clip(folder / "clip")
     write_dataset(folder / "train")
-    write_dataset(folder / "test", classes=("cork", "reed"), count=3, seed=1)
+    write_dataset(folder / "test", classes=classes, count=count, seed=1)
+    return folder
+
+
+def train_small_runs(folder: Path) -> Path:
+    """In `folder`: a tiny CLIP, datasets `train` and `test`, a run `base`, and two loops of `feedback` from scratch."""
+    write_world(folder, ("cork", "reed"), count=3)
     common = {
         "model_name": f"local-dir:{folder / 'clip'}", "dataset": str(folder / "train"), "shot": 4, "text_batch_size": 4,
         "num_workers": 0, "device": "cpu", "tracker": "none",

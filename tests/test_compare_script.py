@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from engine.compare import compare_feedback_loops
 from engine.evaluate import METRICS
 from engine.inference import evaluate_checkpoints
-from tests.scripts import error_line, run, write_clip, write_dataset
+from tests.scripts import error_line, run, write_world
 from utils import plots
 from utils.errors import UserError
 
@@ -29,10 +29,7 @@ REFERENCES = ["unadapted", "base", "cross-attention"]
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, a cross-attention run of another seed from it, and three loops of feedback from it."""
-    folder = tmp_path_factory.mktemp("world")
-    write_clip(folder / "clip")
-    write_dataset(folder / "train")
-    write_dataset(folder / "test", classes=("cork", "tile"), seed=1)
+    folder = write_world(tmp_path_factory.mktemp("world"), ("cork", "tile"))
     common = [
         "--model_name", f"local-dir:{folder / 'clip'}", "--dataset", folder / "train", "--shot", 8,
         "--text_batch_size", 4, "--image_lr", 0.005, "--num_workers", 0, "--device", "cpu", "--tracker", "none",

@@ -38,7 +38,7 @@ from model.checkpoint import read_checkpoint
 from model.clip import FrozenCLIP, load_clip
 from model.text import Prompts
 from tests.helpers import config_for, random_batch, tiny_clip, tiny_prompts
-from tests.scripts import write_clip, write_dataset
+from tests.scripts import write_world
 from train_cross_attention_feedback_v2 import build_parser
 from utils.errors import NotFiniteError, UserError
 
@@ -69,11 +69,7 @@ def logging_as_it_was() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    write_clip(folder / "clip")
-    write_dataset(folder / "train")
-    write_dataset(folder / "test", classes=("cork",), count=3, seed=1)
-    return folder
+    return write_world(tmp_path_factory.mktemp("world"), ("cork",), count=3)
 
 
 @pytest.fixture(scope="module")

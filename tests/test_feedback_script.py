@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from engine import load_model
-from tests.scripts import error_line, run, start, wait_for_rows, write_clip, write_dataset
+from tests.scripts import error_line, run, start, wait_for_rows, write_world
 
 SCRIPT = "train_cross_attention_feedback_v2.py"
 COMPONENTS = ("text_adapter", "text_cross_attn", "image_adapter", "image_cross_attn")
@@ -25,10 +25,7 @@ TIMED = ("seconds", "images_per_second", "memory_gib")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    write_clip(folder / "clip")
-    write_dataset(folder / "train")
-    write_dataset(folder / "test", classes=("cork",), count=4, seed=1)
+    folder = write_world(tmp_path_factory.mktemp("world"), ("cork",), count=4)
     run("train.py", *common(folder), "--text_epoch", 1, "--image_epoch", 2, "--save_path", folder / "base")
     return folder
 

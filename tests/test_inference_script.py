@@ -14,15 +14,12 @@ from PIL import Image
 from engine import load_model
 from engine.inference import evaluate_checkpoints
 from engine.pictures import ALL, figure_path
-from tests.scripts import error_line, run, save, write_clip, write_dataset
+from tests.scripts import error_line, run, save, write_world
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    write_clip(folder / "clip")
-    write_dataset(folder / "train")
-    write_dataset(folder / "test", classes=("cork", "tile"), seed=1)
+    folder = write_world(tmp_path_factory.mktemp("world"), ("cork", "tile"))
     (folder / "test" / "tile" / "test" / "good").rename(folder / "no_normal_images")
     run(
         "train.py", "--model_name", f"local-dir:{folder / 'clip'}", "--dataset", folder / "train", "--shot", 8,
