@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine.compare import compare_feedback_loops
+from engine.report.compare_loops import compare_feedback_loops
 from utils.cli import Parser, add_data_arguments, add_model_arguments, add_run_arguments, positive_int, run_script
 from utils.logging import set_up_logging
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine.inference import evaluate_checkpoints, score_pictures
-from engine.pictures import ALL
+from engine.evaluation.image_heatmaps import ALL
+from engine.evaluation.inference import evaluate_checkpoints, score_pictures
 from model.config import TEXT_CONDITIONINGS, TEXT_CONTEXTS
 from utils.cli import Parser, add_data_arguments, add_model_arguments, add_run_arguments, positive_int, run_script
 from utils.errors import UserError

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from engine.base import train_base
-from engine.config import BaseConfig
+from engine.training.arguments import BaseConfig
+from engine.training.base import train_base
 from utils.cli import Parser, add_epoch_arguments, add_shared_arguments, run_script
 from utils.logging import set_up_logging
 

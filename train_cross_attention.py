@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from engine.config import CrossAttentionRunConfig
-from engine.cross_attention import train_cross_attention
+from engine.training.arguments import CrossAttentionRunConfig
+from engine.training.cross_attention import train_cross_attention
 from utils.cli import (
     Parser,
     add_base_arguments,

@@ -9,8 +9,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.feedback import train_feedback
-from engine.feedback_config import PRESETS, FeedbackConfig
+from engine.training.feedback import train_feedback
+from engine.training.feedback_arguments import PRESETS, FeedbackConfig
 from utils.cli import (
     Parser,
     add_base_arguments,

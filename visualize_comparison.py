@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine.visualize import run_visualization
+from engine.evaluation.side_by_side import run_visualization
 from utils.cli import Parser, positive_int, run_script
 from utils.logging import set_up_logging
 

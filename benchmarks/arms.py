@@ -12,9 +12,9 @@ from typing import Any
 from dataset.few_shot import few_shot
 from engine.data import TaskData, load_task
 from engine.detector import build_detector
-from engine.evaluate import METRICS, Evaluation, evaluate
+from engine.evaluation.evaluate import METRICS, Evaluation, evaluate
 from model.checkpoint import read_checkpoint
-from model.clip import load_clip
+from model.clip_loading import load_clip
 
 # What `--short` trains on, and how many images of each class it tests on; its epochs are one of each.
 SHORT = {"training_mode": "few_shot", "shot": 4}

@@ -11,13 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.arms import SHORT, add_short_argument, tested_images
-from engine.base import train_base
-from engine.config import check_device
 from engine.demo import CONFIG
 from engine.detector import build_detector, unadapted_detector
-from engine.evaluate import METRICS, Evaluation, evaluate
+from engine.device import check_device
+from engine.evaluation.evaluate import METRICS, Evaluation, evaluate
+from engine.training.base import train_base
 from model.checkpoint import read_checkpoint
-from model.clip import load_clip
+from model.clip_loading import load_clip
 from utils.cli import run_script
 from utils.files import write_text
 from utils.logging import set_up_logging

@@ -1,4 +1,4 @@
-"""Metrics of one class from `utils.streaming` and from scikit-learn on the full arrays: seconds and differences.
+"""Metrics of one class from `utils.metrics` and from scikit-learn on the full arrays: seconds and differences.
 
 Maps are smooth noise on CLIP's patch grid, raised at most defects, enlarged bilinearly, in two kinds: sums of four
 levels in a narrow range around 2, and probabilities in [0, 1]. Half of the images hold defects. scikit-learn takes
@@ -22,7 +22,7 @@ from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from torch import Tensor
 
-from utils.streaming import FPR_LIMIT, PixelCounter, image_metrics
+from utils.metrics import FPR_LIMIT, PixelCounter, image_metrics
 
 KINDS = ("around 2", "in [0, 1]")
 PATCH = 14

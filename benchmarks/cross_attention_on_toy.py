@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.arms import SHORT, Arm, add_short_argument, arms_table, test_arms, train_arms
-from engine.base import train_base
-from engine.config import CrossAttentionRunConfig
-from engine.cross_attention import train_cross_attention
 from engine.demo import CONFIG
+from engine.training.arguments import CrossAttentionRunConfig
+from engine.training.base import train_base
+from engine.training.cross_attention import train_cross_attention
 from utils.cli import run_script
 from utils.files import write_text
 from utils.logging import set_up_logging
@@ -24,7 +24,7 @@ from utils.logging import set_up_logging
 BASE_EPOCHS = {"text_epoch": 6, "image_epoch": 12}
 MORE_EPOCHS = {"text_epoch": 4, "image_epoch": 9}
 ONE_EPOCH = {"text_epoch": 1, "image_epoch": 1}
-CHECKPOINT = "image_adapter_cross_attn.pth"
+CHECKPOINT = "image_adapter.pth"
 
 
 def train_arm(base_path: Path, changes: dict[str, Any], short: bool, seed: int, folder: Path) -> None:

@@ -20,8 +20,9 @@ from benchmarks.arms import SHORT, Arm, add_short_argument, arms_table, test_arm
 from benchmarks.cross_attention_on_toy import make_arm as cross_attention_arm
 from benchmarks.cross_attention_on_toy import trained_base
 from engine.demo import CONFIG
-from engine.feedback import FINAL_FILE, train_feedback
-from engine.feedback_config import FeedbackConfig
+from engine.run_folder import FINAL_FILE
+from engine.training.feedback import train_feedback
+from engine.training.feedback_arguments import FeedbackConfig
 from utils.cli import run_script
 from utils.files import write_text
 from utils.logging import set_up_logging

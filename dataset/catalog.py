@@ -34,7 +34,7 @@ LAYOUTS = {
 class DatasetSpec:
     """What is known of a dataset before its folder is looked at.
 
-    `domain` is "industrial" or "medical" and decides the scoring (DESIGN 4); `layout` is a key of `LAYOUTS`.
+    `domain` is "industrial" or "medical" and decides the scoring (docs/method.md); `layout` is a key of `LAYOUTS`.
     `folder` is the folder's name under the data root as distributed, `folders` are other names in common use; both may
     be nested, and letter case does not matter. `class_names` maps a class to its name in prompts, in class order.
     """
@@ -140,7 +140,7 @@ def locate_dataset(name_or_path: str, data_root: Path | None = None) -> LocatedD
     """Find a dataset by its name in the catalog (letter case aside), or by the path of its own folder.
 
     A named one is looked for under `data_root`, or is `data_root` itself; without one the environment variable
-    ANOMALY_DATA_ROOT counts, then "data". A toy dataset that is not there yet is drawn (DESIGN 7). Of an own folder
+    ANOMALY_DATA_ROOT counts, then "data". A toy dataset that is not there yet is drawn. Of an own folder
     only the classes are read here: whether its images are complete shows when its metadata is built.
 
     Raises UserError for an unknown name, and for a folder that is missing, with the layout expected.

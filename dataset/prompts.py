@@ -1,4 +1,4 @@
-"""The sentences that stand for "normal" and "abnormal" (DESIGN 4, "Text")."""
+"""The sentences that stand for "normal" and "abnormal" (docs/method.md, "Text")."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ class AnomalyDataset(Dataset):
     - `mask`: float32 (1, S, S), 1 where anomalous (nearest neighbour), all 0 for normal images;
     - `label`: 0 normal, 1 anomalous; `class_name`; `image_path`; `index`: the record's position.
 
-    `augment` (DESIGN 5): "geometric" turns, shifts and flips image and mask together, "full" also changes brightness,
+    `augment`: "geometric" turns, shifts and flips image and mask together, "full" also changes brightness,
     contrast and saturation. The parameters come from `SampleKey.seed` alone; a plain index is for `augment="none"`,
     with anything else it raises ValueError. What augmentation uncovers is black in the image (as in the published code)
     and normal in the mask. An anomaly that was moved out of the picture entirely leaves a normal image, label 0; an
@@ -238,7 +238,7 @@ class Augmentation:
 
 
 def draw_augmentation(seed: int) -> Augmentation:
-    """One sample's augmentation (DESIGN 5): each part on with its probability, uniform within its range."""
+    """One sample's augmentation: each part on with its probability, uniform within its range."""
     rng = np.random.default_rng(seed)
     # All numbers are drawn, used or not, so that no part's chance shifts another part's.
     turn, shift, horizontal, vertical = (rng.random(4) < 0.5).tolist()

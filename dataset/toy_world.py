@@ -1,4 +1,4 @@
-"""The toy datasets: two small inspection sets, drawn from a seed and written once in MVTec's layout (DESIGN 7)."""
+"""The toy datasets: small inspection sets (docs/toy_world.md), drawn from a seed and written once in MVTec's layout."""
 
 from __future__ import annotations
 

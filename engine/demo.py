@@ -7,21 +7,22 @@ import time
 from pathlib import Path
 
 from dataset.metadata import Record
-from engine.base import train_base
-from engine.compare import compare_feedback_loops
-from engine.config import BaseConfig, check_device
 from engine.data import TaskData, load_task
 from engine.detector import Detector, build_detector, unadapted_detector
-from engine.feedback import train_feedback
-from engine.feedback_config import FeedbackConfig
-from engine.pictures import look, read_picture
-from engine.report import REPORT_FILE
-from engine.trainer import readable_time
+from engine.device import check_device
+from engine.evaluation.image_heatmaps import look, read_picture
+from engine.report.compare_loops import compare_feedback_loops
+from engine.run_folder import CURVES_FILE, FINAL_FILE, REPORT_FILE, loop_file, side_file
+from engine.training.arguments import BaseConfig
+from engine.training.base import train_base
+from engine.training.feedback import train_feedback
+from engine.training.feedback_arguments import FeedbackConfig
+from engine.training.trainer import readable_time
 from model.checkpoint import read_checkpoint
-from model.clip import load_clip
+from model.clip_loading import load_clip
 from utils.cli import run_script
+from utils.heatmaps import Example, example_grid
 from utils.logging import set_up_logging
-from utils.plots import Example, example_grid
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ CONFIG = BaseConfig(
 def feedback_from(base: BaseConfig, **changes: object) -> FeedbackConfig:
     """V2's preset on the same model, images and toy rates, from the files that `base` writes."""
     shared = {name: value for name, value in vars(base).items() if name not in ("text_epoch", "image_epoch")}
-    files = {f"load_base_{side}_adapter": base.save_path / f"{side}_adapter.pth" for side in ("text", "image")}
+    files = {f"load_base_{side}_adapter": base.save_path / side_file(side) for side in ("text", "image")}
     return FeedbackConfig.from_preset("v2", **{**shared, **files, **changes})
 
 
@@ -91,9 +92,9 @@ def run_demo(base: BaseConfig, feedback: FeedbackConfig, folder: Path) -> None:
         ("Report", folder / REPORT_FILE),
         ("Pictures", grid),
         ("Loops", folder / "comparison.png"),
-        ("Curves", feedback.save_path / "training_curves.png"),
+        ("Curves", feedback.save_path / CURVES_FILE),
         ("Figures", folder / "comparison.md"),
-        ("Model", feedback.save_path / "final_model.pth"),
+        ("Model", feedback.save_path / FINAL_FILE),
     ):
         logger.info("%-9s %s", f"{what}:", path)
     logger.info("Done in %s", readable_time(time.perf_counter() - start))
@@ -103,9 +104,9 @@ def demo_models(base: BaseConfig, feedback: FeedbackConfig) -> dict[str, Detecto
     """Unadapted CLIP, the base and every loop, on one CLIP."""
     device = check_device(base.device, base.precision)
     clip = load_clip(base.model_name)
-    files = {"base": base.save_path / "image_adapter.pth"}
+    files = {"base": base.save_path / side_file("image")}
     for loop in range(1, feedback.num_feedback_loops + 1):
-        files[f"loop {loop}"] = feedback.save_path / f"loop_{loop}_final.pth"
+        files[f"loop {loop}"] = feedback.save_path / loop_file(loop)
     trained = {name: build_detector(read_checkpoint(file), clip) for name, file in files.items()}
     return {name: model.to(device) for name, model in {"unadapted CLIP": unadapted_detector(clip), **trained}.items()}
 

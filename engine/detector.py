@@ -1,4 +1,4 @@
-"""A checkpoint as a ready model: loaded in one call, predicting on one image (DESIGN 6)."""
+"""A checkpoint as a ready model: loaded in one call, predicting on one image."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from torch import nn
 from dataset.catalog import readable_name
 from dataset.prompts import build_prompts
 from dataset.samples import image_tensor, read_image
-from engine.config import check_device
+from engine.device import check_device
 from model.adapter import AdaptedCLIP
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention, Attention
 from model.checkpoint import Checkpoint, infer_choices, load_component, read_checkpoint
-from model.clip import FrozenCLIP, load_clip
+from model.clip import FrozenCLIP
+from model.clip_loading import load_clip
 from model.config import ModelConfig
 from model.frozen import UnadaptedCLIP
 from model.scoring import DOMAINS, calibrated_maps, calibrated_scores
@@ -89,7 +90,7 @@ class Detector(nn.Module):
 
         class_name: what the object is called in the prompts, such as "metal screw". A single image has no class
         statistics to normalise by, so the map is the calibrated one and the score is half its maximum plus half the
-        image's own; `domain="medical"`: the maximum alone (DESIGN 4, "Scores").
+        image's own; `domain="medical"`: the maximum alone (docs/method.md, "Scores").
         return_attention: also give `Attention`, the weights of both cross-attentions per head, for a batch of one.
         Raises `UserError` for a file that cannot be read, for a domain that is not known, and where attention is asked
         of a model without cross-attention.

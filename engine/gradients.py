@@ -16,22 +16,22 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from engine.config import check_device
 from engine.data import TaskData, choose_training_images, load_task, training_loader
 from engine.detector import checkpoint_config, load_clip_for
-from engine.stage1 import TextStage
-from engine.stage2 import ImageStage
-from engine.stages import Stage, class_rows
-from engine.trainer import gradient_norms
+from engine.device import check_device
+from engine.training.stage1 import TextStage
+from engine.training.stage2 import ImageStage
+from engine.training.stages import Stage, class_rows
+from engine.training.trainer import gradient_norms
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.blocks import run_block
 from model.checkpoint import load_component, read_checkpoint
-from model.clip import load_clip
+from model.clip_loading import load_clip
 from model.config import CrossAttentionConfig, ModelConfig
 from model.text import Prompts
 from utils.errors import UserError
+from utils.figures import save_png
 from utils.files import write_text
-from utils.plots import save_png
 from utils.seeding import derive_seed
 
 logger = logging.getLogger(__name__)

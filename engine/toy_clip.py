@@ -1,4 +1,4 @@
-"""Pre-training of the toy CLIP (DESIGN 7): CLIP's contrastive loss on drawn pairs, with open_clip's own model.
+"""Pre-training of the toy CLIP (docs/toy_world.md): CLIP's contrastive loss on drawn pairs, with open_clip's own model.
 
 At first a step sees a random quarter of each picture's patches (FLIP, arXiv:2212.00794), later more: on a CPU that is
 several times the pictures in the same time. The drawings are made once and kept beside the training state; every epoch

@@ -1,4 +1,4 @@
-"""AdaptedCLIP: a frozen CLIP with trainable adapters in both encoders (AA-CLIP, CVPR 2025; DESIGN 4)."""
+"""AdaptedCLIP: a frozen CLIP with trainable adapters in both encoders (AA-CLIP, CVPR 2025; docs/method.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AdaptedCLIP with bidirectional cross-attention: text tokens see image patches, image tokens see words (DESIGN 4)."""
+"""AdaptedCLIP with bidirectional cross-attention: text tokens see patches, image tokens see words (docs/method.md)."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
 
     @torch.no_grad()
     def stage1_features(self, images: Tensor, prompts: Prompts, rows: Tensor) -> ImageFeatures:
-        """Frozen features, or from loop 2 of a feedback run on what Stage 2 has learned (DESIGN 4, "Feedback").
+        """Frozen features, or from loop 2 of a feedback run on what Stage 2 has learned (docs/method.md, "Feedback").
 
         The trained branch sees the words as `text_adapter` makes them now, so that it is the branch of Stage 2.
         """

@@ -1,4 +1,4 @@
-"""The small trainable modules: adapters inside the encoders, projectors behind them (DESIGN 4; AA-CLIP, 2025)."""
+"""The small trainable modules: adapters inside the encoders, projectors behind them (docs/method.md; AA-CLIP, 2025)."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def make_adapter(kind: str, width: int) -> nn.Module:
 
 
 def blend(x: Tensor, adapted: Tensor, weight: float) -> Tensor:
-    """Adapter blend (DESIGN 4): w a |x| / |a| + (1 - w) x, with norms per token; shapes (..., c).
+    """Adapter blend (docs/method.md): w a |x| / |a| + (1 - w) x, with norms per token; shapes (..., c).
 
     An adapter that gives exactly zero contributes zero instead of 0 / 0.
     """

@@ -1,4 +1,4 @@
-"""CLIP's frozen residual attention blocks, run on packed 2-D projections (DESIGN 3, 4).
+"""CLIP's frozen residual attention blocks, run on packed 2-D projections (docs/method.md).
 
 open_clip's blocks hold the weights; the forward is written here because three things are needed that
 `nn.MultiheadAttention` does not give: V-V attention beside ordinary attention from one projection (CLIP-Surgery,

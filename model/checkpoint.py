@@ -1,10 +1,9 @@
-"""Checkpoint files: written whole, read as plain data only, refused with one line where they do not fit (DESIGN 6)."""
+"""Checkpoint files: written whole, read as plain data only, refused with one line where they do not fit."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,31 +189,3 @@ def _likely_cause(key: str, state: Mapping[str, Tensor], expected: Mapping[str, 
     if any(part.endswith("fc1.weight") for part in state) != any(part.endswith("fc1.weight") for part in expected):
         return "its adapters are of the other kind (check --adapter)"
     return "its depths are other ones (check --text_adapt_until and --image_adapt_until)"
-
-
-NUMBERED = re.compile(r"(?:image_adapter(?:_cross_attn)?_(\d+)|loop_(\d+)_final)\.pth")
-LATEST = ("image_adapter.pth", "image_adapter_cross_attn.pth", "final_model.pth")
-
-
-def find_checkpoints(path: Path) -> list[Path]:
-    """The checkpoint files that `path` means: itself, or in a folder all epochs (or loops) in numeric order.
-
-    A folder's latest file counts only where no numbered one is there, since it repeats the last of them.
-    Raises `UserError` for a path that is not there, with the checkpoints that are, and for a folder without any.
-    """
-    if path.is_file():
-        return [path]
-    folder = path if path.is_dir() else path.parent
-    numbered = []
-    for file in folder.glob("*.pth") if folder.is_dir() else ():
-        match = NUMBERED.fullmatch(file.name)
-        if match:
-            numbered.append((int(match.group(1) or match.group(2)), file.name, file))
-    latest = [folder / name for name in LATEST if (folder / name).is_file()]
-    found = [file for _, _, file in sorted(numbered)] or latest
-    if path.is_dir() and found:
-        return found
-    there = ", ".join(file.name for file in dict.fromkeys([*found, *latest])) or "no checkpoints"
-    raise UserError(
-        f"{path}: {'no checkpoints in this folder' if path.is_dir() else f'not there; {folder} holds {there}'}"
-    )

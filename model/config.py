@@ -24,7 +24,7 @@ def rounded(value: float) -> int:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What an `AdaptedCLIP` is: the CLIP under it and every choice of DESIGN 3 and 4 that its outputs depend on.
+    """What an `AdaptedCLIP` is: the CLIP under it and every choice of docs/method.md that its outputs depend on.
 
     `levels` count vision blocks from 1: level 6 is the stream after six blocks. `text_adapted` is False where Stage 1
     was left out, so that anchors come from CLIP's own text projection.
@@ -67,7 +67,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class CrossAttentionConfig:
-    """What the two cross-attentions are (DESIGN 4, "Cross-attention").
+    """What the two cross-attentions are (docs/method.md, "Cross-attention").
 
     `text_conditioning`: whether anchors see each image ("image"), the batch's mean in Stage 1 ("batch_mean"), or no
     image ("none"). `text_context`: the image features they see, and that Stage 1 looks at: "frozen", those of the
@@ -114,7 +114,7 @@ def check_cross_attention(config: CrossAttentionConfig, text_width: int) -> None
 
 
 def depth_defaults(vision_layers: int, text_layers: int) -> dict[str, Any]:
-    """Levels and adapter depths that follow the encoders' depths (DESIGN 2): (6, 12, 18, 24), 6, 3, 20 for ViT-L/14."""
+    """Levels and adapter depths that follow the encoders' depths: (6, 12, 18, 24), 6, 3, 20 for ViT-L/14."""
     return {
         "levels": tuple(sorted({max(1, rounded(vision_layers * quarter / 4)) for quarter in (1, 2, 3, 4)})),
         "image_adapt_until": max(1, rounded(vision_layers / 4)),

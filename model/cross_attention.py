@@ -1,4 +1,4 @@
-"""Multi-head cross-attention, the branch that AdaptedCLIPWithCrossAttention adds to both streams (DESIGN 4)."""
+"""Multi-head cross-attention, the branch that AdaptedCLIPWithCrossAttention adds to both streams (docs/method.md)."""
 
 from __future__ import annotations
 

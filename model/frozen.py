@@ -1,4 +1,4 @@
-"""Frozen image features by V-V attention: what Stage 1 looks at, and unadapted CLIP as the baseline (DESIGN 4)."""
+"""Frozen image features by V-V attention: what Stage 1 sees, and unadapted CLIP as the baseline (docs/method.md)."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def projected_features(
     projectors: Sequence[nn.Module],
     levels: Sequence[int] | None = None,
 ) -> ImageFeatures:
-    """The trained projectors on the frozen encoder's tokens: unit patch features at each level (DESIGN 4, "Feedback").
+    """The trained projectors on the frozen encoder's tokens: unit patch features at each level.
 
     What feedback carried over in the idea's first form: `seg_proj` without the adapters. Shapes as `frozen_features`.
     """
@@ -91,7 +91,7 @@ def projected_features(
 
 
 class UnadaptedCLIP(nn.Module):
-    """The baseline: frozen `dual` features and CLIP's own text embeddings, scored like an adapted model (DESIGN 4)."""
+    """The baseline: frozen `dual` features and CLIP's own text embeddings, scored like an adapted model."""
 
     def __init__(self, clip: FrozenCLIP, config: ModelConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Losses of both stages (DESIGN 4, "Losses"): focal (Lin et al. 2017), Dice (Milletari et al. 2016), entropy."""
+"""Losses of both stages (docs/method.md, "Losses"): focal (Lin et al. 2017), Dice (Milletari et al. 2016), entropy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From features and anchors to similarities, anomaly maps and image scores (DESIGN 4, "Similarity" and "Scores")."""
+"""From features and anchors to similarities, anomaly maps and image scores (docs/method.md, "Scores")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text side: prompts -> unit prompt features -> the pair of anchors of a class (DESIGN 4, "Text")."""
+"""The text side: prompts -> unit prompt features -> the pair of anchors of a class (docs/method.md, "Text")."""
 
 from __future__ import annotations
 

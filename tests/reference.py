@@ -1,4 +1,4 @@
-"""A plain, slow reference of the method's mathematics, written for the tests from DESIGN 4 alone.
+"""A plain, slow reference of the method's mathematics, written for the tests from docs/method.md alone.
 
 Nothing here is fast and nothing here is shared with `model/`: images, heads and levels are looped over, attention is
 softmax(q k^T / sqrt(d)) v, blur and enlargement are matrices filled in entry by entry. What it takes from elsewhere is

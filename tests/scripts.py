@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image
 from safetensors.torch import save_file
 
-from engine.base import train_base
-from engine.config import BaseConfig
-from engine.feedback import train_feedback
-from engine.feedback_config import FeedbackConfig
+from engine.training.arguments import BaseConfig
+from engine.training.base import train_base
+from engine.training.feedback import train_feedback
+from engine.training.feedback_arguments import FeedbackConfig
 from tests.helpers import TINY_ARCHITECTURE, tiny_open_clip
 
 ROOT = Path(__file__).resolve().parent.parent

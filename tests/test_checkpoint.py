@@ -1,4 +1,4 @@
-"""Checkpoint files of this project and of others: what loads, and what is said of what does not (DESIGN 6)."""
+"""Checkpoint files of this project and of others: what loads, and what is said of what does not."""
 
 from __future__ import annotations
 

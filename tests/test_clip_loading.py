@@ -1,4 +1,4 @@
-"""Weights files in the formats that people have, and what is said when they do not fit (DESIGN 3)."""
+"""Weights files in the formats that people have, and what is said when they do not fit."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import model.clip
-from model.clip import FrozenCLIP, load_clip
+import model.clip_loading
+from model.clip import FrozenCLIP
+from model.clip_loading import load_clip
 from tests.helpers import (
     TINY_ARCHITECTURE,
     TINY_NAME,
@@ -198,9 +199,9 @@ def test_an_image_size_without_whole_patches_is_an_error(size: int, tiny_name: s
 
 def test_default_image_sizes() -> None:
     config = open_clip.get_model_config("ViT-L-14-336")
-    assert model.clip.check_image_size("ViT-L-14-336", config, None) == 518
-    assert model.clip.check_image_size("ViT-L-14-336", config, 336) == 336
-    assert model.clip.check_image_size("ViT-B-16", open_clip.get_model_config("ViT-B-16"), None) == 224
+    assert model.clip_loading.check_image_size("ViT-L-14-336", config, None) == 518
+    assert model.clip_loading.check_image_size("ViT-L-14-336", config, 336) == 336
+    assert model.clip_loading.check_image_size("ViT-B-16", open_clip.get_model_config("ViT-B-16"), None) == 224
 
 
 @pytest.mark.parametrize("name", ["ViT-nonsense", "", "vit-l-14-336"])
@@ -329,7 +330,7 @@ def test_without_network_the_error_says_what_to_download_and_where(name: str, mo
     def unreachable(*_: object, **__: object) -> str:
         raise OSError("We couldn't connect to the hub\nand a second line")
 
-    monkeypatch.setattr(model.clip, "download_pretrained", unreachable)
+    monkeypatch.setattr(model.clip_loading, "download_pretrained", unreachable)
     with pytest.raises(UserError) as caught:
         load_clip(name)
     message = one_line(caught)
@@ -342,9 +343,9 @@ def test_hub_weights_run_with_their_own_activation(
 ) -> None:
     """A tag tells the activation and the normalisation, whatever form its file has."""
     known = {"openai": {"quick_gelu": True, "mean": (0.5, 0.5, 0.5)}, "own": {"quick_gelu": False}}
-    monkeypatch.setattr(model.clip, "list_pretrained_tags_by_model", lambda _: list(known))
-    monkeypatch.setattr(model.clip, "get_pretrained_cfg", lambda _, tag: known[tag])
-    monkeypatch.setattr(model.clip, "download_pretrained", lambda _: str(openai_archive))
+    monkeypatch.setattr(model.clip_loading, "list_pretrained_tags_by_model", lambda _: list(known))
+    monkeypatch.setattr(model.clip_loading, "get_pretrained_cfg", lambda _, tag: known[tag])
+    monkeypatch.setattr(model.clip_loading, "download_pretrained", lambda _: str(openai_archive))
     loaded = load_clip(tiny_name)
     assert loaded.activation == "quick_gelu" and loaded.mean == (0.5, 0.5, 0.5)
     assert load_clip(tiny_name, "own").activation == "gelu"

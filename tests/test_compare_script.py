@@ -16,11 +16,11 @@ from matplotlib.text import Text
 from PIL import Image
 from safetensors.torch import load_file
 
-from engine.compare import compare_feedback_loops
-from engine.evaluate import METRICS
-from engine.inference import evaluate_checkpoints
+from engine.evaluation.evaluate import METRICS
+from engine.evaluation.inference import evaluate_checkpoints
+from engine.report.compare_loops import compare_feedback_loops
 from tests.scripts import error_line, run, write_world
-from utils import plots
+from utils import curves
 from utils.errors import UserError
 
 REFERENCES = ["unadapted", "base", "cross-attention"]
@@ -56,7 +56,7 @@ def compared(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 def asked(world: Path, save_path: Path) -> list[object]:
     return [
         "--save_path", save_path, "--dataset", world / "test", "--base_path", world / "base", "--cross_path",
-        world / "cross" / "image_adapter_cross_attn.pth", "--num_workers", 0, "--device", "cpu",
+        world / "cross" / "image_adapter.pth", "--num_workers", 0, "--device", "cpu",
     ]  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def test_figures_are_those_of_inference(world: Path, compared: tuple[Path, str],
     rows = rows_of(folder)
     files = {
         "base": world / "base" / "image_adapter.pth",
-        "cross-attention": world / "cross" / "image_adapter_cross_attn.pth",
+        "cross-attention": world / "cross" / "image_adapter.pth",
         "Loop 2": folder / "loop_2_final.pth",
     }
     for model, file in files.items():
@@ -374,7 +374,7 @@ def test_mistakes_are_the_users(world: Path, loops: Path, tmp_path: Path) -> Non
     misfit = change(world / "base" / "image_adapter.pth", reshape, tmp_path / "misfit.pth")
     for options, words in (
         ({"base_path": tmp_path / "nothing"}, "--base_path"),
-        ({"cross_path": world / "base"}, "no image_adapter_cross_attn.pth"),
+        ({"cross_path": world / "base"}, "holds no cross-attention"),
         ({"base_path": tmp_path}, "damaged"),
         ({"cross_path": broken}, "damaged"),
         ({"base_path": other}, "trained on other weights"),
@@ -412,7 +412,7 @@ def test_a_folder_means_its_latest_epoch(world: Path, loops: Path, tmp_path: Pat
 
 
 def test_a_cross_attention_checkpoint_called_a_base_is_named(world: Path, loops: Path, tmp_path: Path) -> None:
-    crossed = world / "cross" / "image_adapter_cross_attn.pth"
+    crossed = world / "cross" / "image_adapter.pth"
     compare(world, loops, base_path=crossed)
     assert "base is not what its name says" in said_in(loops)
 
@@ -426,14 +426,14 @@ def test_a_cross_attention_checkpoint_called_a_base_is_named(world: Path, loops:
 
 def test_labels_of_close_lines_do_not_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Figure] = []
-    save = plots.save_png
-    monkeypatch.setattr(plots, "save_png", lambda figure, path: (drawn.append(figure), save(figure, path)))
+    save = curves.save_png
+    monkeypatch.setattr(curves, "save_png", lambda figure, path: (drawn.append(figure), save(figure, path)))
     close = {"unadapted": 86.9, "base": 86.95, "cross-attention": 86.9}
     panels = {
         "Pixel AUC": ({1: 80.0, 2: None, 4: 90.0}, close),
         "Image AP": ({1: None}, {"base": None, "unadapted": 20.0}),
     }
-    plots.loop_curves(panels, tmp_path / "curves.png", "loops")
+    curves.loop_curves(panels, tmp_path / "curves.png", "loops")
     first, second = drawn[0].axes[:2]
     # An annotation's own extent takes in the line that leads to it.
     boxes = [Text.get_window_extent(text) for text in first.texts]

@@ -1,4 +1,4 @@
-"""Cross-attention against the plain reference, and what must hold whatever the weights are (DESIGN 1 row 1, 4, 9)."""
+"""Cross-attention against the plain reference, and what must hold whatever the weights are (docs/method.md)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from model import scoring
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.blocks import run_block
-from model.clip import FrozenCLIP, load_clip
+from model.clip import FrozenCLIP
+from model.clip_loading import load_clip
 from model.cross_attention import CrossAttention
 from model.frozen import ImageFeatures
 from model.losses import stage1_losses, stage2_losses

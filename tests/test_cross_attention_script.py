@@ -1,4 +1,4 @@
-"""`train_cross_attention.py` and `test_stage2_gradients.py` as a user runs them (DESIGN 1, 4, 6, 8)."""
+"""`train_cross_attention.py` and `test_stage2_gradients.py` as a user runs them."""
 
 from __future__ import annotations
 
@@ -52,15 +52,15 @@ def finished(world: Path) -> Path:
 def test_files_and_verification(finished: Path) -> None:
     files = {path.name for path in finished.glob("*.pth")}
     assert files == {
-        "training_state.pth", "text_adapter_cross_attn.pth", "image_adapter_cross_attn.pth",
-        "image_adapter_cross_attn_1.pth", "image_adapter_cross_attn_2.pth", "image_adapter_cross_attn_3.pth",
+        "training_state.pth", "text_adapter.pth", "image_adapter.pth",
+        "image_adapter_1.pth", "image_adapter_2.pth", "image_adapter_3.pth",
     }  # fmt: skip
     log = (finished / "train.log").read_text(encoding="utf-8")
     assert "WEIGHT INITIALIZATION VERIFICATION" in log
     assert "Base text adapter loaded successfully!" in log
     assert "image_cross_attn mean weight magnitude: " in log
     assert "image optimizer: moments of 9 tensors taken from" in log
-    checkpoint = torch.load(finished / "image_adapter_cross_attn.pth", weights_only=True)
+    checkpoint = torch.load(finished / "image_adapter.pth", weights_only=True)
     assert checkpoint["config"]["cross_attention"]["text_conditioning"] == "image"
     assert {"text_adapter", "text_cross_attn", "image_adapter", "image_cross_attn"} <= set(checkpoint)
 
@@ -87,15 +87,15 @@ def test_killed_runs_end_with_the_same_weights(world: Path, finished: Path, tmp_
         process.kill()
         process.wait()
     run(*from_base(world, path))
-    one, two = (torch.load(folder / "image_adapter_cross_attn.pth", weights_only=True) for folder in (path, finished))
+    one, two = (torch.load(folder / "image_adapter.pth", weights_only=True) for folder in (path, finished))
     for name in ("text_adapter", "text_cross_attn", "image_adapter", "image_cross_attn"):
         assert all(torch.equal(value, two[name][key]) for key, value in one[name].items()), name
 
 
 def test_evaluation_uses_cross_attention(world: Path, finished: Path, tmp_path: Path) -> None:
-    """Row 3 of DESIGN 1: left out at test time it gives other results, and is not what `inference.py` does."""
+    """Row 3 of docs/method.md, "Known defects": left out at test time, it gives other results."""
     run("inference.py", "--checkpoint", finished, "--dataset", world / "test", "--num_workers", 0, "--device", "cpu")
-    model = load_model(finished / "image_adapter_cross_attn.pth", device="cpu")
+    model = load_model(finished / "image_adapter.pth", device="cpu")
     picture = world / "test" / "cork" / "test" / "spot" / "000.png"
     trained, attention = model.predict(picture, "cork", return_attention=True)
     torch.testing.assert_close(attention.text.sum(-1), torch.ones(attention.text.shape[:-1]))
@@ -107,7 +107,7 @@ def test_evaluation_uses_cross_attention(world: Path, finished: Path, tmp_path: 
 
 def test_testing_may_ask_for_something_else_and_says_so(world: Path, finished: Path, tmp_path: Path) -> None:
     errors = run(
-        "inference.py", "--checkpoint", finished / "image_adapter_cross_attn.pth", "--dataset", world / "test",
+        "inference.py", "--checkpoint", finished / "image_adapter.pth", "--dataset", world / "test",
         "--text_conditioning", "none", "--text_context", "trained", "--num_workers", 0, "--device", "cpu",
         "--output_dir", tmp_path,
     )  # fmt: skip
@@ -115,12 +115,12 @@ def test_testing_may_ask_for_something_else_and_says_so(world: Path, finished: P
     assert "was trained with text_context frozen, now trained" in errors
     picture = world / "test" / "cork" / "test" / "spot" / "000.png"
     models = [
-        load_model(finished / "image_adapter_cross_attn.pth", device="cpu", text_conditioning=conditioning)
+        load_model(finished / "image_adapter.pth", device="cpu", text_conditioning=conditioning)
         for conditioning in (None, "none")
     ]
     trained, asked = (model.predict(picture, "cork").anomaly_map for model in models)
     assert abs(trained - asked).max() > 1e-4
-    content = torch.load(finished / "image_adapter_cross_attn.pth", weights_only=True)
+    content = torch.load(finished / "image_adapter.pth", weights_only=True)
     del content["image_cross_attn"]
     torch.save(content, tmp_path / "half.pth")
     with pytest.raises(UserError, match="has no 'image_cross_attn'"):
@@ -135,14 +135,14 @@ def test_mistakes_end_in_one_line(world: Path, finished: Path, tmp_path: Path) -
     text, image = world / "base" / "text_adapter.pth", world / "base" / "image_adapter.pth"
     both = ["--load_base_text_adapter", text, "--load_base_image_adapter"]
     assert "--allow_partial_base" in error_line(*asked, "--load_base_text_adapter", text)
-    crossed = finished / "image_adapter_cross_attn.pth"
+    crossed = finished / "image_adapter.pth"
     assert "cross-attention checkpoint, not a base" in error_line(*asked, *both, crossed)
     assert "set --adapter to match" in error_line(*asked, *both, image, "--adapter", "linear")
     assert "has no 'image_adapter'" in error_line(*asked, *both, text)
     assert "--cross_attn_heads 7" in error_line(*asked, "--cross_attn_heads", 7)
     untrained = tmp_path / "untrained.pth"
     torch.save({**torch.load(image, weights_only=True), "epoch": 0}, untrained)
-    # Row 9 of DESIGN 1: cross-attention on top of an untrained base went unnoticed.
+    # Row 9 of docs/method.md, "Known defects": cross-attention on top of an untrained base went unnoticed.
     assert "was trained for 0 epochs" in error_line(*asked, *both, untrained)
     other = tmp_path / "other.pth"
     content = torch.load(image, weights_only=True)
@@ -168,7 +168,7 @@ def test_from_scratch_is_said_to_be_unfair(world: Path, tmp_path: Path) -> None:
 
 def test_frozen_base_and_learned_scale(world: Path, tmp_path: Path) -> None:
     run(*from_base(world, tmp_path, "--freeze_base", "--cross_attn_scale", "learned", "--cross_attn_init", "zero"))
-    trained = torch.load(tmp_path / "image_adapter_cross_attn.pth", weights_only=True)
+    trained = torch.load(tmp_path / "image_adapter.pth", weights_only=True)
     base = torch.load(world / "base" / "image_adapter.pth", weights_only=True)
     assert all(torch.equal(value, base["image_adapter"][key]) for key, value in trained["image_adapter"].items())
     assert trained["image_cross_attn"]["out_proj.weight"].abs().max() > 0
@@ -182,7 +182,7 @@ def gradients(*arguments: object) -> tuple[int, str]:
 
 
 def test_gradient_test_says_ratio_and_contribution(world: Path, finished: Path, tmp_path: Path) -> None:
-    """Row 1 of DESIGN 1: raw context at full scale moves the stream far; unit context at 0.1 hardly."""
+    """Row 1 of docs/method.md, "Known defects": raw context at full scale moves the stream far."""
     model = ["--model_name", f"local-dir:{world / 'clip'}", "--dataset", world / "train", "--batches", 2]
     status, said = gradients(*model)
     assert status == 0
@@ -193,7 +193,7 @@ def test_gradient_test_says_ratio_and_contribution(world: Path, finished: Path, 
     assert contribution(old) > 5 * contribution(said)
     assert contribution(said) < 0.1
     status, said = gradients(
-        "--checkpoint", finished / "image_adapter_cross_attn.pth", "--dataset", world / "train", "--component",
+        "--checkpoint", finished / "image_adapter.pth", "--dataset", world / "train", "--component",
         "--sweep", 0, 0.1, 1, "--output_dir", tmp_path,
     )  # fmt: skip
     assert "Stage 1 (text):" in said

@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from engine.feedback_config import PRESETS
+from engine.training.feedback_arguments import PRESETS
 from tests import check_commands
 from tests.documented import (
     COMMANDS,

@@ -10,16 +10,16 @@ import torch
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from benchmarks.bench_metrics import plain_aupro
-from engine import evaluate as module
 from engine.data import TaskData, evaluation_loader, load_task, make_dataset
 from engine.detector import Detector
-from engine.evaluate import METRICS, evaluate
-from model.clip import load_clip
+from engine.evaluation import evaluate as module
+from engine.evaluation.evaluate import METRICS, evaluate
+from model.clip_loading import load_clip
 from model.scoring import anomaly_map, class_image_scores, det_scores
 from tests.helpers import adapted_clip
 from tests.scripts import write_clip, write_dataset
 from utils.errors import UserError
-from utils.streaming import IMAGE_NAMES, PixelCounter
+from utils.metrics import IMAGE_NAMES, PixelCounter
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The feedback driver in this process: plan, what a loop changes, persistence, files, restarts (DESIGN 1, 4, 5, 6)."""
+"""The feedback driver in this process: plan, what a loop changes, persistence, files, restarts."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import engine.feedback
-import engine.run
+import engine.training.feedback
+import engine.training.run
 from dataset.metadata import Record
 from engine import load_model
 from engine.data import hold_out, load_task
 from engine.detector import Detector
-from engine.feedback import enter_loop, make_optimizer, rate_factor, say_best_loop, train_feedback
-from engine.feedback_config import PRESETS, FeedbackConfig, plan_loops, plan_table
-from engine.run import TrainingRun, still_finished
-from engine.stage1 import TextStage
+from engine.training.feedback import enter_loop, make_optimizer, rate_factor, say_best_loop, train_feedback
+from engine.training.feedback_arguments import PRESETS, FeedbackConfig, plan_loops, plan_table
+from engine.training.run import TrainingRun, still_finished
+from engine.training.stage1 import TextStage
 from model.adapter import AdaptedCLIP
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.checkpoint import read_checkpoint
-from model.clip import FrozenCLIP, load_clip
+from model.clip import FrozenCLIP
+from model.clip_loading import load_clip
 from model.text import Prompts
 from tests.helpers import config_for, random_batch, tiny_clip, tiny_prompts
 from tests.scripts import write_world
@@ -121,8 +122,8 @@ class Recorder:
     @contextmanager
     def watching(self) -> Iterator[Recorder]:
         with pytest.MonkeyPatch.context() as patch:
-            train_epoch, restore = engine.run.train_epoch, TrainingRun._restore
-            evaluate, finish = engine.feedback.evaluate, engine.feedback.LoopFinisher.__call__
+            train_epoch, restore = engine.training.run.train_epoch, TrainingRun._restore
+            evaluate, finish = engine.training.feedback.evaluate, engine.training.feedback.LoopFinisher.__call__
 
             def watched_restore(run: TrainingRun, phases: Any) -> None:
                 self.run = run
@@ -147,9 +148,9 @@ class Recorder:
                 return found
 
             patch.setattr(TrainingRun, "_restore", watched_restore)
-            patch.setattr(engine.run, "train_epoch", watched_epoch)
-            patch.setattr(engine.feedback, "evaluate", watched_evaluate)
-            patch.setattr(engine.feedback.LoopFinisher, "__call__", watched_finish)
+            patch.setattr(engine.training.run, "train_epoch", watched_epoch)
+            patch.setattr(engine.training.feedback, "evaluate", watched_evaluate)
+            patch.setattr(engine.training.feedback.LoopFinisher, "__call__", watched_finish)
             yield self
 
     def look(self, model: AdaptedCLIPWithCrossAttention, loader: Any, rest: tuple[Any, ...]) -> Moment:
@@ -906,14 +907,14 @@ class Killer:
     def armed(self, epochs: bool = False) -> Iterator[Killer]:
         """epochs: events are the ends of epochs' last steps alone."""
         with pytest.MonkeyPatch.context() as patch:
-            self.wrap(patch, engine.run, "train_epoch", "epoch", before=False)
+            self.wrap(patch, engine.training.run, "train_epoch", "epoch", before=False)
             if not epochs:
-                self.wrap(patch, engine.run, "train_epoch", "epoch start", after=False)
-                self.wrap(patch, engine.run, "save", "save")
-                self.wrap(patch, engine.run, "write_text", "history")
-                self.wrap(patch, engine.feedback, "training_curves", "curves")
-                self.wrap(patch, engine.feedback, "evaluate", "evaluation")
-                self.wrap(patch, engine.run, "log_epoch", "log", after=False)
+                self.wrap(patch, engine.training.run, "train_epoch", "epoch start", after=False)
+                self.wrap(patch, engine.training.run, "save", "save")
+                self.wrap(patch, engine.training.run, "write_text", "history")
+                self.wrap(patch, engine.training.feedback, "training_curves", "curves")
+                self.wrap(patch, engine.training.feedback, "evaluate", "evaluation")
+                self.wrap(patch, engine.training.run, "log_epoch", "log", after=False)
             yield self
 
     def wrap(
@@ -976,13 +977,13 @@ def test_workers_change_nothing_and_do_not_pile_up(world: Path, finished: Finish
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     most = []
     with Recorder().watching() as seen, pytest.MonkeyPatch.context() as patch:
-        finish = engine.feedback.LoopFinisher.__call__
+        finish = engine.training.feedback.LoopFinisher.__call__
 
         def counted(finisher: Any, loop: int) -> dict[str, Any]:
             most.append(len({process.pid for process in psutil.Process().children(recursive=True)} - before))
             return finish(finisher, loop)
 
-        patch.setattr(engine.feedback.LoopFinisher, "__call__", counted)
+        patch.setattr(engine.training.feedback.LoopFinisher, "__call__", counted)
         train_feedback(config)
     assert len(seen.starts) > 4
     assert equal(results(tmp_path), results(finished.folder))

@@ -1,4 +1,4 @@
-"""`train_cross_attention_feedback_v2.py` as a user runs it: files, kills, signals, refusals (DESIGN 5, 6, 8)."""
+"""`train_cross_attention_feedback_v2.py` as a user runs it: files, kills, signals, refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`inference.py` as a user runs it, and `load_model` as a notebook does (DESIGN 4 "Scores", 6, 8)."""
+"""`inference.py` as a user runs it, and `load_model` as a notebook does (docs/method.md, "Scores")."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from engine import load_model
-from engine.inference import evaluate_checkpoints
-from engine.pictures import ALL, figure_path
+from engine.evaluation.image_heatmaps import ALL, figure_path
+from engine.evaluation.inference import evaluate_checkpoints
 from tests.scripts import error_line, run, save, write_world
 
 

@@ -1,4 +1,4 @@
-"""Defects that this method's code had in practice (DESIGN 1, rows 4 to 8).
+"""Defects that this method's code had in practice (docs/method.md, "Known defects").
 
 Each test holds a check and a small re-creation of the old behaviour: the code must pass the check, and the old
 behaviour, put in its place, must fail it.
@@ -16,13 +16,13 @@ from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 
 import model.adapter
-import model.clip
+import model.clip_loading
 import model.cross_attention
 import model.frozen
 import model.losses
 from model import blocks, scoring
 from model.adapter import AdaptedCLIP
-from model.clip import load_clip
+from model.clip_loading import load_clip
 from model.frozen import frozen_features
 from tests.helpers import (
     TINY_NAME,
@@ -139,7 +139,7 @@ def check_openai_archive_runs_with_quick_gelu(archive: Path) -> None:
 
 def test_row6_openai_weights_run_with_quick_gelu(openai_archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_openai_archive_runs_with_quick_gelu(openai_archive)
-    monkeypatch.setattr(model.clip, "_told_activation", open_clips_own_choice)
+    monkeypatch.setattr(model.clip_loading, "_told_activation", open_clips_own_choice)
     assert_detects(lambda: check_openai_archive_runs_with_quick_gelu(openai_archive))
 
 

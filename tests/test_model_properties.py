@@ -1,4 +1,4 @@
-"""Properties that hold whatever the weights and the inputs are (DESIGN 9)."""
+"""Properties that hold whatever the weights and the inputs are."""
 
 from __future__ import annotations
 

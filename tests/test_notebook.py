@@ -22,7 +22,7 @@ from nbformat import NotebookNode
 from PIL import Image
 
 from engine.demo import CONFIG, TEST_DATASET, feedback_from
-from engine.feedback import train_feedback
+from engine.training.feedback import train_feedback
 from tests.scripts import ROOT, environment
 
 NOTEBOOK = ROOT / "notebooks" / "explore_checkpoint.ipynb"

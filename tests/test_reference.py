@@ -1,4 +1,4 @@
-"""The model against the plain reference: values, and gradients of every trainable tensor (DESIGN 9).
+"""The model against the plain reference: values, and gradients of every trainable tensor.
 
 The reference always computes in float64; the model is compared with it in float32 and in float64.
 """

@@ -17,12 +17,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from engine.compare import compare_feedback_loops
-from engine.comparison import Comparison, Row
-from engine.config import BaseConfig, CrossAttentionRunConfig, RunConfig
-from engine.evaluate import METRICS, ClassResult, Evaluation, ImageScore
-from engine.feedback_config import FeedbackConfig
-from engine.report import (
+from engine.evaluation.evaluate import METRICS, ClassResult, Evaluation, ImageScore
+from engine.report.commands import command_line, training_command
+from engine.report.compare_loops import compare_feedback_loops
+from engine.report.comparison import Comparison, Row
+from engine.report.page import (
     Log,
     best_of_columns,
     class_charts,
@@ -34,11 +33,12 @@ from engine.report import (
     shown_rows,
     until_checkpoint,
 )
-from engine.reproduce import command_line, training_command
+from engine.training.arguments import BaseConfig, CrossAttentionRunConfig, RunConfig
+from engine.training.feedback_arguments import FeedbackConfig
 from model.checkpoint import Checkpoint
 from tests.scripts import train_small_runs
 from utils import charts
-from utils.charts import class_chart, loop_chart, training_charts
+from utils.svg_charts import class_chart, loop_chart, training_charts
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "msedge")
 RUN = "feedback_" + "of_a_long_name" * 6

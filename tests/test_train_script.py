@@ -1,4 +1,4 @@
-"""`train.py` as a user runs it: files, log, restart, refusals (DESIGN 5, 6, 8)."""
+"""`train.py` as a user runs it: files, log, restart, refusals."""
 
 from __future__ import annotations
 

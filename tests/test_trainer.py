@@ -1,4 +1,4 @@
-"""The training loop's own sayings and safeguards, restarts' rules, and how errors reach the user (DESIGN 5, 8)."""
+"""The training loop's own sayings and safeguards, restarts' rules, and how errors reach the user."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from engine.run import continued, describe_differences
-from engine.schedules import halved_at, make_schedule, warmup_cosine
-from engine.trainer import gradient_norms, readable_time
-from engine.verdicts import Verdict, epoch_warnings, judge_run, judge_stage, remedies_for, run_summary
+from engine.training.run import continued, describe_differences
+from engine.training.schedules import halved_at, make_schedule, warmup_cosine
+from engine.training.trainer import gradient_norms, readable_time
+from engine.training.verdicts import Verdict, epoch_warnings, judge_run, judge_stage, remedies_for, run_summary
 from utils.cli import run_script
 from utils.errors import NotFiniteError, Stopped, UserError
 

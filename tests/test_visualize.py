@@ -15,8 +15,8 @@ from dataset.metadata import Record
 from dataset.prompts import build_prompts
 from engine import load_model
 from engine.data import load_task
-from engine.pictures import look, read_picture
-from engine.visualize import Choice, anomalous_records, list_images, parse_indices, visualize_comparison
+from engine.evaluation.image_heatmaps import look, read_picture
+from engine.evaluation.side_by_side import Choice, anomalous_records, list_images, parse_indices, visualize_comparison
 from tests.scripts import error_line, save, train_small_runs
 from utils.errors import UserError
 

@@ -1,4 +1,4 @@
-"""What the scripts share: arguments in named groups, and errors that end in one line (DESIGN 8)."""
+"""What the scripts share: arguments in named groups, and errors that end in one line."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """The two stages of training, in the base's column of DESIGN 5."""
+    """The two stages of training, in the base's column of docs/method.md, "Training"."""
     group = parser.add_argument_group("training")
     group.add_argument("--training_mode", choices=("few_shot", "full_shot"), help="some images per class, or all")
     group.add_argument("--shot", type=positive_int, help="images per class in few_shot, half of them anomalous")
@@ -200,7 +200,7 @@ def add_base_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_cross_attention_arguments(parser: argparse.ArgumentParser) -> None:
-    """The two cross-attentions (DESIGN 4)."""
+    """The two cross-attentions (docs/method.md)."""
     group = parser.add_argument_group("cross-attention")
     group.add_argument("--text_cross_attn_weight", type=rate, help="weight of the text side's residual; 0 is off")
     group.add_argument("--image_cross_attn_weight", type=rate, help="weight of the image side's residual; 0 is off")

@@ -1,4 +1,4 @@
-"""Seeds that are derived from where a run stands, never from a global state (DESIGN 5)."""
+"""Seeds that are derived from where a run stands, never from a global state (docs/method.md, "Training")."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The pieces of the toy world (DESIGN 7): shapes, objects, materials, defects, scenes and captions."""
+"""The pieces of the toy world (docs/toy_world.md): shapes, objects, materials, defects, scenes and captions."""

@@ -1,4 +1,4 @@
-"""Random scenes with captions: what the toy CLIP learns from (DESIGN 7).
+"""Random scenes with captions: what the toy CLIP learns from (docs/toy_world.md).
 
 Captions name colours, materials, backgrounds and the small marks with their places; a few mention damage, most damage
 goes unmentioned, and nothing ever says where in numbers it is: there are no masks here.

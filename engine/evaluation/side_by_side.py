@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from dataset.metadata import Record
-from engine.compare import find_loops, find_reference
-from engine.config import check_device
 from engine.data import TaskData, load_task
 from engine.detector import Detector, build_detector, load_clip_for
-from engine.inference import training_dataset
-from engine.pictures import ALL, Picture, look, read_picture
+from engine.device import check_device
+from engine.evaluation.image_heatmaps import ALL, Picture, look, read_picture
+from engine.evaluation.inference import training_dataset
+from engine.run_folder import find_latest, find_loops
 from model.checkpoint import Checkpoint, read_checkpoint
 from utils.errors import UserError
+from utils.heatmaps import comparison_figure, stacked_picture
 from utils.logging import progress_bar
-from utils.plots import comparison_figure, stacked_picture
 
 logger = logging.getLogger(__name__)
 
@@ -92,9 +92,9 @@ def find_checkpoints_of(
 ) -> dict[str, Checkpoint]:
     """The checkpoints of the runs that are given, by the name of their column."""
     found = {}
-    for name, path in (("base", base_path), ("cross-attention", cross_path)):
+    for name, flag, path in (("Base", "--base_path", base_path), ("Cross-attention", "--cross_path", cross_path)):
         if path is not None:
-            found[name.capitalize()] = read_checkpoint(find_reference(name, path))
+            found[name] = read_checkpoint(find_latest(path, flag))
     if feedback_path is not None:
         loops = find_loops(feedback_path)
         loop = max(loops) if feedback_loop is None else feedback_loop

@@ -1,4 +1,4 @@
-"""The one training loop: an epoch of any stage, and what is measured and said about it (DESIGN 5)."""
+"""The one training loop: an epoch of any stage, and what is measured and said about it (docs/method.md, "Training")."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from engine.stages import Stage
-from engine.verdicts import epoch_warnings
+from engine.training.stages import Stage
+from engine.training.verdicts import epoch_warnings
 from utils.errors import NotFiniteError
 from utils.logging import progress_bar
 

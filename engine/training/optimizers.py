@@ -1,4 +1,4 @@
-"""Optimizer moments from one run to another, by parameter name (DESIGN 5)."""
+"""Optimizer moments from one run to another, by parameter name (docs/method.md, "Training")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cross-attention on a trained base: both stages once, from what is loaded to what is written (DESIGN 4, 5)."""
+"""Cross-attention on a trained base: both stages once, from what is loaded to what is written (docs/method.md)."""
 
 from __future__ import annotations
 
@@ -6,21 +6,27 @@ import logging
 
 import torch
 
-from engine.base import BETAS, describe_run, open_run, set_up, two_phases
-from engine.config import CrossAttentionArguments, CrossAttentionRunConfig
-from engine.run import STATE_FILE, TrainingRun
-from engine.start import carry_over_moments, check_start, load_start, log_initialisation, named_groups, read_base
+from engine.run_folder import STATE_FILE
+from engine.training.arguments import CrossAttentionArguments, CrossAttentionRunConfig
+from engine.training.base import BETAS, describe_run, open_run, set_up, two_phases
+from engine.training.run import TrainingRun
+from engine.training.start import (
+    carry_over_moments,
+    check_start,
+    load_start,
+    log_initialisation,
+    named_groups,
+    read_base,
+)
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.config import check_cross_attention
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-SUFFIX = "_cross_attn"
-
 
 def train_cross_attention(config: CrossAttentionRunConfig) -> None:
-    """Train both stages with cross-attention, from a trained base where one is given (DESIGN 1, 4).
+    """Train both stages with cross-attention, from a trained base where one is given (docs/method.md).
 
     Raises `UserError` for whatever the arguments ask for in vain, `NotFiniteError`, and `Stopped` on a signal.
     """
@@ -51,7 +57,7 @@ def train_cross_attention(config: CrossAttentionRunConfig) -> None:
         model, optimizers, setup.accelerator, config.save_path, config.seed, setup.signature, lambda: described,
         start.steps(),
     )  # fmt: skip
-    run.run(two_phases(config, model, setup.data, run, SUFFIX, frozen))
+    run.run(two_phases(config, model, setup.data, run, frozen))
     logger.info("Complete: %d text and %d image epochs, in %s", config.text_epoch, config.image_epoch, config.save_path)
 
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from torch import Tensor
 
-import utils.streaming
+import utils.metrics
 from utils.errors import UserError
-from utils.streaming import (
+from utils.metrics import (
     COARSE_BINS,
     FPR_LIMIT,
     TOLERANCE,
@@ -437,7 +437,7 @@ def test_memory_does_not_grow_with_images():
 def test_counters_are_emptied_before_they_overflow(monkeypatch):
     maps, masks = many_pixels()
     expected = stream(maps, masks, buffer=4096).result()
-    monkeypatch.setattr(utils.streaming, "CARRY", 11000)
+    monkeypatch.setattr(utils.metrics, "CARRY", 11000)
     counter = stream(maps, masks, buffer=4096)
     assert int(counter._histogram._recent.sum()) <= 11000
     assert counter.result() == pytest.approx(expected, abs=1e-10)

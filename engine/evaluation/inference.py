@@ -11,17 +11,18 @@ from typing import Any
 
 from dataset.metadata import IMAGE_ENDINGS
 from dataset.samples import read_image
-from engine.config import check_device
 from engine.data import TaskData, load_task
 from engine.detector import Detector, build_detector, load_clip_for, unadapted_detector
-from engine.evaluate import Evaluation, evaluate, evaluation_table, summary_table, write_csv
-from engine.pictures import ALL, draw_overlays
-from model.checkpoint import Checkpoint, find_checkpoints, read_checkpoint
-from model.clip import load_clip
+from engine.device import check_device
+from engine.evaluation.evaluate import Evaluation, evaluate, evaluation_table, summary_table, write_csv
+from engine.evaluation.image_heatmaps import ALL, draw_overlays
+from engine.run_folder import find_checkpoints
+from model.checkpoint import Checkpoint, read_checkpoint
+from model.clip_loading import load_clip
 from utils.errors import UserError
 from utils.files import write_text
+from utils.heatmaps import overlay, save_image
 from utils.logging import progress_bar, set_up_logging
-from utils.plots import overlay, save_image
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.evaluate import METRICS, UNDEFINED, Evaluation, csv_rows, format_value, write_csv_rows
+from engine.evaluation.evaluate import METRICS, UNDEFINED, Evaluation, csv_rows, format_value, write_csv_rows
 from model.checkpoint import Checkpoint
 from model.config import CrossAttentionConfig
+from utils.curves import Panel, loop_curves
 from utils.files import write_text
-from utils.plots import Panel, loop_curves
 from utils.tables import format_table
 
 logger = logging.getLogger(__name__)

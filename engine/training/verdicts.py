@@ -41,7 +41,7 @@ def is_collapsed(row: Row) -> bool:
 
 
 def epoch_warnings(row: Row) -> list[str]:
-    """What is unhealthy about an epoch, in plain words (DESIGN 5)."""
+    """What is unhealthy about an epoch, in plain words (docs/method.md, "Training")."""
     warnings = []
     norm = row["grad_norm/total"]
     if norm < VANISHING_GRADIENT:

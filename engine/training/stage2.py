@@ -1,11 +1,11 @@
-"""Stage 2: image adapters and projectors align patches with the anchors that Stage 1 left (DESIGN 4)."""
+"""Stage 2: image adapters and projectors align patches with the anchors that Stage 1 left (docs/method.md)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from engine.stages import Stage, StageOutput, class_rows, square_mask, watch_abnormal
+from engine.training.stages import Stage, StageOutput, class_rows, square_mask, watch_abnormal
 from model.adapter import AdaptedCLIP
 from model.losses import stage2_losses
 

@@ -12,19 +12,19 @@ import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from utils.plots import (
+from utils.curves import (
     Panel,
     bottom_legend,
     draw_loops,
     draw_losses,
     draw_norms,
     draw_watch,
-    literal,
     mark_loops,
     reference_styles,
     stage_legend,
     stage_spans,
 )
+from utils.figures import literal
 
 WIDTH, HEIGHT = 3.9, 2.75
 # Ink of text, axes and ticks; the ground is the page's.
@@ -99,7 +99,7 @@ def training_charts(history: Sequence[Mapping[str, Any]]) -> list[Chart]:
 
 
 def loop_chart(title: str, panel: Panel) -> Chart:
-    """One metric over the loops beside other models, in percent (`plots.draw_loops`)."""
+    """One metric over the loops beside other models, in percent (`curves.draw_loops`)."""
     return make_chart(title, f"{title} of each loop, in percent", lambda figure: draw_loops(figure.subplots(), panel))
 
 

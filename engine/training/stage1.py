@@ -1,11 +1,11 @@
-"""Stage 1: text adapters learn anchors that separate normal from abnormal image features (DESIGN 4)."""
+"""Stage 1: text adapters learn anchors that separate normal from abnormal image features (docs/method.md)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from engine.stages import Stage, StageOutput, class_rows, square_mask, watch_abnormal
+from engine.training.stages import Stage, StageOutput, class_rows, square_mask, watch_abnormal
 from model.adapter import AdaptedCLIP
 from model.losses import stage1_losses
 from model.scoring import similarities

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,13 @@ from typing import Any
 import torch
 
 from dataset.metadata import metadata_digest
-from engine.comparison import (
+from engine.data import TaskData, load_task
+from engine.detector import Detector, build_detector, load_clip_for, unadapted_detector
+from engine.device import check_device
+from engine.evaluation.evaluate import METRICS, ClassResult, Evaluation, ImageScore, evaluate
+from engine.evaluation.inference import zero_shot_notes
+from engine.report.commands import command_line
+from engine.report.comparison import (
     BASE,
     CROSS_ATTENTION,
     UNADAPTED,
@@ -24,13 +29,8 @@ from engine.comparison import (
     unfair_notes,
     write_comparison,
 )
-from engine.config import check_device
-from engine.data import TaskData, load_task
-from engine.detector import Detector, build_detector, load_clip_for, unadapted_detector
-from engine.evaluate import METRICS, ClassResult, Evaluation, ImageScore, evaluate
-from engine.inference import zero_shot_notes
-from engine.report import REPORT_FILE, shown_rows, write_report
-from engine.reproduce import command_line
+from engine.report.page import shown_rows, write_report
+from engine.run_folder import ARGUMENTS_FILE, REPORT_FILE, find_latest, find_loops, loop_file
 from model.checkpoint import COMPONENTS, TEXT_FILE, Checkpoint, file_digest, read_checkpoint
 from model.clip import FrozenCLIP
 from utils.errors import UserError
@@ -39,9 +39,6 @@ from utils.logging import set_up_logging
 
 logger = logging.getLogger(__name__)
 
-LOOP_FILE = re.compile(r"loop_([1-9][0-9]*)_final\.pth")
-# The flag that asks for each run beside the loops, and the file that its folder keeps the model in.
-REFERENCES = {BASE: ("--base_path", "image_adapter"), CROSS_ATTENTION: ("--cross_path", "image_adapter_cross_attn")}
 # What the comparison reads of a config, beside the forward.
 CONFIG_KEYS = ("arguments", "dataset", "metadata_digest", "training_mode", "seed")
 CLIP_SETTINGS = ("model_name", "weights_digest", "img_size", "activation")
@@ -96,10 +93,13 @@ def compare_feedback_loops(
     device = check_device(device, precision)
     files = find_loops(save_path)
     references = [
-        Row(name, checkpoint=read_sound(find_reference(name, path)))
-        for name, path in zip(REFERENCES, (base_path, cross_path), strict=True)
+        Row(name, checkpoint=read_sound(find_latest(path, flag)))
+        for name, flag, path in ((BASE, "--base_path", base_path), (CROSS_ATTENTION, "--cross_path", cross_path))
         if path is not None
     ]
+    for row in references:
+        if row.name == CROSS_ATTENTION and not (row.config or {}).get("cross_attention"):
+            raise UserError(f"--cross_path {row.checkpoint.path}: holds no cross-attention; give a base as --base_path")
     loops = [read_loop(number, file) for number, file in files.items()]
     rows = [*([Row(UNADAPTED)] if unadapted else []), *references, *loops]
     data = load_task(dataset, data_root, metadata, class_names, skip_bad_images)
@@ -132,47 +132,6 @@ def compare_feedback_loops(
         command = command_line("compare_feedback_loops.py", asked)
         write_report(comparison, models, data, save_path, folder / REPORT_FILE, command)
     return int(any(row.problem for row in rows))
-
-
-def find_loops(save_path: Path) -> dict[int, Path]:
-    """The final checkpoints of a run's loops, by number and in order; `UserError` where there are none."""
-    if not save_path.is_dir():
-        what = "is a file; give its folder" if save_path.is_file() else "no such folder"
-        raise UserError(f"--save_path {save_path}: {what}")
-    found = {}
-    for file in save_path.iterdir():
-        match = LOOP_FILE.fullmatch(file.name)
-        if match and file.is_file():
-            found[int(match.group(1))] = file
-    if not found:
-        raise UserError(
-            f"--save_path {save_path}: no loop_*_final.pth in this folder; it holds {checkpoints_in(save_path)}"
-        )
-    return dict(sorted(found.items()))
-
-
-def checkpoints_in(folder: Path, most: int = 8) -> str:
-    """The checkpoint files of a folder in words, for the message that another one is missing."""
-    names = sorted(file.name for file in folder.glob("*.pth"))
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more or "no checkpoints"
-
-
-def find_reference(name: str, path: Path) -> Path:
-    """The image checkpoint of a base or cross-attention run: the file given, or the latest in a folder."""
-    flag, stem = REFERENCES[name]
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise UserError(f"{flag} {path}: no such file or folder")
-    latest = path / f"{stem}.pth"
-    if latest.is_file():
-        return latest
-    matches = (re.fullmatch(rf"{stem}_([0-9]+)\.pth", file.name) for file in path.iterdir())
-    epochs = [int(match.group(1)) for match in matches if match]
-    if not epochs:
-        raise UserError(f"{flag} {path}: no {latest.name} in this folder; it holds {checkpoints_in(path)}")
-    return path / f"{stem}_{max(epochs)}.pth"
 
 
 def read_loop(number: int, file: Path) -> Row:
@@ -395,7 +354,7 @@ def broken_notes(save_path: Path, rows: Sequence[Row]) -> list[str]:
     planned = planned_loops(save_path, rows)
     missing = [number for number in range(1, max(*numbers, planned) + 1) if number not in numbers]
     if missing:
-        files = ", ".join(f"loop_{number}_final.pth" for number in missing)
+        files = ", ".join(map(loop_file, missing))
         plan = f" (the run planned {planned} loops)" if planned else ""
         notes.append(f"Missing in {save_path}: {files}{plan}; the others are compared")
     return notes
@@ -404,7 +363,7 @@ def broken_notes(save_path: Path, rows: Sequence[Row]) -> list[str]:
 def planned_loops(save_path: Path, rows: Sequence[Row]) -> int:
     """How many loops the run was to have, by its checkpoints and its `args.json`; 0 where nothing tells."""
     arguments = [row.config["arguments"] for row in rows if row.loop is not None and row.config]
-    file = save_path / "args.json"
+    file = save_path / ARGUMENTS_FILE
     try:
         arguments.append(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:

@@ -22,7 +22,12 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from engine.comparison import (
+from engine.data import TaskData
+from engine.detector import Detector
+from engine.evaluation.evaluate import METRICS, UNDEFINED, ImageScore, format_value
+from engine.evaluation.image_heatmaps import Picture, look, read_picture
+from engine.report.commands import script_and_defaults, training_command
+from engine.report.comparison import (
     COLUMNS,
     DATA,
     PANELS,
@@ -36,22 +41,17 @@ from engine.comparison import (
     table_cells,
     training,
 )
-from engine.data import TaskData
-from engine.detector import Detector
-from engine.evaluate import METRICS, UNDEFINED, ImageScore, format_value
-from engine.pictures import Picture, look, read_picture
-from engine.reproduce import script_and_defaults, training_command
-from engine.trainer import readable_time
-from engine.verdicts import advice, summary_cells
+from engine.run_folder import HISTORY_FILE, LOG_FILE
+from engine.training.trainer import readable_time
+from engine.training.verdicts import advice, summary_cells
 from model.checkpoint import Checkpoint
-from utils.charts import Chart, class_chart, data_uri, loop_chart, training_charts
 from utils.files import write_text
-from utils.plots import COLOURS, outlined, overlay
+from utils.heatmaps import COLOURS, outlined, overlay
+from utils.svg_charts import Chart, class_chart, data_uri, loop_chart, training_charts
 
 logger = logging.getLogger(__name__)
 
-REPORT_FILE = "report.html"
-TEMPLATES = Path(__file__).with_name("templates")
+TEMPLATES = Path(__file__).parent
 CLASS_METRICS = ("pixel_auroc", "aupro", "image_auroc")
 # Of each kind of example, and at most one of a class.
 EXAMPLES = 3
@@ -362,12 +362,12 @@ def run_facts(row: Row, history: Sequence[Mapping[str, Any]]) -> list[tuple[str,
 def read_history(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's `history.jsonl`; none where it is not there or cannot be read, which is logged."""
     try:
-        lines = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (folder / HISTORY_FILE).read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
-        logger.warning("%s cannot be read (%s): the report has no curves of that run", folder / "history.jsonl", error)
+        logger.warning("%s cannot be read (%s): the report has no curves of that run", folder / HISTORY_FILE, error)
         return []
 
 
@@ -382,11 +382,11 @@ class Log(NamedTuple):
 def read_log(folder: Path) -> Log:
     """A run's `train.log`; empty where it is not there or cannot be read, which is logged."""
     try:
-        lines = (folder / "train.log").read_text(encoding="utf-8").splitlines()
+        lines = (folder / LOG_FILE).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return Log()
     except (OSError, ValueError) as error:
-        logger.warning("%s cannot be read (%s): the report has no warnings of that run", folder / "train.log", error)
+        logger.warning("%s cannot be read (%s): the report has no warnings of that run", folder / LOG_FILE, error)
         return Log()
     found = [match.groups() for line in lines if (match := LOG_LINE.fullmatch(line))]
     warnings = tuple(message.strip() for _, level, message in found if level in ("WARNING", "ERROR"))

@@ -1,4 +1,4 @@
-"""The feedback driver: N loops of Stage 1 and Stage 2 on one persistent model (DESIGN 4, "Feedback"; DESIGN 5)."""
+"""The feedback driver: N loops of Stage 1 and Stage 2 on one persistent model (docs/method.md, "Feedback")."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from typing import Any
 
 import torch
 
-from engine.base import BETAS, Setup, describe_run, open_run, set_up
-from engine.cross_attention import check_something_to_train, frozen_components
 from engine.data import TaskData, hold_out, load_task, training_loader
 from engine.detector import Detector
-from engine.evaluate import METRICS, evaluate, summary_table
-from engine.feedback_config import FeedbackConfig, LoopPlan, plan_loops, plan_table
-from engine.run import STATE_FILE, Phase, TrainingRun
-from engine.schedules import Factor, halved_at, warmup_cosine
-from engine.stage1 import TextStage
-from engine.stage2 import ImageStage
-from engine.start import (
+from engine.evaluation.evaluate import METRICS, evaluate, summary_table
+from engine.run_folder import CURVES_FILE, FINAL_FILE, STATE_FILE, loop_file
+from engine.training.base import BETAS, Setup, describe_run, open_run, set_up
+from engine.training.cross_attention import check_something_to_train, frozen_components
+from engine.training.feedback_arguments import FeedbackConfig, LoopPlan, plan_loops, plan_table
+from engine.training.run import Phase, TrainingRun
+from engine.training.schedules import Factor, halved_at, warmup_cosine
+from engine.training.stage1 import TextStage
+from engine.training.stage2 import ImageStage
+from engine.training.start import (
     Start,
     carry_over_moments,
     check_start,
@@ -27,11 +28,11 @@ from engine.start import (
     read_base,
     read_whole,
 )
-from engine.verdicts import run_summary
+from engine.training.verdicts import run_summary
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.config import check_cross_attention
+from utils.curves import training_curves
 from utils.errors import UserError
-from utils.plots import training_curves
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +40,10 @@ SCRIPT = "train_cross_attention_feedback_v2.py"
 ADAMW_BETAS = (0.9, 0.999)
 # Of a loop's image stage: where `--lr_schedule multistep` halves the rate.
 MULTISTEP_AT = (0.5, 0.8)
-CURVES_FILE = "training_curves.png"
-FINAL_FILE = "final_model.pth"
 
 
 def train_feedback(config: FeedbackConfig) -> None:
-    """Alternate text and image training for all loops, and write the files of DESIGN 6 to `config.save_path`.
+    """Alternate text and image training for all loops, and write a run's files to `config.save_path`.
 
     Raises `UserError` for whatever the arguments ask for in vain, `NotFiniteError`, and `Stopped` on a signal.
     """
@@ -113,7 +112,7 @@ def make_optimizer(model: AdaptedCLIPWithCrossAttention, side: str, config: Feed
 
 
 def rate_factor(config: FeedbackConfig, side: str, epochs: int, steps_per_epoch: int) -> Factor:
-    """How the rate goes over one stage of one loop (DESIGN 5)."""
+    """How the rate goes over one stage of one loop (docs/method.md, "Training")."""
     steps = epochs * steps_per_epoch
     if config.lr_schedule == "cosine":
         return warmup_cosine(steps, config.warmup_epochs * steps_per_epoch)
@@ -147,7 +146,7 @@ def feedback_phases(
 
         def write(epoch: int) -> None:
             if epoch == epochs:
-                names = [f"loop_{loop.loop}_{side}_adapter.pth"]
+                names = [loop_file(loop.loop, side)]
                 run.write_checkpoint(names, list(model.components), [side], loop.loop)
 
         loader, sampler = loaders[side]
@@ -191,7 +190,7 @@ class LoopFinisher:
     def __call__(self, loop: int) -> dict[str, Any]:
         """Finish loop number `loop`; returns the metrics found, by what they were taken on."""
         enter_loop(self.model, self.config, self.plan[loop - 1])
-        names = [f"loop_{loop}_final.pth", *([FINAL_FILE] if loop == len(self.plan) else [])]
+        names = [loop_file(loop), *([FINAL_FILE] if loop == len(self.plan) else [])]
         self.run.write_checkpoint(names, list(self.model.components), ["text", "image"], loop)
         training_curves(self.run.history, self.config.save_path / CURVES_FILE)
         found: dict[str, Any] = {}

@@ -1,61 +1,20 @@
-"""Pictures: heatmaps over images, and grids of examples."""
+"""Curves over epochs and loops: losses, gradient norms, metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from PIL import Image
-from scipy import ndimage
 
-from utils.files import replacing
+from utils.figures import save_png
 
-COLOURS = "turbo"
-OPACITY = 0.5
 STAGE_COLOURS = {"text": "tab:blue", "image": "tab:orange"}
-
-
-def literal(text: str) -> str:
-    """Text in which matplotlib sees no formulas."""
-    return text.replace("$", r"\$")
-
-
-def overlay(image: Image.Image, anomaly_map: np.ndarray, low: float = 0.0, high: float = 1.0) -> Image.Image:
-    """A heatmap over an image, at the image's size; anomaly_map (h, w), coloured from `low` to `high`."""
-    scaled = np.clip((anomaly_map - low) / max(high - low, 1e-12), 0, 1)
-    heat = Image.fromarray((scaled * 255).astype(np.uint8)).resize(image.size, Image.Resampling.BILINEAR)
-    coloured = matplotlib.colormaps[COLOURS](np.asarray(heat))[..., :3]
-    mixed = OPACITY * coloured * 255 + (1 - OPACITY) * np.asarray(image.convert("RGB"))
-    return Image.fromarray(mixed.astype(np.uint8))
-
-
-def outlined(image: Image.Image, mask: np.ndarray) -> Image.Image:
-    """The picture with a white line around the ground truth (H, W)."""
-    pixels = np.array(image.convert("RGB"))
-    pixels[ndimage.binary_dilation(mask, iterations=2) & ~mask] = 255
-    return Image.fromarray(pixels)
-
-
-def save_image(image: Image.Image, path: Path) -> None:
-    """Write a picture as PNG, whole or not at all."""
-    with replacing(path) as temporary:
-        image.save(temporary, format="PNG")
-
-
-def save_png(figure: Figure, path: Path, dpi: int = 110) -> None:
-    """Write a figure as PNG, whole or not at all, without a display."""
-    FigureCanvasAgg(figure)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
 
 
 Span = tuple[tuple[int, str], list[tuple[int, Mapping[str, Any]]]]
@@ -230,127 +189,3 @@ def _label_lines(axis: Axes, values: Mapping[str, float], colours: Mapping[str, 
             textcoords="axes fraction", va="center", fontsize=8, color=colours[name],
             arrowprops={"arrowstyle": "-", "color": colours[name], "linewidth": 0.8, "relpos": (0, 0.5)},
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Heatmap:
-    """What one model says of an image: anomaly map (h, w) in [0, 1], score, pixel AUROC in percent (None: undefined).
-
-    attention: more maps by their title, on the patch grid, where 1 is even attention.
-    """
-
-    model: str
-    anomaly_map: np.ndarray
-    score: float
-    auroc: float | None
-    attention: Mapping[str, np.ndarray]
-
-    @property
-    def caption(self) -> str:
-        value = "n/a" if self.auroc is None else f"{self.auroc:.1f}"
-        return f"score {self.score:.2f}, AUROC {value}"
-
-
-ATTENTION_COLOURS = "PuOr_r"
-
-
-def comparison_figure(
-    image: Image.Image, mask: np.ndarray, heatmaps: Sequence[Heatmap], path: Path, title: str
-) -> None:
-    """One image as several models see it: original, ground truth, heatmaps on one colour scale; attention below."""
-    extra = list(dict.fromkeys(name for heatmap in heatmaps for name in heatmap.attention))
-    columns, rows = 2 + len(heatmaps), 1 + len(extra)
-    figure = Figure(figsize=(2.3 * columns + 0.8, 2.6 * rows + 0.5), layout="compressed")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.ravel():
-        axis.set_xticks([])
-        axis.set_yticks([])
-    for axis, name in zip(axes[0], ["Original", "Ground truth", *(literal(h.model) for h in heatmaps)], strict=True):
-        axis.set_title(name, fontsize=10)
-    axes[0, 0].imshow(image)
-    axes[0, 1].imshow(mask, cmap="gray", vmin=0, vmax=1)
-    for axis, heatmap in zip(axes[0, 2:], heatmaps, strict=True):
-        axis.imshow(overlay(image, heatmap.anomaly_map))
-        axis.set_xlabel(heatmap.caption, fontsize=9)
-        _outline(axis, mask)
-    _colour_bar(figure, axes[0], COLOURS, 0, 1, "p(abnormal)")
-    for row, name in zip(axes[1:], extra, strict=True):
-        shown = [h.attention[name] for h in heatmaps if name in h.attention]
-        reach = max(float(np.abs(values - 1).max()) for values in shown)
-        low, high = 1 - max(reach, 0.01), 1 + max(reach, 0.01)
-        for axis in row[:2]:
-            axis.set_axis_off()
-        first = next(column for column, heatmap in enumerate(heatmaps, start=2) if name in heatmap.attention)
-        row[first - 1].text(1, 0.5, name, ha="right", va="center", fontsize=10, transform=row[first - 1].transAxes)
-        for axis, heatmap in zip(row[2:], heatmaps, strict=True):
-            if name not in heatmap.attention:
-                axis.set_axis_off()
-                continue
-            extent = (-0.5, image.width - 0.5, image.height - 0.5, -0.5)
-            axis.imshow(heatmap.attention[name], cmap=ATTENTION_COLOURS, vmin=low, vmax=high, extent=extent)
-            _outline(axis, mask)
-        _colour_bar(figure, row, ATTENTION_COLOURS, low, high, "1 is even")
-    figure.suptitle(literal(title), fontsize=11)
-    save_png(figure, path)
-
-
-@dataclass(frozen=True)
-class Example:
-    """A row of a grid: an image, its mask (H, W), and what each model says of it."""
-
-    title: str
-    image: Image.Image
-    mask: np.ndarray
-    heatmaps: Sequence[Heatmap]
-
-
-def example_grid(examples: Sequence[Example], path: Path, title: str) -> None:
-    """Rows of image, mask and one heatmap per model, the same in every row, on one colour scale from 0 to 1."""
-    columns = ["Image", "Ground truth", *(heatmap.model for heatmap in examples[0].heatmaps)]
-    figure = Figure(figsize=(1.75 * len(columns) + 0.6, 1.75 * len(examples) + 0.9), layout="compressed")
-    axes = figure.subplots(len(examples), len(columns), squeeze=False)
-    for row, example in zip(axes, examples, strict=True):
-        row[0].imshow(example.image)
-        row[0].set_ylabel(literal(example.title), fontsize=8)
-        row[1].imshow(example.mask, cmap="gray", vmin=0, vmax=1)
-        for axis, heatmap in zip(row[2:], example.heatmaps, strict=True):
-            axis.imshow(overlay(example.image, heatmap.anomaly_map))
-            _outline(axis, example.mask)
-            axis.set_xlabel(heatmap.caption, fontsize=8, labelpad=2)
-        for axis in row:
-            axis.set_xticks([])
-            axis.set_yticks([])
-    for axis, name in zip(axes[0], columns, strict=True):
-        axis.set_title(name, fontsize=9)
-    _colour_bar(figure, axes, COLOURS, 0, 1, "p(abnormal)")
-    figure.suptitle(title, fontsize=11)
-    save_png(figure, path)
-
-
-def stacked_picture(image: Image.Image, mask: np.ndarray, heatmap: Heatmap, path: Path) -> None:
-    """One model alone, from top to bottom: original, ground truth, heatmap."""
-    figure = Figure(figsize=(2.8, 8.2), layout="constrained")
-    axes = figure.subplots(3, 1)
-    axes[0].imshow(image)
-    axes[1].imshow(mask, cmap="gray", vmin=0, vmax=1)
-    axes[2].imshow(overlay(image, heatmap.anomaly_map))
-    _outline(axes[2], mask)
-    axes[2].set_xlabel(heatmap.caption, fontsize=9)
-    for axis, name in zip(axes, ("Original", "Ground truth", heatmap.model), strict=True):
-        axis.set_title(name, fontsize=10)
-        axis.set_xticks([])
-        axis.set_yticks([])
-    save_png(figure, path)
-
-
-def _outline(axis: Axes, mask: np.ndarray) -> None:
-    """The ground truth's outline, where there is one."""
-    if mask.any() and not mask.all():
-        axis.contour(mask, levels=[0.5], colors="white", linewidths=0.8)
-
-
-def _colour_bar(figure: Figure, axes: np.ndarray, colours: str, low: float, high: float, label: str) -> None:
-    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(low, high), colours)
-    bar = figure.colorbar(scale, ax=axes, fraction=0.025, pad=0.01)
-    bar.set_label(label, fontsize=8)
-    bar.ax.tick_params(labelsize=7)

@@ -1,13 +1,11 @@
-"""A training run on one persistent model: its phases, its state on disk, and going on after a kill (DESIGN 5)."""
+"""A training run on one persistent model: its phases, its state on disk, and going on after a kill."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,11 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from dataset.samples import SeededSampler
-from engine.config import check_device
-from engine.schedules import Factor, make_schedule
-from engine.stages import Stage
-from engine.trainer import StopRequest, log_epoch, stage_name, train_epoch
-from engine.verdicts import judge_run
+from engine.run_folder import ARGUMENTS_FILE, HISTORY_FILE, STATE_FILE
+from engine.training.schedules import Factor, make_schedule
+from engine.training.stages import Stage
+from engine.training.trainer import StopRequest, log_epoch, stage_name, train_epoch
+from engine.training.verdicts import judge_run
 from model.adapter import AdaptedCLIP
 from model.checkpoint import load, load_component, save, state_of
 from utils.errors import NotFiniteError, Stopped, UserError
@@ -29,7 +27,6 @@ from utils.seeding import derive_seed
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "training_state.pth"
 STATE_SCHEMA = 2
 STATE_FIELDS = ("done", "planned", "history", "schedule", "loops")
 
@@ -69,22 +66,6 @@ class RunState:
     history: list[dict[str, Any]] = field(default_factory=list)
     schedule: dict[str, Any] | None = None
     loops: list[dict[str, Any]] = field(default_factory=list)
-
-
-def make_accelerator(device: str, precision: str, accumulate: int, tracker: str, save_path: Path) -> Accelerator:
-    """accelerate's Accelerator for the arguments of a run; `UserError` for a device or tracker that is not there."""
-    device = check_device(device, precision)
-    if tracker == "wandb" and find_spec("wandb") is None:
-        raise UserError("--tracker wandb: wandb is not installed; pip install wandb, or take tensorboard")
-    if device.startswith("cuda:"):
-        os.environ["ACCELERATE_TORCH_DEVICE"] = device
-    return Accelerator(
-        cpu=device == "cpu",
-        mixed_precision="no" if precision == "fp32" else precision,
-        gradient_accumulation_steps=accumulate,
-        log_with=None if tracker == "none" else tracker,
-        project_dir=str(save_path),
-    )
 
 
 class TrainingRun:
@@ -255,7 +236,7 @@ class TrainingRun:
 
     def _write_history(self) -> None:
         lines = [json.dumps(row) for row in self.history]
-        write_text(self.save_path / "history.jsonl", "\n".join(lines) + "\n" if lines else "")
+        write_text(self.save_path / HISTORY_FILE, "\n".join(lines) + "\n" if lines else "")
 
     def _restore(self, phases: Sequence[Phase]) -> None:
         planned = [phase.epochs for phase in phases]
@@ -281,7 +262,7 @@ class TrainingRun:
             self._save_state()
         if self.accelerator.is_main_process:
             # Not before: what is refused must not take the place of what the run was asked for.
-            write_json(self.save_path / "args.json", self.describe()["arguments"])
+            write_json(self.save_path / ARGUMENTS_FILE, self.describe()["arguments"])
         self.accelerator.wait_for_everyone()
         if self.accelerator.log_with:
             self.accelerator.init_trackers("events")

@@ -1,4 +1,4 @@
-"""How learning rates go over the steps of a stage, as factors of the rate that the stage begins with (DESIGN 5)."""
+"""Learning rates over the steps of a stage, as factors of its first rate (docs/method.md, "Training")."""
 
 from __future__ import annotations
 

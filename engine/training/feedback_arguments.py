@@ -1,4 +1,4 @@
-"""Arguments of the feedback script, its presets, and the plan of loops that follows from them (DESIGN 5)."""
+"""Arguments of the feedback script, its presets, and the plan of loops that follows from them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.config import CrossAttentionArguments, free
+from engine.training.arguments import CrossAttentionArguments, free
 from utils.errors import UserError
 from utils.tables import format_table
 
 MOST_LOOPS = 10
 
-# V1's column of DESIGN 5: what earlier code did, kept so that it can be measured.
+# V1's column of docs/method.md, "Training": what earlier code did, kept so that it can be measured.
 V1: dict[str, Any] = {
     "num_feedback_loops": 3,
     "text_epochs_per_loop": (5, 3, 2),

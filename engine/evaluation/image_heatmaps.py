@@ -18,9 +18,9 @@ from dataset.samples import read_pair
 from engine.data import TaskData
 from engine.detector import Detector
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention, Attention
+from utils.heatmaps import Heatmap, comparison_figure
 from utils.logging import progress_bar
-from utils.plots import Heatmap, comparison_figure
-from utils.streaming import PixelCounter
+from utils.metrics import PixelCounter
 
 # Every image, where a number of images can be asked for.
 ALL = "all"

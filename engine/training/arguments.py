@@ -7,15 +7,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
-from model.clip import FrozenCLIP, load_clip
+from model.clip import FrozenCLIP
+from model.clip_loading import load_clip
 from model.config import CrossAttentionConfig, ModelConfig
-from utils.errors import UserError
 
 
 def free(default: Any) -> Any:
-    """A setting in which a restart may differ without being another run (DESIGN 5).
+    """A setting in which a restart may differ without being another run (docs/method.md, "Training").
 
     Weights and metadata are compared by digest, prompts by their words, and epochs where the run stands.
     """
@@ -27,7 +25,7 @@ Config = TypeVar("Config", bound="RunConfig")
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Arguments that all training scripts share, by the same names and with the base's defaults (DESIGN 5)."""
+    """Arguments that all training scripts share, by the same names and with the base's defaults."""
 
     model_name: str = "ViT-L-14-336"
     clip_weights: str | None = free(None)
@@ -85,7 +83,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class BaseConfig(RunConfig):
-    """Arguments of `train.py`: the base's column of DESIGN 5."""
+    """Arguments of `train.py`: the base's column of docs/method.md, "Training"."""
 
     text_epoch: int = free(5)
     image_epoch: int = free(20)
@@ -126,23 +124,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return value.as_posix()
     return list(value) if isinstance(value, tuple) else value
-
-
-def check_device(device: str, precision: str) -> str:
-    """Resolve `auto`, and raise `UserError` for a device that is absent or a precision that it lacks."""
-    name, _, index = device.partition(":")
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "auto":
-        device = name = "cuda" if cuda else "mps" if mps else "cpu"
-    if name not in ("cpu", "cuda", "mps") or (index and not (name == "cuda" and index.isdigit())):
-        raise UserError(f"--device {device}: choose auto, cpu, cuda, cuda:N or mps")
-    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
-        raise UserError(f"--device {device}: there is none here; --device cpu runs anywhere")
-    if index and int(index) >= torch.cuda.device_count():
-        raise UserError(f"--device {device}: there are {torch.cuda.device_count()} here, counted from 0")
-    if precision == "fp16" and name == "cpu":
-        raise UserError("--precision fp16 needs a GPU; take bf16 or fp32 on the CPU")
-    return device
 
 
 def build_clip(config: RunConfig) -> FrozenCLIP:

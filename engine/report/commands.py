@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.config import BaseConfig, CrossAttentionRunConfig
-from engine.feedback_config import FeedbackConfig
+from engine.training.arguments import BaseConfig, CrossAttentionRunConfig
+from engine.training.feedback_arguments import FeedbackConfig
 
 
 def command_line(script: str, values: Mapping[str, Any], launcher: Sequence[str] = ("python",)) -> str:

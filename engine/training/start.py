@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.config import CrossAttentionArguments
-from engine.optimizers import transfer_moments
+from engine.training.arguments import CrossAttentionArguments
+from engine.training.optimizers import transfer_moments
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.checkpoint import Checkpoint, file_digest, load_component, read_any
 from model.config import CrossAttentionConfig, ModelConfig

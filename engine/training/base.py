@@ -1,4 +1,4 @@
-"""The base method: Stage 1, then Stage 2, on a frozen CLIP (AA-CLIP; DESIGN 1, 5)."""
+"""The base method: Stage 1, then Stage 2, on a frozen CLIP (AA-CLIP; docs/method.md)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 
-from engine.config import BaseConfig, RunConfig, build_clip, resolve_model
 from engine.data import TaskData, choose_training_images, load_task, training_loader
-from engine.run import (
-    Phase,
-    TrainingRun,
-    check_save_path,
-    make_accelerator,
-)
-from engine.schedules import halved_at
-from engine.stage1 import TextStage
-from engine.stage2 import ImageStage
+from engine.device import make_accelerator
+from engine.run_folder import LOG_FILE, side_file
+from engine.training.arguments import BaseConfig, RunConfig, build_clip, resolve_model
+from engine.training.run import Phase, TrainingRun, check_save_path
+from engine.training.schedules import halved_at
+from engine.training.stage1 import TextStage
+from engine.training.stage2 import ImageStage
 from model.adapter import AdaptedCLIP
 from model.checkpoint import SCHEMA
 from model.clip import FrozenCLIP
@@ -45,7 +42,7 @@ class Setup(NamedTuple):
 
 
 def train_base(config: BaseConfig) -> None:
-    """Train text adapters, then image adapters, and write the files of DESIGN 6 to `config.save_path`.
+    """Train text adapters, then image adapters, and write a run's files to `config.save_path`.
 
     Raises `UserError` for whatever the arguments ask for in vain, `NotFiniteError`, and `Stopped` on a signal.
     """
@@ -97,7 +94,7 @@ def open_run(setup: Setup, config: RunConfig) -> None:
     check_save_path(config.save_path, config.resume, setup.signature)
     setup.accelerator.wait_for_everyone()
     if setup.accelerator.is_main_process:
-        set_up_logging(config.save_path / "train.log")
+        set_up_logging(config.save_path / LOG_FILE)
 
 
 def two_phases(
@@ -105,10 +102,9 @@ def two_phases(
     model: AdaptedCLIP,
     data: TaskData,
     run: TrainingRun,
-    suffix: str = "",
     frozen: tuple[str, ...] = (),
 ) -> list[Phase]:
-    """Stage 1 and Stage 2 as the phases of a run, writing `text_adapter{suffix}.pth` and `image_adapter{suffix}.pth`.
+    """Stage 1 and Stage 2 as the phases of a run.
 
     frozen: components that are not trained.
     """
@@ -123,10 +119,10 @@ def two_phases(
     carried = text_parts if model.config.text_adapted else []
 
     def write_text_side(_: int) -> None:
-        run.write_checkpoint([f"text_adapter{suffix}.pth"], text_parts, ["text"])
+        run.write_checkpoint([side_file("text")], text_parts, ["text"])
 
     def write_image_side(epoch: int) -> None:
-        names = [f"image_adapter{suffix}_{epoch}.pth", f"image_adapter{suffix}.pth"]
+        names = [side_file("image", epoch), side_file("image")]
         run.write_checkpoint(names, [*carried, *image_parts], ["image"])
 
     def text_stage() -> TextStage:
@@ -143,7 +139,7 @@ def two_phases(
 
 
 def describe_run(config: RunConfig, setup: Setup) -> dict[str, Any]:
-    """The `config` of a checkpoint: the forward, the data, the seed, the libraries (DESIGN 6)."""
+    """The `config` of a checkpoint: the forward, the data, the seed, the libraries."""
     data = setup.data
     return {
         "schema": SCHEMA,

@@ -21,7 +21,7 @@ from model.clip import FrozenCLIP
 from model.scoring import Outputs, anomaly_map, class_image_scores, det_scores
 from utils.files import write_text
 from utils.logging import progress_bar
-from utils.streaming import PixelCounter, image_metrics
+from utils.metrics import PixelCounter, image_metrics
 from utils.tables import format_table
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def evaluate(
 ) -> dict[str, Evaluation]:
     """Evaluate models that share one CLIP on all images of `data`, which are loaded once.
 
-    Scores are normalised per class (DESIGN 4, "Scores"), so the metrics of a class are taken when it is complete. Maps
+    Scores are normalised per class (docs/method.md, "Scores"), so a class's metrics are taken when it is complete. Maps
     are counted and not kept; where a metric needs a finer count (`PixelCounter`), that class's images are loaded again.
     Raises `UserError` for images that cannot be read, and names the first image whose map is not finite.
     """

@@ -1,0 +1,1 @@
+"""Testing: metrics of checkpoints on datasets, single images, loops beside one another, heatmaps."""

@@ -1,0 +1,254 @@
+"""Loading CLIP's weights in every form in use, with the activation that they need (docs/method.md, "Frozen CLIP")."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.model import resize_pos_embed
+from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+from torch import Tensor
+
+from model.clip import FrozenCLIP
+from model.config import ACTIVATIONS
+from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+TOY_CLIP = Path(__file__).resolve().parent.parent / "ckpt" / "toy_clip"
+DEFAULT_TAG = "openai"
+# Image sizes that differ from the model's own: the published method reads ViT-L-14-336 at 37 x 37 patches.
+DEFAULT_IMG_SIZES = {"ViT-L-14-336": 518}
+# Entries that OpenAI's own archives carry beside the weights; no other distribution has them.
+OPENAI_ENTRIES = ("input_resolution", "context_length", "vocab_size")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Weights and where they come from, with the activation that they are known to need (None: not told)."""
+
+    model_cfg: dict[str, Any]
+    weights: Path
+    state: dict[str, Tensor] = field(repr=False)
+    activation: str | None
+    mean: tuple[float, ...] = open_clip.OPENAI_DATASET_MEAN
+    std: tuple[float, ...] = open_clip.OPENAI_DATASET_STD
+
+
+def load_clip(
+    model_name: str = "ViT-L-14-336",
+    clip_weights: str | Path | None = None,
+    img_size: int | None = None,
+    activation: str | None = None,
+) -> FrozenCLIP:
+    """Build a frozen CLIP in float32 (docs/method.md, "Frozen CLIP").
+
+    model_name: a name that open_clip knows, `toy` (the shipped toy CLIP), or `local-dir:FOLDER`.
+    clip_weights: a weights file in any format that open_clip reads (OpenAI's archives too), or one of open_clip's tags
+        for the model; None takes OpenAI's weights from the hub, or those in the local folder.
+    img_size: pixels, a multiple of the patch size; None is 518 for ViT-L-14-336 and otherwise the model's own.
+    activation: "gelu" or "quick_gelu"; None follows the weights.
+
+    Raises `UserError` for an unknown model, weights that cannot be had or do not fit, an activation that nothing tells,
+    and an image size that is not made of whole patches.
+    """
+    if activation is not None and activation not in ACTIVATIONS:
+        raise UserError(f"--activation {activation}: choose one of {', '.join(ACTIVATIONS)}")
+    source = (
+        _local_source(model_name, clip_weights)
+        if _local_folder(model_name)
+        else _named_source(model_name, clip_weights)
+    )
+    if source.activation is None and activation is None:
+        raise UserError(
+            f"{source.weights}: nothing tells which activation these weights were trained with; "
+            "give --activation quick_gelu (OpenAI and its conversions) or --activation gelu (most others)"
+        )
+    if activation is not None and source.activation not in (None, activation):
+        logger.warning(
+            "%s needs %s but runs with %s, as asked for with --activation",
+            source.weights,
+            source.activation,
+            activation,
+        )
+    chosen = activation or source.activation
+    size = check_image_size(model_name, source.model_cfg, img_size)
+    model_cfg = {**source.model_cfg, "vision_cfg": {**source.model_cfg["vision_cfg"], "image_size": size}}
+    model_cfg["quick_gelu"] = chosen == "quick_gelu"
+    try:
+        clip = open_clip.CLIP(**model_cfg)
+    except TypeError as error:
+        raise UserError(f"{model_name}: only plain CLIP models can be adapted ({error})") from error
+    _load_weights(clip, source, model_name)
+    logger.info("CLIP %s at %d px, %s, weights from %s", model_name, size, chosen, source.weights)
+    return FrozenCLIP(clip, model_name, chosen, source.mean, source.std)
+
+
+def check_image_size(model_name: str, model_cfg: dict[str, Any], img_size: int | None) -> int:
+    """The image size to use; `UserError` unless it is made of at least two whole patches a side."""
+    vision = model_cfg["vision_cfg"]
+    size = (
+        DEFAULT_IMG_SIZES.get(model_name.removesuffix("-quickgelu"), vision["image_size"])
+        if img_size is None
+        else img_size
+    )
+    patch = vision["patch_size"]
+    if size % patch or size < 2 * patch:
+        near = max(2, round(size / patch)) * patch
+        raise UserError(
+            f"--img_size {size}: {model_name} has patches of {patch} px, take a multiple of it such as {near}"
+        )
+    return size
+
+
+def _local_folder(model_name: str) -> Path | None:
+    if model_name == "toy":
+        return TOY_CLIP
+    return Path(model_name.removeprefix("local-dir:")) if model_name.startswith("local-dir:") else None
+
+
+def _local_source(model_name: str, clip_weights: str | Path | None) -> _Source:
+    folder = _local_folder(model_name)
+    config_file = folder / "open_clip_config.json"
+    if not config_file.is_file():
+        raise UserError(f"--model_name {model_name}: {config_file} is not there; the folder must be an open_clip model")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        model_cfg, preprocess = config["model_cfg"], config.get("preprocess_cfg", {})
+    except (json.JSONDecodeError, KeyError) as error:
+        raise UserError(f"{config_file}: not an open_clip configuration ({error})") from error
+    weights = Path(clip_weights) if clip_weights else next(iter(_weight_files(folder)), None)
+    if weights is None or not weights.is_file():
+        raise UserError(f"{weights or folder}: no weights file (open_clip_model.safetensors) is there")
+    return _Source(
+        model_cfg,
+        weights,
+        _read_state_dict(weights),
+        # In open_clip's own configuration files a missing entry means GELU.
+        "quick_gelu" if model_cfg.get("quick_gelu", False) else "gelu",
+        tuple(preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN)),
+        tuple(preprocess.get("std", open_clip.OPENAI_DATASET_STD)),
+    )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Weights in an open_clip folder, safetensors first."""
+    return [file for ending in ("safetensors", "bin", "pth", "pt") for file in sorted(folder.glob(f"*.{ending}"))]
+
+
+def _named_source(model_name: str, clip_weights: str | Path | None) -> _Source:
+    model_cfg = None if ":" in model_name else open_clip.get_model_config(model_name)
+    if model_cfg is None:
+        raise UserError(
+            f"--model_name {model_name}: not known; take toy, local-dir:FOLDER, or a name that open_clip.list_models() "
+            "gives, such as ViT-L-14-336"
+        )
+    vision = model_cfg["vision_cfg"]
+    plain_vit = isinstance(vision.get("patch_size"), int) and "timm_model_name" not in vision
+    if "hf_tokenizer_name" in model_cfg["text_cfg"] or not plain_vit:
+        raise UserError(
+            f"--model_name {model_name}: only CLIP models with a plain ViT and CLIP's tokenizer can be adapted"
+        )
+    file = Path(clip_weights) if clip_weights else None
+    if file is not None and file.is_file():
+        state = _read_state_dict(file)
+        return _Source(model_cfg, file, state, _told_activation(model_name, file, state))
+    tag = str(clip_weights or DEFAULT_TAG)
+    tags = list_pretrained_tags_by_model(model_name)
+    if tag not in tags:
+        what = f"--clip_weights {tag}: no such file, and" if clip_weights else "no --clip_weights given, and"
+        raise UserError(
+            f"{what} {model_name} has no weights of that tag (known: {', '.join(tags) or 'none'}); give a file"
+        )
+    return _hub_source(model_name, model_cfg, tag)
+
+
+def _hub_source(model_name: str, model_cfg: dict[str, Any], tag: str) -> _Source:
+    known = get_pretrained_cfg(model_name, tag)
+    hub, url = known.get("hf_hub", "").rstrip("/"), known.get("url", "")
+    try:
+        weights = download_pretrained(known)
+    except Exception as error:  # the hub's client raises its own kinds for network, disk and proxy failures
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        where = " or ".join(part for part in (f"https://huggingface.co/{hub}" if hub else "", url) if part)
+        raise UserError(
+            f"the {tag} weights of {model_name} cannot be had here ({reason[:160]}): download them from {where} "
+            "and give the file with --clip_weights FILE"
+        ) from error
+    return _Source(
+        model_cfg,
+        Path(weights),
+        _read_state_dict(Path(weights)),
+        "quick_gelu" if known.get("quick_gelu", False) or tag == "openai" else "gelu",
+        tuple(known.get("mean") or open_clip.OPENAI_DATASET_MEAN),
+        tuple(known.get("std") or open_clip.OPENAI_DATASET_STD),
+    )
+
+
+def _told_activation(model_name: str, file: Path, state: dict[str, Tensor]) -> str | None:
+    """The activation that a weights file needs, where the file, its folder or the model's name tells; or None."""
+    if _is_torchscript(file) or any(entry in state for entry in OPENAI_ENTRIES):
+        return "quick_gelu"
+    beside = file.parent / "open_clip_config.json"
+    if beside.is_file():
+        stated = json.loads(beside.read_text(encoding="utf-8")).get("model_cfg", {}).get("quick_gelu")
+        if stated is not None:
+            return "quick_gelu" if stated else "gelu"
+    return "quick_gelu" if model_name.endswith("-quickgelu") else None
+
+
+def _is_torchscript(file: Path) -> bool:
+    """OpenAI distributes TorchScript archives: zip files with a `code` folder."""
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return any("/code/" in name for name in archive.namelist())
+
+
+def _read_state_dict(file: Path) -> dict[str, Tensor]:
+    """A state dict in any form that open_clip reads; OpenAI's archives as TorchScript, which runs no pickle."""
+    try:
+        if _is_torchscript(file):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated, OpenAI's archives stay
+                return torch.jit.load(file, map_location="cpu").state_dict()
+        return open_clip.factory.load_state_dict(str(file), device="cpu", weights_only=True)
+    except Exception as error:  # each format fails in its own way on a file that is damaged or is none of them
+        raise UserError(
+            f"{file}: not a CLIP weights file that open_clip reads ({type(error).__name__}); "
+            "it takes safetensors, a state dict saved by torch, or OpenAI's archive"
+        ) from error
+
+
+def _load_weights(clip: open_clip.CLIP, source: _Source, model_name: str) -> None:
+    # Float16 files (OpenAI's archives) are widened first: positions cannot be interpolated in half precision on a CPU.
+    state = {
+        key: value.float() if torch.is_tensor(value) and value.is_floating_point() else value
+        for key, value in source.state.items()
+        if key not in OPENAI_ENTRIES and key != "attn_mask"
+    }
+    if "logit_scale" in state:  # a scalar in some files, a vector of one in others
+        state["logit_scale"] = state["logit_scale"].reshape(clip.logit_scale.shape)
+    resize_pos_embed(state, clip)
+    expected = clip.state_dict()
+    for key, value in expected.items():
+        if key not in state:
+            raise UserError(
+                f"{source.weights}: no '{key}', so these are not weights of {model_name}; check --model_name"
+            )
+        if state[key].shape != value.shape:
+            raise UserError(
+                f"{source.weights}: '{key}' is {tuple(state[key].shape)} where {model_name} has {tuple(value.shape)}; "
+                "check --model_name"
+            )
+    unknown = sorted(set(state) - set(expected))
+    if unknown:
+        raise UserError(f"{source.weights}: '{unknown[0]}' has no place in {model_name}; check --model_name")
+    clip.load_state_dict(state)
