@@ -37,7 +37,7 @@ from engine.training.arguments import BaseConfig, CrossAttentionRunConfig, RunCo
 from engine.training.feedback_arguments import FeedbackConfig
 from model.checkpoint import Checkpoint
 from tests.scripts import train_small_runs
-from utils import charts
+from utils import svg_charts
 from utils.svg_charts import class_chart, loop_chart, training_charts
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "msedge")
@@ -301,11 +301,11 @@ def test_no_chart_cuts_its_legend_or_labels(monkeypatch: pytest.MonkeyPatch) -> 
     drawn: list[Figure] = []
 
     def draw_only(draw: Callable[[Figure], None], _ink: str, height: float) -> str:
-        drawn.append(Figure(figsize=(charts.WIDTH, height), layout="constrained"))
+        drawn.append(Figure(figsize=(svg_charts.WIDTH, height), layout="constrained"))
         draw(drawn[-1])
         return ""
 
-    monkeypatch.setattr(charts, "_svg", draw_only)
+    monkeypatch.setattr(svg_charts, "_svg", draw_only)
     sides = {f"grad_norm/{side}_cross_attn": 0.1 for side in ("text", "image")}
     row = {"loss": 1.0, "grad_norm/total": 1.0, "abnormal_inside": 0.5, "abnormal_outside": 0.1, "epoch": 1, **sides}
     training_charts([{**row, "loop": loop, "stage": stage} for loop in (1, 2) for stage in ("text", "image")])
