@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 from engine.gradients import HEALTHY_RATIO, Bench, GradientTest, component_report, ratio_report, write_sweep
-from utils.cli import Parser, positive_int, rate, run_script
+from utils.cli import Parser, number, run_script
 from utils.logging import set_up_logging
+
+positive_int, rate = number(int, (1, 1_000_000)), number(float, (0, 1e6))
 
 
 def build_parser() -> Parser:

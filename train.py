@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+from engine.arguments import make_parser
 from engine.training.arguments import BaseConfig
 from engine.training.base import train_base
-from utils.cli import Parser, add_epoch_arguments, add_shared_arguments, run_script
+from utils.cli import Parser, run_script
 from utils.logging import set_up_logging
 
 
 def build_parser() -> Parser:
-    parser = Parser(description=__doc__)
-    add_shared_arguments(parser)
-    add_epoch_arguments(parser)
-    parser.set_defaults(**vars(BaseConfig()))
-    return parser
+    return make_parser(BaseConfig, __doc__)
 
 
 def main() -> None:
-    arguments = build_parser().parse_args()
+    config = BaseConfig.of(**vars(build_parser().parse_args()))
     set_up_logging()
-    train_base(BaseConfig.from_namespace(arguments))
+    train_base(config)
 
 
 if __name__ == "__main__":

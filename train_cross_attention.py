@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
+from engine.arguments import make_parser
 from engine.training.arguments import CrossAttentionRunConfig
 from engine.training.cross_attention import train_cross_attention
-from utils.cli import (
-    Parser,
-    add_base_arguments,
-    add_cross_attention_arguments,
-    add_epoch_arguments,
-    add_shared_arguments,
-    run_script,
-)
+from utils.cli import Parser, run_script
 from utils.logging import set_up_logging
 
 
 def build_parser() -> Parser:
-    parser = Parser(description=__doc__)
-    add_shared_arguments(parser)
-    add_epoch_arguments(parser)
-    add_cross_attention_arguments(parser)
-    add_base_arguments(parser)
-    parser.set_defaults(**vars(CrossAttentionRunConfig()))
-    return parser
+    return make_parser(CrossAttentionRunConfig, __doc__)
 
 
 def main() -> None:
-    arguments = build_parser().parse_args()
+    config = CrossAttentionRunConfig.of(**vars(build_parser().parse_args()))
     set_up_logging()
-    train_cross_attention(CrossAttentionRunConfig.from_namespace(arguments))
+    train_cross_attention(config)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""The V1 setting of the feedback script, by the name that older notes use: the V2 script with `--preset v1`."""
+"""V1 as mended, by the name that older notes use: the V2 script with `--preset v1` and both weights at 0.1.
+
+The unmended V1, at full scale, is `--preset v1_original`.
+"""
 
 from __future__ import annotations
 
-import sys
+from functools import partial
 
 from train_cross_attention_feedback_v2 import main
 from utils.cli import run_script
 
 if __name__ == "__main__":
-    run_script(lambda: main(["--preset", "v1", *sys.argv[1:]]))
+    run_script(partial(main, preset="v1", image_cross_attn_weight=0.1, text_cross_attn_weight=0.1))

@@ -80,7 +80,7 @@ def train_arm(base_path: Path, recipe: Recipe, short: bool, seed: int, folder: P
     if short:
         one_each = {name: (1,) * len(asked[name]) for name in ("text_epochs_per_loop", "image_epochs_per_loop")}
         asked |= {**SHORT, **one_each}
-    train_feedback(FeedbackConfig.from_preset(preset, **{**asked, "seed": seed, "save_path": folder, "num_workers": 0}))
+    train_feedback(FeedbackConfig.of(preset=preset, **{**asked, "seed": seed, "save_path": folder, "num_workers": 0}))
 
 
 def parse_arguments() -> argparse.Namespace:

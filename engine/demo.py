@@ -20,6 +20,7 @@ from engine.training.feedback_arguments import FeedbackConfig
 from engine.training.trainer import readable_time
 from model.checkpoint import read_checkpoint
 from model.clip_loading import load_clip
+from model.config import SIDES
 from utils.cli import run_script
 from utils.heatmaps import Example, example_grid
 from utils.logging import set_up_logging
@@ -28,28 +29,14 @@ logger = logging.getLogger(__name__)
 
 TEST_DATASET = "toy_test"
 FOLDER = Path("runs/demo")
-# What the toy CLIP needs other than the published recipe, and why, is in docs/base.md.
-CONFIG = BaseConfig(
-    model_name="toy",
-    dataset="toy_train",
-    training_mode="full_shot",
-    text_epoch=3,
-    image_epoch=5,
-    text_lr=1e-3,
-    text_norm_weight=3.0,
-    text_adapt_until=2,
-    text_adapt_weight=0.3,
-    image_lr=1e-3,
-    image_batch_size=8,
-    save_path=FOLDER / "base",
-)
+CONFIG = BaseConfig.of(recipe="toy", dataset="toy_train", text_epoch=3, image_epoch=5, save_path=FOLDER / "base")
 
 
 def feedback_from(base: BaseConfig, **changes: object) -> FeedbackConfig:
-    """V2's preset on the same model, images and toy rates, from the files that `base` writes."""
-    shared = {name: value for name, value in vars(base).items() if name not in ("text_epoch", "image_epoch")}
-    files = {f"load_base_{side}_adapter": base.save_path / side_file(side) for side in ("text", "image")}
-    return FeedbackConfig.from_preset("v2", **{**shared, **files, **changes})
+    """V2's preset on the same images, with the toy world's rates, from the files that `base` writes."""
+    shared = {name: getattr(base, name) for name in ("recipe", "dataset", "data_root", "device", "num_workers", "seed")}
+    files = {f"load_base_{side}_adapter": base.save_path / side_file(side) for side in SIDES}
+    return FeedbackConfig.of(**{**shared, **files, **changes})
 
 
 def main() -> None:

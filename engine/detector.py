@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention, Attenti
 from model.checkpoint import Checkpoint, infer_choices, load_component, read_checkpoint
 from model.clip import FrozenCLIP
 from model.clip_loading import load_clip
-from model.config import ModelConfig
+from model.config import CrossAttentionConfig, LoopForward, ModelConfig
 from model.frozen import UnadaptedCLIP
 from model.scoring import DOMAINS, calibrated_maps, calibrated_scores
 from model.text import Prompts
@@ -46,13 +47,24 @@ class Prediction(NamedTuple):
 class Detector(nn.Module):
     """A model with its checkpoint's story: `model`, `name`, `epoch`, `loop`, `config` (None: written elsewhere)."""
 
-    def __init__(self, model: AdaptedCLIP | UnadaptedCLIP, name: str, checkpoint: Checkpoint | None = None) -> None:
+    def __init__(
+        self,
+        model: AdaptedCLIP | UnadaptedCLIP,
+        name: str,
+        checkpoint: Checkpoint | None = None,
+        loop_forward: LoopForward | None = None,
+    ) -> None:
         super().__init__()
+        self.loop_forward = loop_forward
         self.model = model.eval().requires_grad_(False)
         self.name = name
         self.epoch = checkpoint.epoch if checkpoint else None
         self.loop = checkpoint.loop if checkpoint else None
         self.config = checkpoint.config if checkpoint else None
+
+    def text_side(self, prompts: Prompts) -> Any:
+        """What the model's forward needs of the text side, the same for all images."""
+        return self.model.text_side(prompts, self.loop_forward)
 
     @property
     def clip(self) -> FrozenCLIP:
@@ -106,7 +118,7 @@ class Detector(nn.Module):
         size = self.clip.img_size
         pixels = image_tensor(image.convert("RGB"), size, self.clip.mean, self.clip.std)[None].to(self.device)
         prompts = Prompts.from_texts(self.clip, [build_prompts(readable_name(class_name))]).to(self.device)
-        side, rows = self.model.text_side(prompts), torch.zeros(1, dtype=torch.long, device=self.device)
+        side, rows = self.text_side(prompts), torch.zeros(1, dtype=torch.long, device=self.device)
         outputs = self.model(pixels, side, rows)
         levels = calibrated_maps(outputs, size)
         mean = levels.mean(dim=0)
@@ -171,7 +183,10 @@ def build_detector(checkpoint: Checkpoint, clip: FrozenCLIP, **overrides: Any) -
     """
     config = checkpoint_config(checkpoint, clip, **overrides)
     crossed = cross_attention_choices(checkpoint, **overrides)
-    model = AdaptedCLIPWithCrossAttention(clip, config, **crossed) if crossed else AdaptedCLIP(clip, config)
+    if crossed:
+        model = AdaptedCLIPWithCrossAttention(clip, config, cross=CrossAttentionConfig(**crossed))
+    else:
+        model = AdaptedCLIP(clip, config)
     for name, component in model.components.items():
         if name in checkpoint.components:
             load_component(component, checkpoint.components[name], name, checkpoint.path)
@@ -213,8 +228,7 @@ def checkpoint_config(checkpoint: Checkpoint, clip: FrozenCLIP, **overrides: Any
     for name, value in asked.items():
         if value != getattr(config, name):
             logger.warning("%s was trained with %s %s, now %s", checkpoint.path, name, getattr(config, name), value)
-    changed = {"img_size": clip.img_size, "activation": clip.activation, **asked}
-    return ModelConfig(**{**{name: getattr(config, name) for name in config.__dataclass_fields__}, **changed})
+    return replace(config, img_size=clip.img_size, activation=clip.activation, **asked)
 
 
 def _assumed_config(checkpoint: Checkpoint, clip: FrozenCLIP, asked: dict[str, Any]) -> ModelConfig:
@@ -223,30 +237,16 @@ def _assumed_config(checkpoint: Checkpoint, clip: FrozenCLIP, asked: dict[str, A
     if choices.pop("n_levels") != len(levels):
         raise UserError(f"{checkpoint.path}: has another number of levels than {clip.model_name}'s {len(levels)}")
     # AA-CLIP's own code, where such files come from, puts V-V attention inside the blocks.
-    assumed = {**clip.defaults, "surgery": "sequential", **choices, **asked}
+    assumed = {"surgery": "sequential", **choices, **asked}
     logger.info(
         "%s has no config: assumed surgery %s, adapters %s, blend weights 0.1",
         checkpoint.path,
         assumed["surgery"],
         assumed["adapter"],
     )
-    return ModelConfig(
-        model_name=clip.model_name,
-        weights_digest=clip.weights_digest,
-        activation=clip.activation,
-        img_size=clip.img_size,
-        **assumed,
-    )
+    return clip.model_config(**assumed)
 
 
 def unadapted_detector(clip: FrozenCLIP) -> Detector:
     """Unadapted CLIP, the baseline, with the same prompts and scoring."""
-    config = ModelConfig(
-        model_name=clip.model_name,
-        weights_digest=clip.weights_digest,
-        activation=clip.activation,
-        img_size=clip.img_size,
-        text_adapted=False,
-        **clip.defaults,
-    )
-    return Detector(UnadaptedCLIP(clip, config), "unadapted")
+    return Detector(UnadaptedCLIP(clip, clip.model_config(text_adapted=False)), "unadapted")

@@ -27,7 +27,7 @@ from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.blocks import run_block
 from model.checkpoint import load_component, read_checkpoint
 from model.clip_loading import load_clip
-from model.config import CrossAttentionConfig, ModelConfig
+from model.config import CrossAttentionConfig
 from model.text import Prompts
 from utils.errors import UserError
 from utils.figures import save_png
@@ -85,7 +85,7 @@ class Bench:
         self.batches = take_batches(data, self.model, test, device)
 
     def stage2(self) -> ImageStage:
-        return ImageStage(self.model, self.model.text_side(self.prompts), self.classes)
+        return ImageStage(self.model, self.prompts, self.classes)
 
     def stage1(self) -> TextStage:
         return TextStage(self.model, self.prompts, self.classes, 0.1, "all")
@@ -119,17 +119,16 @@ def build_model(test: GradientTest) -> AdaptedCLIPWithCrossAttention:
     }
     if test.checkpoint is None:
         clip = load_clip(test.model_name, test.clip_weights, test.img_size, test.activation)
-        config = ModelConfig(clip.model_name, clip.weights_digest, clip.activation, clip.img_size, **clip.defaults)
-        return AdaptedCLIPWithCrossAttention(clip, config, **asked)
+        return AdaptedCLIPWithCrossAttention(clip, clip.model_config(), cross=CrossAttentionConfig(**asked))
     checkpoint = read_checkpoint(test.checkpoint)
     clip = load_clip_for(checkpoint, test.clip_weights)
-    model = AdaptedCLIPWithCrossAttention(clip, checkpoint_config(checkpoint, clip), **asked)
+    choices = CrossAttentionConfig(**asked)
     crossed = checkpoint.config and checkpoint.config.get("cross_attention")
     if crossed:
         if crossed["cross_attn_scale"] == "learned":
             raise UserError(f"{test.checkpoint}: its weight is learned; this test compares fixed ones")
         choices = replace(CrossAttentionConfig(**crossed), **asked)
-        model = AdaptedCLIPWithCrossAttention(clip, model.config, **choices.to_dict())
+    model = AdaptedCLIPWithCrossAttention(clip, checkpoint_config(checkpoint, clip), cross=choices)
     for name, part in model.components.items():
         if name in checkpoint.components:
             load_component(part, checkpoint.components[name], name, checkpoint.path)

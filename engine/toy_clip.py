@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ from torch import Tensor, nn
 
 from dataset.toy.captions import Words, draw_pairs
 from dataset.toy.objects import OBJECTS, TEXTURES
+from engine.arguments import Arguments, MachineArguments
 from utils.errors import NotFiniteError, UserError
+from utils.fields import changed, setting
 from utils.files import replacing, write_json
 
 logger = logging.getLogger(__name__)
@@ -51,25 +53,43 @@ _CHUNK = 250
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(Arguments):
     """What determines a pre-training run.
 
-    patch_dropout: share of the patches left out in the first half of all steps; in the second half it falls linearly to
-        `last_patch_dropout`.
-    careful_epochs: the captions of the first epochs mention damage only where there is some, those of later epochs
-        anywhere: the model has learned to see damage, but its words for it say little, as CLIP's do.
+    After the careful epochs captions mention damage anywhere: the model has learned to see damage, but its words for it
+    say little, as CLIP's do.
     """
 
-    drawings: int = 36_000
-    epochs: int = 8
-    patch_dropout: float = 0.75
-    last_patch_dropout: float = 0.25
-    careful_epochs: int = 5
-    batch_size: int = 128
-    lr: float = 2e-3
-    weight_decay: float = 0.1
-    warmup_share: float = 0.05
-    seed: int = 0
+    drawings: int = setting(36_000, "image-caption pairs to draw", "training", between=(1, 10_000_000))
+    epochs: int = setting(8, "passes over the drawings", "training", between=(1, 10_000))
+    patch_dropout: float = setting(
+        0.75, "share of the patches left out in the first half of all steps", "training", between=(0, 0.99)
+    )
+    last_patch_dropout: float = setting(
+        0.25, "what that share falls to, linearly, in the second half", "training", between=(0, 0.99)
+    )
+    careful_epochs: int = setting(
+        5, "first epochs whose captions mention damage only where there is some", "training", between=(0, 10_000)
+    )
+    batch_size: int = setting(128, "pairs contrasted with one another", "training", between=(2, 100_000))
+    lr: float = setting(2e-3, "highest learning rate: warm-up, then cosine", "schedule", between=(0, 100))
+    weight_decay: float = setting(0.1, "weight decay of AdamW", "schedule", between=(0, 10))
+    warmup_share: float = setting(0.05, "share of all steps that warm up", "schedule", between=(0, 1))
+    seed: int = setting(0, "seed of drawings, weights and order", "training", between=(0, 2**31 - 1))
+
+
+@dataclass(frozen=True)
+class PretrainArguments(PretrainConfig):
+    """Arguments of `pretrain_toy_clip.py`."""
+
+    output: Path = setting(Path("ckpt/toy_clip"), "folder of the exported model", "output")
+    work: Path = setting(Path("runs/toy_clip"), "folder of drawings and training state", "output")
+    device: str = changed(MachineArguments, "device", "cpu")
+    threads: int | None = setting(None, "CPU threads of torch", "machine", between=(1, 1024), unset="all")
+
+    def pretraining(self) -> PretrainConfig:
+        """What determines the run."""
+        return PretrainConfig(**{item.name: getattr(self, item.name) for item in fields(PretrainConfig)})
 
 
 @dataclass(frozen=True)

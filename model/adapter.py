@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from model.adapter_modules import SimpleProj, blend, make_adapter
 from model.blocks import run_block, unit
 from model.clip import FrozenCLIP
-from model.config import ModelConfig, check_depths
+from model.config import COMPONENTS, LoopForward, ModelConfig, check_depths
 from model.frozen import ImageFeatures, frozen_features
 from model.scoring import Outputs, compare
 from model.text import Prompts, encode_prompts, pair_anchors
-
-COMPONENTS = ("text_adapter", "image_adapter")
 
 
 class AdaptedCLIP(nn.Module):
@@ -52,9 +50,9 @@ class AdaptedCLIP(nn.Module):
     @property
     def components(self) -> dict[str, nn.Module]:
         """The trainable components by the names that checkpoints and logs use."""
-        return {name: getattr(self, name) for name in COMPONENTS}
+        return {name: getattr(self, name) for name in COMPONENTS if hasattr(self, name)}
 
-    def trained_components(self, side: str) -> tuple[str, ...]:
+    def trained_components(self, side: str, loop: LoopForward | None = None) -> tuple[str, ...]:
         """The components that take part in the forward of a side, "text" or "image"."""
         return (f"{side}_adapter",)
 
@@ -76,7 +74,9 @@ class AdaptedCLIP(nn.Module):
         """What Stage 1 looks at: CLIP's own features by V-V attention, without gradient."""
         return frozen_features(self.clip, images, self.config)
 
-    def stage1_features(self, images: Tensor, prompts: Prompts, rows: Tensor) -> ImageFeatures:
+    def stage1_features(
+        self, images: Tensor, prompts: Prompts, rows: Tensor, loop: LoopForward | None = None
+    ) -> ImageFeatures:
         """The image features of Stage 1's loss and conditioning, without gradient; rows as in `batch_anchors`."""
         return self.frozen_features(images)
 
@@ -113,7 +113,9 @@ class AdaptedCLIP(nn.Module):
         context = features[0] + unit(self.clip.project_image(x[:, 0]))[:, None] if with_context else None
         return ImageFeatures(features, det, context)
 
-    def batch_anchors(self, prompts: Prompts, rows: Tensor, features: ImageFeatures) -> Tensor:
+    def batch_anchors(
+        self, prompts: Prompts, rows: Tensor, features: ImageFeatures, loop: LoopForward | None = None
+    ) -> Tensor:
         """Anchors of each image of a batch, (B, D, 2), for Stage 1; rows (B,): each image's class in `prompts`.
 
         `features` are those that the batch is compared with; here anchors do not depend on them.
@@ -121,7 +123,7 @@ class AdaptedCLIP(nn.Module):
         return self.anchors(prompts)[rows]
 
     @torch.no_grad()
-    def text_side(self, prompts: Prompts) -> Tensor:
+    def text_side(self, prompts: Prompts, loop: LoopForward | None = None) -> Tensor:
         """What `forward` needs of the text side, computed once for all images: anchors (C, D, 2), without gradient."""
         return self.anchors(prompts)
 

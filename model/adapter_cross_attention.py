@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.adapter import AdaptedCLIP
 from model.adapter_modules import blend
 from model.blocks import run_block, unit
 from model.clip import FrozenCLIP
-from model.config import CrossAttentionConfig, ModelConfig, check_cross_attention
+from model.config import CrossAttentionConfig, LoopForward, ModelConfig, check_cross_attention
 from model.cross_attention import CrossAttention, prepare_context
 from model.frozen import ImageFeatures, frozen_features, projected_features
 from model.scoring import Outputs, compare
 from model.text import Prompts, begin_prompts, finish_prompts, pair_anchors
 
-COMPONENTS = ("text_adapter", "text_cross_attn", "image_adapter", "image_cross_attn")
-
 
 class TextSide(NamedTuple):
-    """What a forward needs of the text side, the same for all images.
+    """What a forward needs of the text side, the same for all images, and what a feedback loop decides of the forward.
 
     prompts: of C classes; stream: after the first text block, (C, P, T, D_t); context, mask: what image tokens attend
     to, (C, P * T, D_t) and (C, P * T); anchors: (C, D, 2) where they do not depend on the image, otherwise None.
@@ -34,6 +31,7 @@ class TextSide(NamedTuple):
     context: Tensor
     mask: Tensor
     anchors: Tensor | None
+    loop: LoopForward
 
 
 class Attention(NamedTuple):
@@ -41,7 +39,8 @@ class Attention(NamedTuple):
 
     text: (B, heads, P, T, N), which patches each token of each prompt looks at; None where text sees no image.
     image: (B, heads, 1 + N, P, T), which words each image token looks at, class token first; None where it sees none.
-    words: (B, P, T) bool, False for what fills short prompts up: text has weights there that mean nothing, image none.
+    words: (B, P, T) bool, the padding mask: True where a token is real. At padding, text has weights that mean nothing,
+    image has none.
     """
 
     text: Tensor | None
@@ -52,6 +51,7 @@ class Attention(NamedTuple):
 class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
     """An `AdaptedCLIP` with `text_cross_attn` and `image_cross_attn`, scaled residuals after the first blocks.
 
+    cross: all choices at once, the two weights among them, in place of the two arguments.
     At weight 0 a branch, and the expansion of prompts to each image, is skipped: with both at 0 the outputs are the
     base's, bit for bit. Raises `UserError` for choices that do not exist.
     """
@@ -62,37 +62,16 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
         config: ModelConfig,
         text_cross_attn_weight: float = 0.1,
         image_cross_attn_weight: float = 0.1,
-        cross_attn_heads: int = 8,
-        cross_attn_dropout: float = 0.1,
-        context_norm: str = "unit",
-        cross_attn_init: str = "xavier",
-        cross_attn_scale: str = "fixed",
-        text_conditioning: str = "image",
-        text_context: str = "frozen",
-        cross_attn_active: bool = True,
+        cross: CrossAttentionConfig | None = None,
     ) -> None:
         super().__init__(clip, config)
-        self.cross_config = CrossAttentionConfig(
-            text_cross_attn_weight,
-            image_cross_attn_weight,
-            cross_attn_heads,
-            cross_attn_dropout,
-            context_norm,
-            cross_attn_init,
-            cross_attn_scale,
-            text_conditioning,
-            text_context,
-            cross_attn_active,
-        )
+        self.cross_config = cross or CrossAttentionConfig(text_cross_attn_weight, image_cross_attn_weight)
         check_cross_attention(self.cross_config, clip.text_width)
         d_t, d_v, d = clip.text_width, clip.vision_width, clip.embed_dim
-        same = (cross_attn_heads, cross_attn_dropout, cross_attn_init, cross_attn_scale)
-        self.text_cross_attn = CrossAttention(d_t, d, d_t, text_cross_attn_weight, *same)
-        self.image_cross_attn = CrossAttention(d_v, d_t, d_t, image_cross_attn_weight, *same)
-
-    @property
-    def components(self) -> dict[str, nn.Module]:
-        return {name: getattr(self, name) for name in COMPONENTS}
+        chosen = self.cross_config
+        same = (chosen.cross_attn_heads, chosen.cross_attn_dropout, chosen.cross_attn_init, chosen.cross_attn_scale)
+        self.text_cross_attn = CrossAttention(d_t, d, d_t, chosen.text_cross_attn_weight, *same)
+        self.image_cross_attn = CrossAttention(d_v, d_t, d_t, chosen.image_cross_attn_weight, *same)
 
     @property
     def t_ca_w(self) -> float | Tensor:
@@ -105,35 +84,29 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
         return self.image_cross_attn.scale
 
     @property
-    def text_sees_image(self) -> bool:
+    def loop(self) -> LoopForward:
+        """What a feedback loop decides of the forward, where no loop is given: as in `cross_config`."""
+        return LoopForward(self.cross_config.text_context, self.cross_config.cross_attn_active)
+
+    def text_sees_image(self, loop: LoopForward | None = None) -> bool:
         """Whether anchors depend on the image."""
-        on = self.cross_config.cross_attn_active and self.text_cross_attn.is_on
+        on = (loop or self.loop).cross_attn_active and self.text_cross_attn.is_on
         return on and self.cross_config.text_conditioning != "none" and self.config.text_adapted
 
-    @property
-    def image_sees_text(self) -> bool:
+    def image_sees_text(self, loop: LoopForward | None = None) -> bool:
         """Whether image features depend on the class's words."""
-        return self.cross_config.cross_attn_active and self.image_cross_attn.is_on
+        return (loop or self.loop).cross_attn_active and self.image_cross_attn.is_on
 
-    def enter_loop(self, text_context: str, cross_attn_active: bool) -> None:
-        """Take on what a feedback loop changes in the forward: the features that Stage 1 and text see, and on or off.
-
-        It stays so for Stage 2, for testing, and in the `config` of the checkpoints that the loop writes.
-        """
-        config = replace(self.cross_config, text_context=text_context, cross_attn_active=cross_attn_active)
-        check_cross_attention(config, self.clip.text_width)
-        self.cross_config = config
-
-    def trained_components(self, side: str) -> tuple[str, ...]:
-        on = self.text_sees_image if side == "text" else self.image_sees_text
+    def trained_components(self, side: str, loop: LoopForward | None = None) -> tuple[str, ...]:
+        on = self.text_sees_image(loop) if side == "text" else self.image_sees_text(loop)
         return (f"{side}_adapter", f"{side}_cross_attn") if on else (f"{side}_adapter",)
 
     @torch.no_grad()
-    def text_side(self, prompts: Prompts) -> TextSide:
-        words = self._words(prompts)
-        return words if self.text_sees_image else words._replace(anchors=self.anchors(prompts))
+    def text_side(self, prompts: Prompts, loop: LoopForward | None = None) -> TextSide:
+        words = self._words(prompts, loop or self.loop)
+        return words if self.text_sees_image(words.loop) else words._replace(anchors=self.anchors(prompts))
 
-    def _words(self, prompts: Prompts) -> TextSide:
+    def _words(self, prompts: Prompts, loop: LoopForward) -> TextSide:
         """The text side as far as image tokens see it, without anchors."""
         classes, count, length = prompts.tokens.shape
         tokens = prompts.tokens.flatten(0, 1)
@@ -144,20 +117,23 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
         context = prepare_context(words, self.cross_config.context_norm).reshape(classes, count * length, -1)
         positions = torch.arange(length, device=tokens.device)
         mask = (positions <= tokens.argmax(dim=-1, keepdim=True)).reshape(classes, count * length)
-        return TextSide(prompts, stream.unflatten(0, (classes, count)), context, mask, None)
+        return TextSide(prompts, stream.unflatten(0, (classes, count)), context, mask, None, loop)
 
     @torch.no_grad()
-    def stage1_features(self, images: Tensor, prompts: Prompts, rows: Tensor) -> ImageFeatures:
+    def stage1_features(
+        self, images: Tensor, prompts: Prompts, rows: Tensor, loop: LoopForward | None = None
+    ) -> ImageFeatures:
         """Frozen features, or from loop 2 of a feedback run on what Stage 2 has learned (docs/method.md, "Feedback").
 
         The trained branch sees the words as `text_adapter` makes them now, so that it is the branch of Stage 2.
         """
-        if self.cross_config.text_context == "trained":
-            return self.image_features(images, self._words(prompts), rows)
-        return self._features_on_frozen_tokens(images, self.config.levels)
+        loop = loop or self.loop
+        if loop.text_context == "trained":
+            return self.image_features(images, self._words(prompts, loop), rows)
+        return self._features_on_frozen_tokens(images, loop, self.config.levels)
 
-    def _features_on_frozen_tokens(self, images: Tensor, levels: Sequence[int]) -> ImageFeatures:
-        if self.cross_config.text_context == "projectors":
+    def _features_on_frozen_tokens(self, images: Tensor, loop: LoopForward, levels: Sequence[int]) -> ImageFeatures:
+        if loop.text_context == "projectors":
             return projected_features(self.clip, images, self.config, self.image_adapter["seg_proj"], levels)
         return frozen_features(self.clip, images, self.config, levels)
 
@@ -188,9 +164,11 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
         features = finish_prompts(self.clip, x, tokens.flatten(0, 1), **self.text_modules)
         return pair_anchors(features.unflatten(0, tokens.shape[:2]), prompts.normal)
 
-    def batch_anchors(self, prompts: Prompts, rows: Tensor, features: ImageFeatures) -> Tensor:
+    def batch_anchors(
+        self, prompts: Prompts, rows: Tensor, features: ImageFeatures, loop: LoopForward | None = None
+    ) -> Tensor:
         """Anchors of each image of a batch, (B, D, 2), conditioned as `text_conditioning` says (Stage 1)."""
-        if not self.text_sees_image:
+        if not self.text_sees_image(loop):
             return self.anchors(prompts)[rows]
         stream = begin_prompts(self.clip, prompts.tokens.flatten(0, 1)).unflatten(0, prompts.tokens.shape[:2])
         context = self.text_context(features)
@@ -203,17 +181,18 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
 
     def image_features(self, images: Tensor, text_side: TextSide, rows: Tensor) -> ImageFeatures:
         """The adapted image branch, whose tokens see the words of their class; shapes as in `AdaptedCLIP`."""
-        with_context = self.text_sees_image and self.cross_config.text_context == "trained"
-        if not self.image_sees_text:
+        loop = text_side.loop
+        with_context = self.text_sees_image(loop) and loop.text_context == "trained"
+        if not self.image_sees_text(loop):
             return self.encode_image(images, with_context=with_context)
         context, mask = text_side.context[rows], text_side.mask[rows]
         return self.encode_image(images, lambda x: self.attend_to_text(x, context, mask), with_context)
 
-    def context_features(self, images: Tensor, features: ImageFeatures) -> ImageFeatures:
+    def context_features(self, images: Tensor, features: ImageFeatures, loop: LoopForward) -> ImageFeatures:
         """The features that text sees: the trained branch's, given as `features`, or frozen ones' first level."""
-        if self.cross_config.text_context == "trained":
+        if loop.text_context == "trained":
             return features
-        return self._features_on_frozen_tokens(images, self.config.levels[:1])
+        return self._features_on_frozen_tokens(images, loop, self.config.levels[:1])
 
     def forward(self, images: Tensor, text_side: TextSide, rows: Tensor) -> Outputs:
         """As `AdaptedCLIP.forward`, against anchors that each image conditions; no gradient reaches the text side."""
@@ -221,7 +200,7 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
         if text_side.anchors is not None:
             return compare(features.levels, features.det, text_side.anchors[rows])
         with torch.no_grad():
-            context = self.text_context(self.context_features(images, features))
+            context = self.text_context(self.context_features(images, features, text_side.loop))
             anchors = self.conditioned_anchors(text_side.prompts, text_side.stream, rows, context)
         return compare(features.levels, features.det, anchors)
 
@@ -230,12 +209,12 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
         """The weights of both cross-attentions for B images, per head; see `Attention`. For a model in eval mode."""
         text = image = None
         prompt_shape = text_side.prompts.tokens.shape[1:]  # (P, T)
-        if self.text_sees_image:
+        if self.text_sees_image(text_side.loop):
             features = self.image_features(images, text_side, rows)
-            context = self.text_context(self.context_features(images, features))
+            context = self.text_context(self.context_features(images, features, text_side.loop))
             weights = self.text_cross_attn.weights(text_side.stream[rows].flatten(1, 2), context)
             text = weights.unflatten(2, prompt_shape)
-        if self.image_sees_text:
+        if self.image_sees_text(text_side.loop):
             x = run_block(self.clip.clip.visual.transformer.resblocks[0], self.clip.embed_image(images))
             weights = self.image_cross_attn.weights(x, text_side.context[rows], text_side.mask[rows])
             image = weights.unflatten(3, prompt_shape)

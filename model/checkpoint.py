@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.config import CrossAttentionConfig, ModelConfig
+from model.config import COMPONENTS, CrossAttentionConfig, ModelConfig
 from utils.errors import UserError
 from utils.files import replacing
 
@@ -20,7 +20,6 @@ logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 TEXT_FILE = "text_adapter.pth"
-COMPONENTS = ("text_adapter", "text_cross_attn", "image_adapter", "image_cross_attn")
 OPTIMIZERS = ("text_optimizer", "image_optimizer")
 
 

@@ -11,7 +11,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
-from model.config import depth_defaults
+from model.config import ModelConfig, depth_defaults
 from utils.errors import UserError
 
 
@@ -74,6 +74,11 @@ class FrozenCLIP(nn.Module):
     def defaults(self) -> dict[str, Any]:
         """Levels and adapter depths that follow this model's depth (docs/method.md, "Depths")."""
         return depth_defaults(self.vision_layers, self.text_layers)
+
+    def model_config(self, **chosen: Any) -> ModelConfig:
+        """The forward of an adapted model on this CLIP: depths that are not chosen follow from its own."""
+        fixed = {name: getattr(self, name) for name in ("model_name", "weights_digest", "activation", "img_size")}
+        return ModelConfig(**{**self.defaults, **fixed, **chosen})
 
     def embed_image(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) -> token stream before the first block, (B, 1 + N, D_v), class token first."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, NamedTuple
 
 from utils.errors import UserError
+from utils.fields import setting
 
+# The trainable parts, by the names that checkpoints, state dicts and logs use.
+COMPONENTS = ("text_adapter", "text_cross_attn", "image_adapter", "image_cross_attn")
+SIDES = ("text", "image")
 ADAPTERS = ("bottleneck", "linear")
 SURGERIES = ("dual", "sequential")
 ACTIVATIONS = ("gelu", "quick_gelu")
@@ -30,19 +34,36 @@ class ModelConfig:
     was left out, so that anchors come from CLIP's own text projection.
     """
 
-    model_name: str
+    model_name: str = setting(
+        MISSING, "open_clip model name, local-dir:FOLDER, or toy (the shipped toy CLIP)", "model", under={"toy": "toy"}
+    )
     weights_digest: str
-    activation: str
-    img_size: int
-    levels: tuple[int, ...]
-    text_adapt_until: int
-    image_adapt_until: int
-    surgery_until_layer: int
-    text_adapt_weight: float = 0.1
-    image_adapt_weight: float = 0.1
-    adapter: str = "bottleneck"
-    relu: bool = False
-    surgery: str = "dual"
+    activation: str = setting(MISSING, "activation of CLIP's MLPs", "model", choices=ACTIVATIONS)
+    img_size: int = setting(MISSING, "side of the square image, pixels", "model", between=(1, 8192))
+    levels: tuple[int, ...] = setting(
+        MISSING, "vision blocks whose patches are read, counted from 1", "adapters", between=(1, 1000), several=True
+    )
+    text_adapt_until: int = setting(
+        MISSING, "text blocks with an adapter, from the first", "adapters", between=(0, 1000), under={"toy": 2}
+    )
+    image_adapt_until: int = setting(
+        MISSING, "vision blocks with an adapter, from the first", "adapters", between=(0, 1000)
+    )
+    surgery_until_layer: int = setting(
+        MISSING, "N: V-V attention stands in the last N - 1 vision blocks", "model", between=(1, 1000)
+    )
+    text_adapt_weight: float = setting(
+        0.1, "share of the adapter in the text stream", "adapters", between=(0, 1), under={"toy": 0.3}
+    )
+    image_adapt_weight: float = setting(0.1, "share of the adapter in the image stream", "adapters", between=(0, 1))
+    adapter: str = setting(
+        "bottleneck", "two linears over half the width, or one (the published form)", "adapters", choices=ADAPTERS
+    )
+    relu: bool = setting(False, "put a LeakyReLU behind the image projectors", "adapters")
+    surgery: str = setting(
+        "dual", "V-V attention of the frozen image features: beside the blocks (CLIP-Surgery) or inside (AA-CLIP)",
+        "model", choices=SURGERIES,
+    )  # fmt: skip
     text_adapted: bool = True
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,21 +90,44 @@ class ModelConfig:
 class CrossAttentionConfig:
     """What the two cross-attentions are (docs/method.md, "Cross-attention").
 
-    `text_conditioning`: whether anchors see each image ("image"), the batch's mean in Stage 1 ("batch_mean"), or no
-    image ("none"). `text_context`: the image features they see, and that Stage 1 looks at: "frozen", those of the
-    "trained" image branch, or its "projectors" on frozen tokens. `cross_attn_active`: False in the loops of a feedback
-    run before its `cross_attn_start_loop`.
+    text_context: the image features that text sees, and that Stage 1 looks at: "frozen", those of the "trained" image
+    branch, or its "projectors" on frozen tokens. cross_attn_active: False in the loops of a feedback run before its
+    `cross_attn_start_loop`. A feedback loop decides these two (`LoopForward`), the others hold for a whole run.
     """
 
-    text_cross_attn_weight: float = 0.1
-    image_cross_attn_weight: float = 0.1
-    cross_attn_heads: int = 8
-    cross_attn_dropout: float = 0.1
-    context_norm: str = "unit"
-    cross_attn_init: str = "xavier"
-    cross_attn_scale: str = "fixed"
-    text_conditioning: str = "image"
-    text_context: str = "frozen"
+    text_cross_attn_weight: float = setting(
+        0.1, "weight of the text side's residual; 0 is off", "cross-attention", between=(0, 100),
+        under={"v1_original": 1.0},
+    )  # fmt: skip
+    image_cross_attn_weight: float = setting(
+        0.1, "weight of the image side's residual; 0 is off", "cross-attention", between=(0, 100),
+        under={"v1_original": 1.0},
+    )  # fmt: skip
+    cross_attn_heads: int = setting(
+        8, "attention heads, which must divide the text width", "cross-attention", between=(1, 1024)
+    )
+    cross_attn_dropout: float = setting(
+        0.1, "dropout of the attention weights while training", "cross-attention", between=(0, 0.99)
+    )
+    context_norm: str = setting(
+        "unit", "length of context tokens: 1, or as they are (none, the old behaviour)", "cross-attention",
+        choices=CONTEXT_NORMS, under={"v1": "none", "v1_original": "none"},
+    )  # fmt: skip
+    cross_attn_init: str = setting(
+        "xavier", "start of the output projection; zero starts a run exactly at its base", "cross-attention",
+        choices=CROSS_ATTN_INITS,
+    )  # fmt: skip
+    cross_attn_scale: str = setting(
+        "fixed", "the two weights as they are, or learned from there", "cross-attention", choices=CROSS_ATTN_SCALES
+    )
+    text_conditioning: str = setting(
+        "image", "what anchors see: each image, in Stage 1 the mean of the batch, or no image", "cross-attention",
+        choices=TEXT_CONDITIONINGS,
+    )  # fmt: skip
+    text_context: str = setting(
+        "frozen", "image features that anchors see: of the frozen or of the trained branch", "cross-attention",
+        choices=TEXT_CONTEXTS,
+    )  # fmt: skip
     cross_attn_active: bool = True
 
     @property
@@ -96,21 +140,32 @@ class CrossAttentionConfig:
         return asdict(self)
 
 
+class LoopForward(NamedTuple):
+    """What a feedback loop decides of the forward; meanings as in `CrossAttentionConfig`."""
+
+    text_context: str
+    cross_attn_active: bool
+
+
 def check_cross_attention(config: CrossAttentionConfig, text_width: int) -> None:
     """Raise `UserError` for choices that do not exist, or heads that do not divide the text width."""
-    if config.cross_attn_heads < 1 or text_width % config.cross_attn_heads:
+    check_settings(config)
+    if text_width % config.cross_attn_heads:
         raise UserError(f"--cross_attn_heads {config.cross_attn_heads}: must divide the text width, {text_width}")
-    if not 0 <= config.cross_attn_dropout < 1:
-        raise UserError(f"--cross_attn_dropout {config.cross_attn_dropout}: takes 0 to below 1")
-    for flag, value, choices in (
-        ("context_norm", config.context_norm, CONTEXT_NORMS),
-        ("cross_attn_init", config.cross_attn_init, CROSS_ATTN_INITS),
-        ("cross_attn_scale", config.cross_attn_scale, CROSS_ATTN_SCALES),
-        ("text_conditioning", config.text_conditioning, TEXT_CONDITIONINGS),
-        ("text_context", config.text_context, TEXT_CONTEXTS),
-    ):
-        if value not in choices:
-            raise UserError(f"--{flag} {value}: choose one of {', '.join(choices)}")
+
+
+def check_settings(config: Any) -> None:
+    """Raise `UserError` for a value that is none of its field's choices, or out of its range."""
+    for item in fields(config):
+        value, choices, between = getattr(config, item.name), item.metadata.get("choices"), item.metadata.get("between")
+        if value is None:
+            continue
+        if choices and value not in choices:
+            raise UserError(f"--{item.name} {value}: choose one of {', '.join(choices)}")
+        numbers = value if isinstance(value, tuple) else (value,)
+        if between and not all(between[0] <= number <= between[1] for number in numbers):
+            shown = " ".join(map(str, numbers))
+            raise UserError(f"--{item.name} {shown}: takes {between[0]} to {between[1]}")
 
 
 def depth_defaults(vision_layers: int, text_layers: int) -> dict[str, Any]:
@@ -132,15 +187,7 @@ def check_depths(config: ModelConfig, vision_layers: int, text_layers: int) -> N
         ("image_adapt_until", config.image_adapt_until, 0, vision_layers),
         ("text_adapt_until", config.text_adapt_until, 0, text_layers),
         ("surgery_until_layer", config.surgery_until_layer, 1, vision_layers + 1),
-        ("image_adapt_weight", config.image_adapt_weight, 0, 1),
-        ("text_adapt_weight", config.text_adapt_weight, 0, 1),
     ):
         if not low <= value <= high:
             raise UserError(f"--{flag} {value}: {config.model_name} takes {low} to {high}")
-    for flag, value, choices in (
-        ("adapter", config.adapter, ADAPTERS),
-        ("surgery", config.surgery, SURGERIES),
-        ("activation", config.activation, ACTIVATIONS),
-    ):
-        if value not in choices:
-            raise UserError(f"--{flag} {value}: choose one of {', '.join(choices)}")
+    check_settings(config)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from model.blocks import run_block, run_block_dual, run_block_values, unit
 from model.clip import FrozenCLIP
-from model.config import ModelConfig
+from model.config import LoopForward, ModelConfig
 from model.scoring import Outputs, compare
 from model.text import Prompts, encode_prompts, pair_anchors
 
@@ -99,7 +99,7 @@ class UnadaptedCLIP(nn.Module):
         self.config = replace(config, surgery="dual")
 
     @torch.no_grad()
-    def text_side(self, prompts: Prompts) -> Tensor:
+    def text_side(self, prompts: Prompts, loop: LoopForward | None = None) -> Tensor:
         """Anchors of all classes, (C, D, 2)."""
         features = encode_prompts(self.clip, prompts.tokens.flatten(0, 1))
         return pair_anchors(features.unflatten(0, prompts.tokens.shape[:2]), prompts.normal)

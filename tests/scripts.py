@@ -105,7 +105,7 @@ def train_small_runs(folder: Path) -> Path:
     }  # fmt: skip
     train_base(BaseConfig(**common, text_epoch=1, image_epoch=1, save_path=folder / "base"))
     loops = {"num_feedback_loops": 2, "text_epochs_per_loop": (1,), "image_epochs_per_loop": (1,)}
-    train_feedback(FeedbackConfig.from_preset("v2", **common, **loops, save_path=folder / "feedback"))
+    train_feedback(FeedbackConfig.of(preset="v2", **common, **loops, save_path=folder / "feedback"))
     return folder
 
 

@@ -21,6 +21,7 @@ from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.blocks import run_block
 from model.clip import FrozenCLIP
 from model.clip_loading import load_clip
+from model.config import CrossAttentionConfig
 from model.cross_attention import CrossAttention
 from model.frozen import ImageFeatures
 from model.losses import stage1_losses, stage2_losses
@@ -89,7 +90,9 @@ def cross_model(clip: FrozenCLIP, seed: int = 4, **changes: Any) -> AdaptedCLIPW
     values = {"text_adapt_until": 2, "image_adapt_until": 3, **changes}
     of_model = {name: values.pop(name) for name in MODEL_FIELDS if name in values}
     torch.manual_seed(seed)
-    model = AdaptedCLIPWithCrossAttention(clip, config_for(clip, **of_model), **{**CROSS, **values})
+    model = AdaptedCLIPWithCrossAttention(
+        clip, config_for(clip, **of_model), cross=CrossAttentionConfig(**{**CROSS, **values})
+    )
     for part in (model.text_cross_attn, model.image_cross_attn):
         fill_with_noise(part)
         with torch.no_grad():
@@ -409,7 +412,9 @@ def test_zero_init_starts_at_the_base() -> None:
     clip = model64().clip
     base = adapted_clip(clip, text_adapt_until=2, image_adapt_until=3)
     torch.manual_seed(3)
-    model = AdaptedCLIPWithCrossAttention(clip, base.config, cross_attn_heads=4, cross_attn_init="zero").double()
+    model = AdaptedCLIPWithCrossAttention(
+        clip, base.config, cross=CrossAttentionConfig(cross_attn_heads=4, cross_attn_init="zero")
+    ).double()
     copied_from(base, model).train()
     batch, prompts = random_batch(40).to(torch.float64), tiny_prompts(clip)
     text_side = model.text_side(prompts)
@@ -430,7 +435,9 @@ def test_zero_init_starts_at_the_base() -> None:
 
 def test_learned_scales_start_at_their_weights_and_train() -> None:
     model = AdaptedCLIPWithCrossAttention(
-        shared_clip(), config_for(shared_clip()), 0.1, 0.2, cross_attn_scale="learned", cross_attn_heads=4
+        shared_clip(),
+        config_for(shared_clip()),
+        cross=CrossAttentionConfig(0.1, 0.2, cross_attn_scale="learned", cross_attn_heads=4),
     )
     batch, prompts = random_batch(40), tiny_prompts(model.clip)
     stage1(model, batch, prompts)["total"].backward()
@@ -680,7 +687,9 @@ def toy_model(**changes: Any) -> AdaptedCLIPWithCrossAttention:
     """Fresh, without text cross-attention, so that nothing but the image side differs between two of them."""
     clip = toy_clip()
     torch.manual_seed(0)
-    model = AdaptedCLIPWithCrossAttention(clip, config_for(clip), text_cross_attn_weight=0.0, **changes)
+    model = AdaptedCLIPWithCrossAttention(
+        clip, config_for(clip), cross=CrossAttentionConfig(text_cross_attn_weight=0.0, **changes)
+    )
     return model.eval()
 
 

@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -26,10 +26,12 @@ import engine.training.feedback
 import engine.training.run
 from dataset.metadata import Record
 from engine import load_model
+from engine.arguments import decided_by
 from engine.data import hold_out, load_task
 from engine.detector import Detector
-from engine.training.feedback import enter_loop, make_optimizer, rate_factor, say_best_loop, train_feedback
-from engine.training.feedback_arguments import PRESETS, FeedbackConfig, plan_loops, plan_table
+from engine.training.feedback import rate_factor, say_best_loop, train_feedback
+from engine.training.feedback_arguments import FeedbackConfig, loop_forward, plan_loops, plan_table
+from engine.training.opening import make_optimizer
 from engine.training.run import TrainingRun, still_finished
 from engine.training.stage1 import TextStage
 from model.adapter import AdaptedCLIP
@@ -37,6 +39,7 @@ from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.checkpoint import read_checkpoint
 from model.clip import FrozenCLIP
 from model.clip_loading import load_clip
+from model.config import LoopForward
 from model.text import Prompts
 from tests.helpers import config_for, random_batch, tiny_clip, tiny_prompts
 from tests.scripts import write_world
@@ -85,7 +88,7 @@ def asked(world: Path, save_path: Path, preset: str = "v2", **changes: Any) -> F
         "num_workers": 0, "device": "cpu", "tracker": "none", "num_feedback_loops": 3, "text_epochs_per_loop": (2,),
         "image_epochs_per_loop": (2,), "save_path": save_path,
     }  # fmt: skip
-    return FeedbackConfig.from_preset(preset, **{**values, **changes})
+    return FeedbackConfig.of(preset=preset, **{**values, **changes})
 
 
 class Moment(NamedTuple):
@@ -162,7 +165,11 @@ class Recorder:
         return Moment(int(loop), side, int(epoch), weights, moments, training, set(loader.dataset.records), max_norm)
 
     def predict(self, model: AdaptedCLIPWithCrossAttention) -> np.ndarray | None:
-        return None if self.picture is None else predict(Detector(copy.deepcopy(model), "copy"), self.picture)
+        if self.picture is None:
+            return None
+        crossed = self.run.describe(self.run.loop)["cross_attention"]
+        loop = LoopForward(crossed["text_context"], crossed["cross_attn_active"])
+        return predict(Detector(copy.deepcopy(model), "copy", loop_forward=loop), self.picture)
 
     def first(self, loop: int, side: str) -> Moment:
         return next(moment for moment in self.starts if (moment.loop, moment.side) == (loop, side))
@@ -253,7 +260,7 @@ def finished(world: Path) -> Finished:
 
 
 def parse(*arguments: object) -> FeedbackConfig:
-    return FeedbackConfig.from_namespace(build_parser().parse_args([str(argument) for argument in arguments]))
+    return FeedbackConfig.of(**vars(build_parser().parse_args([str(argument) for argument in arguments])))
 
 
 def columns(config: FeedbackConfig) -> tuple[list[Any], ...]:
@@ -262,11 +269,11 @@ def columns(config: FeedbackConfig) -> tuple[list[Any], ...]:
 
 
 def test_without_arguments_the_script_is_v2() -> None:
-    assert parse() == FeedbackConfig() == FeedbackConfig.from_preset("v2")
+    assert parse() == FeedbackConfig() == FeedbackConfig.of(preset="v2")
     assert vars(parse("--preset", "v2")) == vars(parse())
 
 
-def test_v2_is_its_column_of_design_5() -> None:
+def test_v2_is_its_column_of_the_table() -> None:
     plan = plan_loops(parse())
     assert columns(parse()) == ([5, 4, 3, 2, 2], [15, 12, 9, 7, 6])
     assert [loop.loop for loop in plan] == [1, 2, 3, 4, 5]
@@ -279,8 +286,8 @@ def test_v2_is_its_column_of_design_5() -> None:
     assert (config.text_batch_size, config.image_batch_size) == (16, 2)
 
 
-def test_v1_is_its_column_of_design_5() -> None:
-    config = parse("--preset", "v1")
+def test_v1_original_is_its_column_of_the_table() -> None:
+    config = parse("--preset", "v1_original")
     plan = plan_loops(config)
     assert columns(config) == ([5, 3, 2], [20, 10, 5])
     assert [loop.text_lr for loop in plan] == pytest.approx([1e-5, 5e-6, 2.5e-6])
@@ -290,22 +297,37 @@ def test_v1_is_its_column_of_design_5() -> None:
     assert (config.text_cross_attn_weight, config.image_cross_attn_weight, config.context_norm) == (1.0, 1.0, "none")
 
 
+def test_v1_is_the_original_with_both_weights_mended() -> None:
+    mended, original = parse("--preset", "v1"), parse("--preset", "v1_original")
+    weights = {"text_cross_attn_weight": 0.1, "image_cross_attn_weight": 0.1}
+    assert mended == replace(original, preset="v1", **weights)
+
+
+def test_a_recipe_combines_with_any_preset_and_what_is_given_wins() -> None:
+    for preset in ("v2", "v1", "v1_original"):
+        found = parse("--preset", preset, "--recipe", "toy", "--image_lr", 0.5)
+        plainly = parse("--preset", preset)
+        assert (found.text_lr, found.image_lr, found.model_name) == (1e-3, 0.5, "toy")
+        assert (found.lr_schedule, found.context_norm) == (plainly.lr_schedule, plainly.context_norm)
+
+
 def test_row1_the_defaults_are_the_mended_setting_and_v1_the_old() -> None:
     crossed = parse().cross_attention()
     assert (crossed.text_cross_attn_weight, crossed.image_cross_attn_weight, crossed.context_norm) == (0.1, 0.1, "unit")
 
 
 def test_every_argument_of_a_preset_can_be_given_and_wins() -> None:
-    assert set(PRESETS["v1"]) == set(PRESETS["v2"])
-    for name, value in PRESETS["v2"].items():
+    original = decided_by(FeedbackConfig, "v1_original")
+    for name in original:
+        value = getattr(FeedbackConfig, name)
         if name == "reset_optimizers":
             given: list[object] = ["--no-reset_optimizers"]
         else:
             given = [f"--{name}", *(value if isinstance(value, tuple) else [value])]
-        found = parse("--preset", "v1", *given)
+        found = parse("--preset", "v1_original", *given)
         assert getattr(found, name) == value
-        others = {other for other in PRESETS["v1"] if other != name}
-        assert all(getattr(found, other) == PRESETS["v1"][other] for other in others)
+        others = {other for other in original if other != name}
+        assert all(getattr(found, other) == original[other] for other in others)
     assert parse("--reset_optimizers").reset_optimizers
     assert parse("--optimizer", "adam").weight_decay == 0
     assert parse("--optimizer", "adam", "--weight_decay", 0.3).weight_decay == 0.3
@@ -341,7 +363,7 @@ def test_epochs_may_be_given_for_each_loop() -> None:
 
 def test_v1_with_more_loops_needs_epochs() -> None:
     five = ["--preset", "v1", "--num_feedback_loops", 5]
-    with pytest.raises(UserError, match="--text_epochs_per_loop 5 3 2 covers 3 loops, 5 are asked for"):
+    with pytest.raises(UserError, match="--text_epochs_per_loop 5 3 2 .*covers 3 loops, 5 are asked for"):
         plan_loops(parse(*five))
     with pytest.raises(UserError, match="--image_epochs_per_loop"):
         plan_loops(parse(*five, "--text_epochs_per_loop", 4))
@@ -353,11 +375,11 @@ def test_v1_with_more_loops_needs_epochs() -> None:
 @pytest.mark.parametrize(
     ("arguments", "flag"),
     [
-        (["--num_feedback_loops", 0], "--num_feedback_loops 0: takes 1 to 10"),
-        (["--num_feedback_loops", 11], "--num_feedback_loops 11: takes 1 to 10"),
-        (["--num_feedback_loops", -1], "--num_feedback_loops -1"),
+        (["--num_feedback_loops", 0], "--num_feedback_loops: 0 is not between 1 and 10"),
+        (["--num_feedback_loops", 11], "--num_feedback_loops: 11 is not between"),
+        (["--num_feedback_loops", -1], "--num_feedback_loops: -1"),
         (["--cross_attn_start_loop", 6], "--cross_attn_start_loop 6: takes 1 to 5"),
-        (["--cross_attn_start_loop", 0], "--cross_attn_start_loop 0"),
+        (["--cross_attn_start_loop", 0], "--cross_attn_start_loop: 0"),
         (["--epochs_decay_rate", 0], "--epochs_decay_rate"),
         (["--epochs_decay_rate", 1.1], "--epochs_decay_rate"),
         (["--lr_decay_per_loop", 0], "--lr_decay_per_loop"),
@@ -400,14 +422,14 @@ def test_the_plan_is_shown_as_a_table() -> None:
 @pytest.mark.parametrize(("scale", "on"), [("fixed", False), ("learned", True)])
 def test_the_table_says_on_where_a_weight_of_0_can_grow(scale: str, on: bool) -> None:
     zero = {"text_cross_attn_weight": 0.0, "image_cross_attn_weight": 0.0, "cross_attn_scale": scale}
-    assert {loop.cross_attention for loop in plan_loops(FeedbackConfig.from_preset("v2", **zero))} == {on}
+    assert {loop.cross_attention for loop in plan_loops(FeedbackConfig.of(preset="v2", **zero))} == {on}
 
 
 def test_rates_within_a_loop() -> None:
     """5 epochs of 4 steps."""
 
     def factors(schedule: str, side: str, **changes: Any) -> list[float]:
-        config = FeedbackConfig.from_preset("v2", lr_schedule=schedule, **changes)
+        config = FeedbackConfig.of(preset="v2", lr_schedule=schedule, **changes)
         return [rate_factor(config, side, 5, 4)(step) for step in range(20)]
 
     for side in SIDES:
@@ -428,7 +450,7 @@ def test_optimizers_have_the_betas_and_decay_of_design_5(clip: FrozenCLIP) -> No
         ("v1", torch.optim.Adam, (0.5, 0.999), 0.0),
     ):
         for side in SIDES:
-            optimizer = make_optimizer(model, side, FeedbackConfig.from_preset(preset))
+            optimizer = make_optimizer(model, side, FeedbackConfig.of(preset=preset))
             assert type(optimizer) is kind
             assert all(group["betas"] == betas and group["weight_decay"] == decay for group in optimizer.param_groups)
             held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -441,11 +463,11 @@ def test_optimizers_have_the_betas_and_decay_of_design_5(clip: FrozenCLIP) -> No
 
 def stage_in_loop(clip: FrozenCLIP, loop: int, **changes: Any) -> TextStage:
     """Stage 1 as the driver has it in this loop, on a model without chance."""
-    config = FeedbackConfig.from_preset("v2", **{"num_feedback_loops": 2, "cross_attn_dropout": 0.0, **changes})
+    config = FeedbackConfig.of(preset="v2", **{"num_feedback_loops": 2, "cross_attn_dropout": 0.0, **changes})
     torch.manual_seed(0)
-    model = AdaptedCLIPWithCrossAttention(clip, config_for(clip), **config.cross_attention().to_dict())
-    enter_loop(model, config, plan_loops(config)[loop - 1])
-    stage = TextStage(model, tiny_prompts(clip), ("nut", "zipper", "rope"), 0.1, "all")
+    model = AdaptedCLIPWithCrossAttention(clip, config_for(clip), cross=config.cross_attention())
+    classes, forward = ("nut", "zipper", "rope"), loop_forward(config, loop)
+    stage = TextStage(model, tiny_prompts(clip), classes, 0.1, "all", loop=forward)
     stage.begin()
     return stage
 
@@ -515,7 +537,7 @@ def test_what_stage_1_sees_of_the_image_branch_has_no_dropout(clip: FrozenCLIP) 
     stage = stage_in_loop(clip, 2, cross_attn_dropout=0.9)
     stage.train()
     batch, prompts = random_batch(40), tiny_prompts(clip)
-    first, second = (stage.model.stage1_features(batch.images, prompts, batch.rows) for _ in range(2))
+    first, second = (stage.model.stage1_features(batch.images, prompts, batch.rows, stage.loop) for _ in range(2))
     assert all(torch.equal(one, two) for one, two in zip(first.levels, second.levels, strict=True))
     losses = [stage(sample_batch()).losses["total"].item() for _ in range(2)]
     assert losses[0] != losses[1], "its own dropout is on"
@@ -592,7 +614,7 @@ def test_row2_optimizers_that_are_reset_lose_their_moments(forgetful: Finished) 
 
 
 def test_v1_resets_and_v2_does_not() -> None:
-    assert FeedbackConfig.from_preset("v1").reset_optimizers
+    assert FeedbackConfig.of(preset="v1").reset_optimizers
     assert not FeedbackConfig().reset_optimizers
 
 
@@ -1040,7 +1062,7 @@ def test_a_step_that_is_not_finite_is_not_taken(world: Path, tmp_path: Path, wha
 
         def poisoned(stage: TextStage, batch: dict[str, Any]) -> Any:
             output = forward(stage, batch)
-            if stage.model.cross_config.text_context == "trained":
+            if stage.loop.text_context == "trained":
                 total = output.losses["total"]
                 output.losses["total"] = (
                     total * float("nan") if what == "loss" else total + InfiniteGradient.apply(total)

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from engine import load_model
-from engine.evaluation.image_heatmaps import ALL, figure_path
+from engine.evaluation.arguments import ALL
+from engine.evaluation.image_heatmaps import figure_path
 from engine.evaluation.inference import evaluate_checkpoints
 from tests.scripts import error_line, run, save, write_world
 

@@ -268,10 +268,10 @@ CONFIGS: list[tuple[RunConfig, dict[str, Any]]] = [
     (BaseConfig(), {}),
     (BaseConfig(levels=(2, 4), relu=True, image_lr=1e-5, dataset="my data", save_path=Path("runs/a b")), {}),
     (CrossAttentionRunConfig(load_base_image_adapter=Path("x/y.pth"), seed=3), {"cross_attention": {"a": 1}}),
-    (FeedbackConfig.from_preset("v2", optimizer="adam", text_epochs_per_loop=(3, 2, 1)), {"feedback": True}),
-    (FeedbackConfig.from_preset("v2", optimizer="adam", weight_decay=0.01), {"feedback": True}),
-    (FeedbackConfig.from_preset("v1", reset_optimizers=False, val_fraction=0.2), {"feedback": True}),
-    (FeedbackConfig.from_preset("v1"), {"feedback": True, "cross_attention": {"a": 1}}),
+    (FeedbackConfig.of(preset="v2", optimizer="adam", text_epochs_per_loop=(3, 2, 1)), {"feedback": True}),
+    (FeedbackConfig.of(preset="v2", optimizer="adam", weight_decay=0.01), {"feedback": True}),
+    (FeedbackConfig.of(preset="v1", reset_optimizers=False, val_fraction=0.2), {"feedback": True}),
+    (FeedbackConfig.of(preset="v1"), {"feedback": True, "cross_attention": {"a": 1}}),
 ]
 
 
@@ -279,7 +279,7 @@ CONFIGS: list[tuple[RunConfig, dict[str, Any]]] = [
 def test_the_command_asks_for_the_same_run(config: RunConfig, kind: dict[str, Any]) -> None:
     words = shlex.split(training_command({"arguments": config.to_dict(), **kind}))
     parser = import_module(Path(words[1]).stem).build_parser()
-    assert type(config).from_namespace(parser.parse_args(words[2:])) == config
+    assert type(config).of(**vars(parser.parse_args(words[2:]))) == config
 
 
 def test_several_processes_are_launched_again() -> None:
@@ -322,7 +322,7 @@ def test_no_chart_cuts_its_legend_or_labels(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_default_is_not_repeated() -> None:
-    config = replace(FeedbackConfig.from_preset("v2"), seed=4)
+    config = replace(FeedbackConfig.of(preset="v2"), seed=4)
     command = training_command({"arguments": config.to_dict(), "feedback": True})
     assert command == "python train_cross_attention_feedback_v2.py --seed 4"
     values = {"a": None, "b": False, "c": True, "d": [1, 2], "e": Path("x y")}

@@ -129,7 +129,7 @@ def evaluate(
     clip = next(iter(models.values())).clip
     prompts = data.prompts(clip).to(device)
     domain = data.located.spec.domain
-    text_sides = {name: detector.model.text_side(prompts) for name, detector in models.items()}
+    text_sides = {name: detector.text_side(prompts) for name, detector in models.items()}
     results: dict[str, list[ClassResult]] = {name: [] for name in models}
     samples = make_dataset(data, clip, "none")
     loader = evaluation_loader(samples, batch_size, num_workers)

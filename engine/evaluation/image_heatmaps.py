@@ -22,9 +22,6 @@ from utils.heatmaps import Heatmap, comparison_figure
 from utils.logging import progress_bar
 from utils.metrics import PixelCounter
 
-# Every image, where a number of images can be asked for.
-ALL = "all"
-
 
 @dataclass(frozen=True)
 class Picture:

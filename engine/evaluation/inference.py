@@ -14,8 +14,9 @@ from dataset.samples import read_image
 from engine.data import TaskData, load_task
 from engine.detector import Detector, build_detector, load_clip_for, unadapted_detector
 from engine.device import check_device
+from engine.evaluation.arguments import ALL
 from engine.evaluation.evaluate import Evaluation, evaluate, evaluation_table, summary_table, write_csv
-from engine.evaluation.image_heatmaps import ALL, draw_overlays
+from engine.evaluation.image_heatmaps import draw_overlays
 from engine.run_folder import find_checkpoints
 from model.checkpoint import Checkpoint, read_checkpoint
 from model.clip_loading import load_clip

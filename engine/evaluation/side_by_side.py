@@ -12,7 +12,8 @@ from dataset.metadata import Record
 from engine.data import TaskData, load_task
 from engine.detector import Detector, build_detector, load_clip_for
 from engine.device import check_device
-from engine.evaluation.image_heatmaps import ALL, Picture, look, read_picture
+from engine.evaluation.arguments import ALL
+from engine.evaluation.image_heatmaps import Picture, look, read_picture
 from engine.evaluation.inference import training_dataset
 from engine.run_folder import find_latest, find_loops
 from model.checkpoint import Checkpoint, read_checkpoint
@@ -151,19 +152,15 @@ def draw(models: dict[str, Detector], picture: Picture, index: int, folder: Path
     return path
 
 
-def parse_indices(values: Sequence[str]) -> tuple[int, ...] | None:
-    """`--image_idx`: numbers, or the word all, which gives None."""
-    if list(values) == [ALL]:
-        return None
-    try:
-        return tuple(int(value) for value in values)
-    except ValueError:
-        raise UserError(f"--image_idx {' '.join(values)}: give indices, or {ALL}") from None
-
-
-def choose(image_idx: Sequence[str], worst: int | None) -> Choice:
-    """The choice that the arguments make."""
-    return Choice(None, worst) if worst is not None else Choice(parse_indices(image_idx))
+def choose(image_idx: Sequence[str | int], worst: int | None) -> Choice:
+    """The choice that the arguments make; `UserError` for the word all beside indices."""
+    if worst is not None:
+        return Choice(None, worst)
+    if ALL not in image_idx:
+        return Choice(tuple(image_idx))
+    if len(image_idx) > 1:
+        raise UserError(f"--image_idx {' '.join(map(str, image_idx))}: give indices, or {ALL}")
+    return Choice()
 
 
 def run_visualization(arguments: dict[str, Any]) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from engine.training.arguments import BaseConfig, CrossAttentionRunConfig
+from engine.arguments import plain
+from engine.training.arguments import BaseConfig, CrossAttentionRunConfig, RunConfig
 from engine.training.feedback_arguments import FeedbackConfig
 
 
@@ -22,38 +22,40 @@ def command_line(script: str, values: Mapping[str, Any], launcher: Sequence[str]
             continue
         words.append(f"--{name}")
         if value is not True:
-            words += [plain(item) for item in (value if isinstance(value, (list, tuple)) else [value])]
+            words += [str(plain(item)) for item in (value if isinstance(value, (list, tuple)) else [value])]
     return shlex.join(words)
-
-
-def plain(value: Any) -> str:
-    """A value as it is typed; paths with slashes, which Windows takes too."""
-    return value.as_posix() if isinstance(value, Path) else str(value)
 
 
 def training_command(config: Mapping[str, Any]) -> str:
     """The command that trains what a checkpoint's `config` describes: the arguments that differ from the defaults."""
-    asked = config["arguments"]
-    script, defaults = script_and_defaults(config)
-    changed = {name: value for name, value in asked.items() if value != defaults.get(name)}
+    given = given_arguments(config)
     # A switch that is off against its default needs the form that says so.
-    switched_off = {f"no-{name}": True for name, value in changed.items() if value is False}
+    switched_off = {f"no-{name}": True for name, value in given.items() if value is False}
     # As many processes, which share the images of a step.
     processes = config.get("processes", 1)
     launcher = ("accelerate", "launch", "--num_processes", str(processes)) if processes > 1 else ("python",)
-    return command_line(script, {**changed, **switched_off}, launcher)
+    return command_line(script_and_arguments(config)[0], {**given, **switched_off}, launcher)
 
 
-def script_and_defaults(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The script that wrote a checkpoint with this `config`, and its arguments' defaults as `args.json` holds them."""
-    if config.get("feedback"):
-        preset, optimizer = (config["arguments"][name] for name in ("preset", "optimizer"))
-        # The weight decay that is taken unless one is given follows the optimizer.
-        decay = FeedbackConfig.from_preset(preset, optimizer=optimizer).weight_decay
-        defaults = FeedbackConfig.from_preset(preset, weight_decay=decay).to_dict()
-        # The script's own default preset, which need not be named.
-        defaults["preset"] = FeedbackConfig.preset
-        return "train_cross_attention_feedback_v2.py", defaults
-    if config.get("cross_attention"):
-        return "train_cross_attention.py", CrossAttentionRunConfig().to_dict()
-    return "train.py", BaseConfig().to_dict()
+def given_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that must be given to have what a checkpoint's `config` asked for."""
+    asked, arguments = config["arguments"], script_and_arguments(config)[1]
+    given: dict[str, Any] = {}
+    # Presets and recipes first, which decide other arguments, then the optimizer, which decides the weight decay.
+    for names in (("preset", "recipe"), ("optimizer",), asked):
+        made = arguments.of(**given).to_dict()
+        given |= {name: asked[name] for name in names if name in asked and asked[name] != made.get(name)}
+    return given
+
+
+def script_and_arguments(config: Mapping[str, Any]) -> tuple[str, type[RunConfig]]:
+    """The script that wrote a checkpoint with this `config`, and its arguments."""
+    scripts = {
+        "train.py": BaseConfig,
+        "train_cross_attention.py": CrossAttentionRunConfig,
+        "train_cross_attention_feedback_v2.py": FeedbackConfig,
+    }
+    # Before checkpoints named their script, these two entries told.
+    script = list(scripts)[2 if config.get("feedback") else 1 if config.get("cross_attention") else 0]
+    script = config.get("script", script)
+    return script, scripts[script]

@@ -31,8 +31,9 @@ from engine.report.comparison import (
 )
 from engine.report.page import shown_rows, write_report
 from engine.run_folder import ARGUMENTS_FILE, REPORT_FILE, find_latest, find_loops, loop_file
-from model.checkpoint import COMPONENTS, TEXT_FILE, Checkpoint, file_digest, read_checkpoint
+from model.checkpoint import TEXT_FILE, Checkpoint, file_digest, read_checkpoint
 from model.clip import FrozenCLIP
+from model.config import COMPONENTS
 from utils.errors import UserError
 from utils.files import write_json
 from utils.logging import set_up_logging

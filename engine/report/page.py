@@ -26,7 +26,7 @@ from engine.data import TaskData
 from engine.detector import Detector
 from engine.evaluation.evaluate import METRICS, UNDEFINED, ImageScore, format_value
 from engine.evaluation.image_heatmaps import Picture, look, read_picture
-from engine.report.commands import script_and_defaults, training_command
+from engine.report.commands import given_arguments, training_command
 from engine.report.comparison import (
     COLUMNS,
     DATA,
@@ -303,10 +303,8 @@ def describe_run(name: str, row: Row) -> Run:
     log = read_log(folder)
     if log.began:
         facts.append(("Log", f"from {log.began} to {log.ended}"))
-    defaults = script_and_defaults(config)[1]
-    arguments = [
-        (argument, words(value), value != defaults.get(argument)) for argument, value in config["arguments"].items()
-    ]
+    given = given_arguments(config)
+    arguments = [(argument, words(value), argument in given) for argument, value in config["arguments"].items()]
     advised = advice(history, feedback)
     known = {sentence.lower() for sentence in advised}
     return Run(

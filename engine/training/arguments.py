@@ -1,81 +1,86 @@
-"""What a training run was asked for: a frozen value that argparse fills, that is saved, that a restart must equal."""
+"""What a training run is asked for: a frozen value that its parser fills, that is saved, that a restart must equal."""
 
 from __future__ import annotations
 
-from argparse import Namespace
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from model.clip import FrozenCLIP
-from model.clip_loading import load_clip
+from engine.arguments import DataArguments, MachineArguments, ModelArguments
 from model.config import CrossAttentionConfig, ModelConfig
+from utils.fields import changed, setting
 
-
-def free(default: Any) -> Any:
-    """A setting in which a restart may differ without being another run (docs/method.md, "Training").
-
-    Weights and metadata are compared by digest, prompts by their words, and epochs where the run stands.
-    """
-    return field(default=default, metadata={"free": True})
-
-
-Config = TypeVar("Config", bound="RunConfig")
+RECIPES = ("toy",)
+MOST_EPOCHS, MOST_IMAGES = 100_000, 100_000
+# Far beyond sense, but an optimizer can take it; a loss that is not finite then stops the run.
+LARGEST_RATE = 1e30
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """Arguments that all training scripts share, by the same names and with the base's defaults."""
+class RunConfig(MachineArguments, DataArguments, ModelArguments):
+    """Arguments that all training scripts share, with the base's defaults (docs/method.md, "Training").
 
-    model_name: str = "ViT-L-14-336"
-    clip_weights: str | None = free(None)
-    img_size: int | None = None
-    activation: str | None = None
-    surgery: str = "dual"
-    surgery_until_layer: int | None = None
-    adapter: str = "bottleneck"
-    relu: bool = False
-    levels: tuple[int, ...] | None = None
-    text_adapt_weight: float = 0.1
-    image_adapt_weight: float = 0.1
-    text_adapt_until: int | None = None
-    image_adapt_until: int | None = None
-    dataset: str = "VisA"
-    data_root: Path | None = free(None)
-    metadata: Path | None = free(None)
-    class_names: Path | None = free(None)
-    skip_bad_images: bool = False
-    training_mode: str = "few_shot"
-    shot: int = 32
-    text_batch_size: int = 16
-    image_batch_size: int = 2
-    text_lr: float = 1e-5
-    image_lr: float = 5e-4
-    accumulate: int = 1
-    text_norm_weight: float = 0.1
-    stage1_levels: str = "all"
-    seed: int = 0
-    device: str = free("auto")
-    precision: str = "fp32"
-    num_workers: int = free(2)
-    save_path: Path = free(Path("ckpt/base"))
-    resume: str = free("auto")
-    tracker: str = free("tensorboard")
+    A restart may differ in the free ones without being another run: weights and metadata are compared by digest,
+    prompts by their words, and epochs where the run stands.
+    """
 
-    @classmethod
-    def from_namespace(cls: type[Config], arguments: Namespace) -> Config:
-        values = vars(arguments)
-        levels = values.get("levels")
-        return cls(**{**values, "levels": tuple(levels) if levels else None})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `args.json` holds them."""
-        return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+    recipe: str | None = setting(
+        None, "the model, rates and depths for the toy world", "training", choices=RECIPES, free=True, unset="none"
+    )
+    adapter: str = changed(ModelConfig, "adapter")
+    relu: bool = changed(ModelConfig, "relu")
+    levels: tuple[int, ...] | None = changed(ModelConfig, "levels", None, unset="each quarter of the depth")
+    text_adapt_weight: float = changed(ModelConfig, "text_adapt_weight")
+    image_adapt_weight: float = changed(ModelConfig, "image_adapt_weight")
+    text_adapt_until: int | None = changed(ModelConfig, "text_adapt_until", None, unset="a quarter of them")
+    image_adapt_until: int | None = changed(ModelConfig, "image_adapt_until", None, unset="a quarter of them")
+    dataset: str = changed(
+        DataArguments, "dataset", help="dataset to train on: a catalog name, or a folder in MVTec's layout"
+    )
+    training_mode: str = setting(
+        "few_shot", "some images of each class, or all", "training", choices=("few_shot", "full_shot"),
+        under={"toy": "full_shot"},
+    )  # fmt: skip
+    shot: int = setting(
+        32, "images of each class in few_shot, half of them anomalous, the odd one too", "training",
+        between=(1, MOST_IMAGES),
+    )  # fmt: skip
+    text_batch_size: int = setting(16, "images in a step of Stage 1", "training", between=(1, MOST_IMAGES))
+    image_batch_size: int = setting(
+        2, "images in a step of Stage 2", "training", between=(1, MOST_IMAGES), under={"toy": 8}
+    )
+    accumulate: int = setting(
+        1, "batches whose gradients make one optimizer step", "training", between=(1, MOST_IMAGES)
+    )
+    text_norm_weight: float = setting(
+        0.1, "weight of the anchors' overlap in Stage 1's loss", "training", between=(0, 1000), under={"toy": 3.0}
+    )
+    stage1_levels: str = setting(
+        "all", "levels that count in Stage 1's loss; last is what earlier code did by mistake", "training",
+        choices=("all", "last"),
+    )  # fmt: skip
+    seed: int = setting(
+        0, "seed of weights, few-shot choice, order and augmentation", "training", between=(-(2**63), 2**63 - 1)
+    )
+    text_lr: float = setting(
+        1e-5, "learning rate of Stage 1", "schedule", between=(0, LARGEST_RATE), under={"toy": 1e-3}
+    )
+    image_lr: float = setting(
+        5e-4, "learning rate of Stage 2", "schedule", between=(0, LARGEST_RATE), under={"toy": 1e-3}
+    )
+    save_path: Path = setting(Path("ckpt/base"), "folder of this run", "output", free=True)
+    resume: str = setting(
+        "auto", "auto goes on with the run that is there; never begins one, in a new folder only", "output",
+        choices=("auto", "never"), free=True,
+    )  # fmt: skip
+    tracker: str = setting(
+        "tensorboard", "where curves go", "output", choices=("tensorboard", "wandb", "none"), free=True
+    )
 
     def signature(self) -> dict[str, Any]:
         """What makes this run this run: a restart with another value is another run."""
         values = self.to_dict()
-        signature = {item.name: values[item.name] for item in fields(self) if "free" not in item.metadata}
+        signature = {item.name: values[item.name] for item in fields(self) if not item.metadata.get("free")}
         if self.training_mode == "full_shot":
             del signature["shot"]
         return signature
@@ -83,74 +88,49 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class BaseConfig(RunConfig):
-    """Arguments of `train.py`: the base's column of docs/method.md, "Training"."""
+    """Arguments of `train.py`."""
 
-    text_epoch: int = free(5)
-    image_epoch: int = free(20)
+    text_epoch: int = setting(
+        5, "epochs of Stage 1; 0 keeps CLIP's own text embeddings", "schedule", between=(0, MOST_EPOCHS), free=True
+    )
+    image_epoch: int = setting(20, "epochs of Stage 2", "schedule", between=(0, MOST_EPOCHS), free=True)
 
 
 @dataclass(frozen=True)
 class CrossAttentionArguments(RunConfig):
     """Arguments that the scripts with cross-attention share: the branches, and the base that they start from."""
 
-    text_cross_attn_weight: float = CrossAttentionConfig.text_cross_attn_weight
-    image_cross_attn_weight: float = CrossAttentionConfig.image_cross_attn_weight
-    cross_attn_heads: int = CrossAttentionConfig.cross_attn_heads
-    cross_attn_dropout: float = CrossAttentionConfig.cross_attn_dropout
-    context_norm: str = CrossAttentionConfig.context_norm
-    cross_attn_init: str = CrossAttentionConfig.cross_attn_init
-    cross_attn_scale: str = CrossAttentionConfig.cross_attn_scale
-    text_conditioning: str = CrossAttentionConfig.text_conditioning
-    load_base_text_adapter: Path | None = free(None)
-    load_base_image_adapter: Path | None = free(None)
-    reset_base_optimizer: bool = False
-    allow_partial_base: bool = free(False)
-    freeze_base: bool = False
+    text_cross_attn_weight: float = changed(CrossAttentionConfig, "text_cross_attn_weight")
+    image_cross_attn_weight: float = changed(CrossAttentionConfig, "image_cross_attn_weight")
+    cross_attn_heads: int = changed(CrossAttentionConfig, "cross_attn_heads")
+    cross_attn_dropout: float = changed(CrossAttentionConfig, "cross_attn_dropout")
+    context_norm: str = changed(CrossAttentionConfig, "context_norm")
+    cross_attn_init: str = changed(CrossAttentionConfig, "cross_attn_init")
+    cross_attn_scale: str = changed(CrossAttentionConfig, "cross_attn_scale")
+    text_conditioning: str = changed(CrossAttentionConfig, "text_conditioning")
+    load_base_text_adapter: Path | None = setting(
+        None, "text_adapter.pth of a trained base", "base", free=True, unset="from scratch"
+    )
+    load_base_image_adapter: Path | None = setting(
+        None, "image_adapter.pth of a trained base", "base", free=True, unset="from scratch"
+    )
+    reset_base_optimizer: bool = setting(False, "leave the base's optimizer moments behind", "base")
+    allow_partial_base: bool = setting(False, "start from one trained side only", "base", free=True)
+    freeze_base: bool = setting(False, "train the cross-attentions alone", "base")
 
     def cross_attention(self) -> CrossAttentionConfig:
-        """The choices that the forward depends on; what a feedback loop sets keeps its default."""
+        """The choices that the forward depends on; what a feedback loop decides keeps its default."""
         names = {item.name for item in fields(CrossAttentionConfig)} & {item.name for item in fields(self)}
         return CrossAttentionConfig(**{name: getattr(self, name) for name in names})
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Components that are not trained."""
+        return ("text_adapter", "image_adapter") if self.freeze_base else ()
 
 
 @dataclass(frozen=True)
 class CrossAttentionRunConfig(CrossAttentionArguments, BaseConfig):
     """Arguments of `train_cross_attention.py`."""
 
-    save_path: Path = free(Path("ckpt/cross_attention"))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return value.as_posix()
-    return list(value) if isinstance(value, tuple) else value
-
-
-def build_clip(config: RunConfig) -> FrozenCLIP:
-    """The frozen CLIP that a run asks for."""
-    return load_clip(config.model_name, config.clip_weights, config.img_size, config.activation)
-
-
-def resolve_model(config: RunConfig, clip: FrozenCLIP, text_adapted: bool = True) -> ModelConfig:
-    """The forward that a run asks for, with the depths that were left open filled in from the CLIP model.
-
-    text_adapted: whether the text side is trained, now or in the base that the run starts from.
-    """
-    asked = {
-        name: getattr(config, name)
-        for name in ("levels", "text_adapt_until", "image_adapt_until", "surgery_until_layer")
-        if getattr(config, name) is not None
-    }
-    return ModelConfig(
-        model_name=clip.model_name,
-        weights_digest=clip.weights_digest,
-        activation=clip.activation,
-        img_size=clip.img_size,
-        text_adapt_weight=config.text_adapt_weight,
-        image_adapt_weight=config.image_adapt_weight,
-        adapter=config.adapter,
-        relu=config.relu,
-        surgery=config.surgery,
-        text_adapted=text_adapted,
-        **{**clip.defaults, **asked},
-    )
+    save_path: Path = changed(RunConfig, "save_path", Path("ckpt/cross_attention"))

@@ -1,88 +1,102 @@
-"""Arguments of the feedback script, its presets, and the plan of loops that follows from them."""
+"""Arguments of the feedback script, its presets, and the plan of loops that follows from them.
+
+A preset is in the fields' `under`. v1 is the first version as mended, both weights at 0.1; v1_original as it was.
+"""
 
 from __future__ import annotations
 
 import math
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.training.arguments import CrossAttentionArguments, free
+from engine.arguments import decided_by
+from engine.training.arguments import MOST_EPOCHS, CrossAttentionArguments, RunConfig
+from model.config import LoopForward, check_settings
 from utils.errors import UserError
+from utils.fields import changed, setting
 from utils.tables import format_table
 
 MOST_LOOPS = 10
+WEIGHT_DECAY = {"adamw": 0.01, "adam": 0.0}
 
-# V1's column of docs/method.md, "Training": what earlier code did, kept so that it can be measured.
-V1: dict[str, Any] = {
-    "num_feedback_loops": 3,
-    "text_epochs_per_loop": (5, 3, 2),
-    "image_epochs_per_loop": (20, 10, 5),
-    "epochs_decay_rate": 0.5,
-    "text_lr": 1e-5,
-    "image_lr": 5e-4,
-    "lr_decay_per_loop": 0.5,
-    "lr_schedule": "multistep",
-    "warmup_epochs": 0,
-    "grad_clip": 0.0,
-    "optimizer": "adam",
-    "reset_optimizers": True,
-    "text_cross_attn_weight": 1.0,
-    "image_cross_attn_weight": 1.0,
-    "context_norm": "none",
-}
-ADAMW_WEIGHT_DECAY = 0.01
+
+def both(value: Any) -> dict[str, Any]:
+    """A value of V1, mended and unmended."""
+    return {"v1": value, "v1_original": value}
 
 
 @dataclass(frozen=True)
 class FeedbackConfig(CrossAttentionArguments):
-    """Arguments of `train_cross_attention_feedback_v2.py`, by the same names, with V2's defaults.
+    """Arguments of `train_cross_attention_feedback_v2.py`, with V2's defaults."""
 
-    text_epochs_per_loop, image_epochs_per_loop: epochs of loop 1, which decay, or one number for each loop.
-    """
-
-    preset: str = free("v2")
-    num_feedback_loops: int = free(5)
-    text_epochs_per_loop: tuple[int, ...] = free((5,))
-    image_epochs_per_loop: tuple[int, ...] = free((15,))
-    epochs_decay_rate: float = free(0.8)
-    text_lr: float = 2e-5
-    image_lr: float = 5e-3
-    lr_decay_per_loop: float = 0.8
-    lr_schedule: str = "cosine"
-    warmup_epochs: int = 2
-    grad_clip: float = 1.0
-    optimizer: str = "adamw"
-    weight_decay: float = ADAMW_WEIGHT_DECAY
-    reset_optimizers: bool = False
-    cross_attn_start_loop: int = 1
-    feedback_features: str = "branch"
-    init_from: Path | None = free(None)
-    eval_dataset: str | None = free(None)
-    val_fraction: float = 0.0
-    save_path: Path = free(Path("ckpt/feedback"))
+    preset: str = setting(
+        "v2", "defaults of the arguments that name it", "feedback", choices=("v2", "v1", "v1_original"), free=True
+    )
+    num_feedback_loops: int = setting(
+        5, "loops of Stage 1 and Stage 2", "feedback", between=(1, MOST_LOOPS), free=True, under=both(3)
+    )
+    text_epochs_per_loop: tuple[int, ...] = setting(
+        (5,), "epochs of Stage 1 in loop 1, which decay, or one number for each loop", "feedback",
+        between=(1, MOST_EPOCHS), several=True, free=True, under=both((5, 3, 2)),
+    )  # fmt: skip
+    image_epochs_per_loop: tuple[int, ...] = setting(
+        (15,), "epochs of Stage 2 in loop 1, which decay, or one number for each loop", "feedback",
+        between=(1, MOST_EPOCHS), several=True, free=True, under=both((20, 10, 5)),
+    )  # fmt: skip
+    epochs_decay_rate: float = setting(
+        0.8, "r: loop k has floor(first * r^(k - 1)) epochs, at least 1", "feedback", between=(1e-6, 1), free=True,
+        under=both(0.5),
+    )  # fmt: skip
+    cross_attn_start_loop: int = setting(
+        1, "first loop with cross-attention; both are off before", "feedback", between=(1, MOST_LOOPS)
+    )
+    feedback_features: str = setting(
+        "branch", "what Stage 1 sees from loop 2 on: the trained image branch, or its projectors on frozen tokens",
+        "feedback", choices=("branch", "projectors"),
+    )  # fmt: skip
+    init_from: Path | None = setting(
+        None, "checkpoint to take all components from, in place of a base", "base", free=True, unset="none"
+    )
+    eval_dataset: str | None = setting(
+        None, "dataset to test on after each loop, to watch and not to choose by", "feedback", free=True, unset="none"
+    )
+    val_fraction: float = setting(
+        0.0, "share of the training images held out to choose a loop by", "feedback", between=(0, 0.99)
+    )
+    text_lr: float = changed(RunConfig, "text_lr", 2e-5, help="learning rate of Stage 1 in loop 1", under=both(1e-5))
+    image_lr: float = changed(RunConfig, "image_lr", 5e-3, help="learning rate of Stage 2 in loop 1", under=both(5e-4))
+    lr_decay_per_loop: float = setting(
+        0.8, "factor of both rates from loop to loop", "schedule", between=(1e-6, 1), under=both(0.5)
+    )
+    lr_schedule: str = setting(
+        "cosine", "in each loop: warm-up then cosine to 0; the image rate halved at 50 % and 80 %; or constant",
+        "schedule", choices=("cosine", "multistep", "constant"), under=both("multistep"),
+    )  # fmt: skip
+    warmup_epochs: int = setting(
+        2, "epochs of warm-up of cosine, at most half the stage", "schedule", between=(0, MOST_EPOCHS), under=both(0)
+    )
+    grad_clip: float = setting(
+        1.0, "largest norm of the gradient; 0 is off", "schedule", between=(0, 1e6), under=both(0.0)
+    )
+    optimizer: str = setting(
+        "adamw", "betas 0.9, 0.999 (adamw) or 0.5, 0.999 (adam)", "schedule", choices=("adam", "adamw"),
+        under=both("adam"),
+    )  # fmt: skip
+    weight_decay: float = setting(
+        WEIGHT_DECAY["adamw"], "weight decay of the optimizer; 0 for adam unless given", "schedule", between=(0, 10)
+    )
+    reset_optimizers: bool = setting(
+        False, "forget the optimizers' moments at the start of each loop, as earlier code did", "schedule",
+        under=both(True),
+    )  # fmt: skip
+    save_path: Path = changed(RunConfig, "save_path", Path("ckpt/feedback"))
 
     @classmethod
-    def from_preset(cls, preset: str, **explicit: Any) -> FeedbackConfig:
-        """The defaults of a preset, changed where asked for; Adam takes no weight decay unless that is asked for."""
-        values = {**PRESETS[preset], **explicit}
-        if "weight_decay" not in explicit:
-            values["weight_decay"] = ADAMW_WEIGHT_DECAY if values["optimizer"] == "adamw" else 0.0
-        return cls(**{**values, "preset": preset})
-
-    @classmethod
-    def from_namespace(cls, arguments: Namespace) -> FeedbackConfig:
-        """From a namespace that holds the preset's arguments only where they were given."""
-        values = dict(vars(arguments))
-        for name in ("levels", "text_epochs_per_loop", "image_epochs_per_loop"):
-            if values.get(name) is not None:
-                values[name] = tuple(values[name])
-        return cls.from_preset(values.pop("preset"), **values)
-
-
-# What each preset decides: the same arguments for both, V2's values being the defaults above.
-PRESETS: dict[str, dict[str, Any]] = {"v2": {name: getattr(FeedbackConfig, name) for name in V1}, "v1": V1}
+    def of(cls, **given: Any) -> FeedbackConfig:
+        """As `Arguments.of`; the weight decay follows the optimizer unless it is given."""
+        optimizer = super().of(**given).optimizer
+        return super().of(**{"weight_decay": WEIGHT_DECAY.get(optimizer, 0.0), **given})
 
 
 class LoopPlan(NamedTuple):
@@ -99,16 +113,9 @@ class LoopPlan(NamedTuple):
 def plan_loops(config: FeedbackConfig) -> list[LoopPlan]:
     """The loops that a run asks for; `UserError` for numbers that make none."""
     count, start = config.num_feedback_loops, config.cross_attn_start_loop
-    if not 1 <= count <= MOST_LOOPS:
-        raise UserError(f"--num_feedback_loops {count}: takes 1 to {MOST_LOOPS}")
+    check_settings(config)
     if not 1 <= start <= count:
         raise UserError(f"--cross_attn_start_loop {start}: takes 1 to {count}, the number of loops")
-    if not 0 < config.epochs_decay_rate <= 1:
-        raise UserError(f"--epochs_decay_rate {config.epochs_decay_rate}: takes more than 0, and at most 1")
-    if not 0 < config.lr_decay_per_loop <= 1:
-        raise UserError(f"--lr_decay_per_loop {config.lr_decay_per_loop}: takes more than 0, and at most 1")
-    if not 0 <= config.val_fraction < 1:
-        raise UserError(f"--val_fraction {config.val_fraction}: takes 0 to below 1")
     text = epochs_of_loops("text", config.text_epochs_per_loop, config)
     image = epochs_of_loops("image", config.image_epochs_per_loop, config)
     on = config.cross_attention().on
@@ -134,12 +141,19 @@ def epochs_of_loops(side: str, epochs: tuple[int, ...], config: FeedbackConfig) 
         return [max(1, math.floor(value + 1e-9)) for value in decayed]
     if len(epochs) < count:
         given = " ".join(map(str, epochs))
+        of_preset = decided_by(FeedbackConfig, config.preset).get(f"{side}_epochs_per_loop")
+        whose = f" (those of --preset {config.preset})" if epochs == of_preset else ""
         raise UserError(
-            f"--{side}_epochs_per_loop {given} covers {len(epochs)} loops, {count} are asked for"
-            f"{' (these are the preset v1 epochs)' if epochs == PRESETS['v1'][f'{side}_epochs_per_loop'] else ''}; "
+            f"--{side}_epochs_per_loop {given}{whose} covers {len(epochs)} loops, {count} are asked for; "
             "give one number, which decays, or one for each loop"
         )
     return list(epochs[:count])
+
+
+def loop_forward(config: FeedbackConfig, loop: int) -> LoopForward:
+    """What a loop decides of the forward: from loop 2 on, text sees what Stage 2 has learned."""
+    later = {"branch": "trained", "projectors": "projectors"}[config.feedback_features]
+    return LoopForward("frozen" if loop == 1 else later, loop >= config.cross_attn_start_loop)
 
 
 def plan_table(plan: list[LoopPlan]) -> str:

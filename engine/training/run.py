@@ -72,8 +72,8 @@ class TrainingRun:
     """The persistent part of a run: one model, one optimizer per side for all of it, and the state on disk.
 
     `signature` is what a restart must agree in. `optimizers` are by side, "text" and "image"; parameters carry names.
-    `describe` gives the `config` of checkpoints; `steps_before`: optimizer steps by side that the weights had seen;
-    `feedback`: whether advice may name the flags of the feedback script.
+    `describe` gives the `config` of a loop's checkpoints; `steps_before`: optimizer steps by side that the weights had
+    seen; `feedback`: whether advice may name the flags of the feedback script.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class TrainingRun:
         save_path: Path,
         seed: int,
         signature: dict[str, Any],
-        describe: Callable[[], dict[str, Any]],
+        describe: Callable[[int], dict[str, Any]],
         steps_before: Mapping[str, int | None] | None = None,
         feedback: bool = False,
     ) -> None:
@@ -98,6 +98,7 @@ class TrainingRun:
         self.steps_before = dict(steps_before or {})
         self.feedback = feedback
         self.state = RunState([], [])
+        self.loop = 1
         self._loaders: dict[int, DataLoader] = {}
 
     @property
@@ -127,7 +128,7 @@ class TrainingRun:
             **{f"{side}_optimizer": self.optimizers[side].state_dict() for side in sides},
             "epoch": self.epochs(sides[-1]),
             "steps": {side: self.steps(side) for side in self.optimizers},
-            "config": self.describe(),
+            "config": self.describe(self.loop),
         }
 
     def run(
@@ -141,6 +142,7 @@ class TrainingRun:
         self._restore(phases)
         with StopRequest() as stop:
             for index, phase in enumerate(phases):
+                self.loop = phase.loop
                 if self.state.done[index] < phase.epochs:
                     self._run_phase(index, phase, stop)
                 ends = index + 1 == len(phases) or phases[index + 1].loop != phase.loop
@@ -262,7 +264,7 @@ class TrainingRun:
             self._save_state()
         if self.accelerator.is_main_process:
             # Not before: what is refused must not take the place of what the run was asked for.
-            write_json(self.save_path / ARGUMENTS_FILE, self.describe()["arguments"])
+            write_json(self.save_path / ARGUMENTS_FILE, self.describe(self.loop)["arguments"])
         self.accelerator.wait_for_everyone()
         if self.accelerator.log_with:
             self.accelerator.init_trackers("events")

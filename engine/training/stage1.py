@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.training.stages import Stage, StageOutput, class_rows, square_mask, watch_abnormal
 from model.adapter import AdaptedCLIP
+from model.config import LoopForward
 from model.losses import stage1_losses
 from model.scoring import similarities
 from model.text import Prompts
@@ -25,11 +26,11 @@ class TextStage(Stage):
         classes: Sequence[str],
         norm_weight: float,
         levels: str,
-        frozen: tuple[str, ...] = (),
+        frozen: Sequence[str] = (),
+        loop: LoopForward | None = None,
     ) -> None:
-        super().__init__(model, frozen)
+        super().__init__(model, classes, frozen, loop)
         self.prompts = prompts
-        self.order = {name: row for row, name in enumerate(classes)}
         self.norm_weight = norm_weight
         self.levels = levels
 
@@ -38,8 +39,8 @@ class TextStage(Stage):
         mask = square_mask(batch)
         present, rows = class_rows(batch, self.order).unique(return_inverse=True)
         prompts = Prompts(self.prompts.tokens.to(rows.device)[present], self.prompts.normal)
-        features = self.model.stage1_features(batch["image"], prompts, rows)
-        anchors = self.model.batch_anchors(prompts, rows, features)  # (B, D, 2)
+        features = self.model.stage1_features(batch["image"], prompts, rows, self.loop)
+        anchors = self.model.batch_anchors(prompts, rows, features, self.loop)  # (B, D, 2)
         losses, abnormal = stage1_losses(
             similarities(features.levels, anchors), anchors, mask, self.norm_weight, self.levels
         )

@@ -7,7 +7,9 @@ from typing import Any
 
 from engine.training.stages import Stage, StageOutput, class_rows, square_mask, watch_abnormal
 from model.adapter import AdaptedCLIP
+from model.config import LoopForward
 from model.losses import stage2_losses
+from model.text import Prompts
 
 
 class ImageStage(Stage):
@@ -17,11 +19,15 @@ class ImageStage(Stage):
     number = 2
 
     def __init__(
-        self, model: AdaptedCLIP, text_side: Any, classes: Sequence[str], frozen: tuple[str, ...] = ()
+        self,
+        model: AdaptedCLIP,
+        prompts: Prompts,
+        classes: Sequence[str],
+        frozen: Sequence[str] = (),
+        loop: LoopForward | None = None,
     ) -> None:
-        super().__init__(model, frozen)
-        self.text_side = text_side
-        self.order = {name: row for row, name in enumerate(classes)}
+        super().__init__(model, classes, frozen, loop)
+        self.text_side = model.text_side(prompts, loop)
 
     def forward(self, batch: dict[str, Any]) -> StageOutput:
         """A batch of samples -> Stage 2's losses."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from model.adapter import AdaptedCLIP
+from model.config import LoopForward
 
 
 class StageOutput(NamedTuple):
@@ -20,21 +22,27 @@ class StageOutput(NamedTuple):
 class Stage(nn.Module):
     """A stage of training around the one persistent model.
 
+    classes: in the order of the prompts; frozen: components that it leaves alone; loop: what the feedback loop decides
+    of the forward, None where the model alone does.
     Only the components that it trains require gradients and are in train mode while it runs.
     """
 
     name: str
     number: int
 
-    def __init__(self, model: AdaptedCLIP, frozen: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, model: AdaptedCLIP, classes: Sequence[str], frozen: Sequence[str] = (), loop: LoopForward | None = None
+    ) -> None:
         super().__init__()
         self.model = model
+        self.order = {name: row for row, name in enumerate(classes)}
         self.frozen = frozen
+        self.loop = loop
 
     @property
     def trained(self) -> dict[str, nn.Module]:
         """The components that this stage trains, by name."""
-        names = [name for name in self.model.trained_components(self.name) if name not in self.frozen]
+        names = [name for name in self.model.trained_components(self.name, self.loop) if name not in self.frozen]
         return {name: self.model.components[name] for name in names}
 
     def begin(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,11 @@ from engine.training.arguments import CrossAttentionArguments
 from engine.training.optimizers import transfer_moments
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.checkpoint import Checkpoint, file_digest, load_component, read_any
-from model.config import CrossAttentionConfig, ModelConfig
+from model.config import SIDES, CrossAttentionConfig, LoopForward, ModelConfig
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-SIDES = ("text", "image")
 FRESH = "newly initialised"
 FEEDBACK_SCRIPT = "train_cross_attention_feedback_v2.py"
 
@@ -165,8 +165,11 @@ def story(checkpoint: Checkpoint) -> str:
     return f"{checkpoint.path}, {epochs} epochs on {dataset}"
 
 
-def log_initialisation(components: dict[str, nn.Module], start: Start) -> None:
-    """Say of every component where it comes from, with its size and mean weight, under the heading users look for."""
+def log_initialisation(components: dict[str, nn.Module], start: Start, from_base: bool = True) -> None:
+    """Say of every component where it comes from, with its size and mean weight, under the heading users look for.
+
+    from_base: whether a base is expected, without which a comparison is unfair.
+    """
     logger.info("WEIGHT INITIALIZATION VERIFICATION")
     for name, part in components.items():
         weights = torch.cat([parameter.detach().flatten() for parameter in part.parameters()])
@@ -183,16 +186,10 @@ def log_initialisation(components: dict[str, nn.Module], start: Start) -> None:
             f"{weights.numel():,}",
             origin,
         )
-    if start.text is None and start.image is None:
+    if from_base and start.text is None and start.image is None:
         logger.warning(
             "Training from scratch, without a base: compared with runs that start from a trained base, this is unfair"
         )
-
-
-def named_groups(model: AdaptedCLIPWithCrossAttention, side: str) -> list[dict[str, Any]]:
-    """A side's two parameter groups, with names: its adapter, then its cross-attention."""
-    kinds = ("adapter", "cross_attn")
-    return [{"params": list(model.components[f"{side}_{kind}"].named_parameters())} for kind in kinds]
 
 
 def carry_over_moments(optimizers: dict[str, torch.optim.Optimizer], start: Start) -> None:
@@ -203,3 +200,16 @@ def carry_over_moments(optimizers: dict[str, torch.optim.Optimizer], start: Star
         if saved:
             carried = transfer_moments(optimizer, saved)
             logger.info("%s optimizer: moments of %d tensors taken from %s", side, carried, checkpoint.path)
+
+
+def check_something_to_train(
+    model: AdaptedCLIPWithCrossAttention,
+    side: str,
+    frozen: Sequence[str],
+    epochs: int,
+    remedy: str,
+    loop: LoopForward | None = None,
+) -> None:
+    """`UserError` where a stage with epochs has no component to train."""
+    if epochs and not set(model.trained_components(side, loop)) - set(frozen):
+        raise UserError(f"--freeze_base leaves the {side} stage nothing to train; {remedy}")

@@ -1,0 +1,107 @@
+"""Arguments of the scripts that test, compare and draw."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+from engine.arguments import Arguments, DataArguments, MachineArguments, ModelArguments
+from model.config import CrossAttentionConfig
+from utils.cli import number
+from utils.fields import changed, setting
+
+ALL = "all"
+TRAINED = "as trained"
+
+
+def all_or_number(text: str) -> str | int:
+    """The word all, or a positive number."""
+    return text if text == ALL else number(int, (1, 1_000_000))(text)
+
+
+def image_numbers(text: str) -> str | int:
+    """The word all, or an index from 0."""
+    return text if text == ALL else number(int, (0, 1_000_000))(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestingArguments(MachineArguments, DataArguments, ModelArguments):
+    """What all testing takes: a model as it was trained unless it is asked for otherwise."""
+
+    model_name: str | None = changed(ModelArguments, "model_name", None, unset=TRAINED)
+    img_size: int | None = changed(ModelArguments, "img_size", unset=TRAINED)
+    activation: str | None = changed(ModelArguments, "activation", unset=TRAINED)
+    surgery: str | None = changed(ModelArguments, "surgery", None, unset=TRAINED)
+    surgery_until_layer: int | None = changed(ModelArguments, "surgery_until_layer", unset=TRAINED)
+    dataset: str | None = changed(
+        DataArguments, "dataset", None, unset="the one trained on, which is not zero-shot",
+        help="dataset to test on: a catalog name, or a folder in MVTec's layout",
+    )  # fmt: skip
+    data_root: Path | None = changed(
+        DataArguments, "data_root", unset="the run's own while it is there, $ANOMALY_DATA_ROOT, else data"
+    )
+    batch_size: int = setting(8, "images in a forward", "machine", between=(1, 100_000))
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceArguments(TestingArguments):
+    """Arguments of `inference.py`."""
+
+    checkpoint: str = setting(
+        MISSING, "file, folder (all its epochs, in order), or none for unadapted CLIP", "what to do"
+    )
+    image: Path | None = setting(
+        None, "image, or folder of images, to score in place of a dataset", "what to do", unset="none"
+    )
+    class_name: str = setting("object", 'what these images show, such as "metal screw"', "what to do")
+    domain: str = setting("industrial", "how these images are scored", "what to do", choices=("industrial", "medical"))
+    visualize: str | int | None = setting(
+        None, "draw N images of each class with their heatmaps, or all; of several checkpoints, as the last sees them",
+        "what to do", kind=all_or_number, alone=ALL, unset="none",
+    )  # fmt: skip
+    output_dir: Path | None = setting(None, "folder of the results", "output", unset="results beside the checkpoint")
+    text_conditioning: str | None = changed(CrossAttentionConfig, "text_conditioning", None, unset=TRAINED)
+    text_context: str | None = changed(CrossAttentionConfig, "text_context", None, unset=TRAINED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonArguments(TestingArguments):
+    """Arguments of `compare_feedback_loops.py`."""
+
+    save_path: Path = setting(MISSING, "folder of the feedback run, with its loop_*_final.pth", "what to do")
+    dataset: str | None = changed(TestingArguments, "dataset", unset="none, it must be given")
+    base_path: Path | None = setting(None, "folder or image checkpoint of a base run", "what to do", unset="none")
+    cross_path: Path | None = setting(
+        None, "folder or image checkpoint of a cross-attention run", "what to do", unset="none"
+    )
+    unadapted: bool = setting(False, "evaluate unadapted CLIP as well", "what to do")
+    report: bool = setting(False, "also write report.html: all of it on one page", "what to do")
+    output_dir: Path | None = setting(None, "folder of the results", "output", unset="the save path")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualizationArguments(Arguments):
+    """Arguments of `visualize_comparison.py`."""
+
+    class_name: str = setting(MISSING, "class of the dataset", "what to do")
+    image_idx: tuple[str | int, ...] = setting(
+        (0,), "which of the class's anomalous images, counted from 0, or all", "what to do", several=True,
+        kind=image_numbers,
+    )  # fmt: skip
+    worst: int | None = setting(
+        None, "the N images that the last of the models gives the lowest scores", "what to do", between=(1, 1_000_000),
+        unset="those of --image_idx",
+    )  # fmt: skip
+    list_images: bool = setting(False, "list the class's anomalous images, and stop", "what to do")
+    attention: bool = setting(False, "add what the cross-attentions look at", "what to do")
+    base_path: Path | None = changed(ComparisonArguments, "base_path", group="model")
+    cross_path: Path | None = changed(ComparisonArguments, "cross_path", group="model")
+    feedback_path: Path | None = setting(None, "folder of a feedback run", "model", unset="none")
+    feedback_loop: int | None = setting(None, "loop of that run", "model", between=(1, 1000), unset="the last")
+    clip_weights: str | None = changed(ModelArguments, "clip_weights", unset="those trained with, else from the hub")
+    dataset: str | None = changed(TestingArguments, "dataset")
+    data_root: Path | None = changed(TestingArguments, "data_root")
+    metadata: Path | None = changed(DataArguments, "metadata")
+    class_names: Path | None = changed(DataArguments, "class_names")
+    device: str = changed(MachineArguments, "device")
+    output_dir: Path | None = setting(None, "folder of the figures", "output", unset="results/visualize")
