@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -96,16 +97,25 @@ def write_world(folder: Path, classes: tuple[str, ...], count: int = 6) -> Path:
     return folder
 
 
-def train_small_runs(folder: Path) -> Path:
-    """In `folder`: a tiny CLIP, datasets `train` and `test`, a run `base`, and two loops of `feedback` from scratch."""
-    write_world(folder, ("cork", "reed"), count=3)
+def small_runs(folder: Path, **changes: Any) -> tuple[BaseConfig, FeedbackConfig]:
+    """A run `base`, and two loops of `feedback` from scratch, on the tiny CLIP and the dataset `train` of a folder."""
     common = {
         "model_name": f"local-dir:{folder / 'clip'}", "dataset": str(folder / "train"), "shot": 4, "text_batch_size": 4,
-        "num_workers": 0, "device": "cpu", "tracker": "none",
+        "num_workers": 0, "device": "cpu", "tracker": "none", **changes,
     }  # fmt: skip
-    train_base(BaseConfig(**common, text_epoch=1, image_epoch=1, save_path=folder / "base"))
     loops = {"num_feedback_loops": 2, "text_epochs_per_loop": (1,), "image_epochs_per_loop": (1,)}
-    train_feedback(FeedbackConfig.of(preset="v2", **common, **loops, save_path=folder / "feedback"))
+    return (
+        BaseConfig.of(**common, text_epoch=1, image_epoch=1, save_path=folder / "base"),
+        FeedbackConfig.of(**common, **loops, save_path=folder / "feedback"),
+    )
+
+
+def train_small_runs(folder: Path) -> Path:
+    """In `folder`: a tiny CLIP, datasets `train` and `test`, and `small_runs`, trained."""
+    write_world(folder, ("cork", "reed"), count=3)
+    base, feedback = small_runs(folder)
+    train_base(base)
+    train_feedback(feedback)
     return folder
 
 

@@ -363,7 +363,7 @@ def test_epochs_may_be_given_for_each_loop() -> None:
 
 def test_v1_with_more_loops_needs_epochs() -> None:
     five = ["--preset", "v1", "--num_feedback_loops", 5]
-    with pytest.raises(UserError, match="--text_epochs_per_loop 5 3 2 .*covers 3 loops, 5 are asked for"):
+    with pytest.raises(UserError, match=r"--text_epochs_per_loop 5 3 2 .*covers 3 loops, 5 are asked for"):
         plan_loops(parse(*five))
     with pytest.raises(UserError, match="--image_epochs_per_loop"):
         plan_loops(parse(*five, "--text_epochs_per_loop", 4))

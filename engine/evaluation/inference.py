@@ -11,12 +11,13 @@ from typing import Any
 
 from dataset.metadata import IMAGE_ENDINGS
 from dataset.samples import read_image
-from engine.data import TaskData, load_task
+from engine.data import TaskData
 from engine.detector import Detector, build_detector, load_clip_for, unadapted_detector
 from engine.device import check_device
 from engine.evaluation.arguments import ALL
 from engine.evaluation.evaluate import Evaluation, evaluate, evaluation_table, summary_table, write_csv
 from engine.evaluation.image_heatmaps import draw_overlays
+from engine.remembered import load_task_of_run
 from engine.run_folder import find_checkpoints
 from model.checkpoint import Checkpoint, read_checkpoint
 from model.clip_loading import load_clip
@@ -108,7 +109,9 @@ def evaluate_checkpoints(
     device = check_device(device, precision)
     folder = output_folder(checkpoint, output_dir)
     detectors = load_detectors(checkpoint, clip_weights, device, **overrides)
-    data = load_task(dataset or training_dataset(detectors), data_root, metadata, class_names, skip_bad_images)
+    run = (detectors[0].config or {}).get("arguments", {})
+    asked = dataset or training_dataset(detectors)
+    data = load_task_of_run(run, asked, data_root, metadata, class_names, skip_bad_images)
     set_up_logging(folder / "inference.log")
     for note in zero_shot_notes({detector.name: detector.config for detector in detectors}, data):
         logger.warning("%s", note)

@@ -15,6 +15,7 @@ from engine.device import check_device
 from engine.evaluation.arguments import ALL
 from engine.evaluation.image_heatmaps import Picture, look, read_picture
 from engine.evaluation.inference import training_dataset
+from engine.remembered import load_task_of_run
 from engine.run_folder import find_latest, find_loops
 from model.checkpoint import Checkpoint, read_checkpoint
 from utils.errors import UserError
@@ -55,7 +56,9 @@ def visualize_comparison(
     """
     device = check_device(device, "fp32")
     checkpoints = find_checkpoints_of(base_path, cross_path, feedback_path, feedback_loop)
-    data = load_task(dataset or training_dataset(list(checkpoints.values())), data_root, metadata, class_names)
+    models = list(checkpoints.values())
+    run = (models[0].config or {}).get("arguments", {})
+    data = load_task_of_run(run, dataset or training_dataset(models), data_root, metadata, class_names)
     records = anomalous_records(data, class_name)
     indices = check_indices(choice, records, class_name)
     clip = load_clip_for(next(iter(checkpoints.values())), clip_weights)

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from dataset.metadata import metadata_digest
-from engine.data import TaskData, load_task
+from engine.data import TaskData
 from engine.detector import Detector, build_detector, load_clip_for, unadapted_detector
 from engine.device import check_device
 from engine.evaluation.evaluate import METRICS, ClassResult, Evaluation, ImageScore, evaluate
 from engine.evaluation.inference import zero_shot_notes
+from engine.remembered import load_task_of_run
 from engine.report.commands import command_line
 from engine.report.comparison import (
     BASE,
@@ -103,7 +104,8 @@ def compare_feedback_loops(
             raise UserError(f"--cross_path {row.checkpoint.path}: holds no cross-attention; give a base as --base_path")
     loops = [read_loop(number, file) for number, file in files.items()]
     rows = [*([Row(UNADAPTED)] if unadapted else []), *references, *loops]
-    data = load_task(dataset, data_root, metadata, class_names, skip_bad_images)
+    run = next((row.config["arguments"] for row in reversed(rows) if row.config), {})
+    data = load_task_of_run(run, dataset, data_root, metadata, class_names, skip_bad_images)
     folder = output_dir or save_path
     if folder.is_file():
         raise UserError(f"--output_dir {folder}: is a file; give a folder")

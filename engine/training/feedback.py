@@ -6,9 +6,10 @@ import logging
 from functools import partial
 from typing import Any
 
-from engine.data import TaskData, hold_out, load_task, training_loader
+from engine.data import TaskData, hold_out, training_loader
 from engine.detector import Detector
 from engine.evaluation.evaluate import METRICS, evaluate, summary_table
+from engine.remembered import load_task_of_run
 from engine.run_folder import CURVES_FILE, FINAL_FILE, loop_file
 from engine.training.feedback_arguments import FeedbackConfig, LoopPlan, loop_forward, plan_loops, plan_table
 from engine.training.opening import open_run, prepare
@@ -38,7 +39,7 @@ def train_feedback(config: FeedbackConfig) -> None:
     training, validation = opening.data, None
     if config.val_fraction:
         training, validation = hold_out(training, config.val_fraction, config.seed)
-    tested = load_task(config.eval_dataset, config.data_root) if config.eval_dataset else None
+    tested = load_task_of_run(config.to_dict(), config.eval_dataset) if config.eval_dataset else None
     for loop in plan:
         for side in ("text", "image"):
             remedy, forward = f"loop {loop.loop} has no cross-attention there", loop_forward(config, loop.loop)

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 
-from engine.data import TaskData, choose_training_images, load_task
+from engine.data import TaskData, choose_training_images
 from engine.device import make_accelerator
+from engine.remembered import arguments_in, load_task_of_run
 from engine.run_folder import LOG_FILE, STATE_FILE
 from engine.training.arguments import CrossAttentionArguments, RunConfig
 from engine.training.run import TrainingRun, check_save_path
@@ -51,7 +52,14 @@ def prepare(config: RunConfig, script: str, start: Start | None = None, text_ada
     """
     accelerator = make_accelerator(config.device, config.precision, config.accumulate, config.tracker, config.save_path)
     with accelerator.main_process_first():  # it writes the metadata, and draws the toy datasets, on first use
-        data = load_task(config.dataset, config.data_root, config.metadata, config.class_names, config.skip_bad_images)
+        data = load_task_of_run(
+            arguments_in(config.save_path) or (start or Start()).arguments,
+            config.dataset,
+            config.data_root,
+            config.metadata,
+            config.class_names,
+            config.skip_bad_images,
+        )
     data = choose_training_images(data, config.training_mode, config.shot, config.seed)
     clip = load_clip(config.model_name, config.clip_weights, config.img_size, config.activation)
     chosen = resolve_model(config, clip, text_adapted)

@@ -45,6 +45,12 @@ class Start:
             return None
         return checkpoint if self.whole or component.endswith("_adapter") else None
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the run that the image side, or else the text side, comes from was asked for."""
+        configs = [checkpoint.config for checkpoint in (self.image, self.text) if checkpoint and checkpoint.config]
+        return configs[0].get("arguments", {}) if configs else {}
+
     def signature(self) -> dict[str, Any]:
         """The contents of the files, so that a restart from others is noticed."""
         kind = "init" if self.whole else "base"

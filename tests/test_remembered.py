@@ -1,0 +1,86 @@
+"""Where a run's data were is the default of whatever tests, draws or goes on with it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from engine.evaluation.inference import evaluate_checkpoints
+from engine.remembered import arguments_in, load_task_of_run
+from engine.report.compare_loops import compare_feedback_loops
+from engine.training.base import train_base
+from engine.training.feedback import train_feedback
+from tests.scripts import small_runs, write_dataset, write_world
+from utils.errors import UserError
+
+
+@pytest.fixture
+def moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """MPDD below a root of its own, the working directory elsewhere."""
+    write_dataset(tmp_path / "root" / "MPDD", classes=("tubes", "connector"), count=3)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path / "root"
+
+
+def test_the_data_root_of_a_run_counts_unless_one_is_given(moved: Path) -> None:
+    run = {"dataset": "VisA", "data_root": moved.as_posix()}
+    assert load_task_of_run(run, "MPDD").located.root == moved / "MPDD"
+    with pytest.raises(UserError, match="elsewhere_else"):
+        load_task_of_run(run, "MPDD", data_root=moved / "elsewhere_else")
+
+
+def test_metadata_and_class_names_count_for_the_runs_own_dataset_alone(moved: Path, tmp_path: Path) -> None:
+    names, listed = tmp_path / "names.json", tmp_path / "list.jsonl"
+    names.write_text(json.dumps({"tubes": "copper pipe"}), encoding="utf-8")
+    row = {"image_path": "tubes/test/good/000.png", "label": 0, "class_name": "tubes"}
+    listed.write_text(json.dumps(row), encoding="utf-8")
+    run = {"dataset": "mpdd", "data_root": str(moved), "metadata": str(listed), "class_names": str(names)}
+    data = load_task_of_run(run, "MPDD")
+    assert (len(data.records), data.names) == (1, {"tubes": "copper pipe"})
+    other = load_task_of_run({**run, "dataset": "VisA"}, "MPDD")
+    assert len(other.records) == 12 and other.names["tubes"] == "metal tube"
+
+
+def test_what_is_gone_is_ignored_with_a_line(moved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    shutil.copytree(moved / "MPDD", Path("data") / "MPDD")
+    run = {"dataset": "MPDD", "data_root": "/no/such/root", "metadata": "/no/such/list"}
+    assert load_task_of_run(run, "MPDD").located.root == Path("data") / "MPDD"
+    assert "--data_root /no/such/root is not there any more" in caplog.text
+    assert "--metadata /no/such/list is not there any more" in caplog.text
+
+
+def test_a_dataset_that_is_not_under_the_runs_root_is_looked_for_as_ever(moved: Path) -> None:
+    write_dataset(Path("data") / "BTAD", classes=("01",), count=2)
+    for kind, other in (("good", "ok"), ("spot", "ko")):
+        (Path("data") / "BTAD" / "01" / "test" / kind).rename(Path("data") / "BTAD" / "01" / "test" / other)
+    (Path("data") / "BTAD" / "01" / "ground_truth" / "spot").rename(Path("data/BTAD/01/ground_truth/ko"))
+    for mask in Path("data/BTAD/01/ground_truth/ko").iterdir():
+        mask.rename(mask.with_name(mask.name.replace("_mask", "")))
+    assert load_task_of_run({"data_root": str(moved)}, "BTAD").located.root == Path("data") / "BTAD"
+
+
+def test_arguments_of_a_folder_without_a_run_or_with_a_damaged_file(tmp_path: Path) -> None:
+    assert arguments_in(tmp_path) == {}
+    (tmp_path / "args.json").write_text("[1", encoding="utf-8")
+    assert arguments_in(tmp_path) == {}
+    (tmp_path / "args.json").write_text("[1]", encoding="utf-8")
+    assert arguments_in(tmp_path) == {}
+
+
+def test_testing_comparing_and_going_on_find_the_data_again(
+    moved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = write_world(tmp_path / "world", ("cork",), count=2)
+    base, feedback = small_runs(world, dataset="MPDD", data_root=moved)
+    train_base(base)
+    train_feedback(feedback)
+    assert evaluate_checkpoints(str(base.save_path / "image_adapter.pth"), None, device="cpu")[0].dataset == "MPDD"
+    assert compare_feedback_loops(feedback.save_path, "MPDD", base_path=base.save_path, device="cpu") == 0
+    train_base(type(base).of(**{**vars(base), "data_root": None, "image_epoch": 2}))
+    assert (base.save_path / "image_adapter_2.pth").is_file()
