@@ -3,7 +3,8 @@
 Pages are `README.md`, then `docs/README.md`, then the pages of `docs/` in the order in which that index links to them.
 
 A fenced block without a language holds commands, a line each, which may end in a comment. `python` blocks are run too,
-`json` blocks are read line by line, `text` blocks are neither; no other language is known.
+`json` blocks are read line by line, `diff` blocks are applied by `tests/test_extending.py`, `text` blocks are left
+alone; no other language is known.
 
 Marks are HTML comments on the lines right before a block:
 
@@ -39,8 +40,8 @@ CODE_SPAN = re.compile(r"(`+)(.+?)\1", re.DOTALL)
 LINK = re.compile(r"\[[^\[\]]*\]\(\s*([^()\s]+)[^()]*\)|<(?:a|img)\s[^>]*?(?:href|src)=\"([^\"]+)\"")
 HEADING = re.compile(r"#{1,6}\s+(.*?)\s*#*\s*")
 MARKS = ("long", "needs", "status")
-COMMANDS, PYTHON, JSON, TEXT = "", "python", "json", "text"
-LANGUAGES = (COMMANDS, PYTHON, JSON, TEXT)
+COMMANDS, PYTHON, JSON, TEXT, DIFF = "", "python", "json", "text", "diff"
+LANGUAGES = (COMMANDS, PYTHON, JSON, TEXT, DIFF)
 
 # The script that parses the arguments of one without a parser of its own, and what it puts before them.
 PARSED_BY = {"train_cross_attention_feedback": ("train_cross_attention_feedback_v2", ("--preset", "v1"))}
@@ -181,6 +182,31 @@ def anchors(text: str) -> set[str]:
         counts[slug] = number + 1
         found.add(f"{slug}-{number}" if number else slug)
     return found
+
+
+def headings(text: str) -> set[str]:
+    """The headings of a page as they are written, without the signs of code and emphasis."""
+    found = (HEADING.fullmatch(line) for line in prose(text).splitlines())
+    return {re.sub(r"[`*]", "", match.group(1)) for match in found if match}
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """The tables of a page as rows of cells, the header first and without the line of dashes."""
+    found: list[list[list[str]]] = []
+    inside = False
+    for line in prose(text).splitlines():
+        if is_row := line.startswith("|"):
+            if not inside:
+                found.append([])
+            found[-1].append([cell.strip() for cell in line.strip().strip("|").split("|")])
+        inside = is_row
+    return [[header, *rows] for header, _, *rows in found]
+
+
+def references(text: str) -> set[tuple[str, str]]:
+    """Pages of docs/ that code names, each with the section in quotation marks behind it, or ""; over line ends too."""
+    joined = re.sub(r"\s*\n\s*(?:#\s)?\s*", " ", text)
+    return set(re.findall(r"(docs/[\w/]+\.md)(?:,\s\"([^\"]+)\")?", joined))
 
 
 def reason_not_run(words: Sequence[str]) -> str | None:

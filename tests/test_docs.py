@@ -6,15 +6,21 @@ What `tests.documented` parses is checked here; `python -m tests.check_commands`
 from __future__ import annotations
 
 import ast
+import csv
 import json
 import re
+import statistics
+from collections import defaultdict
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 
-from engine.training.feedback_arguments import PRESETS
+from engine.evaluation.evaluate import METRICS
+from engine.training.arguments import BaseConfig, CrossAttentionRunConfig
+from engine.training.feedback_arguments import PRESETS, FeedbackConfig, plan_loops
 from tests import check_commands
 from tests.documented import (
     COMMANDS,
@@ -31,13 +37,16 @@ from tests.documented import (
     code_spans,
     commands,
     flags_of,
+    headings,
     links,
     pages,
     prose,
     read_page,
     reason_not_run,
+    references,
     repository_files,
     shortened,
+    tables,
 )
 
 PAGES = pages()
@@ -45,9 +54,9 @@ BLOCKS = [block for page in PAGES for block in blocks(page, read_page(page))]
 ALL_COMMANDS = [command for block in BLOCKS for command in commands(block)]
 # Addresses elsewhere are not fetched.
 ELSEWHERE = ("http://", "https://", "mailto:")
-DEFECTS = "docs/known_defects.md"
-# Flags of other programs that pages speak of.
-FOREIGN_FLAGS = {"--logdir", "--num_processes"}
+METHOD = "docs/method.md"
+# Flags of other programs, and of run.py, that pages speak of.
+FOREIGN_FLAGS = {"--logdir", "--num_processes", "--torch-index"}
 # Files that runs write, which pages name like files of the repository.
 WRITTEN = {"comparison.md"}
 
@@ -164,16 +173,96 @@ def test_flags_and_files_named_in_the_text_exist(page: str) -> None:
     assert not missing
 
 
-def test_the_table_of_presets_is_that_of_the_code() -> None:
-    rows = re.findall(r"^\| `--(\w+)` \| (\S[^|]*) \| (\S[^|]*) \|$", read_page("docs/feedback.md"), re.MULTILINE)
-    shown = {name: {"v2": v2.strip(), "v1": v1.strip()} for name, v2, v1 in rows}
-    assert shown == {
-        name: {preset: in_words(values[name]) for preset, values in PRESETS.items()} for name in PRESETS["v2"]
+def test_the_table_of_defaults_is_that_of_the_code() -> None:
+    header, *rows = next(
+        table for table in tables(read_page(METHOD)) if table[0][1:] == ["base", "cross-attention", *PRESETS]
+    )
+    columns = {
+        "base": BaseConfig(),
+        "cross-attention": CrossAttentionRunConfig(),
+        **{name: FeedbackConfig.from_preset(name) for name in PRESETS},
     }
+    shown = {row[0].strip("`-"): dict(zip(header[1:], row[1:], strict=True)) for row in rows}
+    assert shown == {name: {title: default_of(config, name) for title, config in columns.items()} for name in shown}
+    assert set().union(*PRESETS.values()) <= set(shown)
+
+
+def default_of(config: object, name: str) -> str:
+    return in_words(getattr(config, name)) if name in {item.name for item in fields(config)} else "-"
 
 
 def in_words(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+@cache
+def results() -> dict[str, dict[str, dict[str, float]]]:
+    """The figures of docs/results/*.csv by arm, seed and metric."""
+    found: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
+    for file in sorted((ROOT / "docs" / "results").glob("*.csv")):
+        with file.open(encoding="utf-8", newline="") as lines:
+            for row in csv.DictReader(lines):
+                arm, seed = row.pop("arm"), row.pop("seed")
+                assert seed not in found[arm], f"{file}: {arm}, seed {seed} stands twice"
+                found[arm][seed] = {metric: float(value) for metric, value in row.items() if value}
+    return found
+
+
+def figures_of(arm: str, metric: str, against: str | None) -> list[float]:
+    """A metric of an arm for each seed, or its gain over another arm's."""
+    mine, other = results()[arm], results().get(against, {})
+    return [values[metric] - (other[seed][metric] if against else 0) for seed, values in mine.items()]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_figures_follow_from_the_seeds(page: str) -> None:
+    """Means, standard deviations and gains; those shown were taken before the seeds' figures were rounded."""
+    titles = {title: metric for metric, title in METRICS.items()}
+    checked = 0
+    for header, *rows in tables(read_page(page)):
+        for arm, *cells in rows:
+            for title, cell in zip(header[1:], cells, strict=True):
+                if title in titles:
+                    gain = "base continued" if cell[0] in "+-" else None
+                    values = figures_of(arm, titles[title], gain)
+                    mean, _, spread = cell.partition(" ± ")
+                    assert float(mean) == pytest.approx(statistics.mean(values), abs=0.015), (arm, title)
+                    assert bool(spread) == (len(values) > 1), (arm, title)
+                    if spread:
+                        assert float(spread) == pytest.approx(statistics.stdev(values), abs=0.015), (arm, title)
+                    checked += 1
+    assert checked >= 12
+
+
+def test_times_per_gpu_follow_from_the_formula() -> None:
+    page = read_page("docs/benchmarks.md")
+    header, *rows = next(table for table in tables(page) if table[0][0] == "GPU")
+    for what, petaflop in work_on_visa().items():
+        assert f"{petaflop:.1f}" in page
+        for row in rows:
+            shown = dict(zip(header, row, strict=True))
+            number, unit = shown[what].split()
+            second = {"s": 1, "min": 60, "h": 3600}[unit]
+            expected = petaflop * 1000 / (0.4 * float(shown["peak, TFLOP/s"]))
+            assert float(number) * second == pytest.approx(expected, rel=0.03, abs=0.6 * second), row
+
+
+def work_on_visa() -> dict[str, float]:
+    """PFLOP of the defaults on 32 shots of 12 classes, and of testing on MVTec, from the page's TFLOP per image."""
+    images, base, cross = 32 * 12, BaseConfig(), CrossAttentionRunConfig()
+    first, *later = plan_loops(FeedbackConfig())
+    return {
+        "base": images * (base.text_epoch * 1.2 + base.image_epoch * 2.2) / 1000,
+        "cross-attention": images * (cross.text_epoch * 1.3 + cross.image_epoch * 3.3) / 1000,
+        "feedback V2": images
+        * (
+            first.text_epochs * 1.3
+            + first.image_epochs * 3.3
+            + sum(loop.text_epochs * 1.1 + loop.image_epochs * 2.3 for loop in later)
+        )
+        / 1000,
+        "testing on MVTec": 1725 * 1.0 / 1000,
+    }
 
 
 LAYERS = {
@@ -199,7 +288,7 @@ def test_imports_point_one_way(folder: str) -> None:
 
 
 def test_the_tests_that_show_defects_fixed_exist() -> None:
-    named = re.findall(r"(tests/\w+\.py)::(\w+)", read_page(DEFECTS))
+    named = re.findall(r"(tests/\w+\.py)::(\w+)", read_page(METHOD))
     assert len(named) >= 11
     for file, name in named:
         assert name in functions_of(file), f"{file}::{name}"
@@ -208,6 +297,44 @@ def test_the_tests_that_show_defects_fixed_exist() -> None:
 def functions_of(file: str) -> set[str]:
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def test_sections_that_the_code_refers_to_exist() -> None:
+    missing = []
+    for file in repository_files():
+        if file.suffix in (".py", ".txt", ".toml", ".ipynb", ".html", ".yml", ".md"):
+            for page, section in references((ROOT / file).read_text(encoding="utf-8")):
+                if Path(page) not in repository_files() or (section and section not in headings(read_page(page))):
+                    missing.append(f'{file}: {page}, "{section}"')
+    assert not missing
+
+
+def test_the_readme_is_short() -> None:
+    assert len(read_page("README.md").split()) <= 700
+
+
+def test_pictures_are_small() -> None:
+    large = [path.name for path in (ROOT / "docs" / "images").iterdir() if path.stat().st_size > 300_000]
+    assert not large
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "quick start of a fair comparison",
+        "cross-attention from a base",
+        "feedback V2 guide",
+        "gradient dilution",
+        "testing guide",
+        "V1 against V2",
+        "what det_proj does",
+        "expected times per GPU",
+    ],
+)
+def test_the_index_leads_to_what_users_of_earlier_code_look_for(name: str) -> None:
+    rows = [row for table in tables(read_page(INDEX)) for row in table if name in row[0].replace("`", "")]
+    assert len(rows) == 1
+    assert links(rows[0][1])
 
 
 # The rules themselves, on a page made for it.
@@ -262,6 +389,19 @@ def test_a_mark_that_a_script_takes_in_part_is_an_error() -> None:
         shortened(Command("page.md", 1, words, marks))
     launched = Command("page.md", 1, ("accelerate", "launch", "train.py"), {"long": "--text_epoch 1"})
     assert shortened(launched).words == (*launched.words, "--text_epoch", "1")
+
+
+def test_references_of_code() -> None:
+    text = """Losses (docs/method.md, "Losses"), and (docs/training.md).
+    # see docs/method.md,
+    # "Known defects" """
+    method = {("docs/method.md", section) for section in ("Losses", "Known defects")}
+    assert references(text) == {*method, ("docs/training.md", "")}
+    assert headings(PAGE) == {"The first page, code & [link](docs)", "Same"}
+
+
+def test_tables_are_read() -> None:
+    assert tables("| a | b |\n|---|--:|\n| 1 | 2 |\n\n| c |\n|---|\n") == [[["a", "b"], ["1", "2"]], [["c"]]]
 
 
 def test_links_and_anchors() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,18 @@ from utils.tables import format_table
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = {
-    "pixel_auroc": "Pixel AUC",
-    "pixel_ap": "Pixel AP",
-    "pixel_f1_max": "Pixel F1",
-    "aupro": "AUPRO",
-    "image_auroc": "Image AUC",
-    "image_ap": "Image AP",
-    "image_f1_max": "Image F1",
-}
+# Column titles of the tables, in which names are a little shorter.
+COLUMNS = {metric: title.replace("AUROC", "AUC").removesuffix("-max") for metric, title in METRICS.items()}
 # The panels of `comparison.png`, row by row: pixels to the left, images to the right.
-PANELS = ("pixel_auroc", "image_auroc", "pixel_ap", "image_ap", "pixel_f1_max", "image_f1_max", "aupro")
+PANELS = tuple(
+    metric
+    for pair in zip_longest(
+        [metric for metric in METRICS if not metric.startswith("image")],
+        [metric for metric in METRICS if metric.startswith("image")],
+    )
+    for metric in pair
+    if metric
+)
 # The rows beside the loops.
 BASE, CROSS_ATTENTION, UNADAPTED = "base", "cross-attention", "unadapted"
 UNREADABLE = "unreadable"
