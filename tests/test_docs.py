@@ -18,9 +18,10 @@ from urllib.parse import unquote
 
 import pytest
 
+from engine.arguments import decided_by
 from engine.evaluation.evaluate import METRICS
 from engine.training.arguments import BaseConfig, CrossAttentionRunConfig
-from engine.training.feedback_arguments import PRESETS, FeedbackConfig, plan_loops
+from engine.training.feedback_arguments import FeedbackConfig, plan_loops
 from tests import check_commands
 from tests.documented import (
     COMMANDS,
@@ -174,17 +175,16 @@ def test_flags_and_files_named_in_the_text_exist(page: str) -> None:
 
 
 def test_the_table_of_defaults_is_that_of_the_code() -> None:
-    header, *rows = next(
-        table for table in tables(read_page(METHOD)) if table[0][1:] == ["base", "cross-attention", *PRESETS]
-    )
+    presets = FeedbackConfig.__dataclass_fields__["preset"].metadata["choices"]
     columns = {
         "base": BaseConfig(),
         "cross-attention": CrossAttentionRunConfig(),
-        **{name: FeedbackConfig.from_preset(name) for name in PRESETS},
+        **{name: FeedbackConfig.of(preset=name) for name in presets},
     }
+    header, *rows = next(table for table in tables(read_page(METHOD)) if table[0][1:] == list(columns))
     shown = {row[0].strip("`-"): dict(zip(header[1:], row[1:], strict=True)) for row in rows}
     assert shown == {name: {title: default_of(config, name) for title, config in columns.items()} for name in shown}
-    assert set().union(*PRESETS.values()) <= set(shown)
+    assert set().union(*(decided_by(FeedbackConfig, name) for name in presets)) <= set(shown)
 
 
 def default_of(config: object, name: str) -> str:
