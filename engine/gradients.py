@@ -19,6 +19,7 @@ from torch import Tensor
 from engine.data import TaskData, choose_training_images, load_task, training_loader
 from engine.detector import checkpoint_config, load_clip_for
 from engine.device import check_device
+from engine.training.arguments import RunConfig
 from engine.training.stage1 import TextStage
 from engine.training.stage2 import ImageStage
 from engine.training.stages import Stage, class_rows
@@ -85,10 +86,10 @@ class Bench:
         self.batches = take_batches(data, self.model, test, device)
 
     def stage2(self) -> ImageStage:
-        return ImageStage(self.model, self.prompts, self.classes)
+        return ImageStage(self.model, self.prompts, self.classes, RunConfig())
 
     def stage1(self) -> TextStage:
-        return TextStage(self.model, self.prompts, self.classes, 0.1, "all")
+        return TextStage(self.model, self.prompts, self.classes, RunConfig())
 
     def norms(self, stage: Stage, batch: dict[str, Any]) -> dict[str, float]:
         """Gradient norms of every component that a stage trains, on one batch."""

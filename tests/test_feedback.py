@@ -467,7 +467,7 @@ def stage_in_loop(clip: FrozenCLIP, loop: int, **changes: Any) -> TextStage:
     torch.manual_seed(0)
     model = AdaptedCLIPWithCrossAttention(clip, config_for(clip), cross=config.cross_attention())
     classes, forward = ("nut", "zipper", "rope"), loop_forward(config, loop)
-    stage = TextStage(model, tiny_prompts(clip), classes, 0.1, "all", loop=forward)
+    stage = TextStage(model, tiny_prompts(clip), classes, config, forward)
     stage.begin()
     return stage
 

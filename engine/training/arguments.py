@@ -77,6 +77,11 @@ class RunConfig(MachineArguments, DataArguments, ModelArguments):
         "tensorboard", "where curves go", "output", choices=("tensorboard", "wandb", "none"), free=True
     )
 
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Components that are not trained."""
+        return ()
+
     def signature(self) -> dict[str, Any]:
         """What makes this run this run: a restart with another value is another run."""
         values = self.to_dict()
@@ -125,7 +130,6 @@ class CrossAttentionArguments(RunConfig):
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """Components that are not trained."""
         return ("text_adapter", "image_adapter") if self.freeze_base else ()
 
 

@@ -30,8 +30,8 @@ def train_base(config: BaseConfig) -> None:
     logger.info("Complete: %d text and %d image epochs, in %s", config.text_epoch, config.image_epoch, config.save_path)
 
 
-def two_phases(config: BaseConfig, run: TrainingRun, data: TaskData, frozen: tuple[str, ...] = ()) -> list[Phase]:
-    """Stage 1 and Stage 2 as the phases of a run; frozen: components that are not trained."""
+def two_phases(config: BaseConfig, run: TrainingRun, data: TaskData) -> list[Phase]:
+    """Stage 1 and Stage 2 as the phases of a run."""
     model, classes = run.model, data.classes
     prompts = data.prompts(model.clip).to(run.accelerator.device)
     loader = partial(training_loader, data, model.clip, seed=config.seed, num_workers=config.num_workers)
@@ -46,8 +46,7 @@ def two_phases(config: BaseConfig, run: TrainingRun, data: TaskData, frozen: tup
         names = [side_file("image", epoch), side_file("image")]
         run.write_checkpoint(names, [*carried, *image_parts], ["image"])
 
-    text_stage = partial(TextStage, model, prompts, classes, config.text_norm_weight, config.stage1_levels, frozen)
-    image_stage = partial(ImageStage, model, prompts, classes, frozen)
+    text_stage, image_stage = (partial(stage, model, prompts, classes, config) for stage in (TextStage, ImageStage))
     return [
         Phase(
             1, "text", config.text_epoch, config.text_lr, halved_at(()), text_stage,

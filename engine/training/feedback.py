@@ -75,7 +75,8 @@ def rate_factor(config: FeedbackConfig, side: str, epochs: int, steps_per_epoch:
 
 def feedback_phases(config: FeedbackConfig, plan: list[LoopPlan], run: TrainingRun, data: TaskData) -> list[Phase]:
     """Stage 1 and Stage 2 of every loop as the phases of one run."""
-    model, accelerator, classes, frozen = run.model, run.accelerator, data.classes, config.frozen
+    model, accelerator = run.model, run.accelerator
+    stages = {"text": TextStage, "image": ImageStage}
     prompts = data.prompts(model.clip).to(accelerator.device)
     loader = partial(training_loader, data, model.clip, seed=config.seed, num_workers=config.num_workers)
     loaders = {
@@ -85,12 +86,7 @@ def feedback_phases(config: FeedbackConfig, plan: list[LoopPlan], run: TrainingR
 
     def phase(loop: LoopPlan, side: str, epochs: int, rate: float) -> Phase:
         forward = loop_forward(config, loop.loop)
-        make_stage = {
-            "text": partial(
-                TextStage, model, prompts, classes, config.text_norm_weight, config.stage1_levels, frozen, forward
-            ),
-            "image": partial(ImageStage, model, prompts, classes, frozen, forward),
-        }[side]
+        make_stage = partial(stages[side], model, prompts, data.classes, config, forward)
 
         def write(epoch: int) -> None:
             if epoch == epochs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from engine.training.arguments import RunConfig
 from engine.training.stages import Stage, StageOutput, class_rows, square_mask, watch_abnormal
 from model.adapter import AdaptedCLIP
 from model.config import LoopForward
@@ -24,15 +25,11 @@ class TextStage(Stage):
         model: AdaptedCLIP,
         prompts: Prompts,
         classes: Sequence[str],
-        norm_weight: float,
-        levels: str,
-        frozen: Sequence[str] = (),
+        config: RunConfig,
         loop: LoopForward | None = None,
     ) -> None:
-        super().__init__(model, classes, frozen, loop)
+        super().__init__(model, classes, config, loop)
         self.prompts = prompts
-        self.norm_weight = norm_weight
-        self.levels = levels
 
     def forward(self, batch: dict[str, Any]) -> StageOutput:
         """A batch of samples -> Stage 1's losses; the classes that occur in it share one text pass."""
@@ -41,7 +38,6 @@ class TextStage(Stage):
         prompts = Prompts(self.prompts.tokens.to(rows.device)[present], self.prompts.normal)
         features = self.model.stage1_features(batch["image"], prompts, rows, self.loop)
         anchors = self.model.batch_anchors(prompts, rows, features, self.loop)  # (B, D, 2)
-        losses, abnormal = stage1_losses(
-            similarities(features.levels, anchors), anchors, mask, self.norm_weight, self.levels
-        )
+        levels, config = similarities(features.levels, anchors), self.config
+        losses, abnormal = stage1_losses(levels, anchors, mask, config.text_norm_weight, config.stage1_levels)
         return StageOutput(losses, watch_abnormal(abnormal, mask))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from engine.training.arguments import RunConfig
 from engine.training.stages import Stage, StageOutput, class_rows, square_mask, watch_abnormal
 from model.adapter import AdaptedCLIP
 from model.config import LoopForward
@@ -23,10 +24,10 @@ class ImageStage(Stage):
         model: AdaptedCLIP,
         prompts: Prompts,
         classes: Sequence[str],
-        frozen: Sequence[str] = (),
+        config: RunConfig,
         loop: LoopForward | None = None,
     ) -> None:
-        super().__init__(model, classes, frozen, loop)
+        super().__init__(model, classes, config, loop)
         self.text_side = model.text_side(prompts, loop)
 
     def forward(self, batch: dict[str, Any]) -> StageOutput:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from engine.training.arguments import RunConfig
 from model.adapter import AdaptedCLIP
 from model.config import LoopForward
 
@@ -22,8 +23,8 @@ class StageOutput(NamedTuple):
 class Stage(nn.Module):
     """A stage of training around the one persistent model.
 
-    classes: in the order of the prompts; frozen: components that it leaves alone; loop: what the feedback loop decides
-    of the forward, None where the model alone does.
+    classes: in the order of the prompts; config: what the run was asked for, with the weights of loss terms; loop: what
+    the feedback loop decides of the forward, None where the model alone does.
     Only the components that it trains require gradients and are in train mode while it runs.
     """
 
@@ -31,19 +32,19 @@ class Stage(nn.Module):
     number: int
 
     def __init__(
-        self, model: AdaptedCLIP, classes: Sequence[str], frozen: Sequence[str] = (), loop: LoopForward | None = None
+        self, model: AdaptedCLIP, classes: Sequence[str], config: RunConfig, loop: LoopForward | None = None
     ) -> None:
         super().__init__()
         self.model = model
         self.order = {name: row for row, name in enumerate(classes)}
-        self.frozen = frozen
+        self.config = config
         self.loop = loop
 
     @property
     def trained(self) -> dict[str, nn.Module]:
         """The components that this stage trains, by name."""
-        names = [name for name in self.model.trained_components(self.name, self.loop) if name not in self.frozen]
-        return {name: self.model.components[name] for name in names}
+        names = self.model.trained_components(self.name, self.loop)
+        return {name: self.model.components[name] for name in names if name not in self.config.frozen}
 
     def begin(self) -> None:
         """Let gradients reach the components of this stage and no others, and enter train mode."""
