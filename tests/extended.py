@@ -6,15 +6,25 @@ what the page says.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from engine.data import load_task
 from engine.evaluation.evaluate import METRICS
 from engine.report.comparison import COLUMNS, PANELS
+from engine.training.arguments import BaseConfig
+from engine.training.base import train_base
+from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
+from model.checkpoint import load
+from model.config import CrossAttentionConfig
+from tests.helpers import config_for, random_batch, tiny_clip, tiny_prompts
+from tests.scripts import write_clip, write_dataset
+from train import build_parser
 from utils.metrics import image_metrics
 
 
@@ -43,6 +53,53 @@ def check_metric() -> None:
     assert "image_recall_95" in PANELS
 
 
-if __name__ == "__main__":
-    check_dataset(Path(sys.argv[1]))
+def train(folder: Path, **asked: object) -> list[dict[str, float]]:
+    """Train a tiny base for an epoch of each stage that is asked for; the rows of its history."""
+    common = {"model_name": f"local-dir:{folder / 'clip'}", "dataset": str(folder / "train"), "shot": 2}
+    machine = {"device": "cpu", "num_workers": 0, "tracker": "none", "text_epoch": 0, "image_epoch": 1}
+    config = BaseConfig.of(**{**common, **machine, **asked})
+    train_base(config)
+    return [json.loads(line) for line in (config.save_path / "history.jsonl").read_text("utf-8").splitlines()]
+
+
+def check_loss(folder: Path) -> None:
+    """A loss term: a flag, a part of the total, and a row in the history."""
+    assert build_parser().parse_args(["--agreement_weight", "2"]).agreement_weight == 2
+    (row,) = train(folder, agreement_weight=2.0, save_path=folder / "loss")
+    parts = ("focal", "dice_normal", "dice_abnormal", "classification")
+    assert row["disagreement"] > 0
+    assert np.isclose(row["loss"], sum(row[name] for name in parts) + 2 * row["disagreement"])
+
+
+def check_cross_attention() -> None:
+    """A kind of cross-attention: a weight for each channel, with a gradient."""
+    clip = tiny_clip()
+    cross = CrossAttentionConfig(cross_attn_scale="channel")
+    model = AdaptedCLIPWithCrossAttention(clip, config_for(clip), cross=cross)
+    batch, prompts = random_batch(clip.img_size), tiny_prompts(clip)
+    model(batch.images, model.text_side(prompts), batch.rows).det.sum().backward()
+    assert model.i_ca_w.grad.shape == (clip.vision_width,)
+    assert CrossAttentionConfig(0.0, 0.0, cross_attn_scale="channel").on
+
+
+def check_stage(folder: Path) -> None:
+    """A stage: its epochs follow those of Stage 2, and it changes what it trains and nothing else."""
+    rows = train(folder, det_epoch=1, save_path=folder / "stage")
+    assert [row["stage"] for row in rows] == ["image", "image"]
+    before, after = (load(folder / "stage" / f"image_adapter_{epoch}.pth")["image_adapter"] for epoch in (1, 2))
+    changed = {key.partition(".")[0] for key, value in before.items() if not torch.equal(value, after[key])}
+    assert changed == {"det_proj"}
+
+
+def main(folder: Path) -> None:
+    check_dataset(folder)
     check_metric()
+    write_clip(folder / "clip")
+    write_dataset(folder / "train")
+    check_loss(folder)
+    check_cross_attention()
+    check_stage(folder)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
