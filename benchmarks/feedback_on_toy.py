@@ -49,15 +49,15 @@ RECIPES = {
     "feedback V2": Recipe("v2"),
     "feedback V2, no cross-attention": Recipe("v2", OFF),
     "feedback V2, projectors": Recipe("v2", {"feedback_features": "projectors"}),
-    "feedback V1": Recipe("v1"),
+    "feedback V1": Recipe("v1_original"),
     "scratch: V2": Recipe("v2", {}, False),
     "scratch: base": Recipe("v2", {**ONE_LOOP, **OFF, "optimizer": "adam", "lr_schedule": "constant"}, False),
-    "scratch: V1": Recipe("v1", {}, False),
-    "scratch: V1, published rates": Recipe("v1", {"text_lr": 1e-5, "image_lr": 5e-4}, False),
-    "scratch: V1, weight 0.1": Recipe("v1", SMALL_WEIGHT, False),
-    "scratch: V1, unit context": Recipe("v1", {"context_norm": "unit"}, False),
-    "scratch: V1, optimizers kept": Recipe("v1", {"reset_optimizers": False}, False),
-    "scratch: V1, decay 0.8": Recipe("v1", {"lr_decay_per_loop": 0.8}, False),
+    "scratch: V1": Recipe("v1_original", {}, False),
+    "scratch: V1, published rates": Recipe("v1_original", {"text_lr": 1e-5, "image_lr": 5e-4}, False),
+    "scratch: V1, weight 0.1": Recipe("v1_original", SMALL_WEIGHT, False),
+    "scratch: V1, unit context": Recipe("v1_original", {"context_norm": "unit"}, False),
+    "scratch: V1, optimizers kept": Recipe("v1_original", {"reset_optimizers": False}, False),
+    "scratch: V1, decay 0.8": Recipe("v1_original", {"lr_decay_per_loop": 0.8}, False),
 }
 FROM_CROSS_ATTENTION = ("base continued", "cross-attention")
 ARMS = (*FROM_CROSS_ATTENTION, *RECIPES)
