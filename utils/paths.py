@@ -39,14 +39,11 @@ def figure_path(folder: Path, image_path: str, ending: str, taken: set[str]) -> 
     *parents, name = map(safe_name, PurePath(image_path).parts)
     place = folder.joinpath(*parents)
     numbered = (f"{name}_{number}" for number in count(2))
-    for stem in chain((PurePath(name).stem, name), numbered):
-        figure = place / f"{stem}{ending}"
-        # Some file systems see no difference between upper and lower case.
-        key = figure.as_posix().casefold()
-        if key not in taken:
-            taken.add(key)
-            return figure
-    raise AssertionError("numbers do not end")
+    figures = (place / f"{stem}{ending}" for stem in chain((PurePath(name).stem, name), numbered))
+    # Some file systems see no difference between upper and lower case.
+    figure = next(figure for figure in figures if figure.as_posix().casefold() not in taken)
+    taken.add(figure.as_posix().casefold())
+    return figure
 
 
 def is_file(path: Path) -> bool:

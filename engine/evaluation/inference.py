@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dataset.metadata import IMAGE_ENDINGS
-from dataset.samples import read_image
+from dataset.catalog import readable_name
+from dataset.folders import IMAGE_ENDINGS, listing
+from dataset.images import read_image
+from dataset.prompts import build_prompts
 from engine.data import TaskData
 from engine.detector import Detector, build_detector, load_clip_for, unadapted_detector
 from engine.device import check_device
@@ -25,6 +27,7 @@ from utils.errors import UserError
 from utils.files import write_text
 from utils.heatmaps import overlay, save_image
 from utils.logging import progress_bar, set_up_logging
+from utils.paths import figure_path, is_file, is_folder, is_no_file, safe_name
 
 logger = logging.getLogger(__name__)
 
@@ -124,11 +127,12 @@ def evaluate_checkpoints(
     if len(evaluations) > 1:
         logger.info("Averages\n\n%s\n", summary_table(evaluations))
     name = "unadapted_" if checkpoint == UNADAPTED else ""
-    path = folder / f"{name}evaluation_{data.located.spec.name}.csv"
+    tested = safe_name(data.located.spec.name)
+    path = folder / f"{name}evaluation_{tested}.csv"
     write_csv(evaluations, path)
     logger.info("Written to %s", path)
     if visualize is not None:
-        pictures, last = folder / f"{name}pictures_{data.located.spec.name}", detectors[-1]
+        pictures, last = folder / f"{name}pictures_{tested}", detectors[-1]
         figures = draw_overlays(last, data, None if visualize == ALL else int(visualize), pictures)
         logger.info("%d images as %s sees them, in %s", len(figures), last.name, pictures)
     return evaluations
@@ -151,12 +155,14 @@ def score_pictures(
     Of several checkpoints in a folder the last one is used. Raises `UserError` as `evaluate_checkpoints` does.
     """
     device = check_device(device, "fp32")
+    build_prompts(readable_name(class_name))  # a name that no prompt can hold is refused before anything is loaded
     pictures = list_pictures(image)
     folder = output_folder(checkpoint, output_dir)
     if checkpoint != UNADAPTED:
         checkpoint = str(find_checkpoints(Path(checkpoint))[-1])
     detector = load_detectors(checkpoint, clip_weights, device, **overrides)[0]
     scores: list[tuple[Path, float]] = []
+    taken: set[str] = set()
     bar = progress_bar(len(pictures), "scoring")
     for path in pictures:
         try:
@@ -167,7 +173,9 @@ def score_pictures(
             logger.warning("left out: %s", error)
             continue
         prediction = detector.predict(picture, class_name, domain)
-        save_image(overlay(picture, prediction.anomaly_map), folder / "heatmaps" / f"{path.stem}_heatmap.png")
+        save_image(
+            overlay(picture, prediction.anomaly_map), figure_path(folder / "heatmaps", path.name, "_heatmap.png", taken)
+        )
         scores.append((path, prediction.score))
         bar.update()
     bar.close()
@@ -184,11 +192,16 @@ def score_pictures(
 
 def list_pictures(image: Path) -> list[Path]:
     """A picture, or all pictures of a folder in order of their names; `UserError` where there are none."""
-    if image.is_file():
+    if is_file(image):
         return [image]
-    if not image.is_dir():
-        raise UserError(f"--image {image}: no such file or folder")
-    pictures = sorted(path for path in image.iterdir() if path.suffix.lower() in IMAGE_ENDINGS)
+    if not is_folder(image):
+        what = "is neither a file nor a folder" if is_no_file(image) else "no such file or folder"
+        raise UserError(f"--image {image}: {what}")
+    named = [path for path in listing(image) if path.suffix.lower() in IMAGE_ENDINGS]
+    pictures = [path for path in named if is_file(path)]
+    for path in named:
+        if path not in pictures:
+            logger.warning("left out: %s is no file", path)
     if not pictures:
         raise UserError(f"--image {image}: no pictures in this folder ({', '.join(sorted(IMAGE_ENDINGS))})")
     return pictures

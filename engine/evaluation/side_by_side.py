@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dataset.metadata import Record
+from dataset.records import Record
 from engine.data import TaskData, load_task
 from engine.detector import Detector, build_detector, load_clip_for
 from engine.device import check_device
@@ -21,6 +21,7 @@ from model.checkpoint import Checkpoint, read_checkpoint
 from utils.errors import UserError
 from utils.heatmaps import comparison_figure, stacked_picture
 from utils.logging import progress_bar
+from utils.paths import safe_name
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ def worst_indices(detector: Detector, data: TaskData, records: Sequence[Record],
 
 def draw(models: dict[str, Detector], picture: Picture, index: int, folder: Path, attention: bool) -> Path:
     """Draw one image; returns the figure's path, beside which a stacked picture per model is written."""
-    stem = f"{picture.record.class_name}_{index:03d}"
+    stem = f"{safe_name(picture.record.class_name)}_{index:03d}"
     heatmaps = [look(detector, picture, name, attention) for name, detector in models.items()]
     for heatmap in heatmaps:
         file = f"{stem}_{heatmap.model.lower().replace(' ', '_').replace('(', '').replace(')', '')}.png"
