@@ -76,7 +76,7 @@ def load_records(located: LocatedDataset, metadata_file: Path | None = None) -> 
         try:
             write_text(kept, "".join(json.dumps(row) + "\n" for row in (asdict(tie), *map(_row, records))))
             logger.info("%d images found, their list is kept in %s", len(records), kept)
-        except (OSError, UserError) as error:
+        except OSError as error:
             logger.info("%d images found; their list is not kept, %s cannot be written (%s)", len(records), kept, error)
     found = {record.class_name for record in records}
     missing = [class_name for class_name in located.spec.class_names if class_name not in found]
