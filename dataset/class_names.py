@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dataset.catalog import DatasetSpec, readable_name
-from dataset.records import shown
 from utils.errors import UserError
-from utils.reading import parse_user_json, read_user_text
+from utils.reading import parse_user_json, read_user_text, shown
 
 # Bytes: a name for each of ten thousand classes fits.
 _LARGEST_FILE = 2**20

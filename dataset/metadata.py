@@ -16,11 +16,11 @@ from typing import Any
 from dataset.folders import describe_folder
 from dataset.layouts import LAYOUTS
 from dataset.locate import LocatedDataset
-from dataset.records import Record, natural_key, path_within, shown
+from dataset.records import Record, natural_key, path_within
 from utils.errors import UserError
 from utils.files import write_text
 from utils.paths import is_file, safe_name
-from utils.reading import parse_user_json, read_user_text
+from utils.reading import parse_user_json, read_user_text, shown
 
 logger = logging.getLogger(__name__)
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath, PurePosixPath
 
 from utils.errors import UserError
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = 100
+from utils.reading import shown
 
 
 @dataclass(frozen=True)
@@ -59,8 +56,3 @@ def path_within(path: str, where: str, key: str) -> str:
             "(a symbolic link in that folder may lead elsewhere)"
         )
     return path
-
-
-def shown(value: object) -> str:
-    """A value of a file as an error message shows it: as in Python, cut where it is long or deep."""
-    return _SHORT.repr(value)

@@ -6,8 +6,11 @@ import re
 
 import pytest
 
-from dataset import catalog
-from dataset.catalog import CATALOG, LAYOUTS, class_display_names, locate_dataset
+from dataset import locate
+from dataset.catalog import CATALOG
+from dataset.class_names import class_display_names
+from dataset.layouts import LAYOUTS
+from dataset.locate import locate_dataset
 from dataset.prompts import build_prompts
 from dataset.toy_world import TOY_DATASETS
 from utils.errors import UserError
@@ -34,7 +37,7 @@ def make_folders(root, *paths):
 def test_catalog_entries(name, classes, domain):
     spec = CATALOG[name]
     assert (spec.name, len(spec.class_names), spec.domain) == (name, classes, domain)
-    assert spec.layout in LAYOUTS
+    assert set(spec.layouts) <= set(LAYOUTS)
 
 
 def test_catalog_holds_nothing_else():
@@ -99,9 +102,9 @@ def test_data_root_that_is_the_dataset_itself(tmp_path):
 def test_data_root_from_the_environment_then_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_folders(tmp_path, "data/MPDD", "elsewhere/MPDD")
-    monkeypatch.delenv(catalog.DATA_ROOT_VARIABLE, raising=False)
+    monkeypatch.delenv(locate.DATA_ROOT_VARIABLE, raising=False)
     assert locate_dataset("MPDD").root.resolve() == tmp_path / "data" / "MPDD"
-    monkeypatch.setenv(catalog.DATA_ROOT_VARIABLE, str(tmp_path / "elsewhere"))
+    monkeypatch.setenv(locate.DATA_ROOT_VARIABLE, str(tmp_path / "elsewhere"))
     assert locate_dataset("MPDD").root == tmp_path / "elsewhere" / "MPDD"
     assert locate_dataset("MPDD", tmp_path / "data").root == tmp_path / "data" / "MPDD"
 
@@ -146,7 +149,7 @@ def test_toy_dataset_is_drawn_on_first_use_only(tmp_path, monkeypatch, caplog):
         drawn.append((name, seed))
         (folder / "nut" / "test").mkdir(parents=True)
 
-    monkeypatch.setattr(catalog, "write_toy_dataset", draw)
+    monkeypatch.setattr(locate, "write_toy_dataset", draw)
     for _ in range(2):
         assert locate_dataset("toy_test", tmp_path / "new").root == tmp_path / "new" / "toy_test"
     assert drawn == [("toy_test", 0)]

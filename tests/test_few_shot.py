@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataset.few_shot import few_shot
-from dataset.metadata import Record
+from dataset.records import Record
 from utils.errors import UserError
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dataset.catalog import CATALOG, DatasetSpec, LocatedDataset, locate_dataset
-from dataset.metadata import METADATA_FILE, Record, build_metadata, load_records, metadata_digest, natural_key
+from dataset.catalog import CATALOG, DatasetSpec
+from dataset.locate import LocatedDataset, locate_dataset
+from dataset.metadata import build_metadata, kept_file, load_records
+from dataset.records import Record, metadata_digest, natural_key
 from utils.errors import UserError
 
 
@@ -85,7 +87,7 @@ def test_own_folders_with_masks_named_like_the_images(tmp_path, caplog):
 def test_classes_keep_the_order_of_the_catalog(tmp_path):
     names = ("tile", "carpet", "bolt")
     root = draw(tmp_path, *(f"{name}/test/good/0.png" for name in names))
-    spec = DatasetSpec("own", "industrial", "mvtec", "own", {name: name for name in names})
+    spec = DatasetSpec("own", "industrial", ("mvtec",), "own", {name: name for name in names})
     assert [record.class_name for record in build_metadata(LocatedDataset(spec, root))] == list(names)
 
 
@@ -218,7 +220,7 @@ def test_metadata_is_built_once_and_read_back(mvtec, monkeypatch):
     dataset = located("MVTec", mvtec)
     built = load_records(dataset)
     assert built == build_metadata(dataset)
-    lines = (mvtec / METADATA_FILE).read_bytes().decode("utf-8").split("\n")
+    lines = (kept_file(located("MVTec", mvtec))).read_bytes().decode("utf-8").split("\n")
     assert lines[-1] == "" and len(lines) == len(built) + 1
     assert json.loads(lines[4]) == {"image_path": "bottle/test/good/1.png", "label": 0, "class_name": "bottle"}
     assert [path.name for path in mvtec.glob("*metadata*")] == [METADATA_FILE]
@@ -241,7 +243,7 @@ def test_folder_that_cannot_be_written_keeps_nothing(mvtec, monkeypatch, caplog)
 
     monkeypatch.setattr("dataset.metadata.write_text", refuse)
     assert len(load_records(located("MVTec", mvtec))) == 10
-    assert not (mvtec / METADATA_FILE).exists()
+    assert not (kept_file(located("MVTec", mvtec))).exists()
     assert "cannot be written" in caplog.text
 
 
@@ -250,7 +252,7 @@ def test_kept_file_that_is_stale(mvtec):
     (mvtec / "wood/test/hole/000.png").unlink()
     with pytest.raises(UserError) as error:
         load_records(located("MVTec", mvtec))
-    assert str(mvtec / METADATA_FILE) in str(error.value) and "delete" in str(error.value)
+    assert str(kept_file(located("MVTec", mvtec))) in str(error.value) and "delete" in str(error.value)
 
 
 def test_file_made_elsewhere(tmp_path):

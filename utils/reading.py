@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
 from utils.paths import is_no_file
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 100
 
 
 def read_user_text(path: Path, what: str, most_bytes: int) -> str:
@@ -37,3 +41,8 @@ def parse_user_json(text: str, where: str) -> Any:
         raise UserError(f"{where}: no valid JSON ({' '.join(str(error).split())})") from error
     except RecursionError as error:
         raise UserError(f"{where}: no valid JSON (nested too deeply)") from error
+
+
+def shown(value: object) -> str:
+    """A value of a file as an error message shows it: as in Python, cut where it is long or deep."""
+    return _SHORT.repr(value)

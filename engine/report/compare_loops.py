@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from dataset.records import metadata_digest, shown
+from dataset.records import metadata_digest
 from engine.data import TaskData
 from engine.detector import Detector, build_detector, load_clip_for, unadapted_detector
 from engine.device import check_device
-from engine.evaluation.evaluate import METRICS, ClassResult, Evaluation, ImageScore, evaluate
+from engine.evaluation.evaluate import Evaluation, evaluate
 from engine.evaluation.inference import zero_shot_notes
 from engine.remembered import load_task_of_run
+from engine.report.cache import read_cache, write_cache
 from engine.report.commands import command_line
 from engine.report.comparison import (
     BASE,
@@ -36,9 +37,7 @@ from model.checkpoint import TEXT_FILE, Checkpoint, file_digest, read_checkpoint
 from model.clip import FrozenCLIP
 from model.config import COMPONENTS
 from utils.errors import UserError
-from utils.files import write_json
 from utils.logging import set_up_logging
-from utils.reading import parse_user_json, read_user_text
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +45,6 @@ logger = logging.getLogger(__name__)
 CONFIG_KEYS = ("arguments", "dataset", "metadata_digest", "training_mode", "seed")
 CLIP_SETTINGS = ("model_name", "weights_digest", "img_size", "activation")
 CACHE_FILE = "comparison_cache.json"
-# Another number makes earlier caches void: raise it when scoring or metrics change.
-CACHE_SCHEMA = 2
-# Bytes: scores of millions of images.
-LARGEST_CACHE = 2**30
-Results = dict[str, list[ClassResult]]
 
 
 @dataclass(frozen=True)
@@ -319,70 +313,6 @@ def image_digest(data: TaskData) -> str:
 def digest_of(value: Any) -> str:
     """SHA-256 of plain data, in hex."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode("ascii")).hexdigest()
-
-
-def read_cache(path: Path) -> Results:
-    """Metrics per class of what was evaluated before, by key; a file that cannot be used is ignored with a warning."""
-    if not path.exists():
-        return {}
-    try:
-        content = parse_user_json(read_user_text(path, "the cache", LARGEST_CACHE), str(path))
-        return {
-            key: [_class_result(item, f"{path}: {key}") for item in classes] for key, classes in _cached(content, path)
-        }
-    except UserError as error:
-        logger.warning("%s; everything is evaluated again", error)
-        return {}
-
-
-def _cached(content: Any, path: Path) -> list[tuple[str, list[Any]]]:
-    """The results of a cache, each a list of classes; raises `UserError` for anything else."""
-    schema = content.get("schema") if isinstance(content, dict) else None
-    if schema != CACHE_SCHEMA:
-        raise UserError(f"{path}: schema must be {CACHE_SCHEMA}, not {shown(schema)}")
-    results = content.get("results")
-    if not isinstance(results, dict) or not all(isinstance(item, list) and item for item in results.values()):
-        raise UserError(f"{path}: results must hold lists of classes, not {shown(results)}")
-    return list(results.items())
-
-
-def _class_result(item: Any, where: str) -> ClassResult:
-    """A class's metrics and scores; `UserError` with the key for what is missing, of another type or out of range."""
-    if not isinstance(item, dict) or not isinstance(item.get("class"), str):
-        raise UserError(f"{where}: class must be a text in each of its classes")
-    values = {}
-    for metric in METRICS:
-        if metric not in item:
-            raise UserError(f"{where}: {metric} is missing")
-        values[metric] = None if item[metric] is None else _number(item[metric], 100, f"{where}: {metric}")
-    rows = item.get("scores")
-    if not isinstance(rows, list) or not all(
-        isinstance(row, list) and len(row) == 3 and isinstance(row[0], str) and isinstance(row[1], bool) for row in rows
-    ):
-        raise UserError(f"{where}: scores must be lists of image, whether it is anomalous, and score")
-    scores = tuple(
-        ImageScore(image, anomalous, _number(score, 1, f"{where}: scores")) for image, anomalous, score in rows
-    )
-    return ClassResult(item["class"], values, scores)
-
-
-def _number(value: Any, most: float, what: str) -> float:
-    # One ten-thousandth for rounding.
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e-4 <= value <= most + 1e-4:
-        raise UserError(f"{what} must be a number from 0 to {most}, not {shown(value)}")
-    return float(value)
-
-
-def write_cache(path: Path, results: Results) -> None:
-    """Keep metrics per class and scores per image by key, in full precision."""
-    rows = {
-        key: [
-            {"class": r.class_name, **r.values, "scores": [[s.path, s.anomalous, s.score] for s in r.scores]}
-            for r in classes
-        ]
-        for key, classes in results.items()
-    }
-    write_json(path, {"schema": CACHE_SCHEMA, "results": rows})
 
 
 def broken_notes(save_path: Path, rows: Sequence[Row]) -> list[str]:
