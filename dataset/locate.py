@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 from dataset.catalog import CATALOG, DatasetSpec, same_words
-from dataset.folders import describe_folder, find_folders, subfolders
+from dataset.folders import describe_folder, find_folder, find_folders, subfolders
 from dataset.layouts import LAYOUTS
 from dataset.toy_world import TOY_DATASETS, write_toy_dataset
 from utils.errors import UserError
@@ -66,10 +66,10 @@ def _locate_own_folder(path: str) -> LocatedDataset:
             f"unknown dataset {path!r}: it is neither a folder nor one of the known datasets ({', '.join(CATALOG)})"
         )
     name = root.resolve().name
-    if is_folder(root / "test"):
+    if find_folder(root, "test"):
         classes = [name]
     else:
-        classes = [child.name for child in subfolders(root) if is_folder(child / "test")]
+        classes = [child.name for child in subfolders(root) if find_folder(child, "test")]
     return LocatedDataset(DatasetSpec(name, "industrial", ("mvtec",), name, same_words(*classes)), root)
 
 
