@@ -16,6 +16,7 @@ from typing import Any
 from dataset.folders import describe_folder
 from dataset.layouts import LAYOUTS
 from dataset.locate import LocatedDataset
+from dataset.prompts import LONGEST_NAME
 from dataset.records import Record, natural_key, path_within
 from utils.errors import UserError
 from utils.files import write_text
@@ -29,7 +30,6 @@ UNTIED_FILE = "metadata_test.jsonl"
 SCHEMA = 1
 # Bytes: a million images.
 _LARGEST_FILE = 2**28
-_LONGEST_CLASS_NAME = 200
 
 _LABELS = {0: 0, 1: 1, "0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 
@@ -168,10 +168,8 @@ def _parse_row(row: Any, where: str, as_written: bool) -> Record:
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object with image_path, label, class_name and mask_path")
     class_name = _text(row, "class_name", where)
-    if len(class_name) > _LONGEST_CLASS_NAME:
-        raise UserError(
-            f"{where}: class_name must have at most {_LONGEST_CLASS_NAME} characters, not {len(class_name)}"
-        )
+    if len(class_name) > LONGEST_NAME:
+        raise UserError(f"{where}: class_name must have at most {LONGEST_NAME} characters, not {len(class_name)}")
     label = _parse_label(row.get("label"), where)
     paths = {"image_path": _text(row, "image_path", where)}
     # A normal image's mask is empty by definition, so what some files name there is not read.
