@@ -22,8 +22,8 @@ def test_names_that_are_fine_stay(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "../../evil", "..\\evil", "/etc/passwd", "C:\\x", "..", ".", "", " ", "a\0b", "two\nlines", "a:b", 'q"', "a?", "a*",
-        "end.", "end ", "CON", "con.png", "nul", "Aux.tar.gz", "COM1", "lpt9.txt", "CONIN$", "caf\udce9", "x" * 300, "ü" * 200,
+        "../../evil", "..\\evil", "/etc/passwd", "C:\\x", "..", ".", "", " ", "a\0b", "two\nlines", "a:b", 'q"', "a?",
+        "end.", "end ", "CON", "con.png", "nul", "Aux.tar.gz", "COM1", "lpt9.txt", "CONIN$", "\udce9", "x" * 300, "ü" * 99,
     ],
 )  # fmt: skip
 def test_names_that_are_not(name: str) -> None:
@@ -38,10 +38,10 @@ def assert_is_one_name(name: str) -> None:
     assert 0 < len(name.encode("utf-8")) <= 150
 
 
-@given(
-    st.text(st.characters(exclude_categories=()), max_size=200),
-    st.text(st.characters(exclude_categories=()), max_size=200),
-)
+ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=200)
+
+
+@given(ANY_TEXT, ANY_TEXT)
 def test_any_text_is_one_name_and_different_texts_have_different_ones(one: str, other: str) -> None:
     for text in (one, other):
         name = safe_name(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from dataset.metadata import Record
 from dataset.prompts import build_prompts
+from dataset.records import Record
 from engine import load_model
 from engine.data import load_task
 from engine.evaluation.image_heatmaps import look, read_picture
@@ -127,3 +128,20 @@ def test_mistakes_are_named(world: Path, tmp_path: Path) -> None:
         parse_indices(["one"])
     arguments = ["--class_name", "nail", "--dataset", world / "test", "--list_images"]
     assert "no such class" in error_line("visualize_comparison.py", *arguments)
+
+
+def test_a_class_name_is_no_way_out_of_the_folder(world: Path, tmp_path: Path) -> None:
+    rows = [
+        {"image_path": f"cork/test/{kind}/000.png", "label": int(kind == "spot"), "class_name": "../../evil"}
+        | ({"mask_path": "cork/ground_truth/spot/000_mask.png"} if kind == "spot" else {})
+        for kind in ("spot", "good")
+    ]
+    file = tmp_path / "list.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    folder = tmp_path / "a" / "b" / "out"
+    (figure,) = visualize_comparison(
+        "../../evil", Choice((0,)), str(world / "test"), metadata=file, base_path=world / "base", output_dir=folder,
+        device="cpu",
+    )  # fmt: skip
+    assert figure.parent == folder and len(list(folder.iterdir())) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"list.jsonl", "a"}
