@@ -23,7 +23,7 @@ def test_names_that_are_fine_stay(name: str) -> None:
     "name",
     [
         "../../evil", "..\\evil", "/etc/passwd", "C:\\x", "..", ".", "", " ", "a\0b", "two\nlines", "a:b", 'q"', "a?",
-        "end.", "end ", "CON", "con.png", "nul", "Aux.tar.gz", "COM1", "lpt9.txt", "CONIN$", "\udce9", "x" * 300, "ü" * 99,
+        "end.", "end ", "CON", "con.png", "nul", "Aux.tar.gz", "COM1", "lpt9.txt", "CONIN$", "\udce9", "x" * 300,
     ],
 )  # fmt: skip
 def test_names_that_are_not(name: str) -> None:
