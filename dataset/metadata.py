@@ -69,15 +69,15 @@ def load_records(located: LocatedDataset, metadata_file: Path | None = None) -> 
     for file in (kept, located.root / UNTIED_FILE):
         records = _kept_records(file, located, tie) if is_file(file) else None
         if records is not None:
-            logger.info("%d images listed in %s (delete it to have it built again)", len(records), file)
+            logger.info("%s listed in %s (delete it to have it built again)", _counted(records), file)
             break
     else:
         records = build_metadata(located)
         try:
             write_text(kept, "".join(json.dumps(row) + "\n" for row in (asdict(tie), *map(_row, records))))
-            logger.info("%d images found, their list is kept in %s", len(records), kept)
+            logger.info("%s found, their list is kept in %s", _counted(records), kept)
         except OSError as error:
-            logger.info("%d images found; their list is not kept, %s cannot be written (%s)", len(records), kept, error)
+            logger.info("%s found; their list is not kept, %s cannot be written (%s)", _counted(records), kept, error)
     found = {record.class_name for record in records}
     missing = [class_name for class_name in located.spec.class_names if class_name not in found]
     if missing:
@@ -148,6 +148,11 @@ def _kept_records(kept: Path, located: LocatedDataset, now: Tie) -> list[Record]
             "delete that file to have it built again"
         )
     return records
+
+
+def _counted(records: Sequence[Record]) -> str:
+    anomalous = sum(record.label for record in records)
+    return f"{len(records)} images ({len(records) - anomalous} normal, {anomalous} anomalous)"
 
 
 def _row(record: Record) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from PIL import Image
 from dataset.images import read_image
 from engine import load_model
 from engine.evaluation.arguments import ALL
-from engine.evaluation.inference import evaluate_checkpoints, list_pictures, score_pictures
+from engine.evaluation.inference import evaluate_checkpoints, image_files, score_images
 from tests.scripts import error_line, run, save, write_world
 from utils.errors import UserError
 from utils.logging import set_up_logging
@@ -120,7 +120,7 @@ def score_folder(world: Path) -> Callable[..., list[tuple[Path, float]]]:
     """Score a folder of images with the last checkpoint."""
 
     def score(images: Path, output_dir: Path, class_name: str = "cork") -> list[tuple[Path, float]]:
-        return score_pictures(str(world / "run"), images, class_name, output_dir=output_dir, device="cpu")
+        return score_images(str(world / "run"), images, class_name, output_dir=output_dir, device="cpu")
 
     return score
 
@@ -145,10 +145,10 @@ def test_what_is_no_image_file_is_left_out_of_a_folder(tmp_path: Path, caplog: p
     save(tmp_path / "._a.png", np.zeros((20, 20, 3)))
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(os.path.relpath(tmp_path / "socket.png"))
-        assert list_pictures(tmp_path) == [tmp_path / "a.png"]
+        assert image_files(tmp_path) == [tmp_path / "a.png"]
     assert all(f"{tmp_path / name} is no file" in caplog.text for name in ("folder.png", "pipe.png", "socket.png"))
     with pytest.raises(UserError, match="neither a file nor a folder"):
-        list_pictures(tmp_path / "pipe.png")
+        image_files(tmp_path / "pipe.png")
     with pytest.raises(UserError, match="cannot be read as an image: it is no file"):
         read_image(tmp_path / "pipe.png")
 

@@ -25,7 +25,7 @@ from utils.paths import figure_path
 
 @dataclass(frozen=True)
 class Picture:
-    """An image of a dataset: its record, the picture, its ground truth (H, W), and what prompts and scoring need."""
+    """An image of a dataset: its record, its pixels, its ground truth (H, W), and what prompts and scoring need."""
 
     record: Record
     image: Image.Image
@@ -51,7 +51,7 @@ def read_picture(data: TaskData, record: Record) -> Picture:
 
 
 def look(detector: Detector, picture: Picture, name: str, attention: bool = False) -> Heatmap:
-    """One picture through one model, called `name`; with its attention maps where asked for and where it has any."""
+    """One image through one model, called `name`; with its attention maps where asked for and where it has any."""
     asked = (picture.image, picture.class_name, picture.domain)
     maps: dict[str, np.ndarray] = {}
     if attention and isinstance(detector.model, AdaptedCLIPWithCrossAttention):

@@ -51,7 +51,7 @@ def visualize_comparison(
     device: str = "auto",
     clip_weights: str | None = None,
 ) -> list[Path]:
-    """Draw each chosen image: one figure with all models, and a stacked picture per model. Returns the figures.
+    """Draw each chosen image: one figure with all models, and one per model, from top to bottom. Returns the figures.
 
     Raises `UserError` for a class, index, run or loop that is not there, and where no run is given.
     """
@@ -145,7 +145,7 @@ def worst_indices(detector: Detector, data: TaskData, records: Sequence[Record],
 
 
 def draw(models: dict[str, Detector], picture: Picture, index: int, folder: Path, attention: bool) -> Path:
-    """Draw one image; returns the figure's path, beside which a stacked picture per model is written."""
+    """Draw one image; returns the figure's path, beside which one per model is written."""
     stem = f"{safe_name(picture.record.class_name)}_{index:03d}"
     heatmaps = [look(detector, picture, name, attention) for name, detector in models.items()]
     for heatmap in heatmaps:
@@ -177,4 +177,4 @@ def run_visualization(arguments: dict[str, Any]) -> None:
         logger.info("\n".join(lines))
         return
     figures = visualize_comparison(choice=choose(image_idx, worst), **arguments)
-    logger.info("%d figures, and a stacked picture per model beside each", len(figures))
+    logger.info("%d figures, and one per model beside each", len(figures))
