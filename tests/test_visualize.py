@@ -17,7 +17,7 @@ from dataset.records import Record
 from engine import load_model
 from engine.data import load_task
 from engine.evaluation.image_heatmaps import look, read_picture
-from engine.evaluation.side_by_side import Choice, anomalous_records, list_images, parse_indices, visualize_comparison
+from engine.evaluation.side_by_side import Choice, anomalous_records, choose, list_images, visualize_comparison
 from tests.scripts import error_line, save, train_small_runs
 from utils.errors import UserError
 
@@ -57,8 +57,8 @@ def test_all_and_the_worst_by_score(world: Path, tmp_path: Path) -> None:
 def test_indices_count_the_anomalous_images_in_metadata_order(world: Path) -> None:
     lines = list_images("reed", str(world / "test"))
     assert [line.split() for line in lines] == [[str(n), f"reed/test/spot/{n:03d}.png"] for n in range(3)]
-    assert parse_indices(["all"]) is None
-    assert parse_indices(["3", "1"]) == (3, 1)
+    assert choose(["all"], None) == Choice()
+    assert choose([3, 1], None) == Choice((3, 1))
 
 
 def test_attention_is_relative_to_even_attention(world: Path) -> None:
@@ -124,8 +124,8 @@ def test_mistakes_are_named(world: Path, tmp_path: Path) -> None:
             draw(world, tmp_path, choice, **runs)
     with pytest.raises(UserError, match="no such class, but cork, reed"):
         list_images("nail", str(world / "test"))
-    with pytest.raises(UserError, match="--image_idx one"):
-        parse_indices(["one"])
+    with pytest.raises(UserError, match="--image_idx 1 all"):
+        choose([1, "all"], None)
     arguments = ["--class_name", "nail", "--dataset", world / "test", "--list_images"]
     assert "no such class" in error_line("visualize_comparison.py", *arguments)
 

@@ -100,6 +100,8 @@ def find_checkpoints_of(
     for name, flag, path in (("Base", "--base_path", base_path), ("Cross-attention", "--cross_path", cross_path)):
         if path is not None:
             found[name] = read_checkpoint(find_latest(path, flag))
+            if flag == "--cross_path" and not (found[name].config or {}).get("cross_attention"):
+                raise UserError(f"--cross_path {path}: holds no cross-attention; give a base as --base_path")
     if feedback_path is not None:
         loops = find_loops(feedback_path)
         loop = max(loops) if feedback_loop is None else feedback_loop
