@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,14 +46,21 @@ def path_within(path: str, where: str, key: str) -> str:
 
     Raises UserError, which begins with `where` and names `key`, for one that leads out of the folder.
     """
-    parts = PurePosixPath(path).parts
     depth, lowest = 0, 0
-    for part in parts:
+    for part in PurePosixPath(path).parts:
         depth += -1 if part == ".." else 1
         lowest = min(lowest, depth)
-    if PurePosixPath(path).anchor or PurePath(path).anchor or lowest < 0 or depth < 1 or "\0" in path:
+    if PurePosixPath(path).anchor or PurePath(path).anchor or lowest < 0 or depth < 1 or not _is_a_name(path):
         raise UserError(
             f"{where}: {key} must be the path of a file below the dataset's folder, not {shown(path)} "
             "(a symbolic link in that folder may lead elsewhere)"
         )
     return path
+
+
+def _is_a_name(path: str) -> bool:
+    """Whether a file system could hold a file of this name."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
