@@ -357,7 +357,9 @@ def test_odd_file_names_come_back_from_the_kept_list(tmp_path, name):
 
 
 @pytest.mark.parametrize("key", ["image_path", "mask_path"])
-@pytest.mark.parametrize("path", ["../x.png", "a/../../x.png", "/etc/x.png", "..\\x.png", "a/..", ".", "a\0b.png", "\ud800.png"])
+@pytest.mark.parametrize(
+    "path", ["../x.png", "a/../../x.png", "/etc/x.png", "..\\x.png", "a/..", ".", "a\0b.png", "\ud800.png"]
+)
 def test_paths_that_leave_the_folder_are_refused(tmp_path, key, path):
     row = {"image_path": "x.png", "label": 1, "class_name": "a", "mask_path": "m.png", key: path}
     file = tmp_path / "own.jsonl"
