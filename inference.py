@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engine.arguments import make_parser
 from engine.evaluation.arguments import InferenceArguments
-from engine.evaluation.inference import evaluate_checkpoints, score_pictures
+from engine.evaluation.inference import evaluate_checkpoints, score_images
 from utils.cli import Parser, run_script
 from utils.errors import UserError
 from utils.logging import set_up_logging
@@ -27,7 +27,7 @@ def main() -> None:
         raise UserError("--image draws a heatmap over each picture as it is: leave --visualize out")
     unused = ("dataset", "data_root", "metadata", "class_names", "batch_size", "num_workers", "precision")
     rest = {name: value for name, value in arguments.items() if name not in unused}
-    score_pictures(rest.pop("checkpoint"), image, class_name, domain=domain, **rest)
+    score_images(rest.pop("checkpoint"), image, class_name, domain=domain, **rest)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from itertools import zip_longest
 
-from dataset.metadata import Record, natural_key
+from dataset.records import Record, natural_key
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,11 @@ def few_shot(records: Sequence[Record], shot: int, seed: int) -> list[Record]:
     return sorted(chosen, key=lambda record: (natural_key(record.class_name), natural_key(record.image_path)))
 
 
+def split_shot(shot: int) -> tuple[int, int]:
+    """How many of `shot` images of a class are anomalous, and how many normal, where there are enough of both."""
+    return (shot + 1) // 2, shot // 2
+
+
 def _choose(class_name: str, records: Sequence[Record], shot: int, seed: int) -> list[Record]:
     anomalous = _spread_over_defect_types([r for r in records if r.label], seed)
     normal = _shuffled([r for r in records if not r.label], seed)
@@ -41,10 +46,11 @@ def _choose(class_name: str, records: Sequence[Record], shot: int, seed: int) ->
             f"--shot {shot} is more than there is: class {class_name!r} has {len(records)} images "
             f"({len(anomalous)} anomalous, {len(normal)} normal); lower --shot or use --training_mode full_shot"
         )
-    for kind, has, wanted in (("anomalous", len(anomalous), (shot + 1) // 2), ("normal", len(normal), shot // 2)):
-        if has < wanted:
+    kinds = (("anomalous", anomalous), ("normal", normal))
+    for (kind, found), wanted in zip(kinds, split_shot(shot), strict=True):
+        if len(found) < wanted:
             other = "normal" if kind == "anomalous" else "anomalous"
-            logger.info("%s: only %d of %d %s images, %s ones fill up", class_name, has, wanted, kind, other)
+            logger.info("%s: only %d of %d %s images, %s ones fill up", class_name, len(found), wanted, kind, other)
     return _alternate(anomalous, normal)[:shot]
 
 

@@ -1,256 +1,202 @@
 """Which images a dataset's test split has: read from its folders once, then kept as JSON lines.
 
-One line per image: `image_path`, `label` (0 normal, 1 anomalous), `class_name`, and `mask_path` for anomalous ones,
-with paths relative to the dataset's folder and forward slashes.
+The first line says whose list it is (`Tie`). Then comes one line per image: `image_path`, `label` (0 normal, 1
+anomalous), `class_name`, and `mask_path` for anomalous ones, with paths relative to the dataset's folder and forward
+slashes. Lists made elsewhere have no first line of that kind.
 """
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import json
 import logging
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from dataset.catalog import LAYOUTS, LocatedDataset, find_folder
+from dataset.folders import describe_folder
+from dataset.layouts import LAYOUTS
+from dataset.locate import LocatedDataset
+from dataset.prompts import LONGEST_NAME
+from dataset.records import Record, natural_key, path_within
 from utils.errors import UserError
 from utils.files import write_text
+from utils.paths import is_file, safe_name
+from utils.reading import parse_user_json, read_user_text, shown
 
 logger = logging.getLogger(__name__)
 
-METADATA_FILE = "metadata_test.jsonl"
-IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
+# Kept by earlier versions, without a tie; two datasets in one folder would share it.
+UNTIED_FILE = "metadata_test.jsonl"
+SCHEMA = 1
+# Bytes: a million images.
+_LARGEST_FILE = 2**28
 
 _LABELS = {0: 0, 1: 1, "0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 
 
 @dataclass(frozen=True)
-class Record:
-    """One image: paths relative to the dataset's folder with forward slashes, label 0 (normal) or 1 (anomalous)."""
+class Tie:
+    """Whose a kept list is: the dataset's name, its layout (`dataset.layouts`), and the classes that were there."""
 
-    image_path: str
-    label: int
-    class_name: str
-    mask_path: str | None = None
+    dataset: str
+    layout: str
+    classes: tuple[str, ...]
+    schema: int = SCHEMA
 
 
-def natural_key(path: str) -> tuple:
-    """A key that sorts paths folder by folder and numbers by value: "a/2.png" before "a/10.png"."""
-    parts = tuple(
-        tuple(int(piece) if i % 2 else piece for i, piece in enumerate(re.split(r"([0-9]+)", part)))
-        for part in path.split("/")
-    )
-    return parts, path
+def kept_file(located: LocatedDataset) -> Path:
+    """Where the list of a dataset is kept: in its folder, under its name."""
+    return located.root / f"metadata_test_{safe_name(located.spec.name)}.jsonl"
 
 
 def load_records(located: LocatedDataset, metadata_file: Path | None = None) -> list[Record]:
-    """The images of a dataset's test split: from `metadata_file`, from the kept file, or built and then kept.
+    """The images of a dataset's test split: from `metadata_file`, from the kept list, or built and then kept.
 
-    The kept file is `metadata_test.jsonl` in the dataset's folder. Where that folder cannot be written the records
-    stay in memory. Raises UserError for a bad line (file and number), and for a kept file that names images which are
-    gone.
+    A kept list is made anew where it is another dataset's, and where classes were added or left out since. Where the
+    folder cannot be written the records stay in memory. Classes of the catalog that are not there are named in a
+    warning, each time. Raises UserError for a bad line (file, number and key), for a `metadata_file` that says it is
+    another dataset's, and for a kept list that names images which are gone.
     """
     if metadata_file is not None:
-        return _read_json_lines(Path(metadata_file))
-    kept = located.root / METADATA_FILE
-    if kept.is_file():
-        records = _read_json_lines(kept)
-        _check_up_to_date(records, kept)
-        logger.info("%d images listed in %s (delete it to have it built again)", len(records), kept)
+        tie, records = read_list(Path(metadata_file))
+        if tie is not None and tie.dataset != located.spec.name:
+            raise UserError(
+                f"the metadata {metadata_file} lists images of {shown(tie.dataset)}, not of {located.spec.name}"
+            )
         return records
-    records = build_metadata(located)
-    try:
-        write_text(kept, "".join(map(_json_line, records)))
-        logger.info("%d images found, their list is kept in %s", len(records), kept)
-    except OSError as error:
-        logger.info("%d images found; their list is not kept, %s cannot be written (%s)", len(records), kept, error)
+    layout, classes = located.layout()
+    tie, kept = Tie(located.spec.name, layout, tuple(classes)), kept_file(located)
+    for file in (kept, located.root / UNTIED_FILE):
+        records = _kept_records(file, located, tie) if is_file(file) else None
+        if records is not None:
+            logger.info("%s listed in %s (delete it to have it built again)", _counted(records), file)
+            break
+    else:
+        records = build_metadata(located)
+        try:
+            write_text(kept, "".join(json.dumps(row) + "\n" for row in (asdict(tie), *map(_row, records))))
+            logger.info("%s found, their list is kept in %s", _counted(records), kept)
+        except OSError as error:
+            logger.info("%s found; their list is not kept, %s cannot be written (%s)", _counted(records), kept, error)
+    found = {record.class_name for record in records}
+    missing = [class_name for class_name in located.spec.class_names if class_name not in found]
+    if missing:
+        logger.warning("%s: no images of %s in %s", located.spec.name, ", ".join(missing), located.root)
     return records
 
 
 def build_metadata(located: LocatedDataset) -> list[Record]:
     """List the test split from the dataset's folders: class by class, each class in natural order of its paths.
 
-    Raises UserError where no image is found, or an anomalous one has no mask (with the path expected). Classes of the
-    catalog that are not there are named in a warning.
+    Raises UserError, with what was found and what is expected, where no image is found or one lacks what it needs.
     """
-    root, class_names = located.root, list(located.spec.class_names)
-    layout = located.spec.layout
-    if layout == "visa":
-        records = _visa_records(root, class_names)
-    elif layout in ("mvtec", "btad"):
-        records = _defect_folder_records(root, class_names, normal="ok" if layout == "btad" else "good")
-    else:
-        records = (_medical_records if layout == "medical" else _colon_records)(root, class_names[0])
+    spec, root = located.spec, located.root
+    layout = LAYOUTS[located.layout()[0]]
+    expected = ", or ".join(LAYOUTS[name].expected for name in spec.layouts)
+    help_line = f"expected {expected}; --metadata FILE takes a list of the images in any other layout"
+    try:
+        records = layout.records(root, list(spec.class_names))
+    except UserError as error:
+        raise UserError(f"{error} ({help_line})") from error
     if not records:
         raise UserError(
-            f"no test images of {located.spec.name} in {root}: expected {LAYOUTS[layout]} "
+            f"no test images of {spec.name} in {root}, which holds {describe_folder(root)}: {help_line} "
             "(a dataset of the catalog is given by its name, with --data_root)"
         )
-    order = {class_name: i for i, class_name in enumerate(class_names)}
-    missing = order.keys() - {record.class_name for record in records}
-    if missing:
-        logger.warning("%s: no images of %s in %s", located.spec.name, ", ".join(sorted(missing, key=order.get)), root)
+    order = {class_name: i for i, class_name in enumerate(spec.class_names)}
     return sorted(records, key=lambda record: (order[record.class_name], natural_key(record.image_path)))
 
 
-def metadata_digest(records: Sequence[Record]) -> str:
-    """SHA-256 (hexadecimal) over the records and their order, whatever file they came from."""
-    canonical = "\n".join(json.dumps([r.image_path, r.label, r.class_name, r.mask_path]) for r in records)
-    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
-
-
-def _defect_folder_records(root: Path, class_names: Sequence[str], normal: str) -> list[Record]:
-    """CLASS/test/KIND/x with masks CLASS/ground_truth/KIND/x_mask or x, of any ending (all but VisA and medical)."""
-    records = []
-    for class_name in class_names:
-        # An own folder with test/ in it is one class.
-        alone = len(class_names) == 1 and (root / "test").is_dir()
-        class_folder = root if alone else find_folder(root, class_name)
-        test = find_folder(class_folder, "test") if class_folder else None
-        for kind in _subfolders(test):
-            if kind.name.lower() == normal:
-                records += [Record(_relative(image, root), 0, class_name) for image in _images(kind)]
-                continue
-            masks = class_folder / "ground_truth" / kind.name
-            records += _anomalous_records(
-                root, class_name, kind, masks, mask_suffix="_mask" if normal == "good" else ""
-            )
-    return records
-
-
-def _medical_records(root: Path, class_name: str) -> list[Record]:
-    normal = _images(find_folder(root, "test/good/img"))
-    records = [Record(_relative(image, root), 0, class_name) for image in normal]
-    anomalous = find_folder(root, "test/Ungood/img")
-    masks = find_folder(root, "test/Ungood/label") or root / "test" / "Ungood" / "label"
-    return records + _anomalous_records(root, class_name, anomalous, masks)
-
-
-def _colon_records(root: Path, class_name: str) -> list[Record]:
-    return _anomalous_records(
-        root, class_name, find_folder(root, "images"), find_folder(root, "masks") or root / "masks"
-    )
-
-
-def _anomalous_records(
-    root: Path, class_name: str, images: Path | None, masks: Path, mask_suffix: str = ""
-) -> list[Record]:
-    """Pair each image with the mask of its name: endings often differ between the two, and are not compared."""
-    mask_of = {mask.stem: mask for mask in _images(masks if masks.is_dir() else None)}
-    records = []
-    for image in _images(images):
-        mask = mask_of.get(image.stem + mask_suffix) or mask_of.get(image.stem)
-        if mask is None:
-            expected = masks / f"{image.stem}{mask_suffix}.png"
-            raise UserError(f"the anomalous image {image} has no mask: expected {expected}")
-        records.append(Record(_relative(image, root), 1, class_name, _relative(mask, root)))
-    return records
-
-
-def _visa_records(root: Path, class_names: Sequence[str]) -> list[Record]:
-    """Rows with split "test" of split_csv/1cls.csv, for the classes whose folders are there."""
-    table = root / "split_csv" / "1cls.csv"
-    if not table.is_file():
-        raise UserError(f"{table} is not there: it comes with VisA's archive; expected {LAYOUTS['visa']}")
-    present = {class_name for class_name in class_names if (root / class_name).is_dir()}
-    records = []
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        absent = {"object", "split", "label", "image", "mask"} - set(rows.fieldnames or ())
-        if absent:
-            raise UserError(f"{table} lacks the column {', '.join(sorted(absent))}: take the file of VisA's archive")
-        for row in rows:
-            if row["split"] == "test" and row["object"] in present:
-                records.append(_visa_record(root, row, f"{table}:{rows.line_num}"))
-    return records
-
-
-def _visa_record(root: Path, row: dict[str, str], where: str) -> Record:
-    image_path, mask_path = _slashed(row["image"]), _slashed(row["mask"] or "")
-    if row["label"] not in ("normal", "anomaly"):
-        raise UserError(f"{where}: label must be normal or anomaly, not {row['label']!r}")
-    label = int(row["label"] == "anomaly")
-    if not (root / image_path).is_file():
-        raise UserError(f"{where}: the image {root / image_path} is not there; unpack VisA's archive completely")
-    if label and not (mask_path and (root / mask_path).is_file()):
-        raise UserError(f"{where}: the anomalous image {image_path} has no mask: expected {root / mask_path}")
-    return Record(image_path, label, row["object"], mask_path if label else None)
-
-
-def _subfolders(folder: Path | None) -> list[Path]:
-    return [] if folder is None else sorted(child for child in folder.iterdir() if child.is_dir())
-
-
-def _images(folder: Path | None) -> list[Path]:
-    """The image files in a folder; hidden ones are left out, which some systems put beside each real one."""
-    if folder is None:
-        return []
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".") and path.is_file()
-    )
-
-
-def _relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix()
-
-
-def _slashed(path: str) -> str:
-    return str(PurePosixPath(path.strip().replace("\\", "/"))) if path.strip() else ""
-
-
-def _json_line(record: Record) -> str:
-    row = {"image_path": record.image_path, "label": record.label, "class_name": record.class_name}
-    if record.mask_path is not None:
-        row["mask_path"] = record.mask_path
-    return json.dumps(row) + "\n"
-
-
-def _read_json_lines(path: Path) -> list[Record]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the metadata {path} cannot be read: {' '.join(str(error).split())}") from error
-    records = [_parse_line(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
+def read_list(path: Path) -> tuple[Tie | None, list[Record]]:
+    """A list of images, and whose it is where it says so; UserError for a bad line, with file, number and key."""
+    text = read_user_text(path, "the metadata", _LARGEST_FILE)
+    lines = [(f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    rows = [(where, parse_user_json(line, where)) for where, line in lines]
+    tie = None
+    if rows and isinstance(rows[0][1], dict) and "schema" in rows[0][1]:
+        tie = _parse_tie(rows[0][1], rows[0][0])
+    records = [_parse_row(row, where, tie is not None) for where, row in rows[tie is not None :]]
     if not records:
         raise UserError(f"the metadata {path} lists no image: expected one JSON object per line")
+    return tie, records
+
+
+def _kept_records(kept: Path, located: LocatedDataset, now: Tie) -> list[Record] | None:
+    """The records of a kept list, None where it must be made anew; `now` is what a list made now would be tied to."""
+    try:
+        tie, records = read_list(kept)
+    except UserError as error:
+        raise UserError(f"{error}; delete that file to have it built again") from error
+    gone = [record.image_path for record in records if not is_file(located.root / record.image_path)]
+    listed = tuple(dict.fromkeys(record.class_name for record in records)) if tie is None else tie.classes
+    if tie is None:
+        own = set(listed) <= set(located.spec.class_names) and len(gone) < len(records)
+    else:
+        own = (tie.dataset, tie.layout) == (now.dataset, now.layout)
+    if not own:
+        logger.info("%s is not read: it does not list %s in this layout", kept, located.spec.name)
+        return None
+    added = [name for name in now.classes if name not in listed]
+    left_out = [name for name in listed if name not in now.classes]
+    if added or left_out:
+        changes = [f"{what} {', '.join(names)}" for what, names in (("with", added), ("without", left_out)) if names]
+        logger.warning("%s is now %s: its images are listed again", located.spec.name, " and ".join(changes))
+        return None
+    if gone:
+        raise UserError(
+            f"{kept} names {len(gone)} image(s) that are not there any more, such as {gone[0]}: "
+            "delete that file to have it built again"
+        )
     return records
 
 
-def _parse_line(line: str, where: str) -> Record:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: no valid JSON ({error})") from error
+def _counted(records: Sequence[Record]) -> str:
+    anomalous = sum(record.label for record in records)
+    return f"{len(records)} images ({len(records) - anomalous} normal, {anomalous} anomalous)"
+
+
+def _row(record: Record) -> dict[str, Any]:
+    return {name: value for name, value in asdict(record).items() if value is not None}
+
+
+def _parse_tie(row: dict[str, Any], where: str) -> Tie:
+    if row["schema"] != SCHEMA or isinstance(row["schema"], bool):
+        raise UserError(f"{where}: schema must be {SCHEMA}, not {shown(row['schema'])}")
+    classes = row.get("classes")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{where}: classes must be a list of names, not {shown(classes)}")
+    return Tie(_text(row, "dataset", where), _text(row, "layout", where), tuple(classes))
+
+
+def _parse_row(row: Any, where: str, as_written: bool) -> Record:
+    """A line of a list; `as_written`: written by this program, so that its paths need no mending."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object with image_path, label, class_name and mask_path")
-    for key in ("image_path", "class_name"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            raise UserError(f"{where}: {key} must be a text that is not empty, not {row.get(key)!r}")
+    class_name = _text(row, "class_name", where)
+    if len(class_name) > LONGEST_NAME:
+        raise UserError(f"{where}: class_name must have at most {LONGEST_NAME} characters, not {len(class_name)}")
     label = _parse_label(row.get("label"), where)
-    mask_path = row.get("mask_path")
-    if label and not (isinstance(mask_path, str) and mask_path.strip()):
-        raise UserError(f"{where}: an anomalous image (label 1) needs a mask_path")
+    paths = {"image_path": _text(row, "image_path", where)}
     # A normal image's mask is empty by definition, so what some files name there is not read.
-    return Record(_slashed(row["image_path"]), label, row["class_name"], _slashed(mask_path) if label else None)
+    if label:
+        paths["mask_path"] = _text(row, "mask_path", where)
+    if not as_written:
+        paths = {key: str(PurePosixPath(path.strip().replace("\\", "/"))) for key, path in paths.items()}
+    checked = {key: path_within(path, where, key) for key, path in paths.items()}
+    return Record(label=label, class_name=class_name, **checked)
+
+
+def _text(row: dict[str, Any], key: str, where: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: {key} must be a text that is not empty, not {shown(value)}")
+    return value
 
 
 def _parse_label(value: object, where: str) -> int:
     key = value.strip().lower() if isinstance(value, str) else value
     # True and 1.0 are found under 1; lists and objects cannot be looked up.
     if not isinstance(key, str | int | float) or key not in _LABELS:
-        raise UserError(f"{where}: label must be 0 (normal) or 1 (anomalous), not {value!r}")
+        raise UserError(f"{where}: label must be 0 (normal) or 1 (anomalous), not {shown(value)}")
     return _LABELS[key]
-
-
-def _check_up_to_date(records: Sequence[Record], kept: Path) -> None:
-    gone = [record.image_path for record in records if not (kept.parent / record.image_path).is_file()]
-    if gone:
-        raise UserError(
-            f"{kept} names {len(gone)} image(s) that are not there any more, such as {gone[0]}: "
-            "delete that file to have it built again"
-        )

@@ -142,7 +142,7 @@ class DataArguments(Arguments):
     class_names: Path | None = setting(
         None, 'JSON file {"class": "readable name"} for the prompts', "data", free=True, unset="the catalog's names"
     )
-    skip_bad_images: bool = setting(False, "leave out images that cannot be read, and say which", "data")
+    skip_bad_images: bool = setting(False, "leave out images that cannot be read, and say which", "data", free=True)
 
 
 @dataclass(frozen=True)

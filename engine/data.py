@@ -10,11 +10,14 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from dataset.catalog import LocatedDataset, class_display_names, locate_dataset
-from dataset.few_shot import few_shot
-from dataset.metadata import Record, load_records, metadata_digest
+from dataset.class_names import class_display_names
+from dataset.few_shot import few_shot, split_shot
+from dataset.images import drop_bad_images, find_bad_images
+from dataset.locate import LocatedDataset, locate_dataset
+from dataset.metadata import load_records
 from dataset.prompts import build_prompts
-from dataset.samples import AnomalyDataset, SeededSampler, drop_bad_images
+from dataset.records import Record, metadata_digest
+from dataset.samples import AnomalyDataset, SeededSampler
 from model.clip import FrozenCLIP
 from model.text import Prompts
 from utils.errors import UserError
@@ -59,6 +62,8 @@ def load_task(
     if skip_bad_images:
         records, dropped = drop_bad_images(located.root, records)
         logger.info("%s: %d images that cannot be read are left out", located.spec.name, dropped)
+        if not records:
+            raise UserError(f"{located.spec.name}: none of its {dropped} images in {located.root} can be read")
     present = {record.class_name for record in records}
     display = class_display_names(located.spec, class_names, dict.fromkeys(record.class_name for record in records))
     return TaskData(located, records, {name: text for name, text in display.items() if name in present}, digest)
@@ -66,7 +71,10 @@ def load_task(
 
 def choose_training_images(data: TaskData, training_mode: str, shot: int, seed: int) -> TaskData:
     """The images that training sees: all, or `shot` of each class."""
-    records = few_shot(data.records, shot, seed) if training_mode == "few_shot" else list(data.records)
+    records = list(data.records)
+    if training_mode == "few_shot":
+        records = few_shot(data.records, shot, seed)
+        logger.info("--shot %d: %d anomalous and %d normal images of each class", shot, *split_shot(shot))
     anomalous = sum(record.label for record in records)
     logger.info(
         "Training on %s: %d images of %d classes, %d normal and %d anomalous",
@@ -115,7 +123,9 @@ def evaluation_loader(samples: AnomalyDataset, batch_size: int, num_workers: int
 def hold_out(data: TaskData, fraction: float, seed: int) -> tuple[TaskData, TaskData]:
     """Split off a share of the images of each class and label: (to train on, held out).
 
-    At least one image of each stays on both sides. Raises `UserError` where a class has a single one of a kind.
+    At least one image of each stays on both sides. The images held out are read once, since a bad one would stop the
+    run only when epochs have been trained, and without it the split is another one. Raises `UserError` for a bad one,
+    and where a class has a single image of a kind.
     """
     kept, held = [], []
     groups: dict[tuple[str, int], list[Record]] = {}
@@ -130,5 +140,7 @@ def hold_out(data: TaskData, fraction: float, seed: int) -> tuple[TaskData, Task
         count = min(max(1, round(fraction * len(records))), len(records) - 1)
         held += [records[index] for index in order[:count]]
         kept += [records[index] for index in sorted(order[count:])]
+    for _, problem in find_bad_images(data.located.root, held)[:1]:
+        raise UserError(f"{problem} (held out by --val_fraction; --skip_bad_images goes on without it)")
     logger.info("Held out for validation: %d of %d images", len(held), len(data.records))
     return replace(data, records=kept), replace(data, records=held)

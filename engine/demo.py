@@ -6,7 +6,7 @@ import logging
 import time
 from pathlib import Path
 
-from dataset.metadata import Record
+from dataset.records import Record
 from engine.data import TaskData, load_task
 from engine.detector import Detector, build_detector, unadapted_detector
 from engine.device import check_device

@@ -13,8 +13,9 @@ from PIL import Image
 from torch import nn
 
 from dataset.catalog import readable_name
+from dataset.images import read_image
 from dataset.prompts import build_prompts
-from dataset.samples import image_tensor, read_image
+from dataset.samples import image_tensor
 from engine.device import check_device
 from model.adapter import AdaptedCLIP
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention, Attention

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dataset.catalog import locate_dataset
+from dataset.locate import locate_dataset
 from engine.data import TaskData, load_task
 from engine.run_folder import ARGUMENTS_FILE
 from utils.errors import UserError

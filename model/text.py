@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from model.adapter_modules import blend
 from model.blocks import full_precision, run_block, take_tokens, unit
 from model.clip import FrozenCLIP
+from utils.errors import UserError
+from utils.reading import shown
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,21 @@ class Prompts:
 
     @classmethod
     def from_texts(cls, clip: FrozenCLIP, texts: Sequence[tuple[Sequence[str], Sequence[str]]]) -> Prompts:
-        """From (normal, abnormal) prompt lists of each class; every class has as many of each as the others."""
+        """From (normal, abnormal) prompt lists of each class; every class has as many of each as the others.
+
+        Raises UserError for a prompt that CLIP would cut: its end says whether the object is damaged.
+        """
         normal, abnormal = len(texts[0][0]), len(texts[0][1])
         if any((len(first), len(second)) != (normal, abnormal) for first, second in texts):
             raise ValueError("every class needs the same number of normal and of abnormal prompts")
-        tokens = clip.tokenize([prompt for first, second in texts for prompt in (*first, *second)])
+        prompts = [prompt for first, second in texts for prompt in (*first, *second)]
+        tokens = clip.tokenize(prompts)
+        longest = clip.tokenizer.context_length
+        if tokens.shape[1] == longest:
+            (row, *_) = tokens[:, -1].nonzero()[:, 0].tolist()
+            raise UserError(
+                f"the prompt {shown(prompts[row])} fills CLIP's {longest} tokens: give a shorter class name"
+            )
         return cls(tokens.reshape(len(texts), normal + abnormal, -1), normal)
 
     def to(self, device: torch.device | str) -> Prompts:

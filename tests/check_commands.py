@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.few_shot import few_shot
-from dataset.metadata import METADATA_FILE
+from dataset.metadata import kept_file
 from engine.data import load_task
 from tests.documented import (
     PYTHON,
@@ -207,9 +207,9 @@ def cut_test_images(data_root: Path) -> None:
     data_root.mkdir(exist_ok=True)
     data = load_task("toy_test", data_root)
     chosen = {record.image_path for record in few_shot(data.records, TESTED_IMAGES, 0)}
-    listed = data.located.root / METADATA_FILE
+    listed = kept_file(data.located)
     lines = listed.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if json.loads(line)["image_path"] in chosen]
+    kept = [lines[0], *(line for line in lines[1:] if json.loads(line)["image_path"] in chosen)]
     write_text(listed, "\n".join(kept) + "\n")
 
 

@@ -3,13 +3,18 @@
 import json
 import logging
 import re
+from pathlib import Path
 
 import pytest
 
-from dataset import catalog
-from dataset.catalog import CATALOG, LAYOUTS, class_display_names, locate_dataset
+from dataset import locate
+from dataset.catalog import CATALOG
+from dataset.class_names import class_display_names
+from dataset.layouts import LAYOUTS
+from dataset.locate import locate_dataset
 from dataset.prompts import build_prompts
 from dataset.toy_world import TOY_DATASETS
+from engine.data import load_task
 from utils.errors import UserError
 
 
@@ -17,6 +22,19 @@ def make_folders(root, *paths):
     for path in paths:
         (root / path).mkdir(parents=True)
     return root
+
+
+def write_files(root, *paths):
+    """Files of which only the names are looked at."""
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).touch()
+    return root
+
+
+def write_classes(root, *class_names):
+    """Classes in MVTec's layout, with one normal image each."""
+    return write_files(root, *(f"{name}/test/good/000.png" for name in class_names))
 
 
 @pytest.mark.parametrize(
@@ -34,7 +52,7 @@ def make_folders(root, *paths):
 def test_catalog_entries(name, classes, domain):
     spec = CATALOG[name]
     assert (spec.name, len(spec.class_names), spec.domain) == (name, classes, domain)
-    assert spec.layout in LAYOUTS
+    assert set(spec.layouts) <= set(LAYOUTS)
 
 
 def test_catalog_holds_nothing_else():
@@ -84,7 +102,7 @@ def test_named_dataset_under_the_data_root_in_any_letter_case(tmp_path, name, fo
 
 
 def test_data_root_that_is_the_dataset_itself(tmp_path):
-    by_classes = make_folders(tmp_path / "any", *(f"{name}/test" for name in list(CATALOG["MVTec"].class_names)[:8]))
+    by_classes = write_classes(tmp_path / "any", *list(CATALOG["MVTec"].class_names)[:8])
     by_name = make_folders(tmp_path / "Liver_AD", "test")
     assert locate_dataset("MVTec", by_classes).root == by_classes
     assert locate_dataset("Liver", by_name).root == by_name
@@ -93,24 +111,127 @@ def test_data_root_that_is_the_dataset_itself(tmp_path):
         locate_dataset("Brain", by_name)
     # One class that two datasets share does not make one the other.
     with pytest.raises(UserError):
-        locate_dataset("MVTec", make_folders(tmp_path / "other", "leather/test"))
+        locate_dataset("MVTec", write_classes(tmp_path / "other", "leather"))
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "folder"),
+    [
+        ("BTAD", ("01", "02", "03"), "BTAD/BTech_Dataset_transformed"),
+        ("MPDD", ("tubes", "connector"), "MPDD/MPDD"),
+        ("MVTec", ("screw", "grid"), "mvtec/archive/mvtec_anomaly_detection"),
+        ("VisA", ("candle", "pcb1"), "VisA_pytorch/1cls"),
+        ("VisA", ("candle", "pcb1"), "visa/VisA_pytorch/1cls"),
+        ("Liver", ("test/good/img",), "Liver_AD/Liver_AD"),
+    ],
+)
+def test_archives_unpacked_into_a_folder_of_their_own(tmp_path, name, classes, folder):
+    if name == "Liver":
+        write_files(tmp_path / folder, "test/good/img/1.png")
+    else:
+        write_classes(tmp_path / folder, *classes)
+    # The same classes, none of whose images are meant.
+    write_classes(tmp_path / folder.split("/")[0] / "2cls_highshot", *CATALOG[name].class_names)
+    write_classes(tmp_path / folder.split("/")[0] / "__MACOSX", *CATALOG[name].class_names)
+    assert locate_dataset(name, tmp_path).root == tmp_path / folder
+
+
+def test_the_folder_that_holds_most_of_the_dataset_counts(tmp_path):
+    make_folders(tmp_path, "mvtec_anomaly_detection", "MVTec/bottle/test/good")
+    write_classes(tmp_path / "MVTec-AD", "screw")
+    write_classes(tmp_path / "mvtec", "screw", "grid")
+    assert locate_dataset("MVTec", tmp_path).root == tmp_path / "mvtec"
+
+
+def write_visa(root, *class_names):
+    images = [(name, kind) for name in class_names for kind in ("Normal", "Anomaly")]
+    write_files(root, *(f"{name}/Data/Images/{kind}/0.JPG" for name, kind in images))
+    write_files(root, *(f"{name}/Data/Masks/Anomaly/0.png" for name in class_names))
+    rows = [f"{n},test,{'normal,' if k == 'Normal' else 'anomaly,'}{n}/Data/Images/{k}/0.JPG," for n, k in images]
+    rows = [row + (f"{row.split(',')[0]}/Data/Masks/Anomaly/0.png" if "anomaly" in row else "") for row in rows]
+    (root / "split_csv").mkdir()
+    (root / "split_csv" / "1cls.csv").write_text("\n".join(["object,split,label,image,mask", *rows]), encoding="utf-8")
+    return root
+
+
+def test_two_archives_unpacked_flat_into_one_folder_are_two_datasets(tmp_path):
+    write_classes(write_visa(tmp_path, *CATALOG["VisA"].class_names), *CATALOG["MVTec"].class_names)
+    for _ in range(2):
+        for name, count in (("MVTec", 15), ("VisA", 24)):
+            data = load_task(name, tmp_path)
+            assert data.located.root == tmp_path
+            assert (list(data.names), len(data.records)) == (list(CATALOG[name].class_names), count)
+
+
+def test_visa_in_the_one_class_layout_has_the_names_of_the_catalog(tmp_path):
+    root = write_classes(tmp_path / "VisA", "pcb1", "cashew")
+    write_files(root, "pcb1/test/bad/000.JPG", "pcb1/Ground_Truth/bad/000.png")
+    data = load_task("visa", tmp_path)
+    assert data.names == {"cashew": "cashew nut", "pcb1": "printed circuit board"}
+    assert [(r.image_path, r.mask_path) for r in data.records if r.label] == [
+        ("pcb1/test/bad/000.JPG", "pcb1/Ground_Truth/bad/000.png")
+    ]
+    # The folder itself as data root.
+    assert load_task("VisA", root).digest == data.digest
+
+
+@pytest.mark.parametrize(
+    ("name", "listed", "expected"),
+    [
+        ("Colon_cvc300", "CVC-300", "colon"),
+        ("Colon_Kvasir", "Kvasir", "colon"),
+        ("Colon_clinicDB", "CVC-ClinicDB", "colon"),
+        ("Retina", "Retina_RESC", "retina"),
+        ("VisA", "PCB1", "printed circuit board"),
+        ("Colon_cvc300", "polyp_x", "polyp x"),
+    ],
+)
+def test_class_names_of_lists_made_elsewhere(tmp_path, name, listed, expected):
+    assert class_display_names(CATALOG[name], None, [listed])[listed] == expected
+    file = tmp_path / "names.json"
+    known = next((known for known, text in CATALOG[name].class_names.items() if text == expected), listed)
+    file.write_text(json.dumps({known: "thing"}), encoding="utf-8")
+    assert class_display_names(CATALOG[name], file, [listed])[listed] == "thing"
+
+
+def test_a_layout_that_is_not_understood_is_described(tmp_path):
+    write_files(tmp_path / "MVTec", "images/bottle/1.png", "labels.csv")
+    with pytest.raises(UserError) as error:
+        load_task("MVTec", tmp_path)
+    message = one_line(error)
+    assert all(part in message for part in ("the folders images", "labels.csv", "CLASS/test/good/x.png", "--metadata"))
+    with pytest.raises(UserError) as error:
+        locate_dataset("BTAD", tmp_path)
+    assert all(
+        part in one_line(error) for part in ("holds the folders MVTec", "BTech_Dataset_transformed", "--metadata")
+    )
+    with pytest.raises(UserError, match=r"which holds nothing: expected .*--metadata FILE"):
+        load_task(str(make_folders(tmp_path, "empty") / "empty"))
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "~nosuchuser/data", "a" * 300])
+def test_paths_that_cannot_be_looked_at(path):
+    with pytest.raises(UserError, match="unknown dataset"):
+        locate_dataset(path)
+    with pytest.raises(UserError, match="is not there"):
+        locate_dataset("MVTec", Path(path))
 
 
 def test_data_root_from_the_environment_then_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_folders(tmp_path, "data/MPDD", "elsewhere/MPDD")
-    monkeypatch.delenv(catalog.DATA_ROOT_VARIABLE, raising=False)
+    monkeypatch.delenv(locate.DATA_ROOT_VARIABLE, raising=False)
     assert locate_dataset("MPDD").root.resolve() == tmp_path / "data" / "MPDD"
-    monkeypatch.setenv(catalog.DATA_ROOT_VARIABLE, str(tmp_path / "elsewhere"))
+    monkeypatch.setenv(locate.DATA_ROOT_VARIABLE, str(tmp_path / "elsewhere"))
     assert locate_dataset("MPDD").root == tmp_path / "elsewhere" / "MPDD"
     assert locate_dataset("MPDD", tmp_path / "data").root == tmp_path / "data" / "MPDD"
 
 
 def test_own_folder_with_many_classes_and_with_one(tmp_path):
-    make_folders(tmp_path / "parts", "metal_screw/test/good", "bolt/test/good", "notes", "bolt/train")
+    make_folders(tmp_path / "parts", "metal_screw/test/good", "bolt/test/good", "notes", "bolt/train", "__MACOSX/test")
     many = locate_dataset(str(tmp_path / "parts"))
     assert many.spec.class_names == {"bolt": "bolt", "metal_screw": "metal screw"}
-    assert (many.spec.layout, many.spec.domain, many.spec.name) == ("mvtec", "industrial", "parts")
+    assert (many.spec.layouts, many.spec.domain, many.spec.name) == (("mvtec",), "industrial", "parts")
     one = locate_dataset(str(tmp_path / "parts" / "metal_screw"))
     assert one.spec.class_names == {"metal_screw": "metal screw"}
     assert one.root == tmp_path / "parts" / "metal_screw"
@@ -146,7 +267,7 @@ def test_toy_dataset_is_drawn_on_first_use_only(tmp_path, monkeypatch, caplog):
         drawn.append((name, seed))
         (folder / "nut" / "test").mkdir(parents=True)
 
-    monkeypatch.setattr(catalog, "write_toy_dataset", draw)
+    monkeypatch.setattr(locate, "write_toy_dataset", draw)
     for _ in range(2):
         assert locate_dataset("toy_test", tmp_path / "new").root == tmp_path / "new" / "toy_test"
     assert drawn == [("toy_test", 0)]
@@ -188,12 +309,19 @@ def test_class_names_of_classes_that_only_the_metadata_knows(tmp_path):
         ('{"candle": 3}', "one JSON object"),
         ('{"candle": " "}', "one JSON object"),
         (None, "cannot be read"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"candle": ' * 50_000, "nested too deeply"),
+        (b'{"candle": "\xff"}', "no UTF-8"),
+        (b" " * 2_000_000, "larger than 1 MiB"),
+        ('{"candle": 1' + "0" * 5000 + "}", "no valid JSON"),
+        ('{"candle": {"a": [[[[[[[[1]]]]]]]]}}', "'candle' must be a text"),
     ],
 )
 def test_bad_class_names_file(tmp_path, text, expected):
     file = tmp_path / "names.json"
     if text is not None:
-        file.write_text(text)
+        file.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
     with pytest.raises(UserError) as error:
         class_display_names(CATALOG["VisA"], file)
+    assert len(one_line(error)) < 500
     assert expected in one_line(error) and str(file) in one_line(error)

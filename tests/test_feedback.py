@@ -24,7 +24,7 @@ from torch import Tensor
 
 import engine.training.feedback
 import engine.training.run
-from dataset.metadata import Record
+from dataset.records import Record
 from engine import load_model
 from engine.arguments import decided_by
 from engine.data import hold_out, load_task

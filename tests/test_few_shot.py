@@ -12,8 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dataset.catalog import CATALOG
 from dataset.few_shot import few_shot
-from dataset.metadata import Record
+from dataset.locate import LocatedDataset
+from dataset.records import Record
+from engine.data import TaskData, choose_training_images
 from utils.errors import UserError
 
 
@@ -118,6 +121,19 @@ def test_more_than_there_is_names_class_and_count():
         few_shot(make_class("wood", 40, hole=40) + make_class("grid", 21, bent=57), 80, 0)
     assert "'grid' has 78 images" in str(error.value)
     assert "57 anomalous, 21 normal" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("shot", "anomalous", "normal"), [(7, 4, 3), (1, 1, 0), (8, 4, 4)])
+def test_what_a_shot_is_is_said(caplog, shot, anomalous, normal):
+    caplog.set_level(logging.INFO)
+    records = make_class("wood", 9, hole=9)
+    data = TaskData(LocatedDataset(CATALOG["toy_train"], Path("data")), records, {"wood": "wood"}, "")
+    chosen = choose_training_images(data, "few_shot", shot, 0)
+    assert labels(chosen.records) == {label: count for label, count in ((1, anomalous), (0, normal)) if count}
+    assert f"--shot {shot}: {anomalous} anomalous and {normal} normal images of each class" in caplog.messages
+    caplog.clear()
+    choose_training_images(data, "full_shot", shot, 0)
+    assert "--shot" not in caplog.text
 
 
 @pytest.mark.parametrize("shot", [0, -2])

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
+import os
 import shutil
+import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
+from dataset.images import read_image
 from engine import load_model
 from engine.evaluation.arguments import ALL
-from engine.evaluation.image_heatmaps import figure_path
-from engine.evaluation.inference import evaluate_checkpoints
+from engine.evaluation.inference import evaluate_checkpoints, image_files, score_images
 from tests.scripts import error_line, run, save, write_world
+from utils.errors import UserError
+from utils.logging import set_up_logging
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +92,6 @@ def test_visualize_alone_means_every_image(world: Path, tmp_path: Path) -> None:
     assert "0 is not 1 or more" in error_line(*asked[:3], "--visualize", 0)
 
 
-def test_figures_stay_in_their_folder(tmp_path: Path) -> None:
-    taken: list[Path] = []
-    for path in ("a/000.png", "a/000.jpg", "/data/a/001.png", "../../b.png"):
-        taken.append(figure_path(tmp_path, path, taken))
-    names = [path.relative_to(tmp_path).as_posix() for path in taken]
-    assert names == ["a/000.png", "a/000.jpg.png", "data/a/001.png", "b.png"]
-
-
 def test_without_dataset_it_is_the_training_dataset_and_says_loudly_what_that_means(world: Path) -> None:
     errors = run("inference.py", "--checkpoint", world / "run" / "image_adapter_2.pth", "--num_workers", 0)
     assert "NOT ZERO-SHOT" in errors
@@ -115,6 +113,96 @@ def test_pictures_of_no_dataset_get_a_heatmap_and_a_score(world: Path, tmp_path:
     assert 0 <= scores["plain"] < scores["spotted"] <= 1
     with Image.open(tmp_path / "out" / "heatmaps" / "spotted_heatmap.png") as heatmap:
         assert heatmap.size == (80, 60)
+
+
+@pytest.fixture(scope="module")
+def score_folder(world: Path) -> Callable[..., list[tuple[Path, float]]]:
+    """Score a folder of images with the last checkpoint."""
+
+    def score(images: Path, output_dir: Path, class_name: str = "cork") -> list[tuple[Path, float]]:
+        return score_images(str(world / "run"), images, class_name, output_dir=output_dir, device="cpu")
+
+    return score
+
+
+def test_images_of_one_name_and_two_endings_leave_two_heatmaps(
+    score_folder: Callable[..., object], tmp_path: Path
+) -> None:
+    for name in ("a.png", "a.jpg", "A.png", "con.png"):
+        save(tmp_path / "in" / name, np.zeros((20, 20, 3)))
+    score_folder(tmp_path / "in", tmp_path / "out")
+    drawn = {path.name for path in (tmp_path / "out" / "heatmaps").iterdir()}
+    assert {"A_heatmap.png", "a.jpg_heatmap.png"} <= drawn and len(drawn) == 4
+    # Windows has no files of that name.
+    assert not any(name.startswith("con") for name in drawn)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="files that Windows does not have")
+def test_what_is_no_image_file_is_left_out_of_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path / "a.png", np.zeros((20, 20, 3)))
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    save(tmp_path / "._a.png", np.zeros((20, 20, 3)))
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(tmp_path / "socket.png"))
+        assert image_files(tmp_path) == [tmp_path / "a.png"]
+    assert all(f"{tmp_path / name} is no file" in caplog.text for name in ("folder.png", "pipe.png", "socket.png"))
+    with pytest.raises(UserError, match="neither a file nor a folder"):
+        image_files(tmp_path / "pipe.png")
+    with pytest.raises(UserError, match="cannot be read as an image: it is no file"):
+        read_image(tmp_path / "pipe.png")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names that Windows does not have")
+def test_names_that_are_no_utf8_are_logged_listed_and_drawn(
+    world: Path, score_folder: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As Python opens it; pytest's own takes UTF-8 only.
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace", write_through=True)
+    monkeypatch.setattr("sys.stderr", screen)
+    name = os.fsdecode(b"caf\xe9$")
+    data = tmp_path / "data" / name
+    shutil.copytree(world / "test" / "cork", data)
+    (data / "test" / "spot").rename(data / "test" / name)
+    (data / "ground_truth" / "spot").rename(data / "ground_truth" / name)
+    (data / "test" / "good" / "000.png").rename(data / "test" / "good" / f"{name}.png")
+    asked = {"output_dir": tmp_path / "out", "device": "cpu", "visualize": 2}
+    try:
+        evaluate_checkpoints(str(world / "run" / "image_adapter_2.pth"), str(tmp_path / "data"), **asked)
+        score_folder(data / "test" / "good", tmp_path / "scores")
+    finally:
+        set_up_logging()
+    said = screen.buffer.getvalue().decode("utf-8")
+    assert "Logging error" not in said and "caf\\udce9$.png" in said
+    assert {row["class"] for row in rows_of(tmp_path / "out" / "evaluation_data.csv")} == {"caf\\udce9$", "average"}
+    assert "caf\\udce9$.png" in (tmp_path / "scores" / "scores.csv").read_text(encoding="utf-8")
+    figures = [path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.png")]
+    assert len(figures) == 2 and all(str(figure).isascii() for figure in figures)
+
+
+@pytest.mark.parametrize("class_name", ["{0}{x}", "metal\nscrew", "100%s", "caf\udce9", "x" * 60])
+def test_any_class_name_makes_prompts(score_folder: Callable[..., object], tmp_path: Path, class_name: str) -> None:
+    save(tmp_path / "a.png", np.zeros((20, 20, 3)))
+    ((_, score),) = score_folder(tmp_path / "a.png", tmp_path / "out", class_name)
+    assert 0 <= score <= 1
+
+
+@pytest.mark.parametrize(
+    ("class_name", "expected"),
+    [
+        ("", "a class needs a name"),
+        ("_ \n", "a class needs a name"),
+        ("x" * 100_000, "has 100000 characters; at most 200"),
+        ("q1 " * 60, "fills CLIP's 77 tokens"),
+    ],
+)
+def test_class_names_that_make_no_prompts(
+    score_folder: Callable[..., object], tmp_path: Path, class_name: str, expected: str
+) -> None:
+    save(tmp_path / "a.png", np.zeros((20, 20, 3)))
+    with pytest.raises(UserError, match=expected):
+        score_folder(tmp_path / "a.png", tmp_path / "out", class_name)
+    assert not (tmp_path / "out").exists()
 
 
 def test_mistakes_end_in_one_line(world: Path, tmp_path: Path) -> None:

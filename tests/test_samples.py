@@ -13,18 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from dataset.metadata import Record
-from dataset.samples import (
-    AnomalyDataset,
-    Augmentation,
-    SampleKey,
-    SeededSampler,
-    draw_augmentation,
-    drop_bad_images,
-    find_bad_images,
-    read_image,
-    read_mask,
-)
+from dataset.augmentation import Augmentation, draw_augmentation
+from dataset.images import drop_bad_images, find_bad_images, read_image, read_mask
+from dataset.records import Record
+from dataset.samples import AnomalyDataset, SampleKey, SeededSampler
 from utils.errors import UserError, original_message
 
 MEAN, STD = (0.5, 0.25, 0.5), (0.5, 0.25, 0.25)

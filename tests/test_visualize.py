@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,12 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from dataset.metadata import Record
 from dataset.prompts import build_prompts
+from dataset.records import Record
 from engine import load_model
 from engine.data import load_task
 from engine.evaluation.image_heatmaps import look, read_picture
-from engine.evaluation.side_by_side import Choice, anomalous_records, list_images, parse_indices, visualize_comparison
+from engine.evaluation.side_by_side import Choice, anomalous_records, choose, list_images, visualize_comparison
 from tests.scripts import error_line, save, train_small_runs
 from utils.errors import UserError
 
@@ -56,8 +57,8 @@ def test_all_and_the_worst_by_score(world: Path, tmp_path: Path) -> None:
 def test_indices_count_the_anomalous_images_in_metadata_order(world: Path) -> None:
     lines = list_images("reed", str(world / "test"))
     assert [line.split() for line in lines] == [[str(n), f"reed/test/spot/{n:03d}.png"] for n in range(3)]
-    assert parse_indices(["all"]) is None
-    assert parse_indices(["3", "1"]) == (3, 1)
+    assert choose(["all"], None) == Choice()
+    assert choose([3, 1], None) == Choice((3, 1))
 
 
 def test_attention_is_relative_to_even_attention(world: Path) -> None:
@@ -123,7 +124,24 @@ def test_mistakes_are_named(world: Path, tmp_path: Path) -> None:
             draw(world, tmp_path, choice, **runs)
     with pytest.raises(UserError, match="no such class, but cork, reed"):
         list_images("nail", str(world / "test"))
-    with pytest.raises(UserError, match="--image_idx one"):
-        parse_indices(["one"])
+    with pytest.raises(UserError, match="--image_idx 1 all"):
+        choose([1, "all"], None)
     arguments = ["--class_name", "nail", "--dataset", world / "test", "--list_images"]
     assert "no such class" in error_line("visualize_comparison.py", *arguments)
+
+
+def test_a_class_name_is_no_way_out_of_the_folder(world: Path, tmp_path: Path) -> None:
+    rows = [
+        {"image_path": f"cork/test/{kind}/000.png", "label": int(kind == "spot"), "class_name": "../../evil"}
+        | ({"mask_path": "cork/ground_truth/spot/000_mask.png"} if kind == "spot" else {})
+        for kind in ("spot", "good")
+    ]
+    file = tmp_path / "list.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    folder = tmp_path / "a" / "b" / "out"
+    (figure,) = visualize_comparison(
+        "../../evil", Choice((0,)), str(world / "test"), metadata=file, base_path=world / "base", output_dir=folder,
+        device="cpu",
+    )  # fmt: skip
+    assert figure.parent == folder and len(list(folder.iterdir())) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"list.jsonl", "a"}

@@ -11,8 +11,8 @@ from utils.files import replacing
 
 
 def literal(text: str) -> str:
-    """Text in which matplotlib sees no formulas."""
-    return text.replace("$", r"\$")
+    """Text in which matplotlib sees no formulas, and no bytes that are no UTF-8: it can draw neither."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("$", r"\$")
 
 
 def save_png(figure: Figure, path: Path, dpi: int = 110) -> None:

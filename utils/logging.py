@@ -37,7 +37,7 @@ def set_up_logging(file: Path | None = None) -> None:
     root.addHandler(screen)
     if file is not None and is_main_process():
         file.parent.mkdir(parents=True, exist_ok=True)
-        lines = logging.FileHandler(file, encoding="utf-8")
+        lines = logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
         lines.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         root.addHandler(lines)
     for name in QUIET:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -12,20 +11,21 @@ import torch
 from PIL import Image
 
 from dataset.catalog import readable_name
-from dataset.metadata import Record
+from dataset.images import read_pair
 from dataset.prompts import build_prompts
-from dataset.samples import read_pair
+from dataset.records import Record
 from engine.data import TaskData
 from engine.detector import Detector
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention, Attention
 from utils.heatmaps import Heatmap, comparison_figure
 from utils.logging import progress_bar
 from utils.metrics import PixelCounter
+from utils.paths import figure_path
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image of a dataset: its record, the picture, its ground truth (H, W), and what prompts and scoring need."""
+    """An image of a dataset: its record, its pixels, its ground truth (H, W), and what prompts and scoring need."""
 
     record: Record
     image: Image.Image
@@ -51,7 +51,7 @@ def read_picture(data: TaskData, record: Record) -> Picture:
 
 
 def look(detector: Detector, picture: Picture, name: str, attention: bool = False) -> Heatmap:
-    """One picture through one model, called `name`; with its attention maps where asked for and where it has any."""
+    """One image through one model, called `name`; with its attention maps where asked for and where it has any."""
     asked = (picture.image, picture.class_name, picture.domain)
     maps: dict[str, np.ndarray] = {}
     if attention and isinstance(detector.model, AdaptedCLIPWithCrossAttention):
@@ -96,24 +96,16 @@ def draw_overlays(detector: Detector, data: TaskData, per_class: int | None, fol
     """
     records = list(data.records) if per_class is None else some_of_each_class(data, per_class)
     figures: list[Path] = []
+    taken: set[str] = set()
     bar = progress_bar(len(records), "drawing")
     for record in records:
         picture = read_picture(data, record)
-        figures.append(figure_path(folder, record.image_path, figures))
+        figures.append(figure_path(folder, record.image_path, ".png", taken))
         heatmap = look(detector, picture, detector.name)
         comparison_figure(picture.image, picture.mask, [heatmap], figures[-1], picture.title)
         bar.update()
     bar.close()
     return figures
-
-
-def figure_path(folder: Path, image_path: str, taken: Sequence[Path]) -> Path:
-    """Where the figure of an image goes: to its path under `folder`, also where that path leads out of the dataset."""
-    path = Path(image_path)
-    place = folder.joinpath(*(part for part in path.parts if part not in (path.anchor, "..")))
-    figure = place.with_suffix(".png")
-    # Images of one name and several kinds of file.
-    return place.with_name(f"{place.name}.png") if figure in taken else figure
 
 
 def some_of_each_class(data: TaskData, count: int) -> list[Record]:

@@ -1,4 +1,4 @@
-"""What `inference.py` does: evaluate checkpoints on a dataset, or score pictures that belong to none."""
+"""What `inference.py` does: evaluate checkpoints on a dataset, or score images that belong to none."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dataset.metadata import IMAGE_ENDINGS
-from dataset.samples import read_image
+from dataset.catalog import readable_name
+from dataset.folders import IMAGE_ENDINGS, listing
+from dataset.images import read_image
+from dataset.prompts import build_prompts
 from engine.data import TaskData
 from engine.detector import Detector, build_detector, load_clip_for, unadapted_detector
 from engine.device import check_device
@@ -25,6 +27,7 @@ from utils.errors import UserError
 from utils.files import write_text
 from utils.heatmaps import overlay, save_image
 from utils.logging import progress_bar, set_up_logging
+from utils.paths import figure_path, is_file, is_folder, is_no_file, safe_name
 
 logger = logging.getLogger(__name__)
 
@@ -124,17 +127,18 @@ def evaluate_checkpoints(
     if len(evaluations) > 1:
         logger.info("Averages\n\n%s\n", summary_table(evaluations))
     name = "unadapted_" if checkpoint == UNADAPTED else ""
-    path = folder / f"{name}evaluation_{data.located.spec.name}.csv"
+    tested = safe_name(data.located.spec.name)
+    path = folder / f"{name}evaluation_{tested}.csv"
     write_csv(evaluations, path)
     logger.info("Written to %s", path)
     if visualize is not None:
-        pictures, last = folder / f"{name}pictures_{data.located.spec.name}", detectors[-1]
-        figures = draw_overlays(last, data, None if visualize == ALL else int(visualize), pictures)
-        logger.info("%d images as %s sees them, in %s", len(figures), last.name, pictures)
+        drawn, last = folder / f"{name}pictures_{tested}", detectors[-1]
+        figures = draw_overlays(last, data, None if visualize == ALL else int(visualize), drawn)
+        logger.info("%d images as %s sees them, in %s", len(figures), last.name, drawn)
     return evaluations
 
 
-def score_pictures(
+def score_images(
     checkpoint: str,
     image: Path,
     class_name: str,
@@ -146,28 +150,32 @@ def score_pictures(
     skip_bad_images: bool = False,
     **overrides: Any,
 ) -> list[tuple[Path, float]]:
-    """Score pictures that belong to no dataset: a heatmap over each, and `scores.csv`; a folder means its pictures.
+    """Score images that belong to no dataset: a heatmap over each, and `scores.csv`; a folder means its images.
 
     Of several checkpoints in a folder the last one is used. Raises `UserError` as `evaluate_checkpoints` does.
     """
     device = check_device(device, "fp32")
-    pictures = list_pictures(image)
+    build_prompts(readable_name(class_name))  # a name that no prompt can hold is refused before anything is loaded
+    files = image_files(image)
     folder = output_folder(checkpoint, output_dir)
     if checkpoint != UNADAPTED:
         checkpoint = str(find_checkpoints(Path(checkpoint))[-1])
     detector = load_detectors(checkpoint, clip_weights, device, **overrides)[0]
     scores: list[tuple[Path, float]] = []
-    bar = progress_bar(len(pictures), "scoring")
-    for path in pictures:
+    taken: set[str] = set()
+    bar = progress_bar(len(files), "scoring")
+    for path in files:
         try:
-            picture = read_image(path)
+            pixels = read_image(path)
         except UserError as error:
             if not skip_bad_images:
                 raise
             logger.warning("left out: %s", error)
             continue
-        prediction = detector.predict(picture, class_name, domain)
-        save_image(overlay(picture, prediction.anomaly_map), folder / "heatmaps" / f"{path.stem}_heatmap.png")
+        prediction = detector.predict(pixels, class_name, domain)
+        save_image(
+            overlay(pixels, prediction.anomaly_map), figure_path(folder / "heatmaps", path.name, "_heatmap.png", taken)
+        )
         scores.append((path, prediction.score))
         bar.update()
     bar.close()
@@ -178,17 +186,22 @@ def score_pictures(
     write_text(folder / "scores.csv", text.getvalue())
     for path, score in scores:
         logger.info("%.4f  %s", score, path)
-    logger.info("%d pictures scored by %s; heatmaps and scores.csv in %s", len(scores), detector.name, folder)
+    logger.info("%d images scored by %s; heatmaps and scores.csv in %s", len(scores), detector.name, folder)
     return scores
 
 
-def list_pictures(image: Path) -> list[Path]:
-    """A picture, or all pictures of a folder in order of their names; `UserError` where there are none."""
-    if image.is_file():
+def image_files(image: Path) -> list[Path]:
+    """An image, or all images of a folder in order of their names; `UserError` where there are none."""
+    if is_file(image):
         return [image]
-    if not image.is_dir():
-        raise UserError(f"--image {image}: no such file or folder")
-    pictures = sorted(path for path in image.iterdir() if path.suffix.lower() in IMAGE_ENDINGS)
-    if not pictures:
-        raise UserError(f"--image {image}: no pictures in this folder ({', '.join(sorted(IMAGE_ENDINGS))})")
-    return pictures
+    if not is_folder(image):
+        what = "is neither a file nor a folder" if is_no_file(image) else "no such file or folder"
+        raise UserError(f"--image {image}: {what}")
+    named = [path for path in listing(image) if path.suffix.lower() in IMAGE_ENDINGS]
+    files = [path for path in named if is_file(path)]
+    for path in named:
+        if path not in files:
+            logger.warning("left out: %s is no file", path)
+    if not files:
+        raise UserError(f"--image {image}: no images in this folder ({', '.join(sorted(IMAGE_ENDINGS))})")
+    return files

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dataset.metadata import Record
+from dataset.records import Record
 from engine.data import TaskData, load_task
 from engine.detector import Detector, build_detector, load_clip_for
 from engine.device import check_device
@@ -21,6 +21,7 @@ from model.checkpoint import Checkpoint, read_checkpoint
 from utils.errors import UserError
 from utils.heatmaps import comparison_figure, stacked_picture
 from utils.logging import progress_bar
+from utils.paths import safe_name
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def visualize_comparison(
     device: str = "auto",
     clip_weights: str | None = None,
 ) -> list[Path]:
-    """Draw each chosen image: one figure with all models, and a stacked picture per model. Returns the figures.
+    """Draw each chosen image: one figure with all models, and one per model, from top to bottom. Returns the figures.
 
     Raises `UserError` for a class, index, run or loop that is not there, and where no run is given.
     """
@@ -99,6 +100,8 @@ def find_checkpoints_of(
     for name, flag, path in (("Base", "--base_path", base_path), ("Cross-attention", "--cross_path", cross_path)):
         if path is not None:
             found[name] = read_checkpoint(find_latest(path, flag))
+            if flag == "--cross_path" and not (found[name].config or {}).get("cross_attention"):
+                raise UserError(f"--cross_path {path}: holds no cross-attention; give a base as --base_path")
     if feedback_path is not None:
         loops = find_loops(feedback_path)
         loop = max(loops) if feedback_loop is None else feedback_loop
@@ -144,8 +147,8 @@ def worst_indices(detector: Detector, data: TaskData, records: Sequence[Record],
 
 
 def draw(models: dict[str, Detector], picture: Picture, index: int, folder: Path, attention: bool) -> Path:
-    """Draw one image; returns the figure's path, beside which a stacked picture per model is written."""
-    stem = f"{picture.record.class_name}_{index:03d}"
+    """Draw one image; returns the figure's path, beside which one per model is written."""
+    stem = f"{safe_name(picture.record.class_name)}_{index:03d}"
     heatmaps = [look(detector, picture, name, attention) for name, detector in models.items()]
     for heatmap in heatmaps:
         file = f"{stem}_{heatmap.model.lower().replace(' ', '_').replace('(', '').replace(')', '')}.png"
@@ -176,4 +179,4 @@ def run_visualization(arguments: dict[str, Any]) -> None:
         logger.info("\n".join(lines))
         return
     figures = visualize_comparison(choice=choose(image_idx, worst), **arguments)
-    logger.info("%d figures, and a stacked picture per model beside each", len(figures))
+    logger.info("%d figures, and one per model beside each", len(figures))

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from dataset.metadata import metadata_digest
+from dataset.records import metadata_digest
 from engine.data import TaskData
 from engine.detector import Detector, build_detector, load_clip_for, unadapted_detector
 from engine.device import check_device
-from engine.evaluation.evaluate import METRICS, ClassResult, Evaluation, ImageScore, evaluate
+from engine.evaluation.evaluate import Evaluation, evaluate
 from engine.evaluation.inference import zero_shot_notes
 from engine.remembered import load_task_of_run
+from engine.report.cache import read_cache, write_cache
 from engine.report.commands import command_line
 from engine.report.comparison import (
     BASE,
@@ -36,7 +37,6 @@ from model.checkpoint import TEXT_FILE, Checkpoint, file_digest, read_checkpoint
 from model.clip import FrozenCLIP
 from model.config import COMPONENTS
 from utils.errors import UserError
-from utils.files import write_json
 from utils.logging import set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -45,9 +45,6 @@ logger = logging.getLogger(__name__)
 CONFIG_KEYS = ("arguments", "dataset", "metadata_digest", "training_mode", "seed")
 CLIP_SETTINGS = ("model_name", "weights_digest", "img_size", "activation")
 CACHE_FILE = "comparison_cache.json"
-# Another number makes earlier caches void: raise it when scoring or metrics change.
-CACHE_SCHEMA = 2
-Results = dict[str, list[ClassResult]]
 
 
 @dataclass(frozen=True)
@@ -316,38 +313,6 @@ def image_digest(data: TaskData) -> str:
 def digest_of(value: Any) -> str:
     """SHA-256 of plain data, in hex."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode("ascii")).hexdigest()
-
-
-def read_cache(path: Path) -> Results:
-    """Metrics per class of what was evaluated before, by key; a file that cannot be read is ignored with a warning."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["schema"] != CACHE_SCHEMA:
-            raise ValueError(f"schema {content['schema']}")
-        return {key: [_class_result(item) for item in classes] for key, classes in content["results"].items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        logger.warning("%s cannot be used (%r): everything is evaluated again", path, error)
-        return {}
-
-
-def _class_result(item: Mapping[str, Any]) -> ClassResult:
-    values = {metric: None if item[metric] is None else float(item[metric]) for metric in METRICS}
-    scores = tuple(ImageScore(str(path), bool(anomalous), float(score)) for path, anomalous, score in item["scores"])
-    return ClassResult(str(item["class"]), values, scores)
-
-
-def write_cache(path: Path, results: Results) -> None:
-    """Keep metrics per class and scores per image by key, in full precision."""
-    rows = {
-        key: [
-            {"class": r.class_name, **r.values, "scores": [[s.path, s.anomalous, s.score] for s in r.scores]}
-            for r in classes
-        ]
-        for key, classes in results.items()
-    }
-    write_json(path, {"schema": CACHE_SCHEMA, "results": rows})
 
 
 def broken_notes(save_path: Path, rows: Sequence[Row]) -> list[str]:

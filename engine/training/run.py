@@ -28,6 +28,8 @@ from utils.seeding import derive_seed
 logger = logging.getLogger(__name__)
 
 STATE_SCHEMA = 2
+# Settings that other versions hold a restart to, and this one does not.
+NO_LONGER_COMPARED = ("skip_bad_images",)
 STATE_FIELDS = ("done", "planned", "history", "schedule", "loops")
 
 
@@ -341,7 +343,8 @@ def check_save_path(save_path: Path, resume: str, signature: dict[str, Any]) -> 
     saved = load(file)
     if not isinstance(saved, dict) or saved.get("schema") != STATE_SCHEMA:
         raise UserError(f"{file}: not a training state of this version; give another --save_path")
-    differences = describe_differences(saved["signature"], signature)
+    before = {name: value for name, value in saved["signature"].items() if name not in NO_LONGER_COMPARED}
+    differences = describe_differences(before, signature)
     if differences:
         raise UserError(f"--save_path {save_path} holds another run ({differences}); give another --save_path")
 

@@ -1,0 +1,165 @@
+"""The layouts that datasets come in, and the test split that each holds."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataset.folders import find_folder, images_in, subfolders
+from dataset.records import Record, path_within
+from utils.errors import UserError
+from utils.paths import is_file, is_folder
+
+_NORMAL = ("good", "ok")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a layout looks like, and its two questions; both take the dataset's folder and the classes to look for.
+
+    expected: the files that must be there, for errors. classes: those of which there are images. records: the images
+    of the test split, in any order; UserError where one is there without what it needs.
+    """
+
+    expected: str
+    classes: Callable[[Path, Sequence[str]], list[str]]
+    records: Callable[[Path, Sequence[str]], list[Record]]
+
+
+def _test_folder_classes(root: Path, class_names: Sequence[str]) -> list[str]:
+    return [name for name in class_names if any(map(images_in, _test_kinds(_class_folder(root, name, class_names))))]
+
+
+def _test_folder_records(root: Path, class_names: Sequence[str]) -> list[Record]:
+    """CLASS/test/KIND/x with masks CLASS/ground_truth/KIND/x_mask or x; both of any ending."""
+    records = []
+    for class_name in class_names:
+        class_folder = _class_folder(root, class_name, class_names)
+        for kind in _test_kinds(class_folder):
+            if kind.name.lower() in _NORMAL:
+                records += [Record(_relative(image, root), 0, class_name) for image in images_in(kind)]
+            else:
+                expected = class_folder / "ground_truth" / kind.name
+                masks = find_folder(class_folder, f"ground_truth/{kind.name}") or expected
+                records += _anomalous_records(root, class_name, kind, masks, "_mask")
+    return records
+
+
+def _class_folder(root: Path, class_name: str, class_names: Sequence[str]) -> Path | None:
+    # A folder of one class that holds test/ is that class.
+    alone = len(class_names) == 1 and find_folder(root, "test") is not None
+    return root if alone else find_folder(root, class_name)
+
+
+def _test_kinds(class_folder: Path | None) -> list[Path]:
+    return subfolders(find_folder(class_folder, "test"))
+
+
+def _visa_classes(root: Path, class_names: Sequence[str]) -> list[str]:
+    sides = ("Normal", "Anomaly")
+    return [
+        name
+        for name in class_names
+        if any(images_in(find_folder(root, f"{name}/Data/Images/{side}")) for side in sides)
+    ]
+
+
+def _visa_records(root: Path, class_names: Sequence[str]) -> list[Record]:
+    """Rows with split "test" of split_csv/1cls.csv, for the classes that are there."""
+    table = root / "split_csv" / "1cls.csv"
+    if not is_file(table):
+        raise UserError(f"{table} is not there: it comes with VisA's archive")
+    present = set(_visa_classes(root, class_names))
+    records = []
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file, restval="")
+            absent = {"object", "split", "label", "image", "mask"} - set(rows.fieldnames or ())
+            if absent:
+                raise UserError(
+                    f"{table} lacks the column {', '.join(sorted(absent))}: take the file of VisA's archive"
+                )
+            for row in rows:
+                if row["split"] == "test" and row["object"] in present:
+                    records.append(_visa_record(root, row, f"{table}:{rows.line_num}"))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{table} cannot be read ({reason}): take the file of VisA's archive") from error
+    return records
+
+
+def _visa_record(root: Path, row: dict[str, str], where: str) -> Record:
+    image_path, mask_path = (row[key].strip().replace("\\", "/") for key in ("image", "mask"))
+    if row["label"] not in ("normal", "anomaly"):
+        raise UserError(f"{where}: label must be normal or anomaly, not {row['label']!r}")
+    label = int(row["label"] == "anomaly")
+    if not is_file(root / path_within(image_path, where, "image")):
+        raise UserError(f"{where}: the image {root / image_path} is not there; unpack VisA's archive completely")
+    if label and not (mask_path and is_file(root / path_within(mask_path, where, "mask"))):
+        raise UserError(f"{where}: the anomalous image {image_path} has no mask: expected {root / mask_path}")
+    return Record(image_path, label, row["object"], mask_path if label else None)
+
+
+def _medical_classes(root: Path, class_names: Sequence[str]) -> list[str]:
+    sides = ("good", "Ungood")
+    return list(class_names) if any(images_in(find_folder(root, f"test/{side}/img")) for side in sides) else []
+
+
+def _medical_records(root: Path, class_names: Sequence[str]) -> list[Record]:
+    (class_name,) = class_names
+    normal = images_in(find_folder(root, "test/good/img"))
+    records = [Record(_relative(image, root), 0, class_name) for image in normal]
+    masks = find_folder(root, "test/Ungood/label") or root / "test" / "Ungood" / "label"
+    return records + _anomalous_records(root, class_name, find_folder(root, "test/Ungood/img"), masks)
+
+
+def _colon_classes(root: Path, class_names: Sequence[str]) -> list[str]:
+    return list(class_names) if images_in(find_folder(root, "images")) else []
+
+
+def _colon_records(root: Path, class_names: Sequence[str]) -> list[Record]:
+    (class_name,) = class_names
+    masks = find_folder(root, "masks") or root / "masks"
+    return _anomalous_records(root, class_name, find_folder(root, "images"), masks)
+
+
+def _anomalous_records(
+    root: Path, class_name: str, images: Path | None, masks: Path, mask_suffix: str = ""
+) -> list[Record]:
+    """Pair each image with the mask of its name: endings often differ between the two, and are not compared."""
+    mask_of = {mask.stem: mask for mask in images_in(masks if is_folder(masks) else None)}
+    records = []
+    for image in images_in(images):
+        mask = mask_of.get(image.stem + mask_suffix) or mask_of.get(image.stem)
+        if mask is None:
+            names = dict.fromkeys((f"{image.stem}{mask_suffix}.png", f"{image.stem}.png"))
+            raise UserError(f"the anomalous image {image} has no mask: expected {masks / ' or '.join(names)}")
+        records.append(Record(_relative(image, root), 1, class_name, _relative(mask, root)))
+    return records
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix()
+
+
+LAYOUTS: dict[str, Layout] = {
+    "mvtec": Layout(
+        "CLASS/test/good/x.png (or test/ok), CLASS/test/DEFECT/x.png with mask CLASS/ground_truth/DEFECT/x_mask.png "
+        "(or x.png)",
+        _test_folder_classes,
+        _test_folder_records,
+    ),
+    "visa": Layout(
+        "split_csv/1cls.csv and CLASS/Data/Images/{Normal,Anomaly}/x.JPG with CLASS/Data/Masks/Anomaly/x.png",
+        _visa_classes,
+        _visa_records,
+    ),
+    "medical": Layout(
+        "test/good/img/x.png, test/Ungood/img/x.png with mask test/Ungood/label/x.png",
+        _medical_classes,
+        _medical_records,
+    ),
+    "colon": Layout("images/x.png with mask masks/x.png", _colon_classes, _colon_records),
+}

@@ -1,0 +1,66 @@
+"""One image of a dataset: its record, the order of records, and their digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePath, PurePosixPath
+
+from utils.errors import UserError
+from utils.reading import shown
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image: paths relative to the dataset's folder with forward slashes, label 0 (normal) or 1 (anomalous)."""
+
+    image_path: str
+    label: int
+    class_name: str
+    mask_path: str | None = None
+
+
+def natural_key(path: str) -> tuple:
+    """A key that sorts paths folder by folder and numbers by value: "a/2.png" before "a/10.png"."""
+    return tuple(tuple(map(_piece_key, re.split(r"([0-9]+)", part))) for part in path.split("/")), path
+
+
+def _piece_key(piece: str) -> tuple[int, str]:
+    """Digits by length, then by value: a number of any length compares so, without becoming one."""
+    digits = piece.lstrip("0")
+    return (len(digits), digits) if piece[:1].isdecimal() and piece.isascii() else (0, piece)
+
+
+def metadata_digest(records: Sequence[Record]) -> str:
+    """SHA-256 (hexadecimal) over the records and their order, whatever file they came from."""
+    canonical = "\n".join(json.dumps([r.image_path, r.label, r.class_name, r.mask_path]) for r in records)
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def path_within(path: str, where: str, key: str) -> str:
+    """A path of a list, once it is known to stay in the dataset's folder; symbolic links in that folder are followed.
+
+    Raises UserError, which begins with `where` and names `key`, for one that leads out of the folder.
+    """
+    depth, lowest = 0, 0
+    for part in PurePosixPath(path).parts:
+        depth += -1 if part == ".." else 1
+        lowest = min(lowest, depth)
+    if PurePosixPath(path).anchor or PurePath(path).anchor or lowest < 0 or depth < 1 or not _is_a_name(path):
+        raise UserError(
+            f"{where}: {key} must be the path of a file below the dataset's folder, not {shown(path)} "
+            "(a symbolic link in that folder may lead elsewhere)"
+        )
+    return path
+
+
+def _is_a_name(path: str) -> bool:
+    """Whether a file system could hold a file of this name."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False

@@ -1,0 +1,75 @@
+"""An image that cannot be read stops a run, which goes on without it (run in this process, on a tiny CLIP)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.data import hold_out, load_task
+from engine.training.arguments import BaseConfig
+from engine.training.base import train_base
+from tests.scripts import write_clip, write_dataset
+from utils.errors import UserError
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> BaseConfig:
+    """A run of one epoch per stage on all twelve images of two classes."""
+    return BaseConfig(
+        model_name=f"local-dir:{write_clip(tmp_path / 'clip')}", dataset=str(write_dataset(tmp_path / "data", count=3)),
+        training_mode="full_shot", text_epoch=1, image_epoch=1, text_batch_size=4, num_workers=0, device="cpu",
+        tracker="none", save_path=tmp_path / "run",
+    )  # fmt: skip
+
+
+def spoil(dataset: str) -> Path:
+    bad = Path(dataset) / "bolt" / "test" / "good" / "001.png"
+    bad.write_bytes(bad.read_bytes()[:100])
+    return bad
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "image_adapter.pth", weights_only=True)["image_adapter"]
+
+
+def test_a_run_that_a_bad_image_stopped_goes_on_without_it(config: BaseConfig, tmp_path: Path) -> None:
+    bad = spoil(config.dataset)
+    with pytest.raises(UserError, match=bad.name):
+        train_base(config)
+    train_base(replace(config, skip_bad_images=True))
+    fresh = replace(config, skip_bad_images=True, save_path=tmp_path / "fresh")
+    train_base(fresh)
+    ours, theirs = weights(config.save_path), weights(fresh.save_path)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_run_of_an_earlier_version_goes_on_with_and_without(config: BaseConfig, before: bool) -> None:
+    train_base(config)
+    file = config.save_path / "training_state.pth"
+    state = torch.load(file, weights_only=True)
+    state["signature"]["skip_bad_images"] = before
+    torch.save(state, file)
+    for now in (False, True):
+        train_base(replace(config, skip_bad_images=now))
+    with pytest.raises(UserError, match="seed was 0, now 1"):
+        train_base(replace(config, seed=1))
+
+
+def test_a_dataset_of_which_nothing_can_be_read(tmp_path: Path) -> None:
+    for image in write_dataset(tmp_path / "data", count=1).rglob("*.png"):
+        image.write_bytes(b"")
+    with pytest.raises(UserError, match=r"none of its 4 images in .* can be read"):
+        load_task(str(tmp_path / "data"), skip_bad_images=True)
+
+
+def test_a_bad_image_that_is_held_out_is_found_before_training(tmp_path: Path) -> None:
+    data = load_task(str(write_dataset(tmp_path / "data", count=4)))
+    _, held = hold_out(data, 0.25, seed=0)
+    bad = tmp_path / "data" / held.records[0].image_path
+    bad.write_bytes(b"")
+    with pytest.raises(UserError, match=r"cannot be read as an image.*held out by --val_fraction; --skip_bad_images"):
+        hold_out(data, 0.25, seed=0)
