@@ -6,6 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+
+
+def are_moments_of(parameter: Tensor, state: Mapping[str, Any]) -> bool:
+    """Whether a parameter's entry in an optimizer's state is one of Adam's, of the parameter's shape."""
+    shapes = {key: value.shape if torch.is_tensor(value) and value.dim() else None for key, value in state.items()}
+    averages = (shapes.get("exp_avg", ()), shapes.get("exp_avg_sq", ()))
+    same = all(shape in (None, parameter.shape) for shape in shapes.values())
+    return "step" in state and same and all(shape == (parameter.shape or None) for shape in averages)
 
 
 def transfer_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> int:
@@ -25,9 +34,7 @@ def transfer_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any])
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             state = moments.get(name)
-            if state is None or any(
-                value.dim() and value.shape != parameter.shape for value in state.values() if torch.is_tensor(value)
-            ):
+            if state is None or not are_moments_of(parameter, state):
                 continue
             optimizer.state[parameter] = {
                 key: value.clone().to(parameter.device if value.dim() else "cpu") if torch.is_tensor(value) else value
