@@ -58,8 +58,8 @@ class _Group(MayHoldMore):
 
 
 @dataclass(frozen=True)
-class _Optimizer(MayHoldMore):
-    state: dict[int, dict[str, FloatTensor | float | None]]
+class SavedOptimizer(MayHoldMore):
+    state: dict[int, dict[str, float | FloatTensor | None]]
     param_groups: list[_Group]
 
 
@@ -105,8 +105,8 @@ class _File(MayHoldMore):
     text_cross_attn: State = field(default_factory=dict)
     image_adapter: State = field(default_factory=dict)
     image_cross_attn: State = field(default_factory=dict)
-    text_optimizer: _Optimizer | None = None
-    image_optimizer: _Optimizer | None = None
+    text_optimizer: SavedOptimizer | None = None
+    image_optimizer: SavedOptimizer | None = None
     epoch: int | None = _from(0, None)
     loop: int | None = _from(1, None)
     steps: dict[str, int | None] | None = None

@@ -52,7 +52,8 @@ def check(value: Any, hint: Any, source: object, key: str = "", limits: Mapping[
     """Raise `UserError`, one line with `source` and `key`, unless a value is what the annotation `hint` asks for.
 
     hint: a type of `_WORDS`, a list, tuple, table or union of annotations, a dataclass, or a class with a static method
-    `problem`, which says in words what is wrong. limits: a field's `between` and `choices`, also of a list's items.
+    `problem`, which says in words what is wrong. The error of a union is that of its last part. limits: a field's
+    `between` and `choices`, also of a list's items.
     """
     origin, parts = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -115,7 +116,7 @@ def _check_union(
                 return
             except UserError as error:
                 problems.append(error)
-    raise problems[0]
+    raise problems[-1]
 
 
 def _check_scalar(value: Any, kind: type, source: object, key: str, limits: Mapping[str, Any]) -> None:
