@@ -334,7 +334,6 @@ WEIGHTS_DAMAGE: list[tuple[str, Any]] = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # torch announces what becomes of its sparse and quantized tensors
 @pytest.mark.parametrize(("kind", "damage"), WEIGHTS_DAMAGE, ids=[kind for kind, _ in WEIGHTS_DAMAGE])
 def test_weights_are_dense_finite_floats(kind: str, damage: Any, tmp_path: Path) -> None:
     states = states_of(model_of())

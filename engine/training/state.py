@@ -106,10 +106,18 @@ def _check_optimizer(saved: Mapping[str, Any], name: str, optimizer: torch.optim
         for key, value in now.items():
             if isinstance(value, (float, tuple)) and key not in group:
                 raise UserError(f"{file}: {within} has no '{key}', so it is damaged")
-            if key in group and isinstance(value, (bool, float, tuple)):
-                hint = tuple[(float,) * len(value)] if isinstance(value, tuple) else type(value)
-                check(group[key], hint, file, f"{within}.{key}")
+        for key in group.keys() & now.keys():
+            check(group[key], _like(now[key]), file, f"{within}.{key}")
         for index, parameter in zip(group["params"], now["params"], strict=True):
             if index in moments and not are_moments_of(parameter, moments[index]):
                 shape = tuple(parameter.shape)
                 raise UserError(f"{file}: {name}.state[{index}] holds no moments of weights {shape}, so it is damaged")
+
+
+def _like(setting: Any) -> Any:
+    """The annotation of an optimizer's setting that is now this one; a switch that is left open may be on or off."""
+    if isinstance(setting, tuple):
+        return tuple[(float,) * len(setting)]
+    if isinstance(setting, (bool, float)):
+        return type(setting)
+    return bool | None if setting is None else Any
