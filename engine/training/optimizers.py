@@ -11,10 +11,10 @@ from torch import Tensor
 
 def are_moments_of(parameter: Tensor, state: Mapping[str, Any]) -> bool:
     """Whether a parameter's entry in an optimizer's state is one of Adam's, of the parameter's shape."""
-    shapes = {key: value.shape if torch.is_tensor(value) and value.dim() else None for key, value in state.items()}
-    averages = (shapes.get("exp_avg", ()), shapes.get("exp_avg_sq", ()))
-    same = all(shape in (None, parameter.shape) for shape in shapes.values())
-    return "step" in state and same and all(shape == (parameter.shape or None) for shape in averages)
+    step, averages = state.get("step"), {key: value for key, value in state.items() if key != "step"}
+    counted = step.dim() == 0 if torch.is_tensor(step) else isinstance(step, (int, float))
+    fitting = all(torch.is_tensor(value) and value.shape == parameter.shape for value in averages.values())
+    return counted and float(step) >= 0 and fitting and {"exp_avg", "exp_avg_sq"} <= averages.keys()
 
 
 def transfer_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> int:

@@ -55,7 +55,7 @@ class _State(MayHoldMore):
     """A checkpoint of all components and both optimizers, and where the run stands."""
 
     schema: int
-    signature: dict[str, Any]
+    signature: dict[str, Plain]
     done: list[int] = field(metadata={"between": (0, 2**53)})
     planned: list[int] = field(metadata={"between": (0, 2**53)})
     history: list[_Row]
