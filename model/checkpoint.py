@@ -64,7 +64,7 @@ class SavedOptimizer(MayHoldMore):
 
 
 @dataclass(frozen=True)
-class _Arguments(MayHoldMore):
+class SavedArguments(MayHoldMore):
     """Of the arguments that a run had, those that other scripts take over."""
 
     more = Plain
@@ -73,6 +73,7 @@ class _Arguments(MayHoldMore):
     data_root: str | None = None
     metadata: str | None = None
     class_names: str | None = None
+    val_fraction: float = field(default=0.0, metadata={"between": (0, 1)})
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class _Config(MayHoldMore):
     prompt_names: dict[str, str]
     training_mode: str
     seed: int
-    arguments: _Arguments
+    arguments: SavedArguments
     cross_attention: CrossAttentionConfig | None = None
     domain: str = ""
     shot: int | None = None

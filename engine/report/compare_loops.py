@@ -16,7 +16,7 @@ from engine.detector import Detector, build_detector, load_clip_for, unadapted_d
 from engine.device import check_device
 from engine.evaluation.evaluate import METRICS, ClassResult, Evaluation, ImageScore, evaluate
 from engine.evaluation.inference import zero_shot_notes
-from engine.remembered import load_task_of_run
+from engine.remembered import arguments_in, load_task_of_run
 from engine.report.commands import command_line
 from engine.report.comparison import (
     BASE,
@@ -29,7 +29,8 @@ from engine.report.comparison import (
     write_comparison,
 )
 from engine.report.page import shown_rows, write_report
-from engine.run_folder import ARGUMENTS_FILE, REPORT_FILE, find_latest, find_loops, loop_file
+from engine.run_folder import REPORT_FILE, find_latest, find_loops, loop_file
+from engine.training.feedback_arguments import MOST_LOOPS
 from model.checkpoint import TEXT_FILE, Checkpoint, file_digest, read_checkpoint
 from model.clip import FrozenCLIP
 from model.config import COMPONENTS
@@ -354,12 +355,5 @@ def broken_notes(save_path: Path, rows: Sequence[Row]) -> list[str]:
 def planned_loops(save_path: Path, rows: Sequence[Row]) -> int:
     """How many loops the run was to have, by its checkpoints and its `args.json`; 0 where nothing tells."""
     arguments = [row.config["arguments"] for row in rows if row.loop is not None and row.config]
-    file = save_path / ARGUMENTS_FILE
-    try:
-        arguments.append(json.loads(file.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        logger.warning("%s cannot be read (%s): the checkpoints alone say how many loops were planned", file, error)
-    counts = [item.get("num_feedback_loops") for item in arguments if isinstance(item, dict)]
-    return max((count for count in counts if isinstance(count, int)), default=0)
+    counts = [item.get("num_feedback_loops") for item in (*arguments, arguments_in(save_path))]
+    return max((count for count in counts if type(count) is int and count <= MOST_LOOPS), default=0)
