@@ -31,6 +31,11 @@ from utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 PUBLISHED_MODEL = "ViT-L-14-336"
+# What may be asked of a checkpoint with cross-attention in place of what it was trained with.
+CROSS_ATTENTION_OVERRIDES = (
+    "text_cross_attn_weight", "image_cross_attn_weight", "context_norm", "text_conditioning", "text_context",
+    "cross_attn_heads",
+)  # fmt: skip
 
 
 class Prediction(NamedTuple):
@@ -140,8 +145,9 @@ def load_model(
 
     clip_weights: CLIP's weights file; without it the one that training used, then the hub. clip: a CLIP that is loaded
     already. overrides: `model_name`, `img_size`, `activation`, `surgery`, `surgery_until_layer` for files that do not
-    say (AA-CLIP's published form), or to ask for something else than the file says, which is logged; so, too,
-    `text_conditioning` and `text_context` of a model with cross-attention.
+    say (AA-CLIP's published form), or to ask for something else than the file says, which is logged; so, too, for a
+    model with cross-attention, `text_cross_attn_weight`, `image_cross_attn_weight`, `context_norm`,
+    `text_conditioning`, `text_context` and `cross_attn_heads`.
     Raises `UserError` where the file, the weights and the device do not fit together.
     """
     checkpoint = read_checkpoint(Path(path))
@@ -156,7 +162,8 @@ def load_clip_for(checkpoint: Checkpoint, clip_weights: str | Path | None = None
     if checkpoint.config is None:
         name = asked.get("model_name", PUBLISHED_MODEL)
         clip = load_clip(name, clip_weights, asked.get("img_size"), asked.get("activation"))
-        logger.info("%s has no config: assumed %s with %s", checkpoint.path, name, clip.activation)
+        logger.info("%s has no config: assumed %s at %d px", checkpoint.path, name, clip.img_size)
+        log_activation(checkpoint, clip.activation, given="activation" in asked)
         return clip
     config = checkpoint.model_config()
     if asked.get("model_name", config.model_name) != config.model_name:
@@ -177,6 +184,19 @@ def load_clip_for(checkpoint: Checkpoint, clip_weights: str | Path | None = None
     )
 
 
+def log_activation(checkpoint: Checkpoint, activation: str, given: bool) -> None:
+    """Say under which activation a file without config is taken to be trained; given: it was asked for."""
+    if given or activation == "gelu":
+        logger.info("%s has no config: assumed trained under %s", checkpoint.path, activation)
+    else:
+        logger.warning(
+            "%s has no config: assumed trained under %s, as these weights of CLIP need; AA-CLIP's published code ran "
+            "them under GELU: give --activation gelu if it comes from there",
+            checkpoint.path,
+            activation,
+        )
+
+
 def build_detector(checkpoint: Checkpoint, clip: FrozenCLIP, **overrides: Any) -> Detector:
     """An adapted model with a checkpoint's weights on a CLIP that is loaded already.
 
@@ -184,35 +204,60 @@ def build_detector(checkpoint: Checkpoint, clip: FrozenCLIP, **overrides: Any) -
     """
     config = checkpoint_config(checkpoint, clip, **overrides)
     crossed = cross_attention_choices(checkpoint, **overrides)
-    if crossed:
-        model = AdaptedCLIPWithCrossAttention(clip, config, cross=CrossAttentionConfig(**crossed))
-    else:
-        model = AdaptedCLIP(clip, config)
+    try:
+        model = AdaptedCLIPWithCrossAttention(clip, config, cross=crossed) if crossed else AdaptedCLIP(clip, config)
+    except UserError as error:
+        raise UserError(f"{checkpoint.path}: {error}") from error
     for name, component in model.components.items():
         if name in checkpoint.components:
             load_component(component, checkpoint.components[name], name, checkpoint.path)
-        elif config.text_adapted or not name.startswith("text"):
+        elif (config.text_adapted or not name.startswith("text")) and not (
+            checkpoint.config is None and name.endswith("cross_attn")
+        ):
             raise UserError(f"{checkpoint.path}: has no '{name}', which a model of its config needs; it is damaged")
     epochs = "an unknown number of" if checkpoint.epoch is None else checkpoint.epoch
     logger.info("%s: %s epochs", checkpoint.path, epochs)
     return Detector(model, checkpoint.path.stem, checkpoint)
 
 
-def cross_attention_choices(checkpoint: Checkpoint, **overrides: Any) -> dict[str, Any] | None:
+def cross_attention_choices(checkpoint: Checkpoint, **overrides: Any) -> CrossAttentionConfig | None:
     """What cross-attention a checkpoint was trained with, changed where `overrides` ask for something else; or None.
 
-    Raises `UserError` where something is asked of a checkpoint without cross-attention.
+    Of a file without config it is an assumption, which is logged. Raises `UserError` where something is asked of a
+    checkpoint without cross-attention, and for the weight of a branch that is learned or not there.
     """
-    asked = {name: overrides[name] for name in ("text_conditioning", "text_context") if overrides.get(name) is not None}
-    trained = checkpoint.config and checkpoint.config.get("cross_attention")
-    if not trained:
+    asked = {name: overrides[name] for name in CROSS_ATTENTION_OVERRIDES if overrides.get(name) is not None}
+    trained = checkpoint.cross_attention()
+    if trained is None:
         if asked:
             raise UserError(f"{checkpoint.path}: has no cross-attention, so --{next(iter(asked))} asks for nothing")
         return None
+    for side in ("text", "image"):
+        name = f"{side}_cross_attn_weight"
+        if name in asked and f"{side}_cross_attn" not in checkpoint.components:
+            raise UserError(f"{checkpoint.path}: has no {side}_cross_attn, so --{name} asks for nothing")
+        if name in asked and trained.cross_attn_scale == "learned":
+            raise UserError(f"{checkpoint.path}: its weights are learned, and it holds them; leave --{name} out")
+    chosen = replace(trained, **asked)
+    if checkpoint.config is None:
+        weights = (
+            "weights that it has learned"
+            if chosen.cross_attn_scale == "learned"
+            else f"weights {chosen.text_cross_attn_weight:g} (text) and {chosen.image_cross_attn_weight:g} (image)"
+        )
+        logger.warning(
+            "%s has cross-attention and no config: assumed that its output is added with %s, from context_norm %s, "
+            "text_context %s, text_conditioning %s, %d heads, as earlier code did; --text_cross_attn_weight, "
+            "--image_cross_attn_weight, --context_norm, --text_context, --text_conditioning and --cross_attn_heads "
+            "say otherwise",
+            checkpoint.path, weights, chosen.context_norm, chosen.text_context, chosen.text_conditioning,
+            chosen.cross_attn_heads,
+        )  # fmt: skip
+        return chosen
     for name, value in asked.items():
-        if value != trained[name]:
-            logger.warning("%s was trained with %s %s, now %s", checkpoint.path, name, trained[name], value)
-    return {**trained, **asked}
+        if value != getattr(trained, name):
+            logger.warning("%s was trained with %s %s, now %s", checkpoint.path, name, getattr(trained, name), value)
+    return chosen
 
 
 def checkpoint_config(checkpoint: Checkpoint, clip: FrozenCLIP, **overrides: Any) -> ModelConfig:
@@ -233,7 +278,10 @@ def checkpoint_config(checkpoint: Checkpoint, clip: FrozenCLIP, **overrides: Any
 
 
 def _assumed_config(checkpoint: Checkpoint, clip: FrozenCLIP, asked: dict[str, Any]) -> ModelConfig:
-    choices = infer_choices(checkpoint)
+    for name in ("text_adapter", "image_adapter"):
+        if name not in checkpoint.components:
+            raise UserError(f"{checkpoint.path}: has no '{name}'")
+    choices = infer_choices(checkpoint.components)
     levels = clip.defaults["levels"]
     if choices.pop("n_levels") != len(levels):
         raise UserError(f"{checkpoint.path}: has another number of levels than {clip.model_name}'s {len(levels)}")
@@ -243,7 +291,7 @@ def _assumed_config(checkpoint: Checkpoint, clip: FrozenCLIP, asked: dict[str, A
         "%s has no config: assumed surgery %s, adapters %s, blend weights 0.1",
         checkpoint.path,
         assumed["surgery"],
-        assumed["adapter"],
+        assumed.get("adapter", ModelConfig.adapter),
     )
     return clip.model_config(**assumed)
 

@@ -124,11 +124,11 @@ def build_model(test: GradientTest) -> AdaptedCLIPWithCrossAttention:
     checkpoint = read_checkpoint(test.checkpoint)
     clip = load_clip_for(checkpoint, test.clip_weights)
     choices = CrossAttentionConfig(**asked)
-    crossed = checkpoint.config and checkpoint.config.get("cross_attention")
+    crossed = checkpoint.cross_attention()
     if crossed:
-        if crossed["cross_attn_scale"] == "learned":
+        if crossed.cross_attn_scale == "learned":
             raise UserError(f"{test.checkpoint}: its weight is learned; this test compares fixed ones")
-        choices = replace(CrossAttentionConfig(**crossed), **asked)
+        choices = replace(crossed, **asked)
     model = AdaptedCLIPWithCrossAttention(clip, checkpoint_config(checkpoint, clip), cross=choices)
     for name, part in model.components.items():
         if name in checkpoint.components:

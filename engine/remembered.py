@@ -11,18 +11,26 @@ from typing import Any
 from dataset.locate import locate_dataset
 from engine.data import TaskData, load_task
 from engine.run_folder import ARGUMENTS_FILE
+from model.checkpoint import SavedArguments
 from utils.errors import UserError
+from utils.schema import check
 
 logger = logging.getLogger(__name__)
 
 
 def arguments_in(folder: Path) -> dict[str, Any]:
     """What the run in a folder was asked for; nothing where no run is there, or its file cannot be read."""
-    try:
-        found = json.loads((folder / ARGUMENTS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    file = folder / ARGUMENTS_FILE
+    if not file.is_file():
         return {}
-    return found if isinstance(found, dict) else {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        check(found, SavedArguments, file)
+    except (OSError, ValueError, RecursionError, UserError) as error:
+        reason = error if isinstance(error, UserError) else f"{file}: cannot be read ({type(error).__name__})"
+        logger.warning("%s; it is ignored", reason)
+        return {}
+    return found
 
 
 def load_task_of_run(

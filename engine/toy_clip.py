@@ -34,9 +34,11 @@ from torch import Tensor, nn
 from dataset.toy.captions import Words, draw_pairs
 from dataset.toy.objects import OBJECTS, TEXTURES
 from engine.arguments import Arguments, MachineArguments
+from model.checkpoint import FloatTensor, SavedOptimizer, load, load_component, save
 from utils.errors import NotFiniteError, UserError
 from utils.fields import changed, setting
 from utils.files import replacing, write_json
+from utils.schema import check
 
 logger = logging.getLogger(__name__)
 
@@ -249,6 +251,16 @@ def _batches(
         yield pairs.images[rows], batch_tokens[:, :longest]
 
 
+@dataclass(frozen=True)
+class _State:
+    """What `pretrain_state.pth` holds."""
+
+    config: PretrainConfig
+    model: dict[str, FloatTensor]
+    optimizer: SavedOptimizer
+    epoch: int
+
+
 class _Run:
     """A pre-training run in progress: model, optimizer and how far it is."""
 
@@ -265,10 +277,11 @@ class _Run:
             self._resume()
 
     def _resume(self) -> None:
-        state = torch.load(self.state_file, map_location=self.device, weights_only=True)
+        state = load(self.state_file)
+        check(state, _State, self.state_file)
         if state["config"] != asdict(self.config):
             raise UserError(f"{self.state_file} belongs to a run with other settings; choose another --work folder")
-        self.model.load_state_dict(state["model"])
+        load_component(self.model, state["model"], "model", self.state_file)
         self.optimizer.load_state_dict(state["optimizer"])
         self.epoch = state["epoch"]
         logger.info("resumed after epoch %d", self.epoch)
@@ -280,8 +293,7 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "epoch": self.epoch,
         }
-        with replacing(self.state_file) as temporary:
-            torch.save(state, temporary)
+        save(state, self.state_file)
 
     def train_epoch(self, pairs: Pairs, tokens: Tensor) -> float:
         """One pass over the drawings; returns the mean loss."""

@@ -12,15 +12,106 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.config import COMPONENTS, CrossAttentionConfig, ModelConfig
+from model.config import COMPONENTS, SIDES, CrossAttentionConfig, ModelConfig
 from utils.errors import UserError
 from utils.files import replacing
+from utils.schema import MayHoldMore, Plain, check
 
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
+FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TEXT_FILE = "text_adapter.pth"
 OPTIMIZERS = ("text_optimizer", "image_optimizer")
+
+
+class FloatTensor:
+    """An annotation: a tensor as weights and moments are kept, dense, of finite floating-point numbers."""
+
+    @staticmethod
+    def problem(value: Any) -> str | None:
+        """What is wrong with a value; None where it fits."""
+        if not isinstance(value, Tensor):
+            return f"is a {type(value).__name__}, where a tensor is needed"
+        if value.layout != torch.strided or value.is_nested or value.is_quantized or value.is_meta:
+            kind = "on no device" if value.is_meta else "not a plain one, with a place for every number"
+            return f"is a tensor that is {kind}"
+        if value.dtype not in FLOAT_TYPES:
+            return f"is a tensor of {value.dtype}, where floating-point numbers are needed"
+        if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            return "is a tensor larger than what is kept of it"
+        return None if value.isfinite().all() else "holds values that are not finite"
+
+
+State = dict[str, FloatTensor]
+
+
+def _from(low: int, default: Any) -> Any:
+    """A field that holds a whole number from `low` on."""
+    return field(default=default, metadata={"between": (low, 2**53)})
+
+
+@dataclass(frozen=True)
+class _Group(MayHoldMore):
+    params: list[int]
+    param_names: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SavedOptimizer(MayHoldMore):
+    state: dict[int, dict[str, float | FloatTensor | None]]
+    param_groups: list[_Group]
+
+
+@dataclass(frozen=True)
+class SavedArguments(MayHoldMore):
+    """Of the arguments that a run had, those that other scripts take over."""
+
+    more = Plain
+    dataset: str
+    clip_weights: str | None = None
+    data_root: str | None = None
+    metadata: str | None = None
+    class_names: str | None = None
+    val_fraction: float = field(default=0.0, metadata={"between": (0, 1)})
+
+
+@dataclass(frozen=True)
+class _Config(MayHoldMore):
+    """What every version of this schema has written, and, with a default, what some have."""
+
+    more = Plain
+    schema: int
+    model: ModelConfig
+    dataset: str
+    metadata_digest: str
+    prompt_names: dict[str, str]
+    training_mode: str
+    seed: int
+    arguments: SavedArguments
+    cross_attention: CrossAttentionConfig | None = None
+    domain: str = ""
+    shot: int | None = None
+    processes: int = _from(1, 1)
+    versions: dict[str, str] = field(default_factory=dict)
+    base: dict[str, str | None] | None = None
+    feedback: bool = False
+
+
+@dataclass(frozen=True)
+class _File(MayHoldMore):
+    """A checkpoint file of any script or origin. The state of a run is one too, which holds more."""
+
+    text_adapter: State = field(default_factory=dict)
+    text_cross_attn: State = field(default_factory=dict)
+    image_adapter: State = field(default_factory=dict)
+    image_cross_attn: State = field(default_factory=dict)
+    text_optimizer: SavedOptimizer | None = None
+    image_optimizer: SavedOptimizer | None = None
+    epoch: int | None = _from(0, None)
+    loop: int | None = _from(1, None)
+    steps: dict[str, int | None] | None = None
+    config: _Config | None = None
 
 
 @dataclass(frozen=True)
@@ -44,11 +135,46 @@ class Checkpoint:
             raise ValueError(f"{self.path} has no config")
         return ModelConfig.from_dict(self.config["model"], str(self.path))
 
+    def cross_attention(self) -> CrossAttentionConfig | None:
+        """The cross-attention that this file was trained with, or is taken to be where it has no config; or None.
+
+        Files without config come from code that added the output of both branches, seeing raw context, at full scale.
+        A branch that the file does not hold gets the weight 0.
+        """
+        if self.config is not None:
+            trained = self.config.get("cross_attention")
+            return CrossAttentionConfig(**trained) if trained else None
+        crossed = {side: self.components.get(f"{side}_cross_attn") for side in SIDES}
+        if not any(crossed.values()):
+            return None
+        learned = {side for side, state in crossed.items() if state and "scale" in state}
+        if learned and any(state and side not in learned for side, state in crossed.items()):
+            raise UserError(f"{self.path}: only its {learned.pop()}_cross_attn has a 'scale', so it is damaged")
+        return CrossAttentionConfig(
+            **{f"{side}_cross_attn_weight": 1.0 if state else 0.0 for side, state in crossed.items()},
+            context_norm="none",
+            cross_attn_scale="learned" if learned else "fixed",
+        )
+
 
 def save(value: Mapping[str, Any], path: Path) -> None:
-    """`torch.save` to a temporary file that then takes the place of `path`."""
+    """`torch.save`, from the CPU whatever device a tensor is on, to a temporary file that then takes `path`'s place.
+
+    So every file loads on a machine without a GPU, also by a plain `torch.load`.
+    """
     with replacing(path) as temporary:
-        torch.save(dict(value), temporary)
+        torch.save(on_cpu(value), temporary)
+
+
+def on_cpu(value: Any) -> Any:
+    """A copy of nested mappings, lists and tuples in which every tensor is on the CPU, without its gradient."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, Mapping):
+        return {key: on_cpu(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return tuple(map(on_cpu, value)) if isinstance(value, tuple) else list(map(on_cpu, value))
+    return value
 
 
 def load(path: Path) -> Any:
@@ -110,58 +236,62 @@ def read_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def _check_config(config: Mapping[str, Any], path: Path) -> None:
-    """`UserError` for a config that describes no forward of this version."""
-    try:
-        ModelConfig.from_dict(config["model"], str(path))
-        CrossAttentionConfig(**(config.get("cross_attention") or {}))
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: its config is damaged ({error!r})") from error
-
-
 def read_any(path: Path) -> Checkpoint:
     """Read a checkpoint file of either side or both, as it is; `UserError` for a file that is none."""
-    content = load(path)
+    return as_checkpoint(load(path), path)
+
+
+def as_checkpoint(content: Any, path: Path) -> Checkpoint:
+    """What a file holds, as a checkpoint; `UserError`, naming file and key, where it is none that can be used."""
     if not isinstance(content, dict) or not any(name in content for name in COMPONENTS):
         raise UserError(f"{path}: not a checkpoint of this project (none of {', '.join(COMPONENTS)} is in it)")
-    if content.get("epoch") is None:
-        logger.warning("%s does not say how many epochs it was trained", path)
-    for name in COMPONENTS:
-        state = content.get(name, {})
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise UserError(f"{path}: its '{name}' is not a state dict, so it is not a checkpoint of this project")
     config = content.get("config")
     schema = config.get("schema") if isinstance(config, dict) else None
-    if config is not None and schema != SCHEMA:
+    if type(schema) is int and schema != SCHEMA:
         raise UserError(f"{path}: schema {schema} where this version reads {SCHEMA}; use the version that wrote it")
-    if config is not None:
-        _check_config(config, path)
-    return Checkpoint(
+    check(content, _File, path)
+    optimizers = {name: content[name] for name in OPTIMIZERS if content.get(name)}
+    for name, optimizer in optimizers.items():
+        for group in optimizer["param_groups"]:
+            if len(group.get("param_names", group["params"])) != len(group["params"]):
+                raise UserError(f"{path}: {name} names more or fewer parameters than it has, so it is damaged")
+    if content.get("epoch") is None:
+        logger.warning("%s does not say how many epochs it was trained", path)
+    checkpoint = Checkpoint(
         path,
-        {name: content[name] for name in COMPONENTS if name in content},
-        {name: content[name] for name in OPTIMIZERS if name in content},
+        {name: content[name] for name in COMPONENTS if content.get(name)},
+        optimizers,
         content.get("epoch"),
         content.get("loop"),
         config,
         content.get("steps"),
     )
+    if config is not None:
+        checkpoint.model_config()
+    return checkpoint
 
 
-def infer_choices(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the keys of a file without config tell: adapter kind, `relu`, depths and number of levels.
+def infer_choices(components: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """What the keys of the adapters of either side, or of both, tell: adapter kind, `relu`, depths, number of levels.
 
-    Covers AA-CLIP's published form (`fc.0` keys) and runs with `fc1` / `fc2` keys.
+    Covers AA-CLIP's published form (`fc.0` keys) and runs with `fc1` / `fc2` keys. What no key tells is left out.
     """
-    text, image = checkpoint.components["text_adapter"], checkpoint.components["image_adapter"]
-    adapters = [key for key in (*text, *image) if not key.startswith(("seg_proj", "det_proj"))]
-    kind = "bottleneck" if any(key.endswith("fc1.weight") for key in adapters) else "linear"
-    return {
-        "adapter": kind,
-        "relu": "seg_proj.0.fc.0.weight" in image,
-        "text_adapt_until": len({key.split(".")[0] for key in text}) - 1,
-        "image_adapt_until": len({key.split(".")[1] for key in image if key.startswith("layer_adapters.")}),
-        "n_levels": len({key.split(".")[1] for key in image if key.startswith("seg_proj.")}),
-    }
+    text, image = (components.get(f"{side}_adapter", {}) for side in SIDES)
+    depths = [
+        {key.split(".")[0] for key in text},
+        {key.split(".")[1] for key in image if key.startswith("layer_adapters.")},
+    ]
+    told: dict[str, Any] = {}
+    if text:
+        told["text_adapt_until"] = len(depths[0]) - 1  # the last one is the projector
+    if image:
+        told["image_adapt_until"] = len(depths[1])
+        told["relu"] = "seg_proj.0.fc.0.weight" in image
+        told["n_levels"] = len({key.split(".")[1] for key in image if key.startswith("seg_proj.")})
+    if told.get("text_adapt_until") or told.get("image_adapt_until"):
+        adapters = [key for key in (*text, *image) if not key.startswith(("seg_proj", "det_proj"))]
+        told["adapter"] = "bottleneck" if any(key.endswith("fc1.weight") for key in adapters) else "linear"
+    return told
 
 
 def load_component(module: nn.Module, state: Mapping[str, Tensor], name: str, source: Path) -> None:

@@ -12,13 +12,15 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.model import resize_pos_embed
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg, resize_pos_embed
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 from torch import Tensor
 
+from model.checkpoint import FloatTensor
 from model.clip import FrozenCLIP
 from model.config import ACTIVATIONS
 from utils.errors import UserError
+from utils.schema import MayHoldMore, Plain, check
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,57 @@ DEFAULT_TAG = "openai"
 DEFAULT_IMG_SIZES = {"ViT-L-14-336": 518}
 # Entries that OpenAI's own archives carry beside the weights; no other distribution has them.
 OPENAI_ENTRIES = ("input_resolution", "context_length", "vocab_size")
+
+
+def _size(default: int, most: int = 2**20) -> int:
+    """A size in a CLIP configuration."""
+    return field(default=default, metadata={"between": (1, most)})
+
+
+@dataclass
+class _Vision(CLIPVisionCfg):
+    """open_clip's own fields, with the sizes of a plain, square ViT."""
+
+    layers: int = _size(12, 1000)
+    width: int = _size(768)
+    head_width: int = _size(64)
+    patch_size: int = _size(16)
+    image_size: int = _size(224, 8192)
+
+
+@dataclass
+class _Text(CLIPTextCfg):
+    """open_clip's own fields, with sizes that there are."""
+
+    context_length: int = _size(77)
+    vocab_size: int = _size(49408)
+    width: int = _size(512)
+    heads: int = _size(8)
+    layers: int = _size(12, 1000)
+
+
+@dataclass
+class _Clip(MayHoldMore):
+    more = Plain
+    embed_dim: int = field(metadata={"between": (1, 2**20)})
+    vision_cfg: _Vision
+    text_cfg: _Text
+    quick_gelu: bool = False
+
+
+@dataclass
+class _Preprocessing(MayHoldMore):
+    more = Plain
+    mean: tuple[float, float, float] = open_clip.OPENAI_DATASET_MEAN
+    std: tuple[float, float, float] = field(default=open_clip.OPENAI_DATASET_STD, metadata={"between": (1e-6, 1e6)})
+
+
+@dataclass
+class _ClipFile(MayHoldMore):
+    """An `open_clip_config.json`."""
+
+    model_cfg: _Clip
+    preprocess_cfg: _Preprocessing | None = None
 
 
 @dataclass(frozen=True)
@@ -83,23 +136,26 @@ def load_clip(
     model_cfg = {**source.model_cfg, "vision_cfg": {**source.model_cfg["vision_cfg"], "image_size": size}}
     model_cfg["quick_gelu"] = chosen == "quick_gelu"
     try:
-        clip = open_clip.CLIP(**model_cfg)
-    except TypeError as error:
-        raise UserError(f"{model_name}: only plain CLIP models can be adapted ({error})") from error
-    _load_weights(clip, source, model_name)
+        with torch.device("meta"):  # where it takes no memory, whatever sizes a file asks for
+            shapes = open_clip.CLIP(**model_cfg)
+    except (TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError) as error:  # sizes that do not fit
+        raise UserError(f"{model_name}: only plain CLIP models can be adapted ({_first_line(error)})") from error
+    state = _fitting_weights(shapes, source, model_name)
+    clip = open_clip.CLIP(**model_cfg)
+    clip.load_state_dict(state)
     logger.info("CLIP %s at %d px, %s, weights from %s", model_name, size, chosen, source.weights)
     return FrozenCLIP(clip, model_name, chosen, source.mean, source.std)
 
 
 def check_image_size(model_name: str, model_cfg: dict[str, Any], img_size: int | None) -> int:
     """The image size to use; `UserError` unless it is made of at least two whole patches a side."""
-    vision = model_cfg["vision_cfg"]
+    vision = CLIPVisionCfg(**model_cfg["vision_cfg"])
     size = (
-        DEFAULT_IMG_SIZES.get(model_name.removesuffix("-quickgelu"), vision["image_size"])
+        DEFAULT_IMG_SIZES.get(model_name.removesuffix("-quickgelu"), vision.image_size)
         if img_size is None
         else img_size
     )
-    patch = vision["patch_size"]
+    patch = vision.patch_size
     if size % patch or size < 2 * patch:
         near = max(2, round(size / patch)) * patch
         raise UserError(
@@ -119,11 +175,8 @@ def _local_source(model_name: str, clip_weights: str | Path | None) -> _Source:
     config_file = folder / "open_clip_config.json"
     if not config_file.is_file():
         raise UserError(f"--model_name {model_name}: {config_file} is not there; the folder must be an open_clip model")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        model_cfg, preprocess = config["model_cfg"], config.get("preprocess_cfg", {})
-    except (json.JSONDecodeError, KeyError) as error:
-        raise UserError(f"{config_file}: not an open_clip configuration ({error})") from error
+    config = _read_config(config_file)
+    model_cfg, preprocess = config["model_cfg"], config.get("preprocess_cfg") or {}
     weights = Path(clip_weights) if clip_weights else next(iter(_weight_files(folder)), None)
     if weights is None or not weights.is_file():
         raise UserError(f"{weights or folder}: no weights file (open_clip_model.safetensors) is there")
@@ -136,6 +189,20 @@ def _local_source(model_name: str, clip_weights: str | Path | None) -> _Source:
         tuple(preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN)),
         tuple(preprocess.get("std", open_clip.OPENAI_DATASET_STD)),
     )
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """What an `open_clip_config.json` holds; `UserError`, naming file and key, where it describes no plain CLIP."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not an open_clip configuration ({_first_line(error)})") from error
+    check(config, _ClipFile, file)
+    return config
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:160]
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -198,7 +265,7 @@ def _told_activation(model_name: str, file: Path, state: dict[str, Tensor]) -> s
         return "quick_gelu"
     beside = file.parent / "open_clip_config.json"
     if beside.is_file():
-        stated = json.loads(beside.read_text(encoding="utf-8")).get("model_cfg", {}).get("quick_gelu")
+        stated = _read_config(beside)["model_cfg"].get("quick_gelu")
         if stated is not None:
             return "quick_gelu" if stated else "gelu"
     return "quick_gelu" if model_name.endswith("-quickgelu") else None
@@ -227,16 +294,20 @@ def _read_state_dict(file: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _load_weights(clip: open_clip.CLIP, source: _Source, model_name: str) -> None:
+def _fitting_weights(clip: open_clip.CLIP, source: _Source, model_name: str) -> dict[str, Tensor]:
+    """The weights of `source` as `clip` takes them; `UserError` where a tensor is missing, odd or of another shape."""
+    state = {key: value for key, value in source.state.items() if key not in OPENAI_ENTRIES and key != "attn_mask"}
+    check(state, dict[str, FloatTensor], source.weights)
     # Float16 files (OpenAI's archives) are widened first: positions cannot be interpolated in half precision on a CPU.
-    state = {
-        key: value.float() if torch.is_tensor(value) and value.is_floating_point() else value
-        for key, value in source.state.items()
-        if key not in OPENAI_ENTRIES and key != "attn_mask"
-    }
-    if "logit_scale" in state:  # a scalar in some files, a vector of one in others
+    state = {key: value.float() for key, value in state.items()}
+    if "logit_scale" in state and state["logit_scale"].numel() == 1:  # a scalar in some files, a vector in others
         state["logit_scale"] = state["logit_scale"].reshape(clip.logit_scale.shape)
-    resize_pos_embed(state, clip)
+    try:
+        resize_pos_embed(state, clip)
+    except (IndexError, RuntimeError) as error:
+        raise UserError(
+            f"{source.weights}: its 'visual.positional_embedding' belongs to no square image; check --model_name"
+        ) from error
     expected = clip.state_dict()
     for key, value in expected.items():
         if key not in state:
@@ -251,4 +322,4 @@ def _load_weights(clip: open_clip.CLIP, source: _Source, model_name: str) -> Non
     unknown = sorted(set(state) - set(expected))
     if unknown:
         raise UserError(f"{source.weights}: '{unknown[0]}' has no place in {model_name}; check --model_name")
-    clip.load_state_dict(state)
+    return state

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from utils.errors import UserError
 from utils.fields import setting
+from utils.schema import check_fields
 
 # The trainable parts, by the names that checkpoints, state dicts and logs use.
 COMPONENTS = ("text_adapter", "text_cross_attn", "image_adapter", "image_cross_attn")
@@ -72,17 +73,11 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "the checkpoint") -> ModelConfig:
-        """The config of a checkpoint; `source` names the file in the error for keys that are missing or unknown."""
-        known = {field.name for field in fields(cls)}
-        missing = known - set(values)
-        unknown = set(values) - known
-        if missing or unknown:
-            what = ", ".join(
-                [*(f"no '{key}'" for key in sorted(missing)), *(f"unknown '{key}'" for key in sorted(unknown))]
-            )
-            raise UserError(
-                f"{source}: its model config does not fit this version ({what}); use the version that wrote it"
-            )
+        """The config of a checkpoint; `source` names the file in the error for what is missing, unknown or unfit."""
+        check_fields(values, cls, source, "config.model")
+        for item in fields(cls):
+            if item.name not in values:  # a default of today need not be what the file was trained with
+                raise UserError(f"{source}: config.model has no '{item.name}'; use the version that wrote it")
         return cls(**{key: tuple(value) if key == "levels" else value for key, value in values.items()})
 
 

@@ -39,6 +39,14 @@ def states_of(model: AdaptedCLIP) -> dict[str, State]:
     return {name: checkpoint.state_of(part) for name, part in model.components.items()}
 
 
+def config_of(adapted: AdaptedCLIP, **changes: Any) -> dict[str, Any]:
+    """The `config` of a checkpoint, as little as every version has written."""
+    return {
+        "schema": checkpoint.SCHEMA, "model": adapted.config.to_dict(), "dataset": "any", "metadata_digest": "0",
+        "prompt_names": {}, "training_mode": "full_shot", "seed": 0, "arguments": {"dataset": "any"}, **changes,
+    }  # fmt: skip
+
+
 def published_states(relu: bool) -> dict[str, State]:
     """AA-CLIP's keys, written out by hand: two text adapters and a projector, three image adapters, four levels."""
     generator = torch.Generator().manual_seed(0)
@@ -66,7 +74,7 @@ def write_pair(folder: Path, states: dict[str, State], epoch: int | None = 20) -
 def load_by_its_keys(path: Path) -> AdaptedCLIP:
     """A file without config, in a model of the choices that its keys tell."""
     read = checkpoint.read_checkpoint(path)
-    choices = checkpoint.infer_choices(read)
+    choices = checkpoint.infer_choices(read.components)
     assert choices.pop("n_levels") == 4
     model = AdaptedCLIP(clip(), config_for(clip(), **choices))
     for name, part in model.components.items():
@@ -151,7 +159,7 @@ def test_the_text_side_and_its_optimizer_come_from_the_file_beside_it(
 def test_an_unadapted_text_side_needs_no_file(tmp_path: Path) -> None:
     """`--text_epoch 0`: the config says that there is no text side to look for."""
     model = model_of(text_adapted=False)
-    config = {"schema": checkpoint.SCHEMA, "model": model.config.to_dict()}
+    config = config_of(model)
     path = tmp_path / "image_adapter.pth"
     checkpoint.save({"image_adapter": checkpoint.state_of(model.image_adapter), "epoch": 1, "config": config}, path)
     read = checkpoint.read_checkpoint(path)
@@ -222,28 +230,178 @@ def test_another_schema_is_refused(tmp_path: Path) -> None:
     one_line(caught, tmp_path / "image_adapter.pth", "schema 99")
 
 
-@pytest.mark.parametrize("damage", [{"model": None}, {"cross_attention": {"depth": 2}}, {"cross_attention": [1]}])
-def test_a_damaged_config_is_refused(damage: dict[str, object], tmp_path: Path) -> None:
+CONFIG_DAMAGE: list[tuple[dict[str, Any], str]] = [
+    ({"model": None}, "config.model is nothing"),
+    ({"cross_attention": {"depth": 2}}, "config.cross_attention has an unknown 'depth'"),
+    ({"cross_attention": [1]}, "config.cross_attention is a list"),
+    ({"cross_attention": {"cross_attn_heads": True}}, "config.cross_attention.cross_attn_heads is True"),
+    ({"prompt_names": {"bolt": 3}}, "config.prompt_names['bolt'] is 3, where text is needed"),
+    ({"prompt_names": {3: "bolt"}}, "a key of config.prompt_names is 3"),
+    ({"arguments": {}}, "config.arguments has no 'dataset'"),
+    ({"arguments": {"dataset": "any", "clip_weights": 5}}, "config.arguments.clip_weights is 5"),
+    ({"arguments": {"dataset": "any\0"}}, "config.arguments.dataset is"),
+    ({"arguments": {"dataset": "any", "more": [[[[[[[[[[]]]]]]]]]]}}, "nested"),
+    ({"arguments": {"dataset": "any", "more": {5: 5}}}, "a key that is not text"),
+    ({"arguments": {"dataset": "any", "more": torch.zeros(1)}}, "not plain data"),
+    ({"seed": 10**500}, "config.seed is a huge number"),
+    ({"seed": float("nan")}, "config.seed is nan"),
+    ({"schema": "1"}, "config.schema is '1'"),
+    ({"schema": True}, "config.schema is True"),
+    ({"schema": torch.zeros(2)}, "config.schema is a Tensor"),
+    ({5: 5}, "a key of config is 5"),
+]
+
+
+@pytest.mark.parametrize(("damage", "words"), CONFIG_DAMAGE)
+def test_a_damaged_config_is_refused(damage: dict[Any, Any], words: str, tmp_path: Path) -> None:
     model = model_of()
-    config = {"schema": checkpoint.SCHEMA, "model": model.config.to_dict(), **damage}
     path = tmp_path / "image_adapter.pth"
+    checkpoint.save({**states_of(model), "epoch": 1, "config": {**config_of(model), **damage}}, path)
+    with pytest.raises(UserError) as caught:
+        checkpoint.read_any(path)
+    one_line(caught, path, words)
+
+
+MODEL_DAMAGE: list[tuple[str, Any, str]] = [
+    ("surgery", None, "config.model.surgery is nothing"),
+    ("surgery", "triple", "config.model.surgery is 'triple', where one of dual, sequential is needed"),
+    ("adapter", 5, "config.model.adapter is 5"),
+    ("img_size", "518", "config.model.img_size is '518', where a whole number is needed"),
+    ("img_size", 518.0, "config.model.img_size is 518.0"),
+    ("img_size", True, "config.model.img_size is True"),
+    ("img_size", 10**9, "config.model.img_size is 1000000000, where 1 to "),
+    ("levels", [2, "4"], "config.model.levels[1] is '4'"),
+    ("levels", 4, "config.model.levels is 4, where a list is needed"),
+    ("levels", [0, 4], "config.model.levels[0] is 0"),
+    ("relu", 1, "config.model.relu is 1, where true or false is needed"),
+    ("text_adapt_weight", float("nan"), "config.model.text_adapt_weight is nan"),
+    ("text_adapt_weight", 2.0, "config.model.text_adapt_weight is 2.0"),
+    ("text_adapt_until", -1, "config.model.text_adapt_until is -1"),
+    ("temperature", 1, "unknown 'temperature'; use the version that wrote it"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "words"), MODEL_DAMAGE, ids=str)
+def test_a_model_that_is_none_is_refused(key: str, value: Any, words: str, tmp_path: Path) -> None:
+    model = model_of()
+    path = tmp_path / "image_adapter.pth"
+    config = config_of(model, model={**model.config.to_dict(), key: value})
     checkpoint.save({**states_of(model), "epoch": 1, "config": config}, path)
     with pytest.raises(UserError) as caught:
-        checkpoint.read_checkpoint(path)
-    one_line(caught, path, "config is damaged")
+        checkpoint.read_any(path)
+    one_line(caught, path, words)
 
 
-@pytest.mark.parametrize(("key", "change"), [("surgery", "missing"), ("temperature", "unknown")])
-def test_a_config_of_another_version_is_refused(key: str, change: str, tmp_path: Path) -> None:
+def test_a_model_without_a_choice_is_refused(tmp_path: Path) -> None:
     model = model_of()
-    values = {**model.config.to_dict(), key: "dual"}
-    if change == "missing":
-        del values[key]
+    values = model.config.to_dict()
+    del values["surgery"]
     path = tmp_path / "image_adapter.pth"
-    checkpoint.save({**states_of(model), "epoch": 1, "config": {"schema": checkpoint.SCHEMA, "model": values}}, path)
+    checkpoint.save({**states_of(model), "epoch": 1, "config": config_of(model, model=values)}, path)
     with pytest.raises(UserError) as caught:
-        checkpoint.read_checkpoint(path).model_config()
-    one_line(caught, path, key)
+        checkpoint.read_any(path)
+    one_line(caught, path, "config.model has no 'surgery'")
+
+
+def test_what_a_later_version_adds_beside_the_model_is_no_harm(tmp_path: Path) -> None:
+    model = model_of()
+    path = tmp_path / "image_adapter.pth"
+    config = config_of(model, script="train.py", arguments={"dataset": "any", "temperature": 2})
+    checkpoint.save({**states_of(model), "epoch": 1, "config": config, "note": {"any": torch.zeros(2)}}, path)
+    assert checkpoint.read_any(path).config == config
+
+
+def sparse(value: Tensor) -> Tensor:
+    return value.to_sparse()
+
+
+WEIGHTS_DAMAGE: list[tuple[str, Any]] = [
+    ("sparse", sparse),
+    ("compressed", lambda value: value.to_sparse_csr()),
+    ("quantized", lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8)),
+    ("meta", lambda value: value.to("meta")),
+    ("complex", lambda value: value.to(torch.complex64)),
+    ("integer", lambda value: value.long()),
+    ("boolean", lambda value: value.bool()),
+    ("eight bits", lambda value: value.to(torch.float8_e4m3fn)),
+    ("nan", lambda value: value * float("nan")),
+    ("infinite", lambda value: value / 0),
+    ("repeated", lambda value: torch.zeros(1, 1).expand(10**6, 10**6)),
+    ("a number", lambda value: 1.0),
+    ("a list", lambda value: value.tolist()),
+    ("nothing", lambda value: None),
+    ("nested", lambda value: {"weight": value}),
+]
+
+
+@pytest.mark.parametrize(("kind", "damage"), WEIGHTS_DAMAGE, ids=[kind for kind, _ in WEIGHTS_DAMAGE])
+def test_weights_are_dense_finite_floats(kind: str, damage: Any, tmp_path: Path) -> None:
+    states = states_of(model_of())
+    states["image_adapter"]["det_proj.fc.weight"] = damage(states["image_adapter"]["det_proj.fc.weight"])
+    torch.save({**states, "epoch": 1}, tmp_path / "image_adapter.pth")
+    with pytest.raises(UserError) as caught:
+        checkpoint.read_any(tmp_path / "image_adapter.pth")
+    one_line(caught, tmp_path / "image_adapter.pth", "image_adapter['det_proj.fc.weight']")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("epoch", "20", "epoch is '20', where a whole number is needed"),
+        ("epoch", -1, "epoch is -1"),
+        ("epoch", True, "epoch is True"),
+        ("loop", 0, "loop is 0"),
+        ("loop", 1.5, "loop is 1.5"),
+        ("steps", {"text": "many"}, "steps['text'] is 'many'"),
+        ("image_adapter", {0: torch.zeros(2)}, "a key of image_adapter is 0"),
+        ("image_adapter", torch.zeros(2), "image_adapter is a Tensor"),
+        ("image_optimizer", [], "image_optimizer is a list"),
+        ("image_optimizer", {"state": {}}, "image_optimizer has no 'param_groups'"),
+        ("image_optimizer", {"state": {"0": {}}, "param_groups": []}, "a key of image_optimizer.state is '0'"),
+        ("image_optimizer", {"state": {0: {"exp_avg": torch.zeros(2).to_sparse()}}, "param_groups": []}, "exp_avg"),
+        ("image_optimizer", {"state": {}, "param_groups": [{"params": ["0"]}]}, "param_groups[0].params[0] is '0'"),
+        (7, 8, "a key of it is 7"),
+    ],
+)
+def test_other_entries_are_checked_too(key: Any, value: Any, words: str, tmp_path: Path) -> None:
+    torch.save({**states_of(model_of()), "epoch": 1, key: value}, tmp_path / "image_adapter.pth")
+    with pytest.raises(UserError) as caught:
+        checkpoint.read_any(tmp_path / "image_adapter.pth")
+    one_line(caught, tmp_path / "image_adapter.pth", words)
+
+
+class Elsewhere(Tensor):
+    """Stands for a tensor on a GPU: what a file must not hold, and what only `cpu` brings here."""
+
+    def cpu(self, *_: Any, **__: Any) -> Tensor:
+        return self.as_subclass(Tensor)
+
+
+def test_everything_is_saved_on_the_cpu(tmp_path: Path) -> None:
+    """A plain `torch.load` reads it: weights, moments, and whatever is nested."""
+    there = torch.arange(3.0).as_subclass(Elsewhere)
+    moments = {"state": {0: {"step": there.sum(), "exp_avg": there}}, "param_groups": [{"params": [0], "lr": there[0]}]}
+    value = {
+        "image_adapter": {"weight": nn.Parameter(there)},
+        "image_optimizer": moments,
+        "nested": [({"deep": there},), there],
+        "epoch": 3,
+    }
+    checkpoint.save(value, tmp_path / "state.pth")
+    read = torch.load(tmp_path / "state.pth", weights_only=True)
+
+    def tensors(value: Any) -> list[Tensor]:
+        if isinstance(value, dict):
+            value = list(value.values())
+        return [value] if isinstance(value, Tensor) else [t for v in value for t in tensors(v)] if isinstance(
+            value, (list, tuple)
+        ) else []  # fmt: skip
+
+    found = tensors(read)
+    assert len(found) == 6
+    assert all(type(value) is Tensor and not value.requires_grad for value in found)
+    assert read["epoch"] == 3 and isinstance(read["nested"][0], tuple)
+    assert torch.equal(read["image_optimizer"]["state"][0]["exp_avg"], torch.arange(3.0))
 
 
 def refusal(module: nn.Module, state: State, name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -25,6 +26,7 @@ from tests.helpers import (
     tiny_clip,
     tiny_open_clip,
 )
+from tests.scripts import write_clip
 from utils.errors import UserError
 
 FORMATS = ("plain", "state_dict", "module_prefix", "safetensors", "archive")
@@ -351,3 +353,74 @@ def test_hub_weights_run_with_their_own_activation(
     assert load_clip(tiny_name, "own").activation == "gelu"
     with pytest.raises(UserError, match=r"--clip_weights other: .*openai, own"):
         load_clip(tiny_name, "other")
+
+
+CONFIG_DAMAGE: list[tuple[tuple[str, ...], Any, str]] = [
+    (("model_cfg",), None, "has no 'model_cfg'"),
+    (("model_cfg",), 5, "model_cfg is 5"),
+    (("model_cfg", "embed_dim"), None, "model_cfg has no 'embed_dim'"),
+    (("model_cfg", "embed_dim"), "40", "model_cfg.embed_dim is '40', where a whole number is needed"),
+    (("model_cfg", "quick_gelu"), 1, "model_cfg.quick_gelu is 1, where true or false is needed"),
+    (("model_cfg", "vision_cfg", "image_size"), 40.0, "model_cfg.vision_cfg.image_size is 40.0"),
+    (("model_cfg", "vision_cfg", "layers"), 10**6, "model_cfg.vision_cfg.layers is 1000000, where 1 to 1000"),
+    (("model_cfg", "vision_cfg", "patch_size"), 0, "model_cfg.vision_cfg.patch_size is 0"),
+    (("model_cfg", "vision_cfg", "depth"), 8, "model_cfg.vision_cfg has an unknown 'depth'"),
+    (("model_cfg", "text_cfg", "heads"), True, "model_cfg.text_cfg.heads is True"),
+    (("preprocess_cfg", "mean"), [0.5, 0.5], "preprocess_cfg.mean is a list, where a list of 3 is needed"),
+    (("preprocess_cfg", "std"), [0.5, 0.5, float("nan")], "preprocess_cfg.std[2] is nan"),
+    (("preprocess_cfg", "std"), [0.5, 0.5, 0], "preprocess_cfg.std[2] is 0"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "words"), CONFIG_DAMAGE, ids=str)
+def test_a_damaged_configuration_is_refused_with_its_key(
+    path: tuple[str, ...], value: Any, words: str, tmp_path: Path
+) -> None:
+    folder = write_clip(tmp_path / "clip")
+    file = folder / "open_clip_config.json"
+    config = holder = json.loads(file.read_text(encoding="utf-8"))
+    for key in path[:-1]:
+        holder = holder[key]
+    if value is None:
+        del holder[path[-1]]
+    else:
+        holder[path[-1]] = value
+    file.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load_clip(f"local-dir:{folder}")
+    assert "\n" not in str(caught.value) and f"{file}: " in str(caught.value)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [("vision_cfg", "width", 2**20), ("text_cfg", "heads", 7), ("vision_cfg", "head_width", 1000)],
+)
+def test_sizes_that_the_weights_have_not_are_refused_before_anything_is_built(
+    part: str, key: str, value: int, tmp_path: Path
+) -> None:
+    """A width of a million would take more memory than there is."""
+    folder = write_clip(tmp_path / "clip")
+    file = folder / "open_clip_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["model_cfg"][part][key] = value
+    file.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load_clip(f"local-dir:{folder}")
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["complex", "nan", "sparse", "one number"])
+def test_odd_weights_are_refused_with_their_key(kind: str, tmp_path: Path) -> None:
+    folder = write_clip(tmp_path / "clip")
+    state = tiny_open_clip().state_dict()
+    key = "visual.positional_embedding"
+    value = state[key]
+    state[key] = {
+        "complex": value.to(torch.complex64), "nan": value * float("nan"), "sparse": value.to_sparse(),
+        "one number": value[0, 0],
+    }[kind]  # fmt: skip
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(UserError) as caught:
+        load_clip(f"local-dir:{folder}", tmp_path / "weights.pth")
+    assert "weights.pth: " in str(caught.value) and key in str(caught.value)

@@ -326,7 +326,7 @@ CONTINUED = {"text": 16, "image": 48}
         ({"shot": 4}, CONTINUED, "with 8 images per class against train (image list "),
         ({"training_mode": "full_shot", "shot": None}, CONTINUED, "full_shot"),
         ({"seed": 7}, CONTINUED, "differ in seed: 0 against 7"),
-        ({"arguments": {"val_fraction": 0.25}}, CONTINUED, "held out: 0.0 against 0.25"),
+        ({"arguments": {"dataset": "train", "val_fraction": 0.25}}, CONTINUED, "held out: 0.0 against 0.25"),
         ({}, {"text": 16, "image": None}, "may differ in optimizer steps of the image side: 48 against unknown"),
         ({}, None, "may differ in optimizer steps of the text side: 16 against unknown"),
     ],

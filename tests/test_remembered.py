@@ -84,3 +84,24 @@ def test_testing_comparing_and_going_on_find_the_data_again(
     assert compare_feedback_loops(feedback.save_path, "MPDD", base_path=base.save_path, device="cpu") == 0
     train_base(type(base).of(**{**vars(base), "data_root": None, "image_epoch": 2}))
     assert (base.save_path / "image_adapter_2.pth").is_file()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", "cannot be read"),
+        (b"\xff\xfe", "cannot be read"),
+        (b"[" * 100_000, "cannot be read"),
+        (b"[]", "it is a list"),
+        (b"{}", "it has no 'dataset'"),
+        (b'{"dataset": "VisA", "data_root": 5}', "data_root is 5, where text is needed"),
+        (b'{"dataset": "VisA", "num_feedback_loops": NaN}', "nan"),
+    ],
+)
+def test_damaged_arguments_are_ignored_with_a_line(
+    content: bytes, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "args.json").write_bytes(content)
+    assert arguments_in(tmp_path) == {}
+    assert len(caplog.records) == 1 and "\n" not in caplog.messages[0]
+    assert str(tmp_path / "args.json") in caplog.messages[0] and words in caplog.messages[0]

@@ -10,15 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dataset.records import metadata_digest
 from engine.data import TaskData
 from engine.detector import Detector, build_detector, load_clip_for, unadapted_detector
 from engine.device import check_device
 from engine.evaluation.evaluate import Evaluation, evaluate
 from engine.evaluation.inference import zero_shot_notes
-from engine.remembered import load_task_of_run
+from engine.remembered import arguments_in, load_task_of_run
 from engine.report.cache import read_cache, write_cache
 from engine.report.commands import command_line
 from engine.report.comparison import (
@@ -32,7 +30,8 @@ from engine.report.comparison import (
     write_comparison,
 )
 from engine.report.page import shown_rows, write_report
-from engine.run_folder import ARGUMENTS_FILE, REPORT_FILE, find_latest, find_loops, loop_file
+from engine.run_folder import REPORT_FILE, find_latest, find_loops, loop_file
+from engine.training.feedback_arguments import MOST_LOOPS
 from model.checkpoint import TEXT_FILE, Checkpoint, file_digest, read_checkpoint
 from model.clip import FrozenCLIP
 from model.config import COMPONENTS
@@ -41,8 +40,6 @@ from utils.logging import set_up_logging
 
 logger = logging.getLogger(__name__)
 
-# What the comparison reads of a config, beside the forward.
-CONFIG_KEYS = ("arguments", "dataset", "metadata_digest", "training_mode", "seed")
 CLIP_SETTINGS = ("model_name", "weights_digest", "img_size", "activation")
 CACHE_FILE = "comparison_cache.json"
 
@@ -92,7 +89,7 @@ def compare_feedback_loops(
     device = check_device(device, precision)
     files = find_loops(save_path)
     references = [
-        Row(name, checkpoint=read_sound(find_latest(path, flag)))
+        Row(name, checkpoint=read_weights(find_latest(path, flag)))
         for name, flag, path in ((BASE, "--base_path", base_path), (CROSS_ATTENTION, "--cross_path", cross_path))
         if path is not None
     ]
@@ -138,7 +135,7 @@ def read_loop(number: int, file: Path) -> Row:
     """A loop's row; a file that cannot be read, or that is no loop's, gives one that says why."""
     name = f"Loop {number}"
     try:
-        checkpoint = read_sound(file)
+        checkpoint = read_weights(file)
         missing = [part for part in COMPONENTS if part not in checkpoint.components]
         if not (checkpoint.config or {}).get("cross_attention"):
             missing.append("cross_attention in its config")
@@ -149,17 +146,9 @@ def read_loop(number: int, file: Path) -> Row:
     return Row(name, number, checkpoint)
 
 
-def read_sound(file: Path) -> Checkpoint:
-    """A checkpoint without its optimizers; `UserError` for one that is damaged, its values included."""
-    checkpoint = read_checkpoint(file)
-    missing = [key for key in CONFIG_KEYS if checkpoint.config is not None and key not in checkpoint.config]
-    if missing:
-        raise UserError(f"{file}: its config has no '{missing[0]}', so it is damaged")
-    for name, state in checkpoint.components.items():
-        for key, value in state.items():
-            if not torch.isfinite(value).all():
-                raise UserError(f"{file}: {name} '{key}' holds values that are not finite")
-    return replace(checkpoint, optimizers={})
+def read_weights(file: Path) -> Checkpoint:
+    """A checkpoint without its optimizers, which would fill the memory for nothing."""
+    return replace(read_checkpoint(file), optimizers={})
 
 
 class SharedClip:
@@ -331,12 +320,5 @@ def broken_notes(save_path: Path, rows: Sequence[Row]) -> list[str]:
 def planned_loops(save_path: Path, rows: Sequence[Row]) -> int:
     """How many loops the run was to have, by its checkpoints and its `args.json`; 0 where nothing tells."""
     arguments = [row.config["arguments"] for row in rows if row.loop is not None and row.config]
-    file = save_path / ARGUMENTS_FILE
-    try:
-        arguments.append(json.loads(file.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        logger.warning("%s cannot be read (%s): the checkpoints alone say how many loops were planned", file, error)
-    counts = [item.get("num_feedback_loops") for item in arguments if isinstance(item, dict)]
-    return max((count for count in counts if isinstance(count, int)), default=0)
+    counts = [item.get("num_feedback_loops") for item in (*arguments, arguments_in(save_path))]
+    return max((count for count in counts if type(count) is int and count <= MOST_LOOPS), default=0)

@@ -65,7 +65,7 @@ def prepare(config: RunConfig, script: str, start: Start | None = None, text_ada
     chosen = resolve_model(config, clip, text_adapted)
     torch.manual_seed(derive_seed(config.seed))
     if isinstance(config, CrossAttentionArguments):
-        check_start(start, chosen, config)
+        check_start(start, chosen, config, data.names)
         model = AdaptedCLIPWithCrossAttention(clip, chosen, cross=config.cross_attention())
         load_start(model, start)
     else:

@@ -17,17 +17,17 @@ from dataset.samples import SeededSampler
 from engine.run_folder import ARGUMENTS_FILE, HISTORY_FILE, STATE_FILE
 from engine.training.schedules import Factor, make_schedule
 from engine.training.stages import Stage
+from engine.training.state import STATE_SCHEMA, read_state, restore
 from engine.training.trainer import StopRequest, log_epoch, stage_name, train_epoch
 from engine.training.verdicts import judge_run
 from model.adapter import AdaptedCLIP
-from model.checkpoint import load, load_component, save, state_of
+from model.checkpoint import save, state_of
 from utils.errors import NotFiniteError, Stopped, UserError
 from utils.files import write_json, write_text
 from utils.seeding import derive_seed
 
 logger = logging.getLogger(__name__)
 
-STATE_SCHEMA = 2
 # Settings that other versions hold a restart to, and this one does not.
 NO_LONGER_COMPARED = ("skip_bad_images",)
 STATE_FIELDS = ("done", "planned", "history", "schedule", "loops")
@@ -250,14 +250,11 @@ class TrainingRun:
             for half_written in self.save_path.glob(".*.tmp"):
                 half_written.unlink(missing_ok=True)
         if file.is_file():
-            saved = load(file)
+            saved = read_state(file)
             done = continued(saved["done"], saved["planned"], phases, self.save_path)
             loops = still_finished(saved["loops"], len(saved["done"]), done, phases)
             self.state = RunState(done, planned, saved["history"], saved["schedule"], loops)
-            for name, part in self.model.components.items():
-                load_component(part, saved[name], name, file)
-            for side, optimizer in self.optimizers.items():
-                optimizer.load_state_dict(saved[f"{side}_optimizer"])
+            restore(saved, self.model.components, self.optimizers, file)
             logger.info("Going on with the run in %s: %s", self.save_path, describe_progress(self.state.done, phases))
             if self.accelerator.is_main_process:
                 # A kill may have come between the state and the history's last row.
@@ -340,10 +337,8 @@ def check_save_path(save_path: Path, resume: str, signature: dict[str, Any]) -> 
                 f"--save_path {save_path} holds {checkpoints[0]} of a run without {STATE_FILE}; give another"
             )
         return
-    saved = load(file)
-    if not isinstance(saved, dict) or saved.get("schema") != STATE_SCHEMA:
-        raise UserError(f"{file}: not a training state of this version; give another --save_path")
-    before = {name: value for name, value in saved["signature"].items() if name not in NO_LONGER_COMPARED}
+    saved = read_state(file)["signature"]
+    before = {name: value for name, value in saved.items() if name not in NO_LONGER_COMPARED}
     differences = describe_differences(before, signature)
     if differences:
         raise UserError(f"--save_path {save_path} holds another run ({differences}); give another --save_path")

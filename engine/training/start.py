@@ -1,9 +1,9 @@
-"""What a run with cross-attention starts from: a trained base, any checkpoint, or nothing; checked, loaded, said."""
+"""What a run with cross-attention starts from, checked and loaded: a trained base, any checkpoint, or nothing."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine.detector import log_activation
 from engine.training.arguments import CrossAttentionArguments
 from engine.training.optimizers import transfer_moments
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
-from model.checkpoint import Checkpoint, file_digest, load_component, read_any
+from model.checkpoint import Checkpoint, file_digest, infer_choices, load_component, read_any
 from model.config import SIDES, CrossAttentionConfig, LoopForward, ModelConfig
 from utils.errors import UserError
 
@@ -115,36 +116,98 @@ def _check_is_base(checkpoint: Checkpoint, side: str) -> None:
         raise UserError(f"{flag} {checkpoint.path}: was trained for 0 epochs; train the base first (train.py)")
 
 
-def check_start(start: Start, model: ModelConfig, run: CrossAttentionArguments) -> None:
-    """`UserError` where a checkpoint was trained as another model than the one now asked for."""
+def check_start(start: Start, model: ModelConfig, run: CrossAttentionArguments, names: Mapping[str, str]) -> None:
+    """`UserError` where a checkpoint was trained as another model than the one now asked for.
+
+    names: of the classes, in the prompts; others than those of the training are only said, as weights are.
+    """
     for side in SIDES:
         checkpoint = start.side(side)
-        if checkpoint is None or checkpoint.config is None:
+        if checkpoint is None:
             continue
-        before = checkpoint.model_config()
-        if side == "image" and not before.text_adapted and not run.allow_partial_base:
-            raise UserError(
-                f"{checkpoint.path}: its text side was not trained (--text_epoch 0); train a base with both stages, "
-                "or give --allow_partial_base if that is meant"
-            )
-        for name in ("weights_digest", "activation", "adapter", "relu", "levels", "img_size"):
-            was, now = getattr(before, name), getattr(model, name)
-            if was != now:
-                flag = "--clip_weights" if name == "weights_digest" else f"--{name}"
-                raise UserError(
-                    f"{checkpoint.path}: this checkpoint was trained with {name} {was}, not {now}; set {flag} to match"
-                )
-        for name in ("text_adapt_weight", "image_adapt_weight"):
-            if getattr(before, name) != getattr(model, name):
-                logger.warning("%s was trained with %s %s", checkpoint.path, name, getattr(before, name))
-    if start.whole and start.image.config and start.image.config.get("cross_attention"):
+        if checkpoint.config is None:
+            _check_by_keys(checkpoint, side, model)
+        else:
+            _check_by_config(checkpoint, side, model, run)
+    for checkpoint in {checkpoint.path: checkpoint for checkpoint in (start.text, start.image) if checkpoint}.values():
+        if checkpoint.config is None:
+            logger.info(
+                "%s has no config: assumed trained on these weights of %s at %d px", checkpoint.path, model.model_name,
+                model.img_size,
+            )  # fmt: skip
+            log_activation(checkpoint, model.activation, given=run.activation is not None)
+        else:
+            _warn_of_other_names(checkpoint, names)
+    _warn_of_another_text_side(start)
+    if start.whole:
         _check_cross_attention(start.image, run.cross_attention())
 
 
+def _check_by_config(checkpoint: Checkpoint, side: str, model: ModelConfig, run: CrossAttentionArguments) -> None:
+    before = checkpoint.model_config()
+    if side == "image" and not before.text_adapted and not run.allow_partial_base:
+        raise UserError(
+            f"{checkpoint.path}: its text side was not trained (--text_epoch 0); train a base with both stages, "
+            "or give --allow_partial_base if that is meant"
+        )
+    for name in ("weights_digest", "activation", "adapter", "relu", "levels", "img_size"):
+        was, now = getattr(before, name), getattr(model, name)
+        if was != now:
+            flag = "--clip_weights" if name == "weights_digest" else f"--{name}"
+            raise UserError(
+                f"{checkpoint.path}: this checkpoint was trained with {name} {was}, not {now}; set {flag} to match"
+            )
+    for name in ("text_adapt_weight", "image_adapt_weight"):
+        if getattr(before, name) != getattr(model, name):
+            logger.warning("%s was trained with %s %s", checkpoint.path, name, getattr(before, name))
+
+
+def _check_by_keys(checkpoint: Checkpoint, side: str, model: ModelConfig) -> None:
+    """What a file without config tells by its keys; widths are compared when it is loaded."""
+    name = f"{side}_adapter"
+    for choice, was in infer_choices({name: checkpoint.components[name]}).items():
+        now, flag = (len(model.levels), "levels") if choice == "n_levels" else (getattr(model, choice), choice)
+        if was != now:
+            what = f"{was} levels, not {now}" if choice == "n_levels" else f"{choice} {was}, not {now}"
+            raise UserError(f"{checkpoint.path}: its {name} was trained with {what}; set --{flag} to match")
+
+
+def _warn_of_other_names(checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
+    before = checkpoint.config["prompt_names"]
+    changed = [name for name in names if before.get(name, names[name]) != names[name]]
+    if changed:
+        shown = ", ".join(f"{name} was {before[name]!r}, now {names[name]!r}" for name in changed)
+        logger.warning("%s was trained with other names in its prompts: %s", checkpoint.path, shown)
+
+
+def _warn_of_another_text_side(start: Start) -> None:
+    """Say where the text side given is not the one that the image side was trained with."""
+    if start.text is None or start.image is None:
+        return
+    given, inside = start.text.components["text_adapter"], start.image.components.get("text_adapter")
+    if inside is not None and (
+        given.keys() != inside.keys() or any(not torch.equal(value, inside[key]) for key, value in given.items())
+    ):
+        logger.warning(
+            "%s is not the text side that %s was trained with and holds: the image side meets other anchors",
+            start.text.path,
+            start.image.path,
+        )
+
+
 def _check_cross_attention(checkpoint: Checkpoint, now: CrossAttentionConfig) -> None:
-    was = CrossAttentionConfig(**checkpoint.config["cross_attention"])
+    was = checkpoint.cross_attention()
+    if was is None:
+        return
+    if checkpoint.config is None:
+        logger.warning(
+            "%s has cross-attention and no config: assumed trained as earlier code did, with text_cross_attn_weight "
+            "%g, image_cross_attn_weight %g, context_norm %s, %d heads",
+            checkpoint.path, was.text_cross_attn_weight, was.image_cross_attn_weight, was.context_norm,
+            was.cross_attn_heads,
+        )  # fmt: skip
     for name in ("cross_attn_heads", "cross_attn_scale"):
-        if getattr(was, name) != getattr(now, name):
+        if getattr(was, name) != getattr(now, name) and (name == "cross_attn_scale" or checkpoint.config is not None):
             raise UserError(
                 f"--init_from {checkpoint.path}: was trained with {name} {getattr(was, name)}, not "
                 f"{getattr(now, name)}; set --{name} to match"

@@ -1,0 +1,213 @@
+"""Checkpoints and states that are damaged somewhere: used where that does no harm, otherwise refused in one line."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from engine.detector import build_detector
+from engine.run_folder import STATE_FILE
+from engine.training.run import check_save_path
+from engine.training.state import read_state, restore
+from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
+from model.checkpoint import read_any
+from model.clip import FrozenCLIP
+from model.clip_loading import load_clip
+from model.config import SIDES
+from tests.data.present_version import make
+from utils.errors import UserError
+
+SOUND = ("base/image_adapter.pth", "base/training_state.pth", "cross/image_adapter_cross_attn.pth",
+         "feedback/training_state.pth")  # fmt: skip
+
+
+@functools.cache
+def world() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="damaged"))
+    make.write_world(folder)
+    with zipfile.ZipFile(Path(make.__file__).with_name("runs.zip")) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+@functools.cache
+def clip() -> FrozenCLIP:
+    """The kept runs' CLIP, under the name that they know it by."""
+    loaded = load_clip(f"local-dir:{world() / 'clip'}")
+    loaded.model_name = "local-dir:clip"
+    return loaded
+
+
+@functools.cache
+def sound(name: str) -> dict[str, Any]:
+    """A kept file's content; with "without config" behind its name, as an older version would have written it."""
+    name, _, older = name.partition(" ")
+    content = torch.load(world() / name, weights_only=True)
+    return {key: value for key, value in content.items() if not older or key != "config"}
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths of all that is nested in a value."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    return [place for key, item in inside for place in [(*path, key), *places(item, (*path, key))]]
+
+
+def nested(value: Any) -> Any:
+    for _ in range(40):
+        value = [value]
+    return value
+
+
+# What takes the place of a value.
+OTHERS: list[Callable[[Any], Any]] = [
+    lambda _: None,
+    lambda _: "text",
+    lambda _: -3,
+    lambda _: True,
+    lambda _: 1.5,
+    lambda _: float("nan"),
+    lambda _: 10**30,
+    lambda _: [],
+    lambda _: {},
+    lambda _: {0: 1},
+    lambda value: [value],
+    lambda value: {"inside": value},
+    nested,
+    lambda _: torch.zeros(3),
+    lambda _: torch.zeros(2, 2).to_sparse(),
+    lambda _: torch.zeros(2, dtype=torch.complex64),
+    lambda _: torch.zeros(2, device="meta"),
+    lambda value: value.long() if isinstance(value, Tensor) else str(value),
+    lambda value: value * float("nan") if isinstance(value, Tensor) else 0,
+    lambda value: value.flatten() if isinstance(value, Tensor) else {1: value},
+]
+
+
+def damage(content: dict[str, Any], path: tuple[Any, ...], change: Callable[[Any], Any] | None) -> dict[str, Any]:
+    """A copy in which the value at `path` is changed, or left out; tuples become lists on the way."""
+    content = copy.deepcopy(content)
+    holder: Any = content
+    for key in path[:-1]:
+        if isinstance(holder[key], tuple):
+            holder[key] = list(holder[key])
+        holder = holder[key]
+    if change is None:
+        del holder[path[-1]]
+    else:
+        holder[path[-1]] = change(holder[path[-1]])
+    return content
+
+
+@st.composite
+def damages(draw: st.DrawFn) -> tuple[str, tuple[Any, ...], int | None]:
+    """A sound file, a place in it, each depth as likely, and which of `OTHERS` comes there (None: nothing does)."""
+    name = draw(st.sampled_from([*SOUND, *(f"{name} without config" for name in SOUND)]))
+    found = places(sound(name))
+    depth = draw(st.sampled_from(sorted({len(path) for path in found})))
+    path = draw(st.sampled_from([path for path in found if len(path) == depth]))
+    return name, path, draw(st.none() | st.integers(0, len(OTHERS) - 1))
+
+
+def used_or_refused(use: Callable[[], object], file: Path) -> None:
+    """No other end than to be used, or one line that names the file."""
+    try:
+        use()
+    except UserError as error:
+        assert "\n" not in str(error)
+        assert str(file.parent) in str(error)
+
+
+@given(chosen=damages())
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_damage_is_harmless_or_refused(
+    chosen: tuple[str, tuple[Any, ...], int | None], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    name, path, change = chosen
+    file = tmp_path_factory.mktemp("damaged") / STATE_FILE
+    torch.save(damage(sound(name), path, None if change is None else OTHERS[change]), file)
+    used_or_refused(lambda: build_detector(read_any(file), clip()), file)
+    used_or_refused(lambda: check_save_path(file.parent, "auto", {}), file)
+    used_or_refused(lambda: go_on(file), file)
+
+
+def run_of() -> tuple[AdaptedCLIPWithCrossAttention, dict[str, torch.optim.Optimizer]]:
+    """A fresh model with optimizers, as the kept feedback run has them."""
+    model = AdaptedCLIPWithCrossAttention(clip(), read_any(world() / "feedback" / STATE_FILE).model_config())
+    kinds = ("adapter", "cross_attn")
+    groups = {
+        side: [{"params": list(model.components[f"{side}_{kind}"].named_parameters())} for kind in kinds]
+        for side in SIDES
+    }
+    return model, {side: torch.optim.AdamW(groups[side]) for side in SIDES}
+
+
+def go_on(file: Path) -> None:
+    """Take up what a state holds, and do the first step."""
+    model, optimizers = run_of()
+    restore(read_state(file), model.components, optimizers, file)
+    for parameter in (parameter for part in model.components.values() for parameter in part.parameters()):
+        parameter.grad = torch.zeros_like(parameter)
+    for optimizer in optimizers.values():
+        optimizer.step()
+
+
+def test_sound_files_are_used() -> None:
+    """What the test above would not notice: a check that refuses everything."""
+    for name in SOUND:
+        build_detector(read_any(world() / name), clip())
+    go_on(world() / "feedback" / STATE_FILE)
+    with pytest.raises(UserError, match="another run"):
+        check_save_path(world() / "base", "auto", {})
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "words"),
+    [
+        (("done",), None, "has no 'done'"),
+        (("done", 0), lambda _: "1", "done[0] is '1', where a whole number is needed"),
+        (("done", 0), lambda _: -1, "done[0] is -1"),
+        (("planned", 0), None, "done and planned count different phases"),
+        (("history",), lambda _: {}, "history is a dict, where a list is needed"),
+        (("history", 0, "stage"), lambda _: "sound", "history[0].stage is 'sound', where one of text, image is needed"),
+        (("history", 0, "loss"), None, "history[0] has no 'loss'"),
+        (("history", 0, "grad_norm/total"), None, "history[0] has no 'grad_norm/total'"),
+        (("schedule", "_last_lr"), None, "schedule has no '_last_lr'"),
+        (("loops", 0, "loop"), lambda _: True, "loops[0].loop is True"),
+        (("signature",), None, "has no 'signature'"),
+        (("text_optimizer",), None, "text_optimizer"),
+        (("image_cross_attn", "q_proj.bias"), None, "image_cross_attn has no 'q_proj.bias'"),
+        (("image_optimizer", "state", 0, "exp_avg"), lambda value: value.T.flatten(), "image_optimizer.state[0]"),
+        (("image_optimizer", "param_groups", 0, "lr"), lambda _: "fast", "param_groups[0].lr is 'fast'"),
+        (("image_optimizer", "param_groups", 0, "betas"), None, "image_optimizer.param_groups[0] has no 'betas'"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_state_is_refused_with_its_key(
+    path: tuple[Any, ...], change: Callable[[Any], Any] | None, words: str, tmp_path: Path
+) -> None:
+    torch.save(damage(sound("feedback/training_state.pth"), path, change), tmp_path / STATE_FILE)
+    with pytest.raises(UserError) as caught:
+        go_on(tmp_path / STATE_FILE)
+    assert str(tmp_path / STATE_FILE) in str(caught.value)
+    assert words in str(caught.value)
+
+
+def test_moments_of_a_run_are_put_beside_their_parameters() -> None:
+    """The file holds them on the CPU, and torch's own loading moves them; here another precision stands for a GPU."""
+    file = world() / "feedback" / STATE_FILE
+    model, optimizers = run_of()
+    model.double()
+    restore(read_state(file), model.components, optimizers, file)
+    moments = optimizers["image"].state[next(model.image_adapter.parameters())]
+    assert moments["exp_avg"].dtype == torch.float64

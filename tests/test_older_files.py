@@ -1,0 +1,219 @@
+"""Files of other and older code, which hold no config: what they are taken to be, what is said, and what is refused."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.detector import Detector, build_detector
+from engine.gradients import GradientTest, build_model
+from engine.training.arguments import CrossAttentionRunConfig
+from engine.training.start import Start, check_start, read_base, read_whole
+from model.adapter import AdaptedCLIP
+from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
+from model.checkpoint import Checkpoint, read_any, save, state_of
+from model.clip import FrozenCLIP
+from model.config import CrossAttentionConfig
+from tests.helpers import adapted_clip, config_for, random_batch, tiny_clip, tiny_prompts
+from utils.errors import UserError
+
+OLD = CrossAttentionConfig(text_cross_attn_weight=1.0, image_cross_attn_weight=1.0, context_norm="none")
+NAMES = {"nut": "nut", "zipper": "zipper"}
+
+
+@functools.cache
+def clip() -> FrozenCLIP:
+    return tiny_clip()
+
+
+def crossed(cross: CrossAttentionConfig = OLD) -> AdaptedCLIPWithCrossAttention:
+    torch.manual_seed(3)
+    return AdaptedCLIPWithCrossAttention(clip(), config_for(clip(), surgery="sequential"), cross=cross).eval()
+
+
+def write(model: AdaptedCLIP, path: Path, without: tuple[str, ...] = ()) -> Checkpoint:
+    """A file as earlier code wrote it: state dicts and an epoch."""
+    states = {name: state_of(part) for name, part in model.components.items() if name not in without}
+    save({**states, "epoch": 20}, path)
+    return read_any(path)
+
+
+@torch.no_grad()
+def outputs(model: AdaptedCLIP) -> list[Tensor]:
+    batch, prompts = random_batch(40), tiny_prompts(clip())
+    found = model(batch.images, model.text_side(prompts), batch.rows)
+    return [*found.levels, found.det]
+
+
+def built(checkpoint: Checkpoint, **overrides: Any) -> Detector:
+    return build_detector(checkpoint, clip(), **overrides)
+
+
+def test_cross_attention_without_config_is_built_as_what_it_was(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = crossed()
+    with caplog.at_level(logging.INFO):
+        detector = built(write(model, tmp_path / "image_adapter_cross_attn.pth"))
+    assert isinstance(detector.model, AdaptedCLIPWithCrossAttention)
+    assert detector.model.cross_config == OLD
+    assert all(torch.equal(*pair) for pair in zip(outputs(detector.model), outputs(model), strict=True))
+    for words in (
+        "weights 1 (text) and 1 (image)", "context_norm none", "text_context frozen", "text_conditioning image",
+        "8 heads", "--image_cross_attn_weight", "--context_norm",
+    ):  # fmt: skip
+        assert words in caplog.text
+
+
+def test_what_is_assumed_can_be_said_otherwise(tmp_path: Path) -> None:
+    asked = {
+        "text_cross_attn_weight": 0.2, "image_cross_attn_weight": 0.1, "context_norm": "unit",
+        "text_conditioning": "none", "text_context": "trained", "cross_attn_heads": 4,
+    }  # fmt: skip
+    detector = built(write(crossed(), tmp_path / "cross.pth"), **asked)
+    assert detector.model.cross_config == replace(OLD, **asked)
+    with pytest.raises(UserError, match=r"cross\.pth: --context_norm raw: choose one of unit, none"):
+        built(read_any(tmp_path / "cross.pth"), context_norm="raw")
+    with pytest.raises(UserError, match=r"cross\.pth: --cross_attn_heads 5: must divide"):
+        built(read_any(tmp_path / "cross.pth"), cross_attn_heads=5)
+
+
+def test_of_a_file_with_config_another_weight_is_taken_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = crossed()
+    checkpoint = write(model, tmp_path / "cross.pth")
+    config = {"model": model.config.to_dict(), "cross_attention": CrossAttentionConfig().to_dict()}
+    detector = built(replace(checkpoint, config=config), image_cross_attn_weight=0.3, text_cross_attn_weight=0.1)
+    assert detector.model.i_ca_w == 0.3
+    assert "was trained with image_cross_attn_weight 0.1, now 0.3" in caplog.text
+    assert "with text_cross_attn_weight" not in caplog.text
+
+
+@pytest.mark.parametrize("side", ["text", "image"])
+def test_a_branch_that_is_not_there_is_off(side: str, tmp_path: Path) -> None:
+    checkpoint = write(crossed(), tmp_path / "cross.pth", without=(f"{side}_cross_attn",))
+    detector = built(checkpoint)
+    off = {f"{side}_cross_attn_weight": 0.0}
+    assert detector.model.cross_config == replace(OLD, **off)
+    expected = outputs(crossed(replace(OLD, **off)))
+    assert all(torch.equal(*pair) for pair in zip(outputs(detector.model), expected, strict=True))
+    with pytest.raises(UserError, match=f"has no {side}_cross_attn, so --{side}_cross_attn_weight asks for nothing"):
+        built(checkpoint, **{f"{side}_cross_attn_weight": 0.1})
+
+
+def test_learned_weights_are_those_of_the_file(tmp_path: Path) -> None:
+    model = crossed(replace(OLD, cross_attn_scale="learned", image_cross_attn_weight=0.7))
+    checkpoint = write(model, tmp_path / "cross.pth")
+    detector = built(checkpoint)
+    assert detector.model.i_ca_w == pytest.approx(0.7)
+    assert all(torch.equal(*pair) for pair in zip(outputs(detector.model), outputs(model), strict=True))
+    with pytest.raises(UserError, match="leave --image_cross_attn_weight out"):
+        built(checkpoint, image_cross_attn_weight=0.1)
+    del checkpoint.components["text_cross_attn"]["scale"]
+    with pytest.raises(UserError, match=r"cross\.pth: only its image_cross_attn has a 'scale'"):
+        built(checkpoint)
+
+
+def test_weights_asked_of_a_base_are_refused(tmp_path: Path) -> None:
+    checkpoint = write(adapted_clip(clip()), tmp_path / "base.pth")
+    with pytest.raises(UserError, match="has no cross-attention, so --image_cross_attn_weight asks for nothing"):
+        built(checkpoint, image_cross_attn_weight=0.1)
+
+
+def test_the_gradient_test_takes_the_modules_of_such_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.gradients.load_clip_for", lambda *_, **__: clip())
+    model = crossed()
+    write(model, tmp_path / "cross.pth")
+    built = build_model(GradientTest(checkpoint=tmp_path / "cross.pth"))
+    weight = "out_proj.weight"
+    assert torch.equal(built.image_cross_attn.state_dict()[weight], model.image_cross_attn.state_dict()[weight])
+    write(crossed(replace(OLD, cross_attn_scale="learned")), tmp_path / "cross.pth")
+    with pytest.raises(UserError, match="its weight is learned"):
+        build_model(GradientTest(checkpoint=tmp_path / "cross.pth"))
+
+
+def start_from(start: Start, **changes: Any) -> None:
+    """`check_start`, for a run whose CLIP and model are the tiny ones, changed where asked for."""
+    run = CrossAttentionRunConfig(activation=changes.pop("activation", None))
+    check_start(start, config_for(clip(), **changes), run, NAMES)
+
+
+def base_of(folder: Path, model: AdaptedCLIP) -> Start:
+    files = {side: folder / f"{side}_adapter.pth" for side in ("text", "image")}
+    write(model, files["text"], without=("image_adapter",))
+    write(model, files["image"])
+    return read_base(
+        CrossAttentionRunConfig(load_base_text_adapter=files["text"], load_base_image_adapter=files["image"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked", "words"),
+    [
+        ({"adapter": "linear"}, {}, "text_adapter was trained with adapter linear, not bottleneck; set --adapter"),
+        ({"relu": True}, {}, "image_adapter was trained with relu True, not False; set --relu"),
+        ({"text_adapt_until": 2}, {}, "text_adapt_until 2, not 1; set --text_adapt_until"),
+        ({}, {"image_adapt_until": 3}, "image_adapt_until 2, not 3; set --image_adapt_until"),
+        ({"levels": (2, 4)}, {}, "image_adapter was trained with 2 levels, not 4; set --levels"),
+    ],
+    ids=str,
+)
+def test_a_base_without_config_is_checked_by_its_keys(
+    trained: dict[str, Any], asked: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as caught:
+        start_from(base_of(tmp_path, adapted_clip(clip(), **trained)), **asked)
+    assert words in str(caught.value)
+    assert "_adapter.pth: its" in str(caught.value)
+
+
+def test_what_is_assumed_of_a_base_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    start = base_of(tmp_path, adapted_clip(clip()))
+    with caplog.at_level(logging.INFO):
+        start_from(start)
+    for file in ("text_adapter.pth", "image_adapter.pth"):
+        assert f"{file} has no config: assumed trained on these weights of tiny at 40 px" in caplog.text
+        assert f"{file} has no config: assumed trained under quick_gelu, as these weights of CLIP need" in caplog.text
+    assert "give --activation gelu" in caplog.text
+    assert "not the text side" not in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        start_from(start, activation="quick_gelu")
+    assert "assumed trained under quick_gelu" in caplog.text
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+
+
+def test_another_text_side_than_the_image_files_own_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    start = base_of(tmp_path, adapted_clip(clip()))
+    start.text.components["text_adapter"]["0.fc1.weight"] += 1
+    start_from(start)
+    assert "text_adapter.pth is not the text side that" in caplog.text
+
+
+def test_other_names_in_prompts_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    start = base_of(tmp_path, adapted_clip(clip()))
+    names = {"nut": "hex nut", "rope": "rope"}
+    config = {"model": config_for(clip()).to_dict(), "prompt_names": names}
+    start_from(Start(replace(start.text, config=config), replace(start.image, config=config)))
+    assert caplog.text.count("was trained with other names in its prompts: nut was 'hex nut', now 'nut'") == 2
+    assert "zipper" not in caplog.text and "rope" not in caplog.text
+
+
+def test_init_from_a_file_without_config(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(crossed(), tmp_path / "cross.pth")
+    start_from(read_whole(tmp_path / "cross.pth"))
+    assert (
+        "assumed trained as earlier code did, with text_cross_attn_weight 1, image_cross_attn_weight 1" in caplog.text
+    )
+    assert "was trained with image_cross_attn_weight 1.0, now 0.1" in caplog.text
+    write(crossed(replace(OLD, cross_attn_scale="learned")), tmp_path / "cross.pth")
+    with pytest.raises(UserError, match="was trained with cross_attn_scale learned, not fixed; set --cross_attn_scale"):
+        start_from(read_whole(tmp_path / "cross.pth"))
