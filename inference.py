@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from utils.script import run_script
+
 from engine.arguments import make_parser
 from engine.evaluation.arguments import InferenceArguments
 from engine.evaluation.inference import evaluate_checkpoints, score_pictures
-from utils.cli import Parser, run_script
+from utils.cli import Parser
 from utils.errors import UserError
 from utils.logging import set_up_logging
 

@@ -47,8 +47,9 @@ class Checkpoint:
 
 def save(value: Mapping[str, Any], path: Path) -> None:
     """`torch.save` to a temporary file that then takes the place of `path`."""
-    with replacing(path) as temporary:
-        torch.save(dict(value), temporary)
+    # Opened here: of a file that torch opens, it does not say why it cannot be written.
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(dict(value), file)
 
 
 def load(path: Path) -> Any:

@@ -21,7 +21,7 @@ from engine.run_folder import find_checkpoints
 from model.checkpoint import Checkpoint, read_checkpoint
 from model.clip_loading import load_clip
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import check_folder, write_text
 from utils.heatmaps import overlay, save_image
 from utils.logging import progress_bar, set_up_logging
 
@@ -107,9 +107,9 @@ def evaluate_checkpoints(
     """
     device = check_device(device, precision)
     folder = output_folder(checkpoint, output_dir)
+    check_folder(folder, "--output_dir")
     detectors = load_detectors(checkpoint, clip_weights, device, **overrides)
     data = load_task(dataset or training_dataset(detectors), data_root, metadata, class_names, skip_bad_images)
-    set_up_logging(folder / "inference.log")
     for note in zero_shot_notes({detector.name: detector.config for detector in detectors}, data):
         logger.warning("%s", note)
     models = {detector.name: detector for detector in detectors}
@@ -120,6 +120,8 @@ def evaluate_checkpoints(
         )
     if len(evaluations) > 1:
         logger.info("Averages\n\n%s\n", summary_table(evaluations))
+    # Not before: an evaluation that is stopped leaves nothing.
+    set_up_logging(folder / "inference.log")
     name = "unadapted_" if checkpoint == UNADAPTED else ""
     path = folder / f"{name}evaluation_{data.located.spec.name}.csv"
     write_csv(evaluations, path)
@@ -150,6 +152,7 @@ def score_pictures(
     device = check_device(device, "fp32")
     pictures = list_pictures(image)
     folder = output_folder(checkpoint, output_dir)
+    check_folder(folder, "--output_dir")
     if checkpoint != UNADAPTED:
         checkpoint = str(find_checkpoints(Path(checkpoint))[-1])
     detector = load_detectors(checkpoint, clip_weights, device, **overrides)[0]

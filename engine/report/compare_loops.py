@@ -35,7 +35,7 @@ from model.checkpoint import TEXT_FILE, Checkpoint, file_digest, read_checkpoint
 from model.clip import FrozenCLIP
 from model.config import COMPONENTS
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import check_folder, write_json
 from utils.logging import set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -91,8 +91,10 @@ def compare_feedback_loops(
     """
     if dataset is None:
         raise UserError("--dataset is needed: the dataset to test on, other than the one trained on")
-    device = check_device(device, precision)
+    folder = output_dir or save_path
     files = find_loops(save_path)
+    check_folder(folder, "--output_dir")
+    device = check_device(device, precision)
     references = [
         Row(name, checkpoint=read_sound(find_latest(path, flag)))
         for name, flag, path in ((BASE, "--base_path", base_path), (CROSS_ATTENTION, "--cross_path", cross_path))
@@ -104,10 +106,6 @@ def compare_feedback_loops(
     loops = [read_loop(number, file) for number, file in files.items()]
     rows = [*([Row(UNADAPTED)] if unadapted else []), *references, *loops]
     data = load_task(dataset, data_root, metadata, class_names, skip_bad_images)
-    folder = output_dir or save_path
-    if folder.is_file():
-        raise UserError(f"--output_dir {folder}: is a file; give a folder")
-    set_up_logging(folder / "comparison.log")
     setting = Setting(data, device, precision, batch_size, num_workers, clip_weights, overrides)
     clip = share_clip(rows, setting)
     if clip is None:
@@ -119,6 +117,8 @@ def compare_feedback_loops(
     trained = {row.name: row.config for row in rows}
     notes = [*zero_shot_notes(trained, data), *broken_notes(save_path, rows), *notes]
     comparison = Comparison(data.located.spec.name, rows, evaluations, notes)
+    # Not before: a comparison that is stopped leaves nothing but what it need not evaluate again.
+    set_up_logging(folder / "comparison.log")
     write_comparison(comparison, save_path, folder)
     if report:
         models: dict[str, Detector] = {}
