@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 REASONS = {
     errno.ENOSPC: "the disk is full; make room and start the same command again",
     errno.EDQUOT: "the disk quota is used up; make room and start the same command again",
+    errno.EFBIG: "it would be larger than the system allows",
     errno.EROFS: "the file system is read-only",
     errno.EIO: "the disk or the network file system failed (I/O error)",
     errno.EACCES: "not permitted",
@@ -142,7 +143,8 @@ def append_text(path: Path, text: str) -> None:
                 while rest:
                     rest = rest[file.write(rest) :]
             except OSError:
-                file.truncate(length)
+                with suppress(OSError):
+                    file.truncate(length)
                 raise
 
 
