@@ -8,7 +8,7 @@ model.
 
 from __future__ import annotations
 
-from utils.script import children_without_signals
+from utils.script import children_without_signals, ending_children
 
 import json
 import logging
@@ -115,13 +115,14 @@ def drawn_pairs(count: int, seed: int, stream: int, folder: Path) -> Pairs:
         context = multiprocessing.get_context("spawn")
         header = {"descr": "|u1", "fortran_order": False, "shape": (count, IMAGE_SIZE, IMAGE_SIZE, 3)}
         with replacing(images_file) as unfinished, ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-            many = len(stops)
             with children_without_signals():
-                done = pool.map(draw_pairs, [(seed, stream)] * many, starts, stops, [IMAGE_SIZE] * many)
+                ranges = zip(starts, stops, strict=True)
+                drawn = [pool.submit(draw_pairs, (seed, stream), start, stop, IMAGE_SIZE) for start, stop in ranges]
             # Written piece by piece: of a mapped file, a full disk would end the process without a word.
-            with unfinished.open("wb") as file:
+            with unfinished.open("wb") as file, ending_children():
                 np.lib.format.write_array_header_1_0(file, header)
-                for chunk, chunk_words in done:
+                for part in drawn:
+                    chunk, chunk_words = part.result()
                     file.write(chunk.tobytes())
                     words += chunk_words
         write_json(words_file, words)

@@ -86,8 +86,7 @@ def replacing(path: Path, essential: bool = True) -> Iterator[Path]:
     under a name that says so, with a warning. Raises `WriteError` for whatever else keeps it from being written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}@{socket.gethostname()}.tmp")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path), folder_for(path):
         if path.exists() and not path.is_file():
             raise WriteError(f"{path} cannot be written: there is a folder or a device of this name")
         try:
@@ -105,6 +104,20 @@ def replacing(path: Path, essential: bool = True) -> Iterator[Path]:
                 logger.warning("%s is held open by another program: its new content is in %s", path, aside.name)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_for(path: Path) -> Iterator[None]:
+    """Make the folder of `path`; where the block fails, no empty folder is left that was made for it."""
+    made = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def _move(temporary: Path, path: Path, patience: float) -> bool:

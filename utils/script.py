@@ -6,6 +6,7 @@ imports nothing that takes long.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -145,14 +146,25 @@ def children_without_signals() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextmanager
+def ending_children() -> Iterator[None]:
+    """End the processes that help this one where the block is left early: nobody waits for what they do then."""
+    try:
+        yield
+    except BaseException:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise
+
+
 def _is_our_script() -> bool:
     main = getattr(sys.modules["__main__"], "__file__", None)
     return main is not None and Path(main).resolve().is_relative_to(ROOT)
 
 
-# Imported elsewhere, in a notebook or by the tests, this leaves signals alone; a process that multiprocessing starts
-# imports the script under the other name.
-if "__mp_main__" in sys.modules:
+# Imported elsewhere, in a notebook or by the tests, this leaves signals alone. A process that multiprocessing starts
+# imports the script as well, and has been given its name by then.
+if multiprocessing.current_process().name != "MainProcess":
     _quiet_child()
 elif _is_our_script():
     for _number in SIGNALS:
