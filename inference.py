@@ -1,11 +1,13 @@
-"""Evaluate checkpoints on a dataset, zero-shot, or score pictures that belong to no dataset."""
+"""Evaluate checkpoints on a dataset, zero-shot, or score images that belong to no dataset."""
 
 from __future__ import annotations
+
+from utils.script import run_script
 
 from engine.arguments import make_parser
 from engine.evaluation.arguments import InferenceArguments
 from engine.evaluation.inference import evaluate_checkpoints, score_images
-from utils.cli import Parser, run_script
+from utils.cli import Parser
 from utils.errors import UserError
 from utils.logging import set_up_logging
 
@@ -22,9 +24,9 @@ def main() -> None:
         evaluate_checkpoints(arguments.pop("checkpoint"), arguments.pop("dataset"), **arguments)
         return
     if arguments["dataset"] is not None:
-        raise UserError("--image scores pictures that belong to no dataset: leave --dataset out")
+        raise UserError("--image scores images that belong to no dataset: leave --dataset out")
     if arguments.pop("visualize") is not None:
-        raise UserError("--image draws a heatmap over each picture as it is: leave --visualize out")
+        raise UserError("--image draws a heatmap over each image as it is: leave --visualize out")
     unused = ("dataset", "data_root", "metadata", "class_names", "batch_size", "num_workers", "precision")
     rest = {name: value for name, value in arguments.items() if name not in unused}
     score_images(rest.pop("checkpoint"), image, class_name, domain=domain, **rest)

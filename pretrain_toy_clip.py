@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from utils.script import run_script
+
 import torch
 
 from engine.arguments import make_parser
 from engine.device import check_device
 from engine.toy_clip import PretrainArguments, pretrain_toy_clip
-from utils.cli import Parser, run_script
+from utils.cli import Parser
 from utils.logging import set_up_logging
 
 
@@ -17,8 +19,8 @@ def build_parser() -> Parser:
 
 def main() -> None:
     arguments = PretrainArguments.of(**vars(build_parser().parse_args()))
+    set_up_logging()
     device = check_device(arguments.device, "fp32")
-    set_up_logging(arguments.output / "pretrain.log")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     pretrain_toy_clip(arguments.pretraining(), arguments.output, arguments.work, device)

@@ -1,6 +1,11 @@
 """Set up and run: `python run.py demo` shows the project on the toy world, `python run.py test` runs all tests.
 
 Each creates `.venv` beside this file, installs what is missing and runs there. Needs nothing but Python 3.10 or newer.
+
+On Windows, pip installs a torch that knows no GPU. A build with CUDA comes from PyTorch's own index, which
+https://pytorch.org/get-started/locally names for each CUDA version:
+
+    python run.py --torch-index https://download.pytorch.org/whl/cu126 demo
 """
 
 from __future__ import annotations
@@ -8,6 +13,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import re
+import signal
 import subprocess
 import sys
 import venv
@@ -26,43 +33,79 @@ COMMANDS = {
 }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(words: list[str] | None = None) -> int:
+    # Read first, and from anywhere: what follows the command is handed on as it is.
+    index = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    index.add_argument("--torch-index", metavar="URL", help="package index to install torch and torchvision from")
+    found, words = index.parse_known_args(words)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[index]
+    )
     parser.add_argument("command", choices=sorted(COMMANDS), help="what to run; check looks at style and format")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="handed on, such as test -k metadata")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     if sys.version_info < (3, 10):  # noqa: UP036  an older Python gets as far as this line, and is to be told
         return fail("Python 3.10 or newer is needed, this is " + sys.version.split()[0])
-    problem = set_up(REQUIREMENTS[arguments.command])
+    problem = set_up(REQUIREMENTS[arguments.command], found.torch_index)
     if problem:
         return fail(problem)
     for command in COMMANDS[arguments.command]:
-        status = subprocess.call([str(PYTHON), *command, *arguments.rest], cwd=ROOT)
+        status = call([str(PYTHON), *command, *arguments.rest])
         if status:
             return status
     return 0
 
 
-def set_up(requirements: list[str]) -> str | None:
-    """Create the environment and install `requirements` unless that was done; returns what went wrong."""
+def call(command: list[str]) -> int:
+    """Run a command to its end and return its exit status; it, and not we, decides what a signal means."""
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        # The terminal sends Ctrl-C to both; what is sent to us alone is handed on.
+        before = {
+            signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
+            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number)),
+        }
+        try:
+            status = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return 128 - status if status < 0 else status
+
+
+def set_up(requirements: list[str], torch_index: str | None = None) -> str | None:
+    """Create the environment and install `requirements` unless that was done; returns what went wrong.
+
+    torch_index: where torch and torchvision come from, in place of PyPI; a build that is there is replaced, once.
+    """
     if not PYTHON.is_file():
         say(f"creating {VENV}")
         try:
             venv.create(VENV, with_pip=True, clear=VENV.exists())
         except (subprocess.CalledProcessError, OSError) as error:
             return f"cannot create {VENV} ({error}); on Debian and Ubuntu, install the package python3-venv"
+    if torch_index is not None:
+        torch = re.findall(r"^(?:torch|torchvision)\b.*", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.M)
+        arguments = ["--force-reinstall", "--index-url", torch_index, *torch]
+        if not install("torch", f"torch from {torch_index}", arguments, torch_index):
+            return f"pip could not install torch from {torch_index}; its message is above"
     for name in requirements:
-        # The stamp is written last, so an installation that was cut off is taken up again.
-        stamp = VENV / f".installed-{name}"
         wanted = hashlib.sha256((ROOT / name).read_bytes()).hexdigest()
-        if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
-            continue
-        say(f"installing {name} (the first time some 6 GB, most of it torch; a few minutes)")
-        command = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "-r", str(ROOT / name)]
-        if subprocess.call([*command, "--quiet"], cwd=ROOT):
+        if not install(name, name, ["-r", str(ROOT / name)], wanted):
             return f"pip could not install {name}; its message is above"
-        stamp.write_text(wanted, encoding="utf-8")
     return None
+
+
+def install(stamped: str, what: str, arguments: list[str], wanted: str) -> bool:
+    """Install with pip unless the stamp says that what is wanted is there; returns whether it is now."""
+    # The stamp is written last, so an installation that was cut off is taken up again.
+    stamp = VENV / f".installed-{stamped}"
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
+        return True
+    say(f"installing {what} (the first time some 6 GB, most of it torch; a few minutes)")
+    if call([str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--quiet", *arguments]):
+        return False
+    stamp.write_text(wanted, encoding="utf-8")
+    return True
 
 
 def say(message: str) -> None:
@@ -75,4 +118,7 @@ def fail(message: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

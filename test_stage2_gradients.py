@@ -5,11 +5,14 @@ Exit status 1 where the ratio is below 0.8.
 
 from __future__ import annotations
 
+from utils.script import run_script
+
 import sys
 from pathlib import Path
 
 from engine.gradients import HEALTHY_RATIO, Bench, GradientTest, component_report, ratio_report, write_sweep
-from utils.cli import Parser, number, run_script
+from utils.cli import Parser, number
+from utils.files import check_folder
 from utils.logging import set_up_logging
 
 positive_int, rate = number(int, (1, 1_000_000)), number(float, (0, 1e6))
@@ -45,6 +48,8 @@ def main() -> int:
     arguments = vars(build_parser().parse_args())
     set_up_logging()
     component, sweep, folder = (arguments.pop(name) for name in ("component", "sweep", "output_dir"))
+    if sweep:
+        check_folder(folder, "--output_dir")
     test = GradientTest(**arguments)
     bench = Bench(test)
     if sweep:

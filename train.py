@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from utils.script import run_script
+
 from engine.arguments import make_parser
 from engine.training.arguments import BaseConfig
 from engine.training.base import train_base
-from utils.cli import Parser, run_script
+from utils.cli import Parser
 from utils.logging import set_up_logging
 
 

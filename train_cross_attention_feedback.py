@@ -5,10 +5,11 @@ The unmended V1, at full scale, is `--preset v1_original`.
 
 from __future__ import annotations
 
+from utils.script import run_script
+
 from functools import partial
 
 from train_cross_attention_feedback_v2 import main
-from utils.cli import run_script
 
 if __name__ == "__main__":
     run_script(partial(main, preset="v1", image_cross_attn_weight=0.1, text_cross_attn_weight=0.1))

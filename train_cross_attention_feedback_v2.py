@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from utils.script import run_script
+
 from collections.abc import Sequence
 
 from engine.arguments import make_parser
 from engine.training.feedback import train_feedback
 from engine.training.feedback_arguments import FeedbackConfig
-from utils.cli import Parser, run_script
+from utils.cli import Parser
 from utils.logging import set_up_logging
 
 

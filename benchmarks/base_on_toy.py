@@ -5,6 +5,8 @@ Writes a Markdown table of every seed, mean and spread to `--output`; a seed tha
 
 from __future__ import annotations
 
+from utils.script import run_script
+
 import argparse
 import statistics
 from dataclasses import replace
@@ -18,7 +20,6 @@ from engine.evaluation.evaluate import METRICS, Evaluation, evaluate
 from engine.training.base import train_base
 from model.checkpoint import read_checkpoint
 from model.clip_loading import load_clip
-from utils.cli import run_script
 from utils.files import write_text
 from utils.logging import set_up_logging
 

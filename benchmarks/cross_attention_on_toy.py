@@ -6,6 +6,8 @@ base's steps too. An arm that is trained is not trained again; `--arms` and `--s
 
 from __future__ import annotations
 
+from utils.script import run_script
+
 import argparse
 from dataclasses import replace
 from functools import partial
@@ -17,7 +19,6 @@ from engine.demo import CONFIG
 from engine.training.arguments import CrossAttentionRunConfig
 from engine.training.base import train_base
 from engine.training.cross_attention import train_cross_attention
-from utils.cli import run_script
 from utils.files import write_text
 from utils.logging import set_up_logging
 

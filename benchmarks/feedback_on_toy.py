@@ -8,6 +8,8 @@ and `--seeds` let several processes share the work.
 
 from __future__ import annotations
 
+from utils.script import run_script
+
 import argparse
 import re
 from collections.abc import Mapping
@@ -23,7 +25,6 @@ from engine.demo import CONFIG
 from engine.run_folder import FINAL_FILE
 from engine.training.feedback import train_feedback
 from engine.training.feedback_arguments import FeedbackConfig
-from utils.cli import run_script
 from utils.files import write_text
 from utils.logging import set_up_logging
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from utils.script import run_script
+
 import logging
 import time
 from pathlib import Path
@@ -21,7 +23,6 @@ from engine.training.trainer import readable_time
 from model.checkpoint import read_checkpoint
 from model.clip_loading import load_clip
 from model.config import SIDES
-from utils.cli import run_script
 from utils.heatmaps import Example, example_grid
 from utils.logging import set_up_logging
 

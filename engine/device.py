@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import platform
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from utils.errors import UserError
 
+logger = logging.getLogger(__name__)
+
+# Parameters, CLIP's included: ViT-B has 150 million, ViT-L 430 million.
+LARGE = 250_000_000
+CPU_NAMES = Path("/proc/cpuinfo")
+NVIDIA_DRIVER = Path("/proc/driver/nvidia")
+
 
 def check_device(device: str, precision: str) -> str:
-    """Resolve `auto`, and raise `UserError` for a device that is absent or a precision that it lacks."""
+    """Resolve `auto` and log what is computed on; `UserError` for a device that is absent or a precision it lacks."""
     name, _, index = device.partition(":")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
@@ -26,7 +37,38 @@ def check_device(device: str, precision: str) -> str:
         raise UserError(f"--device {device}: there are {torch.cuda.device_count()} here, counted from 0")
     if precision == "fp16" and name == "cpu":
         raise UserError("--precision fp16 needs a GPU; take bf16 or fp32 on the CPU")
+    logger.info(
+        "Device: %s (%s), precision %s, torch %s, CUDA %s",
+        device, device_name(device), precision, torch.__version__, torch.version.cuda or "none",
+    )  # fmt: skip
     return device
+
+
+def device_name(device: str) -> str:
+    """What a device calls itself: the GPU's name, or the processor's with the number of threads."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    if CPU_NAMES.is_file():
+        lines = CPU_NAMES.read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return name if device == "mps" else f"{name}, {torch.get_num_threads()} threads"
+
+
+def warn_of_unused_gpu(device: torch.device, model: nn.Module) -> None:
+    """Warn where a large model is trained on the CPU of a machine whose driver shows a GPU that torch cannot use."""
+    size = sum(parameter.numel() for parameter in model.parameters())
+    driver = shutil.which("nvidia-smi") is not None or NVIDIA_DRIVER.exists()
+    if device.type != "cpu" or size < LARGE or not driver or torch.cuda.is_available():
+        return
+    why = "is built without CUDA" if torch.version.cuda is None else f"with CUDA {torch.version.cuda} cannot use it"
+    logger.warning(
+        "%d million parameters on the CPU, which takes days, though this machine has an NVIDIA driver: torch %s %s. "
+        "Install a build that fits the driver, with the command that https://pytorch.org/get-started/locally names "
+        "(such as: pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cu126),"
+        " or with: python run.py --torch-index URL demo",
+        size // 1_000_000, torch.__version__, why,
+    )  # fmt: skip
 
 
 def make_accelerator(device: str, precision: str, accumulate: int, tracker: str, save_path: Path) -> Accelerator:

@@ -9,11 +9,15 @@ from utils.errors import UserError
 
 STATE_FILE = "training_state.pth"
 LOG_FILE = "train.log"
+WARNINGS_FILE = "warnings.jsonl"
 HISTORY_FILE = "history.jsonl"
 ARGUMENTS_FILE = "args.json"
 CURVES_FILE = "training_curves.png"
 FINAL_FILE = "final_model.pth"
 REPORT_FILE = "report.html"
+EVENTS_FOLDER = "events"
+# There while a run is under way (`utils.locks`).
+LOCK_FILE = ".run.lock"
 # Earlier versions named the files of a cross-attention run so.
 OLDER_IMAGE_STEM = "image_adapter_cross_attn"
 IMAGE_STEM = "image_adapter"
@@ -30,6 +34,12 @@ def side_file(side: str, epoch: int | None = None) -> str:
 def loop_file(loop: int, what: str = "final") -> str:
     """The checkpoint of a feedback loop: after its end, or after its "text" or "image" stage."""
     return f"loop_{loop}_final.pth" if what == "final" else f"loop_{loop}_{what}_adapter.pth"
+
+
+def is_there(folder: Path, name: str) -> bool:
+    """Whether a run's checkpoint is in its folder, by its name or the one that earlier versions gave it."""
+    older = re.sub(rf"^{IMAGE_STEM}(?=[_.])", OLDER_IMAGE_STEM, name)
+    return (folder / name).is_file() or (folder / older).is_file()
 
 
 def find_checkpoints(path: Path) -> list[Path]:

@@ -8,6 +8,8 @@ model.
 
 from __future__ import annotations
 
+from utils.script import children_without_signals, ending_children
+
 import json
 import logging
 import math
@@ -37,7 +39,8 @@ from engine.arguments import Arguments, MachineArguments
 from model.checkpoint import FloatTensor, SavedOptimizer, load, load_component, save
 from utils.errors import NotFiniteError, UserError
 from utils.fields import changed, setting
-from utils.files import replacing, write_json
+from utils.files import check_folder, replacing, write_json
+from utils.logging import set_up_logging
 from utils.schema import check
 
 logger = logging.getLogger(__name__)
@@ -107,23 +110,23 @@ def drawn_pairs(count: int, seed: int, stream: int, folder: Path) -> Pairs:
     stem = f"pairs_seed{seed}_stream{stream}_{count}"
     images_file, words_file = folder / f"{stem}.npy", folder / f"{stem}.json"
     if not words_file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
         logger.info("drawing %d pictures into %s", count, images_file)
-        unfinished = images_file.with_suffix(".partial")
-        images = np.lib.format.open_memmap(unfinished, "w+", np.uint8, (count, IMAGE_SIZE, IMAGE_SIZE, 3))
         words: list[Words] = []
         starts = range(0, count, _CHUNK)
         stops = [min(start + _CHUNK, count) for start in starts]
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-            many = len(stops)
-            done = pool.map(draw_pairs, [(seed, stream)] * many, starts, stops, [IMAGE_SIZE] * many)
-            for start, (chunk, chunk_words) in zip(starts, done, strict=True):
-                images[start : start + len(chunk)] = chunk
-                words += chunk_words
-        images.flush()
-        del images
-        unfinished.replace(images_file)
+        header = {"descr": "|u1", "fortran_order": False, "shape": (count, IMAGE_SIZE, IMAGE_SIZE, 3)}
+        with replacing(images_file) as unfinished, ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+            with children_without_signals():
+                ranges = zip(starts, stops, strict=True)
+                drawn = [pool.submit(draw_pairs, (seed, stream), start, stop, IMAGE_SIZE) for start, stop in ranges]
+            # Written piece by piece: of a mapped file, a full disk would end the process without a word.
+            with unfinished.open("wb") as file, ending_children():
+                np.lib.format.write_array_header_1_0(file, header)
+                for part in drawn:
+                    chunk, chunk_words = part.result()
+                    file.write(chunk.tobytes())
+                    words += chunk_words
         write_json(words_file, words)
     words = json.loads(words_file.read_text(encoding="utf-8"))
     return Pairs(np.load(images_file, mmap_mode="r"), [Words(*entry) for entry in words])
@@ -223,7 +226,6 @@ def _parameter_groups(model: CLIP, weight_decay: float) -> list[dict[str, Any]]:
 
 def export_toy_clip(model: CLIP, folder: Path) -> None:
     """Write an open_clip `local-dir:` folder: configuration and float16 weights, each file replaced in one go."""
-    folder.mkdir(parents=True, exist_ok=True)
     config = {
         "model_cfg": TOY_CLIP_CONFIG,
         "preprocess_cfg": {
@@ -345,7 +347,10 @@ def pretrain_toy_clip(config: PretrainConfig, output: Path, work: Path, device: 
     `work` keeps the drawings and the state: the same command goes on where it was. Raises UserError where `work` holds
     a run with other settings.
     """
+    check_folder(work, "--work")
+    check_folder(output, "--output")
     run = _Run(config, work, torch.device(device))
+    set_up_logging(output / "pretrain.log")
     held_out = drawn_pairs(HELD_OUT, config.seed, _HELD_OUT_STREAM, work)
     pairs = drawn_pairs(config.drawings, config.seed, _TRAIN_STREAM, work)
     careful = _tokens([said.caption for said in pairs.words])

@@ -162,8 +162,9 @@ def save(value: Mapping[str, Any], path: Path) -> None:
 
     So every file loads on a machine without a GPU, also by a plain `torch.load`.
     """
-    with replacing(path) as temporary:
-        torch.save(on_cpu(value), temporary)
+    # Opened here: of a file that torch opens, it does not say why it cannot be written.
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(on_cpu(value), file)
 
 
 def on_cpu(value: Any) -> Any:

@@ -9,6 +9,8 @@ class, so that testing takes seconds. Exit status 1 if any command failed, else 
 
 from __future__ import annotations
 
+from utils.script import run_script
+
 import argparse
 import json
 import os
@@ -39,7 +41,6 @@ from tests.documented import (
     repository_files,
     shortened,
 )
-from utils.cli import run_script
 from utils.errors import UserError
 from utils.files import write_text
 from utils.tables import format_table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import shlex
 import shutil
@@ -177,8 +178,8 @@ def test_the_page_says_what_was_run(world: Path, report: Path) -> None:
 
 def test_a_report_without_history_and_of_nothing_readable(world: Path, tmp_path: Path) -> None:
     run = shutil.copytree(world / RUN, tmp_path / "run")
-    for name in ("history.jsonl", "train.log"):
-        (run / name).unlink()
+    for name in ("history.jsonl", "train.log", "warnings.jsonl"):
+        (run / name).unlink(missing_ok=True)
     (run / "loop_2_final.pth").write_bytes(b"")
     assert compare_feedback_loops(run, str(world / "test"), device="cpu", report=True) == 1
     text = (run / "report.html").read_text(encoding="utf-8")
@@ -239,6 +240,14 @@ def test_a_log_is_read_and_a_damaged_one_is_no_reason_to_fail(tmp_path: Path) ->
     (tmp_path / "train.log").write_text("\n".join(["a line of a table", *lines]), encoding="utf-8")
     assert read_log(tmp_path) == Log("2026-01-02 03:04:00", "2026-01-02 03:04:01", ("said",))
     assert read_log(tmp_path / "nothing") == Log()
+    # Of a run that a later version went on with, the log's warnings count until the file of warnings begins.
+    row = {"time": "2026-01-02 03:04:05", "level": "WARNING", "message": "of several\nlines"}
+    (tmp_path / "warnings.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with (tmp_path / "train.log").open("a", encoding="utf-8") as log:
+        log.write("\n2026-01-02 03:04:05 WARNING of several\nlines\n")
+    assert read_log(tmp_path).warnings == ("said", "of several\nlines")
+    (tmp_path / "warnings.jsonl").write_bytes(b"\xff")
+    assert read_log(tmp_path).ended == "2026-01-02 03:04:05"
     for name, reader, nothing in (("train.log", read_log, Log()), ("history.jsonl", read_history, [])):
         (tmp_path / name).write_bytes(b"\xff\xfe{")
         assert reader(tmp_path) == nothing

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from utils.script import run_script
+
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,6 @@ from engine.training.run import continued, describe_differences
 from engine.training.schedules import halved_at, make_schedule, warmup_cosine
 from engine.training.trainer import gradient_norms, readable_time
 from engine.training.verdicts import Verdict, epoch_warnings, judge_run, judge_stage, remedies_for, run_summary
-from utils.cli import run_script
 from utils.errors import NotFiniteError, Stopped, UserError
 
 

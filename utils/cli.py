@@ -1,20 +1,13 @@
-"""What the scripts share: a parser, values from text, and errors that end in one line."""
+"""What the scripts share: a parser, and values from text."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
-from utils.errors import NotFiniteError, Stopped, UserError, original_message
-
-USER_ERROR = 2
-NOT_FINITE = 3
+from utils.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,37 +18,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
-
-
-def run_script(main: Callable[[], int | None]) -> NoReturn:
-    """Run a script's `main` and leave with its status; a user's mistake is one line on standard error and status 2."""
-    try:
-        status = main() or 0
-    except UserError as error:
-        status = _say(original_message(error), USER_ERROR)
-    except NotFiniteError as error:
-        status = _say(str(error), NOT_FINITE)
-    except Stopped as error:
-        status = _say(str(error), 128 + error.signal_number)
-    except torch.OutOfMemoryError:
-        status = _say(
-            "out of GPU memory; these need less: a smaller --image_batch_size or --text_batch_size (training) or "
-            "--batch_size (testing), --precision bf16, a smaller --img_size",
-            USER_ERROR,
-        )
-    except BrokenPipeError:
-        # The reader of our output has gone (`| head`); nothing is left to say, and Python would complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
-    except KeyboardInterrupt:
-        status = _say("stopped", 130)
-    sys.exit(status)
-
-
-def _say(message: str, status: int) -> int:
-    line = " ".join(message.split())
-    sys.stderr.write(f"error: {line}\n" if status in (USER_ERROR, NOT_FINITE) else f"{line}\n")
-    return status
 
 
 def number(kind: type[int] | type[float], between: tuple[float, float] | None) -> Callable[[str], int | float]:

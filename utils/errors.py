@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake."""
+"""What ends a script in one line: a mistake of the user's, a file that cannot be written, a signal."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ class UserError(Exception):
         return [f"{type(self).__name__}: {self}"]
 
 
+class WriteError(UserError, OSError):
+    """A file or folder that cannot be written; the message names it and says why (`utils.files`)."""
+
+
 class NotFiniteError(Exception):
     """A loss or gradient was not finite: the step was not taken, the last good state is on disk (exit status 3)."""
 
@@ -23,6 +27,14 @@ class Stopped(Exception):
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
+        self.signal_number = signal_number
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the program to end at once, and what is under way is left (exit status 128 + its number)."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__()
         self.signal_number = signal_number
 
 

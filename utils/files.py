@@ -1,25 +1,136 @@
-"""Files that are whole or not there: written beside their place, then moved onto it."""
+"""Files that are whole or not there, and one line that says why where one cannot be written."""
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
+import re
+import socket
+import stat
+import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from utils.errors import UserError, WriteError
+
+logger = logging.getLogger(__name__)
+
+# In place of the operating system's words, where these say more.
+REASONS = {
+    errno.ENOSPC: "the disk is full; make room and start the same command again",
+    errno.EDQUOT: "the disk quota is used up; make room and start the same command again",
+    errno.EFBIG: "it would be larger than the system allows",
+    errno.EROFS: "the file system is read-only",
+    errno.EIO: "the disk or the network file system failed (I/O error)",
+    errno.EACCES: "not permitted",
+    errno.EPERM: "not permitted",
+    errno.ENOTDIR: "a part of this path is a file, not a folder",
+    errno.EEXIST: "a part of this path is a file, not a folder",
+    errno.EISDIR: "is a folder, not a file",
+    errno.ENOENT: "no such file or folder",
+    errno.ELOOP: "its symbolic links lead in a circle",
+    errno.ENAMETOOLONG: "the name is too long",
+}
+# Of a whole disk or file system: such an error counts whatever the file.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+# Seconds to wait for a program that holds a file open (Windows): for a file that the run cannot do without, and others.
+PATIENCE, SHORT_PATIENCE = 60.0, 2.0
+NOT_REPLACED = ".not_replaced"
+_TEMPORARY = re.compile(r"\..+\.(\d+)(?:@(.+))?\.tmp")
+
+
+def reason(error: BaseException) -> str | None:
+    """Why the system refused a file, in words; None for an error that is not about files.
+
+    Libraries wrap the system's error: torch keeps it as the cause, safetensors in its message.
+    """
+    if isinstance(error, UnicodeEncodeError):
+        return "the name is not valid UTF-8"
+    if isinstance(error, ValueError) and "null" in str(error):
+        return "the name has a NUL character"
+    if isinstance(error, OSError):
+        return REASONS.get(error.errno, error.strerror or str(error))
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        return REASONS.get(int(found.group(1)), str(error))
+    wrapped = error.__cause__ or error.__context__
+    return reason(wrapped) if isinstance(wrapped, OSError) else None
+
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and is removed otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def writing(path: Path) -> Iterator[None]:
+    """Turn what goes wrong in the block, in which `path` is written, into a `WriteError` that names it."""
     try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # what libraries make of a full disk has no class in common
+        why = reason(error)
+        if why is None:
+            raise
+        raise WriteError(f"{path} cannot be written: {why}") from error
+
+
+@contextmanager
+def replacing(path: Path, essential: bool = True) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well, and is removed otherwise.
+
+    essential: whether work is lost without this file. Windows does not let a file be replaced that another program
+    holds open: after a minute of trying, an essential file is a `WriteError`; any other is soon kept beside `path`
+    under a name that says so, with a warning. Raises `WriteError` for whatever else keeps it from being written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}@{socket.gethostname()}.tmp")
+    with writing(path), folder_for(path):
+        if path.exists() and not path.is_file():
+            raise WriteError(f"{path} cannot be written: there is a folder or a device of this name")
+        try:
+            yield temporary
+            if _move(temporary, path, PATIENCE if essential else SHORT_PATIENCE):
+                path.with_name(path.name + NOT_REPLACED).unlink(missing_ok=True)
+            elif essential:
+                raise WriteError(
+                    f"{path} cannot be replaced: another program holds it open, or it may not be changed; close that "
+                    "program and start the same command again"
+                )
+            else:
+                aside = path.with_name(path.name + NOT_REPLACED)
+                temporary.replace(aside)
+                logger.warning("%s is held open by another program: its new content is in %s", path, aside.name)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_for(path: Path) -> Iterator[None]:
+    """Make the folder of `path`; where the block fails, no empty folder is left that was made for it."""
+    made = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _move(temporary: Path, path: Path, patience: float) -> bool:
+    """Put a file in another's place; False where that is not permitted, and has not become so in `patience` seconds."""
+    end = time.monotonic() + patience
+    while True:
+        try:
+            temporary.replace(path)
+            return True
+        except PermissionError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.1)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -27,10 +138,65 @@ def write_text(path: Path, text: str) -> None:
 
     Bytes of file names that are no UTF-8 are written as JSON and Python do, such as \\udce9.
     """
-    with replacing(path) as temporary:
+    with replacing(path, essential=False) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add UTF-8 text to the end of a file, all of it or nothing; raises `WriteError`."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Unbuffered: nothing may be left for the interpreter's end to write.
+        with path.open("ab", buffering=0) as file:
+            length = file.seek(0, os.SEEK_END)
+            rest = memoryview(text.encode("utf-8", "backslashreplace"))
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(length)
+                raise
+
+
+def check_folder(folder: Path, flag: str) -> None:
+    """Raise `UserError`, naming `flag`, where files could not be written to `folder`; nothing is made.
+
+    For the start of work that takes long: what goes wrong later is a `WriteError` then.
+    """
+    try:
+        str(folder).encode("utf-8")
+        for there in (folder, *folder.parents):
+            try:
+                mode = there.stat().st_mode
+            except FileNotFoundError:
+                if there.is_symlink():
+                    raise UserError(f"{flag} {folder}: {there} is a symbolic link to nothing") from None
+                continue
+            if not stat.S_ISDIR(mode):
+                raise UserError(f"{flag} {folder}: {there} is a file, not a folder")
+            # A file that shows in no folder, or for an instant: permissions alone do not tell all that can be wrong.
+            with tempfile.TemporaryFile(dir=there):
+                return
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        shown = str(folder).encode("utf-8", "backslashreplace").decode()
+        raise UserError(f"{flag} {shown}: {reason(error) or error}") from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that programs which no longer run on this machine left in `folder`."""
+    for file in folder.glob(".*.tmp"):
+        found = _TEMPORARY.fullmatch(file.name)
+        if found is None or found.group(2) not in (None, socket.gethostname()):
+            continue
+        process = int(found.group(1))
+        if process == os.getpid() or not psutil.pid_exists(process):
+            with suppress(OSError):
+                file.unlink()

@@ -24,7 +24,7 @@ from engine.run_folder import find_checkpoints
 from model.checkpoint import Checkpoint, read_checkpoint
 from model.clip_loading import load_clip
 from utils.errors import UserError
-from utils.files import write_text
+from utils.files import check_folder, write_text
 from utils.heatmaps import overlay, save_image
 from utils.logging import progress_bar, set_up_logging
 from utils.paths import figure_path, is_file, is_folder, is_no_file, safe_name
@@ -111,11 +111,11 @@ def evaluate_checkpoints(
     """
     device = check_device(device, precision)
     folder = output_folder(checkpoint, output_dir)
+    check_folder(folder, "--output_dir")
     detectors = load_detectors(checkpoint, clip_weights, device, **overrides)
     run = (detectors[0].config or {}).get("arguments", {})
     asked = dataset or training_dataset(detectors)
     data = load_task_of_run(run, asked, data_root, metadata, class_names, skip_bad_images)
-    set_up_logging(folder / "inference.log")
     for note in zero_shot_notes({detector.name: detector.config for detector in detectors}, data):
         logger.warning("%s", note)
     models = {detector.name: detector for detector in detectors}
@@ -126,6 +126,8 @@ def evaluate_checkpoints(
         )
     if len(evaluations) > 1:
         logger.info("Averages\n\n%s\n", summary_table(evaluations))
+    # Not before: an evaluation that is stopped leaves nothing.
+    set_up_logging(folder / "inference.log")
     name = "unadapted_" if checkpoint == UNADAPTED else ""
     tested = safe_name(data.located.spec.name)
     path = folder / f"{name}evaluation_{tested}.csv"
@@ -158,6 +160,7 @@ def score_images(
     build_prompts(readable_name(class_name))  # a name that no prompt can hold is refused before anything is loaded
     files = image_files(image)
     folder = output_folder(checkpoint, output_dir)
+    check_folder(folder, "--output_dir")
     if checkpoint != UNADAPTED:
         checkpoint = str(find_checkpoints(Path(checkpoint))[-1])
     detector = load_detectors(checkpoint, clip_weights, device, **overrides)[0]

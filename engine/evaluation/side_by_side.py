@@ -19,6 +19,7 @@ from engine.remembered import load_task_of_run
 from engine.run_folder import find_latest, find_loops
 from model.checkpoint import Checkpoint, read_checkpoint
 from utils.errors import UserError
+from utils.files import check_folder
 from utils.heatmaps import comparison_figure, stacked_picture
 from utils.logging import progress_bar
 from utils.paths import safe_name
@@ -55,6 +56,8 @@ def visualize_comparison(
 
     Raises `UserError` for a class, index, run or loop that is not there, and where no run is given.
     """
+    folder = output_dir or Path("results") / "visualize"
+    check_folder(folder, "--output_dir")
     device = check_device(device, "fp32")
     checkpoints = find_checkpoints_of(base_path, cross_path, feedback_path, feedback_loop)
     models = list(checkpoints.values())
@@ -64,7 +67,6 @@ def visualize_comparison(
     indices = check_indices(choice, records, class_name)
     clip = load_clip_for(next(iter(checkpoints.values())), clip_weights)
     models = {name: build_detector(checkpoint, clip).to(device) for name, checkpoint in checkpoints.items()}
-    folder = output_dir or Path("results") / "visualize"
     if choice.worst is not None:
         indices = worst_indices(list(models.values())[-1], data, records, choice.worst)
     figures = []

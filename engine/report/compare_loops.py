@@ -36,6 +36,7 @@ from model.checkpoint import TEXT_FILE, Checkpoint, file_digest, read_checkpoint
 from model.clip import FrozenCLIP
 from model.config import COMPONENTS
 from utils.errors import UserError
+from utils.files import check_folder
 from utils.logging import set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -86,8 +87,10 @@ def compare_feedback_loops(
     """
     if dataset is None:
         raise UserError("--dataset is needed: the dataset to test on, other than the one trained on")
-    device = check_device(device, precision)
+    folder = output_dir or save_path
     files = find_loops(save_path)
+    check_folder(folder, "--output_dir")
+    device = check_device(device, precision)
     references = [
         Row(name, checkpoint=read_weights(find_latest(path, flag)))
         for name, flag, path in ((BASE, "--base_path", base_path), (CROSS_ATTENTION, "--cross_path", cross_path))
@@ -100,10 +103,6 @@ def compare_feedback_loops(
     rows = [*([Row(UNADAPTED)] if unadapted else []), *references, *loops]
     run = next((row.config["arguments"] for row in reversed(rows) if row.config), {})
     data = load_task_of_run(run, dataset, data_root, metadata, class_names, skip_bad_images)
-    folder = output_dir or save_path
-    if folder.is_file():
-        raise UserError(f"--output_dir {folder}: is a file; give a folder")
-    set_up_logging(folder / "comparison.log")
     setting = Setting(data, device, precision, batch_size, num_workers, clip_weights, overrides)
     clip = share_clip(rows, setting)
     if clip is None:
@@ -115,6 +114,8 @@ def compare_feedback_loops(
     trained = {row.name: row.config for row in rows}
     notes = [*zero_shot_notes(trained, data), *broken_notes(save_path, rows), *notes]
     comparison = Comparison(data.located.spec.name, rows, evaluations, notes)
+    # Not before: a comparison that is stopped leaves nothing but what it need not evaluate again.
+    set_up_logging(folder / "comparison.log")
     write_comparison(comparison, save_path, folder)
     if report:
         models: dict[str, Detector] = {}

@@ -41,7 +41,7 @@ from engine.report.comparison import (
     table_cells,
     training,
 )
-from engine.run_folder import HISTORY_FILE, LOG_FILE
+from engine.run_folder import HISTORY_FILE, LOG_FILE, WARNINGS_FILE
 from engine.training.trainer import readable_time
 from engine.training.verdicts import advice, summary_cells
 from model.checkpoint import Checkpoint
@@ -317,7 +317,7 @@ def describe_run(name: str, row: Row) -> Run:
         stages,
         # The verdicts first: single epochs' warnings may be many.
         [*advised, *gathered([said for said in log.warnings if said.lower() not in known])],
-        bool(history or log.began),
+        bool(history or log.began or log.warnings),
     )
 
 
@@ -359,18 +359,26 @@ def run_facts(row: Row, history: Sequence[Mapping[str, Any]]) -> list[tuple[str,
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's `history.jsonl`; none where it is not there or cannot be read, which is logged."""
+    return read_rows(folder / HISTORY_FILE, "curves")
+
+
+def read_rows(file: Path, what: str) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines; none where it is not there or cannot be read, which is logged.
+
+    what: the report lacks without them.
+    """
     try:
-        lines = (folder / HISTORY_FILE).read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
-        logger.warning("%s cannot be read (%s): the report has no curves of that run", folder / HISTORY_FILE, error)
+        logger.warning("%s cannot be read (%s): the report has no %s of that run", file, error, what)
         return []
+    return [row for row in rows if isinstance(row, dict)]
 
 
 class Log(NamedTuple):
-    """What a `train.log` tells: when it began and ended (empty: there is none), and its warnings in order."""
+    """When a run's log began and ended (empty: there is none), and the run's warnings in order."""
 
     began: str = ""
     ended: str = ""
@@ -378,17 +386,25 @@ class Log(NamedTuple):
 
 
 def read_log(folder: Path) -> Log:
-    """A run's `train.log`; empty where it is not there or cannot be read, which is logged."""
+    """When a run's log begins and ends, and the run's warnings, which earlier versions kept in `train.log` alone."""
+    rows = [row for row in read_rows(folder / WARNINGS_FILE, "warnings") if {"time", "message"} <= row.keys()]
+    kept = tuple(str(row["message"]) for row in rows)
     try:
         lines = (folder / LOG_FILE).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        return Log()
+        return Log(warnings=kept)
     except (OSError, ValueError) as error:
-        logger.warning("%s cannot be read (%s): the report has no warnings of that run", folder / LOG_FILE, error)
-        return Log()
+        logger.warning("%s cannot be read (%s): the report may lack warnings of that run", folder / LOG_FILE, error)
+        return Log(warnings=kept)
     found = [match.groups() for line in lines if (match := LOG_LINE.fullmatch(line))]
-    warnings = tuple(message.strip() for _, level, message in found if level in ("WARNING", "ERROR"))
-    return Log(found[0][0], found[-1][0], warnings) if found else Log()
+    if not found:
+        return Log(warnings=kept)
+    older = tuple(
+        message.strip()
+        for time, level, message in found
+        if level in ("WARNING", "ERROR") and not (rows and time >= str(rows[0]["time"]))
+    )
+    return Log(found[0][0], found[-1][0], older + kept)
 
 
 def gathered(warnings: Sequence[str]) -> list[str]:

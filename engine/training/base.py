@@ -25,9 +25,11 @@ def train_base(config: BaseConfig) -> None:
     Raises `UserError` for whatever the arguments ask for in vain, `NotFiniteError`, and `Stopped` on a signal.
     """
     opening = prepare(config, "train.py", text_adapted=config.text_epoch > 0)
-    run = open_run(opening)
-    run.run(two_phases(config, run, opening.data))
-    logger.info("Complete: %d text and %d image epochs, in %s", config.text_epoch, config.image_epoch, config.save_path)
+    with open_run(opening) as run:
+        run.run(two_phases(config, run, opening.data))
+        logger.info(
+            "Complete: %d text and %d image epochs, in %s", config.text_epoch, config.image_epoch, config.save_path
+        )
 
 
 def two_phases(config: BaseConfig, run: TrainingRun, data: TaskData) -> list[Phase]:
@@ -39,21 +41,20 @@ def two_phases(config: BaseConfig, run: TrainingRun, data: TaskData) -> list[Pha
     image_parts = [name for name in model.components if name.startswith("image")]
     carried = text_parts if model.config.text_adapted else []
 
-    def write_text_side(_: int) -> None:
-        run.write_checkpoint([side_file("text")], text_parts, ["text"])
+    def text_files(_: int) -> list[str]:
+        return [side_file("text")]
 
-    def write_image_side(epoch: int) -> None:
-        names = [side_file("image", epoch), side_file("image")]
-        run.write_checkpoint(names, [*carried, *image_parts], ["image"])
+    def image_files(epoch: int) -> list[str]:
+        return [side_file("image", epoch), side_file("image")]
 
     text_stage, image_stage = (partial(stage, model, prompts, classes, config) for stage in (TextStage, ImageStage))
     return [
         Phase(
             1, "text", config.text_epoch, config.text_lr, halved_at(()), text_stage,
-            *loader("geometric", config.text_batch_size, stage=1), write_text_side,
+            *loader("geometric", config.text_batch_size, stage=1), text_files, text_parts,
         ),
         Phase(
             1, "image", config.image_epoch, config.image_lr, halved_at(IMAGE_MILESTONES), image_stage,
-            *loader("full", config.image_batch_size, stage=2), write_image_side,
+            *loader("full", config.image_batch_size, stage=2), image_files, [*carried, *image_parts],
         ),
     ]  # fmt: skip

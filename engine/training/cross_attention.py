@@ -22,6 +22,8 @@ def train_cross_attention(config: CrossAttentionRunConfig) -> None:
     opening = prepare(config, "train_cross_attention.py", start, text_adapted)
     for side, epochs in (("text", config.text_epoch), ("image", config.image_epoch)):
         check_something_to_train(opening.model, side, config.frozen, epochs, f"give --{side}_epoch 0")
-    run = open_run(opening)
-    run.run(two_phases(config, run, opening.data))
-    logger.info("Complete: %d text and %d image epochs, in %s", config.text_epoch, config.image_epoch, config.save_path)
+    with open_run(opening) as run:
+        run.run(two_phases(config, run, opening.data))
+        logger.info(
+            "Complete: %d text and %d image epochs, in %s", config.text_epoch, config.image_epoch, config.save_path
+        )

@@ -45,13 +45,13 @@ def train_feedback(config: FeedbackConfig) -> None:
             remedy, forward = f"loop {loop.loop} has no cross-attention there", loop_forward(config, loop.loop)
             check_something_to_train(opening.model, side, config.frozen, 1, remedy, forward)
     logger.info("%d feedback loops, preset %s\n\n%s\n", len(plan), config.preset, plan_table(plan))
-    run = open_run(opening, {"feedback": True}, partial(loop_forward, config))
-    finisher = LoopFinisher(run, config, validation, tested)
-    results = run.run(feedback_phases(config, plan, run, training), finisher)
-    logger.info("\nSummary\n\n%s\n", run_summary(run.history, feedback=True))
-    if validation is not None:
-        say_best_loop(results)
-    logger.info("Complete: %d loops, in %s", len(plan), config.save_path)
+    with open_run(opening, {"feedback": True}, partial(loop_forward, config)) as run:
+        finisher = LoopFinisher(run, config, validation, tested)
+        results = run.run(feedback_phases(config, plan, run, training), finisher)
+        logger.info("\nSummary\n\n%s\n", run_summary(run.history, feedback=True))
+        if validation is not None:
+            say_best_loop(results)
+        logger.info("Complete: %d loops, in %s", len(plan), config.save_path)
 
 
 def read_start(config: FeedbackConfig) -> Start:
@@ -88,15 +88,14 @@ def feedback_phases(config: FeedbackConfig, plan: list[LoopPlan], run: TrainingR
         forward = loop_forward(config, loop.loop)
         make_stage = partial(stages[side], model, prompts, data.classes, config, forward)
 
-        def write(epoch: int) -> None:
-            if epoch == epochs:
-                run.write_checkpoint([loop_file(loop.loop, side)], list(model.components), [side], loop.loop)
+        def files(epoch: int) -> list[str]:
+            return [loop_file(loop.loop, side)] if epoch == epochs else []
 
         images, sampler = loaders[side]
         batches = -(-len(images) // accelerator.num_processes)
         factor = rate_factor(config, side, epochs, -(-batches // config.accumulate))
         return Phase(
-            loop.loop, side, epochs, rate, factor, make_stage, images, sampler, write,
+            loop.loop, side, epochs, rate, factor, make_stage, images, sampler, files, list(model.components),
             max_norm=config.grad_clip or None,
             grows=config.lr_schedule == "constant" or (config.lr_schedule == "multistep" and side == "text"),
             fresh_optimizer=config.reset_optimizers and loop.loop > 1,
@@ -127,10 +126,12 @@ class LoopFinisher:
         self.model = run.model
         self.evaluated = {"validation": validation, "eval_dataset": tested}
 
+    def files(self, loop: int) -> list[str]:
+        """The names of the checkpoint after that loop."""
+        return [loop_file(loop), *([FINAL_FILE] if loop == self.config.num_feedback_loops else [])]
+
     def __call__(self, loop: int) -> dict[str, Any]:
         """Finish loop number `loop`; returns the metrics found, by what they were taken on."""
-        names = [loop_file(loop), *([FINAL_FILE] if loop == self.config.num_feedback_loops else [])]
-        self.run.write_checkpoint(names, list(self.model.components), ["text", "image"], loop)
         training_curves(self.run.history, self.config.save_path / CURVES_FILE)
         found: dict[str, Any] = {}
         for name, data in self.evaluated.items():
@@ -142,8 +143,9 @@ class LoopFinisher:
                 what = "held-out training images" if name == "validation" else evaluation[detector.name].dataset
                 logger.info("Loop %d on %s\n\n%s\n", loop, what, summary_table(list(evaluation.values())))
         logger.info(
-            "Loop %d of %d is finished: %s", loop, self.config.num_feedback_loops, self.config.save_path / names[0]
-        )
+            "Loop %d of %d is finished: %s", loop, self.config.num_feedback_loops,
+            self.config.save_path / loop_file(loop),
+        )  # fmt: skip
         return found
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -12,9 +13,9 @@ from accelerate import Accelerator
 from engine.data import TaskData, choose_training_images
 from engine.device import make_accelerator
 from engine.remembered import arguments_in, load_task_of_run
-from engine.run_folder import LOG_FILE, STATE_FILE
+from engine.run_folder import STATE_FILE
 from engine.training.arguments import CrossAttentionArguments, RunConfig
-from engine.training.run import TrainingRun, check_save_path
+from engine.training.run import TrainingRun, run_folder
 from engine.training.start import Start, carry_over_moments, check_start, load_start, log_initialisation
 from model.adapter import AdaptedCLIP
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
@@ -22,7 +23,6 @@ from model.checkpoint import SCHEMA
 from model.clip import FrozenCLIP
 from model.clip_loading import load_clip
 from model.config import SIDES, LoopForward, ModelConfig
-from utils.logging import set_up_logging
 from utils.seeding import derive_seed
 
 ADAM_BETAS, ADAMW_BETAS = (0.5, 0.999), (0.9, 0.999)
@@ -116,21 +116,29 @@ def describe_run(
     }
 
 
+@contextmanager
 def open_run(
     opening: Opening,
     more_described: Mapping[str, Any] | None = None,
     loop_forward: Callable[[int], LoopForward] | None = None,
-) -> TrainingRun:
-    """Check that the save path may be written, begin its log, and make the run with its optimizers.
+) -> Iterator[TrainingRun]:
+    """Hold the save path, and keep its log, for the run that is made with its optimizers (`run_folder`).
 
-    Comes after every other check, so that a mistake leaves nothing behind. more_described: more of the `config`;
-    loop_forward: what each loop decides of the forward, for the `config` of its checkpoints.
+    more_described: more of the `config`; loop_forward: what each loop decides of the forward, for the `config` of its
+    checkpoints.
     """
+    config = opening.config
+    with run_folder(config.save_path, config.resume, opening.signature, opening.accelerator):
+        yield make_run(opening, more_described, loop_forward)
+
+
+def make_run(
+    opening: Opening,
+    more_described: Mapping[str, Any] | None,
+    loop_forward: Callable[[int], LoopForward] | None,
+) -> TrainingRun:
+    """The run of an opening, with its optimizers; the arguments are those of `open_run`."""
     config, accelerator, model = opening.config, opening.accelerator, opening.model
-    check_save_path(config.save_path, config.resume, opening.signature)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        set_up_logging(config.save_path / LOG_FILE)
     log_initialisation(model.components, opening.start, isinstance(config, CrossAttentionArguments))
     model.to(accelerator.device)
     optimizers = {side: make_optimizer(model, side, config) for side in SIDES}

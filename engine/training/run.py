@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 
 from dataset.samples import SeededSampler
-from engine.run_folder import ARGUMENTS_FILE, HISTORY_FILE, STATE_FILE
+from engine.device import warn_of_unused_gpu
+from engine.run_folder import (
+    ARGUMENTS_FILE,
+    EVENTS_FOLDER,
+    HISTORY_FILE,
+    LOCK_FILE,
+    LOG_FILE,
+    STATE_FILE,
+    WARNINGS_FILE,
+    is_there,
+)
 from engine.training.schedules import Factor, make_schedule
 from engine.training.stages import Stage
 from engine.training.state import STATE_SCHEMA, read_state, restore
@@ -23,7 +37,9 @@ from engine.training.verdicts import judge_run
 from model.adapter import AdaptedCLIP
 from model.checkpoint import save, state_of
 from utils.errors import NotFiniteError, Stopped, UserError
-from utils.files import write_json, write_text
+from utils.files import check_folder, remove_leftovers, write_json, write_text, writing
+from utils.locks import check_ours, locked
+from utils.logging import log_kept
 from utils.seeding import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -37,6 +53,7 @@ STATE_FIELDS = ("done", "planned", "history", "schedule", "loops")
 class Phase:
     """One stage in one loop: how often it goes over its images, at what rate, and what is written after each epoch.
 
+    files: the names of the checkpoint after an epoch, none where there is none; parts: the components in it.
     factor: of the rate, by step; max_norm clips the gradient; grows: whether a stage that has begun may be given more
     epochs, which a schedule that ends with the stage forbids; fresh_optimizer: begin with its moments forgotten.
     """
@@ -49,7 +66,8 @@ class Phase:
     make_stage: Callable[[], Stage]
     loader: DataLoader
     sampler: SeededSampler
-    write: Callable[[int], None]
+    files: Callable[[int], Sequence[str]]
+    parts: Sequence[str]
     max_norm: float | None = None
     grows: bool = True
     fresh_optimizer: bool = False
@@ -68,6 +86,26 @@ class RunState:
     history: list[dict[str, Any]] = field(default_factory=list)
     schedule: dict[str, Any] | None = None
     loops: list[dict[str, Any]] = field(default_factory=list)
+
+
+class LoopEnd(Protocol):
+    """What a run does once after the last phase of each loop, in the main process."""
+
+    def files(self, loop: int) -> Sequence[str]:
+        """The names of the checkpoint of all components after that loop."""
+
+    def __call__(self, loop: int) -> dict[str, Any]:
+        """Do what there is to do once that checkpoint is written; what is returned is kept with the run."""
+
+
+class Written(NamedTuple):
+    """A checkpoint of a run: its names, what is in it, and after how many epochs of the run it was written."""
+
+    names: Sequence[str]
+    parts: Sequence[str]
+    sides: Sequence[str]
+    loop: int
+    rows: int
 
 
 class TrainingRun:
@@ -100,66 +138,108 @@ class TrainingRun:
         self.steps_before = dict(steps_before or {})
         self.feedback = feedback
         self.state = RunState([], [])
-        self.loop = 1
         self._loaders: dict[int, DataLoader] = {}
+        warn_of_unused_gpu(accelerator.device, model)
 
     @property
     def history(self) -> list[dict[str, Any]]:
         return self.state.history
 
-    def steps(self, side: str) -> int | None:
-        """Optimizer steps that a side's weights have seen, those before this run included; None where not known."""
-        before = self.steps_before.get(side, 0)
-        return None if before is None else before + sum(row["steps"] for row in self.history if row["stage"] == side)
-
-    def epochs(self, side: str) -> int:
-        """Epochs of a side in this run."""
-        return sum(row["stage"] == side for row in self.history)
-
-    def write_checkpoint(
-        self, names: Sequence[str], parts: Sequence[str], sides: Sequence[str], loop: int | None = None
-    ) -> None:
-        """Write components and the optimizers of `sides` under each of `names`; the last side's epochs count."""
-        checkpoint = self._checkpoint(parts, sides) | ({} if loop is None else {"loop": loop})
+    def _write(self, written: Written, names: Sequence[str]) -> None:
+        check_ours(self.save_path / LOCK_FILE)
+        checkpoint = self._checkpoint(written.parts, written.sides, self.history[: written.rows], written.loop)
+        if self.feedback:
+            checkpoint["loop"] = written.loop
         for name in names:
             save(checkpoint, self.save_path / name)
 
-    def _checkpoint(self, parts: Sequence[str], sides: Sequence[str]) -> dict[str, Any]:
+    def _checkpoint(
+        self, parts: Sequence[str], sides: Sequence[str], history: Sequence[Mapping[str, Any]], loop: int
+    ) -> dict[str, Any]:
+        """Components and the optimizers of `sides` after `history`; the last side's epochs count."""
         return {
             **{name: state_of(self.model.components[name]) for name in parts},
             **{f"{side}_optimizer": self.optimizers[side].state_dict() for side in sides},
-            "epoch": self.epochs(sides[-1]),
-            "steps": {side: self.steps(side) for side in self.optimizers},
-            "config": self.describe(self.loop),
+            "epoch": sum(row["stage"] == sides[-1] for row in history),
+            "steps": {side: self._steps(side, history) for side in self.optimizers},
+            "config": self.describe(loop),
         }
 
-    def run(
-        self, phases: Sequence[Phase], finish_loop: Callable[[int], dict[str, Any]] | None = None
-    ) -> list[dict[str, Any]]:
+    def _steps(self, side: str, history: Sequence[Mapping[str, Any]]) -> int | None:
+        """Optimizer steps that a side's weights have seen, those before this run included; None where not known."""
+        before = self.steps_before.get(side, 0)
+        return None if before is None else before + sum(row["steps"] for row in history if row["stage"] == side)
+
+    def run(self, phases: Sequence[Phase], loop_end: LoopEnd | None = None) -> list[dict[str, Any]]:
         """Train all phases, going on where the state on disk ends; raises `Stopped` and `NotFiniteError`.
 
-        finish_loop: called once after the last phase of each loop, with its number, in the main process; a restart
-        repeats it where it did not come to its end. What it returns is kept, and returned for all loops.
+        What `loop_end` finds is kept, and returned for all loops; a restart repeats it where it did not come to its
+        end. Checkpoints that are gone are written again where the state still holds what was in them; a run that is
+        complete but for others is a `UserError`.
         """
-        self._restore(phases)
-        with StopRequest() as stop:
+        try:
+            self._restore(phases)
+            gone = self._write_missing(phases, loop_end) if self.accelerator.is_main_process else []
+            trained = False
             for index, phase in enumerate(phases):
-                self.loop = phase.loop
                 if self.state.done[index] < phase.epochs:
-                    self._run_phase(index, phase, stop)
+                    self._run_phase(index, phase)
+                    trained = True
                 ends = index + 1 == len(phases) or phases[index + 1].loop != phase.loop
-                if finish_loop is not None and ends and len(self.state.loops) < phase.loop:
-                    self._finish_loop(phase.loop, finish_loop)
-        self.accelerator.end_training()
+                if loop_end is not None and ends and len(self.state.loops) < phase.loop:
+                    self._finish_loop(phase.loop, loop_end)
+        except KeyboardInterrupt as error:
+            number = getattr(error, "signal_number", signal.SIGINT)
+            raise Stopped("stopped: the same command goes on", number) from error
+        with writing(self.save_path / EVENTS_FOLDER):
+            self.accelerator.end_training()
+        if gone and not trained:
+            raise UserError(f"the run in {self.save_path} has nothing left to train, but {lost(gone)}")
         return self.state.loops
 
-    def _finish_loop(self, loop: int, finish_loop: Callable[[int], dict[str, Any]]) -> None:
+    def _finish_loop(self, loop: int, loop_end: LoopEnd) -> None:
         if self.accelerator.is_main_process:
-            self.state.loops.append({"loop": loop, **finish_loop(loop)})
+            written = self._loop_written(loop, loop_end, len(self.history))
+            self._write(written, written.names)
+            self.state.loops.append({"loop": loop, **loop_end(loop)})
             self._save_state()
         self.accelerator.wait_for_everyone()
 
-    def _run_phase(self, index: int, phase: Phase, stop: StopRequest) -> None:
+    def _phase_written(self, phase: Phase, epoch: int, rows: int) -> Written:
+        return Written(phase.files(epoch), phase.parts, [phase.side], phase.loop, rows)
+
+    def _loop_written(self, loop: int, loop_end: LoopEnd, rows: int) -> Written:
+        return Written(loop_end.files(loop), list(self.model.components), list(self.optimizers), loop, rows)
+
+    def _all_written(self, phases: Sequence[Phase], loop_end: LoopEnd | None) -> Iterator[Written]:
+        """The checkpoints that the run has written so far, in order."""
+        rows = 0
+        for index, phase in enumerate(phases):
+            for epoch in range(1, self.state.done[index] + 1):
+                rows += 1
+                yield self._phase_written(phase, epoch, rows)
+            ends = index + 1 == len(phases) or phases[index + 1].loop != phase.loop
+            if loop_end is not None and ends and phase.loop <= len(self.state.loops):
+                yield self._loop_written(phase.loop, loop_end, rows)
+
+    def _write_missing(self, phases: Sequence[Phase], loop_end: LoopEnd | None) -> list[str]:
+        """Write again what is gone of the run's checkpoints; the names of those whose weights were trained on since."""
+        latest = {name: written for written in self._all_written(phases, loop_end) for name in written.names}
+        gone = []
+        for name, written in latest.items():
+            if is_there(self.save_path, name):
+                continue
+            trained_since = {row["stage"] for row in self.history[written.rows :]}
+            if any(part.startswith(tuple(trained_since)) for part in written.parts if trained_since):
+                gone.append(name)
+                continue
+            self._write(written, [name])
+            logger.warning("%s was gone: written again from %s", self.save_path / name, STATE_FILE)
+        if gone:
+            logger.warning("%s", lost(gone))
+        return gone
+
+    def _run_phase(self, index: int, phase: Phase) -> None:
         stage = phase.make_stage()
         stage.begin()
         prepared, loader = self.accelerator.prepare(stage), self._prepared_loader(phase.loader)
@@ -179,10 +259,11 @@ class TrainingRun:
             description = stage_name(stage, phase.loop, epoch)
             stage.train()
             try:
-                row = train_epoch(
-                    prepared, stage.trained, loader, optimizer, schedule, self.accelerator, description,
-                    phase.max_norm, lambda: stop.signal_number is not None,
-                )  # fmt: skip
+                with StopRequest() as stop:
+                    row = train_epoch(
+                        prepared, stage.trained, loader, optimizer, schedule, self.accelerator, description,
+                        phase.max_norm, lambda: stop.signal_number is not None,
+                    )  # fmt: skip
             except NotFiniteError as error:
                 state = self.save_path / STATE_FILE
                 advice = f"start with another --save_path and a lower --{phase.side}_lr"
@@ -203,7 +284,8 @@ class TrainingRun:
             log_epoch(row, phase.epochs)
             self._track(row)
             if self.accelerator.is_main_process:
-                phase.write(epoch)
+                written = self._phase_written(phase, epoch, len(self.history))
+                self._write(written, written.names)
                 self._save_state()
             self.accelerator.wait_for_everyone()
         verdict = judge_run(self.history, self.feedback)[phase.loop, phase.side]
@@ -224,14 +306,21 @@ class TrainingRun:
     def _track(self, row: dict[str, Any]) -> None:
         position = sum(other["stage"] == row["stage"] for other in self.history)
         values = {f"{row['stage']}/{name}": value for name, value in row.items() if name not in ("stage", "epoch")}
-        self.accelerator.log(values, step=position)
+        with writing(self.save_path / EVENTS_FOLDER):
+            self.accelerator.log(values, step=position)
+            for tracker in self.accelerator.trackers:
+                if isinstance(tracker, TensorBoardTracker) and self.accelerator.is_main_process:
+                    # Its thread keeps an error to itself until somebody asks.
+                    tracker.writer.flush()
 
     def _save_state(self) -> None:
+        check_ours(self.save_path / LOCK_FILE)
+        loop = self.history[-1]["loop"] if self.history else 1
         save(
             {
                 "schema": STATE_SCHEMA,
                 "signature": self.signature,
-                **self._checkpoint(list(self.model.components), list(self.optimizers)),
+                **self._checkpoint(list(self.model.components), list(self.optimizers), self.history, loop),
                 **{name: getattr(self.state, name) for name in STATE_FIELDS},
             },
             self.save_path / STATE_FILE,
@@ -247,8 +336,7 @@ class TrainingRun:
         self.state = RunState([0] * len(phases), planned)
         file = self.save_path / STATE_FILE
         if self.accelerator.is_main_process:
-            for half_written in self.save_path.glob(".*.tmp"):
-                half_written.unlink(missing_ok=True)
+            remove_leftovers(self.save_path)
         if file.is_file():
             saved = read_state(file)
             done = continued(saved["done"], saved["planned"], phases, self.save_path)
@@ -263,10 +351,20 @@ class TrainingRun:
             self._save_state()
         if self.accelerator.is_main_process:
             # Not before: what is refused must not take the place of what the run was asked for.
-            write_json(self.save_path / ARGUMENTS_FILE, self.describe(self.loop)["arguments"])
+            write_json(self.save_path / ARGUMENTS_FILE, self.describe(1)["arguments"])
         self.accelerator.wait_for_everyone()
         if self.accelerator.log_with:
-            self.accelerator.init_trackers("events")
+            with writing(self.save_path / EVENTS_FOLDER):
+                self.accelerator.init_trackers(EVENTS_FOLDER)
+
+
+def lost(names: Sequence[str]) -> str:
+    """Checkpoints that are gone for good, and what can be done about it."""
+    return (
+        f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} gone and cannot be written again: the weights were "
+        f"trained on since, and {STATE_FILE} holds the latest alone; take them from a copy, or train with another "
+        "--save_path"
+    )
 
 
 def describe_progress(done: Sequence[int], phases: Sequence[Phase]) -> str:
@@ -322,10 +420,36 @@ def still_finished(
     return [found for found in loops if found["loop"] < first]
 
 
+@contextmanager
+def run_folder(save_path: Path, resume: str, signature: dict[str, Any], accelerator: Accelerator) -> Iterator[None]:
+    """Hold a run's folder: nobody else writes there, and its log is kept, until the block ends.
+
+    Comes after every other check, so that a mistake leaves nothing behind. The first process of a launch holds it for
+    all. Raises `UserError` where another run is under way there, and as `check_save_path` does.
+    """
+    with ExitStack() as stack:
+        refused: list[UserError | None] = [None]
+        if accelerator.is_main_process:
+            try:
+                check_folder(save_path, "--save_path")
+                stack.enter_context(locked(save_path / LOCK_FILE))
+                check_save_path(save_path, resume, signature)
+            except UserError as error:
+                refused = [error]
+        answer = [refused[0] is not None]
+        broadcast_object_list(answer)
+        if refused[0] is not None:
+            raise refused[0]
+        if answer[0]:
+            # The first process has said why.
+            raise SystemExit(2)
+        if accelerator.is_main_process:
+            stack.enter_context(log_kept(save_path / LOG_FILE, save_path / WARNINGS_FILE))
+        yield
+
+
 def check_save_path(save_path: Path, resume: str, signature: dict[str, Any]) -> None:
     """Raise `UserError` where a run must not be written: another run's folder, or a used one with `--resume never`."""
-    if save_path.exists() and not save_path.is_dir():
-        raise UserError(f"--save_path {save_path}: is a file, not a folder")
     entries = [entry for entry in save_path.iterdir() if not entry.name.startswith(".")] if save_path.exists() else []
     if resume == "never" and entries:
         raise UserError(f"--save_path {save_path} is not empty, and --resume never starts in a new folder only")

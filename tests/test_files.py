@@ -1,0 +1,282 @@
+"""Writing files: whole or not at all, one line that says why not, and what another program holds open."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from safetensors.torch import save_file
+
+import utils.files
+from model.checkpoint import save
+from utils.errors import UserError, WriteError
+from utils.figures import save_png
+from utils.files import (
+    NOT_REPLACED,
+    append_text,
+    check_folder,
+    remove_leftovers,
+    replacing,
+    write_text,
+    writing,
+)
+from utils.heatmaps import save_image
+
+CODES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+class FullFile:
+    """Stands in for an open file on a full disk, which takes the first bytes."""
+
+    def __init__(self, file: object, code: int) -> None:
+        self.file, self.code, self.left = file, code, 10
+
+    def write(self, data: bytes) -> int:
+        if self.left == 0:
+            raise OSError(self.code, os.strerror(self.code))
+        taken = bytes(data)[: self.left]
+        self.left -= len(taken)
+        return self.file.write(taken)
+
+    def __enter__(self) -> FullFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_a_disk_that_takes_no_more_is_one_line_and_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Of text, checkpoints, pictures and logs alike."""
+    before = {"a.txt": b"old", "a.pth": b"old", "a.png": b"old", "a.log": b"old\n"}
+    for name, content in before.items():
+        (tmp_path / name).write_bytes(content)
+    real = Path.open
+
+    def full(path: Path, mode: str = "r", *rest: object, **more: object) -> object:
+        if "r" in mode:
+            return real(path, mode, *rest, **more)
+        return FullFile(real(path, "ab" if "a" in mode else "wb", buffering=0), code)
+
+    def write(path: Path, text: str, **_: object) -> None:
+        with full(path, "wb") as file:
+            file.write(text.encode())
+            file.write(text.encode())
+
+    monkeypatch.setattr(Path, "open", full)
+    monkeypatch.setattr(Path, "write_text", write)
+    image = Image.new("RGB", (8, 8))
+    monkeypatch.setattr(image, "save", lambda path, format: write(path, "picture" * 9))
+    for name, attempt in (
+        ("a.txt", lambda path: write_text(path, "text" * 20)),
+        ("a.pth", lambda path: save({"weights": torch.zeros(1000)}, path)),
+        ("a.png", lambda path: save_image(image, path)),
+        ("a.log", lambda path: append_text(path, "line" * 20)),
+    ):
+        with pytest.raises(WriteError) as found:
+            attempt(tmp_path / name)
+        assert str(found.value).startswith(f"{tmp_path / name} cannot be written: ")
+        assert utils.files.REASONS[code] in str(found.value)
+        assert "\n" not in str(found.value)
+    monkeypatch.undo()
+    assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
+
+
+def test_what_libraries_make_of_a_full_disk_is_understood(tmp_path: Path) -> None:
+    class SafetensorError(Exception):
+        pass
+
+    def torch_fails() -> None:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598")
+
+    def safetensors_fails() -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    for fail in (torch_fails, safetensors_fails):
+        with pytest.raises(WriteError, match="the disk is full"), writing(tmp_path / "x"):
+            fail()
+    with pytest.raises(RuntimeError, match="a mistake"), writing(tmp_path / "x"):
+        raise RuntimeError("a mistake of the programmer's")
+
+
+def bad_folders(tmp_path: Path) -> dict[str, Path]:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    found = {
+        "file": tmp_path / "file",
+        "under a file": tmp_path / "file" / "below" / "it",
+        "too long": tmp_path / ("x" * 300),
+        "below too long": tmp_path / ("x" * 300) / "below",
+        "NUL": tmp_path / "a\0b",
+        "device": Path(os.devnull),
+    }
+    if os.name == "posix":
+        (tmp_path / "circle").symlink_to(tmp_path / "circle")
+        (tmp_path / "nothing").symlink_to(tmp_path / "gone")
+        found |= {
+            "circle": tmp_path / "circle" / "below",
+            "link to nothing": tmp_path / "nothing" / "below",
+            "not UTF-8": tmp_path / os.fsdecode(b"\xff"),
+            "no files there": Path("/proc/none"),
+        }
+    return found
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:
+    folders = bad_folders(tmp_path)
+    before = names(tmp_path)
+    for kind, folder in folders.items():
+        with pytest.raises(UserError, match="--output_dir") as found:
+            check_folder(folder, "--output_dir")
+        assert "\n" not in str(found.value), kind
+        str(found.value).encode("utf-8")
+        if kind not in ("not UTF-8",):
+            with pytest.raises(WriteError) as late:
+                write_text(folder / "x.txt", "x")
+            assert "\n" not in str(late.value), kind
+    assert names(tmp_path) == before
+    check_folder(tmp_path / "new" / "newer", "--output_dir")
+    assert names(tmp_path) == before
+
+
+def test_a_folder_that_is_not_permitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(utils.files.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(UserError, match=r"--work .*new: not permitted"):
+        check_folder(tmp_path / "new", "--work")
+
+
+def test_a_folder_or_a_device_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").mkdir()
+    for path in (tmp_path / "a.csv", Path(os.devnull)):
+        with pytest.raises(WriteError, match="folder or a device"):
+            write_text(path, "x")
+    assert not Path(os.devnull).is_file()
+
+
+def held_open(monkeypatch: pytest.MonkeyPatch, name: str, times: float) -> list[str]:
+    """Replacing `name` raises what Windows raises for a file that another program holds open, this many times."""
+    real, tried = Path.replace, []
+
+    def replace(path: Path, target: Path) -> Path:
+        if Path(target).name == name and len(tried) < times:
+            tried.append(name)
+            raise PermissionError(errno.EACCES, "Access is denied", str(path))
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    monkeypatch.setattr(utils.files.time, "sleep", lambda _: None)
+    monkeypatch.setattr(utils.files, "SHORT_PATIENCE", 0.01)
+    monkeypatch.setattr(utils.files, "PATIENCE", 0.05)
+    return tried
+
+
+def test_a_file_that_is_held_open_for_a_moment_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "state.pth"
+    path.write_bytes(b"old")
+    tried = held_open(monkeypatch, path.name, 3)
+    save({"a": 1}, path)
+    assert len(tried) == 3
+    assert names(tmp_path) == {path.name}
+    assert path.read_bytes() != b"old"
+
+
+def test_a_file_that_stays_held_open_is_kept_aside_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "history.jsonl"
+    path.write_text("old", encoding="utf-8")
+    with monkeypatch.context() as patch:
+        held_open(patch, path.name, float("inf"))
+        write_text(path, "new")
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "held open" in record.getMessage() and NOT_REPLACED in record.getMessage()
+    assert path.read_text(encoding="utf-8") == "old"
+    assert (tmp_path / (path.name + NOT_REPLACED)).read_text(encoding="utf-8") == "new"
+    # Closed again: the file has the newest content, and what was kept aside is gone.
+    write_text(path, "newer")
+    assert names(tmp_path) == {path.name}
+    assert path.read_text(encoding="utf-8") == "newer"
+
+
+def test_a_checkpoint_that_stays_held_open_is_not_called_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "training_state.pth"
+    path.write_bytes(b"old")
+    held_open(monkeypatch, path.name, float("inf"))
+    with pytest.raises(WriteError, match="another program holds it open"):
+        save({"a": 1}, path)
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == {path.name}
+
+
+def test_leftovers_of_dead_processes_are_removed_and_no_others(tmp_path: Path) -> None:
+    here, dead = socket.gethostname(), 2**22 - 7
+    left = {
+        f".a.pth.{dead}@{here}.tmp", f".a.pth.{dead}.tmp", f".a.pth.{os.getpid()}@{here}.tmp",
+    }  # fmt: skip
+    others = {f".a.pth.{os.getppid()}@{here}.tmp", f".a.pth.{dead}@elsewhere.tmp", ".notes.tmp", "a.tmp"}
+    for name in left | others:
+        (tmp_path / name).write_text("", encoding="utf-8")
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == others
+
+
+def test_a_name_of_a_temporary_file_is_recognised(tmp_path: Path) -> None:
+    with replacing(tmp_path / "a.pth") as temporary:
+        temporary.write_bytes(b"")
+        assert utils.files._TEMPORARY.fullmatch(temporary.name).group(2) == socket.gethostname()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files, which Windows cannot")
+def test_what_the_libraries_really_raise(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for a full disk: torch, safetensors, Pillow and matplotlib all fail."""
+    import resource
+
+    noise = np.random.default_rng(0).integers(0, 255, (99, 99, 3), dtype=np.uint8)
+    weights = {"weights": torch.zeros(100_000)}
+    figure = Figure()
+    figure.add_subplot().imshow(noise)
+
+    def safetensors(path: Path) -> None:
+        with replacing(path) as temporary:
+            save_file(weights, temporary)
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for attempt in (
+        lambda path: save(weights, path),
+        safetensors,
+        lambda path: save_image(Image.fromarray(noise), path),
+        lambda path: save_png(figure, path),
+        lambda path: write_text(path, "x" * 9000),
+        lambda path: append_text(path, "x" * 9000),
+    ):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        try:
+            with pytest.raises(WriteError, match="larger than the system allows"):
+                attempt(tmp_path / "file")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert names(tmp_path) <= {"file"}
+    assert (tmp_path / "file").read_bytes() == b"", "only the log's file was begun"
