@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,14 @@ TINY_ARCHITECTURE: dict[str, Any] = {
 }
 
 TINY_NAME = "ViT-tiny-test"
+
+# The environment's variable for how many threads tests compute with, see `tests/other_machines.py`.
+THREADS = "TEST_THREADS"
+
+
+def threads() -> int:
+    """One unless asked otherwise: tensors here are tiny, and threads that wait for one another cost ten times more."""
+    return int(os.environ.get(THREADS, "1"))
 
 
 def fill_with_noise(module: nn.Module, scale: float = 0.05) -> None:

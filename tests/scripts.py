@@ -18,15 +18,15 @@ from engine.training.arguments import BaseConfig
 from engine.training.base import train_base
 from engine.training.feedback import train_feedback
 from engine.training.feedback_arguments import FeedbackConfig
-from tests.helpers import TINY_ARCHITECTURE, tiny_open_clip
+from tests.helpers import TINY_ARCHITECTURE, threads, tiny_open_clip
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 40
 
 
 def environment() -> dict[str, str]:
-    """One thread each: tensors are tiny. Nothing may be downloaded."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
+    """Of the processes that tests start. Nothing may be downloaded."""
+    return {**os.environ, "OMP_NUM_THREADS": str(threads()), "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
 
 
 def start(script: str, *arguments: object, cwd: Path = ROOT) -> subprocess.Popen[str]:
