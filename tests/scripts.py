@@ -29,8 +29,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": str(threads()), "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
 
 
-def start(script: str, *arguments: object, cwd: Path = ROOT) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+def start(script: str, *arguments: object, cwd: Path = ROOT, slowly: bool = False) -> subprocess.Popen[str]:
+    """Start a script; `slowly` where it is to be stopped in the middle (from the repository's root alone)."""
+    how = ["-m", "tests.slowly"] if slowly else []
+    command = [sys.executable, *how, str(ROOT / script), *map(str, arguments)]
     return subprocess.Popen(
         command, cwd=cwd, env=environment(), text=True, encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

@@ -81,7 +81,7 @@ def test_killed_runs_end_with_the_same_weights(world: Path, finished: Path, tmp_
     path = tmp_path / "killed"
     chance = random.Random(time.time_ns())
     for rows in (1, 3):
-        process = start(*from_base(world, path))
+        process = start(*from_base(world, path), slowly=True)
         wait_for_rows(path / "history.jsonl", rows, process)
         time.sleep(chance.uniform(0, 0.3))
         process.kill()
