@@ -21,7 +21,6 @@ from tests.scripts import write_clip, write_dataset
 from utils.errors import UserError
 from utils.metrics import IMAGE_NAMES, PixelCounter
 
-
 BATCH = 4
 
 
