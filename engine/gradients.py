@@ -1,10 +1,9 @@
-"""Does cross-attention leave the image adapter its gradient? Measured on real batches with Stage 2's own loss."""
+"""Whether cross-attention leaves the image adapter its gradient, in length and direction; on batches of Stage 2."""
 
 from __future__ import annotations
 
 import csv
 import io
-import logging
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,76 +13,124 @@ from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
+from engine.arguments import Arguments, DataArguments, MachineArguments, ModelArguments
 from engine.data import TaskData, choose_training_images, load_task, training_loader
-from engine.detector import checkpoint_config, load_clip_for
+from engine.detector import checkpoint_config, cross_attention_choices, load_clip_for
 from engine.device import check_device
-from engine.training.arguments import RunConfig
+from engine.evaluation.arguments import TRAINED
+from engine.training.arguments import CrossAttentionArguments, RunConfig
+from engine.training.feedback_arguments import FeedbackConfig
 from engine.training.stage1 import TextStage
 from engine.training.stage2 import ImageStage
 from engine.training.stages import Stage, class_rows
 from engine.training.trainer import gradient_norms
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.blocks import run_block
-from model.checkpoint import load_component, read_checkpoint
+from model.checkpoint import Checkpoint, load_component, read_checkpoint
 from model.clip_loading import load_clip
 from model.config import CrossAttentionConfig
+from model.cross_attention import CrossAttention
 from model.text import Prompts
 from utils.errors import UserError
+from utils.fields import changed, setting
 from utils.figures import save_png
 from utils.files import write_text
 from utils.seeding import derive_seed
 
-logger = logging.getLogger(__name__)
+# What the defaults must keep to: how much longer or shorter the gradient may get, and how far it may turn.
+HEALTHY_RATIOS = (0.8, 1.25)
+HEALTHY_COSINE = 0.95
+DEFAULT_WEIGHT = CrossAttentionConfig.image_cross_attn_weight
 
-HEALTHY_RATIO = 0.8
 
+@dataclass(frozen=True, kw_only=True)
+class GradientTest(Arguments):
+    """What is measured: which model, on which images, with which cross-attention. None is what was not asked for."""
 
-@dataclass(frozen=True)
-class GradientTest:
-    """What is measured: which model, on which images, with which cross-attention."""
+    model_name: str | None = changed(ModelArguments, "model_name", None, unset=f"{TRAINED}, else toy")
+    clip_weights: str | None = changed(
+        ModelArguments, "clip_weights", unset="those trained with, else OpenAI's from the hub"
+    )
+    activation: str | None = changed(ModelArguments, "activation", unset=f"{TRAINED}, else the one the weights need")
+    img_size: int | None = changed(ModelArguments, "img_size", unset=f"{TRAINED}, else the model's own")
+    checkpoint: Path | None = setting(
+        None, "trained model, a base or one with cross-attention", "model", unset="none, fresh weights"
+    )
+    preset: str | None = changed(
+        FeedbackConfig, "preset", None, help="feedback preset whose cross-attention is measured", unset="none",
+        group="cross-attention",
+    )  # fmt: skip
+    image_cross_attn_weight: float | None = changed(
+        CrossAttentionArguments, "image_cross_attn_weight", None, unset=f"{TRAINED}, else {DEFAULT_WEIGHT}"
+    )
+    text_cross_attn_weight: float | None = changed(
+        CrossAttentionArguments, "text_cross_attn_weight", None, unset=f"{TRAINED}, else {DEFAULT_WEIGHT}"
+    )
+    context_norm: str | None = changed(CrossAttentionArguments, "context_norm", None, unset=f"{TRAINED}, else unit")
+    dataset: str = changed(DataArguments, "dataset", "toy_train")
+    data_root: Path | None = changed(DataArguments, "data_root")
+    batches: int = setting(1, "batches to average over", "data", between=(1, 1_000_000))
+    batch_size: int = setting(8, "images in each batch", "data", between=(1, 100_000))
+    seed: int = changed(RunConfig, "seed", help="seed of fresh weights and of the batches", group="data")
+    device: str = changed(MachineArguments, "device")
+    component: bool = setting(False, "list every component's gradient norm in both stages", "what to do")
+    sweep: tuple[float, ...] = setting(
+        (), "weights of the image side to measure as well, for a plot and a CSV", "what to do", between=(0, 1e6),
+        several=True,
+    )  # fmt: skip
+    output_dir: Path = setting(Path("runs/gradients"), "folder of plot and CSV", "output")
 
-    model_name: str = "toy"
-    clip_weights: str | None = None
-    activation: str | None = None
-    img_size: int | None = None
-    checkpoint: Path | None = None
-    dataset: str = "toy_train"
-    data_root: Path | None = None
-    batches: int = 1
-    batch_size: int = 8
-    seed: int = 0
-    device: str = "auto"
-    image_cross_attn_weight: float = 0.1
-    text_cross_attn_weight: float = 0.1
-    context_norm: str = "unit"
+    def given(self, *names: str) -> dict[str, Any]:
+        """Those of the fields that were asked for."""
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 class Measurement(NamedTuple):
-    """Norms of the image adapter's gradient over the batches, and the contribution |w * out| / |x| of the branch."""
+    """The image adapter's gradient with the branch at `weight` beside the one without it, a value for each batch.
+
+    without, with_: its norm; cosine: between the two; contribution: |w * out| / |x| of the branch.
+    """
 
     weight: float
     without: list[float]
     with_: list[float]
+    cosine: list[float]
     contribution: list[float]
 
     @property
     def ratio(self) -> float:
         return statistics.mean(self.with_) / statistics.mean(self.without)
 
+    @property
+    def is_healthy(self) -> bool:
+        low, high = HEALTHY_RATIOS
+        return low <= self.ratio <= high and statistics.mean(self.cosine) >= HEALTHY_COSINE
+
 
 class Bench:
-    """A model and a few batches, on which weights of the image cross-attention are compared."""
+    """A model and a few batches, on which weights of the image cross-attention are compared.
+
+    subject: what the model is, in words; chosen_by: who set a larger weight than the default on purpose, if anyone.
+    """
 
     def __init__(self, test: GradientTest) -> None:
         device = check_device(test.device, "fp32")
         data = choose_training_images(load_task(test.dataset, test.data_root), "full_shot", 0, test.seed)
-        self.model = build_model(test).to(device)
+        checkpoint = None if test.checkpoint is None else read_checkpoint(test.checkpoint)
+        self.model = build_model(test, checkpoint).to(device)
+        self.subject = describe(self.model, test, checkpoint)
+        self.chosen_by = who_chose_more(self.model, test)
         self.prompts = data.prompts(self.model.clip).to(device)
         self.classes = data.classes
         self.seed = test.seed
         self.batches = take_batches(data, self.model, test, device)
+
+    @property
+    def weight(self) -> float:
+        """The model's own weight of the image side's residual."""
+        return weight_of(self.model.image_cross_attn)
 
     def stage2(self) -> ImageStage:
         return ImageStage(self.model, self.prompts, self.classes, RunConfig())
@@ -99,41 +146,102 @@ class Bench:
         stage(batch).losses["total"].backward()
         return {name: norm.item() for name, norm in gradient_norms(stage.trained).items()}
 
+    def image_gradient(self, batch: dict[str, Any]) -> Tensor:
+        """The image adapter's gradient in Stage 2, as one vector in double precision."""
+        self.norms(self.stage2(), batch)
+        gradients = [parameter.grad for parameter in self.model.image_adapter.parameters()]
+        return torch.cat([gradient.double().flatten() for gradient in gradients if gradient is not None])
+
     def measure(self, weight: float) -> Measurement:
         """The image adapter's gradient at `weight` and at 0, which is without cross-attention."""
-        found = Measurement(weight, [], [], [])
+        own = self.weight
+        found = Measurement(weight, [], [], [], [])
         for batch in self.batches:
+            gradients = []
             for value, norms in ((0.0, found.without), (weight, found.with_)):
-                self.model.image_cross_attn.scale = value
-                norms.append(self.norms(self.stage2(), batch)["image_adapter"])
+                set_weight(self.model.image_cross_attn, value)
+                gradients.append(self.image_gradient(batch))
+                norms.append(gradients[-1].norm().item())
+            found.cosine.append(torch.cosine_similarity(*gradients, dim=0).item())
             found.contribution.append(contribution(self.model, self.prompts, batch, self.classes))
+        set_weight(self.model.image_cross_attn, own)
         return found
 
 
-def build_model(test: GradientTest) -> AdaptedCLIPWithCrossAttention:
-    """A model with fresh modules, or with those that a base or cross-attention checkpoint holds."""
+def build_model(test: GradientTest, checkpoint: Checkpoint | None) -> AdaptedCLIPWithCrossAttention:
+    """A model with fresh modules, or with those that a base or cross-attention checkpoint holds.
+
+    Raises `UserError` where the checkpoint, the weights and what is asked for do not fit together.
+    """
     torch.manual_seed(derive_seed(test.seed))
-    asked = {
-        "image_cross_attn_weight": test.image_cross_attn_weight,
-        "text_cross_attn_weight": test.text_cross_attn_weight,
-        "context_norm": test.context_norm,
-    }
-    if test.checkpoint is None:
-        clip = load_clip(test.model_name, test.clip_weights, test.img_size, test.activation)
-        return AdaptedCLIPWithCrossAttention(clip, clip.model_config(), cross=CrossAttentionConfig(**asked))
-    checkpoint = read_checkpoint(test.checkpoint)
-    clip = load_clip_for(checkpoint, test.clip_weights)
-    choices = CrossAttentionConfig(**asked)
-    crossed = checkpoint.cross_attention()
-    if crossed:
-        if crossed.cross_attn_scale == "learned":
-            raise UserError(f"{test.checkpoint}: its weight is learned; this test compares fixed ones")
-        choices = replace(crossed, **asked)
-    model = AdaptedCLIPWithCrossAttention(clip, checkpoint_config(checkpoint, clip), cross=choices)
+    if checkpoint is None:
+        clip = load_clip(test.model_name or "toy", test.clip_weights, test.img_size, test.activation)
+        config = clip.model_config()
+    else:
+        clip = load_clip_for(checkpoint, test.clip_weights, **test.given("model_name", "img_size", "activation"))
+        config = checkpoint_config(checkpoint, clip)
+    asked = test.given("image_cross_attn_weight", "text_cross_attn_weight", "context_norm")
+    cross = replace(own_setting(test, checkpoint), **asked)
+    if "image_cross_attn_weight" in asked:
+        # In a feedback run's loops before its cross-attention starts.
+        cross = replace(cross, cross_attn_active=True)
+    model = AdaptedCLIPWithCrossAttention(clip, config, cross=cross)
     for name, part in model.components.items():
-        if name in checkpoint.components:
+        if checkpoint is not None and name in checkpoint.components:
             load_component(part, checkpoint.components[name], name, checkpoint.path)
+    # A learned weight has come with the others.
+    for side in ("image", "text"):
+        if f"{side}_cross_attn_weight" in asked:
+            set_weight(getattr(model, f"{side}_cross_attn"), asked[f"{side}_cross_attn_weight"])
     return model
+
+
+def own_setting(test: GradientTest, checkpoint: Checkpoint | None) -> CrossAttentionConfig:
+    """The cross-attention of the checkpoint or the preset, or the defaults."""
+    trained = checkpoint and cross_attention_choices(checkpoint)
+    if trained and test.preset:
+        raise UserError(f"--preset {test.preset}: {test.checkpoint} has cross-attention of its own; leave one out")
+    if trained:
+        return trained
+    return FeedbackConfig.of(preset=test.preset).cross_attention() if test.preset else CrossAttentionConfig()
+
+
+def weight_of(branch: CrossAttention) -> float:
+    """The weight of a branch's residual, learned or not."""
+    return branch.scale.item() if isinstance(branch.scale, nn.Parameter) else branch.scale
+
+
+def set_weight(branch: CrossAttention, value: float) -> None:
+    """Change what `weight_of` says."""
+    if isinstance(branch.scale, nn.Parameter):
+        with torch.no_grad():
+            branch.scale.fill_(value)
+    else:
+        branch.scale = value
+
+
+def who_chose_more(model: AdaptedCLIPWithCrossAttention, test: GradientTest) -> str | None:
+    """Who set a larger weight than the default: the checkpoint or the preset, None for the command line or nobody."""
+    # A learned weight that stayed at the default is the nearest float32 number to it.
+    weight = round(abs(weight_of(model.image_cross_attn)), 6) if model.image_sees_text() else 0.0
+    if weight <= DEFAULT_WEIGHT or test.image_cross_attn_weight is not None:
+        return None
+    return f"preset {test.preset}" if test.preset else str(test.checkpoint)
+
+
+def describe(model: AdaptedCLIPWithCrossAttention, test: GradientTest, checkpoint: Checkpoint | None) -> str:
+    """Which weights are measured, in which setting."""
+    if checkpoint is None:
+        name = test.model_name or "toy"
+        what = f"the {name} model with fresh weights, nothing of which was trained (--checkpoint FILE measures a run)"
+    elif "image_cross_attn" in checkpoint.components:
+        what = f"{checkpoint.path}, with its own cross-attention"
+    else:
+        what = f"{checkpoint.path}, with a fresh cross-attention on top"
+    image, text = weight_of(model.image_cross_attn), weight_of(model.text_cross_attn)
+    context = model.cross_config.context_norm
+    off = "" if model.image_sees_text() else "; image cross-attention is off"
+    return f"Model: {what}\nSetting: image weight {image:g}, text weight {text:g}, context {context}{off}"
 
 
 def take_batches(
@@ -158,6 +266,8 @@ def contribution(
     model: AdaptedCLIPWithCrossAttention, prompts: Prompts, batch: dict[str, Any], classes: Sequence[str]
 ) -> float:
     """Mean over tokens of |w * out| / |x| of the image cross-attention, without dropout."""
+    if not model.image_sees_text():
+        return 0.0
     model.eval()
     rows = class_rows(batch, {name: row for row, name in enumerate(classes)})
     side = model.text_side(prompts)
@@ -172,21 +282,33 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean} (sd {statistics.stdev(values):.6f} over {len(values)} batches)" if len(values) > 1 else mean
 
 
-def ratio_report(found: Measurement) -> str:
-    """What `test_stage2_gradients.py` prints of one weight."""
-    verdict = (
-        "[OK] Cross-attention doesn't harm gradient flow significantly"
-        if found.ratio >= HEALTHY_RATIO
-        else f"[CAUTION] Cross-attention changes the image adapter's gradient: ratio below {HEALTHY_RATIO}"
+def verdict(found: Measurement, chosen_by: str | None = None) -> str:
+    """Whether the gradient stays what it was; a larger weight that somebody chose on purpose is not judged."""
+    if chosen_by is not None:
+        return (
+            f"[BY INTENT] {chosen_by} sets the weight to {found.weight:g}, above the default of {DEFAULT_WEIGHT}: "
+            "it changes the image adapter's gradient by intent"
+        )
+    if found.is_healthy:
+        return "[OK] Cross-attention doesn't harm gradient flow significantly"
+    low, high = HEALTHY_RATIOS
+    return (
+        "[CAUTION] Cross-attention changes the image adapter's gradient: "
+        f"healthy are a ratio of {low} to {high} and a cosine of at least {HEALTHY_COSINE}"
     )
+
+
+def gradient_report(found: Measurement, chosen_by: str | None = None) -> str:
+    """What `test_stage2_gradients.py` prints of one weight."""
     return "\n".join(
         [
             "Image adapter gradient norm:",
             f"  Without cross-attention: {spread(found.without)}",
             f"  With cross-attention:    {spread(found.with_)}",
             f"  Ratio: {found.ratio:.4f}x",
+            f"Cosine between the two gradients: {spread(found.cosine)}",
             f"Contribution to the stream, |w * out| / |x|: {spread(found.contribution)}",
-            verdict,
+            verdict(found, chosen_by),
         ]
     )
 
@@ -202,23 +324,27 @@ def component_report(bench: Bench) -> str:
 
 
 def write_sweep(measurements: Sequence[Measurement], folder: Path) -> None:
-    """`gradient_sweep.csv` and `gradient_sweep.png`: ratio and contribution at each weight."""
+    """`gradient_sweep.csv` and `gradient_sweep.png`: ratio, cosine and contribution at each weight."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["weight", "without", "with", "ratio", "contribution"])
+    writer.writerow(["weight", "without", "with", "ratio", "cosine", "contribution"])
     for found in measurements:
-        means = [statistics.mean(values) for values in (found.without, found.with_)]
-        writer.writerow([found.weight, *means, found.ratio, statistics.mean(found.contribution)])
+        without, with_ = statistics.mean(found.without), statistics.mean(found.with_)
+        cosine, added = statistics.mean(found.cosine), statistics.mean(found.contribution)
+        writer.writerow([found.weight, without, with_, found.ratio, cosine, added])
     write_text(folder / "gradient_sweep.csv", text.getvalue())
     weights = [found.weight for found in measurements]
-    figure = Figure(figsize=(6, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(weights, [found.ratio for found in measurements], marker="o")
-    left.axhline(HEALTHY_RATIO, color="grey", linestyle="--", linewidth=1)
-    left.set_ylabel("gradient with / without")
-    right.plot(weights, [statistics.mean(found.contribution) for found in measurements], marker="o", color="tab:orange")
-    right.set_ylabel("|w · out| / |x|")
-    for axis in (left, right):
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    curves = (
+        ("gradient with / without", [found.ratio for found in measurements], HEALTHY_RATIOS),
+        ("cosine of the two", [statistics.mean(found.cosine) for found in measurements], (HEALTHY_COSINE,)),
+        ("|w · out| / |x|", [statistics.mean(found.contribution) for found in measurements], ()),
+    )
+    for axis, (label, values, limits) in zip(figure.subplots(1, len(curves)), curves, strict=True):
+        axis.plot(weights, values, marker="o")
+        for limit in limits:
+            axis.axhline(limit, color="grey", linestyle="--", linewidth=1)
+        axis.set_ylabel(label)
         axis.set_xlabel("image_cross_attn_weight")
         axis.grid(alpha=0.3)
     save_png(figure, folder / "gradient_sweep.png")

@@ -10,16 +10,15 @@ import open_clip
 import pytest
 import torch
 
-from tests.helpers import TINY_ARCHITECTURE, TINY_NAME, save_openai_archive, tiny_open_clip
+from tests.helpers import TINY_ARCHITECTURE, TINY_NAME, save_openai_archive, threads, tiny_open_clip
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_thread() -> Iterator[None]:
-    """Tensors here are tiny: threads that wait for one another cost ten times what they save on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def as_many_threads_as_the_scripts() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads())
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import warnings
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,14 @@ TINY_ARCHITECTURE: dict[str, Any] = {
 }
 
 TINY_NAME = "ViT-tiny-test"
+
+# The environment's variable for how many threads tests compute with, see `tests/other_machines.py`.
+THREADS = "TEST_THREADS"
+
+
+def threads() -> int:
+    """One unless asked otherwise: tensors here are tiny, and threads that wait for one another cost ten times more."""
+    return int(os.environ.get(THREADS, "1"))
 
 
 def fill_with_noise(module: nn.Module, scale: float = 0.05) -> None:
@@ -136,6 +149,89 @@ def assert_all_agree(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor
     assert set(actual) == set(expected)
     for name, value in actual.items():
         assert_agrees(value, expected[name], tolerance, name)
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every gradient that there is, those of tensors that should have none included."""
+    return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+
+
+# Which pre-activations were above 0, at each call of each LeakyReLU of a model.
+Sides = Mapping[str, list[Tensor]]
+KINK_TOLERANCE = 1e-5
+
+
+@contextmanager
+def leaky_relu_hooks(model: nn.Module, hook: Callable[..., Tensor | None]) -> Iterator[None]:
+    """`hook(name, module, inputs, output)` after each call of each LeakyReLU; what it returns replaces the output."""
+    parts = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.LeakyReLU)]
+    handles = [part.register_forward_hook(partial(hook, name)) for name, part in parts]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def recorded_sides(model: nn.Module) -> Iterator[Sides]:
+    """Which side of LeakyReLU's kink each pre-activation falls on while the context is open."""
+    sides: dict[str, list[Tensor]] = defaultdict(list)
+
+    def record(name: str, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        sides[name].append(inputs[0].detach() > 0)
+
+    with leaky_relu_hooks(model, record):
+        yield sides
+
+
+@contextmanager
+def same_sides(model: nn.Module, sides: Sides) -> Iterator[None]:
+    """Take the sides of another run; only pre-activations that are nearly 0 may fall on another one by themselves."""
+    calls = {name: iter(of_calls) for name, of_calls in sides.items()}
+
+    def take(name: str, module: nn.LeakyReLU, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        x, above = inputs[0], next(calls[name])
+        flipped = (above != (x > 0)).nonzero()
+        nearly_zero = KINK_TOLERANCE * x.detach().abs().max()
+        far = [tuple(place) for place in flipped.tolist() if x[tuple(place)].abs() > nearly_zero]
+        assert not far, f"{name}: {far} lie on the other side of the kink, by more than rounding"
+        return torch.where(above, x, module.negative_slope * x)
+
+    with leaky_relu_hooks(model, take):
+        yield
+
+
+def gradients_by_sides(
+    model: nn.Module, loss_of: Callable[[], Tensor], sides: Sides | None = None
+) -> tuple[dict[str, Tensor], Sides]:
+    """All gradients of `loss_of()`, on the sides of LeakyReLU's kink given or its own; and the sides it took."""
+    model.zero_grad()
+    if sides is None:
+        with recorded_sides(model) as sides:
+            loss_of().backward()
+    else:
+        with same_sides(model, sides):
+            loss_of().backward()
+    return gradients_of(model), sides
+
+
+def assert_gradients_agree(
+    model: nn.Module,
+    batch: Batch,
+    loss_of: Callable[[Any, Batch], Tensor],
+    expected: Mapping[str, Tensor],
+    agree: Callable[[Mapping[str, Tensor], Mapping[str, Tensor], float], None] = assert_all_agree,
+) -> None:
+    """Gradients of `loss_of(model, batch)`: double precision against `expected`, and single against double precision.
+
+    A gradient jumps where a pre-activation of LeakyReLU crosses 0. Rounding decides on which side one falls that is
+    nearly 0, in another way on each CPU: single and double precision are compared on the same sides.
+    """
+    double, batch64 = copy.deepcopy(model).double(), batch.to(torch.float64)
+    agree(gradients_by_sides(double, lambda: loss_of(double, batch64))[0], expected, 1e-9)
+    single, sides = gradients_by_sides(model, lambda: loss_of(model, batch))
+    agree(single, gradients_by_sides(double, lambda: loss_of(double, batch64), sides)[0], 1e-5)
 
 
 class RunsCode:

@@ -18,19 +18,21 @@ from engine.training.arguments import BaseConfig
 from engine.training.base import train_base
 from engine.training.feedback import train_feedback
 from engine.training.feedback_arguments import FeedbackConfig
-from tests.helpers import TINY_ARCHITECTURE, tiny_open_clip
+from tests.helpers import TINY_ARCHITECTURE, threads, tiny_open_clip
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 40
 
 
 def environment() -> dict[str, str]:
-    """One thread each: tensors are tiny. Nothing may be downloaded."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
+    """Of the processes that tests start. Nothing may be downloaded."""
+    return {**os.environ, "OMP_NUM_THREADS": str(threads()), "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
 
 
-def start(script: str, *arguments: object, cwd: Path = ROOT) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+def start(script: str, *arguments: object, cwd: Path = ROOT, slowly: bool = False) -> subprocess.Popen[str]:
+    """Start a script; `slowly` where it is to be stopped in the middle (from the repository's root alone)."""
+    how = ["-m", "tests.slowly"] if slowly else []
+    command = [sys.executable, *how, str(ROOT / script), *map(str, arguments)]
     return subprocess.Popen(
         command, cwd=cwd, env=environment(), text=True, encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

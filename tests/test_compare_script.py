@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,12 @@ def page_of(folder: Path) -> str:
     return (folder / "comparison.md").read_text(encoding="utf-8")
 
 
+def assert_printed(printed: Sequence[str], expected: Sequence[float]) -> None:
+    """Values of a CSV as they are printed elsewhere, with two decimals; the CSV's own are rounded already, to six."""
+    assert all(len(value.partition(".")[2]) == 2 for value in printed)
+    assert [float(value) for value in printed] == pytest.approx(expected, rel=0, abs=0.005001)
+
+
 def test_table_and_files_hold_every_model_in_order(compared: tuple[Path, str]) -> None:
     folder, errors = compared
     models = [*REFERENCES, "Loop 1", "Loop 2", "Loop 3", "Loop 10"]
@@ -115,7 +122,7 @@ def test_table_and_files_hold_every_model_in_order(compared: tuple[Path, str]) -
     found = averages(folder)
     for line, model in zip(lines[top + 2 :], models, strict=False):
         assert line.startswith(model)
-        assert line.removeprefix(model).split() == [f"{float(found[model][metric]):.2f}" for metric in METRICS]
+        assert_printed(line.removeprefix(model).split(), [float(found[model][metric]) for metric in METRICS])
         assert f"| {model} | {' | '.join(line.removeprefix(model).split())} |" in page_of(folder)
     with Image.open(folder / "comparison.png") as picture:
         assert picture.format == "PNG"
@@ -127,19 +134,21 @@ def test_best_and_improvement_lines_follow_from_the_figures(compared: tuple[Path
     folder, errors = compared
     found = {model: {metric: float(row[metric]) for metric in METRICS} for model, row in averages(folder).items()}
     loops = [model for model in found if model.startswith("Loop")]
-    expected = []
     for metric, label in (("pixel_auroc", "Pixel AUC"), ("image_auroc", "Image AUC")):
-        best = max(loops, key=lambda model: found[model][metric])
-        expected.append(f"Best {label}: {best} ({found[best][metric]:.2f})")
-    for start in ("Loop 1", *REFERENCES):
-        points = [f"{found['Loop 10'][metric] - found[start][metric]:+.2f}" for metric in METRICS]
-        labels = ("Pixel AUC", "Pixel AP", "Pixel F1", "AUPRO", "Image AUC", "Image AP", "Image F1")
-        gains = ", ".join(map(" ".join, zip(labels, points, strict=True)))
-        expected.append(f"Improvement from {start} to Loop 10: {gains} points")
-    assert found["Loop 10"] != found["Loop 3"]
-    for line in expected:
-        assert line in errors.splitlines()
+        (line,) = (line for line in errors.splitlines() if line.startswith(f"Best {label}: "))
+        best, value = re.fullmatch(rf"Best {label}: (Loop \d+) \((.+)\)", line).groups()
+        assert_printed([value], [found[best][metric]])
+        # Of loops that are equal but for rounding, any.
+        assert found[best][metric] == pytest.approx(max(found[model][metric] for model in loops), rel=0, abs=2e-6)
         assert f"- {line}" in page_of(folder)
+    labels = ("Pixel AUC", "Pixel AP", "Pixel F1", "AUPRO", "Image AUC", "Image AP", "Image F1")
+    for start in ("Loop 1", *REFERENCES):
+        begin = f"Improvement from {start} to Loop 10: "
+        (line,) = (line for line in errors.splitlines() if line.startswith(begin))
+        gains = re.fullmatch(", ".join(rf"{label} ([+-][\d.]+)" for label in labels) + " points", line[len(begin) :])
+        assert_printed(gains.groups(), [found["Loop 10"][metric] - found[start][metric] for metric in METRICS])
+        assert f"- {line}" in page_of(folder)
+    assert found["Loop 10"] != found["Loop 3"]
 
 
 def test_figures_are_those_of_inference(world: Path, compared: tuple[Path, str], tmp_path: Path) -> None:

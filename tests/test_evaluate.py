@@ -21,6 +21,8 @@ from tests.scripts import write_clip, write_dataset
 from utils.errors import UserError
 from utils.metrics import IMAGE_NAMES, PixelCounter
 
+BATCH = 4
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> TaskData:
@@ -38,11 +40,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Detector]:
 
 @torch.inference_mode()
 def full_arrays(detector: Detector, data: TaskData, class_name: str) -> tuple[np.ndarray, ...]:
-    """All maps (n, S, S), masks, labels (n,) and published image scores of a class, kept whole."""
+    """All maps (n, S, S), masks, labels (n,) and published image scores of a class, kept whole.
+
+    In batches as `evaluate` takes them: others round in another way, and may order scores that are nearly equal so.
+    """
     row, prompts = data.classes.index(class_name), data.prompts(detector.clip)
     side = detector.model.text_side(prompts)
     maps, masks, labels, det = [], [], [], []
-    for batch in evaluation_loader(make_dataset(data, detector.clip, "none"), 8, 0):
+    for batch in evaluation_loader(make_dataset(data, detector.clip, "none"), BATCH, 0):
         if batch["class_name"][0] == class_name:
             outputs = detector.model(batch["image"], side, torch.full((len(batch["label"]),), row))
             maps.append(anomaly_map(outputs, batch["mask"].shape[-1], "industrial"))
@@ -60,7 +65,7 @@ def f1_max(labels: np.ndarray, scores: np.ndarray) -> float:
 
 
 def test_metrics_are_scikit_learns_on_the_full_arrays(data: TaskData, models: dict[str, Detector]) -> None:
-    found = evaluate(models, data, "cpu", batch_size=4)
+    found = evaluate(models, data, "cpu", batch_size=BATCH)
     assert found["model 1"].classes[0].values != found["model 2"].classes[0].values
     for name, detector in models.items():
         result = found[name].classes[0]

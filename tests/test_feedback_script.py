@@ -108,7 +108,7 @@ def test_killed_runs_end_with_the_same_weights(world: Path, finished: Path, tmp_
     path = tmp_path / "killed"
     chance = random.Random(time.time_ns())
     for count, workers in ((1, 0), (4, 1), (6, 2), (10, 0)):
-        process = start(SCRIPT, *three_loops(world, path, "--num_workers", workers))
+        process = start(SCRIPT, *three_loops(world, path, "--num_workers", workers), slowly=True)
         wait_for_rows(path / "history.jsonl", count, process)
         time.sleep(chance.uniform(0, 0.3))
         process.kill()
@@ -123,7 +123,7 @@ def test_killed_runs_end_with_the_same_weights(world: Path, finished: Path, tmp_
 def test_signals_finish_the_step_and_say_how_to_go_on(world: Path, finished: Path, tmp_path: Path) -> None:
     path = tmp_path / "stopped"
     for number, status, count in ((signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 7)):
-        process = start(SCRIPT, *three_loops(world, path))
+        process = start(SCRIPT, *three_loops(world, path), slowly=True)
         wait_for_rows(path / "history.jsonl", count, process)
         process.send_signal(number)
         _, errors = process.communicate(timeout=120)

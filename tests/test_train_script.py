@@ -77,7 +77,7 @@ def test_killed_runs_end_with_the_same_weights(world: Path, finished: Path, tmp_
     path = tmp_path / "killed"
     chance = random.Random(time.time_ns())
     for rows in (1, 4):
-        process = start("train.py", *arguments(world, path))
+        process = start("train.py", *arguments(world, path), slowly=True)
         wait_for_rows(path / "history.jsonl", rows, process)
         time.sleep(chance.uniform(0, 0.3))
         process.kill()
@@ -90,7 +90,7 @@ def test_killed_runs_end_with_the_same_weights(world: Path, finished: Path, tmp_
 
 def test_sigterm_finishes_the_step_and_says_how_to_go_on(world: Path, finished: Path, tmp_path: Path) -> None:
     path = tmp_path / "stopped"
-    process = start("train.py", *arguments(world, path))
+    process = start("train.py", *arguments(world, path), slowly=True)
     wait_for_rows(path / "history.jsonl", 1, process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)

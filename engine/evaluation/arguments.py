@@ -12,6 +12,8 @@ from utils.fields import changed, setting
 
 ALL = "all"
 TRAINED = "as trained"
+# What a file that says nothing of it is taken to have been trained with.
+UNTOLD = f"{TRAINED}, else 1"
 
 
 def all_or_number(text: str) -> str | int:
@@ -62,6 +64,10 @@ class InferenceArguments(TestingArguments):
     output_dir: Path | None = setting(None, "folder of the results", "output", unset="results beside the checkpoint")
     text_conditioning: str | None = changed(CrossAttentionConfig, "text_conditioning", None, unset=TRAINED)
     text_context: str | None = changed(CrossAttentionConfig, "text_context", None, unset=TRAINED)
+    text_cross_attn_weight: float | None = changed(CrossAttentionConfig, "text_cross_attn_weight", None, unset=UNTOLD)
+    image_cross_attn_weight: float | None = changed(CrossAttentionConfig, "image_cross_attn_weight", None, unset=UNTOLD)
+    context_norm: str | None = changed(CrossAttentionConfig, "context_norm", None, unset=f"{TRAINED}, else none")
+    cross_attn_heads: int | None = changed(CrossAttentionConfig, "cross_attn_heads", None, unset=f"{TRAINED}, else 8")
 
 
 @dataclass(frozen=True, kw_only=True)
