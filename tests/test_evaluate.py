@@ -1,4 +1,4 @@
-"""Evaluation of datasets: a whole pass against scikit-learn on the full arrays, and classes that are counted again."""
+"""Evaluation of datasets: a whole pass against scikit-learn on the full arrays."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from model.scoring import anomaly_map, class_image_scores, det_scores
 from tests.helpers import adapted_clip
 from tests.scripts import write_clip, write_dataset
 from utils.errors import UserError
-from utils.metrics import IMAGE_NAMES, PixelCounter
+from utils.metrics import IMAGE_NAMES
 
 BATCH = 4
 
@@ -86,28 +86,6 @@ def test_image_metrics_are_undefined_without_normal_images(data: TaskData, model
     _, reed = evaluate(models, data, "cpu")["model 1"].classes
     assert {name for name, value in reed.values.items() if value is None} == set(IMAGE_NAMES.values())
     assert (reed.images, reed.anomalous) == (3, 3)
-
-
-def test_a_class_is_loaded_again_where_bins_are_too_coarse_for_one_of_the_models(
-    data: TaskData, models: dict[str, Detector], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = evaluate(models, data, "cpu", batch_size=4)
-    counters: list[PixelCounter] = []
-
-    def counter() -> PixelCounter:
-        # Every second counter, which is model 2's, has no room for raw values and must be exact.
-        second = len(counters) % 2
-        counters.append(PixelCounter(tolerance=0.0, bins=1 << 16, buffer=1) if second else PixelCounter())
-        return counters[-1]
-
-    monkeypatch.setattr(module, "PixelCounter", counter)
-    found = evaluate(models, data, "cpu", batch_size=4)
-    assert [counter.passes for counter in counters[::2]] == [1, 1]
-    assert all(counter.passes > 1 for counter in counters[1::2])
-    for name, evaluation in expected.items():
-        for mine, theirs in zip(found[name].classes, evaluation.classes, strict=True):
-            assert mine.scores == theirs.scores
-            assert [mine.values[m] for m in METRICS] == pytest.approx([theirs.values[m] for m in METRICS], abs=1e-9)
 
 
 def test_a_map_that_is_not_finite_names_its_image(

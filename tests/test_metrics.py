@@ -14,25 +14,15 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 from torch import Tensor
 
 import utils.metrics
+from benchmarks import bench_metrics
+from model.scoring import Outputs, anomaly_map
 from utils.errors import UserError
-from utils.metrics import (
-    COARSE_BINS,
-    FPR_LIMIT,
-    TOLERANCE,
-    Bins,
-    CoarseToFine,
-    Estimate,
-    PixelCounter,
-    Windows,
-    bins_to_refine,
-    estimates,
-    image_metrics,
-    score_keys,
-)
+from utils.metrics import COARSE_BINS, FPR_LIMIT, CoarseToFine, PixelCounter, image_metrics, score_keys
 
+# In percentage points.
 ALLOWED = 0.01
 ROUNDING = 1e-8
-# One bin per coarse bin at first, and next to nothing kept: bounds and further passes do all the work.
+# One bin per coarse bin, and next to nothing kept.
 TINY = {"bins": COARSE_BINS, "buffer": 16}
 SIZES = pytest.mark.parametrize("sizes", [TINY, {}], ids=["tiny", "default"])
 
@@ -98,25 +88,30 @@ def feed(counter: PixelCounter, maps: Tensor, masks: Tensor, batch: int = 3) -> 
 
 
 def stream(maps: Tensor, masks: Tensor, batch: int = 3, **sizes) -> PixelCounter:
-    """A settled counter."""
     counter = PixelCounter(**sizes)
-    for _ in range(60):
-        feed(counter, maps, masks, batch)
-        if counter.settled():
-            return counter
-    raise AssertionError("does not settle")
+    feed(counter, maps, masks, batch)
+    return counter
+
+
+def as_counted(counter: PixelCounter, maps: Tensor) -> Tensor:
+    """The maps with each score replaced by its bin, the lowest first; as they are where none are in use."""
+    if counter._histogram is None:
+        return maps
+    layout = counter._histogram.layout
+    descending = layout.descending()
+    height = np.zeros(len(descending), dtype=np.int64)
+    height[descending] = np.arange(len(descending))[::-1]
+    return torch.from_numpy(height[layout.locate(score_keys(maps.float().flatten())).numpy()]).view(maps.shape)
 
 
 def assert_within(counter: PixelCounter, expected: dict[str, float | None], allowed: float) -> None:
-    """Errors are within `allowed` points and within what the counter itself claims."""
-    values, bounds = counter.result(), counter.error_bounds()
+    """Errors are within `allowed` points."""
+    values = counter.result()
     for name, value in expected.items():
         if value is None:
             assert values[name] is None, name
-            continue
-        error = abs(values[name] - value)
-        assert error <= bounds[name] + ROUNDING, f"{name}: {values[name]}, {value}, bound {bounds[name]}"
-        assert error <= allowed, f"{name}: {values[name]} instead of {value}"
+        else:
+            assert abs(values[name] - value) <= allowed, f"{name}: {values[name]} instead of {value}"
 
 
 def generator_of(seed: int) -> np.random.Generator:
@@ -207,7 +202,7 @@ def test_hard_cases_agree_with_the_references(kind, what, sizes):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         counter = stream(maps, masks, **sizes)
-    assert_within(counter, full_reference(maps, masks), ALLOWED)
+    assert_within(counter, full_reference(as_counted(counter, maps), masks), ROUNDING)
 
 
 def test_undefined_metrics_are_none_and_all_anomalous_is_found():
@@ -223,19 +218,41 @@ def test_undefined_metrics_are_none_and_all_anomalous_is_found():
 @settings(deadline=None, max_examples=40)
 @given(
     st.sampled_from(KINDS), st.sampled_from(MASKS), st.integers(0, 2**32), st.booleans(), st.integers(1, 5),
-    st.integers(1, 200),
+    st.integers(1, 200), st.integers(COARSE_BINS, COARSE_BINS + 3000),
 )  # fmt: skip
-def test_bounds_hold_after_every_pass(kind, what, seed, raised, batch, buffer):
+def test_pixels_of_a_bin_are_ties(kind, what, seed, raised, batch, buffer, bins):
+    """Nothing else is lost: with each score replaced by its bin the references agree."""
     maps, masks = case(kind, what, seed, raised=raised)
-    expected = full_reference(maps, masks)
-    counter = PixelCounter(bins=COARSE_BINS, buffer=buffer)
-    for _ in range(60):
-        feed(counter, maps, masks, batch)
-        # The bound of an unsettled pass is wide, and holds all the same.
-        assert_within(counter, expected, 100.0)
-        if counter.settled():
-            break
-    assert_within(counter, expected, ALLOWED)
+    counter = stream(maps, masks, batch, bins=bins, buffer=buffer)
+    assert_within(counter, full_reference(as_counted(counter, maps), masks), ROUNDING)
+
+
+def published_maps(spread: float, dtype: torch.dtype, count: int = 24, size: int = 128) -> tuple[Tensor, Tensor]:
+    """Maps as the published scoring gives them, from similarities that differ by `spread` on four levels.
+
+    Every second image has anomalies, which the levels see with another strength each, some hardly.
+    """
+    generator = torch.Generator().manual_seed(0)
+    masks = bench_metrics.draw_masks(count, size, generator)
+    hit = torch.nn.functional.adaptive_avg_pool2d(masks[:, None].float(), 16).flatten(1)
+    levels = []
+    for _ in range(4):
+        noise = torch.randn(count, 256, 2, generator=generator)
+        strength = 4 * torch.rand(count, 1, generator=generator)
+        levels.append(20 + spread * (noise + torch.stack([-strength * hit, strength * hit], dim=-1)))
+    maps = anomaly_map(Outputs(levels, torch.zeros(count, 2)), size, "industrial")
+    return maps.to(dtype).float(), masks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["as they are", "tied"])
+@pytest.mark.parametrize("spread", [3.0, 0.1, 1e-3, 1e-5, 1e-6])
+def test_maps_of_models_in_bins_are_scikit_learns_to_a_hundredth_of_a_point(spread, dtype):
+    """From the width that trained models give to a few neighbouring float32 numbers."""
+    maps, masks = published_maps(spread, dtype)
+    expected = reference(maps.numpy(), masks.numpy())
+    expected["aupro"] = bench_metrics.plain_aupro(maps.numpy(), masks.numpy())
+    assert 5 < expected["pixel_ap"] < 95 or spread < 1e-4 or dtype == torch.bfloat16
+    assert_within(stream(maps, masks, buffer=1 << 15), expected, ALLOWED)
 
 
 FLOATS = st.floats(allow_nan=False, allow_infinity=False, width=32)
@@ -249,7 +266,7 @@ def test_any_finite_scores(pixels, buffer):
     maps = torch.tensor([score for score, _ in pixels], dtype=torch.float32).reshape(-1, 1, 1)
     masks = torch.tensor([label for _, label in pixels]).reshape(-1, 1, 1)
     counter = stream(maps, masks, bins=COARSE_BINS, buffer=buffer)
-    assert_within(counter, full_reference(maps, masks), ALLOWED)
+    assert_within(counter, full_reference(as_counted(counter, maps), masks), ROUNDING)
 
 
 @settings(deadline=None)
@@ -272,22 +289,16 @@ def many_pixels(seed: int = 3) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(scores.astype(np.float32)), torch.from_numpy(masks)
 
 
-@pytest.mark.parametrize("bins", [COARSE_BINS, 1 << 19])
+@pytest.mark.parametrize("bins", [1 << 19, 1 << 20])
 def test_many_pixels_in_bins(bins):
     maps, masks = many_pixels()
-    counter = stream(maps, masks, bins=bins, buffer=4096)
-    assert max(counter.error_bounds().values()) > 0
-    assert_within(counter, reference(maps.numpy(), masks.numpy()), ALLOWED)
-
-
-def test_default_bins_need_one_pass_for_ordinary_maps():
-    maps, masks = many_pixels()
-    assert stream(maps, masks, buffer=4096).passes == 1
-    assert stream(maps.flip(0), masks.flip(0), buffer=4096).passes == 1
+    expected = reference(maps.numpy(), masks.numpy())
+    for each in ((maps, masks), (maps.flip(0), masks.flip(0))):
+        assert_within(stream(*each, bins=bins, buffer=4096), expected, ALLOWED)
 
 
 @pytest.mark.parametrize("outlier", [None, 1e30])
-def test_anomalies_above_all_that_the_bins_were_chosen_by_need_no_further_pass(outlier):
+def test_anomalies_above_all_that_the_bins_were_chosen_by(outlier):
     rng = generator_of(5)
     masks = torch.zeros(20, 60, 60, dtype=torch.bool)
     masks[15:, 5:20, 5:20] = True
@@ -296,7 +307,6 @@ def test_anomalies_above_all_that_the_bins_were_chosen_by_need_no_further_pass(o
     if outlier:
         maps[0, 0, 0] = outlier
     counter = stream(maps, masks, buffer=20000)
-    assert counter.passes == 1
     assert_within(counter, reference(maps.numpy(), masks.numpy()), ALLOWED)
 
 
@@ -306,97 +316,30 @@ BATCHES = [(400, 0.25), (50, 0.5), (3000, 0.1), (1, 1e-9), (20, 1)]
 
 @pytest.mark.parametrize("size", [COARSE_BINS, COARSE_BINS + 1000, 1 << 20])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_key_falls_into_a_bin_that_holds_it(kind, size):
+def test_bins_hold_neighbouring_keys_in_order(kind, size):
     rng = generator_of(7)
     parts = [score_keys(torch.from_numpy(kind(rng, (n,)).astype(np.float32)) * scale) for n, scale in BATCHES]
     layout = CoarseToFine(parts[0], size)
     index = [layout.locate(part) for part in parts]
-    lowest, bits = layout.extents()
-    for keys, bins in zip(parts, index, strict=True):
-        assert 0 <= int(bins.min()) <= int(bins.max()) < len(lowest) <= size
-        above = keys.numpy() - lowest[bins.numpy()]
-        assert (above >= 0).all()
-        assert (above < 1 << bits[bins.numpy()]).all()
-        # What comes later moves no bin that has been counted in.
-        assert torch.equal(layout.locate(keys), bins)
+    descending = layout.descending()
+    assert sorted(descending) == list(range(len(descending)))
+    keys, bins = torch.cat(parts).numpy(), torch.cat(index).numpy()
+    height = np.empty(len(descending), dtype=np.int64)
+    height[descending] = np.arange(len(descending))[::-1]
+    order = np.argsort(keys, kind="stable")
+    assert (np.diff(height[bins[order]]) >= 0).all()
+    # A bin lies inside one coarse bin, and what comes later moves none that has been counted in.
+    for found in np.unique(bins):
+        assert len(np.unique(keys[bins == found] >> 16)) == 1
+    for part, before in zip(parts, index, strict=True):
+        assert torch.equal(layout.locate(part), before)
     # One bin stays set aside for every coarse bin that has not come yet.
-    assert len(lowest) + COARSE_BINS - len(np.unique(lowest >> 16)) <= size
-    ends = np.sort(lowest) + (1 << bits[np.argsort(lowest)])
-    assert (ends[:-1] <= np.sort(lowest)[1:]).all()
-
-
-def test_windows_count_the_keys_inside_and_no_others():
-    lowest, bits, split_bits = np.array([-64, 0, 256]), np.array([3, 8, 4]), np.array([3, 2, 0])
-    windows = Windows(lowest, bits, split_bits, torch.device("cpu"))
-    keys = [-(2**31), -65, -64, -57, -56, -1, 0, 63, 64, 255, 256, 271, 272, 2**31 - 1]
-    index = windows.locate(torch.tensor(keys, dtype=torch.int32)).tolist()
-    nowhere = windows.size
-    assert nowhere == 8 + 4 + 1
-    assert index == [nowhere, nowhere, 0, 7, nowhere, nowhere, 8, 8, 9, 11, 12, 12, nowhere, nowhere]
-
-
-def test_a_bin_of_one_pixel_of_each_kind_can_be_in_any_order():
-    one = np.ones(1, dtype=np.int64)
-    found = estimates(Bins(0 * one, 4 * one, one, one, 0 * one, 1.0 * one), all_normals=1, fpr_limit=1.0)
-    ranges = {
-        name: (estimate.value - estimate.bound, estimate.value + estimate.bound) for name, estimate in found.items()
-    }
-    assert ranges["auroc"] == ranges["aupro"] == (0.0, 100.0)
-    assert ranges["ap"] == pytest.approx((50.0, 100.0))
-    assert ranges["f1_max"] == pytest.approx((200 / 3, 100.0))
-
-
-def test_the_worst_bins_are_refined_first_where_not_all_fit():
-    slack = np.array([0.1, 0.4, 0.0, 0.3, 0.2])
-    bins = Bins(*[np.arange(5)] * 6)
-    for name in ("pixel_ap", "pixel_f1_max"):
-        found = {name: Estimate(50.0, 1.0, slack), "pixel_auroc": Estimate(50.0, 0.0, np.ones(5))}
-        assert bins_to_refine(bins, found, 0.1, 2).tolist() == [1, 3]
-        assert bins_to_refine(bins, found, 0.1, 9).tolist() == [1, 3, 4, 0]
+    assert len(descending) + (~layout._known).sum() <= size
 
 
 def test_small_inputs_are_exact():
     maps, masks = many_pixels()
-    counter = stream(maps, masks)
-    assert counter.passes == 1
-    assert set(counter.error_bounds().values()) == {0.0}
-    assert_within(counter, reference(maps.numpy(), masks.numpy()), ROUNDING)
-
-
-def test_a_single_anomalous_pixel_gets_an_exact_count():
-    maps, masks = case(clustered_scores, "single", shape=(20, 40, 40))
-    maps.view(-1)[masks.view(-1)] = 2.0009
-    counter = PixelCounter(**TINY)
-    feed(counter, maps, masks)
-    assert counter.error_bounds()["pixel_ap"] > 1
-    assert not counter.settled()
-    assert not counter.settled(), "a pass that was not made settles nothing"
-    assert counter.passes == 2
-    feed(counter, maps, masks)
-    assert counter.settled()
-    assert_within(counter, reference(maps.numpy(), masks.numpy()), ROUNDING)
-
-
-def test_a_further_pass_may_take_several_for_many_close_clusters():
-    """Every coarse bin's order matters and none is known: more bins to refine than a pass has."""
-    rng = generator_of(1)
-    centres = np.repeat(np.arange(500, dtype=np.int32) << 16, 64) + (100 << 23)
-    labels = rng.random(centres.size) < 0.02
-    scores = (centres + 30000 + 2 * labels.astype(np.int32)).view(np.float32)
-    maps, masks = (torch.from_numpy(array.reshape(10, 40, 80)) for array in (scores, labels))
-    counter = stream(maps, masks, bins=COARSE_BINS, buffer=16)
-    assert counter.passes > 2
-    assert_within(counter, reference(maps.numpy(), masks.numpy()), ALLOWED)
-
-
-def test_a_further_pass_must_see_the_same_maps():
-    maps, masks = case(clustered_scores, "some")
-    counter = PixelCounter(**TINY)
-    feed(counter, maps, masks)
-    assert not counter.settled()
-    feed(counter, maps[:2], masks[:2])
-    with pytest.raises(RuntimeError, match="same scores"):
-        counter.settled()
+    assert_within(stream(maps, masks), reference(maps.numpy(), masks.numpy()), ROUNDING)
 
 
 @pytest.mark.parametrize("buffer", [16, 1000, 1 << 21])
@@ -443,22 +386,22 @@ def test_counters_are_emptied_before_they_overflow(monkeypatch):
     assert counter.result() == pytest.approx(expected, abs=1e-10)
 
 
-@SIZES
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=40)
 @given(seed=st.integers(0, 2**32), density=st.floats(0.02, 0.6), levels=st.integers(1, 300))
-def test_aupro_agrees_with_the_plain_definition(seed, density, levels, sizes):
+def test_aupro_agrees_with_the_plain_definition(seed, density, levels):
     rng = generator_of(seed)
     masks = rng.random((3, 9, 8)) < density
     maps = (rng.integers(0, levels, masks.shape) + masks * rng.integers(0, levels, masks.shape)).astype(np.float32)
-    counter = stream(torch.from_numpy(maps), torch.from_numpy(masks), **sizes)
-    assert_within(counter, {"aupro": plain_aupro(maps, masks)}, 0.1)
+    counter = stream(torch.from_numpy(maps), torch.from_numpy(masks))
+    assert_within(counter, {"aupro": plain_aupro(maps, masks)}, ROUNDING)
 
 
 def test_aupro_integrates_to_its_limit():
     maps, masks = case(normal_scores, "some")
     for limit in (0.05, 1.0):
         counter = stream(maps, masks, fpr_limit=limit, **TINY)
-        assert_within(counter, {"aupro": plain_aupro(maps.numpy(), masks.numpy(), limit)}, 0.1)
+        counted = as_counted(counter, maps).numpy()
+        assert_within(counter, {"aupro": plain_aupro(counted, masks.numpy(), limit)}, ROUNDING)
 
 
 def test_regions_touch_diagonally_and_not_across_images():
@@ -508,14 +451,14 @@ def test_shapes_must_belong_together():
 def test_other_types_count_as_float32(dtype):
     maps, masks = case(normal_scores, "some")
     maps = maps.to(dtype).requires_grad_()
-    expected = full_reference(maps.detach(), masks)
-    assert_within(stream(maps, masks.to(dtype), **TINY), expected, ALLOWED)
+    assert_within(stream(maps, masks.to(dtype)), full_reference(maps.detach(), masks), ROUNDING)
 
 
 def test_maps_need_not_be_contiguous():
     maps, masks = case(normal_scores, "some")
-    counter = stream(maps.transpose(1, 2), masks.transpose(1, 2), **TINY)
-    assert_within(counter, full_reference(maps.transpose(1, 2), masks.transpose(1, 2)), ALLOWED)
+    maps, masks = maps.transpose(1, 2), masks.transpose(1, 2)
+    counter = stream(maps, masks, **TINY)
+    assert_within(counter, full_reference(as_counted(counter, maps), masks), ROUNDING)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -526,7 +469,6 @@ def test_counting_on_a_gpu_gives_the_same(kind, what):
     for sizes in (TINY, {"buffer": 100}, {}):
         on_cpu, on_gpu = stream(maps, masks, **sizes), stream(maps.cuda(), masks.cuda(), **sizes)
         assert on_gpu.result() == pytest.approx(on_cpu.result(), abs=1e-10)
-        assert on_gpu.passes == on_cpu.passes
 
 
 @settings(deadline=None)
@@ -544,7 +486,3 @@ def test_image_metrics_are_exact(images):
 def test_image_scores_that_are_not_finite_name_their_image():
     with pytest.raises(UserError, match=r"b\.png"):
         image_metrics(np.array([0, 1]), np.array([0.5, np.nan]), ["a.png", "b.png"])
-
-
-def test_the_tolerance_leaves_room():
-    assert TOLERANCE < ALLOWED

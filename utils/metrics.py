@@ -1,9 +1,8 @@
-"""Pixel metrics counted batch by batch: no map is kept, and the error that counting in bins can make is known.
+"""Pixel metrics counted batch by batch: no map is kept, so that memory does not grow with the images.
 
 float32 scores are ordered as integer keys. The first values are kept as they are: small inputs need no bins at all.
 When there are more, those values choose a histogram over the keys, fine where ranks decide a metric and coarse
-elsewhere, that all pixels go through. What order inside a bin could change is a bound on each metric's error.
-Where a bound is too wide, the bins that cause it are counted again, finer, in a second pass over the same maps.
+elsewhere, that all pixels go through. Pixels of one bin count as ties, as if they had one score.
 
 References:
     Average precision and precision-recall as scikit-learn defines them: steps, ties taken as one threshold.
@@ -14,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,7 +21,6 @@ from torch import Tensor
 
 from utils.errors import UserError
 
-TOLERANCE = 0.005
 FPR_LIMIT = 0.3
 
 # A key's upper half is its coarse bin: sign, exponent and 7 bits of the mantissa.
@@ -50,18 +47,6 @@ def score_keys(scores: Tensor) -> Tensor:
     return (bits ^ (sign & MAGNITUDE)).sub_(sign)
 
 
-class Layout(Protocol):
-    """Which bin a key belongs to: one of `0 .. size - 1`, or `size` where it is not counted."""
-
-    size: int
-
-    def locate(self, keys: Tensor) -> Tensor: ...
-
-    def extents(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of every bin in use the lowest key, and the binary logarithm of how many keys it holds."""
-        ...
-
-
 class CoarseToFine:
     """Bins for all keys: every coarse bin is cut into a power of two of equal ones, up to one per key.
 
@@ -80,7 +65,8 @@ class CoarseToFine:
         self._first = np.full(COARSE_BINS, NOWHERE, dtype=np.int64)
         self._order = np.zeros(0, dtype=np.int64)
         counts = coarse_counts(sample)
-        # Below the sample's top a single bin will do for what it lacks: few pixels come there. An outlier is no top.
+        # Few pixels come into what the sample lacks below its highest scores: a single bin will do there. Outliers, the
+        # highest ten-thousandth, do not count as its highest scores: what lies below them may be anomalies to come.
         ordinary = counts[::-1].cumsum()[::-1] > counts.sum() * 1e-4
         self._cut(ordinary | (counts > 0), counts, sample.device)
 
@@ -115,10 +101,11 @@ class CoarseToFine:
         index = keys >> torch.index_select(self._shift, 0, coarse)
         return index.add_(torch.index_select(self._origin, 0, coarse))
 
-    def extents(self) -> tuple[np.ndarray, np.ndarray]:
+    def descending(self) -> np.ndarray:
+        """The bins in use, from the highest scores down."""
         coarse = np.repeat(self._order, 1 << self._split_bits[self._order])
-        shift = COARSE_BITS - self._split_bits[coarse]
-        return lowest_keys(coarse) + ((np.arange(len(coarse)) - self._first[coarse]) << shift), shift
+        # Those of one coarse bin ascend together.
+        return np.argsort(coarse, kind="stable")[::-1]
 
 
 def coarse_bins(keys: Tensor) -> Tensor:
@@ -144,53 +131,10 @@ def demand(counts: np.ndarray) -> np.ndarray:
     return np.log((reached + softening) / (reached - counts + softening))
 
 
-class Windows:
-    """Finer bins inside chosen ones; keys outside all of them are not counted.
-
-    Args:
-        lowest: (w,) lowest keys of the windows, ascending; a window lies inside one coarse bin.
-        bits: (w,) binary logarithms of the number of keys in each.
-        split_bits: (w,) binary logarithms of the number of bins in each.
-    """
-
-    def __init__(self, lowest: np.ndarray, bits: np.ndarray, split_bits: np.ndarray, device: torch.device) -> None:
-        self.lowest = lowest
-        self.shift = bits - split_bits
-        counts = np.int64(1) << split_bits
-        self.first = counts.cumsum() - counts
-        self.size = int(counts.sum())
-        touched = np.zeros(COARSE_BINS, dtype=bool)
-        touched[(lowest >> COARSE_BITS) + COARSE_BINS // 2] = True
-        tables = (touched, lowest, np.int64(1) << bits, self.shift, self.first)
-        self._touched, self._lowest, self._width, self._shift, self._first = (
-            torch.from_numpy(table).to(device) for table in tables
-        )
-
-    def locate(self, keys: Tensor) -> Tensor:
-        index = torch.full(keys.shape, self.size, dtype=torch.int64, device=keys.device)
-        # Most pixels lie in no window's coarse bin; the search is for the others.
-        near = torch.index_select(self._touched, 0, coarse_bins(keys)).nonzero()[:, 0]
-        keys = keys[near].long()
-        window = (torch.searchsorted(self._lowest, keys, right=True) - 1).clamp_(min=0)
-        inside = keys - self._lowest[window]
-        counted = (inside >= 0) & (inside < self._width[window])
-        index[near] = torch.where(counted, self._first[window] + (inside >> self._shift[window]), self.size)
-        return index
-
-    def windows(self, index: np.ndarray) -> np.ndarray:
-        """The windows that bins lie in."""
-        return np.searchsorted(self.first, index, side="right") - 1
-
-    def extents(self) -> tuple[np.ndarray, np.ndarray]:
-        index = np.arange(self.size)
-        window = self.windows(index)
-        return self.lowest[window] + ((index - self.first[window]) << self.shift[window]), self.shift[window]
-
-
 class Histogram:
-    """Pixels, anomalous pixels, and the regions' coverage (each region's pixels sum to 1) in the bins of a layout."""
+    """Pixels, anomalous pixels, and the regions' coverage (each region's pixels sum to 1) in bins."""
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
+    def __init__(self, layout: CoarseToFine, device: torch.device) -> None:
         self.layout = layout
         # int32 counters fill half the cache that int64 ones would; they are emptied before they can overflow.
         self._recent = torch.zeros(layout.size + 1, dtype=torch.int32, device=device)
@@ -236,13 +180,10 @@ class Histogram:
 class Bins:
     """The bins that hold anomalous pixels, from the highest score down; all metrics follow from them.
 
-    lowest: lowest key of each bin; bits: binary logarithm of the number of its keys, 0 where all scores in it are
-    equal; positives, normals: pixels in it; normals_above: normal pixels in all bins above, those without anomalous
-    pixels included; coverage: sum over its anomalous pixels of 1 / (pixels of their region). All (n,).
+    positives, normals: pixels in each; normals_above: normal pixels in all bins above, those without anomalous pixels
+    included; coverage: sum over its anomalous pixels of 1 / (pixels of their region). All (n,).
     """
 
-    lowest: np.ndarray
-    bits: np.ndarray
     positives: np.ndarray
     normals: np.ndarray
     normals_above: np.ndarray
@@ -251,116 +192,41 @@ class Bins:
     def take(self, rows: np.ndarray) -> Bins:
         return Bins(*(getattr(self, field.name)[rows] for field in fields(self)))
 
-    def joined(self, other: Bins) -> Bins:
-        """Both, in order."""
-        both = Bins(*(np.concatenate([getattr(self, f.name), getattr(other, f.name)]) for f in fields(self)))
-        return both.take(np.argsort(both.lowest)[::-1])
-
 
 def bins_of_values(values: np.ndarray, positives: np.ndarray, coverage: np.ndarray) -> Bins:
     """Bins of one value each: exact. values (n,) integers, of which `positives` (p,) are anomalous; coverage (p,)."""
     ordered = np.sort(values)
-    lowest, inverse, counts = np.unique(positives, return_inverse=True, return_counts=True)
-    at_least = len(values) - np.searchsorted(ordered, lowest, side="left")
-    more_than = len(values) - np.searchsorted(ordered, lowest, side="right")
+    found, inverse, counts = np.unique(positives, return_inverse=True, return_counts=True)
+    at_least = len(values) - np.searchsorted(ordered, found, side="left")
+    more_than = len(values) - np.searchsorted(ordered, found, side="right")
     positives_above = len(positives) - counts.cumsum()
-    covered = np.bincount(inverse, weights=coverage, minlength=len(lowest))
-    bins = Bins(
-        lowest.astype(np.int64),
-        np.zeros(len(lowest), dtype=np.int64),
-        counts,
-        at_least - more_than - counts,
-        more_than - positives_above,
-        covered,
-    )
-    return bins.take(np.arange(len(lowest))[::-1])
+    covered = np.bincount(inverse, weights=coverage, minlength=len(found))
+    bins = Bins(counts, at_least - more_than - counts, more_than - positives_above, covered)
+    return bins.take(np.arange(len(found))[::-1])
 
 
 def bins_of_histogram(histogram: Histogram) -> Bins:
-    """The bins of a histogram over all keys."""
-    lowest, bits = histogram.layout.extents()
-    normals, positives, coverage = histogram.counts()
-    order = np.argsort(lowest, kind="stable")[::-1]
-    through = normals[order].cumsum()
-    rows = np.flatnonzero(positives[order])
-    normals_above = through[rows] - normals[order[rows]]
-    rows = order[rows]
-    return Bins(lowest[rows], bits[rows], positives[rows], normals[rows], normals_above, coverage[rows])
+    order = histogram.layout.descending()
+    normals, positives, coverage = (counts[order] for counts in histogram.counts())
+    return Bins(positives, normals, normals.cumsum() - normals, coverage).take(np.flatnonzero(positives))
 
 
-class Recount:
-    """A further pass, in which some bins are counted again in finer ones while the rest stay as they are.
-
-    Args:
-        bins: what the pass before found.
-        rows: those of them to count again; each has more than one key.
-        limit: how many bins the pass may use, twice the number of rows at least.
-    """
-
-    def __init__(self, bins: Bins, rows: np.ndarray, limit: int, device: torch.device) -> None:
-        chosen = np.zeros(len(bins.lowest), dtype=bool)
-        chosen[rows] = True
-        self.rest = bins.take(~chosen)
-        # Windows ascend, bins descend.
-        self.parents = bins.take(np.flatnonzero(chosen)[::-1])
-        splits = (np.minimum(self.parents.bits, widest) for widest in range(COARSE_BITS, 0, -1))
-        split = next(bits for bits in splits if (1 << bits).sum() <= limit)
-        self.windows = Windows(self.parents.lowest, self.parents.bits, split, device)
-        self.histogram = Histogram(self.windows, device)
-        self.pixels = 0
-
-    def bins(self) -> Bins:
-        """The bins before this pass until it begins, the finer ones once it is complete."""
-        if self.pixels == 0:
-            return self.rest.joined(self.parents)
-        return self.rest.joined(self._finer())
-
-    def _finer(self) -> Bins:
-        normals, positives, coverage = self.histogram.counts()
-        first = self.windows.first
-        for new, old in ((normals, self.parents.normals), (positives, self.parents.positives)):
-            if not np.array_equal(np.add.reduceat(new, first), old):
-                raise RuntimeError("a further pass needs all maps and masks of the first, with the same scores")
-        rows = np.flatnonzero(positives)
-        window = self.windows.windows(rows)
-        lowest, bits = self.windows.extents()
-        through = normals.cumsum()
-        last = np.append(first[1:], self.windows.size) - 1
-        normals_above = self.parents.normals_above[window] + through[last[window]] - through[rows]
-        return Bins(lowest[rows], bits[rows], positives[rows], normals[rows], normals_above, coverage[rows])
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A metric in percent, None where undefined; the most it can be off, in points, and each bin's part in that."""
-
-    value: float | None
-    bound: float
-    slack: np.ndarray
-
-
-def estimates(bins: Bins, all_normals: int, fpr_limit: float = FPR_LIMIT) -> dict[str, Estimate]:
-    """AUROC, AP, F1-max and AUPRO of pixels in bins, as the middle of what any order inside the bins can give."""
-    if len(bins.lowest) == 0:
-        undefined = Estimate(None, 0.0, np.zeros(0))
-        return dict.fromkeys(("auroc", "ap", "f1_max", "aupro"), undefined)
-    ap, f1_max = _average_precision(bins), _f1_max(bins)
+def metrics_of(bins: Bins, all_normals: int, fpr_limit: float = FPR_LIMIT) -> dict[str, float | None]:
+    """AUROC, AP, F1-max and AUPRO in percent, None where undefined; pixels of a bin are ties."""
+    if len(bins.positives) == 0:
+        return dict.fromkeys(PIXEL_NAMES)
+    found = {"ap": _average_precision(bins), "f1_max": _f1_max(bins)}
     if all_normals == 0:
-        undefined = Estimate(None, 0.0, np.zeros(len(bins.lowest)))
-        return {"auroc": undefined, "ap": ap, "f1_max": f1_max, "aupro": undefined}
-    return {
-        "auroc": _area(bins, bins.positives, all_normals, 1.0),
-        "ap": ap,
-        "f1_max": f1_max,
-        "aupro": _area(bins, bins.coverage, all_normals, fpr_limit),
-    }
+        return {"auroc": None, **found, "aupro": None}
+    auroc = _area(bins, bins.positives, all_normals, 1.0)
+    return {"auroc": auroc, **found, "aupro": _area(bins, bins.coverage, all_normals, fpr_limit)}
 
 
-def _area(bins: Bins, weights: np.ndarray, all_normals: int, limit: float) -> Estimate:
+def _area(bins: Bins, weights: np.ndarray, all_normals: int, limit: float) -> float:
     """Area under (false positive rate, covered share of `weights`) from 0 to `limit`, divided by `limit`.
 
-    In a bin the curve runs from one corner of a rectangle to the opposite one: along its diagonal where all scores are
-    equal (the definition's trapezoid, which interpolates at the limit), anywhere inside otherwise.
+    In a bin the curve runs along the diagonal from one corner of a rectangle to the opposite one: the definition's
+    trapezoid, which interpolates at the limit.
     """
     heights = weights / weights.sum()
     start = np.minimum(bins.normals_above / all_normals, limit)
@@ -369,103 +235,56 @@ def _area(bins: Bins, weights: np.ndarray, all_normals: int, limit: float) -> Es
     # The share of the rectangle's width that lies before the limit is also how high the diagonal gets there.
     reached = np.divide(inside, end - start, out=np.zeros_like(inside), where=end > start)
     area = heights * (limit - start - inside + inside * reached / 2)
-    # Where the limit cuts a bin the diagonal is low: all of the rectangle can lie above it.
-    error = np.where(end > limit, heights * inside, heights * inside / 2)
-    slack = 100.0 * np.where(bins.bits > 0, error, 0.0) / limit
-    return Estimate(100.0 * float(area.sum()) / limit, float(slack.sum()), slack)
+    return 100.0 * float(area.sum()) / limit
 
 
-def _average_precision(bins: Bins) -> Estimate:
-    """Best case: all of a bin's positives come first, as ties. Worst: they come last, one by one.
-
-    Precision t / (t + f) is concave in the number t of positives, so that the mean over the worst case's steps is at
-    least that of the first and the last.
-    """
+def _average_precision(bins: Bins) -> float:
     through = bins.positives.cumsum()
-    before = through - bins.positives
-    normals_through = bins.normals_above + bins.normals
-    last = through / (through + normals_through)
-    first = (before + 1) / (before + 1 + normals_through)
-    exact = bins.bits == 0
-    low = np.where(exact, last, (first + last) / 2)
-    high = np.where(exact, last, through / (through + bins.normals_above))
-    share = 100.0 * bins.positives / through[-1]
-    slack = share * (high - low) / 2
-    return Estimate(float((share * (high + low) / 2).sum()), float(slack.sum()), slack)
+    precision = through / (through + (bins.normals_above + bins.normals))
+    return float((100.0 * bins.positives / through[-1] * precision).sum())
 
 
-def _f1_max(bins: Bins) -> Estimate:
-    """A threshold at a bin's lowest score is one of the real ones; inside, F1 is at most that of positives first."""
+def _f1_max(bins: Bins) -> float:
     through = bins.positives.cumsum()
-    retrieved = through + bins.normals_above
-    reached = (200.0 * through / (through[-1] + retrieved + bins.normals)).max()
-    possible = np.where(bins.bits > 0, 200.0 * through / (through[-1] + retrieved), 0.0)
-    slack = np.maximum(possible - reached, 0.0) / 2
-    return Estimate(float(reached + slack.max()), float(slack.max()), slack)
-
-
-def bins_to_refine(bins: Bins, found: dict[str, Estimate], tolerance: float, limit: int) -> np.ndarray:
-    """Rows of at most `limit` bins that must be finer for all bounds to be within the tolerance, the worst first."""
-    # Halves and quarters leave room for what the finer bins will still hide.
-    aim = tolerance / 4
-    needed = np.zeros(len(bins.lowest), dtype=bool)
-    worst = np.zeros(len(bins.lowest))
-    for name, estimate in found.items():
-        if estimate.bound <= tolerance:
-            continue
-        worst = np.maximum(worst, estimate.slack)
-        if name == PIXEL_NAMES["f1_max"]:
-            needed |= estimate.slack > aim
-        else:
-            order = np.argsort(estimate.slack)
-            needed[order[estimate.slack[order].cumsum() > aim]] = True
-    rows = np.flatnonzero(needed)
-    return rows[np.argsort(-worst[rows], kind="stable")[:limit]]
+    return float((200.0 * through / (through[-1] + (through + bins.normals_above) + bins.normals)).max())
 
 
 class PixelCounter:
-    """Pixel AUROC, AP, F1-max and AUPRO of one class's maps, exact to `tolerance`, from batches that are not kept.
+    """Pixel AUROC, AP, F1-max and AUPRO of one class's maps, from batches that are not kept.
 
         counter = PixelCounter()
-        while True:
-            for maps, masks, names in batches():
-                counter.update(maps, masks, names)
-            if counter.settled():
-                break
+        for maps, masks, names in batches:
+            counter.update(maps, masks, names)
         values = counter.result()
 
-    Nearly always the first pass is the only one. Scores are counted as float32 where they are, all on one device;
-    float16, bfloat16 and float64 are converted, so that float64 scores that float32 cannot tell apart are ties.
+    Scores are counted as float32 where they are, all on one device; float16, bfloat16 and float64 are converted, so
+    that float64 scores that float32 cannot tell apart are ties.
+
+    Accuracy: exact up to `buffer` pixels. Beyond them pixels of one bin count as ties; no metric of a model's maps was
+    off by more than 0.003 percentage points, and tests hold it to 0.01: maps of trained and unadapted models, narrow
+    and wide ones, ones with few different values. Scores in many tight clusters far from each other can be off by more.
 
     Memory does not grow with the number of images. With the default sizes the first 2 M pixels take 8 MiB, and 12 bytes
-    more for each anomalous one; beyond them bins take 22 MiB instead. `settled` adds 80 bytes for each bin that holds
-    anomalous pixels, 80 MiB if all do, and a further pass up to 40 MiB. Beside that are the temporaries of a batch.
+    more for each anomalous one; beyond them bins take 22 MiB instead. `result` takes at most 70 MiB for a moment.
+    Beside that are the temporaries of a batch.
 
     Args:
-        tolerance: the largest error allowed of each metric, in percentage points.
-        bins: how many bins a pass may use, 65536 at least.
+        bins: how many bins may be used, 65536 at least.
         buffer: how many pixels are kept as they are; up to that many, everything is exact.
         fpr_limit: the false positive rate up to which AUPRO is integrated.
     """
 
-    def __init__(
-        self, tolerance: float = TOLERANCE, bins: int = 1 << 20, buffer: int = 1 << 21, fpr_limit: float = FPR_LIMIT
-    ) -> None:
+    def __init__(self, bins: int = 1 << 20, buffer: int = 1 << 21, fpr_limit: float = FPR_LIMIT) -> None:
         if bins < COARSE_BINS:
             raise ValueError(f"{bins} bins are too few, {COARSE_BINS} are the least")
-        self.tolerance = tolerance
         self.bins = bins
         self.buffer = buffer
         self.fpr_limit = fpr_limit
-        self.passes = 1
-        # Totals of the first pass.
         self._pixels = 0
         self._positives = 0
-        # In turn: the keys of all pixels and of the anomalous ones with their coverage, a histogram, a recount.
+        # First the keys of all pixels and of the anomalous ones with their coverage, then a histogram.
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
         self._histogram: Histogram | None = None
-        self._recount: Recount | None = None
-        self._found: tuple[Bins, dict[str, Estimate]] | None = None
 
     @torch.no_grad()
     def update(self, maps: Tensor, masks: Tensor, names: Sequence[str]) -> None:
@@ -492,14 +311,9 @@ class PixelCounter:
         scores = maps.flatten(1)
         positives = score_keys(scores.reshape(-1)[torch.from_numpy(positions).to(maps.device)])
         self._count(scores, positives, torch.from_numpy(coverage).to(maps.device))
-        self._found = None
 
     def _count(self, scores: Tensor, positives: Tensor, coverage: Tensor) -> None:
         """Scores (B, n); keys of the anomalous pixels (p,) and the share of its region that each of these is (p,)."""
-        if self._recount is not None:
-            self._recount.pixels += scores.numel()
-            add_images(self._recount.histogram, scores, positives, coverage)
-            return
         if self._histogram is None and self._pixels + scores.numel() > self.buffer:
             self._start_histogram(scores.reshape(-1))
         if self._histogram is not None:
@@ -520,36 +334,12 @@ class PixelCounter:
             self._histogram.add_positives(positives, coverage)
         self._kept = []
 
-    def settled(self) -> bool:
-        """Whether all errors are within the tolerance; where not, another pass over the same maps is made ready."""
-        bins, found = self._estimated()
-        if all(estimate.bound <= self.tolerance for estimate in found.values()):
-            return True
-        if self._recount is None or self._recount.pixels > 0:
-            rows = bins_to_refine(bins, found, self.tolerance, self.bins // 2)
-            done = self._histogram if self._recount is None else self._recount.histogram
-            self._recount, self._histogram = Recount(bins, rows, self.bins, done.device), None
-            self.passes += 1
-        return False
-
-    def error_bounds(self) -> dict[str, float]:
-        """The most that each metric of `result` can differ from its exact value, in percentage points."""
-        return {name: estimate.bound for name, estimate in self._estimated()[1].items()}
-
     def result(self) -> dict[str, float | None]:
         """`pixel_auroc`, `pixel_ap`, `pixel_f1_max` and `aupro` in percent, None where undefined."""
-        return {name: estimate.value for name, estimate in self._estimated()[1].items()}
-
-    def _estimated(self) -> tuple[Bins, dict[str, Estimate]]:
-        if self._found is None:
-            bins = self._bins()
-            found = estimates(bins, self._pixels - self._positives, self.fpr_limit)
-            self._found = bins, {PIXEL_NAMES[name]: estimate for name, estimate in found.items()}
-        return self._found
+        found = metrics_of(self._bins(), self._pixels - self._positives, self.fpr_limit)
+        return {PIXEL_NAMES[name]: value for name, value in found.items()}
 
     def _bins(self) -> Bins:
-        if self._recount is not None:
-            return self._recount.bins()
         if self._histogram is not None:
             return bins_of_histogram(self._histogram)
         if not self._kept:
@@ -607,5 +397,5 @@ def image_metrics(labels: np.ndarray, scores: np.ndarray, names: Sequence[str]) 
     anomalous = np.asarray(labels, dtype=bool)
     ranks = np.unique(scores, return_inverse=True)[1]
     bins = bins_of_values(ranks, ranks[anomalous], np.ones(int(anomalous.sum())))
-    found = estimates(bins, int((~anomalous).sum()))
-    return {IMAGE_NAMES[name]: found[name].value for name in IMAGE_NAMES}
+    found = metrics_of(bins, int((~anomalous).sum()))
+    return {IMAGE_NAMES[name]: found[name] for name in IMAGE_NAMES}

@@ -6,7 +6,7 @@ import csv
 import io
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataset.samples import AnomalyDataset
 from engine.data import TaskData, evaluation_loader, make_dataset
 from engine.detector import Detector
-from model.clip import FrozenCLIP
 from model.scoring import Outputs, anomaly_map, class_image_scores, det_scores
 from utils.files import write_text
 from utils.logging import progress_bar
@@ -85,21 +83,19 @@ class _ClassScores:
     """What is kept of one class's images until its metrics are taken: counts of pixels, a few numbers per image."""
 
     domain: str
-    pixels: PixelCounter
+    pixels: PixelCounter = field(default_factory=PixelCounter)
     paths: list[str] = field(default_factory=list)
     numbers: list[Tensor] = field(default_factory=list)
 
     def add(self, outputs: Outputs, batch: Mapping[str, Any]) -> None:
-        """Take a batch in; in a further pass over the class only its pixels are counted."""
         maps = anomaly_map(outputs, batch["mask"].shape[-1], self.domain).float()
         self.pixels.update(maps, batch["mask"].flatten(0, 1), batch["image_path"])
-        if self.pixels.passes == 1:
-            self.paths += batch["image_path"]
-            low, high = torch.aminmax(maps.flatten(1), dim=1)
-            self.numbers.append(torch.stack([high, low, det_scores(outputs).float(), batch["label"].to(low)]).cpu())
+        self.paths += batch["image_path"]
+        low, high = torch.aminmax(maps.flatten(1), dim=1)
+        self.numbers.append(torch.stack([high, low, det_scores(outputs).float(), batch["label"].to(low)]).cpu())
 
     def result(self, class_name: str) -> ClassResult:
-        """The class's metrics, once its pixels are settled."""
+        """The class's metrics, once all its images are in."""
         maxima, minima, det, labels = torch.cat(self.numbers, dim=1)
         scores = class_image_scores(maxima, minima, det, self.domain)
         of_images = image_metrics(labels.numpy(), scores.numpy(), self.paths)
@@ -123,7 +119,7 @@ def evaluate(
     """Evaluate models that share one CLIP on all images of `data`, which are loaded once.
 
     Scores are normalised per class (docs/method.md, "Scores"), so a class's metrics are taken when it is complete. Maps
-    are counted and not kept; where a metric needs a finer count (`PixelCounter`), that class's images are loaded again.
+    are counted and not kept.
     Raises `UserError` for images that cannot be read, and names the first image whose map is not finite.
     """
     clip = next(iter(models.values())).clip
@@ -135,31 +131,19 @@ def evaluate(
     loader = evaluation_loader(samples, batch_size, num_workers)
     bar = progress_bar(len(samples), f"evaluating on {data.located.spec.name}")
     for class_name, batches in groupby(loader, key=lambda batch: batch["class_name"][0]):
-        scores = {name: _ClassScores(domain, PixelCounter()) for name in models}
-        pending = list(models)
-        while pending:
-            for batch in batches:
-                images = batch["image"].to(device, non_blocking=True)
-                rows = torch.full((len(images),), data.classes.index(class_name), device=device)
-                for name in pending:
-                    with autocast(device, precision):
-                        outputs = models[name].model(images, text_sides[name], rows)
-                    scores[name].add(outputs, batch)
-                bar.update(len(images))
-            pending = [name for name in pending if not scores[name].pixels.settled()]
-            if pending:
-                again = class_samples(data, class_name, clip)
-                bar.total += len(again)
-                batches = evaluation_loader(again, batch_size, num_workers)
+        scores = {name: _ClassScores(domain) for name in models}
+        for batch in batches:
+            images = batch["image"].to(device, non_blocking=True)
+            rows = torch.full((len(images),), data.classes.index(class_name), device=device)
+            for name, kept in scores.items():
+                with autocast(device, precision):
+                    outputs = models[name].model(images, text_sides[name], rows)
+                kept.add(outputs, batch)
+            bar.update(len(images))
         for name, kept in scores.items():
             results[name].append(kept.result(class_name))
     bar.close()
     return {name: Evaluation(name, data.located.spec.name, rows) for name, rows in results.items()}
-
-
-def class_samples(data: TaskData, class_name: str, clip: FrozenCLIP) -> AnomalyDataset:
-    """The samples of one class alone, in the same order as among the others."""
-    return make_dataset(replace(data, records=data.of_class(class_name)), clip, "none")
 
 
 def autocast(device: torch.device | str, precision: str) -> torch.autocast:
