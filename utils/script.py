@@ -36,6 +36,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         # A launcher sends SIGTERM after the SIGINT of the terminal; only a person in a hurry sends SIGINT again.
         if not received or number == signal.SIGINT:
             received.append(number)
+            forget_children()
             raise Interrupted(number)
 
     before = {number: signal.signal(number, interrupt) for number in SIGNALS}
@@ -134,6 +135,15 @@ def _quiet_child() -> None:
     """A process that helps another one leaves signals to it: the terminal sends Ctrl-C to both."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def forget_children() -> None:
+    """Let processes that load images end unnoticed, which the signal may have reached too, once we end ourselves.
+
+    torch answers the end of one with an exception at whatever line is being run.
+    """
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 @contextmanager

@@ -258,21 +258,20 @@ class TrainingRun:
             torch.empty((), dtype=torch.int64).random_()
             description = stage_name(stage, phase.loop, epoch)
             stage.train()
+            stop = StopRequest()
             try:
-                with StopRequest() as stop:
+                with stop:
                     row = train_epoch(
                         prepared, stage.trained, loader, optimizer, schedule, self.accelerator, description,
-                        phase.max_norm, lambda: stop.signal_number is not None,
+                        phase.max_norm, lambda stop=stop: stop.signal_number is not None,
                     )  # fmt: skip
             except NotFiniteError as error:
-                state = self.save_path / STATE_FILE
-                advice = f"start with another --save_path and a lower --{phase.side}_lr"
-                if self.feedback:
-                    advice = (
-                        f"start with another --save_path, --init_from {state}, and a lower --{phase.side}_lr or a "
-                        "tighter --grad_clip"
-                    )
-                raise NotFiniteError(f"{error}. The last good state is {state}; {advice}") from error
+                raise NotFiniteError(f"{error}. {self._way_out(phase.side)}") from error
+            except RuntimeError:
+                # A signal to all processes ends those that load images first, and torch complains of that.
+                if stop.signal_number is None:
+                    raise
+                row = None
             if row is None:
                 raise Stopped(
                     f"stopped in {description}: the same command goes on, and repeats this epoch", stop.signal_number
@@ -288,9 +287,21 @@ class TrainingRun:
                 self._write(written, written.names)
                 self._save_state()
             self.accelerator.wait_for_everyone()
+            if stop.signal_number is not None:
+                raise Stopped(f"stopped after {description}: the same command goes on", stop.signal_number)
         verdict = judge_run(self.history, self.feedback)[phase.loop, phase.side]
         if verdict.remedies:
             logger.warning("loop %d, %s: %s", phase.loop, phase.side, verdict)
+
+    def _way_out(self, side: str) -> str:
+        """What to do about a loss that is not finite."""
+        state = self.save_path / STATE_FILE
+        advice = f"start with another --save_path and a lower --{side}_lr"
+        if self.feedback:
+            advice = (
+                f"start with another --save_path, --init_from {state}, and a lower --{side}_lr or a tighter --grad_clip"
+            )
+        return f"The last good state is {state}; {advice}"
 
     def _prepared_loader(self, loader: DataLoader) -> DataLoader:
         """`loader` as accelerate prepares it, once for all loops: each preparation keeps worker processes of its own.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from utils.script import forget_children
+
 import logging
 import math
 import signal
@@ -50,6 +52,7 @@ class StopRequest:
         if self.signal_number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal_number = number
+        forget_children()
 
 
 def gradient_norms(components: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -1,0 +1,61 @@
+"""What is said of the device, and of a GPU that lies idle."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import engine.device
+from engine.device import check_device, warn_of_unused_gpu
+
+
+def test_the_device_its_name_precision_and_versions_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    assert check_device("cpu", "bf16") == "cpu"
+    (line,) = caplog.messages
+    for part in ("Device: cpu (", "threads)", "precision bf16", f"torch {torch.__version__}", "CUDA "):
+        assert part in line
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> nn.Module:
+    """A large model on a machine with an NVIDIA driver, whose torch knows no CUDA."""
+    monkeypatch.setattr(engine.device, "LARGE", 10)
+    monkeypatch.setattr(engine.device, "NVIDIA_DRIVER", tmp_path)
+    monkeypatch.setattr(engine.device.shutil, "which", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    return nn.Linear(10, 10)
+
+
+def test_a_large_model_on_the_cpu_beside_a_gpu_is_warned_of(large: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_unused_gpu(torch.device("cpu"), large)
+    (line,) = caplog.messages
+    for part in ("is built without CUDA", "--index-url https://download.pytorch.org/", "--torch-index"):
+        assert part in line
+
+
+@pytest.mark.parametrize("why", ["small", "no driver", "torch sees it", "on the GPU"])
+def test_and_otherwise_not(
+    why: str, large: nn.Module, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if why == "no driver":
+        monkeypatch.setattr(engine.device, "NVIDIA_DRIVER", tmp_path / "none")
+    if why == "torch sees it":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    device = "meta" if why == "on the GPU" else "cpu"
+    warn_of_unused_gpu(torch.device(device), nn.Linear(2, 2) if why == "small" else large)
+    assert caplog.messages == []
+
+
+def test_nvidia_smi_tells_of_a_gpu_too(
+    large: nn.Module, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(engine.device, "NVIDIA_DRIVER", tmp_path / "none")
+    monkeypatch.setattr(engine.device.shutil, "which", lambda name: "somewhere" if name == "nvidia-smi" else None)
+    warn_of_unused_gpu(torch.device("cpu"), large)
+    assert len(caplog.messages) == 1

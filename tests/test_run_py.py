@@ -1,0 +1,64 @@
+"""`run.py`: what it installs from where, and what it hands on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import run
+
+INDEX = "https://download.pytorch.org/whl/cu126"
+
+
+@pytest.fixture
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands that would be run, with an environment that is there and empty."""
+    python = tmp_path / "python"
+    python.write_text("", encoding="utf-8")
+    monkeypatch.setattr(run, "VENV", tmp_path)
+    monkeypatch.setattr(run, "PYTHON", python)
+    found: list[list[str]] = []
+    monkeypatch.setattr(run, "call", lambda command: found.append(command[1:]) or 0)
+    return found
+
+
+def test_torch_comes_from_the_index_that_is_given_and_the_rest_from_pypi(calls: list[list[str]]) -> None:
+    assert run.main(["--torch-index", INDEX, "test", "-k", "metadata", "-x"]) == 0
+    torch, *rest, tests = calls
+    assert torch[torch.index("--index-url") + 1] == INDEX
+    assert {word.partition(">")[0] for word in torch if ">=" in word} == {"torch", "torchvision"}
+    assert "--force-reinstall" in torch, "a build without CUDA may be there already"
+    assert [command[-1].rpartition(os.sep)[2] for command in rest] == ["requirements.txt", "requirements-dev.txt"]
+    assert not any("--index-url" in command for command in rest)
+    assert tests[-3:] == ["-k", "metadata", "-x"]
+    # Once: the second start finds everything there, another index is another build.
+    calls.clear()
+    assert run.main(["demo", "--torch-index", INDEX]) == 0
+    assert [command[1] for command in calls] == ["engine.demo"]
+    calls.clear()
+    assert run.main(["demo"]) == 0
+    assert len(calls) == 1
+    assert run.main(["--torch-index", INDEX.replace("126", "130"), "demo"]) == 0
+    assert len(calls) == 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 7)])
+def test_what_is_run_decides_what_a_signal_means(number: int, status: int) -> None:
+    """SIGTERM is handed on; of Ctrl-C the terminal has told it already."""
+    code = "import time, sys; time.sleep(0.6); sys.exit(7)"
+
+    def send() -> None:
+        time.sleep(0.3)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    assert run.call([sys.executable, "-S", "-c", code]) == status
+    thread.join()
