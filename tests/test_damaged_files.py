@@ -129,7 +129,7 @@ def used_or_refused(use: Callable[[], object], file: Path) -> None:
 
 
 @given(chosen=damages())
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_damage_is_harmless_or_refused(
     chosen: tuple[str, tuple[Any, ...], int | None], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
