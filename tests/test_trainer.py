@@ -5,6 +5,7 @@ from __future__ import annotations
 from utils.script import run_script
 
 import math
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,15 @@ import pytest
 import torch
 from torch import nn
 
-from engine.training.run import continued, describe_differences
+from engine.run_folder import STATE_FILE
+from engine.training.run import check_save_path, continued, describe_differences
 from engine.training.schedules import halved_at, make_schedule, warmup_cosine
+from engine.training.start import Start
+from engine.training.state import read_state
 from engine.training.trainer import gradient_norms, readable_time
 from engine.training.verdicts import Verdict, epoch_warnings, judge_run, judge_stage, remedies_for, run_summary
+from model.checkpoint import Checkpoint
+from tests.data.present_version import make
 from utils.errors import NotFiniteError, Stopped, UserError
 
 
@@ -181,7 +187,7 @@ def test_a_stage_whose_rate_falls_to_its_end_cannot_grow_once_begun() -> None:
 
 
 def test_differences_are_named_with_both_values() -> None:
-    assert describe_differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) == "b was 2, now 3; c was None, now 4"
+    assert describe_differences({"a": 1, "b": 2, "gone": 5}, {"a": 1, "b": 3}) == "b was 2, now 3"
 
 
 @pytest.mark.parametrize(
@@ -214,3 +220,23 @@ def test_a_mistake_of_the_programmer_keeps_its_traceback() -> None:
 
 def test_times_are_readable() -> None:
     assert [readable_time(seconds) for seconds in (12.4, 200, 7500)] == ["12 s", "3 min 20 s", "2 h 05 min"]
+
+
+def test_an_argument_that_came_after_a_run_began_meant_its_default(tmp_path: Path) -> None:
+    with zipfile.ZipFile(Path(make.__file__).with_name("runs.zip")) as archive:
+        archive.extractall(tmp_path)
+    folder = next(tmp_path.rglob(STATE_FILE)).parent
+    signature = read_state(folder / STATE_FILE)["signature"]
+    check_save_path(folder, "auto", {**signature, "newer": 0.5}, {"newer": 0.5})
+    with pytest.raises(UserError, match=r"newer was 0\.5, now 0\.7"):
+        check_save_path(folder, "auto", {**signature, "newer": 0.7}, {"newer": 0.5})
+
+
+def test_a_start_from_a_checkpoint_is_another_run_than_one_from_a_base_or_from_scratch(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"weights")
+    checkpoint = Checkpoint(tmp_path / "file", {})
+    starts = [Start(), Start(checkpoint, checkpoint), Start(checkpoint, checkpoint, whole=True), Start(checkpoint)]
+    for one in starts:
+        for other in starts:
+            same = not describe_differences(one.signature(), other.signature())
+            assert same == (one is other)

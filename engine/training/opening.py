@@ -128,7 +128,9 @@ def open_run(
     checkpoints.
     """
     config = opening.config
-    with run_folder(config.save_path, config.resume, opening.signature, opening.accelerator):
+    with run_folder(
+        config.save_path, config.resume, opening.signature, type(config)().signature(), opening.accelerator
+    ):
         yield make_run(opening, more_described, loop_forward)
 
 

@@ -44,8 +44,6 @@ from utils.seeding import derive_seed
 
 logger = logging.getLogger(__name__)
 
-# Settings that other versions hold a restart to, and this one does not.
-NO_LONGER_COMPARED = ("skip_bad_images",)
 STATE_FIELDS = ("done", "planned", "history", "schedule", "loops")
 
 
@@ -432,7 +430,9 @@ def still_finished(
 
 
 @contextmanager
-def run_folder(save_path: Path, resume: str, signature: dict[str, Any], accelerator: Accelerator) -> Iterator[None]:
+def run_folder(
+    save_path: Path, resume: str, signature: dict[str, Any], defaults: dict[str, Any], accelerator: Accelerator
+) -> Iterator[None]:
     """Hold a run's folder: nobody else writes there, and its log is kept, until the block ends.
 
     Comes after every other check, so that a mistake leaves nothing behind. The first process of a launch holds it for
@@ -444,7 +444,7 @@ def run_folder(save_path: Path, resume: str, signature: dict[str, Any], accelera
             try:
                 check_folder(save_path, "--save_path")
                 stack.enter_context(locked(save_path / LOCK_FILE))
-                check_save_path(save_path, resume, signature)
+                check_save_path(save_path, resume, signature, defaults)
             except UserError as error:
                 refused = [error]
         answer = [refused[0] is not None]
@@ -459,8 +459,11 @@ def run_folder(save_path: Path, resume: str, signature: dict[str, Any], accelera
         yield
 
 
-def check_save_path(save_path: Path, resume: str, signature: dict[str, Any]) -> None:
-    """Raise `UserError` where a run must not be written: another run's folder, or a used one with `--resume never`."""
+def check_save_path(save_path: Path, resume: str, signature: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Raise `UserError` where a run must not be written: another run's folder, or a used one with `--resume never`.
+
+    defaults: of the signature's arguments.
+    """
     entries = [entry for entry in save_path.iterdir() if not entry.name.startswith(".")] if save_path.exists() else []
     if resume == "never" and entries:
         raise UserError(f"--save_path {save_path} is not empty, and --resume never starts in a new folder only")
@@ -472,16 +475,15 @@ def check_save_path(save_path: Path, resume: str, signature: dict[str, Any]) -> 
                 f"--save_path {save_path} holds {checkpoints[0]} of a run without {STATE_FILE}; give another"
             )
         return
-    saved = read_state(file)["signature"]
-    before = {name: value for name, value in saved.items() if name not in NO_LONGER_COMPARED}
+    # An argument that has come since the run began meant its default.
+    before = {**defaults, **read_state(file)["signature"]}
     differences = describe_differences(before, signature)
     if differences:
         raise UserError(f"--save_path {save_path} holds another run ({differences}); give another --save_path")
 
 
 def describe_differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The settings that differ, as "image_lr was 0.0005, now 0.001"."""
-    names = [*before, *(name for name in now if name not in before)]
+    """The settings that differ, as "image_lr was 0.0005, now 0.001"; those that are compared no longer do not count."""
     return "; ".join(
-        f"{name} was {before.get(name)}, now {now.get(name)}" for name in names if before.get(name) != now.get(name)
+        f"{name} was {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value
     )

@@ -54,9 +54,12 @@ class Start:
 
     def signature(self) -> dict[str, Any]:
         """The contents of the files, so that a restart from others is noticed."""
-        kind = "init" if self.whole else "base"
         digests = {side: file_digest(checkpoint.path) if (checkpoint := self.side(side)) else None for side in SIDES}
-        return {f"{kind}_{side}": digest for side, digest in digests.items()}
+        return {
+            f"{kind}_{side}": digest if (kind == "init") == self.whole else None
+            for kind in ("base", "init")
+            for side, digest in digests.items()
+        }
 
     def steps(self) -> dict[str, int | None]:
         """Optimizer steps that each side has seen; None where its file does not say."""
