@@ -89,7 +89,7 @@ def test_visualize_alone_means_every_image(world: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "pictures_test").rglob("*.png"))) == 18
     asked = ("inference.py", "--checkpoint", world / "run", "--image", world / "test", "--visualize")
     assert "leave --visualize out" in error_line(*asked)
-    assert "0 is not 1 or more" in error_line(*asked[:3], "--visualize", 0)
+    assert "0 is not between 1 and" in error_line(*asked[:3], "--visualize", 0)
 
 
 def test_without_dataset_it_is_the_training_dataset_and_says_loudly_what_that_means(world: Path) -> None:
