@@ -5,7 +5,7 @@ from __future__ import annotations
 from utils.script import run_script
 
 from engine.arguments import make_parser
-from engine.evaluation.arguments import ComparisonArguments
+from engine.evaluation.arguments import LESS_MEMORY, ComparisonArguments
 from engine.report.compare_loops import compare_feedback_loops
 from utils.cli import Parser
 from utils.logging import set_up_logging
@@ -22,4 +22,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, LESS_MEMORY)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from utils.script import run_script
 
 from engine.arguments import make_parser
-from engine.evaluation.arguments import InferenceArguments
+from engine.evaluation.arguments import LESS_MEMORY, InferenceArguments
 from engine.evaluation.inference import evaluate_checkpoints, score_images
 from utils.cli import Parser
 from utils.errors import UserError
@@ -33,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, LESS_MEMORY)

@@ -44,4 +44,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "a smaller --batch_size or --img_size")

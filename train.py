@@ -5,6 +5,7 @@ from __future__ import annotations
 from utils.script import run_script
 
 from engine.arguments import make_parser
+from engine.training.advice import LESS_MEMORY
 from engine.training.arguments import BaseConfig
 from engine.training.base import train_base
 from utils.cli import Parser
@@ -22,4 +23,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, LESS_MEMORY)

@@ -9,7 +9,9 @@ from utils.script import run_script
 
 from functools import partial
 
+from engine.training.advice import LESS_MEMORY
 from train_cross_attention_feedback_v2 import main
 
 if __name__ == "__main__":
-    run_script(partial(main, preset="v1", image_cross_attn_weight=0.1, text_cross_attn_weight=0.1))
+    main_v1 = partial(main, preset="v1", image_cross_attn_weight=0.1, text_cross_attn_weight=0.1)
+    run_script(main_v1, LESS_MEMORY)

@@ -7,6 +7,7 @@ from utils.script import run_script
 from collections.abc import Sequence
 
 from engine.arguments import make_parser
+from engine.training.advice import LESS_MEMORY
 from engine.training.feedback import train_feedback
 from engine.training.feedback_arguments import FeedbackConfig
 from utils.cli import Parser
@@ -26,4 +27,4 @@ def main(arguments: Sequence[str] | None = None, **defaults: object) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, LESS_MEMORY)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.arms import SHORT, add_short_argument, tested_images
 from engine.demo import CONFIG
-from engine.detector import build_detector, unadapted_detector
+from engine.detector import UNADAPTED, build_detector, unadapted_detector
 from engine.device import check_device
 from engine.evaluation.evaluate import METRICS, Evaluation, evaluate
 from engine.training.base import train_base
@@ -54,7 +54,7 @@ def main() -> None:
         checkpoint = read_checkpoint(config.save_path / "image_adapter.pth")
         detectors[f"base, seed {seed}"] = build_detector(checkpoint, clip).to(device)
     set_up_logging()
-    models = {"unadapted CLIP": unadapted_detector(load_clip("toy")).to(device), **detectors}
+    models = {UNADAPTED: unadapted_detector(load_clip("toy")).to(device), **detectors}
     evaluations = evaluate(models, tested_images(arguments.short), device, batch_size=32)
     table = markdown_table(list(evaluations.values()))
     write_text(arguments.output, table)

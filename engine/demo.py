@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dataset.records import Record
 from engine.data import TaskData, load_task
-from engine.detector import Detector, build_detector, unadapted_detector
+from engine.detector import UNADAPTED, Detector, build_detector, unadapted_detector
 from engine.device import check_device
 from engine.evaluation.image_heatmaps import look, read_picture
 from engine.report.compare_loops import compare_feedback_loops
@@ -96,7 +96,7 @@ def demo_models(base: BaseConfig, feedback: FeedbackConfig) -> dict[str, Detecto
     for loop in range(1, feedback.num_feedback_loops + 1):
         files[f"loop {loop}"] = feedback.save_path / loop_file(loop)
     trained = {name: build_detector(read_checkpoint(file), clip) for name, file in files.items()}
-    return {name: model.to(device) for name, model in {"unadapted CLIP": unadapted_detector(clip), **trained}.items()}
+    return {name: model.to(device) for name, model in {UNADAPTED: unadapted_detector(clip), **trained}.items()}
 
 
 def draw_examples(data: TaskData, models: dict[str, Detector]) -> list[Example]:

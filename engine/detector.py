@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 PUBLISHED_MODEL = "ViT-L-14-336"
 # What may be asked of a checkpoint with cross-attention in place of what it was trained with.
+# What unadapted CLIP is called in tables and figures.
+UNADAPTED = "unadapted"
 CROSS_ATTENTION_OVERRIDES = (
     "text_cross_attn_weight", "image_cross_attn_weight", "context_norm", "text_conditioning", "text_context",
     "cross_attn_heads",
@@ -298,4 +300,4 @@ def _assumed_config(checkpoint: Checkpoint, clip: FrozenCLIP, asked: dict[str, A
 
 def unadapted_detector(clip: FrozenCLIP) -> Detector:
     """Unadapted CLIP, the baseline, with the same prompts and scoring."""
-    return Detector(UnadaptedCLIP(clip, clip.model_config(text_adapted=False)), "unadapted")
+    return Detector(UnadaptedCLIP(clip, clip.model_config(text_adapted=False)), UNADAPTED)

@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from engine.run_folder import STATE_FILE
+from engine.training.advice import LESS_MEMORY, remedies_for
 from engine.training.run import check_save_path, continued, describe_differences
 from engine.training.schedules import halved_at, make_schedule, warmup_cosine
 from engine.training.start import Start
 from engine.training.state import read_state
 from engine.training.trainer import gradient_norms, readable_time
-from engine.training.verdicts import Verdict, epoch_warnings, judge_run, judge_stage, remedies_for, run_summary
+from engine.training.verdicts import Verdict, epoch_warnings, judge_run, judge_stage, run_summary
 from model.checkpoint import Checkpoint
 from tests.data.present_version import make
 from utils.errors import NotFiniteError, Stopped, UserError
@@ -207,7 +208,7 @@ def test_errors_end_in_one_line_and_their_status(
         raise error
 
     with pytest.raises(SystemExit) as exit_:
-        run_script(main)
+        run_script(main, LESS_MEMORY)
     assert exit_.value.code == status
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line

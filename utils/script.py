@@ -25,9 +25,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_script(main: Callable[[], int | None]) -> NoReturn:
+def run_script(main: Callable[[], int | None], less_memory: str = "smaller batches") -> NoReturn:
     """Run a script's `main` and leave with its status; a user's mistake is one line on standard error and status 2.
 
+    less_memory: what to take where the GPU's memory is too small, with the script's flags.
     SIGINT and SIGTERM raise `Interrupted` in `main`, so that it leaves nothing half done, and end in a line too.
     """
     received: list[int] = []
@@ -42,7 +43,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     before = {number: signal.signal(number, interrupt) for number in SIGNALS}
     threading.excepthook = _thread_ended
     try:
-        status = _status_of(main, received)
+        status = _status_of(main, received, less_memory)
     finally:
         threading.excepthook = threading.__excepthook__
         for number, handler in before.items():
@@ -50,7 +51,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(status)
 
 
-def _status_of(main: Callable[[], int | None], received: list[int]) -> int:
+def _status_of(main: Callable[[], int | None], received: list[int], less_memory: str) -> int:
     try:
         status = main() or 0
         sys.stdout.flush()
@@ -67,13 +68,13 @@ def _status_of(main: Callable[[], int | None], received: list[int]) -> int:
         if received:
             # The signal reached a process that we wait for first, and its end is what is complained about.
             return _stopped(received[0])
-        line, status = _explain(error)
+        line, status = _explain(error, less_memory)
         if line is None:
             raise
         return _say(f"error: {line}", status)
 
 
-def _explain(error: Exception) -> tuple[str | None, int]:
+def _explain(error: Exception, less_memory: str) -> tuple[str | None, int]:
     """The line and status for an error that is not a programmer's; no line for one that is."""
     if isinstance(error, UserError):
         return original_message(error), USER_ERROR
@@ -90,11 +91,7 @@ def _explain(error: Exception) -> tuple[str | None, int]:
     # Where torch was never imported, none of its errors can have come.
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return (
-            "out of GPU memory; these need less: a smaller --image_batch_size or --text_batch_size (training) or "
-            "--batch_size (testing), --precision bf16, a smaller --img_size",
-            USER_ERROR,
-        )
+        return f"out of GPU memory; these need less: {less_memory}", USER_ERROR
     return None, 1
 
 

@@ -11,6 +11,7 @@ from utils.cli import number
 from utils.fields import changed, setting
 
 ALL = "all"
+LESS_MEMORY = "a smaller --batch_size, --precision bf16, a smaller --img_size"
 TRAINED = "as trained"
 # What a file that says nothing of it is taken to have been trained with.
 UNTOLD = f"{TRAINED}, else 1"

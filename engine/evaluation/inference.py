@@ -31,12 +31,13 @@ from utils.paths import figure_path, is_file, is_folder, is_no_file, safe_name
 
 logger = logging.getLogger(__name__)
 
-UNADAPTED = "none"
+# What `--checkpoint` takes for unadapted CLIP.
+NO_CHECKPOINT = "none"
 
 
 def load_detectors(checkpoint: str, clip_weights: str | None, device: str, **overrides: Any) -> list[Detector]:
     """The models that `--checkpoint` means, on one CLIP: unadapted CLIP, a file, or a folder's epochs in order."""
-    if checkpoint == UNADAPTED:
+    if checkpoint == NO_CHECKPOINT:
         clip = load_clip(
             overrides.get("model_name") or "ViT-L-14-336",
             clip_weights,
@@ -53,7 +54,7 @@ def output_folder(checkpoint: str, output_dir: Path | None) -> Path:
     """Where results go: as asked, else beside the checkpoint, else `results` for unadapted CLIP."""
     if output_dir is not None:
         return output_dir
-    if checkpoint == UNADAPTED:
+    if checkpoint == NO_CHECKPOINT:
         return Path("results")
     path = Path(checkpoint)
     return (path if path.is_dir() else path.parent) / "results"
@@ -128,7 +129,7 @@ def evaluate_checkpoints(
         logger.info("Averages\n\n%s\n", summary_table(evaluations))
     # Not before: an evaluation that is stopped leaves nothing.
     set_up_logging(folder / "inference.log")
-    name = "unadapted_" if checkpoint == UNADAPTED else ""
+    name = "unadapted_" if checkpoint == NO_CHECKPOINT else ""
     tested = safe_name(data.located.spec.name)
     path = folder / f"{name}evaluation_{tested}.csv"
     write_csv(evaluations, path)
@@ -161,7 +162,7 @@ def score_images(
     files = image_files(image)
     folder = output_folder(checkpoint, output_dir)
     check_folder(folder, "--output_dir")
-    if checkpoint != UNADAPTED:
+    if checkpoint != NO_CHECKPOINT:
         checkpoint = str(find_checkpoints(Path(checkpoint))[-1])
     detector = load_detectors(checkpoint, clip_weights, device, **overrides)[0]
     scores: list[tuple[Path, float]] = []

@@ -12,7 +12,7 @@ from typing import Any
 
 from dataset.records import metadata_digest
 from engine.data import TaskData
-from engine.detector import Detector, build_detector, load_clip_for, unadapted_detector
+from engine.detector import UNADAPTED, Detector, build_detector, load_clip_for, unadapted_detector
 from engine.device import check_device
 from engine.evaluation.evaluate import Evaluation, evaluate
 from engine.evaluation.inference import zero_shot_notes
@@ -22,7 +22,6 @@ from engine.report.commands import command_line
 from engine.report.comparison import (
     BASE,
     CROSS_ATTENTION,
-    UNADAPTED,
     Comparison,
     Row,
     setting_notes,

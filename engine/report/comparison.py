@@ -31,7 +31,7 @@ PANELS = tuple(
     if metric
 )
 # The rows beside the loops.
-BASE, CROSS_ATTENTION, UNADAPTED = "base", "cross-attention", "unadapted"
+BASE, CROSS_ATTENTION = "base", "cross-attention"
 UNREADABLE = "unreadable"
 # What makes a comparison unfair where it differs.
 TRAINING_FACTS = (DATA, HELD_OUT, SEED, TEXT_STEPS, IMAGE_STEPS) = (

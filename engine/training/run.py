@@ -29,6 +29,7 @@ from engine.run_folder import (
     WARNINGS_FILE,
     is_there,
 )
+from engine.training.advice import after_not_finite
 from engine.training.schedules import Factor, make_schedule
 from engine.training.stages import Stage
 from engine.training.state import STATE_SCHEMA, read_state, restore
@@ -264,7 +265,9 @@ class TrainingRun:
                         phase.max_norm, lambda stop=stop: stop.signal_number is not None,
                     )  # fmt: skip
             except NotFiniteError as error:
-                raise NotFiniteError(f"{error}. {self._way_out(phase.side)}") from error
+                raise NotFiniteError(
+                    f"{error}. {after_not_finite(self.save_path / STATE_FILE, phase.side, self.feedback)}"
+                ) from error
             except RuntimeError:
                 # A signal to all processes ends those that load images first, and torch complains of that.
                 if stop.signal_number is None:
@@ -290,16 +293,6 @@ class TrainingRun:
         verdict = judge_run(self.history, self.feedback)[phase.loop, phase.side]
         if verdict.remedies:
             logger.warning("loop %d, %s: %s", phase.loop, phase.side, verdict)
-
-    def _way_out(self, side: str) -> str:
-        """What to do about a loss that is not finite."""
-        state = self.save_path / STATE_FILE
-        advice = f"start with another --save_path and a lower --{side}_lr"
-        if self.feedback:
-            advice = (
-                f"start with another --save_path, --init_from {state}, and a lower --{side}_lr or a tighter --grad_clip"
-            )
-        return f"The last good state is {state}; {advice}"
 
     def _prepared_loader(self, loader: DataLoader) -> DataLoader:
         """`loader` as accelerate prepares it, once for all loops: each preparation keeps worker processes of its own.

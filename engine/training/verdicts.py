@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from engine.training.advice import remedies_for
 from utils.tables import format_table
 
 LOW_GRADIENT = 0.01
@@ -84,19 +85,6 @@ def judge_stage(rows: Sequence[Row], first_loss: float, remedies: Mapping[str, t
             )
         return verdict("not learning", went)
     return Verdict("learning", went)
-
-
-def remedies_for(side: str, feedback: bool) -> dict[str, tuple[str, ...]]:
-    """What to try for each verdict on a stage, with the flags that its script has."""
-    higher, lower = f"a higher --{side}_lr", f"a lower --{side}_lr"
-    later = ("--cross_attn_start_loop 2",) if feedback else ()
-    gentler = ("more --warmup_epochs", "a tighter --grad_clip") if feedback else ()
-    return {
-        'collapsed to "all normal"': (higher, *later, "a look at the masks of the training data"),
-        "exploding": (*gentler, lower),
-        "vanishing": (higher, *later),
-        "not learning": (higher, *later, "more epochs"),
-    }
 
 
 def stage_rows(history: Sequence[Row]) -> dict[tuple[int, str], list[Row]]:
