@@ -21,6 +21,8 @@ logger = logging.getLogger("test")
 def logging_as_before() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
+    # What other tests have said is in nobody's log here.
+    root.handlers.clear()
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
