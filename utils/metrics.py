@@ -261,7 +261,7 @@ class PixelCounter:
     that float64 scores that float32 cannot tell apart are ties.
 
     Accuracy: exact up to `buffer` pixels. Beyond them pixels of one bin count as ties; no metric of a model's maps was
-    off by more than 0.003 percentage points, and tests hold it to 0.01: maps of trained and unadapted models, narrow
+    off by more than 0.005 percentage points, and tests hold it to 0.01: maps of trained and unadapted models, narrow
     and wide ones, ones with few different values. Scores in many tight clusters far from each other can be off by more.
 
     Memory does not grow with the number of images. With the default sizes the first 2 M pixels take 8 MiB, and 12 bytes
