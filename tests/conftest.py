@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import open_clip
@@ -11,6 +11,16 @@ import pytest
 import torch
 
 from tests.helpers import TINY_ARCHITECTURE, TINY_NAME, save_openai_archive, threads, tiny_open_clip
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What a test prints of file names that are no UTF-8 cannot be sent from one process of the suite to another."""
+    report = yield
+    report.sections = [
+        (name, text.encode("utf-8", "backslashreplace").decode("utf-8")) for name, text in report.sections
+    ]
+    return report
 
 
 @pytest.fixture(autouse=True, scope="session")
