@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.detector import build_detector
 from engine.run_folder import STATE_FILE
-from engine.training.run import check_save_path
+from engine.training.restart import check_save_path
 from engine.training.state import read_state, restore
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.checkpoint import read_any

@@ -32,7 +32,8 @@ from engine.detector import Detector
 from engine.training.feedback import rate_factor, say_best_loop, train_feedback
 from engine.training.feedback_arguments import FeedbackConfig, loop_forward, plan_loops, plan_table
 from engine.training.opening import make_optimizer
-from engine.training.run import TrainingRun, still_finished
+from engine.training.restart import still_finished
+from engine.training.run import TrainingRun
 from engine.training.stage1 import TextStage
 from model.adapter import AdaptedCLIP
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention

@@ -9,7 +9,8 @@ from engine.data import TaskData, training_loader
 from engine.run_folder import side_file
 from engine.training.arguments import BaseConfig
 from engine.training.opening import open_run, prepare
-from engine.training.run import Phase, TrainingRun
+from engine.training.phases import Phase
+from engine.training.run import TrainingRun
 from engine.training.schedules import halved_at
 from engine.training.stage1 import TextStage
 from engine.training.stage2 import ImageStage

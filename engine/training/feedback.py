@@ -13,7 +13,8 @@ from engine.remembered import load_task_of_run
 from engine.run_folder import CURVES_FILE, FINAL_FILE, loop_file
 from engine.training.feedback_arguments import FeedbackConfig, LoopPlan, loop_forward, plan_loops, plan_table
 from engine.training.opening import open_run, prepare
-from engine.training.run import Phase, TrainingRun
+from engine.training.phases import Phase
+from engine.training.run import TrainingRun
 from engine.training.schedules import Factor, halved_at, warmup_cosine
 from engine.training.stage1 import TextStage
 from engine.training.stage2 import ImageStage

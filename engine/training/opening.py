@@ -15,7 +15,8 @@ from engine.device import make_accelerator
 from engine.remembered import arguments_in, load_task_of_run
 from engine.run_folder import STATE_FILE
 from engine.training.arguments import CrossAttentionArguments, RunConfig
-from engine.training.run import TrainingRun, run_folder
+from engine.training.restart import run_folder
+from engine.training.run import TrainingRun
 from engine.training.start import Start, carry_over_moments, check_start, load_start, log_initialisation
 from model.adapter import AdaptedCLIP
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention

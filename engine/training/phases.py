@@ -1,0 +1,52 @@
+"""A run as a list of phases, and where it stands in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from dataset.samples import SeededSampler
+from engine.training.schedules import Factor
+from engine.training.stages import Stage
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stage in one loop: how often it goes over its images, at what rate, and what is written after each epoch.
+
+    files: the names of the checkpoint after an epoch, none where there is none; parts: the components in it.
+    factor: of the rate, by step; max_norm clips the gradient; grows: whether a stage that has begun may be given more
+    epochs, which a schedule that ends with the stage forbids; fresh_optimizer: begin with its moments forgotten.
+    """
+
+    loop: int
+    side: str
+    epochs: int
+    rate: float
+    factor: Factor
+    make_stage: Callable[[], Stage]
+    loader: DataLoader
+    sampler: SeededSampler
+    files: Callable[[int], Sequence[str]]
+    parts: Sequence[str]
+    max_norm: float | None = None
+    grows: bool = True
+    fresh_optimizer: bool = False
+
+
+@dataclass
+class RunState:
+    """Where a run stands.
+
+    done, planned: epochs of each phase; history: a row of each epoch; schedule: of the phase under way; loops: what
+    was found at the end of each loop that is finished.
+    """
+
+    done: list[int]
+    planned: list[int]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    schedule: dict[str, Any] | None = None
+    loops: list[dict[str, Any]] = field(default_factory=list)
