@@ -32,7 +32,7 @@ from engine.training.trainer import StopRequest, log_epoch, stage_name, train_ep
 from engine.training.verdicts import judge_run
 from model.adapter import AdaptedCLIP
 from model.checkpoint import save, state_of
-from utils.errors import NotFiniteError, Stopped, UserError
+from utils.errors import Interrupted, NotFiniteError, Stopped, UserError
 from utils.files import remove_leftovers, write_json, write_text, writing
 from utils.locks import check_ours
 from utils.seeding import derive_seed
@@ -137,7 +137,11 @@ class TrainingRun:
             trained = False
             for index, phase in enumerate(phases):
                 if self.state.done[index] < phase.epochs:
-                    self._run_phase(index, phase)
+                    with StopRequest() as stop:
+                        self._run_phase(index, phase, stop)
+                    if stop.signal_number is not None:
+                        # It came after the last step, whose epoch is kept.
+                        raise Interrupted(stop.signal_number)
                     trained = True
                 ends = index + 1 == len(phases) or phases[index + 1].loop != phase.loop
                 if loop_end is not None and ends and len(self.state.loops) < phase.loop:
@@ -193,7 +197,7 @@ class TrainingRun:
             logger.warning("%s", lost(gone))
         return gone
 
-    def _run_phase(self, index: int, phase: Phase) -> None:
+    def _run_phase(self, index: int, phase: Phase, stop: StopRequest) -> None:
         stage = phase.make_stage()
         stage.begin()
         prepared, loader = self.accelerator.prepare(stage), self._prepared_loader(phase.loader)
@@ -212,13 +216,11 @@ class TrainingRun:
             torch.empty((), dtype=torch.int64).random_()
             description = stage_name(stage, phase.loop, epoch)
             stage.train()
-            stop = StopRequest()
             try:
-                with stop:
-                    row = train_epoch(
-                        prepared, stage.trained, loader, optimizer, schedule, self.accelerator, description,
-                        phase.max_norm, lambda stop=stop: stop.signal_number is not None,
-                    )  # fmt: skip
+                row = train_epoch(
+                    prepared, stage.trained, loader, optimizer, schedule, self.accelerator, description,
+                    phase.max_norm, lambda: stop.signal_number is not None,
+                )  # fmt: skip
             except NotFiniteError as error:
                 raise NotFiniteError(
                     f"{error}. {after_not_finite(self.save_path / STATE_FILE, phase.side, self.feedback)}"
@@ -243,8 +245,6 @@ class TrainingRun:
                 self._write(written, written.names)
                 self._save_state()
             self.accelerator.wait_for_everyone()
-            if stop.signal_number is not None:
-                raise Stopped(f"stopped after {description}: the same command goes on", stop.signal_number)
         verdict = judge_run(self.history, self.feedback)[phase.loop, phase.side]
         if verdict.remedies:
             logger.warning("loop %d, %s: %s", phase.loop, phase.side, verdict)

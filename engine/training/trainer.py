@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """Remembers SIGINT or SIGTERM, so that an epoch ends between two steps; a second SIGINT ends it at once."""
+    """Remembers SIGINT or SIGTERM, so that a stage ends between two steps; a second SIGINT ends it at once."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
