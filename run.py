@@ -19,6 +19,7 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
@@ -33,13 +34,29 @@ COMMANDS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are one line, as in the other scripts; these need what is not installed yet."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(fail(f"{message} (see run.py --help)"))
+
+
+def package_index(text: str) -> str:
+    """A package index as pip takes it: a URL, or a folder."""
+    if "://" not in text and not os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a URL, such as https://..., nor a folder")
+    return text
+
+
 def main(words: list[str] | None = None) -> int:
     # Read first, and from anywhere: what follows the command is handed on as it is.
-    index = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    index.add_argument("--torch-index", metavar="URL", help="package index to install torch and torchvision from")
+    index = Parser(add_help=False, allow_abbrev=False)
+    index.add_argument(
+        "--torch-index", metavar="URL", type=package_index, help="package index to install torch and torchvision from"
+    )
     found, words = index.parse_known_args(words)
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[index]
+    parser = Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[index], allow_abbrev=False
     )
     parser.add_argument("command", choices=sorted(COMMANDS), help="what to run; check looks at style and format")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="handed on, such as test -k metadata")

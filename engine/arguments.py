@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from model.config import ModelConfig
-from utils.cli import Parser, number, path
+from utils.cli import Parser, not_empty, number, path
 from utils.fields import changed, setting
 
 # The groups of `--help`, in their order.
@@ -80,9 +80,9 @@ def _options(item: Field, hint: Any, deciding: Collection[str]) -> dict[str, Any
         options |= {"nargs": "?", "const": told["alone"]}
     if told["choices"]:
         return {**options, "choices": tuple(told["choices"])}
-    readers = {int: number(int, told["between"]), float: number(float, told["between"]), Path: path}
+    readers = {int: number(int, told["between"]), float: number(float, told["between"]), Path: path, str: not_empty}
     metavar = {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
-    return {**options, "type": told["kind"] or readers.get(kind, str), "metavar": metavar}
+    return {**options, "type": told["kind"] or readers[kind], "metavar": metavar}
 
 
 def _bare(hint: Any) -> type:

@@ -272,6 +272,11 @@ def as_checkpoint(content: Any, path: Path) -> Checkpoint:
     return checkpoint
 
 
+def check_config(config: Mapping[str, Any], source: str) -> None:
+    """`UserError`, which begins with `source`, for a `config` with which a checkpoint could not be read again."""
+    check(config, _Config, source)
+
+
 def infer_choices(components: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
     """What the keys of the adapters of either side, or of both, tell: adapter kind, `relu`, depths, number of levels.
 

@@ -38,6 +38,13 @@ def number(kind: type[int] | type[float], between: tuple[float, float] | None) -
     return read
 
 
+def not_empty(text: str) -> str:
+    """Text from the command line that is not empty, for argparse."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty text says nothing; leave the argument out for its default")
+    return text
+
+
 def path(text: str) -> Path:
     """A path from the command line, with `~` as the shell takes it, for argparse."""
     if not text.strip() or "\0" in text:

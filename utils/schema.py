@@ -121,7 +121,8 @@ def _check_union(
 
 def _check_scalar(value: Any, kind: type, source: object, key: str, limits: Mapping[str, Any]) -> None:
     if not _is(value, kind):
-        raise _refusal(source, key, value, _WORDS[kind])
+        unwritable = kind is str and type(value) is str
+        raise _refusal(source, key, value, "text in UTF-8 without NUL characters" if unwritable else _WORDS[kind])
     between, choices = limits.get("between"), limits.get("choices")
     if choices and value not in choices:
         raise _refusal(source, key, value, f"one of {', '.join(map(str, choices))}")

@@ -23,6 +23,8 @@ USER_ERROR = 2
 NOT_FINITE = 3
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ROOT = Path(__file__).resolve().parent.parent
+# Characters of a word in what is said at the end: the longest paths of most systems.
+LONGEST_WORD = 1000
 
 
 def run_script(main: Callable[[], int | None], less_memory: str = "smaller batches") -> NoReturn:
@@ -109,7 +111,8 @@ def _shown(filename: Any) -> str:
 
 
 def _say(message: str, status: int) -> int:
-    sys.stderr.write(" ".join(message.split()) + "\n")
+    words = (word if len(word) <= LONGEST_WORD else f"{word[:100]}...{word[-100:]}" for word in message.split())
+    sys.stderr.write(" ".join(words) + "\n")
     return status
 
 

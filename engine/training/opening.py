@@ -20,7 +20,7 @@ from engine.training.run import TrainingRun
 from engine.training.start import Start, carry_over_moments, check_start, load_start, log_initialisation
 from model.adapter import AdaptedCLIP
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
-from model.checkpoint import SCHEMA
+from model.checkpoint import SCHEMA, check_config
 from model.clip import FrozenCLIP
 from model.clip_loading import load_clip
 from model.config import SIDES, LoopForward, ModelConfig
@@ -72,6 +72,8 @@ def prepare(config: RunConfig, script: str, start: Start | None = None, text_ada
     else:
         model = AdaptedCLIP(clip, chosen)
     start = start or Start()
+    described = describe_run(config, script, accelerator, data, model)
+    check_config(described, "what this run's checkpoints would hold")
     signature = {
         "script": script,
         **config.signature(),
@@ -81,9 +83,7 @@ def prepare(config: RunConfig, script: str, start: Start | None = None, text_ada
         **(start.signature() if isinstance(config, CrossAttentionArguments) else {}),
     }
     del signature["text_adapted"]  # follows from the number of epochs, which is compared as such
-    return Opening(
-        config, start, accelerator, data, model, signature, describe_run(config, script, accelerator, data, model)
-    )
+    return Opening(config, start, accelerator, data, model, signature, described)
 
 
 def resolve_model(config: RunConfig, clip: FrozenCLIP, text_adapted: bool = True) -> ModelConfig:
@@ -129,18 +129,18 @@ def open_run(
     checkpoints.
     """
     config = opening.config
-    with run_folder(
-        config.save_path, config.resume, opening.signature, type(config)().signature(), opening.accelerator
-    ):
-        yield make_run(opening, more_described, loop_forward)
+    defaults = type(config)().signature()
+    with run_folder(config.save_path, config.resume, opening.signature, defaults, opening.accelerator) as begin_log:
+        yield make_run(opening, begin_log, more_described, loop_forward)
 
 
 def make_run(
     opening: Opening,
+    begin_log: Callable[[], None],
     more_described: Mapping[str, Any] | None,
     loop_forward: Callable[[int], LoopForward] | None,
 ) -> TrainingRun:
-    """The run of an opening, with its optimizers; the arguments are those of `open_run`."""
+    """The run of an opening, with its optimizers; the arguments are those of `open_run` and `TrainingRun`."""
     config, accelerator, model = opening.config, opening.accelerator, opening.model
     log_initialisation(model.components, opening.start, isinstance(config, CrossAttentionArguments))
     model.to(accelerator.device)
@@ -159,7 +159,7 @@ def make_run(
 
     return TrainingRun(
         model, optimizers, accelerator, config.save_path, config.seed, opening.signature, describe,
-        opening.start.steps(), feedback=loop_forward is not None,
+        begin_log, opening.start.steps(), feedback=loop_forward is not None,
     )  # fmt: skip
 
 

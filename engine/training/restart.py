@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,8 +75,8 @@ def still_finished(
 @contextmanager
 def run_folder(
     save_path: Path, resume: str, signature: dict[str, Any], defaults: dict[str, Any], accelerator: Accelerator
-) -> Iterator[None]:
-    """Hold a run's folder: nobody else writes there, and its log is kept, until the block ends.
+) -> Iterator[Callable[[], None]]:
+    """Hold a run's folder until the block ends: nobody else writes there. Gives what begins to keep the log.
 
     Comes after every other check, so that a mistake leaves nothing behind. The first process of a launch holds it for
     all. Raises `UserError` where another run is under way there, and as `check_save_path` does.
@@ -97,9 +97,12 @@ def run_folder(
         if answer[0]:
             # The first process has said why.
             raise SystemExit(2)
-        if accelerator.is_main_process:
-            stack.enter_context(log_kept(save_path / LOG_FILE, save_path / WARNINGS_FILE))
-        yield
+
+        def begin_log() -> None:
+            if accelerator.is_main_process:
+                stack.enter_context(log_kept(save_path / LOG_FILE, save_path / WARNINGS_FILE))
+
+        yield begin_log
 
 
 def check_save_path(save_path: Path, resume: str, signature: dict[str, Any], defaults: dict[str, Any]) -> None:

@@ -66,8 +66,9 @@ class TrainingRun:
     """The persistent part of a run: one model, one optimizer per side for all of it, and the state on disk.
 
     `signature` is what a restart must agree in. `optimizers` are by side, "text" and "image"; parameters carry names.
-    `describe` gives the `config` of a loop's checkpoints; `steps_before`: optimizer steps by side that the weights had
-    seen; `feedback`: whether advice may name the flags of the feedback script.
+    `describe` gives the `config` of a loop's checkpoints; `begin_log` is called once it is known that the run goes on;
+    `steps_before`: optimizer steps by side that the weights had seen; `feedback`: whether advice may name the flags of
+    the feedback script.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class TrainingRun:
         seed: int,
         signature: dict[str, Any],
         describe: Callable[[int], dict[str, Any]],
+        begin_log: Callable[[], object],
         steps_before: Mapping[str, int | None] | None = None,
         feedback: bool = False,
     ) -> None:
@@ -89,6 +91,7 @@ class TrainingRun:
         self.signature = signature
         self.optimizers = {side: accelerator.prepare(optimizer) for side, optimizer in optimizers.items()}
         self.describe = describe
+        self.begin_log = begin_log
         self.steps_before = dict(steps_before or {})
         self.feedback = feedback
         self.state = RunState([], [])
@@ -301,13 +304,14 @@ class TrainingRun:
             self.state = RunState(done, planned, saved["history"], saved["schedule"], loops)
             restore(saved, self.model.components, self.optimizers, file)
             logger.info("Going on with the run in %s: %s", self.save_path, describe_progress(self.state.done, phases))
-            if self.accelerator.is_main_process:
+        # Not before: what is refused leaves no log, and does not take the place of what the run was asked for.
+        self.begin_log()
+        if self.accelerator.is_main_process:
+            if file.is_file():
                 # A kill may have come between the state and the history's last row.
                 self._write_history()
-        elif self.accelerator.is_main_process:
-            self._save_state()
-        if self.accelerator.is_main_process:
-            # Not before: what is refused must not take the place of what the run was asked for.
+            else:
+                self._save_state()
             write_json(self.save_path / ARGUMENTS_FILE, self.describe(1)["arguments"])
         self.accelerator.wait_for_everyone()
         if self.accelerator.log_with:

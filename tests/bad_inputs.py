@@ -1,0 +1,254 @@
+"""Bad inputs to every script, each of which must end in one line: `python -m tests.bad_inputs`.
+
+The rule is the same for all (`verdict`): exit status 2, one line on standard error that begins with `error: ` and is the
+last, no traceback, soon, and no file or folder made, changed or removed anywhere. The scripts run in this process, as
+`__main__` and one after another, so that libraries are imported once. The cases are in `tests/bad_cases.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import io
+import logging
+import os
+import re
+import runpy
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from tests.damage import write_kept_runs
+from tests.scripts import ROOT
+from utils.tables import format_table
+
+# Seconds of the processor's time that a refusal may take, and seconds after which a case is given up.
+SOON, PATIENCE = 5.0, 60
+# Below the current folder; what a case prepares is there alone.
+CASE = Path("case")
+# What datasets keep by design as soon as they have been listed.
+KEPT = re.compile(r"metadata_test\w*\.jsonl")
+# The files of a run, but for temporary ones and its lock.
+WHOLE = re.compile(r"here/new(/\w[\w.]*)?")
+_NOT_OURS = re.compile(r"\w*(Error|Exception|Warning)\b|usage:|\S+: error:|[^ ]+Warning:")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked of a script, and what must be in its answer.
+
+    kind: a word for the table; says: a part of the error line. prepare: makes files below `CASE`. stand_in: in place
+    while the script runs, for what cannot be had, such as a folder that root may not write. begins: whether the run in
+    the folder `new` has begun by then, and leaves whole files with which it goes on once all is well.
+    """
+
+    script: str
+    kind: str
+    arguments: tuple[str, ...]
+    says: str = ""
+    prepare: Callable[[], object] | None = None
+    stand_in: Callable[[], AbstractContextManager[object]] = field(default=nullcontext)
+    begins: bool = False
+
+    def __str__(self) -> str:
+        words = (word if len(word) <= 40 else f"{word[:20]}...{word[-10:]}" for word in self.arguments)
+        return " ".join([self.script, *map(ascii, words)])
+
+
+class Answer(NamedTuple):
+    """What a script left behind: its status (None: a traceback), what it said, and the seconds it took."""
+
+    status: object
+    errors: str
+    output: str
+    seconds: float
+
+
+class TooLate(BaseException):
+    """A case that goes on for ever."""
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A world of its own to run scripts in: the current folder is `here`, with the kept runs, their CLIP and images.
+
+    Home and temporary files are in it, too, and what scripts change of the process is as before afterwards.
+    """
+    root, before, threads = logging.getLogger(), Path.cwd(), torch.get_num_threads()
+    handlers, level = list(root.handlers), root.level
+    with tempfile.TemporaryDirectory(prefix="bad") as name:
+        folder = Path(name).resolve()
+        for part in ("home", "temporary", "outside", "here"):
+            (folder / part).mkdir()
+        (folder / "outside" / "evil.txt").write_text("not to be touched", encoding="utf-8")
+        write_kept_runs(folder / "here")
+        environment = {"HOME": str(folder / "home"), "USERPROFILE": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
+        os.chdir(folder / "here")
+        try:
+            with (
+                mock.patch.dict(os.environ, environment),
+                mock.patch.object(tempfile, "tempdir", str(folder / "temporary")),
+            ):
+                yield folder
+        finally:
+            os.chdir(before)
+            root.handlers[:] = handlers
+            root.setLevel(level)
+            logging.captureWarnings(False)
+            torch.set_num_threads(threads)
+
+
+def answer(script: str, arguments: Sequence[str]) -> Answer:
+    """Run a script of the repository in this process, as `__main__`."""
+    errors = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")
+    output = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    status: object = None
+    begun = time.process_time()
+    with (
+        mock.patch.object(sys, "argv", [script, *arguments]),
+        contextlib.redirect_stderr(errors),
+        contextlib.redirect_stdout(output),
+        in_time(),
+    ):
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as error:
+            status = error.code
+        except (Exception, TooLate) as error:  # what a user would see as a traceback
+            errors.write(f"Traceback: {type(error).__name__}: {error}\n")
+        finally:
+            # accelerate's own memory, which a process of one script has no use for.
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+    said = [stream.buffer.getvalue().decode("utf-8") for stream in map(flushed, (errors, output))]
+    return Answer(status, *said, time.process_time() - begun)
+
+
+def flushed(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    stream.flush()
+    return stream
+
+
+@contextmanager
+def in_time() -> Iterator[None]:
+    """Raise `TooLate` in the block after `PATIENCE` seconds, where the system can."""
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def raise_too_late(_number: int, _frame: FrameType | None) -> None:
+        raise TooLate(f"not at its end after {PATIENCE} seconds")
+
+    before = signal.signal(signal.SIGALRM, raise_too_late)
+    signal.alarm(PATIENCE)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def snapshot(folder: Path) -> dict[str, tuple[object, ...]]:
+    """All that is in a folder, by path: its kind, its size, and a file's content as a digest."""
+    found: dict[str, tuple[object, ...]] = {}
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(place, name)
+            if KEPT.fullmatch(name):
+                continue
+            status = path.lstat()
+            regular = path.is_file() and not path.is_symlink()
+            digest = content_digest(str(path), status.st_size, status.st_mtime_ns, status.st_ino) if regular else ""
+            found[str(path.relative_to(folder))] = (status.st_mode, status.st_size if regular else 0, digest)
+    return found
+
+
+@functools.lru_cache(maxsize=10_000)
+def content_digest(path: str, *_of_this_version: int) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def tried(case: Case, folder: Path) -> list[str]:
+    """What is wrong with a script's answer to a case, in `scratch`; nothing where it keeps to the rule."""
+    there = set(Path().iterdir())
+    CASE.mkdir()
+    try:
+        if case.prepare is not None:
+            case.prepare()
+        before = snapshot(folder)
+        with case.stand_in():
+            found = answer(case.script, case.arguments)
+        after = snapshot(folder)
+    finally:
+        for path in set(Path().iterdir()) - there:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+    return verdict(case, found, changed)
+
+
+def verdict(case: Case, found: Answer, changed: Sequence[str]) -> list[str]:
+    """The rule that all cases are judged by."""
+    lines = found.errors.splitlines()
+    marked = [line for line in lines if line.startswith("error: ")]
+    wrong = []
+    if found.status != 2:
+        wrong.append(f"exit status {found.status}")
+    if "Traceback" in found.errors + found.output:
+        wrong.append(f"a traceback: {lines[-1] if lines else ''}")
+    if len(marked) != 1 or lines[-1:] != marked:
+        wrong.append(f"{len(marked)} error lines in: {found.errors[-300:]!r}")
+    wrong += [f"more than the line: {line!r}" for line in lines if _NOT_OURS.match(line)]
+    if marked and case.says not in marked[0]:
+        wrong.append(f"{case.says!r} is not in {marked[0]!r}")
+    if marked and len(marked[0]) > 1200:
+        wrong.append(f"a line of {len(marked[0])} characters")
+    if case.begins:
+        changed = [path for path in changed if not WHOLE.fullmatch(path)]
+    if changed:
+        wrong.append(f"made, changed or removed: {', '.join(changed)}")
+    if found.seconds > SOON:
+        wrong.append(f"took {found.seconds:.1f} s")
+    return wrong
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    from tests.bad_cases import CASES
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--list", action="store_true", help="list the cases, and stop")
+    parser.add_argument("--only", metavar="WORD", default="", help="a kind of cases, or a script")
+    asked = parser.parse_args(words)
+    chosen = [case for case in CASES if asked.only in ("", case.kind, case.script)]
+    counts, failed = Counter(case.kind for case in chosen), Counter[str]()
+    if asked.list:
+        print("\n".join(f"{case.kind}: {case}" for case in chosen))
+        return 0
+    with scratch() as folder:
+        for case in chosen:
+            wrong = tried(case, folder)
+            failed[case.kind] += bool(wrong)
+            if wrong:
+                print(f"{case.kind}: {case}", *wrong, sep="\n    ", flush=True)
+    rows = [[kind, str(count), str(failed[kind])] for kind, count in counts.items()]
+    rows.append(["all", str(counts.total()), str(failed.total())])
+    print(format_table(["Kind", "Cases", "Failures"], rows))
+    return int(failed.total() > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
