@@ -46,6 +46,7 @@ from tests.helpers import config_for, random_batch, tiny_clip, tiny_prompts
 from tests.scripts import write_world
 from train_cross_attention_feedback_v2 import build_parser
 from utils.errors import NotFiniteError, UserError
+from utils.logging import set_up_logging
 
 SIDES = ("text", "image")
 CROSSED = ("text_cross_attn", "image_cross_attn")
@@ -138,7 +139,8 @@ class Recorder:
                 if self.halt_at_start:
                     raise Halt
                 row = train_epoch(stage, components, loader, *rest)
-                self.ends.append(self.look(stage.model, loader, rest)._replace(prediction=self.predict(stage.model)))
+                end = self.look(stage.model, loader, rest)
+                self.ends.append(end._replace(prediction=self.predict(stage.model, end.loop)))
                 return row
 
             def watched_evaluate(models: Any, data: Any, *rest: Any) -> Any:
@@ -147,7 +149,7 @@ class Recorder:
 
             def watched_finish(finisher: Any, loop: int) -> dict[str, Any]:
                 found = finish(finisher, loop)
-                self.finished[loop] = self.predict(finisher.model)
+                self.finished[loop] = self.predict(finisher.model, loop)
                 self.curves[loop] = (finisher.config.save_path / "training_curves.png").read_bytes()
                 return found
 
@@ -165,12 +167,12 @@ class Recorder:
         moments = {side: moments_of(optimizer.optimizer) for side, optimizer in self.run.optimizers.items()}
         return Moment(int(loop), side, int(epoch), weights, moments, training, set(loader.dataset.records), max_norm)
 
-    def predict(self, model: AdaptedCLIPWithCrossAttention) -> np.ndarray | None:
+    def predict(self, model: AdaptedCLIPWithCrossAttention, loop: int) -> np.ndarray | None:
         if self.picture is None:
             return None
-        crossed = self.run.describe(self.run.loop)["cross_attention"]
-        loop = LoopForward(crossed["text_context"], crossed["cross_attn_active"])
-        return predict(Detector(copy.deepcopy(model), "copy", loop_forward=loop), self.picture)
+        crossed = self.run.describe(loop)["cross_attention"]
+        forward = LoopForward(crossed["text_context"], crossed["cross_attn_active"])
+        return predict(Detector(copy.deepcopy(model), "copy", loop_forward=forward), self.picture)
 
     def first(self, loop: int, side: str) -> Moment:
         return next(moment for moment in self.starts if (moment.loop, moment.side) == (loop, side))
@@ -206,6 +208,7 @@ def equal(one: Any, two: Any) -> bool:
 
 
 def watch(config: FeedbackConfig, picture: Path | None = None) -> Recorder:
+    set_up_logging()  # as the script does
     with Recorder(picture=picture).watching() as recorder:
         train_feedback(config)
     return recorder
@@ -213,6 +216,7 @@ def watch(config: FeedbackConfig, picture: Path | None = None) -> Recorder:
 
 def begin(config: FeedbackConfig) -> Moment:
     """What a run starts its first epoch with."""
+    set_up_logging()
     with Recorder(halt_at_start=True).watching() as recorder, pytest.raises(Halt):
         train_feedback(config)
     return recorder.starts[0]
@@ -961,6 +965,7 @@ def kill_again_and_again(config: FeedbackConfig, chance: random.Random, most: in
     where = []
     for _ in range(50):
         killer = Killer(chance.randint(3, most))
+        set_up_logging()
         try:
             with killer.armed():
                 train_feedback(config)
