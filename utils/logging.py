@@ -80,8 +80,8 @@ class JsonFormatter(logging.Formatter):
 def set_up_logging(file: Path | None = None, warnings_file: Path | None = None) -> None:
     """Send INFO and above to the screen and, with a time, to the end of `file`; a later call replaces an earlier.
 
-    What was said since the first call without a file comes first in it. warnings_file: where warnings are kept, as JSON lines.
-    Warnings of Python's own kind are logged like the others.
+    What was said since the first call without a file comes first in it. warnings_file: where warnings are kept, as JSON
+    lines. Warnings of Python's own kind are logged like the others.
     """
     root = logging.getLogger()
     said: list[logging.LogRecord] = []
