@@ -35,9 +35,9 @@ class ScreenHandler(logging.Handler):
 class WaitingHandler(logging.Handler):
     """Keeps records until there is a file for them: what is said before a run's folder may be written."""
 
-    def __init__(self) -> None:
+    def __init__(self, records: list[logging.LogRecord]) -> None:
         super().__init__()
-        self.records: list[logging.LogRecord] = []
+        self.records = records
 
     def emit(self, record: logging.LogRecord) -> None:
         self.records.append(record)
@@ -80,8 +80,8 @@ class JsonFormatter(logging.Formatter):
 def set_up_logging(file: Path | None = None, warnings_file: Path | None = None) -> None:
     """Send INFO and above to the screen and, with a time, to the end of `file`; a later call replaces an earlier.
 
-    What was said since a call without a file comes first in it. warnings_file: where warnings are kept, as JSON lines.
-    Warnings of Python's own kind are logged like the others.
+    What was said since the first call without a file comes first in it. warnings_file: where warnings are kept, as JSON
+    lines. Warnings of Python's own kind are logged like the others.
     """
     root = logging.getLogger()
     said: list[logging.LogRecord] = []
@@ -99,7 +99,7 @@ def set_up_logging(file: Path | None = None, warnings_file: Path | None = None) 
     if not is_main_process():
         return
     if file is None:
-        root.addHandler(WaitingHandler())
+        root.addHandler(WaitingHandler(said))
         return
     check_folder(file.parent, "log")
     handlers = [AppendingHandler(file, logging.Formatter("%(asctime)s %(levelname)s %(message)s", TIME))]

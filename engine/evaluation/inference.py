@@ -110,6 +110,7 @@ def evaluate_checkpoints(
     visualize: also draw this many images of each class, or `ALL`, as the last of the models sees them.
     Raises `UserError` for files, datasets and devices that are not there or do not fit.
     """
+    set_up_logging()
     device = check_device(device, precision)
     folder = output_folder(checkpoint, output_dir)
     check_folder(folder, "--output_dir")

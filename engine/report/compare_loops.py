@@ -86,6 +86,7 @@ def compare_feedback_loops(
     """
     if dataset is None:
         raise UserError("--dataset is needed: the dataset to test on, other than the one trained on")
+    set_up_logging()
     folder = output_dir or save_path
     files = find_loops(save_path)
     check_folder(folder, "--output_dir")
