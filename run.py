@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 
 def package_index(text: str) -> str:
     """A package index as pip takes it: a URL, or a folder."""
-    if "://" not in text and not os.path.isdir(text):
+    if "://" not in text and not (text and Path(text).is_dir()):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a URL, such as https://..., nor a folder")
     return text
 

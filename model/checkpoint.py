@@ -319,6 +319,8 @@ def load_component(module: nn.Module, state: Mapping[str, Tensor], name: str, so
 
 
 def _likely_cause(key: str, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    if key == "scale":
+        return "it does not agree with its config's cross_attn_scale, so it is damaged"
     if key.startswith(("seg_proj", "det_proj")):
         return "its projectors are of the other kind (check --relu and --levels)"
     if any(part.endswith("fc1.weight") for part in state) != any(part.endswith("fc1.weight") for part in expected):

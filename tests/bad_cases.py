@@ -160,10 +160,10 @@ def flags(script: str) -> Iterator[Case]:
 def run_py() -> Iterator[Case]:
     """`run.py` has no dataclass of arguments, and must not set anything up for a command that is wrong."""
     for arguments, says in (
-        ((), "command"), (("nosuch",), "nosuch"), (("--nosuch",), "--nosuch"), (("--nosuch", "demo"), "--nosuch"),
+        ((), "command"), (("nosuch",), "nosuch"), (("--nosuch",), "command"), (("--nosuch", "demo"), "--nosuch"),
         (("",), "''"), (("\udcff",), "command"), (("demo", "--torch-index"), "--torch-index"),
         (("--torch-index", "https://example.org"), "command"), (("--torch-index", "", "demo"), "--torch-index"),
-        (("--torch-index", "nosuch", "demo"), "--torch-index"), (("--torch-inde", "x", "demo"), "--torch-inde"),
+        (("--torch-index", "nosuch", "demo"), "--torch-index"), (("--torch-inde", "x", "demo"), "choose from"),
         (("Demo",), "Demo"), (("-x", "test"), "-x"),
     ):  # fmt: skip
         yield Case(RUN, "flags", arguments, says, stand_in=nothing_installed)
@@ -193,13 +193,15 @@ def no_environment() -> Iterator[Case]:
         yield Case(RUN, "machine", (command,), ".venv", stand_in=refused)
 
 
+LONG = "x" * 300
 TEXTS = {
-    "dataset": ["nosuch", "", "  ", "\udcff", "~nosuchuser/images", "x" * 5000, "clip/nothing", "clip", "base/args.json"],
+    "dataset": ["nosuch", "", "  ", "\udcff", "~nosuchuser/images", LONG * 20, "clip/nothing", "clip",
+                "base/args.json"],
     "eval_dataset": ["nosuch", "clip", "VisA"],
     "device": ["", "tpu", "cuda:x", "cuda:99", "cuda:-1", "cpu:0", "mps:1", "CPU", "\udcff"],
-    "model_name": ["", "nosuch", "local-dir:", "local-dir:nowhere", "local-dir:images", "../..", "\udcff", "x" * 5000,
+    "model_name": ["", "nosuch", "local-dir:", "local-dir:nowhere", "local-dir:images", "../..", "\udcff", LONG * 20,
                    "hf-hub:nobody/nothing", "RN50", "local-dir:clip/open_clip_config.json"],
-    "clip_weights": ["nowhere.pt", "images", "base/args.json", "base/history.jsonl", "x" * 5000, "\udcff"],
+    "clip_weights": ["nowhere.pt", "images", "base/args.json", "base/history.jsonl", LONG * 20, "\udcff"],
 }  # fmt: skip
 
 
@@ -211,19 +213,18 @@ def texts(script: str) -> Iterator[Case]:
 
 
 def class_names_of_prompts() -> Iterator[Case]:
-    for name in ("", "  ", "x" * 5000, "word " * 100):
+    for name in ("", "  ", LONG * 20, "word " * 100):
         yield case(TEST, "texts", "", {"dataset": None, "image": "images/felt/test/good/000.png", "class_name": name})
-    for name in ("", "nosuch", "FELT", "../felt", "x" * 5000, "\udcff"):
+    for name in ("", "nosuch", "FELT", "../felt", LONG * 20, "\udcff"):
         yield case(DRAW, "texts", "--class_name", {"class_name": name})
 
 
 # Paths
 
-LONG = "x" * 300
-BAD_PATHS = {
-    "": "", " ": "", "a\0b": "", "~nosuchuser/x": "", LONG: "", f"{LONG}/below": "", "x" * 5000: "", "\udcff/x": "",
-    "case/circle": "", "case/circle/below": "", "case/file/below": "", "case/dangling": "",
-}  # fmt: skip
+BAD_PATHS = [
+    "", " ", "a\0b", "~nosuchuser/x", LONG, f"{LONG}/below", LONG * 20, "\udcff/x", "case/circle", "case/circle/below",
+    "case/file/below", "case/dangling",
+]  # fmt: skip
 # Those are files, and there: bad as input of another kind, or as a folder to write to.
 BAD_INPUTS = [*BAD_PATHS, "nowhere/at/all", "case/locked/x", "case/file", "case/empty", "case/folder", "/dev/null"]
 BAD_OUTPUTS = [*BAD_PATHS, "case/file", "/dev/null", "/proc/none/x", "case/locked/x", "case/pipe"]
@@ -270,7 +271,8 @@ def stand_in_for(path: str) -> dict[str, Any]:
 
 
 def paths_in(script: str) -> Iterator[Case]:
-    """Each bad path at each input of a script."""
+    """Bad paths at each input of a script, in turn."""
+    bad = cycle(BAD_INPUTS)
     for item, kind in typed_fields(script):
         name = item.name
         is_input = (kind is Path and name not in OUTPUTS) or name == "checkpoint"
@@ -278,7 +280,7 @@ def paths_in(script: str) -> Iterator[Case]:
             is_input = True
         if not is_input or (script == V1 and name not in ("init_from",)):
             continue
-        for path in BAD_INPUTS:
+        for path in islice(bad, 10):
             changes: dict[str, Any] = {name: path}
             if name == "data_root":
                 changes["dataset"] = "VisA"
@@ -346,7 +348,7 @@ def overwrite(name: str, content: bytes) -> Callable[[Path], object]:
 
 
 IMAGE, MASK = "felt/test/spot/000.png", "felt/ground_truth/spot/000_mask.png"
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
+HUGE = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\x7f\xff\xff\xff\x7f\xff\xff\xff\x08\2\0\0\0"
 
 
 def replaced_by_a_folder(folder: Path) -> None:
@@ -378,7 +380,7 @@ DATASETS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "image empty file": (IMAGE, overwrite(IMAGE, b"")),
     "image text": (IMAGE, overwrite(IMAGE, b"this is no image")),
     "image cut off": (IMAGE, lambda folder: overwrite(IMAGE, (folder / IMAGE).read_bytes()[:100])(folder)),
-    "image of a huge size": (IMAGE, overwrite(IMAGE, SIGNATURE + b"\0\0\0\rIHDR\x7f\xff\xff\xff\x7f\xff\xff\xff\x08\2\0\0\0")),
+    "image of a huge size": (IMAGE, overwrite(IMAGE, HUGE)),
     "image not finite": ("000.tiff", infinite_values),
 }  # fmt: skip
 
@@ -393,7 +395,7 @@ def datasets() -> Iterator[Case]:
             # What has no image of felt cannot be drawn, and another class of it still can be tested.
             if name == "an empty class" and script != DRAW:
                 continue
-            yield case(script, "datasets", says, changes, prepare=changed_images(change), **more)
+            yield case(script, "datasets", says, changes, prepare=changed_images(change), what=name, **more)
     for changes, says in (
         ({"shot": 9}, "--shot 9"), ({"shot": 100_000}, "--shot"), ({"dataset": "VisA", "data_root": "images"}, "VisA"),
         ({"dataset": "MVTec"}, "data"), ({"dataset": "Brain"}, "data"),
@@ -445,13 +447,14 @@ METADATA: list[tuple[bytes, str]] = [
     *((json.dumps({**ROW, "label": value}).encode(), "own.jsonl:1: label")
       for value in (2, -1, 0.5, None, "maybe", [], {}, 1e300)),
     *((json.dumps({**ROW, key: value}).encode(), f"own.jsonl:1: {key}")
-      for key in ("image_path", "mask_path") for value in ("../../outside/evil.txt", "/etc/passwd", "a\0b", "..", "\udcff\ud800")),
-    *((json.dumps({**ROW, "image_path": value}).encode(), "") for value in ("gone.png", "felt", "x" * 5000)),
+      for key in ("image_path", "mask_path")
+      for value in ("../../outside/evil.txt", "/etc/passwd", "a\0b", "..", "\udcff\ud800")),
+    *((json.dumps({**ROW, "image_path": value}).encode(), "") for value in ("gone.png", "felt", LONG * 20)),
     *((json.dumps({**ROW, "mask_path": value}).encode(), "") for value in ("gone.png", "felt", IMAGE + "/x")),
     *((json.dumps({**TIE, key: value}).encode() + b"\n" + json.dumps(ROW).encode(), "own.jsonl")
       for key, value in (("schema", 2), ("schema", True), ("dataset", 3), ("dataset", "VisA"), ("classes", "felt"),
                          ("classes", [3]), ("layout", None))),
-    (json.dumps({**ROW, "class_name": "x" * 5000}).encode(), "class_name"),
+    (json.dumps({**ROW, "class_name": LONG * 20}).encode(), "class_name"),
     (json.dumps(TIE).encode(), "lists no image"),
     (b"", "lists no image"), (b"\n \n", "lists no image"), (b"\xff\xfe\x00", "UTF-8"), (b"{", "own.jsonl:1"),
     (b"[]", "own.jsonl:1"), (b"3", "own.jsonl:1"), (b"null", "own.jsonl:1"), (b"\x00", "own.jsonl:1"),
@@ -459,9 +462,10 @@ METADATA: list[tuple[bytes, str]] = [
     (b'{"image_path": ' + b"9" * 5000 + b"}", "own.jsonl:1"),
 ]  # fmt: skip
 CLASS_NAMES: list[tuple[bytes, str]] = [
-    (b"", "JSON"), (b"\xff", "UTF-8"), (b"[]", "object"), (b'"felt"', "object"), (b"{", "JSON"), (DEEP.encode(), "nested"),
+    (b"", "JSON"), (b"\xff", "UTF-8"), (b"[]", "object"), (b'"felt"', "object"), (b"{", "JSON"),
+    (DEEP.encode(), "nested"),
     (b'{"felt": 3}', "felt"), (b'{"felt": ""}', "felt"), (b'{"felt": null}', "felt"), (b'{"felt": {"a": 1}}', "felt"),
-    (b'{"nosuch": "x"}', "nosuch"), (json.dumps({"felt": "x" * 5000}).encode(), ""), (b"null", "object"),
+    (b'{"nosuch": "x"}', "nosuch"), (json.dumps({"felt": LONG * 20}).encode(), ""), (b"null", "object"),
     (b"9" * 5000, ""),
 ]  # fmt: skip
 
@@ -531,14 +535,14 @@ OF_CHECKPOINTS: list[Damage] = [
     *at(("config", "seed"), ..., "0", 10**30),
     *at((*CONFIG,), ..., "text", {}),
     *(damaged for name in ("model_name", "weights_digest", "activation", "img_size", "levels", "text_adapt_until",
-                           "image_adapt_until", "surgery_until_layer", "text_adapt_weight", "adapter", "relu", "surgery")
+                           "image_adapt_until", "surgery_until_layer", "text_adapt_weight", "adapter", "relu",
+                           "surgery")
       for damaged in at((*CONFIG, name), ..., None, {"a": 1})),
     *at((*CONFIG, "img_size"), "24", 0, -8, 10**9, 25, 24.0, float("nan"), True),
     *at((*CONFIG, "levels"), "all", [0], [99], [1, "x"], [1.5], says="levels"),
-    *at((*CONFIG, "model_name"), "nosuch", "local-dir:nowhere", "../..", says=""),
     *at((*CONFIG, "activation"), "relu"),
     *at((*CONFIG, "weights_digest"), "0", says="weights"),
-    *at((*CONFIG, "text_adapt_until"), 99, -1, "2", 1, says="text_adapt"),
+    *at((*CONFIG, "text_adapt_until"), 99, -1, "2", 3, says="text_adapt"),
     *at((*CONFIG, "surgery_until_layer"), 0, 99, "x", says="surgery"),
     *at((*CONFIG, "text_adapt_weight"), 7.0, float("inf"), "0.1"),
     *at((*CONFIG, "nosuch"), says="nosuch")
@@ -558,7 +562,7 @@ OF_CROSSED: list[Damage] = [
     *at(("config", "cross_attention", "context_norm"), "nonsense", None, 3),
     *at(("config", "cross_attention", "text_context"), "nonsense"),
     *at(("config", "cross_attention", "image_cross_attn_weight"), float("inf"), -1.0, "0.1", 1e300),
-    *at(("config", "cross_attention", "cross_attn_scale"), "learned", 3, says=""),
+    *at(("config", "cross_attention", "cross_attn_scale"), "learned", 3, says="cross_attn"),
 ]  # fmt: skip
 
 # What reads a checkpoint, and the flag that names it; a base takes no cross-attention.
@@ -576,11 +580,16 @@ def checkpoints() -> Iterator[Case]:
     """Damaged checkpoints, each at one of the scripts that read them, in turn; all ways to be no checkpoint at all."""
     readers = cycle(READERS)
     for path, change, says in OF_CHECKPOINTS:
-        yield reading(*next(readers), says, partial(write_damaged, "base/training_state.pth", path, change))
+        prepare = partial(write_damaged, "base/training_state.pth", path, change)
+        yield reading(*next(readers), says, prepare, (path, change))
+    for name in ("nosuch", "local-dir:nowhere", "../.."):
+        path, change, _ = at((*CONFIG, "model_name"), name)[0]
+        prepare = partial(write_damaged, "base/training_state.pth", path, change)
+        yield reading(TEST, "checkpoint", name, prepare, name)
     crossed = cycle([(TEST, "checkpoint"), (GRADIENTS, "checkpoint"), (DRAW, "cross_path"), (V2, "init_from")])
     for path, change, says in OF_CROSSED:
         prepare = partial(write_damaged, "cross/training_state.pth", path, change)
-        yield reading(*next(crossed), says, prepare)
+        yield reading(*next(crossed), says, prepare, (path, change))
     for script, flag in [*READERS, (DRAW, "cross_path"), (COMPARE, "cross_path"), (CROSS, "load_base_image_adapter"),
                          (CROSS, "load_base_text_adapter")]:  # fmt: skip
         for content in (b"", b"no checkpoint", b"PK\3\4 and no more", b"\x80\2.", None):
@@ -590,11 +599,11 @@ def checkpoints() -> Iterator[Case]:
             yield reading(script, flag, "case", partial(torch.save, value, FILE))
 
 
-def reading(script: str, flag: str, says: str, prepare: Callable[[], object]) -> Case:
+def reading(script: str, flag: str, says: str, prepare: Callable[[], object], what: object = "") -> Case:
     changes = {flag: FILE.as_posix(), **(dict.fromkeys(_BASE) if flag == "init_from" else {})}
     if script == DRAW:
         changes = {"base_path": None, **changes}
-    return case(script, "checkpoints", says, changes, prepare=prepare)
+    return case(script, "checkpoints", says, changes, prepare=prepare, what=ascii(what))
 
 
 def write_damaged(name: str, path: tuple[Any, ...], change: Callable[[Any], Any] | None, file: Path = FILE) -> None:
@@ -651,10 +660,7 @@ def folders_of_checkpoints() -> Iterator[Case]:
         (CROSS, "load_base_image_adapter", "feedback/loop_1_final.pth", "feedback checkpoint"),
         (CROSS, "load_base_text_adapter", "base", "base"), (V2, "load_base_text_adapter", "clip/nosuch", "no such"),
     ):  # fmt: skip
-        if flag == "feedback_loop":
-            changes = {"feedback_path": "feedback", "feedback_loop": 7}
-        else:
-            changes = {flag: path}
+        changes = {"feedback_path": "feedback", flag: 7} if flag == "feedback_loop" else {flag: path}
         yield case(script, "checkpoints", says, changes)
 
 

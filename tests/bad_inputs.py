@@ -1,8 +1,8 @@
 """Bad inputs to every script, each of which must end in one line: `python -m tests.bad_inputs`.
 
-The rule is the same for all (`verdict`): exit status 2, one line on standard error that begins with `error: ` and is the
-last, no traceback, soon, and no file or folder made, changed or removed anywhere. The scripts run in this process, as
-`__main__` and one after another, so that libraries are imported once. The cases are in `tests/bad_cases.py`.
+The rule is the same for all (`verdict`): exit status 2, one line on standard error that begins with `error: ` and is
+the last, no traceback, soon, and no file or folder made, changed or removed anywhere. The scripts run in this process,
+as `__main__` and one after another, so that libraries are imported once. The cases are in `tests/bad_cases.py`.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ from unittest import mock
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from open_clip.tokenizer import SimpleTokenizer
 
-from tests.damage import write_kept_runs
+from tests.damage import world
 from tests.scripts import ROOT
+from utils.logging import AppendingHandler, ScreenHandler, WaitingHandler
 from utils.tables import format_table
 
 # Seconds of the processor's time that a refusal may take, and seconds after which a case is given up.
@@ -45,16 +47,17 @@ CASE = Path("case")
 KEPT = re.compile(r"metadata_test\w*\.jsonl")
 # The files of a run, but for temporary ones and its lock.
 WHOLE = re.compile(r"here/new(/\w[\w.]*)?")
-_NOT_OURS = re.compile(r"\w*(Error|Exception|Warning)\b|usage:|\S+: error:|[^ ]+Warning:")
+_NOT_OURS = re.compile(r"\w*(Error|Exception|Warning)\b|usage:|\S+: error:")
 
 
 @dataclass(frozen=True)
 class Case:
     """What is asked of a script, and what must be in its answer.
 
-    kind: a word for the table; says: a part of the error line. prepare: makes files below `CASE`. stand_in: in place
-    while the script runs, for what cannot be had, such as a folder that root may not write. begins: whether the run in
-    the folder `new` has begun by then, and leaves whole files with which it goes on once all is well.
+    kind: a word for the table; says: a part of the error line; what: what is prepared, in words. prepare: makes files
+    below `CASE`. stand_in: in place while the script runs, for what cannot be had, such as a folder that root may not
+    write. begins: whether the run in the folder `new` has begun by then, and leaves whole files with which it goes on
+    once all is well.
     """
 
     script: str
@@ -64,10 +67,11 @@ class Case:
     prepare: Callable[[], object] | None = None
     stand_in: Callable[[], AbstractContextManager[object]] = field(default=nullcontext)
     begins: bool = False
+    what: str = ""
 
     def __str__(self) -> str:
         words = (word if len(word) <= 40 else f"{word[:20]}...{word[-10:]}" for word in self.arguments)
-        return " ".join([self.script, *map(ascii, words)])
+        return " ".join([self.script, *map(ascii, words), *([f"({self.what})"] if self.what else [])])
 
 
 class Answer(NamedTuple):
@@ -89,27 +93,27 @@ def scratch() -> Iterator[Path]:
 
     Home and temporary files are in it, too, and what scripts change of the process is as before afterwards.
     """
-    root, before, threads = logging.getLogger(), Path.cwd(), torch.get_num_threads()
-    handlers, level = list(root.handlers), root.level
+    before, level, threads = Path.cwd(), logging.getLogger().level, torch.get_num_threads()
     with tempfile.TemporaryDirectory(prefix="bad") as name:
         folder = Path(name).resolve()
-        for part in ("home", "temporary", "outside", "here"):
+        for part in ("home", "temporary", "outside"):
             (folder / part).mkdir()
         (folder / "outside" / "evil.txt").write_text("not to be touched", encoding="utf-8")
-        write_kept_runs(folder / "here")
+        shutil.copytree(world(), folder / "here")
         environment = {"HOME": str(folder / "home"), "USERPROFILE": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
         os.chdir(folder / "here")
         try:
             with (
                 mock.patch.dict(os.environ, environment),
                 mock.patch.object(tempfile, "tempdir", str(folder / "temporary")),
+                # It reads its words anew for each model.
+                mock.patch("model.clip.SimpleTokenizer", functools.cache(SimpleTokenizer)),
             ):
                 yield folder
         finally:
             os.chdir(before)
-            root.handlers[:] = handlers
-            root.setLevel(level)
             logging.captureWarnings(False)
+            logging.getLogger().setLevel(level)
             torch.set_num_threads(threads)
 
 
@@ -135,6 +139,9 @@ def answer(script: str, arguments: Sequence[str]) -> Answer:
             # accelerate's own memory, which a process of one script has no use for.
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
+            for handler in list(logging.getLogger().handlers):
+                if isinstance(handler, (ScreenHandler, WaitingHandler, AppendingHandler)):
+                    logging.getLogger().removeHandler(handler)
     said = [stream.buffer.getvalue().decode("utf-8") for stream in map(flushed, (errors, output))]
     return Answer(status, *said, time.process_time() - begun)
 
@@ -166,16 +173,21 @@ def in_time() -> Iterator[None]:
 def snapshot(folder: Path) -> dict[str, tuple[object, ...]]:
     """All that is in a folder, by path: its kind, its size, and a file's content as a digest."""
     found: dict[str, tuple[object, ...]] = {}
-    for place, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            path = Path(place, name)
-            if KEPT.fullmatch(name):
+    folders = [str(folder)]
+    while folders:
+        for entry in os.scandir(folders.pop()):
+            if KEPT.fullmatch(entry.name):
                 continue
-            status = path.lstat()
-            regular = path.is_file() and not path.is_symlink()
-            digest = content_digest(str(path), status.st_size, status.st_mtime_ns, status.st_ino) if regular else ""
-            found[str(path.relative_to(folder))] = (status.st_mode, status.st_size if regular else 0, digest)
-    return found
+            status = entry.stat(follow_symlinks=False)
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+                found[entry.path] = (status.st_mode,)
+            elif entry.is_file(follow_symlinks=False):
+                digest = content_digest(entry.path, status.st_size, status.st_mtime_ns, status.st_ino)
+                found[entry.path] = (status.st_mode, status.st_size, digest)
+            else:
+                found[entry.path] = (status.st_mode,)
+    return {path[len(str(folder)) + 1 :]: entry for path, entry in found.items()}
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -236,17 +248,17 @@ def main(words: Sequence[str] | None = None) -> int:
     chosen = [case for case in CASES if asked.only in ("", case.kind, case.script)]
     counts, failed = Counter(case.kind for case in chosen), Counter[str]()
     if asked.list:
-        print("\n".join(f"{case.kind}: {case}" for case in chosen))
+        sys.stdout.writelines(f"{case.kind}: {case}\n" for case in chosen)
         return 0
     with scratch() as folder:
         for case in chosen:
             wrong = tried(case, folder)
             failed[case.kind] += bool(wrong)
             if wrong:
-                print(f"{case.kind}: {case}", *wrong, sep="\n    ", flush=True)
+                sys.stdout.write("\n    ".join([f"{case.kind}: {case}", *wrong]) + "\n")
     rows = [[kind, str(count), str(failed[kind])] for kind, count in counts.items()]
     rows.append(["all", str(counts.total()), str(failed.total())])
-    print(format_table(["Kind", "Cases", "Failures"], rows))
+    sys.stdout.write(format_table(["Kind", "Cases", "Failures"], rows) + "\n")
     return int(failed.total() > 0)
 
 

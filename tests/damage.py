@@ -8,9 +8,10 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.data.present_version import make
@@ -21,17 +22,12 @@ SOUND = ("base/image_adapter.pth", "base/training_state.pth", "cross/image_adapt
 
 @functools.cache
 def world() -> Path:
-    """A folder with the kept runs, written once in a process."""
+    """A folder with `clip`, the dataset `images`, and the kept runs `base`, `cross` and `feedback`, made once."""
     folder = Path(tempfile.mkdtemp(prefix="damaged"))
-    write_kept_runs(folder)
-    return folder
-
-
-def write_kept_runs(folder: Path) -> None:
-    """In `folder`: `clip`, the dataset `images`, and the runs `base`, `cross` and `feedback`, which were stopped."""
     make.write_world(folder)
     with zipfile.ZipFile(Path(make.__file__).with_name("runs.zip")) as archive:
         archive.extractall(folder)
+    return folder
 
 
 @functools.cache
@@ -93,3 +89,22 @@ def damage(content: dict[str, Any], path: tuple[Any, ...], change: Callable[[Any
         is_new = isinstance(holder, dict) and path[-1] not in holder
         holder[path[-1]] = change(None if is_new else holder[path[-1]])
     return content
+
+
+class Damaged(NamedTuple):
+    """What a damaged file holds, the sound file that it was, and where the damage is."""
+
+    content: dict[str, Any]
+    name: str
+    path: tuple[Any, ...]
+
+
+@st.composite
+def damaged_files(draw: st.DrawFn) -> Damaged:
+    """A kept file in which something is another, each depth as likely, or is gone; some without a config."""
+    name = draw(st.sampled_from([*SOUND, *(f"{name} without config" for name in SOUND)]))
+    found = places(sound(name))
+    depth = draw(st.sampled_from(sorted({len(path) for path in found})))
+    path = draw(st.sampled_from([path for path in found if len(path) == depth]))
+    change = draw(st.none() | st.sampled_from(OTHERS))
+    return Damaged(damage(sound(name), path, change), name, path)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from engine.detector import build_detector
 from engine.run_folder import STATE_FILE
@@ -21,7 +20,7 @@ from model.checkpoint import read_any
 from model.clip import FrozenCLIP
 from model.clip_loading import load_clip
 from model.config import SIDES
-from tests.damage import OTHERS, SOUND, damage, places, sound, world
+from tests.damage import SOUND, Damaged, damage, damaged_files, sound, world
 from utils.errors import UserError
 
 
@@ -33,16 +32,6 @@ def clip() -> FrozenCLIP:
     return loaded
 
 
-@st.composite
-def damages(draw: st.DrawFn) -> tuple[str, tuple[Any, ...], int | None]:
-    """A sound file, a place in it, each depth as likely, and which of `OTHERS` comes there (None: nothing does)."""
-    name = draw(st.sampled_from([*SOUND, *(f"{name} without config" for name in SOUND)]))
-    found = places(sound(name))
-    depth = draw(st.sampled_from(sorted({len(path) for path in found})))
-    path = draw(st.sampled_from([path for path in found if len(path) == depth]))
-    return name, path, draw(st.none() | st.integers(0, len(OTHERS) - 1))
-
-
 def used_or_refused(use: Callable[[], object], file: Path) -> None:
     """No other end than to be used, or one line that names the file."""
     try:
@@ -52,14 +41,11 @@ def used_or_refused(use: Callable[[], object], file: Path) -> None:
         assert str(file.parent) in str(error)
 
 
-@given(chosen=damages())
+@given(damaged=damaged_files())
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_damage_is_harmless_or_refused(
-    chosen: tuple[str, tuple[Any, ...], int | None], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    name, path, change = chosen
+def test_damage_is_harmless_or_refused(damaged: Damaged, tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.mktemp("damaged") / STATE_FILE
-    torch.save(damage(sound(name), path, None if change is None else OTHERS[change]), file)
+    torch.save(damaged.content, file)
     used_or_refused(lambda: build_detector(read_any(file), clip()), file)
     used_or_refused(lambda: check_save_path(file.parent, "auto", {}, {}), file)
     used_or_refused(lambda: go_on(file), file)
