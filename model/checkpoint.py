@@ -250,6 +250,12 @@ def as_checkpoint(content: Any, path: Path) -> Checkpoint:
     schema = config.get("schema") if isinstance(config, dict) else None
     if type(schema) is int and schema != SCHEMA:
         raise UserError(f"{path}: schema {schema} where this version reads {SCHEMA}; use the version that wrote it")
+    # Files from elsewhere may have an empty entry in place of an optimizer's state.
+    content = {
+        name: value
+        for name, value in content.items()
+        if not (name in OPTIMIZERS and isinstance(value, dict) and not value)
+    }
     check(content, _File, path)
     optimizers = {name: content[name] for name in OPTIMIZERS if content.get(name)}
     for name, optimizer in optimizers.items():

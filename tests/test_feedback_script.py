@@ -171,7 +171,7 @@ def test_v1_by_the_name_of_older_notes(world: Path, tmp_path: Path) -> None:
     config = read(tmp_path / "final_model.pth")["config"]
     assert config["arguments"]["preset"] == "v1"
     assert config["arguments"]["reset_optimizers"] is True
-    assert config["cross_attention"]["text_cross_attn_weight"] == 1.0
+    assert config["cross_attention"]["text_cross_attn_weight"] == 0.1
     assert config["cross_attention"]["context_norm"] == "none"
 
 
@@ -196,7 +196,7 @@ def test_inference_takes_a_loop_and_a_folder_of_them(world: Path, finished: Path
 def test_mistakes_end_in_one_line(world: Path, finished: Path, tmp_path: Path) -> None:
     path = tmp_path / "unused"
     asked = [SCRIPT, *common(world), "--save_path", path]
-    assert "--num_feedback_loops 11: takes 1 to 10" in error_line(*asked, "--num_feedback_loops", 11)
+    assert "--num_feedback_loops: 11 is not between 1 and 10" in error_line(*asked, "--num_feedback_loops", 11)
     late = ["--num_feedback_loops", 2, "--cross_attn_start_loop", 3]
     assert "--cross_attn_start_loop 3: takes 1 to 2" in error_line(*asked, *late)
     entry = ["train_cross_attention_feedback.py", *asked[1:]]

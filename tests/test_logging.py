@@ -23,6 +23,7 @@ def logging_as_before() -> Iterator[None]:
     handlers, level = list(root.handlers), root.level
     # What other tests have said is in nobody's log here.
     root.handlers.clear()
+    logging.captureWarnings(False)
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
