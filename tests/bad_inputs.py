@@ -100,12 +100,14 @@ def scratch() -> Iterator[Path]:
             (folder / part).mkdir()
         (folder / "outside" / "evil.txt").write_text("not to be touched", encoding="utf-8")
         shutil.copytree(world(), folder / "here")
-        environment = {"HOME": str(folder / "home"), "USERPROFILE": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
+        environment = {"HOME": str(folder / "home"), "USERPROFILE": str(folder / "home")}
         os.chdir(folder / "here")
         try:
             with (
                 mock.patch.dict(os.environ, environment),
                 mock.patch.object(tempfile, "tempdir", str(folder / "temporary")),
+                # Nothing may be downloaded.
+                mock.patch("model.clip_loading.download_pretrained", side_effect=ConnectionError("no network")),
                 # It reads its words anew for each model.
                 mock.patch("model.clip.SimpleTokenizer", functools.cache(SimpleTokenizer)),
             ):
