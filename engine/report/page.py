@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from engine.data import TaskData
@@ -41,6 +40,7 @@ from engine.report.comparison import (
     table_cells,
     training,
 )
+from engine.report.templates import render_page
 from engine.run_folder import HISTORY_FILE, LOG_FILE, WARNINGS_FILE
 from engine.training.trainer import readable_time
 from engine.training.verdicts import advice, summary_cells
@@ -51,7 +51,7 @@ from utils.svg_charts import Chart, class_chart, data_uri, loop_chart, training_
 
 logger = logging.getLogger(__name__)
 
-TEMPLATES = Path(__file__).parent
+TEMPLATE = Path(__file__).with_name("report.html")
 CLASS_METRICS = ("pixel_auroc", "aupro", "image_auroc")
 # Of each kind of example, and at most one of a class.
 EXAMPLES = 3
@@ -101,15 +101,9 @@ def write_report(
     models: by a row's name, those whose heatmaps the examples show, the judged loop last (`shown_rows`); none: no
     examples. command: what makes the comparison again.
     """
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     header, rows = table_cells(comparison)
-    page = environment.get_template("report.html").render(
+    page = render_page(
+        TEMPLATE,
         title=f"Feedback loops of {save_path.as_posix()}",
         dataset=comparison.dataset,
         scale=colour_scale(),

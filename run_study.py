@@ -1,0 +1,29 @@
+"""Run a study, or go on with it: arms over seeds and datasets, compared with statistics (docs/studies.md)."""
+
+from __future__ import annotations
+
+import sys
+
+from engine.arguments import make_parser
+from engine.study.arguments import StudyArguments
+from engine.study.run import run_study
+from utils.cli import Parser, path, run_script
+from utils.logging import set_up_logging
+
+
+def build_parser() -> Parser:
+    parser = make_parser(StudyArguments, __doc__)
+    parser.usage = "%(prog)s STUDY.toml [--ARGUMENT VALUE ...]"
+    parser.add_argument("study", type=path, metavar="STUDY.toml", help="what is studied, such as studies/smoke.toml")
+    return parser
+
+
+def main() -> int:
+    given = vars(build_parser().parse_args())
+    study = given.pop("study")
+    set_up_logging()
+    return run_study(study, StudyArguments.of(**given), ["python", *sys.argv])
+
+
+if __name__ == "__main__":
+    run_script(main)
