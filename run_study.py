@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from engine.arguments import make_parser
 from engine.study.arguments import StudyArguments
 from engine.study.run import run_study
@@ -22,7 +20,7 @@ def main() -> int:
     given = vars(build_parser().parse_args())
     study = given.pop("study")
     set_up_logging()
-    return run_study(study, StudyArguments.of(**given), ["python", *sys.argv])
+    return run_study(study, StudyArguments.of(**given))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def loss_chart(results: Results, setting: SettingResult) -> Chart | None:
         for axis, (stage, lines) in zip(axes, panels.items(), strict=True):
             for name, (first, losses) in lines.items():
                 epochs, style = np.arange(first, first + losses.shape[1]), styles[name]
-                axis.plot(epochs, losses.mean(0), **style, linewidth=1.3, marker=".", markersize=3, label=_label(name))
+                axis.plot(epochs, losses.mean(0), **style, linewidth=1.3, marker=".", markersize=5, label=_label(name))
                 axis.fill_between(epochs, losses.min(0), losses.max(0), color=style["color"], alpha=0.12, linewidth=0)
             axis.set_title(literal(f"{stage} stage" if stage else "loss"), fontsize=9)
             axis.set_ylabel("loss", fontsize=8)

@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("study.html")
 UNDEFINED = "n/a"
+VERDICT_COLUMNS = ("Seeds", "Gain", "95 % interval", "p", "p, Holm", "New seed gains", "Shown from", "Verdict")
 FILES = ("study.csv", "study.md", "study.html")
 ELSEWHERE = "Reported elsewhere, under protocols of their own; not run here"
 
@@ -67,7 +68,7 @@ class Section:
 
 
 def write_study_report(plan: Plan, command: Sequence[str]) -> Results:
-    """Write the three files of what a study has found so far; `command`: what runs it again."""
+    """Write the three files of what a study has found so far; `command`: the words that run it again."""
     results = read_results(plan)
     fairness = check_fairness(results)
     write_text(plan.folder / "study.csv", csv_text(results))
@@ -116,19 +117,7 @@ def differences_table(results: Results, setting: SettingResult) -> tuple[list[st
         for arm in setting.arms
         if (verdict := arm.verdicts.get(metric))
     ]
-    header = [
-        "Arm",
-        "Metric",
-        "Seeds",
-        "Gain",
-        "95 % interval",
-        "p",
-        "p, Holm",
-        "New seed gains",
-        "Shown from",
-        "Verdict",
-    ]
-    return header, rows
+    return ["Arm", "Metric", *VERDICT_COLUMNS], rows
 
 
 def verdict_cells(verdict: Verdict) -> list[str]:
@@ -143,7 +132,7 @@ def verdict_cells(verdict: Verdict) -> list[str]:
 
 
 def heat_table(results: Results, setting: SettingResult, metric: str) -> HeatTable:
-    """A metric of every class, the mean over seeds, on a ground that shows the difference from the arm compared with."""
+    """A metric of every class, the mean over seeds, on grounds that show the difference from the arm compared with."""
     index = results.metrics.index(metric)
     columns = setting.arms[0].table.columns
     base = next((arm for arm in setting.arms if arm.name == results.plan.study.compare_with), None)
@@ -210,7 +199,7 @@ def how_to_read(results: Results) -> str:
         f"Gain: mean over seeds of the difference from {study.compare_with}, in points. Interval: hierarchical "
         "bootstrap over seeds and classes. p: sign-flip permutation test over seeds; Holm: corrected over "
         f"{family}, and at most {LEVEL:g} for better or worse. New seed gains: probability that one more seed shows a "
-        "gain. Shown from: the smallest gain that this many seeds show in 80 % of studies; none: no gain, however large."
+        "gain. Shown from: the smallest gain that so many seeds show in 80 % of studies; none: no gain, however large."
     )
 
 
@@ -225,29 +214,20 @@ def again(results: Results, command: Sequence[str]) -> list[str]:
 def markdown(results: Results, fairness: Fairness, command: Sequence[str]) -> str:
     """The study as a page of text."""
     study = results.plan.study
-    parts = [
-        f"# {study.title or study.name}",
-        "\n".join(f"- {name}: {value}" for name, value in facts_of_study(results)),
-    ]
+    parts = [f"# {study.title or study.name}", _bullets(f"{name}: {value}" for name, value in facts_of_study(results))]
     if results.missing:
         parts += ["## Not there yet", _bullets(results.missing)]
     for setting in results.settings:
         if not setting.arms:
             continue
-        in_setting = f": {setting.name}" if setting.name else ""
-        parts += [f"## Verdicts{in_setting}", _bullets(f"**{arm.name}**: {arm.summary}" for arm in _judged(setting))]
-        parts += [
-            f"## Means{in_setting}",
-            "In percent, over classes, then datasets; mean ± standard deviation over seeds.",
-        ]
-        parts += [_table(means_table(results, setting)), f"## Differences{in_setting}", how_to_read(results)]
+        of = f": {setting.name}" if setting.name else ""
+        parts += [f"## Verdicts{of}", _bullets(f"**{arm.name}**: {arm.summary}" for arm in _judged(setting))]
+        parts += [f"## Means{of}", "In percent, over classes, then datasets; mean ± standard deviation over seeds."]
+        parts += [_table(means_table(results, setting)), f"## Differences{of}", how_to_read(results)]
         parts += [_table(differences_table(results, setting))]
     if fairness.rows:
-        parts += [
-            "## Fairness",
-            f"Beside {study.compare_with}:",
-            _table((["Arm", *fairness.facts], [[a, *r] for a, r in fairness.rows])),
-        ]
+        cells = [[name, *found] for name, found in fairness.rows]
+        parts += ["## Fairness", f"Beside {study.compare_with}:", _table((["Arm", *fairness.facts], cells))]
     parts += ["## What the arms' arguments differ in", _table(argument_differences(results))]
     header, rows = literature_table(results)
     if rows:

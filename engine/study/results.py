@@ -19,6 +19,7 @@ from engine.study.figures import (
     read_arguments,
     read_evaluations,
     read_facts,
+    read_figures,
 )
 from engine.study.plan import ROOT, Cell, Plan
 from engine.study.statistics import BETTER, NOT_DECIDED, WORSE, Contrast, Groups, Verdict, judge
@@ -124,7 +125,7 @@ def _summary(verdicts: Mapping[str, Verdict], metrics: Sequence[str]) -> str:
     if not known:
         return ""
     if len(known) == 1:
-        return f"{known[0].sentence} ({readable(known[0].metric)})"
+        return f"{readable(known[0].metric)}: {known[0].sentence}"
     by_word: dict[str, list[str]] = {}
     for verdict in known:
         by_word.setdefault(verdict.word, []).append(readable(verdict.metric))
@@ -239,8 +240,6 @@ def _evaluation(cell: Cell, base: Cell) -> str:
     arguments = sorted(cell.arm.test_arguments.items(), key=str)
     if arguments != sorted(base.arm.test_arguments.items(), key=str):
         return "other arguments: " + " ".join(f"--{name} {value}" for name, value in arguments)
-    from engine.study.figures import read_figures
-
     counts = [
         {
             step.test: [(row.class_name, row.counts) for row in read_figures(step.place)]
@@ -288,9 +287,8 @@ def argument_differences(results: Results) -> tuple[list[str], list[list[str]]]:
         }
     names = list(dict.fromkeys(key for found in arguments.values() for key in found))
     # A file of another arm may be unset in those that start from nothing.
-    names = [
-        name for name in names if not any(arm.start and name in arm.start.arguments for arm in study.arms.values())
-    ]
+    files = {name for arm in study.arms.values() if arm.start for name in arm.start.arguments}
+    names = [name for name in names if name not in files]
     rows = []
     for name in names:
         values = [_typed(found.get(name)) for found in arguments.values()]
@@ -300,16 +298,10 @@ def argument_differences(results: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def _typed(value: Any) -> str:
-    """A value as it is typed."""
-    if value is None:
-        return "–"
-    return (
-        " ".join(map(str, value))
-        if isinstance(value, (list, tuple))
-        else str(value).lower()
-        if isinstance(value, bool)
-        else str(value)
-    )
+    """A value as it is typed; a dash for none."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    return "–" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def read_literature(results: Results) -> list[dict[str, str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,22 +24,18 @@ logger = logging.getLogger(__name__)
 INCOMPLETE = 1
 
 
-def run_study(file: Path, arguments: StudyArguments, command: Sequence[str]) -> int:
-    """Run what is left of a study and report what is there; the exit status is 1 where something is missing.
-
-    command: what runs it again.
-    """
+def run_study(file: Path, arguments: StudyArguments) -> int:
+    """Run what is left of a study and report what is there; the exit status is 1 where something is missing."""
     study = read_study(file, arguments.seeds)
     plan = make_plan(study, arguments.save_path.resolve() / study.name)
     if arguments.dry_run:
         sys.stdout.write("\n".join(describe_plan(plan, arguments.jobs or 1)) + "\n")
         return 0
-    report = partial(write_study_report, plan, command)
+    seeds = ["--seeds", *map(str, arguments.seeds)] if arguments.seeds else []
+    report = partial(write_study_report, plan, ["python", "run_study.py", shown(file.resolve()), *seeds])
     if not arguments.report_only:
         left = [cell for cell in plan.cells if not cell.done]
-        logger.info(
-            "%s: %d of %d cells are to be run, in %s", study.name, len(left), len(plan.cells), shown(plan.folder)
-        )
+        logger.info("%s: %d of %d cells to run, in %s", study.name, len(left), len(plan.cells), shown(plan.folder))
         if left and arguments.slurm is None:
             run_locally(plan, arguments.jobs or 1)
         elif left and not run_through_submitit(plan, arguments.slurm, arguments.jobs, report):
@@ -93,6 +88,8 @@ def hours_left(plan: Plan, jobs: int) -> str:
             unknown += given is None
             stated |= given is not None
             hours += scale * (given or 0.0)
+    if unknown and not hours:
+        return f"left: {unknown} processes, of which nothing is known yet"
     said = f"left: about {duration(3600 * hours)} one after another"
     if jobs > 1:
         said += f", {duration(3600 * hours / jobs)} with --jobs {jobs} where none waits for another"

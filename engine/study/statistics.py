@@ -160,8 +160,9 @@ def detectable(seeds: int, level: float) -> float | None:
 
 
 def _power_of_signs(differences: np.ndarray, level: float) -> float:
-    """How often the exact sign-flip test of (studies, seeds) finds something: half of the patterns mirror the others."""
+    """How often the exact sign-flip test of (studies, seeds) finds something."""
     seeds = differences.shape[-1]
+    # Half of the patterns, of which the others are the mirror.
     patterns = 1 - 2 * ((np.arange(2 ** (seeds - 1))[:, None] >> np.arange(seeds)) & 1)
     found = 0
     for rows in np.array_split(differences, max(1, differences.shape[0] * len(patterns) // 4_000_000)):
@@ -226,7 +227,10 @@ class Verdict:
 
     @property
     def sentence(self) -> str:
-        return f"{self.word}{f' ({self.reason})' if self.reason else ''}"
+        """The verdict with the gain, its interval, and what there is to say about it."""
+        said = self.word if math.isnan(self.gain) else f"{self.word}, {self.gain:+.2f} points"
+        interval = "" if math.isnan(self.low) else f" (95 % interval {self.low:+.2f} to {self.high:+.2f})"
+        return said + interval + (f": {self.reason}" if self.reason else "")
 
 
 BETTER, WORSE, NO_DIFFERENCE, NOT_DECIDED = "better", "worse", "no difference", "not decided"
@@ -302,10 +306,8 @@ def _word_and_reason(
     show, exclude = seeds_to_show(gain, spread, level), seeds_to_exclude(gain, spread, margin)
     reasons = []
     if smallest_p(count) > level:
-        of_family = f" of {family} comparisons" if family > 1 else ""
-        reasons.append(
-            f"{count} seeds cannot: the test's smallest p is {smallest_p(count):.2g}, and {level:.2g} is needed{of_family}"
-        )
+        least, needed = smallest_p(count), f"{level:.2g}{f' of {family} comparisons' if family > 1 else ''}"
+        reasons.append(f"{count} seeds cannot show anything: the test's p is at least {least:.2g}, not {needed}")
     # The estimate is from few seeds; what it says that this many would have shown, chance has kept from showing.
     more = [
         (max(needed - count, 1), what)
