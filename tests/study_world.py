@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 # Trains a number: goes on where it was killed, and can start from another run's file, be slow, or fail.
-TRAIN = '''
+TRAIN = """
 import argparse, json, pathlib, random, sys, time
 parser = argparse.ArgumentParser()
 for name, kind, default in (("save_path", str, None), ("dataset", str, ""), ("seed", int, 0), ("gain", float, 0.0),
@@ -32,8 +32,8 @@ for epoch in range(1, asked.epochs + 1):
         temporary.write_text("\\n".join(rows) + "\\n")
         temporary.replace(history)
 (folder / "model.json").write_text(json.dumps({"value": value}))
-'''
-TEST = '''
+"""
+TEST = """
 import argparse, csv, json, pathlib, sys, random
 parser = argparse.ArgumentParser()
 for name in ("checkpoint", "dataset", "output_dir", "bonus", "silent"):
@@ -48,11 +48,11 @@ with (folder / "evaluation.csv").open("w", newline="") as file:
     writer = csv.writer(file)
     writer.writerow(["model", "dataset", "class", "images", "anomalous", "pixel_ap", "image_auroc"])
     for index, name in enumerate(("bolt", "felt")):
-        noise = random.Random(f"{asked.checkpoint[-30:]} {name}").random() / 10
+        noise = random.Random(f"{value} {name}").random() / 10
         writer.writerow(["m", asked.dataset, name, 6, 3, 50 + value + index + noise + float(asked.bonus),
                          "n/a" if name == "felt" else 60 + value])
     writer.writerow(["m", asked.dataset, "average", 12, 6, 0, 0])
-'''
+"""
 
 
 def write_world(folder: Path, **changes: Any) -> Path:

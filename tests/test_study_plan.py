@@ -179,7 +179,9 @@ def test_the_toy_studies_need_no_data() -> None:
     assert "# left: 8 processes, of which nothing is known yet" in lines
 
 
-def test_the_parser_takes_what_the_issue_names() -> None:
-    asked = build_parser().parse_args("studies/smoke.toml --seeds 3 4 --jobs 2 --slurm --report_only".split())
+def test_the_arguments_of_the_script() -> None:
+    asked = build_parser().parse_args(
+        ["studies/smoke.toml", "--seeds", "3", "4", "--jobs", "2", "--slurm", "--report_only"]
+    )
     assert (asked.study, asked.seeds, asked.jobs, asked.slurm) == (Path("studies/smoke.toml"), [3, 4], 2, "")
-    assert build_parser().parse_args("s.toml --slurm gpu".split()).slurm == "gpu"
+    assert build_parser().parse_args(["s.toml", "--slurm", "gpu"]).slurm == "gpu"

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from engine.study.plan import Cell, Plan, run_folder
 
@@ -174,6 +173,9 @@ def read_facts(cell: Cell) -> dict[str, str]:
 
 def _checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint's entries, its tensors left on disk; empty where there is none that can be read so."""
+    # Jobs read figures too, and would all wait for this import.
+    import torch
+
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:

@@ -129,15 +129,10 @@ def _summary(verdicts: Mapping[str, Verdict], metrics: Sequence[str]) -> str:
     by_word: dict[str, list[str]] = {}
     for verdict in known:
         by_word.setdefault(verdict.word, []).append(readable(verdict.metric))
-    words = list(by_word)
-    overall = NOT_DECIDED if len(words) > 1 else words[0]
-    if BETTER in words and WORSE not in words:
-        overall = BETTER
-    elif WORSE in words and BETTER not in words:
-        overall = WORSE
-    elif BETTER in words:
-        overall = "better and worse"
-    return f"{overall}: " + "; ".join(f"{word} in {', '.join(names)}" for word, names in by_word.items())
+    said = "; ".join(f"{word} in {', '.join(names)}" for word, names in by_word.items())
+    # Better is better somewhere and worse nowhere.
+    decided = [word for word in (BETTER, WORSE) if word in by_word]
+    return said if len(by_word) == 1 else f"{' and '.join(decided) or NOT_DECIDED}: {said}"
 
 
 def readable(metric: str) -> str:

@@ -19,7 +19,7 @@ POWER = 0.8
 RESAMPLES = 4000
 # Up to this many sign patterns the test is exact, which 13 seeds have.
 PERMUTATIONS = 9999
-SIMULATED = 4000
+SIMULATED = 3000
 # Beyond, a study is a matter of faith.
 MOST_SEEDS = 100
 # Smallest differences that are taken for any, in points: rounding in a file.
@@ -151,7 +151,7 @@ def detectable(seeds: int, level: float) -> float | None:
         return None
     low, high = 0.0, 20.0
     drawn = np.random.default_rng(0).standard_normal((SIMULATED, seeds))
-    for _ in range(20):
+    for _ in range(12):
         middle = (low + high) / 2
         exact = 2**seeds <= PERMUTATIONS
         power = _power_of_signs(drawn + middle, level) if exact else _power_of_t(middle, seeds, level)

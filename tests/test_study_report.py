@@ -1,0 +1,255 @@
+"""What a study's files say, of whole studies and of partial ones."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine.study.arguments import StudyArguments
+from engine.study.charts import heat, loss_panels
+from engine.study.figures import read_facts, read_figures
+from engine.study.local import run_locally
+from engine.study.plan import Plan, make_plan
+from engine.study.report import write_study_report
+from engine.study.results import argument_differences, check_fairness, read_results, readable
+from engine.study.run import run_study
+from engine.study.study import read_study
+from tests.study_world import write_world
+from utils.errors import UserError
+
+LITERATURE = """method,train,test,pixel_ap,image_auroc,source
+Somebody,a,b,46.5,92.9,"a table, page 3"
+Nobody,x,y,1.0,1.0,elsewhere
+"""
+
+
+def run(folder: Path, **changes: Any) -> Plan:
+    study = read_study(write_world(folder, **changes))
+    plan = make_plan(study, folder / "studies" / study.name)
+    run_locally(plan, 4)
+    return plan
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """Six seeds, enough for a verdict on one arm; three test datasets in two pairs."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "literature.csv").write_text(LITERATURE, encoding="utf-8")
+    return run(
+        folder,
+        **{
+            "study.seeds": [0, 1, 2, 3, 4, 5],
+            "study.pairs": [{"train": "a", "test": ["b", "c"]}, {"train": "b", "test": ["a"]}],
+            "study.literature": (folder / "literature.csv").as_posix(),
+            "study.title": "A <study> & its title",
+            "arms.untrained.compare": False,
+            "arms.tested.compare": False,
+            "arms.better.note": "Gains a point in each epoch.",
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def files(plan: Plan) -> dict[str, str]:
+    write_study_report(plan, ["python", "run_study.py", "a study.toml"])
+    return {name: (plan.folder / f"study.{name}").read_text(encoding="utf-8") for name in ("csv", "md", "html")}
+
+
+def test_the_csv_holds_every_seed_class_and_metric(plan: Plan, files: dict[str, str]) -> None:
+    rows = list(csv.DictReader(files["csv"].splitlines()))
+    assert len(rows) == 4 * 6 * 3 * 2, "arms, seeds, test datasets, classes"
+    row = next(
+        r for r in rows if (r["arm"], r["seed"], r["train"], r["test"], r["class"]) == ("better", "3", "a", "c", "felt")
+    )
+    step = next(step for step in plan.by_key["", "better", 3, 0].steps if step.test == "c")
+    assert float(row["pixel_ap"]) == pytest.approx(read_figures(step.place)[1].values["pixel_ap"], abs=1e-6)
+    assert row["image_auroc"] == "n/a"
+
+
+def test_the_figures_are_means_over_classes_datasets_and_pairs(plan: Plan) -> None:
+    results = read_results(plan)
+    (setting,) = results.settings
+    better = next(arm for arm in setting.arms if arm.name == "better")
+    by_hand = []
+    for seed in range(6):
+        of_pairs = []
+        for number, tests in ((0, ("b", "c")), (1, ("a",))):
+            steps = plan.by_key["", "better", seed, number].steps
+            of_tests = [
+                np.mean([row.values["pixel_ap"] for row in read_figures(step.place)])
+                for step in steps
+                if step.test in tests
+            ]
+            of_pairs.append(np.mean(of_tests))
+        by_hand.append(np.mean(of_pairs))
+    mean, spread, count = better.mean("pixel_ap")
+    assert (mean, spread, count) == (pytest.approx(np.mean(by_hand)), pytest.approx(np.std(by_hand, ddof=1)), 6)
+    # One class has no image AUROC: the mean is over the other.
+    assert better.mean("image_auroc")[2] == 6
+    assert better.verdicts["pixel_ap"].word == "better"
+    assert better.verdicts["pixel_ap"].p == 2 / 2**6
+    assert better.summary.startswith("Pixel AP: better, +")
+    assert not next(arm for arm in setting.arms if arm.name == "plain").verdicts
+
+
+def test_the_page_and_the_text_say_the_same(files: dict[str, str]) -> None:
+    for text in (files["md"], files["html"]):
+        for said in ("Pixel AP: better, +", "95 % interval", "What the arms", "Reported elsewhere", "a table, page 3",
+                     "Somebody (reported elsewhere)", "optimizer steps, only", "12 against 6"):  # fmt: skip
+            assert said in text, said
+        assert "Nobody" not in text
+    page = files["html"]
+    assert "A &lt;study&gt; &amp; its title" in page
+    assert "Gains a point in each epoch." in page
+    assert "python run_study.py &#39;a study.toml&#39;" in page
+    assert page.count("data:image/svg+xml") == 2 * (2 + 1) * 1, "two forests and the losses, light and dark"
+    assert not re.findall(r"(?:src|href)=\"(?!data:|#)", page), "loads nothing"
+    assert "<script" not in page
+    assert "rgba(46, 160, 67, 0.60)" in page
+    assert "only stage" not in page, "it is inside the pictures"
+
+
+def test_one_verdict_on_several_metrics(plan: Plan) -> None:
+    study = read_study(
+        write_world(
+            plan.folder.parent.parent,
+            **{
+                "study.seeds": list(range(6)),
+                "study.verdict_metrics": ["pixel_ap", "image_auroc"],
+                "study.metrics": ["pixel_ap", "image_auroc"],
+            },
+        )
+    )
+    results = read_results(make_plan(study, plan.folder))
+    arms = {arm.name: arm for arm in results.settings[0].arms}
+    # Three arms and two metrics are one family of six: with six seeds nothing can be shown.
+    assert arms["better"].verdicts["pixel_ap"].p_holm == pytest.approx(6 * 2 / 2**6)
+    assert arms["better"].summary == "not decided in Pixel AP, Image AUROC"
+    assert "of 6 comparisons" in arms["better"].verdicts["pixel_ap"].reason
+
+
+def test_fairness_is_looked_at_by_machine(plan: Plan) -> None:
+    fairness = check_fairness(read_results(plan))
+    rows = {arm: dict(zip(fairness.facts, found, strict=True)) for arm, found in fairness.rows}
+    assert rows["better"]["seed"] == "same"
+    assert rows["better"]["training data"] == "same"
+    assert rows["better"]["optimizer steps, only"] == "12 against 6", "those of the run it started from count"
+    assert rows["better"]["evaluation"] == "same"
+    assert rows["tested"]["evaluation"] == "other arguments: --bonus 1"
+    assert rows["untrained"]["training data"] == "not trained"
+    assert "better differs in optimizer steps, only: 12 against 6" in fairness.unfair
+
+
+def test_a_checkpoint_is_asked_first(tmp_path: Path) -> None:
+    plan = run(tmp_path, **{"study.seeds": [0]})
+    cell = plan.by_key["", "plain", 0, 0]
+    assert read_facts(cell) == {"training data": "a", "seed": "0", "optimizer steps, only": "6"}
+    config = {"dataset": "A", "shot": 4, "metadata_digest": "abc", "seed": 9}
+    torch.save({"config": config, "steps": {"text": 7, "image": None}}, cell.folder / "run" / "model.json")
+    assert read_facts(cell) == {
+        "training data": "A", "images of each class": "4", "digest of the image list": "abc", "seed": "9",
+        "optimizer steps, text": "7",
+    }  # fmt: skip
+
+
+def test_arguments_that_differ(plan: Plan) -> None:
+    header, rows = argument_differences(read_results(plan))
+    assert header == ["Argument", "untrained", "plain", "better", "tested"]
+    found = {row[0]: row[1:] for row in rows}
+    assert found["gain"] == ["–", "0.0", "1.0", "–"]
+    assert found["starts from"] == ["nothing", "nothing", "plain", "better"]
+    assert found["test: bonus"] == ["–", "–", "–", "1"]
+    assert not {"seed", "save_path", "dataset", "start"} & set(found)
+
+
+def test_losses_go_on_where_the_start_ended(plan: Plan) -> None:
+    results = read_results(plan)
+    panels = loss_panels(results, results.settings[0])
+    assert list(panels) == ["only"]
+    assert {name: (first, losses.shape) for name, (first, losses) in panels["only"].items()} == {
+        "plain": (1, (12, 2)), "better": (3, (12, 2)),
+    }  # fmt: skip
+
+
+def test_a_partial_study_is_reported(tmp_path: Path) -> None:
+    file = write_world(tmp_path, **{"study.seeds": [0, 1, 2]})
+    asked = StudyArguments.of(save_path=tmp_path / "studies", report_only=True)
+    assert run_study(file, asked) == 1, "nothing is there"
+    page = tmp_path / "studies" / "world" / "study.html"
+    assert "No evaluation is finished." in page.read_text(encoding="utf-8")
+    plan = run(tmp_path, **{"study.seeds": [0, 1]})
+    # A seed of which one arm is done, another that lost its figures, and a class that one arm lacks.
+    step = plan.by_key["", "better", 1, 0].steps[1]
+    step.marker.unlink()
+    write_world(tmp_path, **{"study.seeds": [0, 1, 2]})
+    assert run_study(file, asked) == 1
+    text = (page.with_suffix(".md")).read_text(encoding="utf-8")
+    assert "better: no figures for seed 1: b; seed 2: b" in text
+    results = read_results(make_plan(read_study(file), plan.folder))
+    arms = {arm.name: arm for arm in results.settings[0].arms}
+    assert arms["better"].verdicts["pixel_ap"].seeds == (0,)
+    assert arms["plain"].mean("pixel_ap")[2] == 2
+    assert arms["tested"].verdicts["pixel_ap"].seeds == (0, 1)
+
+
+def test_settings_are_studies_of_their_own(tmp_path: Path) -> None:
+    plan = run(
+        tmp_path,
+        **{
+            "study.settings": {"short": {"arguments": {"epochs": 1}}, "long": {"arguments": {"epochs": 3}}},
+            "study.arguments": {},
+        },
+    )
+    results = write_study_report(plan, ["python"])
+    assert [setting.name for setting in results.settings] == ["short", "long"]
+    means = [
+        next(arm.mean("pixel_ap")[0] for arm in setting.arms if arm.name == "plain") for setting in results.settings
+    ]
+    assert means[0] < means[1]
+    page = (plan.folder / "study.html").read_text(encoding="utf-8")
+    assert "<h2>short</h2>" in page
+    assert "better, long" in page, "in the table of fairness"
+    assert not results.missing
+
+
+def test_a_csv_of_several_models_means_the_last(tmp_path: Path) -> None:
+    lines = ["model,dataset,class,images,anomalous,x", "epoch 1,d,cup,4,2,1.0", "epoch 1,d,average,4,2,1.0",
+             "epoch 2,d,cup,4,2,3.5", "epoch 2,d,nut,4,2,n/a", "epoch 2,d,average,4,2,9.0"]  # fmt: skip
+    (tmp_path / "a.csv").write_text("\n".join(lines), encoding="utf-8")
+    cup, nut = read_figures(tmp_path)
+    assert (cup.class_name, cup.values, cup.counts) == ("cup", {"x": 3.5}, ("4", "2"))
+    assert math.isnan(nut.values["x"])
+    (tmp_path / "a.csv").write_text("image,score\n", encoding="utf-8")
+    assert read_figures(tmp_path) == []
+
+
+def test_literature_that_is_not_there(tmp_path: Path) -> None:
+    file = write_world(tmp_path, **{"study.literature": "no/such.csv"})
+    with pytest.raises(UserError, match=r"no/such\.csv"):
+        run_study(file, StudyArguments.of(save_path=tmp_path / "studies", report_only=True))
+
+
+def test_names_and_colours() -> None:
+    assert [readable(name) for name in ("pixel_auroc", "aupro", "image_f1_max", "some_thing")] == [
+        "Pixel AUROC", "AUPRO", "Image F1-max", "Some thing",
+    ]  # fmt: skip
+    assert heat(math.nan, 1.0) == heat(1.0, 0.0) == "transparent"
+    assert heat(-0.5, 1.0) == "rgba(218, 54, 51, 0.30)"
+
+
+def test_the_shipped_literature_is_of_the_published_pairs() -> None:
+    root = Path(__file__).resolve().parent.parent
+    study = read_study(root / "studies" / "published.toml")
+    rows = list(csv.DictReader((root / study.literature).read_text(encoding="utf-8").splitlines()))
+    pairs = {(pair.train, test) for pair in study.pairs for test in pair.test}
+    assert rows
+    assert {(row["train"], row["test"]) for row in rows} <= pairs
+    assert set(study.metrics) <= set(rows[0]) | {"pixel_f1_max", "image_ap", "image_f1_max"}
+    assert all(row["method"] and row["source"] for row in rows)
