@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from utils.script import run_script
+
 from engine.arguments import make_parser
 from engine.study.arguments import StudyArguments
 from engine.study.run import run_study
-from utils.cli import Parser, path, run_script
+from utils.cli import Parser, path
 from utils.logging import set_up_logging
 
 

@@ -59,7 +59,7 @@ METHOD = "docs/method.md"
 # Flags of other programs, and of run.py, that pages speak of.
 FOREIGN_FLAGS = {"--logdir", "--num_processes", "--torch-index"}
 # Files that runs write, which pages name like files of the repository.
-WRITTEN = {"comparison.md"}
+WRITTEN = {"comparison.md", "study.md"}
 
 
 @cache
@@ -206,6 +206,9 @@ def results() -> dict[str, dict[str, dict[str, float]]]:
     for file in sorted((ROOT / "docs" / "results").glob("*.csv")):
         with file.open(encoding="utf-8", newline="") as lines:
             for row in csv.DictReader(lines):
+                # What the literature reports has neither arms nor seeds.
+                if "arm" not in row:
+                    continue
                 arm, seed = row.pop("arm"), row.pop("seed")
                 assert seed not in found[arm], f"{file}: {arm}, seed {seed} stands twice"
                 found[arm][seed] = {metric: float(value) for metric, value in row.items() if value}

@@ -144,7 +144,7 @@ def test_fairness_is_looked_at_by_machine(plan: Plan) -> None:
     assert rows["better"]["evaluation"] == "same"
     assert rows["tested"]["evaluation"] == "other arguments: --bonus 1"
     assert rows["untrained"]["training data"] == "not trained"
-    assert "better differs in optimizer steps, only: 12 against 6" in fairness.unfair
+    assert fairness.unfair == ["better differs in optimizer steps, only: 12 against 6"], "the others are only shown"
 
 
 def test_a_checkpoint_is_asked_first(tmp_path: Path) -> None:

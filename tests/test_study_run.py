@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -30,6 +31,10 @@ from utils.errors import Stopped, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("study.csv", "study.md", "study.html")
+needs_submitit = pytest.mark.skipif(
+    os.name == "nt" or importlib.util.find_spec("submitit") is None,
+    reason="submitit needs signals, and to be installed",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -200,13 +205,13 @@ def test_two_keepers_of_one_marker_wait_for_one_another(tmp_path: Path) -> None:
         process.stdin.close()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="a process cannot be sent SIGTERM there")
+@pytest.mark.skipif(os.name == "nt", reason="a process cannot be sent Ctrl-C alone there")
 def test_a_study_that_is_stopped_says_how_to_go_on(tmp_path: Path) -> None:
     write_world(tmp_path, **{"study.arguments": {"epochs": 2, "delay": 30.0}})
 
     def stop() -> None:
         wait_until(lambda: any(tmp_path.rglob("args.json")))
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=stop)
     thread.start()
@@ -270,9 +275,7 @@ def test_cells_see_their_gpus_and_more_than_there_are_is_a_mistake(
         run_study(write_world(tmp_path, **{"arms.better.gpus": 3, "study.seeds": [7]}), arguments(tmp_path))
 
 
-pytest.importorskip("submitit")
-
-
+@needs_submitit
 def test_submitit_runs_the_same_cells_here(finished: Path, tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     run_study(finished / "world.toml", arguments(finished, report_only=True))
     assert run_study(write_world(tmp_path), arguments(tmp_path, jobs=3, slurm="")) == 0
@@ -315,6 +318,7 @@ def epochs(folder: Path) -> list[int]:
     return [json.loads(row)["epoch"] for row in history.read_text(encoding="utf-8").splitlines()]
 
 
+@needs_submitit
 def test_a_job_whose_time_is_over_goes_on(tmp_path: Path) -> None:
     """As Slurm says it: by a signal, upon which submitit queues the job again."""
     file = one_cell(tmp_path, 1.5)
@@ -328,6 +332,7 @@ def test_a_job_whose_time_is_over_goes_on(tmp_path: Path) -> None:
     assert "timed-out" in next(tmp_path.rglob(f"{job}_0_log.err")).read_text(encoding="utf-8")
 
 
+@needs_submitit
 def test_a_job_that_is_killed_is_named_and_goes_on_with_the_same_command(
     tmp_path: Path, said: pytest.LogCaptureFixture
 ) -> None:
@@ -340,7 +345,7 @@ def test_a_job_that_is_killed_is_named_and_goes_on_with_the_same_command(
     assert epochs(tmp_path) == [1, 2]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="the stand-in is a shell's script")
+@needs_submitit
 def test_slurm_gets_an_array_for_each_level(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
 ) -> None:

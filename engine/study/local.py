@@ -146,13 +146,6 @@ def run_locally(plan: Plan, jobs: int, run: Callable[..., Outcome] = run_cell) -
     outcomes: list[Outcome] = []
     progress, running, devices = Progress(plan.cells, jobs), Running(), Devices(gpus, jobs)
     at_work: dict[Future[Outcome], tuple[Cell, list[str]]] = {}
-
-    def stop(number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    # Elsewhere than in the main thread, such as in a test, signals are not ours.
-    ours = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, stop) if ours else None
     begun = time.monotonic()
     try:
         with ThreadPoolExecutor(jobs) as pool:
@@ -176,11 +169,10 @@ def run_locally(plan: Plan, jobs: int, run: Callable[..., Outcome] = run_cell) -
                 running.stop()
                 raise
     except KeyboardInterrupt as error:
-        raise Stopped("stopped: the same command goes on where this one ends", signal.SIGINT) from error
+        number = getattr(error, "signal_number", signal.SIGINT)
+        raise Stopped("stopped: the same command goes on where this one ends", number) from error
     finally:
         progress.close()
-        if ours:
-            signal.signal(signal.SIGTERM, before)
     logger.info("%d cells in %s", len(outcomes), duration(time.monotonic() - begun))
     return outcomes
 

@@ -170,20 +170,22 @@ def cells_of(plan: Plan, setting: str, arm: str) -> dict[tuple[int, int], Cell]:
 class Fairness:
     """How arms differ from the arm to compare with in what a comparison must be fair in.
 
-    facts: the columns; rows: an arm (and setting) and a cell for each fact, "same" or what differs.
+    facts: the columns; rows: an arm (and setting) and a cell for each fact, "same" or what differs; compared: the arms
+    that are not only shown.
     """
 
     facts: list[str]
     rows: list[tuple[str, list[str]]]
+    compared: frozenset[str]
 
     @property
     def unfair(self) -> list[str]:
-        """The differences in sentences."""
+        """The differences of the arms that are compared, in sentences."""
         return [
             f"{arm} differs in {fact}: {found}"
             for arm, row in self.rows
             for fact, found in zip(self.facts, row, strict=True)
-            if found not in (SAME, UNKNOWN)
+            if found not in (SAME, UNKNOWN) and arm in self.compared
         ]
 
 
@@ -202,6 +204,7 @@ def check_fairness(results: Results) -> Fairness:
         return read[key]
 
     found: dict[str, dict[str, set[str]]] = {}
+    compared: set[str] = set()
     for setting in results.settings:
         shown = [arm.name for arm in setting.arms]
         if study.compare_with not in shown:
@@ -211,7 +214,10 @@ def check_fairness(results: Results) -> Fairness:
         for arm in setting.arms:
             if arm.name == study.compare_with:
                 continue
-            row = found.setdefault(", ".join(filter(None, [arm.name, setting.name])), {})
+            label = ", ".join(filter(None, [arm.name, setting.name]))
+            row = found.setdefault(label, {})
+            if arm.verdicts:
+                compared.add(label)
             for key, cell in cells_of(plan, setting.name, arm.name).items():
                 base = base_cells[key]
                 if not (cell.done and base.done):
@@ -227,7 +233,7 @@ def check_fairness(results: Results) -> Fairness:
             row.setdefault("classes with figures", set()).add(_same_columns(arm.table, base_table))
     facts = list(dict.fromkeys(fact for row in found.values() for fact in row))
     rows = [(arm, [_in_words(row.get(fact, {UNKNOWN})) for fact in facts]) for arm, row in found.items()]
-    return Fairness(facts, rows)
+    return Fairness(facts, rows, frozenset(compared))
 
 
 def _evaluation(cell: Cell, base: Cell) -> str:

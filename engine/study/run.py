@@ -8,7 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from dataset.catalog import locate_dataset
+from dataset.locate import locate_dataset
 from dataset.toy_world import TOY_DATASETS
 from engine.study.arguments import StudyArguments
 from engine.study.local import duration, kind_of, run_locally
