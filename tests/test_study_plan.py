@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import shlex
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -185,3 +187,9 @@ def test_the_arguments_of_the_script() -> None:
     )
     assert (asked.study, asked.seeds, asked.jobs, asked.slurm) == (Path("studies/smoke.toml"), [3, 4], 2, "")
     assert build_parser().parse_args(["s.toml", "--slurm", "gpu"]).slurm == "gpu"
+
+
+def test_planning_needs_no_torch() -> None:
+    """A study of many commands is listed at once, and a job of it begins at once."""
+    code = "import sys, run_study, engine.study.slurm; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0

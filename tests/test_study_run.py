@@ -390,3 +390,10 @@ def test_slurm_needs_submitit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(slurm.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"requirements-study\.txt"):
         run_study(write_world(tmp_path), arguments(tmp_path, slurm=""))
+
+
+@needs_submitit
+@pytest.mark.parametrize("asked", [{"memory": 3}, {"timeout_min": "long"}, {"slurm_nonsense": 1}])
+def test_words_that_submitit_does_not_know_are_a_mistake(tmp_path: Path, asked: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=r"\[study\.slurm\]: "):
+        run_study(write_world(tmp_path, **{"study.slurm": asked}), arguments(tmp_path, slurm=""))

@@ -1,4 +1,4 @@
-"""Tables for a terminal."""
+"""Tables for a terminal, and in Markdown."""
 
 from __future__ import annotations
 
@@ -13,3 +13,9 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for pairs in (enumerate(zip(row, widths, strict=True)) for row in (header, *rows))
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose first column stands to the left, the others to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -14,7 +14,7 @@ from model.checkpoint import Checkpoint
 from model.config import CrossAttentionConfig
 from utils.curves import Panel, loop_curves
 from utils.files import write_text
-from utils.tables import format_table
+from utils.tables import format_table, markdown_table
 
 logger = logging.getLogger(__name__)
 
@@ -242,12 +242,6 @@ def markdown(
     if facts:
         parts += ["## Training", markdown_table(["", *TRAINING_FACTS], facts)]
     return "\n\n".join(parts) + "\n"
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose first column stands to the left, the others to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def trained_in_words(row: Row) -> list[str]:

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from engine.report.comparison import markdown_table
 from engine.report.templates import render_page
 from engine.study.charts import forest_charts, heat, loss_chart
 from engine.study.plan import Plan, shown
@@ -34,6 +33,7 @@ from engine.study.results import (
 from engine.study.statistics import LEVEL, Verdict
 from utils.files import write_text
 from utils.svg_charts import Chart
+from utils.tables import markdown_table
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from engine.study.cell import Outcome, Running, run_cell
 from engine.study.local import run_locally
 from engine.study.plan import ROOT, Cell, Plan, Step, shown
 from utils.errors import UserError
+from utils.logging import set_up_logging
 
 if TYPE_CHECKING:
     import submitit
@@ -31,7 +32,11 @@ class Job:
     """A cell as a job. submitit requeues it when its time is over or it is preempted, as its `checkpoint` says."""
 
     def __call__(self, cell: Cell, environment: Mapping[str, str]) -> Outcome:
-        return run_cell(cell, environment, Running())
+        set_up_logging()
+        outcome = run_cell(cell, environment, Running())
+        for problem in outcome.problems:
+            logger.error("%s: %s", cell, problem)
+        return outcome
 
     def checkpoint(self, *arguments: Any) -> submitit.helpers.DelayedSubmission:
         """The same again: what is done is not done again, and a training goes on by its own restart."""
@@ -71,6 +76,14 @@ def parameters(plan: Plan) -> dict[str, Any]:
     return {"name": plan.study.name, "timeout_min": TIMEOUT_MIN, **plan.study.slurm}
 
 
+def ask_for(executor: submitit.AutoExecutor, given: Mapping[str, Any]) -> None:
+    """Say what the next jobs need; `UserError` for words of the study file that submitit does not know."""
+    try:
+        executor.update_parameters(**given)
+    except (NameError, AssertionError) as error:
+        raise UserError(f"[study.slurm]: {' '.join(str(error).split())}") from error
+
+
 def submit(
     plan: Plan, executor: submitit.AutoExecutor, partition: str, jobs: int | None, report: Callable[[], None]
 ) -> None:
@@ -89,13 +102,13 @@ def submit(
         for level in sorted(levels):
             submitted = []
             for gpus, cells in levels[level].items():
-                executor.update_parameters(**{"gpus_per_node": gpus, **common, **after, **limit})
+                ask_for(executor, {"gpus_per_node": gpus, **common, **after, **limit})
                 with executor.batch():
                     sent = [executor.submit(Job(), cell, {}) for cell in cells]
                 submitted.append(sent[0].job_id.partition("_")[0])
                 logger.info("Level %d: %d cells in job %s", level, len(cells), submitted[-1])
             after = {"slurm_dependency": f"afterany:{':'.join(submitted)}"}
-        executor.update_parameters(**{**common, **after, "gpus_per_node": 0})
+        ask_for(executor, {**common, **after, "gpus_per_node": 0})
         last = executor.submit(report)
     logger.info("Job %s writes the report after them; logs are in %s", last.job_id, shown(plan.folder / "slurm"))
 
@@ -107,7 +120,7 @@ class LocalJobs:
         self.executor = executor
         self._submitting = threading.Lock()
         # GPUs are handed out here, not by the executor.
-        executor.update_parameters(**{**given, "gpus_per_node": 0})
+        ask_for(executor, {**given, "gpus_per_node": 0})
 
     def __call__(
         self, cell: Cell, environment: Mapping[str, str], running: Running, finished: Callable[[Step], None]
@@ -117,9 +130,11 @@ class LocalJobs:
         open_steps = [step for step in cell.steps if not step.done]
         with self._submitting, importable():
             job = self.executor.submit(Job(), cell, environment)
+        cancelled = False
         while not job.done():
-            if running.stopping:
+            if running.stopping and not cancelled:
                 job.cancel()
+                cancelled = True
             time.sleep(0.1)
         for step in open_steps:
             if step.done:
