@@ -197,6 +197,10 @@ def test_a_partial_study_is_reported(tmp_path: Path) -> None:
     assert arms["better"].verdicts["pixel_ap"].seeds == (0,)
     assert arms["plain"].mean("pixel_ap")[2] == 2
     assert arms["tested"].verdicts["pixel_ap"].seeds == (0, 1)
+    # A dataset that nobody was tested on yet keeps nothing from being said of the others.
+    more = write_world(tmp_path, **{"study.pairs": [{"train": "a", "test": ["b", "c"]}]})
+    arms = {arm.name: arm for arm in read_results(make_plan(read_study(more), plan.folder)).settings[0].arms}
+    assert arms["plain"].mean("pixel_ap")[2] == 2
 
 
 def test_settings_are_studies_of_their_own(tmp_path: Path) -> None:

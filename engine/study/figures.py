@@ -63,14 +63,13 @@ def _number(text: str) -> float:
 class Table:
     """All figures of an arm in a setting: an array by seed, column and metric, NaN where there is none.
 
-    columns: (training dataset, test dataset, class); complete: by seed, whether all its evaluations are there.
+    columns: (training dataset, test dataset, class), of the datasets that any arm was tested on so far.
     """
 
     seeds: tuple[int, ...]
     columns: tuple[tuple[str, str, str], ...]
     metrics: tuple[str, ...]
     values: np.ndarray
-    complete: np.ndarray
 
 
 Evaluations = dict[tuple[str, str, int, int, str], list[ClassFigures]]
@@ -109,16 +108,14 @@ def arm_table(plan: Plan, evaluations: Evaluations, setting: str, arm: str, metr
     ordered = sorted(columns, key=lambda column: order.index(column[:2]))
     place = {column: index for index, column in enumerate(ordered)}
     values = np.full((len(study.seeds), len(ordered), len(metrics)), np.nan)
-    complete = np.ones(len(study.seeds), dtype=bool)
     for row, seed in enumerate(study.seeds):
         for number, pair in enumerate(study.pairs):
             for test in pair.test:
                 figures = evaluations.get((setting, arm, seed, number, test), [])
-                complete[row] &= bool(figures)
                 for of_class in figures:
                     column = place[train_name(plan, number), test, of_class.class_name]
                     values[row, column] = [of_class.values.get(name, math.nan) for name in metrics]
-    return Table(study.seeds, tuple(ordered), tuple(metrics), values, complete)
+    return Table(study.seeds, tuple(ordered), tuple(metrics), values)
 
 
 def train_name(plan: Plan, number: int) -> str:

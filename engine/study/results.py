@@ -42,8 +42,8 @@ class ArmResult:
     summary: str
 
     def mean(self, metric: str) -> tuple[float, float, int]:
-        """Mean and standard deviation over the complete seeds, and how many these are."""
-        values = self.means[self.table.complete, self.table.metrics.index(metric)]
+        """Mean and standard deviation over the seeds that have all datasets of the setting, and how many these are."""
+        values = self.means[:, self.table.metrics.index(metric)]
         values = values[~np.isnan(values)]
         spread = float(values.std(ddof=1)) if len(values) > 1 else math.nan
         return (float(values.mean()) if len(values) else math.nan), spread, len(values)
@@ -114,7 +114,7 @@ def _contrast(table: Table, against: Table, metric: str) -> Contrast:
     index = table.metrics.index(metric)
     differences = table.values[..., index] - against.values[..., index]
     groups = Groups.of(table.columns)
-    both = table.complete & against.complete & ~np.isnan(groups.mean(differences))
+    both = ~np.isnan(groups.mean(differences))
     seeds = tuple(seed for seed, kept in zip(table.seeds, both, strict=True) if kept)
     return Contrast(metric, seeds, differences[both], groups)
 
