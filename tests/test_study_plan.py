@@ -185,7 +185,7 @@ def test_the_arguments_of_the_script() -> None:
     asked = build_parser().parse_args(
         ["studies/smoke.toml", "--seeds", "3", "4", "--jobs", "2", "--slurm", "--report_only"]
     )
-    assert (asked.study, asked.seeds, asked.jobs, asked.slurm) == (Path("studies/smoke.toml"), [3, 4], 2, "")
+    assert (asked.study, asked.seeds, asked.jobs, asked.slurm) == (Path("studies/smoke.toml"), [3, 4], 2, "default")
     assert build_parser().parse_args(["s.toml", "--slurm", "gpu"]).slurm == "gpu"
 
 

@@ -278,7 +278,7 @@ def test_cells_see_their_gpus_and_more_than_there_are_is_a_mistake(
 @needs_submitit
 def test_submitit_runs_the_same_cells_here(finished: Path, tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     run_study(finished / "world.toml", arguments(finished, report_only=True))
-    assert run_study(write_world(tmp_path), arguments(tmp_path, jobs=3, slurm="")) == 0
+    assert run_study(write_world(tmp_path), arguments(tmp_path, jobs=3, slurm="default")) == 0
     assert "There is no Slurm on this machine" in said.text
     assert figures(tmp_path) == figures(finished)
     with pytest.raises(UserError, match="no Slurm on this machine"):
@@ -323,7 +323,7 @@ def test_a_job_whose_time_is_over_goes_on(tmp_path: Path) -> None:
     """As Slurm says it: by a signal, upon which submitit queues the job again."""
     file = one_cell(tmp_path, 1.5)
     thread = signal_jobs(signal.SIGUSR2, tmp_path)
-    assert run_study(file, arguments(tmp_path, slurm="")) == 0
+    assert run_study(file, arguments(tmp_path, slurm="default")) == 0
     thread.join()
     (log,) = tmp_path.rglob("train.log")
     assert log.read_text(encoding="utf-8").count("training with") == 2
@@ -338,10 +338,10 @@ def test_a_job_that_is_killed_is_named_and_goes_on_with_the_same_command(
 ) -> None:
     file = one_cell(tmp_path, 1.5)
     thread = signal_jobs(signal.SIGKILL, tmp_path)
-    assert run_study(file, arguments(tmp_path, slurm="")) == 1
+    assert run_study(file, arguments(tmp_path, slurm="default")) == 1
     thread.join()
     assert "ended without a result; the same command goes on" in said.text
-    assert run_study(file, arguments(tmp_path, slurm="")) == 0
+    assert run_study(file, arguments(tmp_path, slurm="default")) == 0
     assert epochs(tmp_path) == [1, 2]
 
 
@@ -389,11 +389,11 @@ def test_slurm_gets_an_array_for_each_level(
 def test_slurm_needs_submitit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"requirements-study\.txt"):
-        run_study(write_world(tmp_path), arguments(tmp_path, slurm=""))
+        run_study(write_world(tmp_path), arguments(tmp_path, slurm="default"))
 
 
 @needs_submitit
 @pytest.mark.parametrize("asked", [{"memory": 3}, {"timeout_min": "long"}, {"slurm_nonsense": 1}])
 def test_words_that_submitit_does_not_know_are_a_mistake(tmp_path: Path, asked: dict[str, object]) -> None:
     with pytest.raises(UserError, match=r"\[study\.slurm\]: "):
-        run_study(write_world(tmp_path, **{"study.slurm": asked}), arguments(tmp_path, slurm=""))
+        run_study(write_world(tmp_path, **{"study.slurm": asked}), arguments(tmp_path, slurm="default"))

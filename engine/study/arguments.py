@@ -8,6 +8,9 @@ from pathlib import Path
 from engine.arguments import Arguments
 from utils.fields import setting
 
+# What --slurm means without a name.
+DEFAULT_PARTITION = "default"
+
 
 @dataclass(frozen=True)
 class StudyArguments(Arguments):
@@ -24,6 +27,6 @@ class StudyArguments(Arguments):
     )  # fmt: skip
     slurm: str | None = setting(
         None, "submit to Slurm through submitit, to this partition or the default one; where there is no Slurm, "
-        "submitit runs the jobs on this machine", "machine", alone="", unset="run here",
+        "submitit runs the jobs on this machine", "machine", alone=DEFAULT_PARTITION, unset="run here",
     )  # fmt: skip
     save_path: Path = setting(Path("runs/studies"), "folder of all studies, in which each has its own", "output")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dataset.locate import locate_dataset
 from dataset.toy_world import TOY_DATASETS
-from engine.study.arguments import StudyArguments
+from engine.study.arguments import DEFAULT_PARTITION, StudyArguments
 from engine.study.local import duration, kind_of, run_locally
 from engine.study.plan import Plan, make_plan, shown
 from engine.study.report import write_study_report
@@ -38,8 +38,10 @@ def run_study(file: Path, arguments: StudyArguments) -> int:
         logger.info("%s: %d of %d cells to run, in %s", study.name, len(left), len(plan.cells), shown(plan.folder))
         if left and arguments.slurm is None:
             run_locally(plan, arguments.jobs or 1)
-        elif left and not run_through_submitit(plan, arguments.slurm, arguments.jobs, report):
-            return 0
+        elif left:
+            partition = "" if arguments.slurm == DEFAULT_PARTITION else arguments.slurm
+            if not run_through_submitit(plan, partition, arguments.jobs, report):
+                return 0
     return say(report())
 
 
