@@ -214,10 +214,13 @@ def test_a_study_that_is_stopped_says_how_to_go_on(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=stop)
+    # Ignored where a shell has put the tests into the background.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     thread.start()
     with pytest.raises(Stopped, match="the same command goes on"):
         run_study(tmp_path / "world.toml", arguments(tmp_path, jobs=2))
     thread.join()
+    signal.signal(signal.SIGINT, before)
     assert not list((tmp_path / "studies").rglob("train.done"))
 
 
