@@ -104,7 +104,7 @@ def test_what_is_made_is_noticed(world: Path) -> None:
 
 
 @given(damaged=damaged_files(), reader=st.sampled_from([(TEST, "checkpoint"), (DRAW, "base_path"), "base", "cross"]))
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 def test_a_damaged_file_is_used_or_refused(world: Path, damaged: Damaged, reader: tuple[str, str] | str) -> None:
     """At the scripts: what `tests/test_damaged_files.py` asks of the functions behind them."""
     file = CASE / "image_adapter.pth"

@@ -702,6 +702,7 @@ def test_the_files_of_a_run(finished: Finished) -> None:
     assert {path.name for path in finished.folder.iterdir()} == {
         *(f"loop_{loop}_{kind}.pth" for loop in (1, 2, 3) for kind in ("text_adapter", "image_adapter", "final")),
         "final_model.pth", "training_state.pth", "training_curves.png", "train.log", "history.jsonl", "args.json",
+        "warnings.jsonl",
     }  # fmt: skip
     one, two = (
         torch.load(finished.folder / name, weights_only=True) for name in ("loop_3_final.pth", "final_model.pth")
