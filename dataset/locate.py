@@ -81,7 +81,11 @@ def _layout_in(spec: DatasetSpec, folder: Path) -> tuple[str, list[str]]:
 def _find(spec: DatasetSpec, data_root: Path) -> Path | None:
     """The folder with most of the dataset's classes; else the first of the dataset's name, so that an error tells of
     it; else None."""
-    named = [folder for name in (spec.folder, *spec.folders) for folder in find_folders(data_root, name)]
+    named = [
+        folder
+        for name in dict.fromkeys((spec.folder, *spec.folders, spec.name))
+        for folder in find_folders(data_root, name)
+    ]
     if spec.is_own_name(data_root.resolve().name):
         named.append(data_root)
     fullest, most = _fullest(spec, chain(named, _below(named)))
