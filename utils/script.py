@@ -86,10 +86,7 @@ def _explain(error: Exception, less_memory: str) -> tuple[str | None, int]:
         from utils.files import DISK_ERRORS, reason
 
         if error.filename is not None or error.errno in DISK_ERRORS:
-            return (
-                f"{_shown(error.filename) if error.filename else 'a file or the output'}: {reason(error)}",
-                USER_ERROR,
-            )
+            return f"{_shown(error.filename)}: {reason(error)}", USER_ERROR
     # Where torch was never imported, none of its errors can have come.
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
@@ -104,9 +101,9 @@ def _thread_ended(args: threading.ExceptHookArgs) -> None:
 
 
 def _shown(filename: Any) -> str:
-    """An error's file; None: written to without the error saying where, such as standard output."""
-    if filename is None:
-        return "a file or the output cannot be written"
+    """An error's file; none where the error does not say, as for standard output."""
+    if not filename:
+        return "a file or the output"
     return os.fsdecode(filename) if isinstance(filename, (str, bytes, os.PathLike)) else str(filename)
 
 

@@ -51,10 +51,11 @@ def prepare(config: RunConfig, script: str, start: Start | None = None, text_ada
     start: None for the base; otherwise the model has cross-attention. text_adapted: whether the text side is trained,
     now or before. Raises `UserError` for whatever the arguments ask for in vain.
     """
+    start = start or Start()
     accelerator = make_accelerator(config.device, config.precision, config.accumulate, config.tracker, config.save_path)
     with accelerator.main_process_first():  # it writes the metadata, and draws the toy datasets, on first use
         data = load_task_of_run(
-            arguments_in(config.save_path) or (start or Start()).arguments,
+            arguments_in(config.save_path) or start.arguments,
             config.dataset,
             config.data_root,
             config.metadata,
@@ -71,7 +72,6 @@ def prepare(config: RunConfig, script: str, start: Start | None = None, text_ada
         load_start(model, start)
     else:
         model = AdaptedCLIP(clip, chosen)
-    start = start or Start()
     described = describe_run(config, script, accelerator, data, model)
     check_config(described, "what this run's checkpoints would hold")
     signature = {
