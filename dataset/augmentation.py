@@ -5,12 +5,31 @@ Everything happens on PIL images: 8 bits, one thread, the same bits whatever the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
+
+from utils.fields import setting
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """How images are moved (docs/method.md, "Training"); masks always by the nearest pixel, uncovering normal ones."""
+
+    augment_fill: str = setting(
+        "mean", "what moving an image uncovers: the mean colour of CLIP's normalisation, or black", "training",
+        choices=("mean", "black"), before="black",
+    )  # fmt: skip
+    augment_resampling: str = setting(
+        "bilinear", "how a moved image's pixels are found", "training", choices=("bilinear", "nearest")
+    )
+
+
+AS_USUAL = AugmentationConfig()
 
 
 @dataclass(frozen=True)
@@ -38,11 +57,17 @@ def draw_augmentation(seed: int) -> Augmentation:
 
 
 def augment_pair(
-    image: Image.Image, mask: Image.Image, parameters: Augmentation, colours: bool
+    image: Image.Image,
+    mask: Image.Image,
+    parameters: Augmentation,
+    colours: bool,
+    fill: Sequence[int] = (0, 0, 0),
+    resampling: str = "bilinear",
 ) -> tuple[Image.Image, Image.Image, bool]:
     """Image and mask moved together, with other colours where asked for; and whether the anomaly left the image.
 
-    What comes into the image is 0 in both: black, and normal. A mask that was empty from the start has nothing to lose.
+    What comes into the image has the colour `fill` (8-bit RGB) and is normal. A mask that was empty from the start has
+    nothing to lose.
     """
     if colours:
         image = _jitter(image, parameters)
@@ -53,7 +78,7 @@ def augment_pair(
         and moved.getbbox() is None
         and _move(mask, parameters, InterpolationMode.BILINEAR).getbbox() is None
     )
-    return _move(image, parameters, InterpolationMode.BILINEAR), moved, gone
+    return _move(image, parameters, InterpolationMode(resampling), fill), moved, gone
 
 
 def _jitter(image: Image.Image, parameters: Augmentation) -> Image.Image:
@@ -62,11 +87,15 @@ def _jitter(image: Image.Image, parameters: Augmentation) -> Image.Image:
     return F.adjust_saturation(image, parameters.saturation)
 
 
-def _move(image: Image.Image, parameters: Augmentation, interpolation: InterpolationMode) -> Image.Image:
+def _move(
+    image: Image.Image, parameters: Augmentation, interpolation: InterpolationMode, fill: Sequence[int] | None = None
+) -> Image.Image:
     """Turn, shift and flip; turn and shift are one resampling."""
     if parameters.angle or any(parameters.shift):
         shift = [fraction * side for fraction, side in zip(parameters.shift, image.size, strict=True)]
-        image = F.affine(image, parameters.angle, shift, scale=1.0, shear=[0.0, 0.0], interpolation=interpolation)
+        image = F.affine(
+            image, parameters.angle, shift, scale=1.0, shear=[0.0, 0.0], interpolation=interpolation, fill=fill
+        )
     if parameters.flip_horizontal:
         image = F.horizontal_flip(image)
     return F.vertical_flip(image) if parameters.flip_vertical else image

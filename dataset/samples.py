@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms.v2 import functional as F
 
-from dataset.augmentation import augment_pair, draw_augmentation
+from dataset.augmentation import AS_USUAL, AugmentationConfig, augment_pair, draw_augmentation
 from dataset.images import read_pair
 from dataset.records import Record
 from utils.seeding import derive_seed
@@ -55,9 +55,8 @@ class AnomalyDataset(Dataset):
 
     `augment`: "geometric" turns, shifts and flips image and mask together, "full" also changes brightness,
     contrast and saturation. The parameters come from `SampleKey.seed` alone; a plain index is for `augment="none"`,
-    with anything else it raises ValueError. What augmentation uncovers is black in the image (as in the published code)
-    and normal in the mask. An anomaly that was moved out of the image entirely leaves a normal image, label 0; an
-    anomalous image whose mask is empty from the start keeps its label.
+    with anything else it raises ValueError; `choices` says how. An anomaly that was moved out of the image entirely
+    leaves a normal image, label 0; an anomalous image whose mask is empty from the start keeps its label.
 
     Raises UserError for a file that cannot be read and for a mask of another size than its image.
     """
@@ -70,6 +69,7 @@ class AnomalyDataset(Dataset):
         mean: Sequence[float],
         std: Sequence[float],
         augment: str = "none",
+        choices: AugmentationConfig = AS_USUAL,
     ) -> None:
         if augment not in AUGMENTATIONS:
             raise ValueError(f"augment must be one of {', '.join(AUGMENTATIONS)}, not {augment!r}")
@@ -77,6 +77,8 @@ class AnomalyDataset(Dataset):
         self.records = list(records)
         self.img_size = img_size
         self.augment = augment
+        self.choices = choices
+        self.fill = [round(255 * value) for value in mean] if choices.augment_fill == "mean" else [0, 0, 0]
         self.mean, self.std = _per_channel(mean), _per_channel(std)
 
     def __len__(self) -> int:
@@ -93,7 +95,9 @@ class AnomalyDataset(Dataset):
         if self.augment != "none":
             if not isinstance(key, SampleKey):
                 raise ValueError("augmentation needs a SampleKey: give the loader a SeededSampler")
-            image, mask, gone = augment_pair(image, mask, draw_augmentation(key.seed), self.augment == "full")
+            parameters, colours = draw_augmentation(key.seed), self.augment == "full"
+            resampling = self.choices.augment_resampling
+            image, mask, gone = augment_pair(image, mask, parameters, colours, self.fill, resampling)
             label = 0 if gone else label
         return {
             "image": _normalised(image, self.mean, self.std),

@@ -36,6 +36,12 @@ class Arguments:
         given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         return cls(**{**values, **given})
 
+    @classmethod
+    def of_before(cls) -> dict[str, Any]:
+        """What arguments with another default now were, as plain values, in runs that began before there were any."""
+        told = ((item.name, item.metadata.get("before", MISSING)) for item in fields(cls))
+        return {name: plain(value) for name, value in told if value is not MISSING}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `args.json` holds them."""
         return {item.name: plain(getattr(self, item.name)) for item in fields(self)}

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
+from dataset.augmentation import AS_USUAL, AugmentationConfig
 from dataset.class_names import class_display_names
 from dataset.few_shot import few_shot, split_shot
 from dataset.images import drop_bad_images, find_bad_images
@@ -87,18 +88,27 @@ def choose_training_images(data: TaskData, training_mode: str, shot: int, seed: 
     return replace(data, records=records)
 
 
-def make_dataset(data: TaskData, clip: FrozenCLIP, augment: str) -> AnomalyDataset:
+def make_dataset(
+    data: TaskData, clip: FrozenCLIP, augment: str = "none", choices: AugmentationConfig = AS_USUAL
+) -> AnomalyDataset:
     """Samples at the CLIP model's size and normalisation, in class order."""
     order = {name: row for row, name in enumerate(data.classes)}
     records = sorted(data.records, key=lambda record: order[record.class_name])
-    return AnomalyDataset(data.located.root, records, clip.img_size, clip.mean, clip.std, augment)
+    return AnomalyDataset(data.located.root, records, clip.img_size, clip.mean, clip.std, augment, choices)
 
 
 def training_loader(
-    data: TaskData, clip: FrozenCLIP, augment: str, batch_size: int, stage: int, seed: int, num_workers: int
+    data: TaskData,
+    clip: FrozenCLIP,
+    augment: str,
+    batch_size: int,
+    stage: int,
+    seed: int,
+    num_workers: int,
+    choices: AugmentationConfig = AS_USUAL,
 ) -> tuple[DataLoader, SeededSampler]:
     """Augmented batches in an order and with augmentations that follow from (seed, stage, loop, epoch, index) alone."""
-    samples = make_dataset(data, clip, augment)
+    samples = make_dataset(data, clip, augment, choices)
     sampler = SeededSampler(len(samples), seed, stage)
     loader = DataLoader(
         samples,

@@ -13,6 +13,7 @@ from engine import load_model
 from engine.run_folder import STATE_FILE, find_latest
 from tests.data.present_version import make
 from tests.helpers import assert_agrees
+from utils.errors import UserError
 
 
 @pytest.fixture
@@ -38,7 +39,9 @@ def test_checkpoints_predict_what_they_predicted(kept: Path) -> None:
 def test_half_way_runs_go_on_to_their_end(name: str, kept: Path) -> None:
     before = torch.load(Path(name, STATE_FILE), weights_only=True)
     assert before["done"] != before["planned"]
-    make.run_script(make.RUNS[name])
+    with pytest.raises(UserError, match="augment_fill was black, now mean"):
+        make.run_script(make.RUNS[name])
+    make.run_script(f"{make.RUNS[name]} --augment_fill black")
     after = torch.load(Path(name, STATE_FILE), weights_only=True)
     assert after["done"] == after["planned"] == before["planned"]
     assert after["history"][: len(before["history"])] == before["history"]

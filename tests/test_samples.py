@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from dataset.augmentation import Augmentation, draw_augmentation
+from dataset.augmentation import AS_USUAL, Augmentation, AugmentationConfig, draw_augmentation
 from dataset.images import drop_bad_images, find_bad_images, read_image, read_mask
 from dataset.records import Record
 from dataset.samples import AnomalyDataset, SampleKey, SeededSampler
@@ -366,23 +366,38 @@ def shifted(right, down, **others):
     return Augmentation(shift=(right, down), brightness=1.0, contrast=1.0, saturation=1.0, **settings | others)
 
 
-def one_defect(tmp_path, rows, columns, size=20):
+def one_defect(tmp_path, rows, columns, size=20, choices=AS_USUAL, mean=(0, 0, 0)):
     mask = np.zeros((size, size), np.uint8)
     mask[rows, columns] = 255
     save(tmp_path / "m.png", mask)
     save(tmp_path / "x.png", np.full((size, size, 3), 200, np.uint8))
     records = [Record("x.png", 1, "part", "m.png")]
-    return AnomalyDataset(tmp_path, records, img_size=size, mean=(0, 0, 0), std=(1, 1, 1), augment="geometric")
+    return AnomalyDataset(tmp_path, records, size, mean, (1, 1, 1), "geometric", choices)
 
 
-def test_shift_is_a_fraction_of_the_side_and_uncovers_black(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("fill", "uncovered"), [("mean", (0.0, 0.0, 0.0)), ("black", (-0.4, -0.6, -0.2))])
+def test_shift_is_a_fraction_of_the_side_and_uncovers_one_colour(tmp_path, monkeypatch, fill, uncovered):
     monkeypatch.setattr("dataset.samples.draw_augmentation", lambda seed: shifted(0.1, -0.15))
-    sample = one_defect(tmp_path, slice(10, 12), slice(5, 9))[SampleKey(0, 0)]
+    choices, mean = AugmentationConfig(augment_fill=fill), (0.4, 0.6, 0.2)
+    sample = one_defect(tmp_path, slice(10, 12), slice(5, 9), choices=choices, mean=mean)[SampleKey(0, 0)]
     expected = torch.zeros(20, 20)
     expected[7:9, 7:11] = 1
     assert torch.equal(sample["mask"][0], expected)
-    assert not sample["image"][:, :, :2].any() and not sample["image"][:, -3:].any()
-    assert (sample["image"][:, :-3, 2:] - 200 / 255).abs().max() < 0.01
+    image = sample["image"] - torch.tensor(uncovered)[:, None, None]
+    assert image[:, :, :2].abs().max() < 1e-6 and image[:, -3:].abs().max() < 1e-6
+    assert (sample["image"][:, :-3, 2:] + torch.tensor(mean)[:, None, None] - 200 / 255).abs().max() < 0.01
+
+
+def test_nearest_resampling_makes_no_new_colours(tmp_path, monkeypatch):
+    monkeypatch.setattr("dataset.samples.draw_augmentation", lambda seed: shifted(0.1, 0.0, angle=17.0))
+    found = {}
+    for resampling in ("nearest", "bilinear"):
+        dataset = one_defect(
+            tmp_path, slice(3, 9), slice(3, 9), choices=AugmentationConfig(augment_resampling=resampling)
+        )
+        save(tmp_path / "x.png", np.indices((20, 20)).sum(axis=0).astype(np.uint8)[..., None].repeat(3, 2) % 2 * 200)
+        found[resampling] = len(dataset[SampleKey(0, 0)]["image"].unique())
+    assert found["nearest"] == 2 and found["bilinear"] > 10
 
 
 def test_label_follows_a_defect_out_of_the_picture(tmp_path, monkeypatch):

@@ -20,18 +20,20 @@ def setting(
     kind: Callable[[str], Any] | None = None,
     alone: Any = None,
     under: Mapping[str, Any] | None = None,
+    before: Any = MISSING,
 ) -> Any:
     """A field that can be a script's argument by the same name; its annotation says the type.
 
     default: `MISSING` makes it required. help: a sentence with the unit, group: its heading. between: the range of a
     number. free: a restart may differ in it without being another run. unset: what no value means, for the help.
     several: takes one value or more, a tuple. kind: reads the text where the annotation does not say how. alone: the
-    value where the argument stands without one. under: its default under presets and recipes, by their names.
+    value where the argument stands without one. under: its default under presets and recipes, by their names. before:
+    what it was in runs that do not have it, where that is not the default.
     """
     metadata = {
         "help": help, "group": group, "between": between, "choices": choices, "free": free, "unset": unset,
         "several": several, "kind": kind, "alone": alone,
-        "under": dict(under or {}),
+        "under": dict(under or {}), "before": before,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
 

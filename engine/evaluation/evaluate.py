@@ -127,7 +127,7 @@ def evaluate(
     domain = data.located.spec.domain
     text_sides = {name: detector.text_side(prompts) for name, detector in models.items()}
     results: dict[str, list[ClassResult]] = {name: [] for name in models}
-    samples = make_dataset(data, clip, "none")
+    samples = make_dataset(data, clip)
     loader = evaluation_loader(samples, batch_size, num_workers)
     bar = progress_bar(len(samples), f"evaluating on {data.located.spec.name}")
     for class_name, batches in groupby(loader, key=lambda batch: batch["class_name"][0]):

@@ -39,7 +39,8 @@ def training_command(config: Mapping[str, Any]) -> str:
 
 def given_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that must be given to have what a checkpoint's `config` asked for."""
-    asked, arguments = config["arguments"], script_and_arguments(config)[1]
+    arguments = script_and_arguments(config)[1]
+    asked = {**arguments.of_before(), **config["arguments"]}
     given: dict[str, Any] = {}
     # Presets and recipes first, which decide other arguments, then the optimizer, which decides the weight decay.
     for names in (("preset", "recipe"), ("optimizer",), asked):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from dataset.augmentation import AugmentationConfig
 from engine.arguments import DataArguments, MachineArguments, ModelArguments
 from model.config import CrossAttentionConfig, ModelConfig
 from utils.fields import changed, setting
@@ -55,6 +56,8 @@ class RunConfig(MachineArguments, DataArguments, ModelArguments):
     text_norm_weight: float = setting(
         0.1, "weight of the anchors' overlap in Stage 1's loss", "training", between=(0, 1000), under={"toy": 3.0}
     )
+    augment_fill: str = changed(AugmentationConfig, "augment_fill")
+    augment_resampling: str = changed(AugmentationConfig, "augment_resampling")
     stage1_levels: str = setting(
         "all", "levels that count in Stage 1's loss; last is what earlier code did by mistake", "training",
         choices=("all", "last"),
@@ -81,6 +84,10 @@ class RunConfig(MachineArguments, DataArguments, ModelArguments):
     def frozen(self) -> tuple[str, ...]:
         """Components that are not trained."""
         return ()
+
+    def augmentation(self) -> AugmentationConfig:
+        """How images are moved."""
+        return AugmentationConfig(**{item.name: getattr(self, item.name) for item in fields(AugmentationConfig)})
 
     def signature(self) -> dict[str, Any]:
         """What makes this run this run: a restart with another value is another run."""

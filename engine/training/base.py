@@ -37,7 +37,14 @@ def two_phases(config: BaseConfig, run: TrainingRun, data: TaskData) -> list[Pha
     """Stage 1 and Stage 2 as the phases of a run."""
     model, classes = run.model, data.classes
     prompts = data.prompts(model.clip).to(run.accelerator.device)
-    loader = partial(training_loader, data, model.clip, seed=config.seed, num_workers=config.num_workers)
+    loader = partial(
+        training_loader,
+        data,
+        model.clip,
+        seed=config.seed,
+        num_workers=config.num_workers,
+        choices=config.augmentation(),
+    )
     text_parts = [name for name in model.components if name.startswith("text")]
     image_parts = [name for name in model.components if name.startswith("image")]
     carried = text_parts if model.config.text_adapted else []

@@ -79,7 +79,14 @@ def feedback_phases(config: FeedbackConfig, plan: list[LoopPlan], run: TrainingR
     model, accelerator = run.model, run.accelerator
     stages = {"text": TextStage, "image": ImageStage}
     prompts = data.prompts(model.clip).to(accelerator.device)
-    loader = partial(training_loader, data, model.clip, seed=config.seed, num_workers=config.num_workers)
+    loader = partial(
+        training_loader,
+        data,
+        model.clip,
+        seed=config.seed,
+        num_workers=config.num_workers,
+        choices=config.augmentation(),
+    )
     loaders = {
         "text": loader("geometric", config.text_batch_size, stage=1),
         "image": loader("full", config.image_batch_size, stage=2),

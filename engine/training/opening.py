@@ -129,8 +129,8 @@ def open_run(
     checkpoints.
     """
     config = opening.config
-    defaults = type(config)().signature()
-    with run_folder(config.save_path, config.resume, opening.signature, defaults, opening.accelerator) as begin_log:
+    earlier = {**type(config)().signature(), **type(config).of_before()}
+    with run_folder(config.save_path, config.resume, opening.signature, earlier, opening.accelerator) as begin_log:
         yield make_run(opening, begin_log, more_described, loop_forward)
 
 

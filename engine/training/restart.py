@@ -74,7 +74,7 @@ def still_finished(
 
 @contextmanager
 def run_folder(
-    save_path: Path, resume: str, signature: dict[str, Any], defaults: dict[str, Any], accelerator: Accelerator
+    save_path: Path, resume: str, signature: dict[str, Any], earlier: dict[str, Any], accelerator: Accelerator
 ) -> Iterator[Callable[[], None]]:
     """Hold a run's folder until the block ends: nobody else writes there. Gives what begins to keep the log.
 
@@ -87,7 +87,7 @@ def run_folder(
             try:
                 check_folder(save_path, "--save_path")
                 stack.enter_context(locked(save_path / LOCK_FILE))
-                check_save_path(save_path, resume, signature, defaults)
+                check_save_path(save_path, resume, signature, earlier)
             except UserError as error:
                 refused = [error]
         answer = [refused[0] is not None]
@@ -105,10 +105,10 @@ def run_folder(
         yield begin_log
 
 
-def check_save_path(save_path: Path, resume: str, signature: dict[str, Any], defaults: dict[str, Any]) -> None:
+def check_save_path(save_path: Path, resume: str, signature: dict[str, Any], earlier: dict[str, Any]) -> None:
     """Raise `UserError` where a run must not be written: another run's folder, or a used one with `--resume never`.
 
-    defaults: of the signature's arguments.
+    earlier: what a run was asked for by arguments that were not there yet.
     """
     entries = [entry for entry in save_path.iterdir() if not entry.name.startswith(".")] if save_path.exists() else []
     if resume == "never" and entries:
@@ -121,8 +121,7 @@ def check_save_path(save_path: Path, resume: str, signature: dict[str, Any], def
                 f"--save_path {save_path} holds {checkpoints[0]} of a run without {STATE_FILE}; give another"
             )
         return
-    # An argument that has come since the run began meant its default.
-    before = {**defaults, **read_state(file)["signature"]}
+    before = {**earlier, **read_state(file)["signature"]}
     differences = describe_differences(before, signature)
     if differences:
         raise UserError(f"--save_path {save_path} holds another run ({differences}); give another --save_path")
