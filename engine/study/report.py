@@ -109,6 +109,24 @@ def means_table(results: Results, setting: SettingResult) -> tuple[list[str], li
     return ["Arm", "Seeds", *map(readable, results.metrics)], rows
 
 
+def gains_table(results: Results, setting: SettingResult) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the arms' gains over the one compared with, each with its interval."""
+    rows = [
+        [arm.name, *(gain_cell(arm.verdicts.get(metric)) for metric in results.metrics)]
+        for arm in setting.arms
+        if arm.verdicts
+    ]
+    return ["Arm", *map(readable, results.metrics)], rows
+
+
+def gain_cell(verdict: Verdict | None) -> str:
+    """A gain and its interval in one cell."""
+    if verdict is None or math.isnan(verdict.gain):
+        return UNDEFINED
+    interval = "" if math.isnan(verdict.low) else f" ({figure(verdict.low, True)} to {figure(verdict.high, True)})"
+    return figure(verdict.gain, True) + interval
+
+
 def differences_table(results: Results, setting: SettingResult) -> tuple[list[str], list[list[str]]]:
     """Header and rows of every verdict: the gain, its interval, the test, and what follows."""
     rows = [
@@ -224,7 +242,9 @@ def markdown(results: Results, fairness: Fairness, command: Sequence[str]) -> st
         of = f": {setting.name}" if setting.name else ""
         parts += [f"## Verdicts{of}", _bullets(f"**{arm.name}**: {arm.summary}" for arm in _judged(setting))]
         parts += [f"## Means{of}", "In percent, over classes, then datasets; mean ± standard deviation over seeds."]
-        parts += [_table(means_table(results, setting)), f"## Differences{of}", how_to_read(results)]
+        parts += [_table(means_table(results, setting)), f"## Gains{of}"]
+        parts += [f"Beside {study.compare_with}, in points: mean over seeds (95 % interval)."]
+        parts += [_table(gains_table(results, setting)), f"## Differences{of}", how_to_read(results)]
         parts += [_table(differences_table(results, setting))]
     if fairness.rows:
         cells = [[name, *found] for name, found in fairness.rows]
