@@ -13,24 +13,6 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from utils.fields import setting
-
-
-@dataclass(frozen=True)
-class AugmentationConfig:
-    """How images are moved (docs/method.md, "Training"); masks always by the nearest pixel, uncovering normal ones."""
-
-    augment_fill: str = setting(
-        "mean", "what moving an image uncovers: the mean colour of CLIP's normalisation, or black", "training",
-        choices=("mean", "black"), before="black",
-    )  # fmt: skip
-    augment_resampling: str = setting(
-        "bilinear", "how a moved image's pixels are found", "training", choices=("bilinear", "nearest")
-    )
-
-
-AS_USUAL = AugmentationConfig()
-
 
 @dataclass(frozen=True)
 class Augmentation:

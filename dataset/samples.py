@@ -13,8 +13,9 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms.v2 import functional as F
 
-from dataset.augmentation import AS_USUAL, AugmentationConfig, augment_pair, draw_augmentation
+from dataset.augmentation import augment_pair, draw_augmentation
 from dataset.images import read_pair
+from dataset.options import AS_USUAL, AugmentationConfig
 from dataset.records import Record
 from utils.seeding import derive_seed
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from dataset.augmentation import AS_USUAL, AugmentationConfig
 from dataset.class_names import class_display_names
 from dataset.few_shot import few_shot, split_shot
 from dataset.images import drop_bad_images, find_bad_images
 from dataset.locate import LocatedDataset, locate_dataset
 from dataset.metadata import load_records
+from dataset.options import AS_USUAL, AugmentationConfig
 from dataset.prompts import build_prompts
 from dataset.records import Record, metadata_digest
 from dataset.samples import AnomalyDataset, SeededSampler

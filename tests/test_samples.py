@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from dataset.augmentation import AS_USUAL, Augmentation, AugmentationConfig, draw_augmentation
+from dataset.augmentation import Augmentation, draw_augmentation
 from dataset.images import drop_bad_images, find_bad_images, read_image, read_mask
+from dataset.options import AS_USUAL, AugmentationConfig
 from dataset.records import Record
 from dataset.samples import AnomalyDataset, SampleKey, SeededSampler
 from utils.errors import UserError, original_message

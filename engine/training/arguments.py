@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dataset.augmentation import AugmentationConfig
+from dataset.options import AugmentationConfig
 from engine.arguments import DataArguments, MachineArguments, ModelArguments
 from model.config import CrossAttentionConfig, ModelConfig
 from utils.fields import changed, setting
