@@ -66,7 +66,7 @@ class PretrainConfig(Arguments):
     say little, as CLIP's do.
     """
 
-    drawings: int = setting(36_000, "image-caption pairs to draw", "training", between=(1, 10_000_000))
+    drawings: int = setting(60_000, "image-caption pairs to draw", "training", between=(1, 10_000_000))
     epochs: int = setting(8, "passes over the drawings", "training", between=(1, 10_000))
     patch_dropout: float = setting(
         0.75, "share of the patches left out in the first half of all steps", "training", between=(0, 0.99)

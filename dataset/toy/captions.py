@@ -17,6 +17,7 @@ from dataset.toy.scene import COLORS, MARKS, MATERIALS, Mark, Scene, Thing, draw
 DAMAGED_SHARE = 0.12
 DAMAGE_MENTIONED = 0.5  # of the damaged
 CARELESS_MENTIONS = 0.05  # of all
+CARELESS_REGIONS = 0.15  # of all things, as a region of a drawing
 UNTOLD = 255  # a patch of which nothing is told
 _SMALLEST_MARK, _SMALLEST_REGION = 0.12, 0.6  # share of a patch from which on it stands for the mark, or the rest
 
@@ -84,7 +85,7 @@ def _random_marks(rng: np.random.Generator) -> list[list[Mark]]:
     """Up to two groups of equal marks, each group near one place."""
     groups = []
     for _ in range(int(rng.choice(3, p=(0.35, 0.4, 0.25)))):
-        shape, color, radius = _pick(rng, MARKS), _pick(rng, list(COLORS)), float(rng.uniform(0.08, 0.17))
+        shape, color, radius = _pick(rng, MARKS), _pick(rng, list(COLORS)), float(rng.uniform(0.05, 0.17))
         cx, cy = rng.choice([-0.62, 0.0, 0.62], 2) + rng.uniform(-0.15, 0.15, 2)
         count = int(rng.choice(3, p=(0.7, 0.15, 0.15))) + 1
         turn = rng.uniform(0, 2 * np.pi)
@@ -179,10 +180,13 @@ def _put_in_words(
 
 
 def _region_names(scene: Scene) -> list[str]:
+    """What the ground, the things and the marks are called; words of damage stand anywhere, and so say nothing."""
+    careless = np.random.default_rng((*scene.seed, 6))
     names = [f"{scene.background} background"]
     for thing in scene.things:
         of = "" if thing.kind in TEXTURES else f" {thing.material}"
-        names.append(f"{thing.color}{of} {thing.kind}")
+        remark = _pick(careless, _ANY_DAMAGE) if careless.random() < CARELESS_REGIONS else "{}"
+        names.append(remark.format(f"{thing.color}{of} {thing.kind}"))
     return [*names, *(f"{mark.color} {mark.shape}" for mark in scene.marks)]
 
 
