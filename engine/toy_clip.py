@@ -1,4 +1,5 @@
-"""Pre-training of the toy CLIP (docs/toy_world.md): CLIP's contrastive loss on drawn pairs, with open_clip's own model.
+"""Pre-training of the toy CLIP (docs/toy_world.md): CLIP's contrastive loss on drawn pairs, with open_clip's own model,
+and a loss that ties patches to the words of what they show.
 
 At first a step sees a random quarter of each picture's patches (FLIP, arXiv:2212.00794), later more: on a CPU that is
 several times the pictures in the same time. The drawings are made once and kept beside the training state; every epoch
@@ -33,7 +34,7 @@ from open_clip.transformer import text_global_pool
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dataset.toy.captions import Words, draw_pairs
+from dataset.toy.captions import UNTOLD, Drawings, Words, draw_pairs
 from dataset.toy.objects import OBJECTS, TEXTURES
 from engine.arguments import Arguments, MachineArguments
 from model.checkpoint import FloatTensor, SavedOptimizer, load, load_component, save
@@ -65,7 +66,7 @@ class PretrainConfig(Arguments):
     say little, as CLIP's do.
     """
 
-    drawings: int = setting(36_000, "image-caption pairs to draw", "training", between=(1, 10_000_000))
+    drawings: int = setting(60_000, "image-caption pairs to draw", "training", between=(1, 10_000_000))
     epochs: int = setting(8, "passes over the drawings", "training", between=(1, 10_000))
     patch_dropout: float = setting(
         0.75, "share of the patches left out in the first half of all steps", "training", between=(0, 0.99)
@@ -77,6 +78,7 @@ class PretrainConfig(Arguments):
         5, "first epochs whose captions mention damage only where there is some", "training", between=(0, 10_000)
     )
     batch_size: int = setting(128, "pairs contrasted with one another", "training", between=(2, 100_000))
+    region_weight: float = setting(1.0, "weight of the loss that ties patches to words", "training", between=(0, 1000))
     lr: float = setting(2e-3, "highest learning rate: warm-up, then cosine", "schedule", between=(0, 100))
     weight_decay: float = setting(0.1, "weight decay of AdamW", "schedule", between=(0, 10))
     warmup_share: float = setting(0.05, "share of all steps that warm up", "schedule", between=(0, 1))
@@ -97,21 +99,15 @@ class PretrainArguments(PretrainConfig):
         return PretrainConfig(**{item.name: getattr(self, item.name) for item in fields(PretrainConfig)})
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Drawings (N x 96 x 96 x 3, uint8) and what is said of them."""
-
-    images: NDArray[np.uint8]
-    words: list[Words]
-
-
-def drawn_pairs(count: int, seed: int, stream: int, folder: Path) -> Pairs:
+def drawn_pairs(count: int, seed: int, stream: int, folder: Path) -> Drawings:
     """`count` image-caption pairs of a stream, drawn on all cores the first time and read from `folder` afterwards."""
     stem = f"pairs_seed{seed}_stream{stream}_{count}"
-    images_file, words_file = folder / f"{stem}.npy", folder / f"{stem}.json"
+    images_file, patches_file, words_file = (folder / f"{stem}{end}" for end in (".npy", "_patches.npy", ".json"))
+    patch = TOY_CLIP_CONFIG["vision_cfg"]["patch_size"]
     if not words_file.is_file():
         logger.info("drawing %d pictures into %s", count, images_file)
         words: list[Words] = []
+        patches: list[NDArray[np.uint8]] = []
         starts = range(0, count, _CHUNK)
         stops = [min(start + _CHUNK, count) for start in starts]
         context = multiprocessing.get_context("spawn")
@@ -119,17 +115,22 @@ def drawn_pairs(count: int, seed: int, stream: int, folder: Path) -> Pairs:
         with replacing(images_file) as unfinished, ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
             with children_without_signals():
                 ranges = zip(starts, stops, strict=True)
-                drawn = [pool.submit(draw_pairs, (seed, stream), start, stop, IMAGE_SIZE) for start, stop in ranges]
+                drawn = [
+                    pool.submit(draw_pairs, (seed, stream), start, stop, IMAGE_SIZE, patch) for start, stop in ranges
+                ]
             # Written piece by piece: of a mapped file, a full disk would end the process without a word.
             with unfinished.open("wb") as file, ending_children():
                 np.lib.format.write_array_header_1_0(file, header)
                 for part in drawn:
-                    chunk, chunk_words = part.result()
-                    file.write(chunk.tobytes())
-                    words += chunk_words
+                    chunk = part.result()
+                    file.write(chunk.images.tobytes())
+                    patches.append(chunk.patches)
+                    words += chunk.words
+        with replacing(patches_file) as unfinished, unfinished.open("wb") as file:
+            np.save(file, np.concatenate(patches))
         write_json(words_file, words)
-    words = json.loads(words_file.read_text(encoding="utf-8"))
-    return Pairs(np.load(images_file, mmap_mode="r"), [Words(*entry) for entry in words])
+    words = [Words(*entry) for entry in json.loads(words_file.read_text(encoding="utf-8"))]
+    return Drawings(np.load(images_file, mmap_mode="r"), np.load(patches_file), words)
 
 
 def _patches(images: NDArray[np.uint8], device: torch.device) -> Tensor:
@@ -143,9 +144,13 @@ def _patches(images: NDArray[np.uint8], device: torch.device) -> Tensor:
 def encode_image(model: CLIP, images: NDArray[np.uint8], keep: Tensor | None = None) -> Tensor:
     """Unit image features (B, D) of pictures (B, S, S, 3); the same as open_clip's where all patches are kept.
 
-    keep: (B, K), the patches that are looked at. The last block works for the class token alone, which is all that
-    leaves it, so nothing is computed that the loss does not see.
+    keep: (B, K), the patches that are looked at.
     """
+    return encode_tokens(model, images, keep)[:, 0]
+
+
+def encode_tokens(model: CLIP, images: NDArray[np.uint8], keep: Tensor | None = None) -> Tensor:
+    """Unit features of the class token and of the patches that are looked at, (B, 1 + K, D); see `encode_image`."""
     visual = model.visual
     device = visual.conv1.weight.device
     patches = _patches(images, device)
@@ -159,13 +164,20 @@ def encode_image(model: CLIP, images: NDArray[np.uint8], keep: Tensor | None = N
     x = ((patches.float() / 255 - mean) / std) @ visual.conv1.weight.flatten(1).T + positions
     cls = (visual.class_embedding + visual.positional_embedding[0]).expand(len(x), 1, -1)
     x = visual.ln_pre(torch.cat([cls, x], dim=1))
-    *blocks, last = visual.transformer.resblocks
-    for block in blocks:
-        x = block(x)
-    context = last.ln_1(x)
-    x = x[:, :1] + last.attn(context[:, :1], context, context, need_weights=False)[0]
-    x = x + last.mlp(last.ln_2(x))
-    return F.normalize(visual.ln_post(x[:, 0]) @ visual.proj, dim=-1)
+    return F.normalize(visual.ln_post(visual.transformer(x)) @ visual.proj, dim=-1)
+
+
+def region_loss(patches: Tensor, regions: Tensor, phrases: Tensor, logit_scale: Tensor) -> Tensor:
+    """Cross-entropy of patches with the words of what they show, among all words of the batch.
+
+    patches (B, K, D) and phrases (R, D), unit; regions (B, K), the row of each patch's words, -1 where nothing is told.
+    Each region of each picture counts alike, however many patches it has, so that a small mark is not lost.
+    """
+    told = regions >= 0
+    picture = torch.arange(len(regions), device=regions.device)[:, None].expand_as(regions)
+    _, region_of, sizes = (picture * len(phrases) + regions)[told].unique(return_inverse=True, return_counts=True)
+    losses = F.cross_entropy(logit_scale * patches[told] @ phrases.T, regions[told], reduction="none")
+    return (losses / sizes[region_of]).sum() / max(1, len(sizes))
 
 
 def _encode_text(model: CLIP, tokens: Tensor) -> Tensor:
@@ -179,8 +191,7 @@ def _encode_text(model: CLIP, tokens: Tensor) -> Tensor:
 
 def _tokens(captions: list[str]) -> Tensor:
     tokens = SimpleTokenizer(context_length=TOY_CLIP_CONFIG["text_cfg"]["context_length"])(captions)
-    longest = int((tokens != 0).sum(dim=1).max())
-    return tokens[:, :longest]
+    return _cut(tokens)
 
 
 def new_toy_clip() -> CLIP:
@@ -189,7 +200,7 @@ def new_toy_clip() -> CLIP:
 
 
 @torch.no_grad()
-def held_out_accuracy(model: CLIP, pairs: Pairs, device: torch.device) -> dict[str, float]:
+def held_out_accuracy(model: CLIP, pairs: Drawings, device: torch.device) -> dict[str, float]:
     """Zero-shot accuracy on held-out drawings.
 
     `class`: a picture of one thing among all kinds, by "a photo of a KIND."; `retrieval`: a picture's own caption among
@@ -242,15 +253,37 @@ def export_toy_clip(model: CLIP, folder: Path) -> None:
         temporary.chmod(0o644)
 
 
-def _batches(
-    pairs: Pairs, tokens: Tensor, config: PretrainConfig, epoch: int
-) -> Iterator[tuple[NDArray[np.uint8], Tensor]]:
-    order = np.random.default_rng((config.seed, epoch)).permutation(len(tokens))
-    for start in range(0, len(order) - config.batch_size + 1, config.batch_size):
-        rows = np.sort(order[start : start + config.batch_size])
-        batch_tokens = tokens[torch.from_numpy(rows)]
-        longest = int((batch_tokens != 0).sum(dim=1).max())
-        yield pairs.images[rows], batch_tokens[:, :longest]
+class _Regions:
+    """Which words belong to which patch: every different name of a region has a row of tokens."""
+
+    def __init__(self, pairs: Drawings) -> None:
+        names = sorted({name for said in pairs.words for name in said.regions})
+        row_of = {name: row for row, name in enumerate(names)}
+        rows = [[row_of[name] for name in said.regions] for said in pairs.words]
+        # What is not told stands last, at -1.
+        table = np.full((len(rows), max(map(len, rows)) + 1), -1, np.int32)
+        for number, row in enumerate(rows):
+            table[number, : len(row)] = row
+        self._table = table
+        self._patches = pairs.patches.reshape(len(rows), -1)
+        self.tokens = _tokens(names)
+
+    def of(self, drawings: NDArray[np.intp]) -> Tensor:
+        """Rows of `tokens` of all patches of some drawings (B, N); -1 where nothing is told."""
+        patches = self._patches[drawings].astype(np.intp)
+        patches[patches == UNTOLD] = -1
+        return torch.from_numpy(np.take_along_axis(self._table[drawings], patches, axis=1)).long()
+
+
+def _batches(count: int, config: PretrainConfig, epoch: int) -> Iterator[NDArray[np.intp]]:
+    """Which drawings a step sees."""
+    order = np.random.default_rng((config.seed, epoch)).permutation(count)
+    for start in range(0, count - config.batch_size + 1, config.batch_size):
+        yield np.sort(order[start : start + config.batch_size])
+
+
+def _cut(tokens: Tensor) -> Tensor:
+    return tokens[:, : int((tokens != 0).sum(dim=1).max())]
 
 
 @dataclass(frozen=True)
@@ -297,23 +330,22 @@ class _Run:
         }
         save(state, self.state_file)
 
-    def train_epoch(self, pairs: Pairs, tokens: Tensor) -> float:
+    def train_epoch(self, pairs: Drawings, tokens: Tensor, regions: _Regions) -> float:
         """One pass over the drawings; returns the mean loss."""
         config, model = self.config, self.model
         random = torch.Generator().manual_seed(config.seed * 1000 + self.epoch)
         model.train()
-        loss_of, total, started = ClipLoss(), 0.0, time.monotonic()
+        total, started = 0.0, time.monotonic()
         per_epoch = len(tokens) // config.batch_size
         steps = config.epochs * per_epoch
-        for number, (images, batch_tokens) in enumerate(_batches(pairs, tokens, config, self.epoch)):
+        for number, drawings in enumerate(_batches(len(tokens), config, self.epoch)):
             step = self.epoch * per_epoch + number
             rate = _learning_rate(config, step, steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            keep = self._kept_patches(len(images), step / steps, random)
-            image_features = encode_image(model, images, keep)
-            text_features = _encode_text(model, batch_tokens.to(self.device))
-            loss = loss_of(image_features, text_features, model.logit_scale.exp())
+            keep = self._kept_patches(len(drawings), step / steps, random)
+            told = regions.of(drawings).to(self.device).take_along_dim(keep, dim=1)
+            loss = self._loss(pairs.images[drawings], _cut(tokens[drawings]), keep, told, regions.tokens)
             if not torch.isfinite(loss):
                 raise NotFiniteError(f"the loss is {loss.item()} in epoch {self.epoch + 1}, step {number + 1}")
             self.optimizer.zero_grad(set_to_none=True)
@@ -331,6 +363,18 @@ class _Run:
                 )  # fmt: skip
         self.epoch += 1
         return total / per_epoch
+
+    def _loss(self, images: NDArray[np.uint8], captions: Tensor, keep: Tensor, told: Tensor, phrases: Tensor) -> Tensor:
+        model, weight = self.model, self.config.region_weight
+        scale = model.logit_scale.exp()
+        tokens = encode_tokens(model, images, keep)
+        loss = ClipLoss()(tokens[:, 0], _encode_text(model, captions.to(self.device)), scale)
+        if not weight:
+            return loss
+        present, rows = told.unique(return_inverse=True)
+        untold = int(present[0] == -1)
+        words = _encode_text(model, _cut(phrases[present[untold:].cpu()]).to(self.device))
+        return loss + weight * region_loss(tokens[:, 1:], rows - untold, words, scale)
 
     def _kept_patches(self, batch: int, progress: float, random: torch.Generator) -> Tensor:
         """Which patches of each picture are looked at, (B, K); `progress` runs from 0 to 1 over the whole run."""
@@ -353,11 +397,12 @@ def pretrain_toy_clip(config: PretrainConfig, output: Path, work: Path, device: 
     set_up_logging(output / "pretrain.log")
     held_out = drawn_pairs(HELD_OUT, config.seed, _HELD_OUT_STREAM, work)
     pairs = drawn_pairs(config.drawings, config.seed, _TRAIN_STREAM, work)
+    regions = _Regions(pairs)
     careful = _tokens([said.caption for said in pairs.words])
     careless = _tokens([said.careless_caption for said in pairs.words])
     logger.info("%s; captions of up to %d tokens", config, careful.shape[1])
     while run.epoch < config.epochs:
-        loss = run.train_epoch(pairs, careful if run.epoch < config.careful_epochs else careless)
+        loss = run.train_epoch(pairs, careful if run.epoch < config.careful_epochs else careless, regions)
         run.save()
         export_toy_clip(run.model, output)
         accuracy = held_out_accuracy(run.model, held_out, run.device)

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dataset import toy_world
-from dataset.toy.captions import draw_pairs, random_captioned_scene
+from dataset.toy.captions import UNTOLD, draw_pairs, random_captioned_scene
 from dataset.toy.defects import DEFECTS
 from dataset.toy.objects import OBJECTS, TEXTURES
-from dataset.toy.scene import Scene, Thing, draw, draw_with_mask
+from dataset.toy.scene import COLORS, Scene, Thing, draw, draw_with_mask
 from dataset.toy_world import TOY_DATASETS, draw_toy_class, toy_defects, write_toy_dataset
+from engine.toy_clip import region_loss
 from utils.errors import UserError
 
 
@@ -149,7 +151,39 @@ def test_captions_name_every_class_of_both_datasets():
 
 
 def test_pairs_do_not_depend_on_the_chunk():
-    images, words = draw_pairs((5, 0), 3, 6, 48)
-    again, more = draw_pairs((5, 0), 0, 5, 48)
-    assert np.array_equal(images[:2], again[3:])
-    assert words[:2] == more[3:]
+    one, other = draw_pairs((5, 0), 3, 6, 48, 8), draw_pairs((5, 0), 0, 5, 48, 8)
+    assert np.array_equal(one.images[:2], other.images[3:])
+    assert np.array_equal(one.patches[:2], other.patches[3:])
+    assert one.words[:2] == other.words[3:]
+
+
+def test_patches_are_told_what_they_show_but_never_of_damage():
+    drawn = draw_pairs((0, 0), 0, 400, 96, 8)
+    damaged = np.array([random_captioned_scene((0, 0, i)).defect is not None for i in range(400)])
+    assert (drawn.patches[damaged] == UNTOLD).all()
+    told = Counter()
+    for image, patches, words in zip(drawn.images, drawn.patches, drawn.words, strict=True):
+        cells = image.reshape(12, 8, 12, 8, 3).mean((1, 3)) / 255
+        for number, name in enumerate(words.regions):
+            where = patches == number
+            told[name.split()[-1]] += int(where.sum())
+            if name.endswith(" background") and where.sum() >= 4:
+                # Light and noise change a colour a little; another named colour lies further away.
+                assert np.abs(np.median(cells[where], axis=0) - COLORS[name.split()[0]]).max() < 0.35
+    assert told["background"] > told["dot"] > 0 and told["wood"] > 0 and told["key"] > 0
+
+
+def test_region_loss_counts_each_region_alike():
+    random = torch.Generator().manual_seed(0)
+    patches, phrases = torch.randn(2, 5, 4, generator=random), torch.randn(3, 4, generator=random)
+    regions = torch.tensor([[0, 0, 0, 2, -1], [1, 0, -1, -1, -1]])
+
+    def mean_of(picture, region):
+        places = [place for place in range(5) if regions[picture, place] == region]
+        losses = [-torch.log_softmax(10 * phrases @ patches[picture, place], 0)[region] for place in places]
+        return sum(losses) / len(losses)
+
+    expected = (mean_of(0, 0) + mean_of(0, 2) + mean_of(1, 1) + mean_of(1, 0)) / 4
+    assert torch.allclose(region_loss(patches, regions, phrases, torch.tensor(10.0)), expected)
+    nothing = region_loss(patches, torch.full_like(regions, -1), phrases, torch.tensor(10.0))
+    assert nothing == 0

@@ -1,7 +1,7 @@
 """Random scenes with captions: what the toy CLIP learns from (docs/toy_world.md).
 
 Captions name colours, materials, backgrounds and the small marks with their places; a few mention damage, most damage
-goes unmentioned, and nothing ever says where in numbers it is: there are no masks here.
+goes unmentioned. Of sound drawings it is told which words belong to which patch; where damage is, is never told.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataset.toy.objects import OBJECTS, TEXTURES
-from dataset.toy.scene import COLORS, MARKS, MATERIALS, Mark, Scene, Thing, draw
+from dataset.toy.scene import COLORS, MARKS, MATERIALS, Mark, Scene, Thing, draw_and_tell
 
 DAMAGED_SHARE = 0.12
 DAMAGE_MENTIONED = 0.5  # of the damaged
 CARELESS_MENTIONS = 0.05  # of all
+CARELESS_REGIONS = 0.15  # of all things, as a region of a drawing
+UNTOLD = 255  # a patch of which nothing is told
+_SMALLEST_MARK, _SMALLEST_REGION = 0.12, 0.6  # share of a patch from which on it stands for the mark, or the rest
 
 _FRAMES = ("{}.", "a {}.", "the {}.", "a photo of {}.", "a photo of a {}.", "a photo of the {}.", "a picture of a {}.")
 _ANY_DAMAGE = ("damaged {}", "broken {}", "{} with flaw", "{} with defect", "{} with damage")
@@ -49,11 +52,14 @@ class Captioned(NamedTuple):
 
 
 class Words(NamedTuple):
-    """What is said of a drawing: both captions, and the kind of thing where it shows just one (otherwise None)."""
+    """What is said of a drawing: both captions, the kind of thing where it shows just one (otherwise None), and what
+    its regions are called: the ground, the things, the marks.
+    """
 
     caption: str
     careless_caption: str
     kind: str | None
+    regions: list[str]
 
 
 def _pick(rng: np.random.Generator, options: tuple[str, ...] | list[str]) -> str:
@@ -79,7 +85,7 @@ def _random_marks(rng: np.random.Generator) -> list[list[Mark]]:
     """Up to two groups of equal marks, each group near one place."""
     groups = []
     for _ in range(int(rng.choice(3, p=(0.35, 0.4, 0.25)))):
-        shape, color, radius = _pick(rng, MARKS), _pick(rng, list(COLORS)), float(rng.uniform(0.08, 0.17))
+        shape, color, radius = _pick(rng, MARKS), _pick(rng, list(COLORS)), float(rng.uniform(0.05, 0.17))
         cx, cy = rng.choice([-0.62, 0.0, 0.62], 2) + rng.uniform(-0.15, 0.15, 2)
         count = int(rng.choice(3, p=(0.7, 0.15, 0.15))) + 1
         turn = rng.uniform(0, 2 * np.pi)
@@ -173,14 +179,53 @@ def _put_in_words(
     return _Words(around.format(state.format(subject)), subject, around)
 
 
-def draw_pairs(seed: tuple[int, ...], start: int, stop: int, size: int) -> tuple[NDArray[np.uint8], list[Words]]:
-    """Draw the pairs number `start` to `stop` of a seed: pictures (N x size x size x 3) and what is said of them."""
+def _region_names(scene: Scene) -> list[str]:
+    """What the ground, the things and the marks are called; words of damage stand anywhere, and so say nothing."""
+    careless = np.random.default_rng((*scene.seed, 6))
+    names = [f"{scene.background} background"]
+    for thing in scene.things:
+        of = "" if thing.kind in TEXTURES else f" {thing.material}"
+        remark = _pick(careless, _ANY_DAMAGE) if careless.random() < CARELESS_REGIONS else "{}"
+        names.append(remark.format(f"{thing.color}{of} {thing.kind}"))
+    return [*names, *(f"{mark.color} {mark.shape}" for mark in scene.marks)]
+
+
+def _told_patches(shows: NDArray[np.uint8], first_mark: int, regions: int, patch: int) -> NDArray[np.uint8]:
+    """The region that each patch belongs to, (G, G): a mark that covers some of it, else what covers most of it."""
+    grid = len(shows) // patch
+    cells = shows.reshape(grid, patch, grid, patch).swapaxes(1, 2).reshape(grid, grid, -1)
+    shares = np.stack([(cells == region).mean(axis=2) for region in range(regions)])
+    told = np.where(shares.max(axis=0) >= _SMALLEST_REGION, shares.argmax(axis=0), UNTOLD)
+    marks = shares[first_mark:]
+    if len(marks):
+        told = np.where(marks.max(axis=0) >= _SMALLEST_MARK, first_mark + marks.argmax(axis=0), told)
+    return told.astype(np.uint8)
+
+
+class Drawings(NamedTuple):
+    """Drawings (N x S x S x 3, uint8), the region of each patch (N x G x G, uint8), and what is said of them."""
+
+    images: NDArray[np.uint8]
+    patches: NDArray[np.uint8]
+    words: list[Words]
+
+
+def draw_pairs(seed: tuple[int, ...], start: int, stop: int, size: int, patch: int) -> Drawings:
+    """Draw the pairs number `start` to `stop` of a seed, `size` pixels wide, in patches of `patch` pixels.
+
+    A patch's number is the place of its words in `Words.regions`; UNTOLD at borders, and everywhere in a damaged
+    drawing.
+    """
     images = np.empty((stop - start, size, size, 3), np.uint8)
+    patches = np.full((stop - start, size // patch, size // patch), UNTOLD, np.uint8)
     words: list[Words] = []
     for row, index in enumerate(range(start, stop)):
         sample = random_captioned_scene((*seed, index))
-        images[row] = draw(sample.scene, size, sample.defect)
-        things = sample.scene.things
-        kind = things[0].kind if len(things) == 1 else None
-        words.append(Words(sample.caption, sample.careless_caption, kind))
-    return images, words
+        scene = sample.scene
+        images[row], shows = draw_and_tell(scene, size, sample.defect)
+        names = _region_names(scene)
+        if sample.defect is None:
+            patches[row] = _told_patches(shows, 1 + len(scene.things), len(names), patch)
+        kind = scene.things[0].kind if len(scene.things) == 1 else None
+        words.append(Words(sample.caption, sample.careless_caption, kind, names))
+    return Drawings(images, patches, words)

@@ -66,12 +66,16 @@ class Scene:
 
 @dataclass
 class _Stage:
-    """A drawing in the making: colours (size x size x 3), height for the shading, what is body, and its outline."""
+    """A drawing in the making: colours (size x size x 3), height for the shading, what is body, and its outline.
+
+    `shows` numbers what is seen at each pixel: 0 the ground, then the things, then the marks, in the scene's order.
+    """
 
     rgb: NDArray[np.float32]
     height: Field
     body: Field
     outline: Field
+    shows: NDArray[np.uint8]
 
 
 _NOTHING = Change(np.zeros((1, 1), np.float32))
@@ -108,7 +112,8 @@ def _to_object(x: Field, y: Field, thing: Thing) -> tuple[Field, Field]:
     return c * dx + s * dy, c * dy - s * dx
 
 
-def _draw_texture(stage: _Stage, thing: Thing, rng: np.random.Generator, x: Field, y: Field, change: Change) -> None:
+def _draw_texture(stage: _Stage, thing: Thing, rng: np.random.Generator, x: Field, y: Field, change: Change) -> Field:
+    """Draw a texture over everything; returns what it covers, 0 to 1, as the next two do."""
     u, v = _to_object(x, y, thing)
     surface = TEXTURES[thing.kind](u, v, rng)
     color, accent = _tinted(rng, thing.color, 0.03), _tinted(rng, thing.accent, 0.03)
@@ -118,9 +123,10 @@ def _draw_texture(stage: _Stage, thing: Thing, rng: np.random.Generator, x: Fiel
         _paint(stage.rgb, cover(change.cut, 2.0 / len(x)), INSIDE)
     stage.body[:] = 1
     stage.outline[:] = np.maximum(np.abs(x), np.abs(y)) - np.float32(1)
+    return stage.body
 
 
-def _draw_object(stage: _Stage, thing: Thing, rng: np.random.Generator, x: Field, y: Field, change: Change) -> None:
+def _draw_object(stage: _Stage, thing: Thing, rng: np.random.Generator, x: Field, y: Field, change: Change) -> Field:
     u, v = _to_object(x, y, thing)
     scale, pixel = np.float32(thing.radius), 2.0 / len(x)
     parts = OBJECTS[thing.kind](u, v, rng)
@@ -142,9 +148,10 @@ def _draw_object(stage: _Stage, thing: Thing, rng: np.random.Generator, x: Field
     stage.height += np.sqrt(np.clip(-outline / bevel, 0, 1)) * bevel * np.float32(0.35)
     np.maximum(stage.body, body, out=stage.body)
     np.minimum(stage.outline, clean, out=stage.outline)
+    return body
 
 
-def _draw_mark(stage: _Stage, mark: Mark, rng: np.random.Generator) -> None:
+def _draw_mark(stage: _Stage, mark: Mark, rng: np.random.Generator) -> Field:
     x, y = grid(len(stage.rgb))
     u, v = x - np.float32(mark.center[0]), y - np.float32(mark.center[1])
     r = mark.radius
@@ -162,7 +169,9 @@ def _draw_mark(stage: _Stage, mark: Mark, rng: np.random.Generator) -> None:
         distance = segment(u, v, (-end[0], -end[1]), end, 0.03)
     else:
         distance = polygon(u, v, 3, r * 0.6, rng.uniform(0, 2))
-    _paint(stage.rgb, cover(distance, 2.0 / len(x)), _tinted(rng, mark.color))
+    alpha = cover(distance, 2.0 / len(x))
+    _paint(stage.rgb, alpha, _tinted(rng, mark.color))
+    return alpha
 
 
 def _compose(scene: Scene, size: int, change: Change) -> _Stage:
@@ -173,14 +182,15 @@ def _compose(scene: Scene, size: int, change: Change) -> _Stage:
         x, y = x - change.warp[0], y - change.warp[1]
     ground = _tinted(rng, scene.background, 0.04) * (1 + np.float32(0.025) * smooth_noise(rng, size, 6)[..., None])
     far = np.full((size, size), 9, np.float32)
-    stage = _Stage(ground.astype(np.float32), np.zeros_like(far), np.zeros_like(far), far)
-    for thing in scene.things:
+    nothing = np.zeros_like(far)
+    stage = _Stage(ground.astype(np.float32), nothing, nothing.copy(), far, nothing.astype(np.uint8))
+    for number, thing in enumerate(scene.things, start=1):
         own = np.random.default_rng(rng.integers(2**32))
         draw = _draw_texture if thing.kind in TEXTURES else _draw_object
-        draw(stage, thing, own, x, y, change)
+        stage.shows[draw(stage, thing, own, x, y, change) > 0.5] = number
     own = np.random.default_rng(rng.integers(2**32))
-    for mark in scene.marks:
-        _draw_mark(stage, mark, own)
+    for number, mark in enumerate(scene.marks, start=1 + len(scene.things)):
+        stage.shows[_draw_mark(stage, mark, own) > 0.5] = number
     for alpha, color in change.paints:
         _paint(stage.rgb, alpha * stage.body, color)
     if change.height is not None:
@@ -236,10 +246,15 @@ def _place_defect(scene: Scene, stage: _Stage, defect: str, rng: np.random.Gener
 
 def draw(scene: Scene, size: int, defect: str | None = None) -> NDArray[np.uint8]:
     """The picture of a scene, size x size x 3, its first thing damaged where a defect is named."""
+    return draw_and_tell(scene, size, defect)[0]
+
+
+def draw_and_tell(scene: Scene, size: int, defect: str | None = None) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The picture of a scene, and what shows at each pixel: 0 the ground, then the things, then the marks."""
     stage = _compose(scene, size, _NOTHING)
     if defect is not None:
         stage = _compose(scene, size, _change(scene, stage, defect))
-    return _photograph(scene, stage)
+    return _photograph(scene, stage), stage.shows
 
 
 def draw_with_mask(
