@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import open_clip
 import torch
+from huggingface_hub.utils import get_session
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, resize_pos_embed
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 from torch import Tensor
@@ -26,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 TOY_CLIP = Path(__file__).resolve().parent.parent / "ckpt" / "toy_clip"
 DEFAULT_TAG = "openai"
+HUB_PATIENCE = 8  # seconds
 # Image sizes that differ from the model's own: the published method reads ViT-L-14-336 at 37 x 37 patches.
 DEFAULT_IMG_SIZES = {"ViT-L-14-336": 518}
 # Entries that OpenAI's own archives carry beside the weights; no other distribution has them.
@@ -241,7 +245,7 @@ def _hub_source(model_name: str, model_cfg: dict[str, Any], tag: str) -> _Source
     known = get_pretrained_cfg(model_name, tag)
     hub, url = known.get("hf_hub", "").rstrip("/"), known.get("url", "")
     try:
-        weights = download_pretrained(known)
+        weights = _cached_weights(hub) or (_reach_hub() if hub else None) or download_pretrained(known)
     except Exception as error:  # the hub's client raises its own kinds for network, disk and proxy failures
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = " or ".join(part for part in (f"https://huggingface.co/{hub}" if hub else "", url) if part)
@@ -257,6 +261,36 @@ def _hub_source(model_name: str, model_cfg: dict[str, Any], tag: str) -> _Source
         tuple(known.get("mean") or open_clip.OPENAI_DATASET_MEAN),
         tuple(known.get("std") or open_clip.OPENAI_DATASET_STD),
     )
+
+
+def _cached_weights(hub: str) -> str | None:
+    """The file of an earlier download, for which nobody need be asked; hub: ORG/MODEL, or ORG/MODEL/FILE."""
+    repository, names = hub, ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    if hub.count("/") == 2:
+        repository, name = hub.rsplit("/", 1)
+        names = (f"{Path(name).stem}.safetensors", name)
+    found = (huggingface_hub.try_to_load_from_cache(repository, file) for file in names) if repository else ()
+    return next((path for path in found if isinstance(path, str)), None)
+
+
+def _reach_hub() -> None:
+    """Ask the hub for anything at all: its own client tries each file for a minute where there is no network."""
+    answers: list[object] = []
+
+    def ask() -> None:
+        try:
+            answers.append(get_session().head(huggingface_hub.constants.ENDPOINT, timeout=HUB_PATIENCE))
+        except Exception as error:  # the kinds differ between the clients that the hub's library has used
+            answers.append(error)
+
+    # Apart, since looking up a name cannot be given a time.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(HUB_PATIENCE)
+    if not answers:
+        raise TimeoutError(f"no answer from the hub within {HUB_PATIENCE} s")
+    if isinstance(answers[0], Exception):
+        raise answers[0]
 
 
 def _told_activation(model_name: str, file: Path, state: dict[str, Tensor]) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -332,12 +333,41 @@ def test_without_network_the_error_says_what_to_download_and_where(name: str, mo
     def unreachable(*_: object, **__: object) -> str:
         raise OSError("We couldn't connect to the hub\nand a second line")
 
+    monkeypatch.setattr(model.clip_loading, "_reach_hub", lambda: None)
     monkeypatch.setattr(model.clip_loading, "download_pretrained", unreachable)
     with pytest.raises(UserError) as caught:
         load_clip(name)
     message = one_line(caught)
     assert "https://huggingface.co/" in message and "https://openaipublic.azureedge.net/" in message
     assert "--clip_weights" in message and name in message and "openai" in message
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once_and_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Session:
+        def head(self, url: str, timeout: float) -> None:
+            asked.append(url)
+            time.sleep(timeout + 5)
+
+    monkeypatch.setattr(model.clip_loading, "HUB_PATIENCE", 0.05)
+    monkeypatch.setattr(model.clip_loading, "get_session", Session)
+    monkeypatch.setattr(model.clip_loading, "download_pretrained", lambda _: pytest.fail("asked for a file"))
+    with pytest.raises(UserError, match="no answer from the hub within"):
+        load_clip("ViT-B-32")
+    assert len(asked) == 1
+
+
+def test_weights_that_were_downloaded_before_need_no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for file in ("open_clip_model.safetensors", "own.safetensors", "own.bin"):
+        monkeypatch.setattr(
+            model.clip_loading.huggingface_hub,
+            "try_to_load_from_cache",
+            lambda repository, name, kept=file: f"{repository}/{name}" if name == kept else None,
+        )
+        hub = "org/model" if file.startswith("open_clip") else "org/model/own.bin"
+        assert model.clip_loading._cached_weights(hub) == f"org/model/{file}"
+        assert model.clip_loading._cached_weights("") is None
 
 
 def test_hub_weights_run_with_their_own_activation(
