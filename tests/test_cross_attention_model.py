@@ -69,6 +69,23 @@ CASES: dict[str, dict[str, Any]] = {
     "projectors_batch_mean": {"text_context": "projectors", "text_conditioning": "batch_mean", "relu": True},
     "projectors_sequential": {"text_context": "projectors", "surgery": "sequential", "context_norm": "none"},
     "learned": {"cross_attn_scale": "learned"},
+    "layer": {"context_norm": "layer"},
+    "layer_matched": {"context_norm": "layer", "cross_attn_residual": "matched"},
+    "matched": {"cross_attn_residual": "matched"},
+    "matched_raw_learned": {"cross_attn_residual": "matched", "context_norm": "none", "cross_attn_scale": "learned"},
+    "layer_matched_trained": {"context_norm": "layer", "cross_attn_residual": "matched", "text_context": "trained"},
+    "layer_batch_mean": {"context_norm": "layer", "text_conditioning": "batch_mean"},
+    "anchors": {"text_cross_attn_at": "anchors"},
+    "anchors_layer_matched": {
+        "text_cross_attn_at": "anchors",
+        "context_norm": "layer",
+        "cross_attn_residual": "matched",
+    },
+    "anchors_batch_mean": {"text_cross_attn_at": "anchors", "text_conditioning": "batch_mean", "context_norm": "layer"},
+    "anchors_no_conditioning": {"text_cross_attn_at": "anchors", "text_conditioning": "none"},
+    "anchors_trained": {"text_cross_attn_at": "anchors", "text_context": "trained", "context_norm": "none"},
+    "anchors_projectors": {"text_cross_attn_at": "anchors", "text_context": "projectors", "context_norm": "layer"},
+    "anchors_learned": {"text_cross_attn_at": "anchors", "cross_attn_scale": "learned"},
     "linear_relu": {"adapter": "linear", "relu": True},
     "sequential": {"surgery": "sequential"},
     "surgery_before_level_0": {"surgery_until_layer": 8, "levels": (4, 8)},
@@ -98,8 +115,10 @@ def cross_model(clip: FrozenCLIP, seed: int = 4, **changes: Any) -> AdaptedCLIPW
     for part in (model.text_cross_attn, model.image_cross_attn):
         fill_with_noise(part)
         with torch.no_grad():
-            part.q_proj.weight.mul_(4)
-            part.k_proj.weight.mul_(4)
+            # Layer-normalised tokens are long enough by themselves.
+            sharper = 1 if model.cross_config.context_norm == "layer" else 4
+            part.q_proj.weight.mul_(sharper)
+            part.k_proj.weight.mul_(sharper)
     return model.to(clip.clip.logit_scale.dtype)
 
 
@@ -206,10 +225,14 @@ def agree_by_branch(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]
     """Two gradients are sums whose terms cancel, so that rounding has no size of their own to compare with.
 
     A bias of keys shifts all scores of a query alike: its gradient is 0. A learned scale is one number for all tokens.
-    Both are measured against the largest gradient of their branch.
+    Two anchors, of two queries that are nearly the same, are drawn apart. All these are measured against the largest
+    gradient of their branch.
     """
     assert set(actual) == set(expected)
-    cancelling = [name for name in expected if name.endswith(("k_proj.bias", "_cross_attn.scale"))]
+    anchors = expected.get("text_cross_attn.q_proj.weight", torch.empty(0)).shape[-1] == shared_clip().embed_dim
+    of_anchors = ("text_cross_attn.q_proj.weight", "text_cross_attn.q_proj.bias", "text_cross_attn.k_proj.weight")
+    small = ("k_proj.bias", "_cross_attn.scale", *(of_anchors if anchors else ()))
+    cancelling = [name for name in expected if name.endswith(small)]
     for name in cancelling:
         branch = name.split(".")[0]
         size = max(value.abs().max() for key, value in expected.items() if key.startswith(branch))
