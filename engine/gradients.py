@@ -27,6 +27,7 @@ from engine.training.stage2 import ImageStage
 from engine.training.stages import Stage, class_rows
 from engine.training.trainer import gradient_norms
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
+from model.adapter_modules import match_length
 from model.blocks import run_block
 from model.checkpoint import Checkpoint, load_component, read_checkpoint
 from model.clip_loading import load_clip
@@ -69,6 +70,12 @@ class GradientTest(Arguments):
         CrossAttentionArguments, "text_cross_attn_weight", None, unset=f"{TRAINED}, else {DEFAULT_WEIGHT}"
     )
     context_norm: str | None = changed(CrossAttentionArguments, "context_norm", None, unset=f"{TRAINED}, else unit")
+    cross_attn_residual: str | None = changed(
+        CrossAttentionArguments, "cross_attn_residual", None, unset=f"{TRAINED}, else add"
+    )
+    text_cross_attn_at: str | None = changed(
+        CrossAttentionArguments, "text_cross_attn_at", None, unset=f"{TRAINED}, else first_block"
+    )
     dataset: str = changed(DataArguments, "dataset", "toy_train")
     data_root: Path | None = changed(DataArguments, "data_root")
     batches: int = setting(1, "batches to average over", "data", between=(1, 1_000_000))
@@ -180,7 +187,9 @@ def build_model(test: GradientTest, checkpoint: Checkpoint | None) -> AdaptedCLI
     else:
         clip = load_clip_for(checkpoint, test.clip_weights, **test.given("model_name", "img_size", "activation"))
         config = checkpoint_config(checkpoint, clip)
-    asked = test.given("image_cross_attn_weight", "text_cross_attn_weight", "context_norm")
+    asked = test.given(
+        "image_cross_attn_weight", "text_cross_attn_weight", "context_norm", "cross_attn_residual", "text_cross_attn_at"
+    )
     cross = replace(own_setting(test, checkpoint), **asked)
     if "image_cross_attn_weight" in asked:
         # In a feedback run's loops before its cross-attention starts.
@@ -239,9 +248,10 @@ def describe(model: AdaptedCLIPWithCrossAttention, test: GradientTest, checkpoin
     else:
         what = f"{checkpoint.path}, with a fresh cross-attention on top"
     image, text = weight_of(model.image_cross_attn), weight_of(model.text_cross_attn)
-    context = model.cross_config.context_norm
+    cross = model.cross_config
+    how = f"context {cross.context_norm}, residual {cross.cross_attn_residual}, text attends at {cross.text_cross_attn_at}"
     off = "" if model.image_sees_text() else "; image cross-attention is off"
-    return f"Model: {what}\nSetting: image weight {image:g}, text weight {text:g}, context {context}{off}"
+    return f"Model: {what}\nSetting: image weight {image:g}, text weight {text:g}, {how}{off}"
 
 
 def take_batches(
@@ -265,14 +275,20 @@ def take_batches(
 def contribution(
     model: AdaptedCLIPWithCrossAttention, prompts: Prompts, batch: dict[str, Any], classes: Sequence[str]
 ) -> float:
-    """Mean over tokens of |w * out| / |x| of the image cross-attention, without dropout."""
+    """Mean over tokens of |w * out| / |x| of the image cross-attention, without dropout.
+
+    Where the residual is matched, out has the length of x, so this is the weight.
+    """
     if not model.image_sees_text():
         return 0.0
     model.eval()
     rows = class_rows(batch, {name: row for row, name in enumerate(classes)})
     side = model.text_side(prompts)
     x = run_block(model.clip.clip.visual.transformer.resblocks[0], model.clip.embed_image(batch["image"]))
-    added: Tensor = model.i_ca_w * model.image_cross_attn(x, side.context[rows], side.mask[rows])
+    out = model.image_cross_attn(x, side.context[rows], side.mask[rows])
+    if model.cross_config.cross_attn_residual == "matched":
+        out = match_length(out, x)
+    added: Tensor = model.i_ca_w * out
     return (added.norm(dim=-1) / x.norm(dim=-1)).mean().item()
 
 
