@@ -263,9 +263,10 @@ def cross_attention_choices(checkpoint: Checkpoint, **overrides: Any) -> CrossAt
         )
         logger.warning(
             "%s has cross-attention and no config: assumed that its output is added with %s, from context_norm %s, "
-            "cross_attn_residual %s, text_cross_attn_at %s, text_context %s, text_conditioning %s, %d heads, as earlier "
-            "code did; --text_cross_attn_weight, --image_cross_attn_weight, --context_norm, --cross_attn_residual, "
-            "--text_cross_attn_at, --text_context, --text_conditioning and --cross_attn_heads say otherwise",
+            "cross_attn_residual %s, text_cross_attn_at %s, text_context %s, text_conditioning %s, %d heads, as "
+            "earlier code did; --text_cross_attn_weight, --image_cross_attn_weight, --context_norm, "
+            "--cross_attn_residual, --text_cross_attn_at, --text_context, --text_conditioning and --cross_attn_heads "
+            "say otherwise",
             checkpoint.path, weights, chosen.context_norm, chosen.cross_attn_residual, chosen.text_cross_attn_at,
             chosen.text_context, chosen.text_conditioning, chosen.cross_attn_heads,
         )  # fmt: skip

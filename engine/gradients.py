@@ -248,8 +248,11 @@ def describe(model: AdaptedCLIPWithCrossAttention, test: GradientTest, checkpoin
     else:
         what = f"{checkpoint.path}, with a fresh cross-attention on top"
     image, text = weight_of(model.image_cross_attn), weight_of(model.text_cross_attn)
-    cross = model.cross_config
-    how = f"context {cross.context_norm}, residual {cross.cross_attn_residual}, text attends at {cross.text_cross_attn_at}"
+    how = f"context {model.cross_config.context_norm}"
+    if model.cross_config.cross_attn_residual == "matched":
+        how += ", residual matched"
+    if model.anchors_attend:
+        how += ", text at the anchors"
     off = "" if model.image_sees_text() else "; image cross-attention is off"
     return f"Model: {what}\nSetting: image weight {image:g}, text weight {text:g}, {how}{off}"
 
