@@ -119,7 +119,8 @@ class Measurement(NamedTuple):
 class Bench:
     """A model and a few batches, on which weights of the image cross-attention are compared.
 
-    subject: what the model is, in words; chosen_by: who set a larger weight than the default on purpose, if anyone.
+    subject: what the model is, in words; chosen_by: who set a larger weight than the default on purpose, if anyone;
+    matched_by: who matched the residual's length on purpose, if anyone.
     """
 
     def __init__(self, test: GradientTest) -> None:
@@ -129,6 +130,7 @@ class Bench:
         self.model = build_model(test, checkpoint).to(device)
         self.subject = describe(self.model, test, checkpoint)
         self.chosen_by = who_chose_more(self.model, test)
+        self.matched_by = who_matched(self.model, test)
         self.prompts = data.prompts(self.model.clip).to(device)
         self.classes = data.classes
         self.seed = test.seed
@@ -238,6 +240,13 @@ def who_chose_more(model: AdaptedCLIPWithCrossAttention, test: GradientTest) -> 
     return f"preset {test.preset}" if test.preset else str(test.checkpoint)
 
 
+def who_matched(model: AdaptedCLIPWithCrossAttention, test: GradientTest) -> str | None:
+    """Who matched the residual's length: the checkpoint or the preset, None for the command line or nobody."""
+    if model.cross_config.cross_attn_residual != "matched" or test.cross_attn_residual is not None:
+        return None
+    return f"preset {test.preset}" if test.preset else str(test.checkpoint)
+
+
 def describe(model: AdaptedCLIPWithCrossAttention, test: GradientTest, checkpoint: Checkpoint | None) -> str:
     """Which weights are measured, in which setting."""
     if checkpoint is None:
@@ -301,8 +310,11 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean} (sd {statistics.stdev(values):.6f} over {len(values)} batches)" if len(values) > 1 else mean
 
 
-def verdict(found: Measurement, chosen_by: str | None = None) -> str:
-    """Whether the gradient stays what it was; a larger weight that somebody chose on purpose is not judged."""
+def verdict(found: Measurement, chosen_by: str | None = None, matched_by: str | None = None) -> str:
+    """Whether the gradient stays what it was.
+
+    A larger weight that somebody chose on purpose is not judged; nor is the change that matching the length makes.
+    """
     if chosen_by is not None:
         return (
             f"[BY INTENT] {chosen_by} sets the weight to {found.weight:g}, above the default of {DEFAULT_WEIGHT}: "
@@ -310,6 +322,11 @@ def verdict(found: Measurement, chosen_by: str | None = None) -> str:
         )
     if found.is_healthy:
         return "[OK] Cross-attention doesn't harm gradient flow significantly"
+    if matched_by is not None:
+        return (
+            f"[BY INTENT] {matched_by} matches the residual, which makes {found.weight:.0%} of the stream: it changes "
+            "the image adapter's gradient by intent"
+        )
     low, high = HEALTHY_RATIOS
     return (
         "[CAUTION] Cross-attention changes the image adapter's gradient: "
@@ -317,7 +334,7 @@ def verdict(found: Measurement, chosen_by: str | None = None) -> str:
     )
 
 
-def gradient_report(found: Measurement, chosen_by: str | None = None) -> str:
+def gradient_report(found: Measurement, chosen_by: str | None = None, matched_by: str | None = None) -> str:
     """What `test_stage2_gradients.py` prints of one weight."""
     return "\n".join(
         [
@@ -327,7 +344,7 @@ def gradient_report(found: Measurement, chosen_by: str | None = None) -> str:
             f"  Ratio: {found.ratio:.4f}x",
             f"Cosine between the two gradients: {spread(found.cosine)}",
             f"Contribution to the stream, |w * out| / |x|: {spread(found.contribution)}",
-            verdict(found, chosen_by),
+            verdict(found, chosen_by, matched_by),
         ]
     )
 

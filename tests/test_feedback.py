@@ -302,6 +302,17 @@ def test_v1_original_is_its_column_of_the_table() -> None:
     assert (config.text_cross_attn_weight, config.image_cross_attn_weight, config.context_norm) == (1.0, 1.0, "none")
 
 
+def test_v2_matches_the_residual_of_layer_normalised_tokens_and_v1_adds_what_raw_ones_give() -> None:
+    for preset, expected in (
+        ("v2", (0.1, 0.1, "layer", "matched", "first_block")),
+        ("v1", (0.1, 0.1, "none", "add", "first_block")),
+        ("v1_original", (1.0, 1.0, "none", "add", "first_block")),
+    ):
+        cross = parse("--preset", preset).cross_attention()
+        found = (cross.text_cross_attn_weight, cross.image_cross_attn_weight, cross.context_norm)
+        assert (*found, cross.cross_attn_residual, cross.text_cross_attn_at) == expected
+
+
 def test_v1_is_the_original_with_both_weights_mended() -> None:
     mended, original = parse("--preset", "v1"), parse("--preset", "v1_original")
     weights = {"text_cross_attn_weight": 0.1, "image_cross_attn_weight": 0.1}
@@ -318,7 +329,8 @@ def test_a_recipe_combines_with_any_preset_and_what_is_given_wins() -> None:
 
 def test_row1_the_defaults_are_the_mended_setting_and_v1_the_old() -> None:
     crossed = parse().cross_attention()
-    assert (crossed.text_cross_attn_weight, crossed.image_cross_attn_weight, crossed.context_norm) == (0.1, 0.1, "unit")
+    assert (crossed.text_cross_attn_weight, crossed.image_cross_attn_weight) == (0.1, 0.1)
+    assert (crossed.context_norm, crossed.cross_attn_residual) == ("layer", "matched")
 
 
 def test_every_argument_of_a_preset_can_be_given_and_wins() -> None:
