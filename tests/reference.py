@@ -418,7 +418,9 @@ def anomaly_map(levels: Sequence[Tensor], anchors: Tensor, size: int, domain: st
     return total
 
 
-def det_score(det: Tensor, anchors: Tensor) -> Tensor:
+def det_score(det: Tensor, anchors: Tensor, kind: str = "abnormal") -> Tensor:
+    if kind == "difference":
+        return (det @ (anchors[:, 1] - anchors[:, 0]) + 2) / 4
     return (det @ anchors[:, 1] + 1) / 2
 
 
@@ -439,6 +441,8 @@ def calibrated_map(levels: Sequence[Tensor], anchors: Tensor, size: int) -> Tens
     return sum(maps) / len(maps)
 
 
-def calibrated_score(levels: Sequence[Tensor], det: Tensor, anchors: Tensor, size: int, domain: str) -> Tensor:
+def calibrated_score(
+    levels: Sequence[Tensor], det: Tensor, anchors: Tensor, size: int, domain: str, kind: str = "abnormal"
+) -> Tensor:
     highest = calibrated_map(levels, anchors, size).max()
-    return 0.5 * highest + 0.5 * det_score(det, anchors) if domain == "industrial" else highest
+    return 0.5 * highest + 0.5 * det_score(det, anchors, kind) if domain == "industrial" else highest
