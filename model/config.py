@@ -160,16 +160,18 @@ def check_cross_attention(config: CrossAttentionConfig, text_width: int, joint_w
         if width % config.cross_attn_heads:
             raise UserError(f"--cross_attn_heads {config.cross_attn_heads}: must divide the {name} width, {width}")
     for side in SIDES:
+        weight, learned = getattr(config, f"{side}_cross_attn_weight"), config.cross_attn_scale == "learned"
+        if config.cross_attn_init == "zero" and learned and not weight:
+            raise UserError(f"--{side}_cross_attn_weight 0: learned from there it stays 0 with --cross_attn_init zero")
         if side == "text" and anchors:
             matched = "--text_cross_attn_at anchors"
         elif config.cross_attn_residual == "matched":
             matched = "--cross_attn_residual matched"
         else:
             continue
-        weight = getattr(config, f"{side}_cross_attn_weight")
         if weight > 1:
             raise UserError(f"--{side}_cross_attn_weight {weight:g}: is a share with {matched}, 0 to 1")
-        if config.cross_attn_init == "zero" and (weight or config.cross_attn_scale == "learned"):
+        if config.cross_attn_init == "zero" and weight:
             raise UserError(
                 f"--cross_attn_init zero does not go with {matched}: an output of length 0 has no direction that could "
                 "be brought to another length; leave one of the two out"

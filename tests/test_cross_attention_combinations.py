@@ -74,7 +74,8 @@ def test_any_choices_train_and_predict_from_their_checkpoint(choices: dict[str, 
         model = AdaptedCLIPWithCrossAttention(clip(), config_for(clip()), cross=cross).train()
     except UserError as error:
         assert cross.cross_attn_init == "zero"
-        assert "--cross_attn_residual matched" in str(error) or "--text_cross_attn_at anchors" in str(error)
+        reasons = ("--cross_attn_residual matched", "--text_cross_attn_at anchors", "learned from there it stays 0")
+        assert any(reason in str(error) for reason in reasons)
         return
     for side, loss in zip(("text", "image"), losses_of(model), strict=True):
         model.zero_grad()

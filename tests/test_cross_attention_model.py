@@ -397,9 +397,12 @@ def test_choices_that_do_not_exist_are_refused(flag: str, value: object) -> None
         ({"cross_attn_init": "zero", "cross_attn_residual": "matched"}, "not go with --cross_attn_residual matched"),
         ({"cross_attn_init": "zero", "text_cross_attn_at": "anchors"}, "does not go with --text_cross_attn_at anchors"),
         (
-            {"cross_attn_init": "zero", "cross_attn_residual": "matched", "cross_attn_scale": "learned",
-             "text_cross_attn_weight": 0.0, "image_cross_attn_weight": 0.0},
+            {"cross_attn_init": "zero", "cross_attn_residual": "matched", "cross_attn_scale": "learned"},
             "an output of length 0 has no direction",
+        ),
+        (
+            {"cross_attn_init": "zero", "cross_attn_scale": "learned", "image_cross_attn_weight": 0.0},
+            "--image_cross_attn_weight 0: learned from there it stays 0",
         ),
         ({"cross_attn_residual": "matched", "image_cross_attn_weight": 1.5}, "image_cross_attn_weight 1.5: is a share"),
         ({"text_cross_attn_at": "anchors", "text_cross_attn_weight": 2.0}, "--text_cross_attn_weight 2: is a share"),
