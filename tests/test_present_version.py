@@ -38,7 +38,7 @@ def test_checkpoints_predict_what_they_predicted(kept: Path) -> None:
 
 def test_checkpoints_add_what_words_after_the_first_block_see(kept: Path) -> None:
     """They know neither `cross_attn_residual` nor `text_cross_attn_at`, and keep the context that they had."""
-    for file in ("cross/image_adapter.pth", "feedback/loop_1_final.pth"):
+    for file in ("cross/image_adapter_cross_attn.pth", "feedback/loop_1_final.pth"):
         saved = torch.load(file, weights_only=True)["config"]["cross_attention"]
         assert not {"cross_attn_residual", "text_cross_attn_at"} & set(saved)
         found = load_model(file, device="cpu").model.cross_config
