@@ -51,7 +51,9 @@ class FeedbackConfig(CrossAttentionArguments):
         under=both(0.5),
     )  # fmt: skip
     context_norm: str = changed(CrossAttentionArguments, "context_norm", "layer")
-    cross_attn_residual: str = changed(CrossAttentionArguments, "cross_attn_residual", "matched", under=both("add"), before="add")
+    cross_attn_residual: str = changed(
+        CrossAttentionArguments, "cross_attn_residual", "matched", under=both("add"), before="add"
+    )
     cross_attn_start_loop: int = setting(
         1, "first loop with cross-attention; both are off before", "feedback", between=(1, MOST_LOOPS)
     )
