@@ -37,10 +37,10 @@ def main() -> int:
         write_sweep(measurements, test.output_dir)
         sys.stdout.write(f"Written to {test.output_dir}\n")
     found = bench.measure(bench.weight)
-    sys.stdout.write(gradient_report(found, bench.chosen_by) + "\n")
+    sys.stdout.write(gradient_report(found, bench.chosen_by, bench.matched_by) + "\n")
     if test.component:
         sys.stdout.write(component_report(bench) + "\n")
-    return 0 if found.is_healthy or bench.chosen_by else 1
+    return 0 if found.is_healthy or bench.chosen_by or bench.matched_by else 1
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from engine.arguments import make_parser
 from engine.training.advice import LESS_MEMORY
 from engine.training.feedback import train_feedback
 from engine.training.feedback_arguments import FeedbackConfig
+from engine.training.restart import forward_of_older_run
 from utils.cli import Parser
 from utils.logging import set_up_logging
 
@@ -21,7 +22,8 @@ def build_parser() -> Parser:
 def main(arguments: Sequence[str] | None = None, **defaults: object) -> None:
     """Parse and train; defaults: of arguments, where the command line names no preset and does not give them."""
     given = vars(build_parser().parse_args(arguments))
-    config = FeedbackConfig.of(**{**({} if "preset" in given else defaults), **given})
+    older = forward_of_older_run(FeedbackConfig, given)
+    config = FeedbackConfig.of(**{**older, **({} if "preset" in given else defaults), **given})
     set_up_logging()
     train_feedback(config)
 

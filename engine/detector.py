@@ -24,19 +24,19 @@ from model.clip import FrozenCLIP
 from model.clip_loading import load_clip
 from model.config import CrossAttentionConfig, LoopForward, ModelConfig
 from model.frozen import UnadaptedCLIP
-from model.scoring import DOMAINS, calibrated_maps, calibrated_scores
+from model.scoring import DET_SCORES, DOMAINS, calibrated_maps, calibrated_scores
 from model.text import Prompts
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 PUBLISHED_MODEL = "ViT-L-14-336"
-# What may be asked of a checkpoint with cross-attention in place of what it was trained with.
 # What unadapted CLIP is called in tables and figures.
 UNADAPTED = "unadapted"
+# What may be asked of a checkpoint with cross-attention in place of what it was trained with.
 CROSS_ATTENTION_OVERRIDES = (
-    "text_cross_attn_weight", "image_cross_attn_weight", "context_norm", "text_conditioning", "text_context",
-    "cross_attn_heads",
+    "text_cross_attn_weight", "image_cross_attn_weight", "context_norm", "cross_attn_residual", "text_cross_attn_at",
+    "text_conditioning", "text_context", "cross_attn_heads",
 )  # fmt: skip
 
 
@@ -53,7 +53,10 @@ class Prediction(NamedTuple):
 
 
 class Detector(nn.Module):
-    """A model with its checkpoint's story: `model`, `name`, `epoch`, `loop`, `config` (None: written elsewhere)."""
+    """A model with its checkpoint's story: `model`, `name`, `epoch`, `loop`, `config` (None: written elsewhere).
+
+    det_score: which det score takes part in image scores, one of `DET_SCORES`, the published one unless asked for.
+    """
 
     def __init__(
         self,
@@ -61,9 +64,11 @@ class Detector(nn.Module):
         name: str,
         checkpoint: Checkpoint | None = None,
         loop_forward: LoopForward | None = None,
+        det_score: str | None = None,
     ) -> None:
         super().__init__()
         self.loop_forward = loop_forward
+        self.det_score = check_det_score(det_score or DET_SCORES[0])
         self.model = model.eval().requires_grad_(False)
         self.name = name
         self.epoch = checkpoint.epoch if checkpoint else None
@@ -105,6 +110,7 @@ class Detector(nn.Module):
         class_name: str = "object",
         domain: str = "industrial",
         return_attention: bool = False,
+        det_score: str | None = None,
     ) -> Prediction | tuple[Prediction, Attention]:
         """Anomaly map, score and per-level maps of one image: a path, a PIL image, or uint8 RGB (H, W, 3).
 
@@ -112,9 +118,11 @@ class Detector(nn.Module):
         statistics to normalise by, so the map is the calibrated one and the score is half its maximum plus half the
         image's own; `domain="medical"`: the maximum alone (docs/method.md, "Scores").
         return_attention: also give `Attention`, the weights of both cross-attentions per head, for a batch of one.
-        Raises `UserError` for a file that cannot be read, for a domain that is not known, and where attention is asked
-        of a model without cross-attention.
+        det_score: in place of the detector's own.
+        Raises `UserError` for a file that cannot be read, for a domain or det score that is not known, and where
+        attention is asked of a model without cross-attention.
         """
+        det_score = check_det_score(det_score or self.det_score)
         if domain not in DOMAINS:
             raise UserError(f"domain {domain}: choose one of {', '.join(DOMAINS)}")
         if return_attention and not isinstance(self.model, AdaptedCLIPWithCrossAttention):
@@ -130,9 +138,16 @@ class Detector(nn.Module):
         outputs = self.model(pixels, side, rows)
         levels = calibrated_maps(outputs, size)
         mean = levels.mean(dim=0)
-        score = calibrated_scores(mean, outputs, domain)
+        score = calibrated_scores(mean, outputs, domain, det_score)
         prediction = Prediction(mean[0].cpu().numpy(), float(score[0]), levels[:, 0].cpu().numpy())
         return (prediction, self.model.attention(pixels, side, rows)) if return_attention else prediction
+
+
+def check_det_score(kind: str) -> str:
+    """The det score that is asked for; `UserError` for one that does not exist."""
+    if kind not in DET_SCORES:
+        raise UserError(f"--det_score {kind}: choose one of {', '.join(DET_SCORES)}")
+    return kind
 
 
 def load_model(
@@ -148,8 +163,7 @@ def load_model(
     clip_weights: CLIP's weights file; without it the one that training used, then the hub. clip: a CLIP that is loaded
     already. overrides: `model_name`, `img_size`, `activation`, `surgery`, `surgery_until_layer` for files that do not
     say (AA-CLIP's published form), or to ask for something else than the file says, which is logged; so, too, for a
-    model with cross-attention, `text_cross_attn_weight`, `image_cross_attn_weight`, `context_norm`,
-    `text_conditioning`, `text_context` and `cross_attn_heads`.
+    model with cross-attention, those of `CROSS_ATTENTION_OVERRIDES`. `det_score`: as in `Detector`.
     Raises `UserError` where the file, the weights and the device do not fit together.
     """
     checkpoint = read_checkpoint(Path(path))
@@ -219,7 +233,7 @@ def build_detector(checkpoint: Checkpoint, clip: FrozenCLIP, **overrides: Any) -
             raise UserError(f"{checkpoint.path}: has no '{name}', which a model of its config needs; it is damaged")
     epochs = "an unknown number of" if checkpoint.epoch is None else checkpoint.epoch
     logger.info("%s: %s epochs", checkpoint.path, epochs)
-    return Detector(model, checkpoint.path.stem, checkpoint)
+    return Detector(model, checkpoint.path.stem, checkpoint, det_score=overrides.get("det_score"))
 
 
 def cross_attention_choices(checkpoint: Checkpoint, **overrides: Any) -> CrossAttentionConfig | None:
@@ -249,11 +263,12 @@ def cross_attention_choices(checkpoint: Checkpoint, **overrides: Any) -> CrossAt
         )
         logger.warning(
             "%s has cross-attention and no config: assumed that its output is added with %s, from context_norm %s, "
-            "text_context %s, text_conditioning %s, %d heads, as earlier code did; --text_cross_attn_weight, "
-            "--image_cross_attn_weight, --context_norm, --text_context, --text_conditioning and --cross_attn_heads "
+            "cross_attn_residual %s, text_cross_attn_at %s, text_context %s, text_conditioning %s, %d heads, as "
+            "earlier code did; --text_cross_attn_weight, --image_cross_attn_weight, --context_norm, "
+            "--cross_attn_residual, --text_cross_attn_at, --text_context, --text_conditioning and --cross_attn_heads "
             "say otherwise",
-            checkpoint.path, weights, chosen.context_norm, chosen.text_context, chosen.text_conditioning,
-            chosen.cross_attn_heads,
+            checkpoint.path, weights, chosen.context_norm, chosen.cross_attn_residual, chosen.text_cross_attn_at,
+            chosen.text_context, chosen.text_conditioning, chosen.cross_attn_heads,
         )  # fmt: skip
         return chosen
     for name, value in asked.items():
@@ -298,6 +313,6 @@ def _assumed_config(checkpoint: Checkpoint, clip: FrozenCLIP, asked: dict[str, A
     return clip.model_config(**assumed)
 
 
-def unadapted_detector(clip: FrozenCLIP) -> Detector:
+def unadapted_detector(clip: FrozenCLIP, det_score: str | None = None) -> Detector:
     """Unadapted CLIP, the baseline, with the same prompts and scoring."""
-    return Detector(UnadaptedCLIP(clip, clip.model_config(text_adapted=False)), UNADAPTED)
+    return Detector(UnadaptedCLIP(clip, clip.model_config(text_adapted=False)), UNADAPTED, det_score=det_score)

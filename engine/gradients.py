@@ -27,6 +27,7 @@ from engine.training.stage2 import ImageStage
 from engine.training.stages import Stage, class_rows
 from engine.training.trainer import gradient_norms
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
+from model.adapter_modules import match_length
 from model.blocks import run_block
 from model.checkpoint import Checkpoint, load_component, read_checkpoint
 from model.clip_loading import load_clip
@@ -69,6 +70,12 @@ class GradientTest(Arguments):
         CrossAttentionArguments, "text_cross_attn_weight", None, unset=f"{TRAINED}, else {DEFAULT_WEIGHT}"
     )
     context_norm: str | None = changed(CrossAttentionArguments, "context_norm", None, unset=f"{TRAINED}, else unit")
+    cross_attn_residual: str | None = changed(
+        CrossAttentionArguments, "cross_attn_residual", None, unset=f"{TRAINED}, else add"
+    )
+    text_cross_attn_at: str | None = changed(
+        CrossAttentionArguments, "text_cross_attn_at", None, unset=f"{TRAINED}, else first_block"
+    )
     dataset: str = changed(DataArguments, "dataset", "toy_train")
     data_root: Path | None = changed(DataArguments, "data_root")
     batches: int = setting(1, "batches to average over", "data", between=(1, 1_000_000))
@@ -112,7 +119,8 @@ class Measurement(NamedTuple):
 class Bench:
     """A model and a few batches, on which weights of the image cross-attention are compared.
 
-    subject: what the model is, in words; chosen_by: who set a larger weight than the default on purpose, if anyone.
+    subject: what the model is, in words; chosen_by: who set a larger weight than the default on purpose, if anyone;
+    matched_by: who matched the residual's length on purpose, if anyone.
     """
 
     def __init__(self, test: GradientTest) -> None:
@@ -122,6 +130,7 @@ class Bench:
         self.model = build_model(test, checkpoint).to(device)
         self.subject = describe(self.model, test, checkpoint)
         self.chosen_by = who_chose_more(self.model, test)
+        self.matched_by = who_matched(self.model, test)
         self.prompts = data.prompts(self.model.clip).to(device)
         self.classes = data.classes
         self.seed = test.seed
@@ -180,7 +189,9 @@ def build_model(test: GradientTest, checkpoint: Checkpoint | None) -> AdaptedCLI
     else:
         clip = load_clip_for(checkpoint, test.clip_weights, **test.given("model_name", "img_size", "activation"))
         config = checkpoint_config(checkpoint, clip)
-    asked = test.given("image_cross_attn_weight", "text_cross_attn_weight", "context_norm")
+    asked = test.given(
+        "image_cross_attn_weight", "text_cross_attn_weight", "context_norm", "cross_attn_residual", "text_cross_attn_at"
+    )
     cross = replace(own_setting(test, checkpoint), **asked)
     if "image_cross_attn_weight" in asked:
         # In a feedback run's loops before its cross-attention starts.
@@ -229,6 +240,13 @@ def who_chose_more(model: AdaptedCLIPWithCrossAttention, test: GradientTest) -> 
     return f"preset {test.preset}" if test.preset else str(test.checkpoint)
 
 
+def who_matched(model: AdaptedCLIPWithCrossAttention, test: GradientTest) -> str | None:
+    """Who matched the residual's length: the checkpoint or the preset, None for the command line or nobody."""
+    if model.cross_config.cross_attn_residual != "matched" or test.cross_attn_residual is not None:
+        return None
+    return f"preset {test.preset}" if test.preset else str(test.checkpoint)
+
+
 def describe(model: AdaptedCLIPWithCrossAttention, test: GradientTest, checkpoint: Checkpoint | None) -> str:
     """Which weights are measured, in which setting."""
     if checkpoint is None:
@@ -239,9 +257,13 @@ def describe(model: AdaptedCLIPWithCrossAttention, test: GradientTest, checkpoin
     else:
         what = f"{checkpoint.path}, with a fresh cross-attention on top"
     image, text = weight_of(model.image_cross_attn), weight_of(model.text_cross_attn)
-    context = model.cross_config.context_norm
+    how = f"context {model.cross_config.context_norm}"
+    if model.cross_config.cross_attn_residual == "matched":
+        how += ", residual matched"
+    if model.anchors_attend:
+        how += ", text at the anchors"
     off = "" if model.image_sees_text() else "; image cross-attention is off"
-    return f"Model: {what}\nSetting: image weight {image:g}, text weight {text:g}, context {context}{off}"
+    return f"Model: {what}\nSetting: image weight {image:g}, text weight {text:g}, {how}{off}"
 
 
 def take_batches(
@@ -265,14 +287,20 @@ def take_batches(
 def contribution(
     model: AdaptedCLIPWithCrossAttention, prompts: Prompts, batch: dict[str, Any], classes: Sequence[str]
 ) -> float:
-    """Mean over tokens of |w * out| / |x| of the image cross-attention, without dropout."""
+    """Mean over tokens of |w * out| / |x| of the image cross-attention, without dropout.
+
+    Where the residual is matched, out has the length of x, so this is the weight.
+    """
     if not model.image_sees_text():
         return 0.0
     model.eval()
     rows = class_rows(batch, {name: row for row, name in enumerate(classes)})
     side = model.text_side(prompts)
     x = run_block(model.clip.clip.visual.transformer.resblocks[0], model.clip.embed_image(batch["image"]))
-    added: Tensor = model.i_ca_w * model.image_cross_attn(x, side.context[rows], side.mask[rows])
+    out = model.image_cross_attn(x, side.context[rows], side.mask[rows])
+    if model.cross_config.cross_attn_residual == "matched":
+        out = match_length(out, x)
+    added: Tensor = model.i_ca_w * out
     return (added.norm(dim=-1) / x.norm(dim=-1)).mean().item()
 
 
@@ -282,8 +310,11 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean} (sd {statistics.stdev(values):.6f} over {len(values)} batches)" if len(values) > 1 else mean
 
 
-def verdict(found: Measurement, chosen_by: str | None = None) -> str:
-    """Whether the gradient stays what it was; a larger weight that somebody chose on purpose is not judged."""
+def verdict(found: Measurement, chosen_by: str | None = None, matched_by: str | None = None) -> str:
+    """Whether the gradient stays what it was.
+
+    A larger weight that somebody chose on purpose is not judged; nor is the change that matching the length makes.
+    """
     if chosen_by is not None:
         return (
             f"[BY INTENT] {chosen_by} sets the weight to {found.weight:g}, above the default of {DEFAULT_WEIGHT}: "
@@ -291,6 +322,11 @@ def verdict(found: Measurement, chosen_by: str | None = None) -> str:
         )
     if found.is_healthy:
         return "[OK] Cross-attention doesn't harm gradient flow significantly"
+    if matched_by is not None:
+        return (
+            f"[BY INTENT] {matched_by} matches the residual, which makes {found.weight:.0%} of the stream: it changes "
+            "the image adapter's gradient by intent"
+        )
     low, high = HEALTHY_RATIOS
     return (
         "[CAUTION] Cross-attention changes the image adapter's gradient: "
@@ -298,7 +334,7 @@ def verdict(found: Measurement, chosen_by: str | None = None) -> str:
     )
 
 
-def gradient_report(found: Measurement, chosen_by: str | None = None) -> str:
+def gradient_report(found: Measurement, chosen_by: str | None = None, matched_by: str | None = None) -> str:
     """What `test_stage2_gradients.py` prints of one weight."""
     return "\n".join(
         [
@@ -308,7 +344,7 @@ def gradient_report(found: Measurement, chosen_by: str | None = None) -> str:
             f"  Ratio: {found.ratio:.4f}x",
             f"Cosine between the two gradients: {spread(found.cosine)}",
             f"Contribution to the stream, |w * out| / |x|: {spread(found.contribution)}",
-            verdict(found, chosen_by),
+            verdict(found, chosen_by, matched_by),
         ]
     )
 

@@ -23,7 +23,7 @@ class TextSide(NamedTuple):
     """What a forward needs of the text side, the same for all images, and what a feedback loop decides of the forward.
 
     prompts: of C classes; stream: after the first text block, (C, P, T, D_t); context, mask: what image tokens attend
-    to, (C, P * T, D_t) and (C, P * T); anchors: (C, D, 2) where they do not depend on the image, otherwise None.
+    to, (C, P * T, D_t) and (C, P * T); anchors: (C, D, 2) before they see an image, None where the prompts see it.
     """
 
     prompts: Prompts
@@ -37,7 +37,8 @@ class TextSide(NamedTuple):
 class Attention(NamedTuple):
     """Attention weights, without dropout; each row over the last axes sums to 1.
 
-    text: (B, heads, P, T, N), which patches each token of each prompt looks at; None where text sees no image.
+    text: (B, heads, P, T, N), which patches each token of each prompt looks at, or with `text_cross_attn_at` "anchors"
+    (B, heads, 2, N), which patches each anchor looks at; None where text sees no image.
     image: (B, heads, 1 + N, P, T), which words each image token looks at, class token first; None where it sees none.
     words: (B, P, T) bool, the padding mask: True where a token is real. At padding, text has weights that mean nothing,
     image has none.
@@ -51,9 +52,10 @@ class Attention(NamedTuple):
 class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
     """An `AdaptedCLIP` with `text_cross_attn` and `image_cross_attn`, scaled residuals after the first blocks.
 
+    With `text_cross_attn_at` "anchors" the text side's stands behind the encoder instead, where the anchors are.
     cross: all choices at once, the two weights among them, in place of the two arguments.
     At weight 0 a branch, and the expansion of prompts to each image, is skipped: with both at 0 the outputs are the
-    base's, bit for bit. Raises `UserError` for choices that do not exist.
+    base's, bit for bit. Raises `UserError` for choices that do not exist or do not go together.
     """
 
     def __init__(
@@ -66,11 +68,15 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
     ) -> None:
         super().__init__(clip, config)
         self.cross_config = cross or CrossAttentionConfig(text_cross_attn_weight, image_cross_attn_weight)
-        check_cross_attention(self.cross_config, clip.text_width)
+        check_cross_attention(self.cross_config, clip.text_width, clip.embed_dim)
         d_t, d_v, d = clip.text_width, clip.vision_width, clip.embed_dim
         chosen = self.cross_config
-        same = (chosen.cross_attn_heads, chosen.cross_attn_dropout, chosen.cross_attn_init, chosen.cross_attn_scale)
-        self.text_cross_attn = CrossAttention(d_t, d, d_t, chosen.text_cross_attn_weight, *same)
+        same = (
+            chosen.cross_attn_heads, chosen.cross_attn_dropout, chosen.cross_attn_init, chosen.cross_attn_scale,
+            chosen.context_norm,
+        )  # fmt: skip
+        words = d if self.anchors_attend else d_t
+        self.text_cross_attn = CrossAttention(words, d, words, chosen.text_cross_attn_weight, *same)
         self.image_cross_attn = CrossAttention(d_v, d_t, d_t, chosen.image_cross_attn_weight, *same)
 
     @property
@@ -82,6 +88,11 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
     def i_ca_w(self) -> float | Tensor:
         """Weight of the image side's residual."""
         return self.image_cross_attn.scale
+
+    @property
+    def anchors_attend(self) -> bool:
+        """Whether the anchors look at the image, where otherwise the words of the prompts do."""
+        return self.cross_config.text_cross_attn_at == "anchors"
 
     @property
     def loop(self) -> LoopForward:
@@ -104,7 +115,9 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
     @torch.no_grad()
     def text_side(self, prompts: Prompts, loop: LoopForward | None = None) -> TextSide:
         words = self._words(prompts, loop or self.loop)
-        return words if self.text_sees_image(words.loop) else words._replace(anchors=self.anchors(prompts))
+        if self.text_sees_image(words.loop) and not self.anchors_attend:
+            return words
+        return words._replace(anchors=self.anchors(prompts))
 
     def _words(self, prompts: Prompts, loop: LoopForward) -> TextSide:
         """The text side as far as image tokens see it, without anchors."""
@@ -144,22 +157,34 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
     def attend_to_image(self, stream: Tensor, context: Tensor) -> Tensor:
         """Text tokens (B, P * T, D_t) after the first block see the patches of their own image, (B, N, D)."""
         cross_out = self.text_cross_attn(stream, context)
+        if self.cross_config.cross_attn_residual == "matched":
+            return blend(stream, cross_out, self.t_ca_w)
         cross_out_scaled = self.t_ca_w * cross_out
         return stream + cross_out_scaled
 
     def attend_to_text(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
         """Image tokens (B, 1 + N, D_v) after the first block see the words of their own class, (B, P * T, D_t)."""
         cross_out = self.image_cross_attn(x, context, mask)
+        if self.cross_config.cross_attn_residual == "matched":
+            return blend(x, cross_out, self.i_ca_w)
         cross_out_scaled = self.i_ca_w * cross_out
         return x + cross_out_scaled
 
-    def conditioned_anchors(self, prompts: Prompts, stream: Tensor, rows: Tensor, context: Tensor) -> Tensor:
-        """Anchors of B images from one text pass, (B, D, 2).
+    def anchors_see_image(self, anchors: Tensor, context: Tensor) -> Tensor:
+        """Anchors (B, D, 2) see the patches of their own image, (B, N, D), in the joint space; unit again."""
+        queries = anchors.transpose(1, 2)
+        return unit(blend(queries, self.text_cross_attn(queries, context), self.t_ca_w)).transpose(1, 2)
 
-        stream: (C, P, T, D_t) after the first block; rows: (B,), each image's class; context: (B, N, D), each image's.
+    def conditioned_anchors(self, prompts: Prompts, start: Tensor, rows: Tensor, context: Tensor) -> Tensor:
+        """Anchors of B images, (B, D, 2); from one text pass for each image where its prompts see it.
+
+        start: what sees images, the stream of C classes after the first block (C, P, T, D_t), or their anchors
+        (C, D, 2); rows: (B,), each image's class; context: (B, N, D), each image's.
         """
+        if self.anchors_attend:
+            return self.anchors_see_image(start[rows], context)
         tokens = prompts.tokens[rows]  # (B, P, T)
-        x = self.attend_to_image(stream[rows].flatten(1, 2), context)  # (B, P * T, D_t)
+        x = self.attend_to_image(start[rows].flatten(1, 2), context)  # (B, P * T, D_t)
         x = x.unflatten(1, tokens.shape[1:]).flatten(0, 1)  # (B * P, T, D_t)
         features = finish_prompts(self.clip, x, tokens.flatten(0, 1), **self.text_modules)
         return pair_anchors(features.unflatten(0, tokens.shape[:2]), prompts.normal)
@@ -170,14 +195,16 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
         """Anchors of each image of a batch, (B, D, 2), conditioned as `text_conditioning` says (Stage 1)."""
         if not self.text_sees_image(loop):
             return self.anchors(prompts)[rows]
-        stream = begin_prompts(self.clip, prompts.tokens.flatten(0, 1)).unflatten(0, prompts.tokens.shape[:2])
+        if self.anchors_attend:
+            start = self.anchors(prompts)
+        else:
+            start = begin_prompts(self.clip, prompts.tokens.flatten(0, 1)).unflatten(0, prompts.tokens.shape[:2])
         context = self.text_context(features)
         if self.cross_config.text_conditioning == "image":
-            return self.conditioned_anchors(prompts, stream, rows, context)
-        mean = context.mean(dim=0, keepdim=True)
-        mean = unit(mean) if self.cross_config.context_norm == "unit" else mean
-        classes = torch.arange(len(stream), device=rows.device)
-        return self.conditioned_anchors(prompts, stream, classes, mean.expand(len(stream), -1, -1))[rows]
+            return self.conditioned_anchors(prompts, start, rows, context)
+        mean = prepare_context(context.mean(dim=0, keepdim=True), self.cross_config.context_norm)
+        classes = torch.arange(len(start), device=rows.device)
+        return self.conditioned_anchors(prompts, start, classes, mean.expand(len(start), -1, -1))[rows]
 
     def image_features(self, images: Tensor, text_side: TextSide, rows: Tensor) -> ImageFeatures:
         """The adapted image branch, whose tokens see the words of their class; shapes as in `AdaptedCLIP`."""
@@ -197,11 +224,12 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
     def forward(self, images: Tensor, text_side: TextSide, rows: Tensor) -> Outputs:
         """As `AdaptedCLIP.forward`, against anchors that each image conditions; no gradient reaches the text side."""
         features = self.image_features(images, text_side, rows)
-        if text_side.anchors is not None:
+        if not self.text_sees_image(text_side.loop):
             return compare(features.levels, features.det, text_side.anchors[rows])
         with torch.no_grad():
             context = self.text_context(self.context_features(images, features, text_side.loop))
-            anchors = self.conditioned_anchors(text_side.prompts, text_side.stream, rows, context)
+            start = text_side.anchors if self.anchors_attend else text_side.stream
+            anchors = self.conditioned_anchors(text_side.prompts, start, rows, context)
         return compare(features.levels, features.det, anchors)
 
     @torch.no_grad()
@@ -212,8 +240,11 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
         if self.text_sees_image(text_side.loop):
             features = self.image_features(images, text_side, rows)
             context = self.text_context(self.context_features(images, features, text_side.loop))
-            weights = self.text_cross_attn.weights(text_side.stream[rows].flatten(1, 2), context)
-            text = weights.unflatten(2, prompt_shape)
+            if self.anchors_attend:
+                text = self.text_cross_attn.weights(text_side.anchors[rows].transpose(1, 2), context)
+            else:
+                weights = self.text_cross_attn.weights(text_side.stream[rows].flatten(1, 2), context)
+                text = weights.unflatten(2, prompt_shape)
         if self.image_sees_text(text_side.loop):
             x = run_block(self.clip.clip.visual.transformer.resblocks[0], self.clip.embed_image(images))
             weights = self.image_cross_attn.weights(x, text_side.context[rows], text_side.mask[rows])

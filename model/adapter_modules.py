@@ -62,10 +62,14 @@ def make_adapter(kind: str, width: int) -> nn.Module:
     return {"bottleneck": SimpleAdapter, "linear": LinearAdapter}[kind](width)
 
 
-def blend(x: Tensor, adapted: Tensor, weight: float) -> Tensor:
+def blend(x: Tensor, adapted: Tensor, weight: float | Tensor) -> Tensor:
     """Adapter blend (docs/method.md): w a |x| / |a| + (1 - w) x, with norms per token; shapes (..., c).
 
     An adapter that gives exactly zero contributes zero instead of 0 / 0.
     """
-    scale = x.norm(dim=-1, keepdim=True) / adapted.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    return weight * (adapted * scale) + (1 - weight) * x
+    return weight * match_length(adapted, x) + (1 - weight) * x
+
+
+def match_length(adapted: Tensor, x: Tensor) -> Tensor:
+    """`adapted` with the length of `x`, token by token; shapes (..., c). What is exactly zero stays zero."""
+    return adapted * (x.norm(dim=-1, keepdim=True) / adapted.norm(dim=-1, keepdim=True).clamp_min(1e-12))

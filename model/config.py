@@ -15,9 +15,11 @@ SIDES = ("text", "image")
 ADAPTERS = ("bottleneck", "linear")
 SURGERIES = ("dual", "sequential")
 ACTIVATIONS = ("gelu", "quick_gelu")
-CONTEXT_NORMS = ("unit", "none")
+CONTEXT_NORMS = ("unit", "none", "layer")
+CROSS_ATTN_RESIDUALS = ("add", "matched")
 CROSS_ATTN_INITS = ("xavier", "zero")
 CROSS_ATTN_SCALES = ("fixed", "learned")
+TEXT_CROSS_ATTN_PLACES = ("first_block", "anchors")
 TEXT_CONDITIONINGS = ("image", "batch_mean", "none")
 TEXT_CONTEXTS = ("frozen", "trained", "projectors")
 
@@ -105,8 +107,12 @@ class CrossAttentionConfig:
         0.1, "dropout of the attention weights while training", "cross-attention", between=(0, 0.99)
     )
     context_norm: str = setting(
-        "unit", "length of context tokens: 1, or as they are (none, the old behaviour)", "cross-attention",
-        choices=CONTEXT_NORMS, under={"v1": "none", "v1_original": "none"},
+        "unit", "context tokens of length 1, context and queries layer-normalised, or both as they are (none, the old "
+        "behaviour)", "cross-attention", choices=CONTEXT_NORMS, under={"v1": "none", "v1_original": "none"},
+    )  # fmt: skip
+    cross_attn_residual: str = setting(
+        "add", "add a branch's output, or match its length to the stream's and blend: its weight is then its share",
+        "cross-attention", choices=CROSS_ATTN_RESIDUALS,
     )  # fmt: skip
     cross_attn_init: str = setting(
         "xavier", "start of the output projection; zero starts a run exactly at its base", "cross-attention",
@@ -115,6 +121,10 @@ class CrossAttentionConfig:
     cross_attn_scale: str = setting(
         "fixed", "the two weights as they are, or learned from there", "cross-attention", choices=CROSS_ATTN_SCALES
     )
+    text_cross_attn_at: str = setting(
+        "first_block", "what looks at the image: the words after the first text block, or the two anchors, always "
+        "matched", "cross-attention", choices=TEXT_CROSS_ATTN_PLACES,
+    )  # fmt: skip
     text_conditioning: str = setting(
         "image", "what anchors see: each image, in Stage 1 the mean of the batch, or no image", "cross-attention",
         choices=TEXT_CONDITIONINGS,
@@ -142,11 +152,30 @@ class LoopForward(NamedTuple):
     cross_attn_active: bool
 
 
-def check_cross_attention(config: CrossAttentionConfig, text_width: int) -> None:
-    """Raise `UserError` for choices that do not exist, or heads that do not divide the text width."""
+def check_cross_attention(config: CrossAttentionConfig, text_width: int, joint_width: int) -> None:
+    """Raise `UserError` for choices that do not exist or do not go together, or heads that do not divide a width."""
     check_settings(config)
-    if text_width % config.cross_attn_heads:
-        raise UserError(f"--cross_attn_heads {config.cross_attn_heads}: must divide the text width, {text_width}")
+    anchors = config.text_cross_attn_at == "anchors"
+    for name, width in (("text", text_width), *([("joint", joint_width)] if anchors else [])):
+        if width % config.cross_attn_heads:
+            raise UserError(f"--cross_attn_heads {config.cross_attn_heads}: must divide the {name} width, {width}")
+    for side in SIDES:
+        weight, learned = getattr(config, f"{side}_cross_attn_weight"), config.cross_attn_scale == "learned"
+        if config.cross_attn_init == "zero" and learned and not weight:
+            raise UserError(f"--{side}_cross_attn_weight 0: learned from there it stays 0 with --cross_attn_init zero")
+        if side == "text" and anchors:
+            matched = "--text_cross_attn_at anchors"
+        elif config.cross_attn_residual == "matched":
+            matched = "--cross_attn_residual matched"
+        else:
+            continue
+        if weight > 1:
+            raise UserError(f"--{side}_cross_attn_weight {weight:g}: is a share with {matched}, 0 to 1")
+        if config.cross_attn_init == "zero" and weight:
+            raise UserError(
+                f"--cross_attn_init zero does not go with {matched}: an output of length 0 has no direction that could "
+                "be brought to another length; leave one of the two out"
+            )
 
 
 def check_settings(config: Any) -> None:

@@ -7,14 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.adapter_modules import xavier
-from model.blocks import linear_2d, unit
+from model.blocks import full_precision, linear_2d, unit
 
 
 class CrossAttention(nn.Module):
     """Queries of one modality attend to tokens of the other; the output has the queries' width.
 
     The projections have biases. `init="zero"` starts the output projection at zero, so that the branch starts silent.
-    `scale="learned"` makes the weight of the residual a trainable number, from `weight`.
+    `scale="learned"` makes the weight of the residual a trainable number, from `weight`. `norm="layer"`: queries are
+    layer-normalised; the context comes as `prepare_context` makes it.
     """
 
     def __init__(
@@ -27,10 +28,12 @@ class CrossAttention(nn.Module):
         dropout: float = 0.1,
         init: str = "xavier",
         scale: str = "fixed",
+        norm: str = "unit",
     ) -> None:
         super().__init__()
         self.heads = heads
         self.dropout = dropout
+        self.norm = norm
         self.q_proj = nn.Linear(query_width, inner_width)
         self.k_proj = nn.Linear(context_width, inner_width)
         self.v_proj = nn.Linear(context_width, inner_width)
@@ -52,10 +55,13 @@ class CrossAttention(nn.Module):
         projected = linear_2d(tokens, projection.weight, projection.bias)
         return projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, T, C / heads)
 
+    def _queries(self, queries: Tensor) -> Tensor:
+        return self._heads(self.q_proj, layer_normalised(queries) if self.norm == "layer" else queries)
+
     def forward(self, queries: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         """queries (B, T, C_q) and context (B, M, C_c) -> (B, T, C_q); mask (B, M) is True where a token is real."""
         q, k, v = (
-            self._heads(self.q_proj, queries),
+            self._queries(queries),
             self._heads(self.k_proj, context),
             self._heads(self.v_proj, context),
         )
@@ -70,7 +76,7 @@ class CrossAttention(nn.Module):
 
     def weights(self, queries: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         """The attention weights, without dropout, (B, heads, T, M); each row sums to 1."""
-        q, k = self._heads(self.q_proj, queries), self._heads(self.k_proj, context)
+        q, k = self._queries(queries), self._heads(self.k_proj, context)
         scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
@@ -78,6 +84,13 @@ class CrossAttention(nn.Module):
 
 
 def prepare_context(tokens: Tensor, norm: str) -> Tensor:
-    """Context as attention sees it: never with gradient; unit tokens, unless `norm` is "none" (the old behaviour)."""
+    """Context as attention sees it: never with gradient; tokens unit, layer-normalised, or raw (the old behaviour)."""
     tokens = tokens.detach()
-    return unit(tokens) if norm == "unit" else tokens
+    if norm == "unit":
+        return unit(tokens)
+    return layer_normalised(tokens) if norm == "layer" else tokens
+
+
+def layer_normalised(tokens: Tensor) -> Tensor:
+    """Mean 0 and variance 1 over the channel, without learned parameters, in float32 or better; shapes (..., C)."""
+    return F.layer_norm(full_precision(tokens), tokens.shape[-1:])

@@ -33,6 +33,8 @@ class Domain:
     uses_det: bool
 
 
+# What the det score compares with: the abnormal anchor, or its difference from the normal one.
+DET_SCORES = ("abnormal", "difference")
 DOMAINS = {"industrial": Domain(7, 1.0, True), "medical": Domain(9, 1.5, False)}
 
 
@@ -84,9 +86,14 @@ def anomaly_map(outputs: Outputs, size: int, domain: str) -> Tensor:
     return level_maps(outputs, size, domain).sum(dim=0)
 
 
-def det_scores(outputs: Outputs) -> Tensor:
-    """(det . abnormal + 1) / 2 of each image, (B,), in [0, 1]."""
-    return (outputs.det[:, 1] + 1) / 2
+def det_scores(outputs: Outputs, kind: str = DET_SCORES[0]) -> Tensor:
+    """The det score of each image, (B,), in [0, 1].
+
+    kind: "abnormal", as published, (det . abnormal + 1) / 2; "difference", (det . (abnormal - normal) + 2) / 4, which
+    is the same where the two anchors are opposite.
+    """
+    normal, abnormal = outputs.det.unbind(dim=1)
+    return (abnormal - normal + 2) / 4 if kind == "difference" else (abnormal + 1) / 2
 
 
 def min_max(values: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
@@ -112,7 +119,7 @@ def calibrated_maps(outputs: Outputs, size: int) -> Tensor:
     return torch.stack([pixel_logits(similarity, size).softmax(dim=1)[:, 1] for similarity in outputs.levels])
 
 
-def calibrated_scores(maps: Tensor, outputs: Outputs, domain: str) -> Tensor:
-    """Image scores (B,) in [0, 1] from calibrated maps averaged over levels (B, S, S)."""
+def calibrated_scores(maps: Tensor, outputs: Outputs, domain: str, kind: str = DET_SCORES[0]) -> Tensor:
+    """Image scores (B,) in [0, 1] from calibrated maps averaged over levels (B, S, S); kind: as in `det_scores`."""
     peaks = maps.flatten(1).amax(dim=1)
-    return 0.5 * peaks + 0.5 * det_scores(outputs) if DOMAINS[domain].uses_det else peaks
+    return 0.5 * peaks + 0.5 * det_scores(outputs, kind) if DOMAINS[domain].uses_det else peaks

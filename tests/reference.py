@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from model.config import CrossAttentionConfig, ModelConfig
 
 LEAKY_SLOPE = 0.01
+NORM_EPSILON = 1e-5
 CONTEXT_LENGTH = 77
 BLUR = {"industrial": (7, 1.0), "medical": (9, 1.5)}
 
@@ -109,6 +110,8 @@ def blend(x: Tensor, adapted: Tensor, weight: float) -> Tensor:
 
 def cross_attention(ref: Reference, name: str, queries: Tensor, context: Tensor) -> Tensor:
     """Multi-head attention of queries (T, C_q) to context (M, C_c), all of it real tokens -> (T, C_q), no dropout."""
+    if ref.cross.context_norm == "layer":
+        queries = layer_normalised(queries)
     q_all, k_all, v_all = (
         tokens @ ref.weights[f"{name}.{part}_proj.weight"].T + ref.weights[f"{name}.{part}_proj.bias"]
         for part, tokens in (("q", queries), ("k", context), ("v", context))
@@ -126,15 +129,27 @@ def cross_attention(ref: Reference, name: str, queries: Tensor, context: Tensor)
 
 
 def cross_residual(ref: Reference, side: str, x: Tensor, context: Tensor) -> Tensor:
-    """x + w_ca * cross_attn(x, context), with the learned w_ca where there is one; `side` is "text" or "image"."""
+    """x + w_ca * cross_attn(x, context), or both blended as an adapter is; `side` is "text" or "image"."""
+    attended = cross_attention(ref, f"{side}_cross_attn", x, context)
+    weight = cross_weight(ref, side)
+    return blend(x, attended, weight) if ref.cross.cross_attn_residual == "matched" else x + weight * attended
+
+
+def cross_weight(ref: Reference, side: str) -> Tensor | float:
+    """w_ca of a side, the learned one where there is one."""
     name = f"{side}_cross_attn"
-    weight = ref.weights.get(f"{name}.scale", getattr(ref.cross, f"{name}_weight"))
-    return x + weight * cross_attention(ref, name, x, context)
+    return ref.weights.get(f"{name}.scale", getattr(ref.cross, f"{name}_weight"))
+
+
+def layer_normalised(x: Tensor) -> Tensor:
+    """Each token (T, C) less its mean, over its standard deviation; without weight and bias."""
+    centred = x - x.mean(dim=1, keepdim=True)
+    return centred / ((centred * centred).mean(dim=1, keepdim=True) + NORM_EPSILON).sqrt()
 
 
 def as_context(ref: Reference, tokens: Tensor) -> Tensor:
-    """Tokens as they are attended to: unit or raw, and never with gradient."""
-    return (tokens if ref.cross.context_norm == "none" else unit(tokens)).detach()
+    """Tokens as they are attended to: unit, layer-normalised or raw, and never with gradient."""
+    return {"unit": unit, "layer": layer_normalised, "none": lambda raw: raw}[ref.cross.context_norm](tokens).detach()
 
 
 def words_of(ref: Reference, prompts: Sequence[Tensor]) -> Tensor:
@@ -171,7 +186,7 @@ def projected_patches(ref: Reference, image: Tensor) -> Tensor:
 
 
 def averaged_patches(ref: Reference, contexts: Sequence[Tensor]) -> Tensor:
-    """One context for a whole batch: each patch of the grid averaged over the images and made unit again, (N, D)."""
+    """One context for a whole batch: each patch of the grid averaged over the images and normalised again, (N, D)."""
     return as_context(ref, sum(contexts) / len(contexts))
 
 
@@ -202,10 +217,15 @@ def anchor_pair(
     ref: Reference, normal: Sequence[Tensor], abnormal: Sequence[Tensor], patches: Tensor | None = None
 ) -> Tensor:
     """Token ids of a class's normal and abnormal prompts -> its anchors (D, 2), conditioned on `patches` (M, D)."""
+    at_anchors = patches is not None and ref.cross.text_cross_attn_at == "anchors"
     columns = []
     for group in (normal, abnormal):
-        features = [prompt_feature(ref, tokens, patches) for tokens in group]
+        features = [prompt_feature(ref, tokens, None if at_anchors else patches) for tokens in group]
         columns.append(unit(sum(features) / len(features)))
+    if at_anchors:
+        anchors = torch.stack(columns)
+        attended = cross_attention(ref, "text_cross_attn", anchors, patches)
+        columns = list(unit(blend(anchors, attended, cross_weight(ref, "text"))))
     return torch.stack(columns, dim=1)
 
 
@@ -398,7 +418,9 @@ def anomaly_map(levels: Sequence[Tensor], anchors: Tensor, size: int, domain: st
     return total
 
 
-def det_score(det: Tensor, anchors: Tensor) -> Tensor:
+def det_score(det: Tensor, anchors: Tensor, kind: str = "abnormal") -> Tensor:
+    if kind == "difference":
+        return (det @ (anchors[:, 1] - anchors[:, 0]) + 2) / 4
     return (det @ anchors[:, 1] + 1) / 2
 
 
@@ -419,6 +441,8 @@ def calibrated_map(levels: Sequence[Tensor], anchors: Tensor, size: int) -> Tens
     return sum(maps) / len(maps)
 
 
-def calibrated_score(levels: Sequence[Tensor], det: Tensor, anchors: Tensor, size: int, domain: str) -> Tensor:
+def calibrated_score(
+    levels: Sequence[Tensor], det: Tensor, anchors: Tensor, size: int, domain: str, kind: str = "abnormal"
+) -> Tensor:
     highest = calibrated_map(levels, anchors, size).max()
-    return 0.5 * highest + 0.5 * det_score(det, anchors) if domain == "industrial" else highest
+    return 0.5 * highest + 0.5 * det_score(det, anchors, kind) if domain == "industrial" else highest

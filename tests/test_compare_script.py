@@ -235,11 +235,36 @@ def test_only_what_changed_is_evaluated_again(world: Path, loops: Path, tmp_path
     assert evaluated_again(loops) == everything
     names = tmp_path / "names.json"
     names.write_text(json.dumps({"cork": "bottle cork"}), encoding="utf-8")
-    for options in ({"class_names": names}, {"precision": "bf16"}, {"surgery": "sequential"}, {"img_size": 48}):
+    for options in (
+        {"class_names": names}, {"precision": "bf16"}, {"surgery": "sequential"}, {"img_size": 48},
+        {"det_score": "difference"},
+    ):  # fmt: skip
         compare_feedback_loops(**again, **options)
         assert evaluated_again(loops) == everything, options
     compare_feedback_loops(**again, class_names=names, surgery=None, batch_size=3)
     assert evaluated_again(loops) == set()
+
+
+def test_another_det_score_is_said_everywhere_and_is_not_taken_for_the_published_one(
+    world: Path, loops: Path, tmp_path: Path
+) -> None:
+    options = {"unadapted": True, "report": True, "output_dir": tmp_path}
+    compare(world, loops, **options)
+    published = averages(tmp_path)
+    assert "det score" not in page_of(tmp_path) and "--det_score" not in (tmp_path / "report.html").read_text("utf-8")
+    compare(world, loops, **options, det_score="difference")
+    asked_for = averages(tmp_path)
+    assert {row["det_score"] for row in published.values()} == {"abnormal"}
+    assert {row["det_score"] for row in asked_for.values()} == {"difference"}
+    pixel = [metric for metric in METRICS if not metric.startswith("image")]
+    assert all(published[name][metric] == asked_for[name][metric] for name in published for metric in pixel)
+    results = json.loads((tmp_path / "comparison_cache.json").read_text(encoding="utf-8"))["results"]
+    scores = [json.dumps([row["scores"] for row in classes]) for classes in results.values()]
+    assert len(scores) == len(set(scores)) == 2 * len(published), "unadapted CLIP among them"
+    said = "image scores with det score difference"
+    assert said in page_of(tmp_path) and said in said_in(tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "--det_score difference" in page and re.search(r"Det score\W.{0,40}difference", page, re.DOTALL)
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]", b'{"schema": 2, "results": {"a": [{"class": "x"}]}}'])

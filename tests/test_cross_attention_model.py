@@ -16,8 +16,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from engine.evaluation.image_heatmaps import attention_heatmaps
 from model import scoring
-from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
+from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention, Attention
 from model.blocks import run_block
 from model.clip import FrozenCLIP
 from model.clip_loading import load_clip
@@ -37,6 +38,7 @@ from tests.helpers import (
     fill_with_noise,
     gradients_of,
     random_batch,
+    relative_error,
     tiny_clip,
     tiny_prompts,
     trainable,
@@ -69,6 +71,23 @@ CASES: dict[str, dict[str, Any]] = {
     "projectors_batch_mean": {"text_context": "projectors", "text_conditioning": "batch_mean", "relu": True},
     "projectors_sequential": {"text_context": "projectors", "surgery": "sequential", "context_norm": "none"},
     "learned": {"cross_attn_scale": "learned"},
+    "layer": {"context_norm": "layer"},
+    "layer_matched": {"context_norm": "layer", "cross_attn_residual": "matched"},
+    "matched": {"cross_attn_residual": "matched"},
+    "matched_raw_learned": {"cross_attn_residual": "matched", "context_norm": "none", "cross_attn_scale": "learned"},
+    "layer_matched_trained": {"context_norm": "layer", "cross_attn_residual": "matched", "text_context": "trained"},
+    "layer_batch_mean": {"context_norm": "layer", "text_conditioning": "batch_mean"},
+    "anchors": {"text_cross_attn_at": "anchors"},
+    "anchors_layer_matched": {
+        "text_cross_attn_at": "anchors",
+        "context_norm": "layer",
+        "cross_attn_residual": "matched",
+    },
+    "anchors_batch_mean": {"text_cross_attn_at": "anchors", "text_conditioning": "batch_mean", "context_norm": "layer"},
+    "anchors_no_conditioning": {"text_cross_attn_at": "anchors", "text_conditioning": "none"},
+    "anchors_trained": {"text_cross_attn_at": "anchors", "text_context": "trained", "context_norm": "none"},
+    "anchors_projectors": {"text_cross_attn_at": "anchors", "text_context": "projectors", "context_norm": "layer"},
+    "anchors_learned": {"text_cross_attn_at": "anchors", "cross_attn_scale": "learned"},
     "linear_relu": {"adapter": "linear", "relu": True},
     "sequential": {"surgery": "sequential"},
     "surgery_before_level_0": {"surgery_until_layer": 8, "levels": (4, 8)},
@@ -98,8 +117,10 @@ def cross_model(clip: FrozenCLIP, seed: int = 4, **changes: Any) -> AdaptedCLIPW
     for part in (model.text_cross_attn, model.image_cross_attn):
         fill_with_noise(part)
         with torch.no_grad():
-            part.q_proj.weight.mul_(4)
-            part.k_proj.weight.mul_(4)
+            # Layer-normalised tokens are long enough by themselves.
+            sharper = 1 if model.cross_config.context_norm == "layer" else 4
+            part.q_proj.weight.mul_(sharper)
+            part.k_proj.weight.mul_(sharper)
     return model.to(clip.clip.logit_scale.dtype)
 
 
@@ -206,10 +227,14 @@ def agree_by_branch(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]
     """Two gradients are sums whose terms cancel, so that rounding has no size of their own to compare with.
 
     A bias of keys shifts all scores of a query alike: its gradient is 0. A learned scale is one number for all tokens.
-    Both are measured against the largest gradient of their branch.
+    Two anchors, of two queries that are nearly the same, are drawn apart. All these are measured against the largest
+    gradient of their branch.
     """
     assert set(actual) == set(expected)
-    cancelling = [name for name in expected if name.endswith(("k_proj.bias", "_cross_attn.scale"))]
+    anchors = expected.get("text_cross_attn.q_proj.weight", torch.empty(0)).shape[-1] == shared_clip().embed_dim
+    of_anchors = ("text_cross_attn.q_proj.weight", "text_cross_attn.q_proj.bias", "text_cross_attn.k_proj.weight")
+    small = ("k_proj.bias", "_cross_attn.scale", *(of_anchors if anchors else ()))
+    cancelling = [name for name in expected if name.endswith(small)]
     for name in cancelling:
         branch = name.split(".")[0]
         size = max(value.abs().max() for key, value in expected.items() if key.startswith(branch))
@@ -303,6 +328,13 @@ def test_each_side_has_the_widths_of_its_streams() -> None:
         }
 
 
+def test_anchors_attend_in_the_joint_space() -> None:
+    model = cross_model(shared_clip(), text_cross_attn_at="anchors")
+    d = model.clip.embed_dim
+    assert {tuple(value.shape) for value in model.text_cross_attn.state_dict().values()} == {(d, d), (d,)}
+    assert model.text_cross_attn.heads == CROSS["cross_attn_heads"]
+
+
 @pytest.mark.parametrize("scale", ["fixed", "learned"])
 def test_state_dict_keys(scale: str) -> None:
     model = cross_model(shared_clip(), cross_attn_scale=scale)
@@ -320,6 +352,7 @@ def test_weights_of_the_residuals() -> None:
     assert (model.text_cross_attn.heads, model.image_cross_attn.heads) == (8, 8)
     assert (model.text_cross_attn.dropout, model.image_cross_attn.dropout) == (0.1, 0.1)
     assert model.cross_config.context_norm == "unit"
+    assert (model.cross_config.cross_attn_residual, model.cross_config.text_cross_attn_at) == ("add", "first_block")
     model = cross_model(shared_clip())
     assert (model.t_ca_w, model.i_ca_w) == (0.3, 0.2)
     assert "cross_out_scaled = self.i_ca_w * cross_out" in inspect.getsource(AdaptedCLIPWithCrossAttention)
@@ -345,6 +378,8 @@ def test_fresh_projections_are_xavier_uniform_with_zero_biases() -> None:
         ("cross_attn_dropout", 1.0),
         ("cross_attn_dropout", -0.1),
         ("context_norm", "raw"),
+        ("cross_attn_residual", "sum"),
+        ("text_cross_attn_at", "end"),
         ("cross_attn_init", "ones"),
         ("cross_attn_scale", "free"),
         ("text_conditioning", "batch"),
@@ -354,6 +389,38 @@ def test_fresh_projections_are_xavier_uniform_with_zero_biases() -> None:
 def test_choices_that_do_not_exist_are_refused(flag: str, value: object) -> None:
     with pytest.raises(UserError, match=f"--{flag}"):
         cross_model(shared_clip(), **{flag: value})
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ({"cross_attn_init": "zero", "cross_attn_residual": "matched"}, "not go with --cross_attn_residual matched"),
+        ({"cross_attn_init": "zero", "text_cross_attn_at": "anchors"}, "does not go with --text_cross_attn_at anchors"),
+        (
+            {"cross_attn_init": "zero", "cross_attn_residual": "matched", "cross_attn_scale": "learned"},
+            "an output of length 0 has no direction",
+        ),
+        (
+            {"cross_attn_init": "zero", "cross_attn_scale": "learned", "image_cross_attn_weight": 0.0},
+            "--image_cross_attn_weight 0: learned from there it stays 0",
+        ),
+        ({"cross_attn_residual": "matched", "image_cross_attn_weight": 1.5}, "image_cross_attn_weight 1.5: is a share"),
+        ({"text_cross_attn_at": "anchors", "text_cross_attn_weight": 2.0}, "--text_cross_attn_weight 2: is a share"),
+        ({"text_cross_attn_at": "anchors", "cross_attn_heads": 16}, "must divide the joint width, 40"),
+    ],
+)  # fmt: skip
+def test_choices_that_do_not_go_together_are_refused_in_a_line(choices: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        cross_model(shared_clip(), **choices)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_choices_of_a_branch_that_is_off_are_not_refused() -> None:
+    """The image side may start at zero where the text side, whose anchors could not, has no part in anything."""
+    cross_model(shared_clip(), cross_attn_init="zero", text_cross_attn_at="anchors", text_cross_attn_weight=0.0)
+    off = {"text_cross_attn_weight": 0.0, "image_cross_attn_weight": 0.0}
+    cross_model(shared_clip(), cross_attn_init="zero", cross_attn_residual="matched", **off)
+    cross_model(shared_clip(), image_cross_attn_weight=1.5)
 
 
 def copied_from(base: nn.Module, model: AdaptedCLIPWithCrossAttention) -> AdaptedCLIPWithCrossAttention:
@@ -450,6 +517,76 @@ def test_learned_scales_start_at_their_weights_and_train() -> None:
 def test_fixed_scales_are_no_parameters() -> None:
     model = cross_model(shared_clip())
     assert not isinstance(model.t_ca_w, Tensor) and not isinstance(model.i_ca_w, Tensor)
+
+
+def test_layer_normalises_queries_and_context() -> None:
+    """Mean 0 and variance 1; length and mean of what looks and of what is looked at do not matter."""
+    model = model64(context_norm="layer")
+    batch, prompts = random_batch(40).to(torch.float64), tiny_prompts(model.clip)
+    with torch.no_grad():
+        side, features = model.text_side(prompts), model.frozen_features(batch.images)
+        for context in (side.context, model.text_context(features)):
+            assert context.mean(dim=-1).abs().max() < 1e-9
+            assert_agrees(context.var(dim=-1, correction=0), torch.ones(context.shape[:-1]), 1e-2)
+        moved = features._replace(context=100 * features.context + 3)
+        assert_agrees(model.text_context(moved), model.text_context(features), 1e-2)
+        x = torch.randn(4, 26, model.clip.vision_width, dtype=torch.float64)
+        seen = (side.context[batch.rows], side.mask[batch.rows])
+        assert_agrees(model.image_cross_attn(7 * x - 2, *seen), model.image_cross_attn(x, *seen), 1e-4)
+        assert_agrees(model.image_cross_attn.weights(7 * x - 2, *seen), model.image_cross_attn.weights(x, *seen), 1e-4)
+        plain = model64(context_norm="unit").image_cross_attn
+        assert relative_error(plain(7 * x, *seen), plain(x, *seen)) > 0.01
+
+
+def test_anchors_take_one_text_pass_for_all_images() -> None:
+    """Where words look at images, the text encoder runs for every image; where anchors do, once for each class."""
+    passed = {}
+    for at in ("first_block", "anchors"):
+        model = cross_model(shared_clip(), text_cross_attn_at=at, text_conditioning="image")
+        batch, prompts = random_batch(40), tiny_prompts(model.clip)
+        rows: list[int] = []
+        last = model.clip.clip.transformer.resblocks[-1].ln_1
+        handle = last.register_forward_hook(lambda module, inputs, output, rows=rows: rows.append(len(output)))
+        side = model.text_side(prompts)
+        for image in range(4):
+            model(batch.images[image : image + 1], side, batch.rows[image : image + 1])
+        in_testing, rows[:] = sum(rows), []
+        stage1(model, batch, prompts)
+        passed[at] = (in_testing, sum(rows))
+        handle.remove()
+    classes, count = prompts.tokens.shape[:2]
+    assert passed == {"first_block": (4 * count, 4 * count), "anchors": (classes * count, classes * count)}
+
+
+def test_anchors_that_look_are_unit_and_turn_by_their_weight() -> None:
+    """(1 - w) a + w c with both of length 1: unit again, nearer to a than c is, and another one for each image."""
+    model = model64(text_cross_attn_at="anchors", text_cross_attn_weight=0.3)
+    batch, prompts = random_batch(40).to(torch.float64), tiny_prompts(model.clip)
+    with torch.no_grad():
+        features = model.frozen_features(batch.images)
+        before = model.anchors(prompts)[batch.rows]
+        after = model.batch_anchors(prompts, batch.rows, features)
+        assert after.shape == before.shape
+        assert_agrees(after.norm(dim=1), torch.ones(4, 2), 1e-12)
+        c = model.text_cross_attn(before.transpose(1, 2), model.text_context(features)).transpose(1, 2)
+        c = c / c.norm(dim=1, keepdim=True)
+        blended = 0.7 * before + 0.3 * c
+        assert_agrees(after, blended / blended.norm(dim=1, keepdim=True), 1e-12)
+        assert (after[0] - after[2]).abs().max() > 1e-6, "two images of one class"
+
+
+def test_attention_of_anchors() -> None:
+    model = model64(text_cross_attn_at="anchors", text_context="trained")
+    batch, prompts = random_batch(40).to(torch.float64), tiny_prompts(model.clip)
+    attention = model.attention(batch.images, model.text_side(prompts), batch.rows)
+    assert attention.text.shape == (4, 4, 2, 25)
+    assert_agrees(attention.text.sum(dim=-1), torch.ones(4, 4, 2), 1e-12)
+    assert attention.image.shape[:3] == (4, 4, 26)
+    one = Attention(*(part[:1] for part in attention))
+    maps = attention_heatmaps(one, prompts.normal)
+    expected = attention.text[0, :, 1].mean(dim=0).reshape(5, 5) * 25
+    assert_agrees(torch.from_numpy(maps["Abnormal anchor looks at"]), expected, 1e-12)
+    assert set(maps) == {"Abnormal anchor looks at", "Looks at abnormal words"}
 
 
 @pytest.mark.parametrize("text_context", ["frozen", "trained"])
@@ -686,10 +823,8 @@ def toy_model(**changes: Any) -> AdaptedCLIPWithCrossAttention:
     """Fresh, without text cross-attention, so that nothing but the image side differs between two of them."""
     clip = toy_clip()
     torch.manual_seed(0)
-    model = AdaptedCLIPWithCrossAttention(
-        clip, config_for(clip), cross=CrossAttentionConfig(text_cross_attn_weight=0.0, **changes)
-    )
-    return model.eval()
+    cross = CrossAttentionConfig(**{"text_cross_attn_weight": 0.0, **changes})
+    return AdaptedCLIPWithCrossAttention(clip, config_for(clip), cross=cross).eval()
 
 
 def contribution(model: AdaptedCLIPWithCrossAttention) -> float:
@@ -725,6 +860,26 @@ def test_row1_raw_context_at_full_scale_contributes_many_times_as_much() -> None
     # Both parts of the mending count: the weight by its factor, and unit context by itself.
     assert contribution(toy_model(**{**OLD, "image_cross_attn_weight": 0.1})) == pytest.approx(old / 10, rel=1e-3)
     assert contribution(toy_model(**{**NEW, "context_norm": "none"})) > 1.5 * new
+
+
+def test_how_much_of_the_stream_a_branch_is() -> None:
+    """Unit tokens silence it, whatever the weight says; matched, it is exactly its weight."""
+    assert 0.002 < contribution(toy_model(**NEW)) < 0.006
+    weights = {"text_cross_attn_weight": 0.3, "image_cross_attn_weight": 0.3}
+    model = toy_model(context_norm="layer", cross_attn_residual="matched", **weights)
+    batch, side = random_batch(model.clip.img_size), model.text_side(tiny_prompts(model.clip))
+    with torch.no_grad():
+        x = run_block(model.clip.clip.visual.transformer.resblocks[0], model.clip.embed_image(batch.images))
+        patches = model.text_context(model.frozen_features(batch.images))
+        words = side.stream[batch.rows].flatten(1, 2)
+        for before, after in (
+            (x, model.attend_to_text(x, side.context[batch.rows], side.mask[batch.rows])),
+            (words, model.attend_to_image(words, patches)),
+        ):
+            added = (after - 0.7 * before).norm(dim=-1) / before.norm(dim=-1)
+            assert_agrees(added, torch.full_like(added, 0.3), 1e-5)
+    # Layer-normalised tokens alone are heard, too.
+    assert contribution(toy_model(**{**NEW, "context_norm": "layer"})) > 5 * contribution(toy_model(**NEW))
 
 
 def test_row1_the_defaults_are_the_mended_setting() -> None:

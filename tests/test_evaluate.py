@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,6 +82,41 @@ def test_metrics_are_scikit_learns_on_the_full_arrays(data: TaskData, models: di
         assert [image.score for image in result.scores] == pytest.approx(scores.tolist(), abs=1e-6)
         assert [image.anomalous for image in result.scores] == labels.astype(bool).tolist()
         assert [image.path for image in result.scores] == [r.image_path for r in data.records[: len(labels)]]
+
+
+def test_another_det_score_changes_image_scores_alone_and_says_so(
+    data: TaskData, models: dict[str, Detector], tmp_path: Path
+) -> None:
+    detector = models["model 1"]
+    asked = Detector(detector.model, "asked", det_score="difference")
+    found = evaluate({"model 1": detector, "asked": asked}, data, "cpu", batch_size=BATCH)
+    published, difference = found["model 1"], found["asked"]
+    assert (published.det_score, difference.det_score) == ("abnormal", "difference")
+    for one, other in zip(published.classes, difference.classes, strict=True):
+        pixels = [metric for metric in METRICS if not metric.startswith("image")]
+        assert [one.values[metric] for metric in pixels] == [other.values[metric] for metric in pixels]
+        assert [image.score for image in one.scores] != [image.score for image in other.scores]
+    # By hand: half of each, from the extremes of the class.
+    maps, _, _, _ = full_arrays(detector, data, "cork")
+    side, rows = detector.model.text_side(data.prompts(detector.clip)), data.classes.index("cork")
+    with torch.inference_mode():
+        batches = [
+            batch["image"]
+            for batch in evaluation_loader(make_dataset(data, detector.clip, "none"), BATCH, 0)
+            if batch["class_name"][0] == "cork"
+        ]
+        det = torch.cat([detector.model(images, side, torch.full((len(images),), rows)).det for images in batches])
+    gap = (det[:, 1] - det[:, 0]).numpy()
+    peaks = (maps.max(axis=(1, 2)) - maps.min()) / (maps.max() - maps.min())
+    expected = 0.5 * peaks + 0.5 * (gap - gap.min()) / (gap.max() - gap.min())
+    assert [image.score for image in difference.classes[0].scores] == pytest.approx(expected.tolist(), abs=1e-4)
+    module.write_csv([published, difference], tmp_path / "both.csv")
+    with (tmp_path / "both.csv").open(encoding="utf-8", newline="") as file:
+        assert {(row["model"], row["det_score"]) for row in csv.DictReader(file)} == {
+            ("model 1", "abnormal"), ("asked", "difference"),
+        }  # fmt: skip
+    with pytest.raises(UserError, match="--det_score nonsense: choose one of abnormal, difference"):
+        Detector(detector.model, "asked", det_score="nonsense")
 
 
 def test_image_metrics_are_undefined_without_normal_images(data: TaskData, models: dict[str, Detector]) -> None:

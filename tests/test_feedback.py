@@ -29,6 +29,7 @@ from engine import load_model
 from engine.arguments import decided_by
 from engine.data import hold_out, load_task
 from engine.detector import Detector
+from engine.evaluation.inference import evaluate_checkpoints
 from engine.training.feedback import rate_factor, say_best_loop, train_feedback
 from engine.training.feedback_arguments import FeedbackConfig, loop_forward, plan_loops, plan_table
 from engine.training.opening import make_optimizer
@@ -302,6 +303,17 @@ def test_v1_original_is_its_column_of_the_table() -> None:
     assert (config.text_cross_attn_weight, config.image_cross_attn_weight, config.context_norm) == (1.0, 1.0, "none")
 
 
+def test_v2_matches_the_residual_of_layer_normalised_tokens_and_v1_adds_what_raw_ones_give() -> None:
+    for preset, expected in (
+        ("v2", (0.1, 0.1, "layer", "matched", "first_block")),
+        ("v1", (0.1, 0.1, "none", "add", "first_block")),
+        ("v1_original", (1.0, 1.0, "none", "add", "first_block")),
+    ):
+        cross = parse("--preset", preset).cross_attention()
+        found = (cross.text_cross_attn_weight, cross.image_cross_attn_weight, cross.context_norm)
+        assert (*found, cross.cross_attn_residual, cross.text_cross_attn_at) == expected
+
+
 def test_v1_is_the_original_with_both_weights_mended() -> None:
     mended, original = parse("--preset", "v1"), parse("--preset", "v1_original")
     weights = {"text_cross_attn_weight": 0.1, "image_cross_attn_weight": 0.1}
@@ -318,7 +330,8 @@ def test_a_recipe_combines_with_any_preset_and_what_is_given_wins() -> None:
 
 def test_row1_the_defaults_are_the_mended_setting_and_v1_the_old() -> None:
     crossed = parse().cross_attention()
-    assert (crossed.text_cross_attn_weight, crossed.image_cross_attn_weight, crossed.context_norm) == (0.1, 0.1, "unit")
+    assert (crossed.text_cross_attn_weight, crossed.image_cross_attn_weight) == (0.1, 0.1)
+    assert (crossed.context_norm, crossed.cross_attn_residual) == ("layer", "matched")
 
 
 def test_every_argument_of_a_preset_can_be_given_and_wins() -> None:
@@ -1138,6 +1151,22 @@ def test_each_loop_is_evaluated_and_the_best_by_held_out_images_named(finished: 
     means = [(found["validation"]["pixel_auroc"] + found["validation"]["image_auroc"]) / 2 for found in loops]
     assert int(said.group(1)) == 1 + means.index(max(means))
     assert float(said.group(2)) == pytest.approx(max(means), abs=0.01)
+
+
+def test_the_tests_of_a_run_take_the_det_score_that_it_was_asked_for(world: Path, tmp_path: Path) -> None:
+    """It is written nowhere that a forward is read from; a restart with another one would mix the two."""
+    wanted = {**choosing(world), "num_feedback_loops": 1, "det_score": "difference"}
+    train_feedback(asked(world, tmp_path, **wanted))
+    assert "Loop 1 on test, image scores with det score difference" in log_of(tmp_path)
+    file = tmp_path / "loop_1_final.pth"
+    assert "det_score" not in torch.load(file, weights_only=True)["config"]["cross_attention"]
+    (found,) = evaluate_checkpoints(
+        str(file), str(world / "test"), device="cpu", det_score="difference", output_dir=tmp_path / "results"
+    )
+    kept = state(tmp_path)["loops"][0]["eval_dataset"]
+    assert kept == pytest.approx({metric: found.average(metric)[0] for metric in kept}, abs=1e-4)
+    with pytest.raises(UserError, match="det_score was difference, now abnormal"):
+        train_feedback(asked(world, tmp_path, **{**wanted, "det_score": "abnormal"}))
 
 
 def test_the_best_loop_is_the_earliest_of_equals(caplog: pytest.LogCaptureFixture) -> None:

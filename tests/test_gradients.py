@@ -120,6 +120,18 @@ def test_verdicts(ratio: float, cosine: float, expected: str) -> None:
     found = Measurement(0.1, [2.0], [2.0 * ratio], [cosine], [0.01])
     assert verdict(found).startswith(expected)
     assert verdict(found, "somebody").startswith("[BY INTENT] somebody")
+    by_intent = "[BY INTENT] somebody matches the residual, which makes 10% of the stream"
+    assert verdict(found, None, "somebody").startswith(expected if expected == "[OK]" else by_intent)
+
+
+def test_a_matched_branch_adds_exactly_its_weight(measure: Callable[..., tuple[int, str]]) -> None:
+    asked = ("--context_norm", "layer", "--cross_attn_residual", "matched", "--image_cross_attn_weight", 0.3)
+    status, said = measure(*asked)
+    assert "Setting: image weight 0.3, text weight 0.1, context layer, residual matched" in said
+    assert figure(said, "|x|") == pytest.approx(0.3, abs=1e-6)
+    assert (status, said.splitlines()[-1].split()[0]) == (1, "[CAUTION]"), "asked for by flag, it is judged"
+    at_anchors = measure("--text_cross_attn_at", "anchors", "--component")[1]
+    assert "text at the anchors" in at_anchors and "  text_cross_attn: " in at_anchors
 
 
 def bench(world: Path, **asked: Any) -> Bench:
@@ -137,7 +149,7 @@ def test_a_checkpoint_is_measured_as_what_it_is(world: Path, tmp_path: Path) -> 
     assert "with its own cross-attention" in measured.subject
     trained = torch.load(final, weights_only=True)["image_cross_attn"]["q_proj.weight"]
     assert torch.equal(measured.model.image_cross_attn.q_proj.weight, trained)
-    assert setting(measured) == (pytest.approx(0.1), pytest.approx(0.1), "unit")
+    assert setting(measured) == (pytest.approx(0.1), pytest.approx(0.1), "layer")
     assert measured.chosen_by is None
 
     choices = {"image_cross_attn_weight": 0.7, "text_cross_attn_weight": 0.3, "context_norm": "none"}
@@ -149,7 +161,7 @@ def test_a_checkpoint_is_measured_as_what_it_is(world: Path, tmp_path: Path) -> 
 
     learned = changed(final, tmp_path / "learned.pth", scale=-0.4)
     measured = bench(world, checkpoint=learned)
-    assert setting(measured) == (pytest.approx(-0.4), pytest.approx(-0.4), "unit")
+    assert setting(measured) == (pytest.approx(-0.4), pytest.approx(-0.4), "layer")
     assert measured.chosen_by == str(learned)
     assert bench(world, checkpoint=changed(final, tmp_path / "still.pth", scale=0.1)).chosen_by is None
     before = measured.model.image_cross_attn.scale
@@ -168,7 +180,7 @@ def test_flags_that_are_given_win(world: Path, tmp_path: Path) -> None:
     assert bench(world, checkpoint=larger, image_cross_attn_weight=0.7).chosen_by is None
     learned = changed(final, tmp_path / "learned.pth", scale=0.4)
     measured = bench(world, checkpoint=learned, image_cross_attn_weight=0.2, text_cross_attn_weight=0.0)
-    assert setting(measured) == (pytest.approx(0.2), 0.0, "unit")
+    assert setting(measured) == (pytest.approx(0.2), 0.0, "layer")
     with pytest.raises(UserError, match="was trained on"):
         bench(world, checkpoint=final, model_name="toy")
     with pytest.raises(UserError, match=r"--preset v2: .* has cross-attention of its own"):
@@ -203,6 +215,7 @@ def test_sweep_and_components(world: Path, tmp_path: Path, measure: Callable[...
         "--output_dir", tmp_path,
     )  # fmt: skip
     assert status == 0
+    assert said.count("[BY INTENT]") == 1, "the residual is the checkpoint's; at weights that a flag names it is judged"
     for line in ("Stage 1 (text):", "Stage 2 (image):", "  image_cross_attn: ", "weight 0.0", "weight 1.0"):
         assert line in said
     with (tmp_path / "gradient_sweep.csv").open(encoding="utf-8", newline="") as file:

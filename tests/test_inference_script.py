@@ -205,6 +205,31 @@ def test_class_names_that_make_no_prompts(
     assert not (tmp_path / "out").exists()
 
 
+def test_another_det_score_has_files_of_its_own(world: Path, tmp_path: Path) -> None:
+    file, test = str(world / "run" / "image_adapter_2.pth"), world / "test"
+    images = {}
+    for det_score in (None, "difference"):
+        asked = {"output_dir": tmp_path, "device": "cpu", "det_score": det_score}
+        evaluate_checkpoints(file, str(test), visualize=1, **asked)
+        evaluate_checkpoints("none", str(test), model_name=f"local-dir:{world / 'clip'}", **asked)
+        images[det_score] = score_images(file, test / "cork" / "test" / "spot", "cork", **asked)
+    for suffix, det_score in (("", "abnormal"), ("_det_difference", "difference")):
+        for name in ("evaluation_test", "unadapted_evaluation_test"):
+            rows = rows_of(tmp_path / f"{name}{suffix}.csv")
+            assert {row["det_score"] for row in rows} == {det_score}
+        assert (tmp_path / f"pictures_test{suffix}").is_dir() and (tmp_path / f"scores{suffix}.csv").is_file()
+    assert "image scores with det score difference" in (tmp_path / "inference.log").read_text(encoding="utf-8")
+    model = load_model(file, device="cpu", det_score="difference")
+    for (path, published), (_, asked_for) in zip(images[None], images["difference"], strict=True):
+        assert published != asked_for and 0 <= asked_for <= 1
+        assert model.predict(path, "cork").score == asked_for
+        assert model.predict(path, "cork", det_score="abnormal").score == published
+        medical = model.predict(path, "cork", "medical")
+        assert medical.score == pytest.approx(float(medical.anomaly_map.max())), "the maximum alone"
+    with pytest.raises(UserError, match="--det_score nonsense"):
+        model.predict(images[None][0][0], "cork", det_score="nonsense")
+
+
 def test_mistakes_end_in_one_line(world: Path, tmp_path: Path) -> None:
     there = error_line("inference.py", "--checkpoint", world / "run" / "image_adapter_99.pth")
     assert "image_adapter_10.pth" in there

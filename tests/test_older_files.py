@@ -67,7 +67,8 @@ def test_cross_attention_without_config_is_built_as_what_it_was(
     assert all(torch.equal(*pair) for pair in zip(outputs(detector.model), outputs(model), strict=True))
     for words in (
         "weights 1 (text) and 1 (image)", "context_norm none", "text_context frozen", "text_conditioning image",
-        "8 heads", "--image_cross_attn_weight", "--context_norm",
+        "8 heads", "cross_attn_residual add", "text_cross_attn_at first_block", "--image_cross_attn_weight",
+        "--context_norm", "--cross_attn_residual",
     ):  # fmt: skip
         assert words in caplog.text
 
@@ -75,7 +76,7 @@ def test_cross_attention_without_config_is_built_as_what_it_was(
 def test_what_is_assumed_can_be_said_otherwise(tmp_path: Path) -> None:
     asked = {
         "text_cross_attn_weight": 0.2, "image_cross_attn_weight": 0.1, "context_norm": "unit",
-        "text_conditioning": "none", "text_context": "trained", "cross_attn_heads": 4,
+        "text_conditioning": "none", "text_context": "trained", "cross_attn_heads": 4, "cross_attn_residual": "matched",
     }  # fmt: skip
     detector = built(write(crossed(), tmp_path / "cross.pth"), **asked)
     assert detector.model.cross_config == replace(OLD, **asked)
@@ -215,6 +216,15 @@ def test_init_from_a_file_without_config(tmp_path: Path, caplog: pytest.LogCaptu
         "assumed trained as earlier code did, with text_cross_attn_weight 1, image_cross_attn_weight 1" in caplog.text
     )
     assert "was trained with image_cross_attn_weight 1.0, now 0.1" in caplog.text
+    for asked, words in (
+        ({"cross_attn_residual": "matched"}, "was trained with cross_attn_residual add, now matched"),
+        ({"context_norm": "layer"}, "was trained with context_norm none, now layer"),
+    ):
+        check_start(read_whole(tmp_path / "cross.pth"), config_for(clip()), CrossAttentionRunConfig(**asked), NAMES)
+        assert words in caplog.text
+    at_anchors = CrossAttentionRunConfig(text_cross_attn_at="anchors")
+    with pytest.raises(UserError, match="text_cross_attn_at first_block, not anchors; set --text_cross_attn_at"):
+        check_start(read_whole(tmp_path / "cross.pth"), config_for(clip()), at_anchors, NAMES)
     write(crossed(replace(OLD, cross_attn_scale="learned")), tmp_path / "cross.pth")
     with pytest.raises(UserError, match="was trained with cross_attn_scale learned, not fixed; set --cross_attn_scale"):
         start_from(read_whole(tmp_path / "cross.pth"))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine import load_model
+from engine.report.commands import training_command
 from engine.run_folder import STATE_FILE, find_latest
 from tests.data.present_version import make
 from tests.helpers import assert_agrees
@@ -33,6 +34,31 @@ def test_checkpoints_predict_what_they_predicted(kept: Path) -> None:
         found = make.predict(Path(file))
         assert abs(found["score"] - expected["score"]) < 1e-4, file
         assert_agrees(torch.tensor(found["map"]), torch.tensor(expected["map"]), 1e-4, file)
+
+
+def test_checkpoints_add_what_words_after_the_first_block_see(kept: Path) -> None:
+    """They know neither `cross_attn_residual` nor `text_cross_attn_at`, and keep the context that they had."""
+    for file in ("cross/image_adapter_cross_attn.pth", "feedback/loop_1_final.pth"):
+        saved = torch.load(file, weights_only=True)["config"]["cross_attention"]
+        assert not {"cross_attn_residual", "text_cross_attn_at"} & set(saved)
+        found = load_model(file, device="cpu").model.cross_config
+        assert (found.cross_attn_residual, found.text_cross_attn_at) == ("add", "first_block")
+        assert found.context_norm == saved["context_norm"] == "unit"
+
+
+def test_a_run_of_before_the_presets_changed_goes_on_as_it_was_begun(kept: Path) -> None:
+    """And as nothing else: what is asked for is compared with what the run meant."""
+    same = f"{make.RUNS['feedback']} --augment_fill black"
+    for asked, was in (("--context_norm layer", "unit"), ("--cross_attn_residual matched", "add")):
+        flag, value = asked.removeprefix("--").split()
+        with pytest.raises(UserError, match=f"another run \\({flag} was {was}, now {value}\\)"):
+            make.run_script(f"{same} {asked}")
+    make.run_script(same)
+    config = torch.load("feedback/loop_2_final.pth", weights_only=True)["config"]
+    kept_values = {"context_norm": "unit", "cross_attn_residual": "add", "text_cross_attn_at": "first_block"}
+    assert {name: config["cross_attention"][name] for name in kept_values} == kept_values
+    command = training_command(torch.load("feedback/loop_1_final.pth", weights_only=True)["config"])
+    assert "--context_norm unit" in command and "--cross_attn_residual add" in command
 
 
 @pytest.mark.parametrize("name", make.RUNS)

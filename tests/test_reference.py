@@ -212,15 +212,15 @@ def test_stage2_loss_and_gradients(adapter: str, relu: bool, quick_gelu: bool) -
 
 
 @domains
-@relus
-def test_maps_and_scores(domain: str, relu: bool) -> None:
+@pytest.mark.parametrize(("relu", "kind"), [(False, "abnormal"), (True, "abnormal"), (False, "difference")])
+def test_maps_and_scores(domain: str, relu: bool, kind: str) -> None:
     case = make_case(relu=relu)
     with torch.no_grad():
         features = [reference.adapted_image(case.ref, image.double()) for image in case.batch.images]
-        expected = reference_scores(features, case.image_anchors(), case.model.clip.img_size, domain)
+        expected = reference_scores(features, case.image_anchors(), case.model.clip.img_size, domain, kind)
         for model, batch, tolerance in case.precisions():
             outputs = model(batch.images, model.text_side(case.prompts), batch.rows)
-            assert_scores_agree(outputs, expected, domain, tolerance)
+            assert_scores_agree(outputs, expected, domain, tolerance, kind)
 
 
 @domains
@@ -248,28 +248,36 @@ class Scores(NamedTuple):
 
 
 def reference_scores(
-    features: Sequence[tuple[list[Tensor], Tensor]], anchors: Sequence[Tensor], size: int, domain: str
+    features: Sequence[tuple[list[Tensor], Tensor]],
+    anchors: Sequence[Tensor],
+    size: int,
+    domain: str,
+    kind: str = "abnormal",
 ) -> Scores:
     images = [(levels, det, pair) for (levels, det), pair in zip(features, anchors, strict=True)]
     maps = torch.stack([reference.anomaly_map(levels, pair, size, domain) for levels, _, pair in images])
-    det = torch.stack([reference.det_score(det, pair) for _, det, pair in images])
+    det = torch.stack([reference.det_score(det, pair, kind) for _, det, pair in images])
     return Scores(
         maps,
         det,
         reference.class_image_scores(maps, det, domain),
         torch.stack([reference.calibrated_map(levels, pair, size) for levels, _, pair in images]),
-        torch.stack([reference.calibrated_score(levels, det, pair, size, domain) for levels, det, pair in images]),
+        torch.stack(
+            [reference.calibrated_score(levels, det, pair, size, domain, kind) for levels, det, pair in images]
+        ),
     )
 
 
-def assert_scores_agree(outputs: scoring.Outputs, expected: Scores, domain: str, tolerance: float) -> None:
+def assert_scores_agree(
+    outputs: scoring.Outputs, expected: Scores, domain: str, tolerance: float, kind: str = "abnormal"
+) -> None:
     size = expected.maps.shape[-1]
-    maps, det = scoring.anomaly_map(outputs, size, domain), scoring.det_scores(outputs)
+    maps, det = scoring.anomaly_map(outputs, size, domain), scoring.det_scores(outputs, kind)
     assert_agrees(maps, expected.maps, tolerance, "anomaly map")
     assert_agrees(det, expected.det, tolerance, "det score")
     calibrated = scoring.calibrated_maps(outputs, size).mean(dim=0)
     assert_agrees(calibrated, expected.calibrated_maps, tolerance, "calibrated map")
-    scores = scoring.calibrated_scores(calibrated, outputs, domain)
+    scores = scoring.calibrated_scores(calibrated, outputs, domain, kind)
     assert_agrees(scores, expected.calibrated, tolerance, "calibrated scores")
 
     # Min-max normalisation magnifies the rounding of its input by the input's size over its range.
@@ -279,6 +287,16 @@ def assert_scores_agree(outputs: scoring.Outputs, expected: Scores, domain: str,
     flat = maps.flatten(1)
     scores = scoring.class_image_scores(flat.amax(dim=1), flat.amin(dim=1), det, domain)
     assert_agrees(scores, expected.of_class, max(tolerance, magnified), "class scores")
+
+
+@pytest.mark.parametrize("kind", scoring.DET_SCORES)
+def test_det_scores_are_between_0_and_1_at_the_extremes(kind: str) -> None:
+    """Of anchors that are opposite both kinds say the same; of anchors that coincide the difference says nothing."""
+    outputs = scoring.Outputs([], torch.tensor([[1.0, -1.0], [-1.0, 1.0], [0.3, -0.3]]))
+    assert_agrees(scoring.det_scores(outputs, kind), torch.tensor([0.0, 1.0, 0.35]), 1e-6)
+    same = scoring.Outputs([], torch.tensor([[0.9, 0.9], [-0.2, -0.2]]))
+    expected = {"abnormal": [0.95, 0.4], "difference": [0.5, 0.5]}[kind]
+    assert_agrees(scoring.det_scores(same, kind), torch.tensor(expected), 1e-6)
 
 
 @domains

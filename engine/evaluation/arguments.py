@@ -7,6 +7,7 @@ from pathlib import Path
 
 from engine.arguments import Arguments, DataArguments, MachineArguments, ModelArguments
 from model.config import CrossAttentionConfig
+from model.scoring import DET_SCORES
 from utils.cli import number
 from utils.fields import changed, setting
 
@@ -43,6 +44,10 @@ class TestingArguments(MachineArguments, DataArguments, ModelArguments):
     data_root: Path | None = changed(
         DataArguments, "data_root", unset="the run's own while it is there, $ANOMALY_DATA_ROOT, else data"
     )
+    det_score: str | None = setting(
+        None, "in image scores: likeness to the abnormal anchor, or its difference from that to the normal one",
+        "what to do", choices=DET_SCORES, unset=f"{DET_SCORES[0]}, as published",
+    )  # fmt: skip
     batch_size: int = setting(8, "images in a forward", "machine", between=(1, 100_000))
 
 
@@ -68,6 +73,12 @@ class InferenceArguments(TestingArguments):
     text_cross_attn_weight: float | None = changed(CrossAttentionConfig, "text_cross_attn_weight", None, unset=UNTOLD)
     image_cross_attn_weight: float | None = changed(CrossAttentionConfig, "image_cross_attn_weight", None, unset=UNTOLD)
     context_norm: str | None = changed(CrossAttentionConfig, "context_norm", None, unset=f"{TRAINED}, else none")
+    cross_attn_residual: str | None = changed(
+        CrossAttentionConfig, "cross_attn_residual", None, unset=f"{TRAINED}, else add"
+    )
+    text_cross_attn_at: str | None = changed(
+        CrossAttentionConfig, "text_cross_attn_at", None, unset=f"{TRAINED}, else first_block"
+    )
     cross_attn_heads: int | None = changed(CrossAttentionConfig, "cross_attn_heads", None, unset=f"{TRAINED}, else 8")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.data import TaskData, evaluation_loader, make_dataset
 from engine.detector import Detector
-from model.scoring import Outputs, anomaly_map, class_image_scores, det_scores
+from model.scoring import DET_SCORES, Outputs, anomaly_map, class_image_scores, det_scores
 from utils.files import write_text
 from utils.logging import progress_bar
 from utils.metrics import PixelCounter, image_metrics
@@ -35,7 +35,7 @@ METRICS = {
 }
 # What stands in tables for a metric that is undefined.
 UNDEFINED = "n/a"
-CSV_COLUMNS = ("model", "dataset", "class", "images", "anomalous", *METRICS)
+CSV_COLUMNS = ("model", "dataset", "class", "images", "anomalous", "det_score", *METRICS)
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,15 @@ class ClassResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model's metrics on a dataset, per class and averaged over the classes in which they are defined."""
+    """A model's metrics on a dataset, per class and averaged over the classes in which they are defined.
+
+    det_score: which one took part in the image scores.
+    """
 
     model: str
     dataset: str
     classes: list[ClassResult]
+    det_score: str = DET_SCORES[0]
 
     def average(self, metric: str) -> tuple[float | None, int]:
         """The mean of a metric in percent, and over how many classes."""
@@ -83,6 +87,7 @@ class _ClassScores:
     """What is kept of one class's images until its metrics are taken: counts of pixels, a few numbers per image."""
 
     domain: str
+    det_score: str
     pixels: PixelCounter = field(default_factory=PixelCounter)
     paths: list[str] = field(default_factory=list)
     numbers: list[Tensor] = field(default_factory=list)
@@ -92,7 +97,8 @@ class _ClassScores:
         self.pixels.update(maps, batch["mask"].flatten(0, 1), batch["image_path"])
         self.paths += batch["image_path"]
         low, high = torch.aminmax(maps.flatten(1), dim=1)
-        self.numbers.append(torch.stack([high, low, det_scores(outputs).float(), batch["label"].to(low)]).cpu())
+        det = det_scores(outputs, self.det_score).float()
+        self.numbers.append(torch.stack([high, low, det, batch["label"].to(low)]).cpu())
 
     def result(self, class_name: str) -> ClassResult:
         """The class's metrics, once all its images are in."""
@@ -118,6 +124,7 @@ def evaluate(
 ) -> dict[str, Evaluation]:
     """Evaluate models that share one CLIP on all images of `data`, which are loaded once.
 
+    Image scores take the det score that each detector says.
     Scores are normalised per class (docs/method.md, "Scores"), so a class's metrics are taken when it is complete. Maps
     are counted and not kept.
     Raises `UserError` for images that cannot be read, and names the first image whose map is not finite.
@@ -131,7 +138,7 @@ def evaluate(
     loader = evaluation_loader(samples, batch_size, num_workers)
     bar = progress_bar(len(samples), f"evaluating on {data.located.spec.name}")
     for class_name, batches in groupby(loader, key=lambda batch: batch["class_name"][0]):
-        scores = {name: _ClassScores(domain) for name in models}
+        scores = {name: _ClassScores(domain, detector.det_score) for name, detector in models.items()}
         for batch in batches:
             images = batch["image"].to(device, non_blocking=True)
             rows = torch.full((len(images),), data.classes.index(class_name), device=device)
@@ -143,13 +150,24 @@ def evaluate(
         for name, kept in scores.items():
             results[name].append(kept.result(class_name))
     bar.close()
-    return {name: Evaluation(name, data.located.spec.name, rows) for name, rows in results.items()}
+    dataset = data.located.spec.name
+    return {name: Evaluation(name, dataset, rows, models[name].det_score) for name, rows in results.items()}
 
 
 def autocast(device: torch.device | str, precision: str) -> torch.autocast:
     """Half precision where it is asked for, a context that changes nothing otherwise."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     return torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype is not None)
+
+
+def said_of_det_score(det_score: str) -> str:
+    """What is added to a heading where image scores are not the published ones."""
+    return "" if det_score == DET_SCORES[0] else f", image scores with det score {det_score}"
+
+
+def det_score_suffix(det_score: str) -> str:
+    """What is added to a file's name for the same reason, so that it does not take the place of the published one's."""
+    return "" if det_score == DET_SCORES[0] else f"_det_{det_score}"
 
 
 def format_value(value: float | None) -> str:
@@ -181,12 +199,15 @@ def csv_rows(evaluation: Evaluation) -> list[list[object]]:
     """A row per class and one for the average, in the columns of `CSV_COLUMNS`; undefined values are `n/a`."""
     e = evaluation
     rows = [
-        [e.model, e.dataset, r.class_name, r.images, r.anomalous, *(format_exact(r.values[m]) for m in METRICS)]
+        [
+            e.model, e.dataset, r.class_name, r.images, r.anomalous, e.det_score,
+            *(format_exact(r.values[m]) for m in METRICS),
+        ]
         for r in e.classes
-    ]
+    ]  # fmt: skip
     images, anomalous = (sum(getattr(result, name) for result in e.classes) for name in ("images", "anomalous"))
     averages = [format_exact(e.average(metric)[0]) for metric in METRICS]
-    return [*rows, [e.model, e.dataset, "average", images, anomalous, *averages]]
+    return [*rows, [e.model, e.dataset, "average", images, anomalous, e.det_score, *averages]]
 
 
 def write_csv(evaluations: Sequence[Evaluation], path: Path) -> None:

@@ -17,7 +17,15 @@ from engine.data import TaskData
 from engine.detector import Detector, build_detector, load_clip_for, unadapted_detector
 from engine.device import check_device
 from engine.evaluation.arguments import ALL
-from engine.evaluation.evaluate import Evaluation, evaluate, evaluation_table, summary_table, write_csv
+from engine.evaluation.evaluate import (
+    Evaluation,
+    det_score_suffix,
+    evaluate,
+    evaluation_table,
+    said_of_det_score,
+    summary_table,
+    write_csv,
+)
 from engine.evaluation.image_heatmaps import draw_overlays
 from engine.remembered import load_task_of_run
 from engine.run_folder import find_checkpoints
@@ -44,7 +52,7 @@ def load_detectors(checkpoint: str, clip_weights: str | None, device: str, **ove
             overrides.get("img_size"),
             overrides.get("activation"),
         )
-        return [unadapted_detector(clip).to(device)]
+        return [unadapted_detector(clip, overrides.get("det_score")).to(device)]
     files = [read_checkpoint(file) for file in find_checkpoints(Path(checkpoint))]
     clip = load_clip_for(files[0], clip_weights, **overrides)
     return [build_detector(file, clip, **overrides).to(device) for file in files]
@@ -107,6 +115,7 @@ def evaluate_checkpoints(
 ) -> list[Evaluation]:
     """Evaluate what `--checkpoint` means on a dataset: tables to the log, rows to `evaluation_DATASET.csv`.
 
+    With another det score than the published one, files have it in their names.
     visualize: also draw this many images of each class, or `ALL`, as the last of the models sees them.
     Raises `UserError` for files, datasets and devices that are not there or do not fit.
     """
@@ -122,16 +131,18 @@ def evaluate_checkpoints(
         logger.warning("%s", note)
     models = {detector.name: detector for detector in detectors}
     evaluations = list(evaluate(models, data, device, batch_size, num_workers, precision).values())
+    said = said_of_det_score(detectors[0].det_score)
     for evaluation in evaluations:
         logger.info(
-            "\n%s on %s, in percent\n\n%s\n", evaluation.model, evaluation.dataset, evaluation_table(evaluation)
-        )
+            "\n%s on %s, in percent%s\n\n%s\n",
+            evaluation.model, evaluation.dataset, said, evaluation_table(evaluation),
+        )  # fmt: skip
     if len(evaluations) > 1:
-        logger.info("Averages\n\n%s\n", summary_table(evaluations))
+        logger.info("Averages%s\n\n%s\n", said, summary_table(evaluations))
     # Not before: an evaluation that is stopped leaves nothing.
     set_up_logging(folder / "inference.log")
     name = "unadapted_" if checkpoint == NO_CHECKPOINT else ""
-    tested = safe_name(data.located.spec.name)
+    tested = safe_name(data.located.spec.name) + det_score_suffix(detectors[0].det_score)
     path = folder / f"{name}evaluation_{tested}.csv"
     write_csv(evaluations, path)
     logger.info("Written to %s", path)
@@ -188,10 +199,11 @@ def score_images(
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", "score"])
     writer.writerows((path.as_posix(), f"{score:.6f}") for path, score in scores)
-    write_text(folder / "scores.csv", text.getvalue())
+    written = f"scores{det_score_suffix(detector.det_score)}.csv"
+    write_text(folder / written, text.getvalue())
     for path, score in scores:
         logger.info("%.4f  %s", score, path)
-    logger.info("%d images scored by %s; heatmaps and scores.csv in %s", len(scores), detector.name, folder)
+    logger.info("%d images scored by %s; heatmaps and %s in %s", len(scores), detector.name, written, folder)
     return scores
 
 

@@ -34,6 +34,7 @@ from engine.training.feedback_arguments import MOST_LOOPS
 from model.checkpoint import TEXT_FILE, Checkpoint, file_digest, read_checkpoint
 from model.clip import FrozenCLIP
 from model.config import COMPONENTS
+from model.scoring import DET_SCORES
 from utils.errors import UserError
 from utils.files import check_folder
 from utils.logging import set_up_logging
@@ -55,6 +56,10 @@ class Setting:
     num_workers: int
     clip_weights: str | None
     overrides: Mapping[str, Any]
+
+    @property
+    def det_score(self) -> str:
+        return self.overrides.get("det_score") or DET_SCORES[0]
 
 
 def compare_feedback_loops(
@@ -113,7 +118,7 @@ def compare_feedback_loops(
         notes = [*unfair_notes(rows), *setting_notes(rows, clip.settings)]
     trained = {row.name: row.config for row in rows}
     notes = [*zero_shot_notes(trained, data), *broken_notes(save_path, rows), *notes]
-    comparison = Comparison(data.located.spec.name, rows, evaluations, notes)
+    comparison = Comparison(data.located.spec.name, rows, evaluations, notes, setting.det_score)
     # Not before: a comparison that is stopped leaves nothing but what it need not evaluate again.
     set_up_logging(folder / "comparison.log")
     write_comparison(comparison, save_path, folder)
@@ -234,7 +239,9 @@ def evaluate_rows(
             write_cache(cache_file, cache)
     dataset = setting.data.located.spec.name
     return list(rows), {
-        row.name: Evaluation(row.name, dataset, cache[keys[row.name]]) for row in rows if not row.problem
+        row.name: Evaluation(row.name, dataset, cache[keys[row.name]], setting.det_score)
+        for row in rows
+        if not row.problem
     }
 
 
@@ -246,7 +253,7 @@ def build_detectors(
     problems: dict[str, str] = {}
     for key, row in pending.items():
         if row.checkpoint is None:
-            detectors[key] = unadapted_detector(clip).to(setting.device)
+            detectors[key] = unadapted_detector(clip, setting.det_score).to(setting.device)
             continue
         try:
             detectors[key] = build_detector(row.checkpoint, clip, **setting.overrides).to(setting.device)

@@ -9,9 +9,18 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from engine.evaluation.evaluate import METRICS, UNDEFINED, Evaluation, csv_rows, format_value, write_csv_rows
+from engine.evaluation.evaluate import (
+    METRICS,
+    UNDEFINED,
+    Evaluation,
+    csv_rows,
+    format_value,
+    said_of_det_score,
+    write_csv_rows,
+)
 from model.checkpoint import Checkpoint
 from model.config import CrossAttentionConfig
+from model.scoring import DET_SCORES
 from utils.curves import Panel, loop_curves
 from utils.files import write_text
 from utils.tables import format_table, markdown_table
@@ -68,6 +77,7 @@ class Comparison:
     rows: list[Row]
     evaluations: dict[str, Evaluation]
     notes: list[str]
+    det_score: str = DET_SCORES[0]
 
     @property
     def loops(self) -> list[Row]:
@@ -158,7 +168,8 @@ def write_comparison(comparison: Comparison, save_path: Path, folder: Path) -> N
     """Say what was found, and write `comparison.csv`, `comparison.md` and `comparison.png` to `folder`."""
     cells = table_cells(comparison)
     lines = [*best_lines(comparison), *improvement_lines(comparison)]
-    logger.info("\nFeedback loops of %s on %s, in percent\n\n%s\n", save_path, comparison.dataset, format_table(*cells))
+    on = comparison.dataset + ", in percent" + said_of_det_score(comparison.det_score)
+    logger.info("\nFeedback loops of %s on %s\n\n%s\n", save_path, on, format_table(*cells))
     for line in lines:
         logger.info("%s", line)
     for note in comparison.notes:
@@ -184,7 +195,8 @@ def csv_lines(comparison: Comparison, row: Row) -> list[Sequence[object]]:
     """A row's lines in `comparison.csv`: each class, then the average; one line for a row that cannot be read."""
     if row.name in comparison.evaluations:
         return csv_rows(comparison.evaluations[row.name])
-    return [[row.name, comparison.dataset, "average", UNDEFINED, UNDEFINED, *[UNREADABLE] * len(METRICS)]]
+    unknown = [UNDEFINED, UNDEFINED, comparison.det_score]
+    return [[row.name, comparison.dataset, "average", *unknown, *[UNREADABLE] * len(METRICS)]]
 
 
 def best_lines(comparison: Comparison) -> list[str]:
@@ -233,7 +245,8 @@ def markdown(
     facts = [[row.name, *trained_in_words(row)] for row in comparison.rows if row.checkpoint]
     parts = [
         f"# Feedback loops of `{save_path.as_posix()}` on {comparison.dataset}",
-        "Metrics in percent, averaged over classes; of each class in `comparison.csv`.",
+        "Metrics in percent, averaged over classes; of each class in `comparison.csv`"
+        f"{said_of_det_score(comparison.det_score)}.",
         markdown_table(*cells),
         "\n".join(f"- {line}" for line in lines),
     ]
@@ -265,4 +278,5 @@ def draw(comparison: Comparison, path: Path) -> None:
         best, title = best_loop(comparison, metric), COLUMNS[metric]
         heading = title if best is None else f"{title} (best: {best.name}, {comparison.average(best, metric):.2f})"
         panels[heading] = panel_of(comparison, metric)
-    loop_curves(panels, path, f"Feedback loops on {comparison.dataset}, in percent")
+    said = said_of_det_score(comparison.det_score)
+    loop_curves(panels, path, f"Feedback loops on {comparison.dataset}, in percent{said}")

@@ -201,6 +201,7 @@ def tested_facts(comparison: Comparison, data: TaskData) -> list[tuple[str, str]
         ("Dataset", f"{comparison.dataset}, {len(data.records)} images, {anomalous} of them anomalous"),
         ("Classes", ", ".join(data.classes)),
         ("Image list", data.digest[:12]),
+        ("Det score", comparison.det_score),
     ]
     known = [row.config for row in comparison.rows if row.config]
     if known:

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 # Columns of an evaluation's CSV file; every other column is a metric in percent. Its last row is an average.
 CLASS, MODEL, AVERAGE = "class", "model", "average"
-NO_METRICS = ("model", "dataset", CLASS, "images", "anomalous")
+NO_METRICS = ("model", "dataset", CLASS, "images", "anomalous", "det_score")
 COUNTS = ("images", "anomalous")
 HISTORY, ARGUMENTS = "history.jsonl", "args.json"
 

@@ -117,6 +117,8 @@ class CrossAttentionArguments(RunConfig):
     cross_attn_heads: int = changed(CrossAttentionConfig, "cross_attn_heads")
     cross_attn_dropout: float = changed(CrossAttentionConfig, "cross_attn_dropout")
     context_norm: str = changed(CrossAttentionConfig, "context_norm")
+    cross_attn_residual: str = changed(CrossAttentionConfig, "cross_attn_residual")
+    text_cross_attn_at: str = changed(CrossAttentionConfig, "text_cross_attn_at")
     cross_attn_init: str = changed(CrossAttentionConfig, "cross_attn_init")
     cross_attn_scale: str = changed(CrossAttentionConfig, "cross_attn_scale")
     text_conditioning: str = changed(CrossAttentionConfig, "text_conditioning")

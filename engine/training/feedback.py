@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.data import TaskData, hold_out, training_loader
 from engine.detector import Detector
-from engine.evaluation.evaluate import METRICS, evaluate, summary_table
+from engine.evaluation.evaluate import METRICS, evaluate, said_of_det_score, summary_table
 from engine.remembered import load_task_of_run
 from engine.run_folder import CURVES_FILE, FINAL_FILE, loop_file
 from engine.training.feedback_arguments import FeedbackConfig, LoopPlan, loop_forward, plan_loops, plan_table
@@ -144,11 +144,13 @@ class LoopFinisher:
         found: dict[str, Any] = {}
         for name, data in self.evaluated.items():
             if data is not None:
-                detector = Detector(self.model, f"loop {loop}", loop_forward=loop_forward(self.config, loop))
+                forward = loop_forward(self.config, loop)
+                detector = Detector(self.model, f"loop {loop}", None, forward, self.config.det_score)
                 device = self.run.accelerator.device
                 evaluation = evaluate({detector.name: detector}, data, device, 8, 0, self.config.precision)
                 found[name] = {metric: evaluation[detector.name].average(metric)[0] for metric in METRICS}
                 what = "held-out training images" if name == "validation" else evaluation[detector.name].dataset
+                what += said_of_det_score(detector.det_score)
                 logger.info("Loop %d on %s\n\n%s\n", loop, what, summary_table(list(evaluation.values())))
         logger.info(
             "Loop %d of %d is finished: %s", loop, self.config.num_feedback_loops,

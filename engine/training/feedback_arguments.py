@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.arguments import decided_by
+from engine.evaluation.arguments import TestingArguments
 from engine.training.arguments import MOST_EPOCHS, CrossAttentionArguments, RunConfig
 from model.config import LoopForward, check_settings
+from model.scoring import DET_SCORES
 from utils.errors import UserError
 from utils.fields import changed, setting
 from utils.tables import format_table
@@ -48,6 +50,10 @@ class FeedbackConfig(CrossAttentionArguments):
         0.8, "r: loop k has floor(first * r^(k - 1)) epochs, at least 1", "feedback", between=(1e-6, 1), free=True,
         under=both(0.5),
     )  # fmt: skip
+    context_norm: str = changed(CrossAttentionArguments, "context_norm", "layer")
+    cross_attn_residual: str = changed(
+        CrossAttentionArguments, "cross_attn_residual", "matched", under=both("add"), before="add"
+    )
     cross_attn_start_loop: int = setting(
         1, "first loop with cross-attention; both are off before", "feedback", between=(1, MOST_LOOPS)
     )
@@ -61,6 +67,11 @@ class FeedbackConfig(CrossAttentionArguments):
     eval_dataset: str | None = setting(
         None, "dataset to test on after each loop, to watch and not to choose by", "feedback", free=True, unset="none"
     )
+    det_score: str = changed(
+        TestingArguments, "det_score", DET_SCORES[0], unset=None, group="feedback",
+        help="in the image scores of these tests: likeness to the abnormal anchor, or its difference from that to the "
+        "normal one",
+    )  # fmt: skip
     val_fraction: float = setting(
         0.0, "share of the training images held out to choose a loop by", "feedback", between=(0, 0.99)
     )
