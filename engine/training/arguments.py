@@ -60,7 +60,11 @@ class RunConfig(MachineArguments, DataArguments, ModelArguments):
     augment_resampling: str = changed(AugmentationConfig, "augment_resampling")
     stage1_levels: str = setting(
         "all", "levels that count in Stage 1's loss; last is what earlier code did by mistake", "training",
-        choices=("all", "last"),
+        choices=("all", "last"), under={"published": "last"},
+    )  # fmt: skip
+    focal_smoothing: float = setting(
+        0.0, "smoothing of the focal loss, which caps it for confident errors; 0 is exact", "training",
+        between=(0, 0.4), under={"published": 1e-5},
     )  # fmt: skip
     seed: int = setting(
         0, "seed of weights, few-shot choice, order and augmentation", "training", between=(-(2**63), 2**63 - 1)
