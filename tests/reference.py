@@ -303,6 +303,29 @@ def frozen_streams(ref: Reference, image: Tensor) -> tuple[list[Tensor], Tensor]
     return streams, class_embedding
 
 
+def published_frozen_images(ref: Reference, images: Tensor) -> list[list[Tensor]]:
+    """Images (B, 3, S, S) -> the levels' features (N, D) of each, as AA-CLIP's published code computes them.
+
+    Its V-V attention takes a batch for a sequence: at one position, the tokens of the B images attend to one another.
+    """
+    layers = list(ref.clip.visual.transformer.resblocks)
+    first = len(layers) - (ref.config.surgery_until_layer - 1)
+    embeddings = [frozen_streams(ref, image)[1] for image in images]
+    tokens = [vision_input(ref.clip, image) for image in images]
+    levels: list[list[Tensor]] = [[] for _ in images]
+    for index, layer in enumerate(layers):
+        if index < first:
+            tokens = [block(layer, of_image) for of_image in tokens]
+        else:
+            positions = range(len(tokens[0]))
+            mixed = [block(layer, torch.stack([x[at] for x in tokens]), values_only=True) for at in positions]
+            tokens = [torch.stack([across[number] for across in mixed]) for number in range(len(images))]
+        if index + 1 in ref.config.levels:
+            for of_image, x, embedding in zip(levels, tokens, embeddings, strict=True):
+                of_image.append(project_image(ref.clip, x[1:]) + embedding)
+    return levels
+
+
 def enlarging_matrix(side: int, size: int, dtype: torch.dtype) -> Tensor:
     """(size, side): bilinear interpolation of one axis, the first and last samples on the first and last pixels."""
     matrix = torch.zeros(size, side, dtype=dtype)
