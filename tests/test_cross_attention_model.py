@@ -668,7 +668,7 @@ def test_an_image_does_not_depend_on_its_batch(conditioning: str, text_context: 
 def test_an_image_is_tested_by_itself_whatever_stage_1_saw(text_context: str) -> None:
     """`--surgery batch_axis`: Stage 1's features depend on the batch, those that anchors see in testing do not."""
     model = model64(text_context=text_context)
-    model.config = replace(model.config, surgery="batch_axis")
+    model.config = replace(model.config, surgery="batch_axis", surgery_until_layer=9)
     batch, prompts = random_batch(40).to(torch.float64), tiny_prompts(model.clip)
     together, alone = (
         model.stage1_features(batch.images[:count], prompts, batch.rows[:count]).context for count in (4, 1)
