@@ -61,9 +61,11 @@ def prepare(config: RunConfig, script: str, start: Start | None = None, text_ada
             config.metadata,
             config.class_names,
             config.skip_bad_images,
+            config.mask_threshold,
         )
     data = choose_training_images(data, config.training_mode, config.shot, config.seed)
-    clip = load_clip(config.model_name, config.clip_weights, config.img_size, config.activation)
+    activation = config.activation or start.activation
+    clip = load_clip(config.model_name, config.clip_weights, config.img_size, activation)
     chosen = resolve_model(config, clip, text_adapted)
     torch.manual_seed(derive_seed(config.seed))
     if isinstance(config, CrossAttentionArguments):
