@@ -92,7 +92,7 @@ def _move(
     if separate:
         if angle:
             image = F.affine(image, angle, [0, 0], **how)
-        angle, shift = 0.0, [round(pixels) for pixels in shift]
+        angle, shift, how["interpolation"] = 0.0, [round(pixels) for pixels in shift], InterpolationMode.NEAREST
     if angle or any(shift):
         image = F.affine(image, angle, shift, **how)
     if parameters.flip_horizontal:

@@ -231,7 +231,11 @@ def log_activation(checkpoint: Checkpoint, activation: str, given: bool) -> None
             "as asked for" if given else "as in the published code",
         )
     elif given or activation == "gelu":
-        logger.info("%s has no config: assumed trained under %s", checkpoint.path, activation)
+        logger.info(
+            "%s has no config: assumed trained under %s, with the catalog's names in prompts (--class_names)",
+            checkpoint.path,
+            activation,
+        )
     else:
         logger.warning(
             "%s has no config: assumed trained under %s, as these weights of CLIP need, with the catalog's names in "
