@@ -194,7 +194,7 @@ def test_the_table_of_defaults_is_that_of_the_code() -> None:
 
 
 def test_the_flags_of_the_deviations_make_the_published_preset() -> None:
-    """Each flag alone is a deviation, all of them together are the preset; a study measures what the toy world shows."""
+    """Each is one deviation, all of them are the preset; a study measures those that the toy world can show."""
     header, *rows = next(table for table in tables(read_page(METHOD)) if table[0][0] == "what")
     column, cost = header.index("flag"), header.index("cost on the toy world")
     flags = [words for row in rows for words in row[column].strip("`").split()]
