@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import Tensor
 
 from dataset.catalog import CATALOG
@@ -25,8 +25,10 @@ from dataset.prompts import build_prompts
 from dataset.samples import image_tensor
 from engine import load_model
 from engine.arguments import make_parser
-from engine.data import training_loader
+from engine.data import make_dataset, training_loader
+from engine.evaluation.image_heatmaps import read_picture
 from engine.evaluation.inference import evaluate_checkpoints
+from engine.remembered import load_task_of_run
 from engine.training.arguments import BaseConfig, CrossAttentionRunConfig
 from engine.training.base import train_base
 from engine.training.opening import Opening, prepare
@@ -388,3 +390,20 @@ def test_a_file_called_published_is_meant_by_its_path(tmp_path: Path, monkeypatc
         recorded = config.to_dict()["class_names"]
         assert class_display_names(spec, recorded)["tubes"] == expected, words
     assert class_display_names(spec, Path("published"))["tubes"] == "of the file"
+
+
+def test_masks_are_read_alike_wherever_a_task_is_used(opening: Opening, tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "lossy", classes=("felt",), count=2)
+    for file in folder.rglob("*_mask.png"):
+        with Image.open(file) as image:
+            blurred = image.filter(ImageFilter.GaussianBlur(2))
+        blurred.save(file)
+    counts = {}
+    for threshold in (0.25, 0.5, "nonzero"):
+        data = load_task_of_run({}, str(folder), mask_threshold=threshold)
+        record = next(record for record in data.records if record.label)
+        drawn = read_picture(data, record).mask.sum()
+        tested = make_dataset(data, opening.model.clip)[data.records.index(record)]["mask"].sum()
+        assert drawn == tested
+        counts[threshold] = int(tested)
+    assert counts[0.5] < counts[0.25] < counts["nonzero"]
