@@ -32,9 +32,10 @@ def class_display_names(
     have a class under either name. Classes without a published name keep the catalog's, which is said. Raises UserError
     for a file that cannot be read or is no such object, and for classes in it that the dataset does not have.
     """
-    known = {name: spec.known_class(name) for name in (*spec.class_names, *class_names)}
+    met = list(class_names)
+    known = {name: spec.known_class(name) for name in (*spec.class_names, *met)}
     if source == PUBLISHED_NAMES:
-        replaced = _published_names(spec, dict.fromkeys(class_names) or spec.class_names)
+        replaced = _published_names(spec, met or spec.class_names)
     else:
         replaced = {} if source in (None, CATALOG_NAMES) else _read_class_names(Path(source))
     unknown = [name for name in replaced if known and name not in known and spec.known_class(name) is None]

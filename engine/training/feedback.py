@@ -42,7 +42,8 @@ def train_feedback(config: FeedbackConfig) -> None:
         training, validation = hold_out(training, config.val_fraction, config.seed)
     tested = None
     if config.eval_dataset:
-        tested = load_task_of_run(config.to_dict(), config.eval_dataset, mask_threshold=config.mask_threshold)
+        asked = opening.config.to_dict()
+        tested = load_task_of_run(asked, config.eval_dataset, mask_threshold=config.mask_threshold)
     for loop in plan:
         for side in ("text", "image"):
             remedy, forward = f"loop {loop.loop} has no cross-attention there", loop_forward(config, loop.loop)
