@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from utils.script import run_script
 
+from dataset.options import NAMES
 from engine.arguments import make_parser
 from engine.evaluation.arguments import LESS_MEMORY, InferenceArguments
 from engine.evaluation.inference import evaluate_checkpoints, score_images
@@ -27,7 +28,9 @@ def main() -> None:
         raise UserError("--image scores images that belong to no dataset: leave --dataset out")
     if arguments.pop("visualize") is not None:
         raise UserError("--image draws a heatmap over each image as it is: leave --visualize out")
-    unused = ("dataset", "data_root", "metadata", "class_names", "batch_size", "num_workers", "precision")
+    if arguments["class_names"] not in (None, *NAMES):
+        raise UserError("--image takes the class's name by --class_name: --class_names FILE is for a dataset")
+    unused = ("dataset", "data_root", "metadata", "mask_threshold", "batch_size", "num_workers", "precision")
     rest = {name: value for name, value in arguments.items() if name not in unused}
     score_images(rest.pop("checkpoint"), image, class_name, domain=domain, **rest)
 

@@ -1,17 +1,24 @@
 """What training does to an image and its mask: turn, shift and flip both, change the image's colours.
 
-Everything happens on PIL images: 8 bits, one thread, the same bits whatever the number of workers.
+It happens on PIL images: 8 bits, one thread, the same bits whatever the number of workers. Only separate moves, as in
+AA-CLIP's published code, are made on the normalised image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
+
+from dataset.options import AS_USUAL, AugmentationConfig
+
+Picture = TypeVar("Picture", Image.Image, Tensor)
 
 
 @dataclass(frozen=True)
@@ -38,46 +45,56 @@ def draw_augmentation(seed: int) -> Augmentation:
     return Augmentation(30 * angle * turn, move, horizontal, vertical, *jitter)
 
 
-def augment_pair(
-    image: Image.Image,
-    mask: Image.Image,
+def move_pair(
+    image: Picture,
+    mask: Picture,
     parameters: Augmentation,
-    colours: bool,
-    fill: Sequence[int] = (0, 0, 0),
-    resampling: str = "bilinear",
-) -> tuple[Image.Image, Image.Image, bool]:
-    """Image and mask moved together, with other colours where asked for; and whether the anomaly left the image.
+    choices: AugmentationConfig = AS_USUAL,
+    fill: Sequence[float] = (0, 0, 0),
+) -> tuple[Picture, Picture, bool]:
+    """Image and mask moved together, as `choices` says; and whether the anomaly left the image.
 
-    What comes into the image has the colour `fill` (8-bit RGB) and is normal. A mask that was empty from the start has
-    nothing to lose.
+    PIL images; for separate moves tensors, the normalised image (3, S, S) and the mask (1, S, S).
+    What comes into the image has the colour `fill`, in its own values, and is normal. A mask that was empty from the
+    start has nothing to lose.
     """
-    if colours:
-        image = _jitter(image, parameters)
-    moved = _move(mask, parameters, InterpolationMode.NEAREST)
+    separate = choices.augment_moves == "separate"
+    moved = _move(mask, parameters, InterpolationMode.NEAREST, separate)
     # Between nearest neighbours a small anomaly can vanish from the mask and still be seen in the image.
     gone = (
-        mask.getbbox() is not None
-        and moved.getbbox() is None
-        and _move(mask, parameters, InterpolationMode.BILINEAR).getbbox() is None
+        _shows(mask) and not _shows(moved) and not _shows(_move(mask, parameters, InterpolationMode.BILINEAR, separate))
     )
-    return _move(image, parameters, InterpolationMode(resampling), fill), moved, gone
+    return _move(image, parameters, InterpolationMode(choices.augment_resampling), separate, fill), moved, gone
 
 
-def _jitter(image: Image.Image, parameters: Augmentation) -> Image.Image:
+def _shows(mask: Image.Image | Tensor) -> bool:
+    return bool(np.asarray(mask).any())
+
+
+def change_colours(image: Image.Image, parameters: Augmentation) -> Image.Image:
+    """Brightness, contrast and saturation changed by their factors."""
     image = F.adjust_brightness(image, parameters.brightness)
     image = F.adjust_contrast(image, parameters.contrast)
     return F.adjust_saturation(image, parameters.saturation)
 
 
 def _move(
-    image: Image.Image, parameters: Augmentation, interpolation: InterpolationMode, fill: Sequence[int] | None = None
-) -> Image.Image:
-    """Turn, shift and flip; turn and shift are one resampling."""
-    if parameters.angle or any(parameters.shift):
-        shift = [fraction * side for fraction, side in zip(parameters.shift, image.size, strict=True)]
-        image = F.affine(
-            image, parameters.angle, shift, scale=1.0, shear=[0.0, 0.0], interpolation=interpolation, fill=fill
-        )
+    image: Picture,
+    parameters: Augmentation,
+    interpolation: InterpolationMode,
+    separate: bool,
+    fill: Sequence[float] | None = None,
+) -> Picture:
+    """Turn, shift and flip; turn and shift are one resampling, or separate ones, with a shift of whole pixels."""
+    height, width = F.get_size(image)
+    angle, shift = parameters.angle, [parameters.shift[0] * width, parameters.shift[1] * height]
+    how = {"scale": 1.0, "shear": [0.0, 0.0], "interpolation": interpolation, "fill": fill}
+    if separate:
+        if angle:
+            image = F.affine(image, angle, [0, 0], **how)
+        angle, shift, how["interpolation"] = 0.0, [round(pixels) for pixels in shift], InterpolationMode.NEAREST
+    if angle or any(shift):
+        image = F.affine(image, angle, shift, **how)
     if parameters.flip_horizontal:
         image = F.horizontal_flip(image)
     return F.vertical_flip(image) if parameters.flip_vertical else image

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dataset.options import HALF, NONZERO
 from dataset.records import Record
 from utils.errors import UserError
 from utils.paths import is_no_file
@@ -52,13 +53,15 @@ def read_image(path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_mask(path: Path) -> Image.Image:
+def read_mask(path: Path, threshold: float | str = HALF) -> Image.Image:
     """Read a mask as mode "L": 255 where the image is anomalous, 0 elsewhere; turned as its own EXIF tag says.
+
+    threshold: a share of the mask's largest value, or `NONZERO`, as in AA-CLIP's published code.
 
     - Class indices (whole numbers below 32: 0/1 masks, several defect types): all but 0 are anomalous.
     - Palette masks with colours in them: all but black is anomalous.
-    - Everything else is a grey level, of the strongest colour channel times opacity: anomalous from half of the mask's
-      largest value on, which cuts the noise of lossy compression and the fringe of smoothed outlines.
+    - Everything else is a grey level, of the strongest colour channel times opacity: anomalous from `threshold` of the
+      mask's largest value on; half of it cuts the noise of lossy compression and the fringe of smoothed outlines.
 
     Raises UserError, with the path, for what cannot be read.
     """
@@ -69,16 +72,19 @@ def read_mask(path: Path) -> Image.Image:
         values = _mask_values(image)
         if not np.isfinite(values).all():
             raise UserError(f"{path} cannot be read as a mask: it holds values that are no numbers")
-        anomalous = _above_background(values)
+        anomalous = _above_background(values, threshold)
     return Image.fromarray(anomalous.astype(np.uint8) * 255)
 
 
-def read_pair(root: Path, record: Record) -> tuple[Image.Image, Image.Image | None]:
-    """A record's image and its mask, None for a normal image; raises UserError where the two have different sizes."""
+def read_pair(root: Path, record: Record, mask_threshold: float | str = HALF) -> tuple[Image.Image, Image.Image | None]:
+    """A record's image and its mask, None for a normal image; raises UserError where the two have different sizes.
+
+    mask_threshold: as for `read_mask`.
+    """
     image = read_image(root / record.image_path)
     if record.mask_path is None:
         return image, None
-    mask = read_mask(root / record.mask_path)
+    mask = read_mask(root / record.mask_path, mask_threshold)
     if image.size != mask.size:
         (width, height), (mask_width, mask_height) = image.size, mask.size
         raise UserError(
@@ -168,8 +174,10 @@ def _mask_values(image: Image.Image) -> np.ndarray:
     return np.rint(strongest * rgba[..., 3] / 255)
 
 
-def _above_background(values: np.ndarray) -> np.ndarray:
+def _above_background(values: np.ndarray, threshold: float | str) -> np.ndarray:
+    if threshold == NONZERO:
+        return values != 0
     largest = values.max()
     if largest < _MOST_CLASS_INDICES and (values == np.rint(values)).all():
         return values > 0
-    return values >= largest / 2
+    return values >= largest * float(threshold)

@@ -13,9 +13,9 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms.v2 import functional as F
 
-from dataset.augmentation import augment_pair, draw_augmentation
+from dataset.augmentation import change_colours, draw_augmentation, move_pair
 from dataset.images import read_pair
-from dataset.options import AS_USUAL, AugmentationConfig
+from dataset.options import AS_USUAL, HALF, AugmentationConfig
 from dataset.records import Record
 from utils.seeding import derive_seed
 
@@ -51,13 +51,15 @@ class AnomalyDataset(Dataset):
     """Records as samples: a dict with
 
     - `image`: float32 (3, S, S), resized to a square (bicubic) and normalised with `mean` and `std`;
-    - `mask`: float32 (1, S, S), 1 where anomalous (nearest neighbour), all 0 for normal images;
+    - `mask`: float32 (1, S, S), 1 where anomalous (nearest neighbour), all 0 for normal images; `mask_threshold` says
+      which pixels of a file are (`dataset.images.read_mask`);
     - `label`: 0 normal, 1 anomalous; `class_name`; `image_path`; `index`: the record's position.
 
     `augment`: "geometric" turns, shifts and flips image and mask together, "full" also changes brightness,
     contrast and saturation. The parameters come from `SampleKey.seed` alone; a plain index is for `augment="none"`,
     with anything else it raises ValueError; `choices` says how. An anomaly that was moved out of the image entirely
-    leaves a normal image, label 0; an anomalous image whose mask is empty from the start keeps its label.
+    leaves a normal image, label 0, but under `keep_label`; an anomalous image whose mask is empty from the start keeps
+    its label.
 
     Raises UserError for a file that cannot be read and for a mask of another size than its image.
     """
@@ -71,6 +73,7 @@ class AnomalyDataset(Dataset):
         std: Sequence[float],
         augment: str = "none",
         choices: AugmentationConfig = AS_USUAL,
+        mask_threshold: float | str = HALF,
     ) -> None:
         if augment not in AUGMENTATIONS:
             raise ValueError(f"augment must be one of {', '.join(AUGMENTATIONS)}, not {augment!r}")
@@ -79,8 +82,13 @@ class AnomalyDataset(Dataset):
         self.img_size = img_size
         self.augment = augment
         self.choices = choices
-        self.fill = [round(255 * value) for value in mean] if choices.augment_fill == "mean" else [0, 0, 0]
+        self.mask_threshold = mask_threshold
         self.mean, self.std = _per_channel(mean), _per_channel(std)
+        uncovered = torch.zeros(3, 1, 1) + (self.mean if choices.augment_fill == "mean" else 0)
+        # In the values of what is moved: the normalised image, or 8-bit RGB.
+        separate = choices.augment_moves == "separate"
+        fill = (uncovered - self.mean) / self.std if separate else (255 * uncovered).round().int()
+        self.fill = fill.flatten().tolist()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -88,26 +96,42 @@ class AnomalyDataset(Dataset):
     def __getitem__(self, key: int | SampleKey) -> dict[str, Any]:
         index = key.index if isinstance(key, SampleKey) else key
         record = self.records[index]
-        image, mask = read_pair(self.root, record)
+        image, mask = read_pair(self.root, record, self.mask_threshold)
         size = (self.img_size, self.img_size)
-        image = _square(image, self.img_size)
         mask = Image.new("L", size) if mask is None else mask.resize(size, Image.Resampling.NEAREST)
         label = record.label
-        if self.augment != "none":
-            if not isinstance(key, SampleKey):
-                raise ValueError("augmentation needs a SampleKey: give the loader a SeededSampler")
-            parameters, colours = draw_augmentation(key.seed), self.augment == "full"
-            resampling = self.choices.augment_resampling
-            image, mask, gone = augment_pair(image, mask, parameters, colours, self.fill, resampling)
-            label = 0 if gone else label
+        if self.augment == "none":
+            pixels, marks = self._tensors(_square(image, self.img_size), mask)
+        elif isinstance(key, SampleKey):
+            pixels, marks, gone = self._augmented(image, mask, key.seed)
+            label = 0 if gone and not self.choices.keep_label else label
+        else:
+            raise ValueError("augmentation needs a SampleKey: give the loader a SeededSampler")
         return {
-            "image": _normalised(image, self.mean, self.std),
-            "mask": (F.pil_to_tensor(mask) > 0).float(),
+            "image": pixels,
+            "mask": (marks > 0).float(),
             "label": label,
             "class_name": record.class_name,
             "image_path": record.image_path,
             "index": index,
         }
+
+    def _tensors(self, image: Image.Image, mask: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
+        return _normalised(image, self.mean, self.std), F.pil_to_tensor(mask)
+
+    def _augmented(self, image: Image.Image, mask: Image.Image, seed: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """An image as it was read and its square mask -> both as tensors, and whether the anomaly was moved out."""
+        parameters, choices = draw_augmentation(seed), self.choices
+        colours = self.augment == "full"
+        if colours and choices.jitter_first:
+            image = change_colours(image, parameters)
+        image = _square(image, self.img_size)
+        if colours and not choices.jitter_first:
+            image = change_colours(image, parameters)
+        if choices.augment_moves == "separate":
+            return move_pair(*self._tensors(image, mask), parameters, choices, self.fill)
+        image, mask, gone = move_pair(image, mask, parameters, choices, self.fill)
+        return *self._tensors(image, mask), gone
 
 
 class SeededSampler(Sampler[SampleKey]):

@@ -9,6 +9,7 @@ from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from dataset.options import HALF, names_or_file, share_or_nonzero
 from model.config import ModelConfig
 from utils.cli import Parser, not_empty, number, path
 from utils.fields import changed, setting
@@ -145,9 +146,15 @@ class DataArguments(Arguments):
     metadata: Path | None = setting(
         None, "list of images in JSON lines, in place of the one made from the folders", "data", free=True, unset="none"
     )
-    class_names: Path | None = setting(
-        None, 'JSON file {"class": "readable name"} for the prompts', "data", free=True, unset="the catalog's names"
-    )
+    class_names: str | None = setting(
+        None,
+        'names in prompts: catalog, published (those of AA-CLIP\'s code), or a JSON file {"class": "readable name"}',
+        "data", kind=names_or_file, free=True, unset="the catalog's", under={"published": "published"},
+    )  # fmt: skip
+    mask_threshold: str | float = setting(
+        HALF, "share of a mask's largest value from which on a pixel is anomalous, or nonzero: every one but 0", "data",
+        kind=share_or_nonzero, under={"published": "nonzero"},
+    )  # fmt: skip
     skip_bad_images: bool = setting(False, "leave out images that cannot be read, and say which", "data", free=True)
 
 

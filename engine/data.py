@@ -15,7 +15,7 @@ from dataset.few_shot import few_shot, split_shot
 from dataset.images import drop_bad_images, find_bad_images
 from dataset.locate import LocatedDataset, locate_dataset
 from dataset.metadata import load_records
-from dataset.options import AS_USUAL, AugmentationConfig
+from dataset.options import AS_USUAL, HALF, AugmentationConfig
 from dataset.prompts import build_prompts
 from dataset.records import Record, metadata_digest
 from dataset.samples import AnomalyDataset, SeededSampler
@@ -29,12 +29,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TaskData:
-    """The images of a task: where they are, their records, and each class's name in the prompts, in class order."""
+    """The images of a task: where they are, their records, and each class's name in the prompts, in class order.
+
+    mask_threshold: which pixels of a mask are anomalous (`dataset.images.read_mask`).
+    """
 
     located: LocatedDataset
     records: list[Record]
     names: dict[str, str]
     digest: str
+    mask_threshold: str | float = HALF
 
     @property
     def classes(self) -> list[str]:
@@ -53,8 +57,9 @@ def load_task(
     dataset: str,
     data_root: Path | None = None,
     metadata: Path | None = None,
-    class_names: Path | None = None,
+    class_names: str | Path | None = None,
     skip_bad_images: bool = False,
+    mask_threshold: str | float = HALF,
 ) -> TaskData:
     """All records of a dataset's test split; raises `UserError` for whatever is missing (see `dataset`)."""
     located = locate_dataset(dataset, data_root)
@@ -67,7 +72,8 @@ def load_task(
             raise UserError(f"{located.spec.name}: none of its {dropped} images in {located.root} can be read")
     present = {record.class_name for record in records}
     display = class_display_names(located.spec, class_names, dict.fromkeys(record.class_name for record in records))
-    return TaskData(located, records, {name: text for name, text in display.items() if name in present}, digest)
+    names = {name: text for name, text in display.items() if name in present}
+    return TaskData(located, records, names, digest, mask_threshold)
 
 
 def choose_training_images(data: TaskData, training_mode: str, shot: int, seed: int) -> TaskData:
@@ -94,7 +100,9 @@ def make_dataset(
     """Samples at the CLIP model's size and normalisation, in class order."""
     order = {name: row for row, name in enumerate(data.classes)}
     records = sorted(data.records, key=lambda record: order[record.class_name])
-    return AnomalyDataset(data.located.root, records, clip.img_size, clip.mean, clip.std, augment, choices)
+    return AnomalyDataset(
+        data.located.root, records, clip.img_size, clip.mean, clip.std, augment, choices, data.mask_threshold
+    )
 
 
 def training_loader(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,9 @@ from PIL import Image
 from torch import nn
 
 from dataset.catalog import readable_name
+from dataset.class_names import published_name
 from dataset.images import read_image
+from dataset.options import PUBLISHED_NAMES
 from dataset.prompts import build_prompts
 from dataset.samples import image_tensor
 from engine.device import check_device
@@ -31,6 +34,8 @@ from utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 PUBLISHED_MODEL = "ViT-L-14-336"
+# How the published code trained, whatever the weights of CLIP: files of its form are taken so unless asked otherwise.
+PUBLISHED = {"activation": "gelu", "class_names": PUBLISHED_NAMES}
 # What unadapted CLIP is called in tables and figures.
 UNADAPTED = "unadapted"
 # What may be asked of a checkpoint with cross-attention in place of what it was trained with.
@@ -56,6 +61,7 @@ class Detector(nn.Module):
     """A model with its checkpoint's story: `model`, `name`, `epoch`, `loop`, `config` (None: written elsewhere).
 
     det_score: which det score takes part in image scores, one of `DET_SCORES`, the published one unless asked for.
+    `arguments`: what its training was asked for, as far as that is known.
     """
 
     def __init__(
@@ -74,6 +80,7 @@ class Detector(nn.Module):
         self.epoch = checkpoint.epoch if checkpoint else None
         self.loop = checkpoint.loop if checkpoint else None
         self.config = checkpoint.config if checkpoint else None
+        self.arguments = arguments_of(checkpoint) if checkpoint else {}
 
     def text_side(self, prompts: Prompts) -> Any:
         """What the model's forward needs of the text side, the same for all images."""
@@ -111,12 +118,15 @@ class Detector(nn.Module):
         domain: str = "industrial",
         return_attention: bool = False,
         det_score: str | None = None,
+        class_names: str | None = None,
     ) -> Prediction | tuple[Prediction, Attention]:
         """Anomaly map, score and per-level maps of one image: a path, a PIL image, or uint8 RGB (H, W, 3).
 
         class_name: what the object is called in the prompts, such as "metal screw". A single image has no class
         statistics to normalise by, so the map is the calibrated one and the score is half its maximum plus half the
         image's own; `domain="medical"`: the maximum alone (docs/method.md, "Scores").
+        class_names: "published" calls a class of AA-CLIP's datasets, such as "pcb3", by the name that it has in the
+        published code; "catalog" leaves every name as it is; None does as training did.
         return_attention: also give `Attention`, the weights of both cross-attentions per head, for a batch of one.
         det_score: in place of the detector's own.
         Raises `UserError` for a file that cannot be read, for a domain or det score that is not known, and where
@@ -133,7 +143,9 @@ class Detector(nn.Module):
             image = Image.fromarray(image)
         size = self.clip.img_size
         pixels = image_tensor(image.convert("RGB"), size, self.clip.mean, self.clip.std)[None].to(self.device)
-        prompts = Prompts.from_texts(self.clip, [build_prompts(readable_name(class_name))]).to(self.device)
+        published = (class_names or self.arguments.get("class_names")) == PUBLISHED_NAMES
+        name = (published_name(class_name) if published else None) or readable_name(class_name)
+        prompts = Prompts.from_texts(self.clip, [build_prompts(name)]).to(self.device)
         side, rows = self.text_side(prompts), torch.zeros(1, dtype=torch.long, device=self.device)
         outputs = self.model(pixels, side, rows)
         levels = calibrated_maps(outputs, size)
@@ -148,6 +160,13 @@ def check_det_score(kind: str) -> str:
     if kind not in DET_SCORES:
         raise UserError(f"--det_score {kind}: choose one of {', '.join(DET_SCORES)}")
     return kind
+
+
+def arguments_of(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """What the training of a checkpoint was asked for, as far as the file or its form tells."""
+    if checkpoint.config is not None:
+        return checkpoint.config.get("arguments", {})
+    return PUBLISHED if checkpoint.is_published else {}
 
 
 def load_model(
@@ -177,7 +196,8 @@ def load_clip_for(checkpoint: Checkpoint, clip_weights: str | Path | None = None
     asked = {name: value for name, value in overrides.items() if value is not None}
     if checkpoint.config is None:
         name = asked.get("model_name", PUBLISHED_MODEL)
-        clip = load_clip(name, clip_weights, asked.get("img_size"), asked.get("activation"))
+        activation = asked.get("activation", arguments_of(checkpoint).get("activation"))
+        clip = load_clip(name, clip_weights, asked.get("img_size"), activation)
         logger.info("%s has no config: assumed %s at %d px", checkpoint.path, name, clip.img_size)
         log_activation(checkpoint, clip.activation, given="activation" in asked)
         return clip
@@ -201,13 +221,25 @@ def load_clip_for(checkpoint: Checkpoint, clip_weights: str | Path | None = None
 
 
 def log_activation(checkpoint: Checkpoint, activation: str, given: bool) -> None:
-    """Say under which activation a file without config is taken to be trained; given: it was asked for."""
-    if given or activation == "gelu":
-        logger.info("%s has no config: assumed trained under %s", checkpoint.path, activation)
+    """Say as what a file without config is taken to be trained; given: the activation was asked for."""
+    if checkpoint.is_published:
+        logger.info(
+            "%s has the form of AA-CLIP's published files: CLIP runs under %s, %s, and classes have the published "
+            "names in prompts (--activation and --class_names say otherwise)",
+            checkpoint.path,
+            activation,
+            "as asked for" if given else "as in the published code",
+        )
+    elif given or activation == "gelu":
+        logger.info(
+            "%s has no config: assumed trained under %s, with the catalog's names in prompts (--class_names)",
+            checkpoint.path,
+            activation,
+        )
     else:
         logger.warning(
-            "%s has no config: assumed trained under %s, as these weights of CLIP need; AA-CLIP's published code ran "
-            "them under GELU: give --activation gelu if it comes from there",
+            "%s has no config: assumed trained under %s, as these weights of CLIP need, with the catalog's names in "
+            "prompts; give --activation gelu, or --class_names published, if it was trained so",
             checkpoint.path,
             activation,
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.locate import locate_dataset
+from dataset.options import HALF, NAMES
 from engine.data import TaskData, load_task
 from engine.run_folder import ARGUMENTS_FILE
 from model.checkpoint import SavedArguments
@@ -38,23 +39,27 @@ def load_task_of_run(
     dataset: str,
     data_root: Path | None = None,
     metadata: Path | None = None,
-    class_names: Path | None = None,
+    class_names: str | Path | None = None,
     skip_bad_images: bool = False,
+    mask_threshold: str | float = HALF,
 ) -> TaskData:
     """As `load_task`, with what a run was asked for in place of what is not given.
 
-    run: its arguments. Its data root counts for every dataset that is found there, its metadata and class names for
-    its own dataset. A path that is gone is ignored with a line.
+    run: its arguments. Its data root counts for every dataset that is found there, its metadata and file of class names
+    for its own dataset, published class names for every one. A path that is gone is ignored with a line.
     """
     if data_root is None:
         data_root = _still_there(run, "data_root")
         if data_root is not None and not _is_found(dataset, data_root):
             logger.info("%s is not under the run's data root %s, which is ignored", dataset, data_root)
             data_root = None
+    if class_names is None and run.get("class_names") in NAMES:
+        class_names = run["class_names"]
+        logger.info("--class_names is that of the run: %s", class_names)
     if str(run.get("dataset")).lower() == dataset.lower():
         metadata = metadata or _still_there(run, "metadata")
         class_names = class_names or _still_there(run, "class_names")
-    return load_task(dataset, data_root, metadata, class_names, skip_bad_images)
+    return load_task(dataset, data_root, metadata, class_names, skip_bad_images, mask_threshold)
 
 
 def _still_there(run: Mapping[str, Any], name: str) -> Path | None:

@@ -216,10 +216,13 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
         return self.encode_image(images, lambda x: self.attend_to_text(x, context, mask), with_context)
 
     def context_features(self, images: Tensor, features: ImageFeatures, loop: LoopForward) -> ImageFeatures:
-        """The features that text sees: the trained branch's, given as `features`, or frozen ones' first level."""
+        """`features`, those of the trained branch, with what text sees as its `context`: theirs, or frozen ones'."""
         if loop.text_context == "trained":
             return features
-        return self._features_on_frozen_tokens(images, loop, self.config.levels[:1])
+        # Alone under `batch_axis`: what anchors see in testing must not depend on the batch that an image is in.
+        batches = images.split(1) if self.config.surgery == "batch_axis" else [images]
+        found = [self._features_on_frozen_tokens(batch, loop, self.config.levels[:1]) for batch in batches]
+        return features._replace(context=torch.cat([one.context for one in found]))
 
     def forward(self, images: Tensor, text_side: TextSide, rows: Tensor) -> Outputs:
         """As `AdaptedCLIP.forward`, against anchors that each image conditions; no gradient reaches the text side."""

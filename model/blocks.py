@@ -54,6 +54,14 @@ def run_block_values(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
     return mlp_residual(block, x)
 
 
+def run_block_batch_axis(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
+    """V-V attention over the batch: at each position the images attend to one another, `--surgery batch_axis`.
+
+    What the published code does for want of a transpose; x (B, T, C). MLP and layer norms see each token by itself.
+    """
+    return run_block_values(block, x.transpose(0, 1)).transpose(0, 1)
+
+
 def run_block_dual(block: ResidualAttentionBlock, x: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
     """A block that also adds its V-V attention to a side path without MLP: `--surgery dual`.
 

@@ -129,6 +129,12 @@ class Checkpoint:
     config: dict[str, Any] | None = None
     steps: dict[str, int | None] | None = None
 
+    @property
+    def is_published(self) -> bool:
+        """Whether this has the form of AA-CLIP's published files: linear adapters (keys `fc.0`), and no config."""
+        base = all(name.endswith("_adapter") for name in self.components)
+        return self.config is None and base and infer_choices(self.components).get("adapter") == "linear"
+
     def model_config(self) -> ModelConfig:
         """The forward that this file was trained with."""
         if self.config is None:

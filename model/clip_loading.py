@@ -130,7 +130,7 @@ def load_clip(
         )
     if activation is not None and source.activation not in (None, activation):
         logger.warning(
-            "%s needs %s but runs with %s, as asked for with --activation",
+            "%s needs %s but runs with %s, as asked for (--activation)",
             source.weights,
             source.activation,
             activation,

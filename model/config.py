@@ -13,7 +13,7 @@ from utils.schema import check_fields
 COMPONENTS = ("text_adapter", "text_cross_attn", "image_adapter", "image_cross_attn")
 SIDES = ("text", "image")
 ADAPTERS = ("bottleneck", "linear")
-SURGERIES = ("dual", "sequential")
+SURGERIES = ("dual", "sequential", "batch_axis")
 ACTIVATIONS = ("gelu", "quick_gelu")
 CONTEXT_NORMS = ("unit", "none", "layer")
 CROSS_ATTN_RESIDUALS = ("add", "matched")
@@ -41,7 +41,9 @@ class ModelConfig:
         MISSING, "open_clip model name, local-dir:FOLDER, or toy (the shipped toy CLIP)", "model", under={"toy": "toy"}
     )
     weights_digest: str
-    activation: str = setting(MISSING, "activation of CLIP's MLPs", "model", choices=ACTIVATIONS)
+    activation: str = setting(
+        MISSING, "activation of CLIP's MLPs", "model", choices=ACTIVATIONS, under={"published": "gelu"}
+    )
     img_size: int = setting(MISSING, "side of the square image, pixels", "model", between=(1, 8192))
     levels: tuple[int, ...] = setting(
         MISSING, "vision blocks whose patches are read, counted from 1", "adapters", between=(1, 1000), several=True
@@ -60,12 +62,15 @@ class ModelConfig:
     )
     image_adapt_weight: float = setting(0.1, "share of the adapter in the image stream", "adapters", between=(0, 1))
     adapter: str = setting(
-        "bottleneck", "two linears over half the width, or one (the published form)", "adapters", choices=ADAPTERS
-    )
+        "bottleneck", "two linears over half the width, or one (the published form)", "adapters", choices=ADAPTERS,
+        under={"published": "linear"},
+    )  # fmt: skip
     relu: bool = setting(False, "put a LeakyReLU behind the image projectors", "adapters")
     surgery: str = setting(
-        "dual", "V-V attention of the frozen image features: beside the blocks (CLIP-Surgery) or inside (AA-CLIP)",
-        "model", choices=SURGERIES,
+        "dual",
+        "V-V attention of the frozen image features: beside the blocks (CLIP-Surgery), inside (AA-CLIP), or inside and "
+        "by mistake over the images of a batch (AA-CLIP's code)",
+        "model", choices=SURGERIES, under={"published": "batch_axis"},
     )  # fmt: skip
     text_adapted: bool = True
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.blocks import run_block, run_block_dual, run_block_values, unit
+from model.blocks import run_block, run_block_batch_axis, run_block_dual, run_block_values, unit
 from model.clip import FrozenCLIP
 from model.config import LoopForward, ModelConfig
 from model.scoring import Outputs, compare
@@ -34,11 +34,13 @@ def surgery_stream(
     """Token streams (B, 1 + N, D_v) at `levels`, and the class token (B, D_v) after the last block of the plain pass.
 
     `dual` (CLIP-Surgery, arXiv:2304.05653): one pass; V-V attention of the original stream sums up on a side path.
-    `sequential` (AA-CLIP): V-V attention inside the blocks, so the class token takes a pass of its own.
+    `sequential` (AA-CLIP): V-V attention inside the blocks, so the class token takes a pass of its own. `batch_axis`
+    is `sequential` as the published code computes it, over the images of the batch.
     """
     blocks = clip.clip.visual.transformer.resblocks
     first = len(blocks) - (config.surgery_until_layer - 1)
     x = clip.embed_image(images)
+    run_values = run_block_batch_axis if config.surgery == "batch_axis" else run_block_values
     side: Tensor | None = None
     values: Tensor | None = None
     streams = []
@@ -48,7 +50,7 @@ def surgery_stream(
         elif config.surgery == "dual":
             x, side = run_block_dual(block, x, x if side is None else side)
         else:
-            values = run_block_values(block, x if values is None else values)
+            values = run_values(block, x if values is None else values)
             x = run_block(block, x)
         if index + 1 in levels:
             streams.append(next(stream for stream in (side, values, x) if stream is not None))
@@ -62,7 +64,7 @@ def frozen_features(
     """Unit patch features plus the unit class embedding, not normalised again, at each level; det: class embedding.
 
     images: (B, 3, S, S), normalised; levels: those of `config` unless fewer are enough. Features of an image do not
-    depend on the batch that it is in.
+    depend on the batch that it is in, but for `batch_axis`.
     """
     streams, cls = surgery_stream(clip, images, config, levels or config.levels)
     embedding = unit(clip.project_image(cls))

@@ -28,11 +28,21 @@ class Segmentation(NamedTuple):
         return self.focal + self.dice_normal + self.dice_abnormal
 
 
-def focal_loss(logits: Tensor, mask: Tensor, gamma: float = FOCAL_GAMMA) -> Tensor:
-    """Mean over pixels of -(1 - p_t)^gamma log p_t; logits (B, 2, S, S), mask (B, S, S) in {0, 1}."""
-    log_p = logits.log_softmax(dim=1)
-    log_t = torch.where(mask > 0.5, log_p[:, 1], log_p[:, 0])
-    return -((1 - log_t.exp()) ** gamma * log_t).mean()
+def focal_loss(logits: Tensor, mask: Tensor, gamma: float = FOCAL_GAMMA, smoothing: float = 0.0) -> Tensor:
+    """Mean over pixels of -(1 - p_t)^gamma log p_t; logits (B, 2, S, S), mask (B, S, S) in {0, 1}.
+
+    smoothing: targets are kept that far from 0 and 1, and it is added to p_t, as AA-CLIP's published code does with
+    1e-5: that caps the loss of a confident error, near 10.8, and takes its gradient away. 0 is exact.
+    """
+    anomalous = mask > 0.5
+    if smoothing == 0:
+        log_p = logits.log_softmax(dim=1)
+        log_t = torch.where(anomalous, log_p[:, 1], log_p[:, 0])
+        return -((1 - log_t.exp()) ** gamma * log_t).mean()
+    p = logits.softmax(dim=1)
+    p_true, p_other = torch.where(anomalous, p[:, 1], p[:, 0]), torch.where(anomalous, p[:, 0], p[:, 1])
+    p_t = (1 - smoothing) * p_true + smoothing * p_other + smoothing
+    return -((1 - p_t) ** gamma * p_t.log()).mean()
 
 
 def dice_loss(p: Tensor, target: Tensor, smooth: float = DICE_SMOOTH) -> Tensor:
@@ -42,12 +52,15 @@ def dice_loss(p: Tensor, target: Tensor, smooth: float = DICE_SMOOTH) -> Tensor:
     return (1 - dice).mean()
 
 
-def segmentation_loss(similarity: Tensor, mask: Tensor) -> Segmentation:
-    """One level's loss: similarity (B, N, 2) on the patch grid, mask (B, S, S) in {0, 1}."""
+def segmentation_loss(similarity: Tensor, mask: Tensor, smoothing: float = 0.0) -> Segmentation:
+    """One level's loss: similarity (B, N, 2) on the patch grid, mask (B, S, S) in {0, 1}; as `focal_loss`."""
     logits = pixel_logits(similarity, mask.shape[-1])
     p = logits.softmax(dim=1)
     return Segmentation(
-        focal_loss(logits, mask), dice_loss(p[:, 0], 1 - mask), dice_loss(p[:, 1], mask), p[:, 1].detach()
+        focal_loss(logits, mask, smoothing=smoothing),
+        dice_loss(p[:, 0], 1 - mask),
+        dice_loss(p[:, 1], mask),
+        p[:, 1].detach(),
     )
 
 
@@ -57,16 +70,22 @@ def mean_abnormal(parts: Sequence[Segmentation]) -> Tensor:
 
 
 def stage1_losses(
-    level_similarities: Sequence[Tensor], anchors: Tensor, mask: Tensor, norm_weight: float, levels: str = "all"
+    level_similarities: Sequence[Tensor],
+    anchors: Tensor,
+    mask: Tensor,
+    norm_weight: float,
+    levels: str = "all",
+    smoothing: float = 0.0,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Stage 1: mean over levels of the segmentation losses, plus the anchors' overlap.
 
     level_similarities: (B, N, 2) each; anchors: (B, D, 2), each image's own; mask: (B, S, S).
-    levels: "all", or "last", which counts the last level alone, as earlier code did by mistake.
+    levels: "all", or "last", which counts the last level alone, as earlier code did by mistake; smoothing: as
+    `focal_loss`.
     Returns the named losses with "total" among them, and p_abnormal (B, S, S).
     """
     counted = level_similarities[-1:] if levels == "last" else level_similarities
-    parts = [segmentation_loss(similarity, mask) for similarity in counted]
+    parts = [segmentation_loss(similarity, mask, smoothing) for similarity in counted]
     overlap = (anchors[..., 0] * anchors[..., 1]).sum(dim=-1).mean() ** 2
     losses = _mean_parts(parts, 1 / len(parts))
     losses["overlap"] = overlap
@@ -74,12 +93,14 @@ def stage1_losses(
     return losses, mean_abnormal(parts)
 
 
-def stage2_losses(outputs: Outputs, mask: Tensor, label: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def stage2_losses(
+    outputs: Outputs, mask: Tensor, label: Tensor, smoothing: float = 0.0
+) -> tuple[dict[str, Tensor], Tensor]:
     """Stage 2: cross-entropy of det . anchors against the image label, plus the sum over levels.
 
-    mask: (B, S, S); label: (B,), 1 for anomalous. Returns as `stage1_losses`.
+    mask: (B, S, S); label: (B,), 1 for anomalous; smoothing: as `focal_loss`. Returns as `stage1_losses`.
     """
-    parts = [segmentation_loss(similarity, mask) for similarity in outputs.levels]
+    parts = [segmentation_loss(similarity, mask, smoothing) for similarity in outputs.levels]
     losses = _mean_parts(parts, 1.0)
     losses["classification"] = F.cross_entropy(outputs.det, label)
     losses["total"] = losses["classification"] + torch.stack([part.total for part in parts]).sum()

@@ -201,6 +201,7 @@ TEXTS = {
     "device": ["", "tpu", "cuda:x", "cuda:99", "cuda:-1", "cpu:0", "mps:1", "CPU", "\udcff"],
     "model_name": ["", "nosuch", "local-dir:", "local-dir:nowhere", "local-dir:images", "../..", "\udcff", LONG * 20,
                    "hf-hub:nobody/nothing", "RN50", "local-dir:clip/open_clip_config.json"],
+    "mask_threshold": ["", "0", "1.01", "-0.5", "half", "Nonzero", "nan", "inf", "\udcff", LONG * 20],
     "clip_weights": ["nowhere.pt", "images", "base/args.json", "base/history.jsonl", LONG * 20, "\udcff"],
 }  # fmt: skip
 
@@ -275,7 +276,7 @@ def paths_in(script: str) -> Iterator[Case]:
     bad = cycle(BAD_INPUTS)
     for item, kind in typed_fields(script):
         name = item.name
-        is_input = (kind is Path and name not in OUTPUTS) or name == "checkpoint"
+        is_input = (kind is Path and name not in OUTPUTS) or name in ("checkpoint", "class_names")
         if script == COMPARE and name == "save_path":
             is_input = True
         if not is_input or (script == V1 and name not in ("init_from",)):

@@ -9,7 +9,7 @@ names that checkpoints carry. Everything is differentiable, so that gradients ca
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import CrossAttentionConfig, ModelConfig
+
+# log p_normal, log p_abnormal and the mask of one image -> its focal loss.
+Focal = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 LEAKY_SLOPE = 0.01
 NORM_EPSILON = 1e-5
@@ -303,6 +306,29 @@ def frozen_streams(ref: Reference, image: Tensor) -> tuple[list[Tensor], Tensor]
     return streams, class_embedding
 
 
+def published_frozen_images(ref: Reference, images: Tensor) -> list[list[Tensor]]:
+    """Images (B, 3, S, S) -> the levels' features (N, D) of each, as AA-CLIP's published code computes them.
+
+    Its V-V attention takes a batch for a sequence: at one position, the tokens of the B images attend to one another.
+    """
+    layers = list(ref.clip.visual.transformer.resblocks)
+    first = len(layers) - (ref.config.surgery_until_layer - 1)
+    embeddings = [frozen_streams(ref, image)[1] for image in images]
+    tokens = [vision_input(ref.clip, image) for image in images]
+    levels: list[list[Tensor]] = [[] for _ in images]
+    for index, layer in enumerate(layers):
+        if index < first:
+            tokens = [block(layer, of_image) for of_image in tokens]
+        else:
+            positions = range(len(tokens[0]))
+            mixed = [block(layer, torch.stack([x[at] for x in tokens]), values_only=True) for at in positions]
+            tokens = [torch.stack([across[number] for across in mixed]) for number in range(len(images))]
+        if index + 1 in ref.config.levels:
+            for of_image, x, embedding in zip(levels, tokens, embeddings, strict=True):
+                of_image.append(project_image(ref.clip, x[1:]) + embedding)
+    return levels
+
+
 def enlarging_matrix(side: int, size: int, dtype: torch.dtype) -> Tensor:
     """(size, side): bilinear interpolation of one axis, the first and last samples on the first and last pixels."""
     matrix = torch.zeros(size, side, dtype=dtype)
@@ -343,13 +369,26 @@ def dice(p: Tensor, target: Tensor) -> Tensor:
     return 1 - (2 * (p * target).sum() + 1) / (p.sum() + target.sum() + 1)
 
 
-def segmentation(scores: Sequence[Tensor], masks: Tensor) -> Tensor:
+def exact_focal(log_normal: Tensor, log_abnormal: Tensor, mask: Tensor) -> Tensor:
+    """Of one image, (S, S) each; gamma 2."""
+    log_true = torch.where(mask > 0.5, log_abnormal, log_normal)
+    return (-((1 - log_true.exp()) ** 2) * log_true).mean()
+
+
+def published_focal(log_normal: Tensor, log_abnormal: Tensor, mask: Tensor) -> Tensor:
+    """As `exact_focal`, from targets that are never quite 0 or 1 and a probability that is never 0."""
+    total = torch.full_like(mask, 1e-5)
+    for target, log_p in ((1 - mask, log_normal), (mask, log_abnormal)):
+        total = total + target.clamp(1e-5, 1 - 1e-5) * log_p.exp()
+    return (-((1 - total) ** 2) * total.log()).mean()
+
+
+def segmentation(scores: Sequence[Tensor], masks: Tensor, focal_of: Focal = exact_focal) -> Tensor:
     """One level's loss: s on the patch grid of each image, (N, 2), and masks (B, S, S)."""
     focal, dice_normal, dice_abnormal = [], [], []
     for score, mask in zip(scores, masks, strict=True):
         log_normal, log_abnormal = pixel_log_probabilities(score, mask.shape[-1])
-        log_true = torch.where(mask > 0.5, log_abnormal, log_normal)
-        focal.append((-((1 - log_true.exp()) ** 2) * log_true).mean())
+        focal.append(focal_of(log_normal, log_abnormal, mask))
         dice_normal.append(dice(log_normal.exp(), 1 - mask))
         dice_abnormal.append(dice(log_abnormal.exp(), mask))
     return (sum(focal) + sum(dice_normal) + sum(dice_abnormal)) / len(scores)
@@ -361,11 +400,14 @@ def stage1_loss(
     masks: Tensor,
     norm_weight: float = 0.1,
     levels: str = "all",
+    focal_of: Focal = exact_focal,
 ) -> Tensor:
     """Frozen features of each image, a list over levels of (N, D); anchors of each image, (D, 2); masks (B, S, S)."""
     counted = range(len(features[0])) if levels == "all" else [len(features[0]) - 1]
     losses = [
-        segmentation([similarity(image[k], pair) for image, pair in zip(features, anchors, strict=True)], masks)
+        segmentation(
+            [similarity(image[k], pair) for image, pair in zip(features, anchors, strict=True)], masks, focal_of
+        )
         for k in counted
     ]
     overlap = sum(pair[:, 0] @ pair[:, 1] for pair in anchors) / len(anchors)
@@ -373,7 +415,11 @@ def stage1_loss(
 
 
 def stage2_loss(
-    features: Sequence[tuple[Sequence[Tensor], Tensor]], anchors: Sequence[Tensor], masks: Tensor, labels: Tensor
+    features: Sequence[tuple[Sequence[Tensor], Tensor]],
+    anchors: Sequence[Tensor],
+    masks: Tensor,
+    labels: Tensor,
+    focal_of: Focal = exact_focal,
 ) -> Tensor:
     """Adapted features and det of each image; anchors of each image, (D, 2); masks (B, S, S); labels (B,)."""
     entropies = []
@@ -383,8 +429,23 @@ def stage2_loss(
     total = sum(entropies) / len(entropies)
     for k in range(len(features[0][0])):
         scores = [similarity(levels[k], pair) for (levels, _), pair in zip(features, anchors, strict=True)]
-        total = total + segmentation(scores, masks)
+        total = total + segmentation(scores, masks, focal_of)
     return total
+
+
+def published_stage1_loss(ref: Reference, images: Tensor, anchors: Sequence[Tensor], masks: Tensor) -> Tensor:
+    """A step of the published code's Stage 1: of the levels' losses, each of which overwrites the last, one is left."""
+    with torch.no_grad():
+        features = published_frozen_images(ref, images)
+    return stage1_loss([of_image[-1:] for of_image in features], anchors, masks, 0.1, focal_of=published_focal)
+
+
+def published_stage2_loss(
+    ref: Reference, images: Tensor, anchors: Sequence[Tensor], masks: Tensor, labels: Tensor
+) -> Tensor:
+    """A step of the published code's Stage 2."""
+    features = [adapted_image(ref, image) for image in images]
+    return stage2_loss(features, [pair.detach() for pair in anchors], masks, labels, published_focal)
 
 
 def mirrored(index: int, length: int) -> int:

@@ -264,7 +264,7 @@ def test_a_damaged_config_is_refused(damage: dict[Any, Any], words: str, tmp_pat
 
 MODEL_DAMAGE: list[tuple[str, Any, str]] = [
     ("surgery", None, "config.model.surgery is nothing"),
-    ("surgery", "triple", "config.model.surgery is 'triple', where one of dual, sequential is needed"),
+    ("surgery", "triple", "config.model.surgery is 'triple', where one of dual, sequential, batch_axis is needed"),
     ("adapter", 5, "config.model.adapter is 5"),
     ("img_size", "518", "config.model.img_size is '518', where a whole number is needed"),
     ("img_size", 518.0, "config.model.img_size is 518.0"),

@@ -238,6 +238,7 @@ def test_only_what_changed_is_evaluated_again(world: Path, loops: Path, tmp_path
     for options in (
         {"class_names": names}, {"precision": "bf16"}, {"surgery": "sequential"}, {"img_size": 48},
         {"det_score": "difference"},
+        {"mask_threshold": "nonzero"},
     ):  # fmt: skip
         compare_feedback_loops(**again, **options)
         assert evaluated_again(loops) == everything, options

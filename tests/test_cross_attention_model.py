@@ -663,6 +663,25 @@ def test_an_image_does_not_depend_on_its_batch(conditioning: str, text_context: 
             assert_agrees(found, expected[rows], EXACT)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("text_context", ["frozen", "projectors"])
+def test_an_image_is_tested_by_itself_whatever_stage_1_saw(text_context: str) -> None:
+    """`--surgery batch_axis`: Stage 1's features depend on the batch, those that anchors see in testing do not."""
+    model = model64(text_context=text_context)
+    model.config = replace(model.config, surgery="batch_axis", surgery_until_layer=9)
+    batch, prompts = random_batch(40).to(torch.float64), tiny_prompts(model.clip)
+    together, alone = (
+        model.stage1_features(batch.images[:count], prompts, batch.rows[:count]).context for count in (4, 1)
+    )
+    assert (together[:1] - alone).abs().max() > 1e-3
+    text_side = model.text_side(prompts)
+    outputs = model(batch.images, text_side, batch.rows)
+    for number in range(4):
+        one = model(batch.images[number : number + 1], text_side, batch.rows[number : number + 1])
+        for found, expected in zip([*one.levels, one.det], [*outputs.levels, outputs.det], strict=True):
+            assert_agrees(found[0], expected[number], EXACT)
+
+
 def test_batch_mean_sees_the_batch_in_stage_1() -> None:
     model = model64(text_conditioning="batch_mean")
     batch, prompts = random_batch(40).to(torch.float64), tiny_prompts(model.clip)

@@ -18,8 +18,10 @@ from urllib.parse import unquote
 
 import pytest
 
-from engine.arguments import decided_by
+from engine.arguments import decided_by, make_parser
 from engine.evaluation.evaluate import METRICS
+from engine.study.plan import words_of
+from engine.study.study import read_study
 from engine.training.arguments import BaseConfig, CrossAttentionRunConfig
 from engine.training.feedback_arguments import FeedbackConfig, plan_loops
 from tests import check_commands
@@ -189,6 +191,19 @@ def test_the_table_of_defaults_is_that_of_the_code() -> None:
     shown = {row[0].strip("`-"): dict(zip(header[1:], row[1:], strict=True)) for row in rows}
     assert shown == {name: {title: default_of(config, name) for title, config in columns.items()} for name in shown}
     assert set().union(*(decided_by(FeedbackConfig, name) for name in presets)) <= set(shown)
+
+
+def test_the_flags_of_the_deviations_make_the_published_preset() -> None:
+    """Each is one deviation, all of them are the preset; a study measures those that the toy world can show."""
+    header, *rows = next(table for table in tables(read_page(METHOD)) if table[0][0] == "what")
+    column, cost = header.index("flag"), header.index("cost on the toy world")
+    flags = [words for row in rows for words in row[column].strip("`").split()]
+    given = vars(make_parser(BaseConfig, None).parse_args(flags))
+    assert {**decided_by(BaseConfig, "published")} == given
+    measured = [row[column].strip("`") for row in rows if not row[cost].startswith("n/a")]
+    study = read_study(ROOT / "studies" / "deviations.toml")
+    arms = {" ".join(words_of(arm.arguments)) for arm in study.arms.values()}
+    assert {*measured, "--preset published", ""} <= {words.replace("1e-05", "1e-5") for words in arms}
 
 
 def default_of(config: object, name: str) -> str:

@@ -180,6 +180,11 @@ def batch_axis_values(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
     return blocks.mlp_residual(block, x + batch_axis_attention(block.attn, block.ln_1(x)))
 
 
+def features_of_a_batch(surgery: str) -> list[Tensor]:
+    clip = tiny_clip()
+    return frozen_features(clip, random_batch(40).images, config_for(clip, surgery=surgery)).levels
+
+
 def check_features_do_not_depend_on_neighbours(surgery: str) -> None:
     clip = tiny_clip()
     config = config_for(clip, surgery=surgery)
@@ -196,6 +201,14 @@ def test_row7_features_do_not_depend_on_neighbours(surgery: str, monkeypatch: py
     monkeypatch.setattr(model.frozen, "run_block_dual", batch_axis_dual)
     monkeypatch.setattr(model.frozen, "run_block_values", batch_axis_values)
     assert_detects(lambda: check_features_do_not_depend_on_neighbours(surgery))
+
+
+def test_row7_surgery_batch_axis_is_the_old_behaviour(monkeypatch: pytest.MonkeyPatch) -> None:
+    new = features_of_a_batch("batch_axis")
+    assert_detects(lambda: check_features_do_not_depend_on_neighbours("batch_axis"))
+    monkeypatch.setattr(model.frozen, "run_block_values", batch_axis_values)
+    for level, old in zip(new, features_of_a_batch("sequential"), strict=True):
+        assert_agrees(level, old, 1e-5)
 
 
 # Row 8: `view` on non-contiguous tensors raised.

@@ -173,6 +173,16 @@ def test_frozen_features(quick_gelu: bool, surgery: str, until: int) -> None:
         assert_agrees(features.det, torch.stack([embedding for _, embedding in expected]), tolerance, "class")
 
 
+@pytest.mark.parametrize("until", [4, 9], ids=lambda until: f"until{until}")
+def test_frozen_features_over_the_batch_axis(until: int) -> None:
+    case = make_case(surgery="batch_axis", surgery_until_layer=until)
+    expected = reference.published_frozen_images(case.ref, case.batch.images.double())
+    for model, batch, tolerance in case.precisions():
+        features = frozen_features(model.clip, batch.images, model.config)
+        for k, level in enumerate(features.levels):
+            assert_agrees(level, torch.stack([levels[k] for levels in expected]), tolerance, f"level {k}")
+
+
 @adapters
 @surgeries
 @pytest.mark.parametrize("levels", ["all", "last"])

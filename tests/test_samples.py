@@ -3,6 +3,9 @@
 import logging
 import pickle
 import random
+from argparse import ArgumentTypeError
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
 
-from dataset.augmentation import Augmentation, draw_augmentation
+from dataset.augmentation import Augmentation, change_colours, draw_augmentation
 from dataset.images import drop_bad_images, find_bad_images, read_image, read_mask
-from dataset.options import AS_USUAL, AugmentationConfig
+from dataset.options import AS_USUAL, AugmentationConfig, share_or_nonzero
 from dataset.records import Record
 from dataset.samples import AnomalyDataset, SampleKey, SeededSampler
 from utils.errors import UserError, original_message
@@ -421,6 +426,90 @@ def test_defect_that_is_only_lost_between_pixels_keeps_its_label(tmp_path, monke
             outcomes.add((sample["label"], bool(sample["mask"].any())))
     # In (1, False) no pixel centre of the turned picture fell into the defect.
     assert outcomes == {(1, True), (1, False)}
+
+
+@pytest.mark.parametrize("choices", [AugmentationConfig(), AugmentationConfig(augment_moves="separate")], ids=str)
+def test_a_label_can_outlive_its_defect(tmp_path, monkeypatch, choices):
+    """As in the published code, where the label does not look at the mask."""
+    monkeypatch.setattr("dataset.samples.draw_augmentation", lambda seed: shifted(0.15, 0.0))
+    where = (slice(4, 9), slice(18, 20))
+    assert one_defect(tmp_path, *where, choices=choices)[SampleKey(0, 0)]["label"] == 0
+    kept = one_defect(tmp_path, *where, choices=replace(choices, keep_label=True))[SampleKey(0, 0)]
+    assert kept["label"] == 1 and not kept["mask"].any()
+
+
+@pytest.mark.parametrize("fill", ["mean", "black"])
+@pytest.mark.parametrize("resampling", ["nearest", "bilinear"])
+def test_separate_moves_turn_the_normalised_image_then_shift_it_by_whole_pixels(tree, monkeypatch, fill, resampling):
+    parameters = shifted(0.1, -0.07, angle=17.0)
+    monkeypatch.setattr("dataset.samples.draw_augmentation", lambda seed: replace(parameters, flip_horizontal=True))
+    choices = AugmentationConfig(augment_fill=fill, augment_resampling=resampling, augment_moves="separate")
+    still = make_dataset(tree, size=40)[3]
+    found = AnomalyDataset(*tree, 40, MEAN, STD, "geometric", choices)[SampleKey(3, 0)]
+    black = ((0 - torch.tensor(MEAN)) / torch.tensor(STD)).tolist()
+    for name, how, uncovered in (("image", resampling, black if fill == "black" else 0.0), ("mask", "nearest", 0.0)):
+        values = torch.as_tensor(uncovered).reshape(-1, 1, 1).expand(len(still[name]), 40, 40)
+        # Torchvision turns the other way round.
+        turned = F.rotate(still[name], -17.0, InterpolationMode(how), fill=values[:, 0, 0].tolist())
+        moved = values.clone()
+        moved[:, :-3, 4:] = turned[:, 3:, :-4]
+        assert torch.equal(found[name], moved.flip(-1)), name
+    assert found["mask"].any()
+
+
+def test_colours_can_be_changed_before_the_image_is_resized(tree, monkeypatch):
+    parameters = replace(shifted(0, 0), brightness=1.4, contrast=0.6, saturation=1.3)
+    monkeypatch.setattr("dataset.samples.draw_augmentation", lambda seed: parameters)
+    with Image.open(tree[0] / "3.png") as file:
+        image = file.convert("RGB")
+    found = {}
+    for first in (False, True):
+        resize = partial(Image.Image.resize, size=(24, 24), resample=Image.Resampling.BICUBIC)
+        steps = [resize, partial(change_colours, parameters=parameters)]
+        expected = image
+        for step in reversed(steps) if first else steps:
+            expected = step(expected)
+        choices = AugmentationConfig(jitter_first=first)
+        dataset = AnomalyDataset(*tree, 24, (0, 0, 0), (1, 1, 1), "full", choices)
+        found[first] = dataset[SampleKey(3, 0)]["image"]
+        assert torch.equal(found[first], F.pil_to_tensor(expected).float() / 255)
+        plain = AnomalyDataset(*tree, 24, (0, 0, 0), (1, 1, 1), "geometric", choices)[SampleKey(3, 0)]["image"]
+        assert not torch.equal(found[first], plain)
+    assert not torch.equal(found[False], found[True])
+
+
+@pytest.mark.parametrize(
+    ("threshold", "expected"),
+    [(0.5, [0, 0, 0, 1, 1]), (0.25, [0, 0, 1, 1, 1]), (1.0, [0, 0, 0, 0, 1]), ("nonzero", [0, 1, 1, 1, 1])],
+)
+def test_from_which_value_on_a_pixel_is_anomalous(tmp_path, threshold, expected):
+    values = np.array([[0, 3, 70, 130, 250]], np.uint8)
+    path = save(tmp_path / "m.png", values)
+    assert (np.asarray(read_mask(path, threshold)) > 0).astype(int).tolist() == [expected]
+    save(tmp_path / "x.png", np.zeros((1, 5, 3), np.uint8))
+    save(tmp_path / "m.png", values.repeat(5, axis=0))
+    save(tmp_path / "x.png", np.zeros((5, 5, 3), np.uint8))
+    record = Record("x.png", 1, "part", "m.png")
+    dataset = AnomalyDataset(tmp_path, [record], 5, MEAN, STD, mask_threshold=threshold)
+    assert dataset[0]["mask"][0, 0].int().tolist() == expected
+    # Class indices stay what they are.
+    indices = save(tmp_path / "i.png", np.array([[0, 1, 2, 8]], np.uint8))
+    assert (np.asarray(read_mask(indices, threshold)) > 0).tolist() == [[False, True, True, True]]
+
+
+def test_a_lossy_mask_has_more_pixels_that_are_not_zero(tmp_path):
+    values = np.zeros((32, 32), np.uint8)
+    values[9:23, 9:23] = 255
+    path = save(tmp_path / "x.jpg", values, quality=50)
+    counts = [(np.asarray(read_mask(path, threshold)) > 0).sum() for threshold in (0.5, "nonzero")]
+    assert counts[0] == 14 * 14 < counts[1]
+
+
+def test_which_thresholds_there_are():
+    assert share_or_nonzero("nonzero") == "nonzero" and share_or_nonzero("0.25") == 0.25
+    for text in ("0", "1.5", "half", "nan", ""):
+        with pytest.raises(ArgumentTypeError):
+            share_or_nonzero(text)
 
 
 @settings(deadline=None, max_examples=20)

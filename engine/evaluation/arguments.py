@@ -48,6 +48,7 @@ class TestingArguments(MachineArguments, DataArguments, ModelArguments):
         None, "in image scores: likeness to the abnormal anchor, or its difference from that to the normal one",
         "what to do", choices=DET_SCORES, unset=f"{DET_SCORES[0]}, as published",
     )  # fmt: skip
+    class_names: str | None = changed(DataArguments, "class_names", unset=f"{TRAINED}, else the catalog's")
     batch_size: int = setting(8, "images in a forward", "machine", between=(1, 100_000))
 
 
@@ -120,6 +121,7 @@ class VisualizationArguments(Arguments):
     dataset: str | None = changed(TestingArguments, "dataset")
     data_root: Path | None = changed(TestingArguments, "data_root")
     metadata: Path | None = changed(DataArguments, "metadata")
-    class_names: Path | None = changed(DataArguments, "class_names")
+    class_names: str | None = changed(DataArguments, "class_names")
+    mask_threshold: str | float = changed(DataArguments, "mask_threshold")
     device: str = changed(MachineArguments, "device")
     output_dir: Path | None = setting(None, "folder of the figures", "output", unset="results/visualize")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from dataset.catalog import readable_name
 from dataset.images import read_pair
+from dataset.options import CATALOG_NAMES
 from dataset.prompts import build_prompts
 from dataset.records import Record
 from engine.data import TaskData
@@ -45,7 +47,7 @@ class Picture:
 
 def read_picture(data: TaskData, record: Record) -> Picture:
     """An image with its ground truth; `UserError` for a file that cannot be read, and a mask of another size."""
-    image, found = read_pair(data.located.root, record)
+    image, found = read_pair(data.located.root, record, data.mask_threshold)
     mask = np.zeros((image.height, image.width), bool) if found is None else np.asarray(found) > 0
     return Picture(record, image, mask, data.names[record.class_name], data.located.spec.domain)
 
@@ -53,12 +55,14 @@ def read_picture(data: TaskData, record: Record) -> Picture:
 def look(detector: Detector, picture: Picture, name: str, attention: bool = False) -> Heatmap:
     """One image through one model, called `name`; with its attention maps where asked for and where it has any."""
     asked = (picture.image, picture.class_name, picture.domain)
+    # The picture's class has its name in prompts already.
+    predict = partial(detector.predict, *asked, class_names=CATALOG_NAMES)
     maps: dict[str, np.ndarray] = {}
     if attention and isinstance(detector.model, AdaptedCLIPWithCrossAttention):
-        prediction, weights = detector.predict(*asked, return_attention=True)
+        prediction, weights = predict(return_attention=True)
         maps = attention_heatmaps(weights, len(build_prompts(picture.class_name)[0]))
     else:
-        prediction = detector.predict(*asked)
+        prediction = predict()
     found = prediction.anomaly_map
     truth = Image.fromarray(picture.mask).resize(found.shape[::-1], Image.Resampling.NEAREST)
     pixels = PixelCounter()

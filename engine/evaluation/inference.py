@@ -12,6 +12,7 @@ from typing import Any
 from dataset.catalog import readable_name
 from dataset.folders import IMAGE_ENDINGS, listing
 from dataset.images import read_image
+from dataset.options import HALF
 from dataset.prompts import build_prompts
 from engine.data import TaskData
 from engine.detector import Detector, build_detector, load_clip_for, unadapted_detector
@@ -102,7 +103,8 @@ def evaluate_checkpoints(
     *,
     data_root: Path | None = None,
     metadata: Path | None = None,
-    class_names: Path | None = None,
+    class_names: str | Path | None = None,
+    mask_threshold: str | float = HALF,
     skip_bad_images: bool = False,
     output_dir: Path | None = None,
     batch_size: int = 8,
@@ -124,9 +126,9 @@ def evaluate_checkpoints(
     folder = output_folder(checkpoint, output_dir)
     check_folder(folder, "--output_dir")
     detectors = load_detectors(checkpoint, clip_weights, device, **overrides)
-    run = (detectors[0].config or {}).get("arguments", {})
     asked = dataset or training_dataset(detectors)
-    data = load_task_of_run(run, asked, data_root, metadata, class_names, skip_bad_images)
+    run = detectors[0].arguments
+    data = load_task_of_run(run, asked, data_root, metadata, class_names, skip_bad_images, mask_threshold)
     for note in zero_shot_notes({detector.name: detector.config for detector in detectors}, data):
         logger.warning("%s", note)
     models = {detector.name: detector for detector in detectors}
@@ -159,6 +161,7 @@ def score_images(
     class_name: str,
     *,
     domain: str = "industrial",
+    class_names: str | None = None,
     output_dir: Path | None = None,
     device: str = "auto",
     clip_weights: str | None = None,
@@ -167,7 +170,8 @@ def score_images(
 ) -> list[tuple[Path, float]]:
     """Score images that belong to no dataset: a heatmap over each, and `scores.csv`; a folder means its images.
 
-    Of several checkpoints in a folder the last one is used. Raises `UserError` as `evaluate_checkpoints` does.
+    class_names: as for `Detector.predict`. Of several checkpoints in a folder the last one is used. Raises `UserError`
+    as `evaluate_checkpoints` does.
     """
     device = check_device(device, "fp32")
     build_prompts(readable_name(class_name))  # a name that no prompt can hold is refused before anything is loaded
@@ -188,7 +192,7 @@ def score_images(
                 raise
             logger.warning("left out: %s", error)
             continue
-        prediction = detector.predict(pixels, class_name, domain)
+        prediction = detector.predict(pixels, class_name, domain, class_names=class_names)
         save_image(
             overlay(pixels, prediction.anomaly_map), figure_path(folder / "heatmaps", path.name, "_heatmap.png", taken)
         )

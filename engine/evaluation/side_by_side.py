@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dataset.options import CATALOG_NAMES, HALF
 from dataset.records import Record
 from engine.data import TaskData, load_task
-from engine.detector import Detector, build_detector, load_clip_for
+from engine.detector import Detector, arguments_of, build_detector, load_clip_for
 from engine.device import check_device
 from engine.evaluation.arguments import ALL
 from engine.evaluation.image_heatmaps import Picture, look, read_picture
@@ -48,7 +49,8 @@ def visualize_comparison(
     output_dir: Path | None = None,
     data_root: Path | None = None,
     metadata: Path | None = None,
-    class_names: Path | None = None,
+    class_names: str | Path | None = None,
+    mask_threshold: str | float = HALF,
     device: str = "auto",
     clip_weights: str | None = None,
 ) -> list[Path]:
@@ -61,8 +63,10 @@ def visualize_comparison(
     device = check_device(device, "fp32")
     checkpoints = find_checkpoints_of(base_path, cross_path, feedback_path, feedback_loop)
     models = list(checkpoints.values())
-    run = (models[0].config or {}).get("arguments", {})
-    data = load_task_of_run(run, dataset or training_dataset(models), data_root, metadata, class_names)
+    data = load_task_of_run(
+        arguments_of(models[0]), dataset or training_dataset(models), data_root, metadata, class_names,
+        mask_threshold=mask_threshold,
+    )  # fmt: skip
     records = anomalous_records(data, class_name)
     indices = check_indices(choice, records, class_name)
     clip = load_clip_for(next(iter(checkpoints.values())), clip_weights)
@@ -85,7 +89,7 @@ def list_images(
     *,
     data_root: Path | None = None,
     metadata: Path | None = None,
-    class_names: Path | None = None,
+    class_names: str | Path | None = None,
 ) -> list[str]:
     """The class's anomalous images with their index, a line each."""
     if dataset is None:
@@ -142,7 +146,8 @@ def worst_indices(detector: Detector, data: TaskData, records: Sequence[Record],
     bar = progress_bar(len(records), "scoring")
     for record in records:
         path = data.located.root / record.image_path
-        scores.append(detector.predict(path, data.names[record.class_name], data.located.spec.domain).score)
+        name, domain = data.names[record.class_name], data.located.spec.domain
+        scores.append(detector.predict(path, name, domain, class_names=CATALOG_NAMES).score)
         bar.update()
     bar.close()
     return sorted(range(len(records)), key=scores.__getitem__)[:count]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dataset.options import HALF
 from dataset.records import metadata_digest
 from engine.data import TaskData
 from engine.detector import UNADAPTED, Detector, build_detector, load_clip_for, unadapted_detector
@@ -72,7 +73,8 @@ def compare_feedback_loops(
     output_dir: Path | None = None,
     data_root: Path | None = None,
     metadata: Path | None = None,
-    class_names: Path | None = None,
+    class_names: str | Path | None = None,
+    mask_threshold: str | float = HALF,
     skip_bad_images: bool = False,
     batch_size: int = 8,
     num_workers: int = 0,
@@ -107,7 +109,7 @@ def compare_feedback_loops(
     loops = [read_loop(number, file) for number, file in files.items()]
     rows = [*([Row(UNADAPTED)] if unadapted else []), *references, *loops]
     run = next((row.config["arguments"] for row in reversed(rows) if row.config), {})
-    data = load_task_of_run(run, dataset, data_root, metadata, class_names, skip_bad_images)
+    data = load_task_of_run(run, dataset, data_root, metadata, class_names, skip_bad_images, mask_threshold)
     setting = Setting(data, device, precision, batch_size, num_workers, clip_weights, overrides)
     clip = share_clip(rows, setting)
     if clip is None:
@@ -131,6 +133,7 @@ def compare_feedback_loops(
             "unadapted": unadapted, "output_dir": output_dir, "data_root": data_root, "metadata": metadata,
             "class_names": class_names, "skip_bad_images": skip_bad_images, "clip_weights": clip_weights, **overrides,
             "precision": None if precision == "fp32" else precision, "report": True,
+            "mask_threshold": None if mask_threshold == HALF else mask_threshold,
         }  # fmt: skip
         command = command_line("compare_feedback_loops.py", asked)
         write_report(comparison, models, data, save_path, folder / REPORT_FILE, command)
@@ -270,6 +273,7 @@ def cache_keys(rows: Sequence[Row], clip_settings: Mapping[str, Any], setting: S
     shared = {
         "clip": clip_settings,
         "images": image_digest(setting.data),
+        **({} if setting.data.mask_threshold == HALF else {"mask_threshold": setting.data.mask_threshold}),
         "prompt_names": setting.data.names,
         "domain": setting.data.located.spec.domain,
         "precision": setting.precision,

@@ -40,7 +40,7 @@ class RunConfig(MachineArguments, DataArguments, ModelArguments):
     )
     training_mode: str = setting(
         "few_shot", "some images of each class, or all", "training", choices=("few_shot", "full_shot"),
-        under={"toy": "full_shot"},
+        under={"toy": "full_shot", "published": "full_shot"},
     )  # fmt: skip
     shot: int = setting(
         32, "images of each class in few_shot, half of them anomalous, the odd one too", "training",
@@ -58,9 +58,16 @@ class RunConfig(MachineArguments, DataArguments, ModelArguments):
     )
     augment_fill: str = changed(AugmentationConfig, "augment_fill")
     augment_resampling: str = changed(AugmentationConfig, "augment_resampling")
+    augment_moves: str = changed(AugmentationConfig, "augment_moves")
+    jitter_first: bool = changed(AugmentationConfig, "jitter_first")
+    keep_label: bool = changed(AugmentationConfig, "keep_label")
     stage1_levels: str = setting(
         "all", "levels that count in Stage 1's loss; last is what earlier code did by mistake", "training",
-        choices=("all", "last"),
+        choices=("all", "last"), under={"published": "last"},
+    )  # fmt: skip
+    focal_smoothing: float = setting(
+        0.0, "smoothing of the focal loss, which caps it for confident errors; 0 is exact", "training",
+        between=(0, 0.4), under={"published": 1e-5},
     )  # fmt: skip
     seed: int = setting(
         0, "seed of weights, few-shot choice, order and augmentation", "training", between=(-(2**63), 2**63 - 1)
@@ -102,6 +109,10 @@ class RunConfig(MachineArguments, DataArguments, ModelArguments):
 class BaseConfig(RunConfig):
     """Arguments of `train.py`."""
 
+    preset: str = setting(
+        "recommended", "defaults of the arguments that name it; published is AA-CLIP's code with all its defects",
+        "training", choices=("recommended", "published"), free=True,
+    )  # fmt: skip
     text_epoch: int = setting(
         5, "epochs of Stage 1; 0 keeps CLIP's own text embeddings", "schedule", between=(0, MOST_EPOCHS), free=True
     )

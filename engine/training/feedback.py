@@ -40,7 +40,10 @@ def train_feedback(config: FeedbackConfig) -> None:
     training, validation = opening.data, None
     if config.val_fraction:
         training, validation = hold_out(training, config.val_fraction, config.seed)
-    tested = load_task_of_run(config.to_dict(), config.eval_dataset) if config.eval_dataset else None
+    tested = None
+    if config.eval_dataset:
+        asked = opening.config.to_dict()
+        tested = load_task_of_run(asked, config.eval_dataset, mask_threshold=config.mask_threshold)
     for loop in plan:
         for side in ("text", "image"):
             remedy, forward = f"loop {loop.loop} has no cross-attention there", loop_forward(config, loop.loop)

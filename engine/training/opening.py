@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 
+from dataset.options import NAMES
 from engine.data import TaskData, choose_training_images
 from engine.device import make_accelerator
 from engine.remembered import arguments_in, load_task_of_run
@@ -25,6 +28,8 @@ from model.clip import FrozenCLIP
 from model.clip_loading import load_clip
 from model.config import SIDES, LoopForward, ModelConfig
 from utils.seeding import derive_seed
+
+logger = logging.getLogger(__name__)
 
 ADAM_BETAS, ADAMW_BETAS = (0.5, 0.999), (0.9, 0.999)
 LIBRARIES = ("torch", "torchvision", "open_clip_torch", "accelerate", "numpy")
@@ -52,18 +57,25 @@ def prepare(config: RunConfig, script: str, start: Start | None = None, text_ada
     now or before. Raises `UserError` for whatever the arguments ask for in vain.
     """
     start = start or Start()
+    remembered = arguments_in(config.save_path) or start.arguments
+    if config.class_names is None and remembered.get("class_names") in NAMES:
+        # Its own from now on, so that what it trains is tested by the same kind of names.
+        config = replace(config, class_names=remembered["class_names"])
+        logger.info("--class_names is that of the training before: %s", config.class_names)
     accelerator = make_accelerator(config.device, config.precision, config.accumulate, config.tracker, config.save_path)
     with accelerator.main_process_first():  # it writes the metadata, and draws the toy datasets, on first use
         data = load_task_of_run(
-            arguments_in(config.save_path) or start.arguments,
+            remembered,
             config.dataset,
             config.data_root,
             config.metadata,
             config.class_names,
             config.skip_bad_images,
+            config.mask_threshold,
         )
     data = choose_training_images(data, config.training_mode, config.shot, config.seed)
-    clip = load_clip(config.model_name, config.clip_weights, config.img_size, config.activation)
+    activation = config.activation or start.activation
+    clip = load_clip(config.model_name, config.clip_weights, config.img_size, activation)
     chosen = resolve_model(config, clip, text_adapted)
     torch.manual_seed(derive_seed(config.seed))
     if isinstance(config, CrossAttentionArguments):

@@ -34,5 +34,5 @@ class ImageStage(Stage):
         """A batch of samples -> Stage 2's losses."""
         mask = square_mask(batch)
         outputs = self.model(batch["image"], self.text_side, class_rows(batch, self.order))
-        losses, abnormal = stage2_losses(outputs, mask, batch["label"])
+        losses, abnormal = stage2_losses(outputs, mask, batch["label"], self.config.focal_smoothing)
         return StageOutput(losses, watch_abnormal(abnormal, mask))

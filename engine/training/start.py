@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.detector import log_activation
+from engine.detector import PUBLISHED, arguments_of, log_activation
 from engine.training.arguments import CrossAttentionArguments
 from engine.training.optimizers import transfer_moments
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
@@ -49,8 +49,13 @@ class Start:
     @property
     def arguments(self) -> dict[str, Any]:
         """What the run that the image side, or else the text side, comes from was asked for."""
-        configs = [checkpoint.config for checkpoint in (self.image, self.text) if checkpoint and checkpoint.config]
-        return configs[0].get("arguments", {}) if configs else {}
+        return next((found for side in (self.image, self.text) if side and (found := arguments_of(side))), {})
+
+    @property
+    def activation(self) -> str | None:
+        """The activation that published files were trained under; None where the weights decide."""
+        published = any(checkpoint.is_published for checkpoint in (self.text, self.image) if checkpoint)
+        return PUBLISHED["activation"] if published else None
 
     def signature(self) -> dict[str, Any]:
         """The contents of the files, so that a restart from others is noticed."""
