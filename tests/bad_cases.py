@@ -723,7 +723,8 @@ def write_state(content: bytes | None) -> None:
 
 def going_on(run: str, says: str, prepare: Callable[[], object], **changes: Any) -> Case:
     script, values = RUNS[run]
-    changed = {**values, "save_path": "case/run", **changes}
+    # What the kept runs began with, before there was this argument.
+    changed = {**values, "augment_fill": "black", "save_path": "case/run", **changes}
     return Case(script, "states", words_of(changed), says, prepare)
 
 
