@@ -67,7 +67,7 @@ class PretrainConfig(Arguments):
     """
 
     drawings: int = setting(60_000, "image-caption pairs to draw", "training", between=(1, 10_000_000))
-    epochs: int = setting(8, "passes over the drawings", "training", between=(1, 10_000))
+    epochs: int = setting(6, "passes over the drawings", "training", between=(1, 10_000))
     patch_dropout: float = setting(
         0.75, "share of the patches left out in the first half of all steps", "training", between=(0, 0.99)
     )
@@ -75,7 +75,7 @@ class PretrainConfig(Arguments):
         0.25, "what that share falls to, linearly, in the second half", "training", between=(0, 0.99)
     )
     careful_epochs: int = setting(
-        5, "first epochs whose captions mention damage only where there is some", "training", between=(0, 10_000)
+        4, "first epochs whose captions mention damage only where there is some", "training", between=(0, 10_000)
     )
     batch_size: int = setting(128, "pairs contrasted with one another", "training", between=(2, 100_000))
     region_weight: float = setting(1.0, "weight of the loss that ties patches to words", "training", between=(0, 1000))
