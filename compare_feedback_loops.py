@@ -6,7 +6,6 @@ from utils.script import run_script
 
 from engine.arguments import make_parser
 from engine.evaluation.arguments import LESS_MEMORY, ComparisonArguments
-from engine.report.compare_loops import compare_feedback_loops
 from utils.cli import Parser
 from utils.logging import set_up_logging
 
@@ -18,6 +17,8 @@ def build_parser() -> Parser:
 def main() -> int:
     arguments = ComparisonArguments.of(**vars(build_parser().parse_args()))
     set_up_logging()
+    from engine.report.compare_loops import compare_feedback_loops  # torch takes seconds: arguments come first
+
     return compare_feedback_loops(**vars(arguments))
 
 

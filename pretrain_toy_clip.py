@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from utils.script import run_script
 
-import torch
-
 from engine.arguments import make_parser
-from engine.device import check_device
-from engine.toy_clip import PretrainArguments, pretrain_toy_clip
+from engine.toy_clip_arguments import PretrainArguments
 from utils.cli import Parser
 from utils.logging import set_up_logging
 
@@ -20,6 +17,11 @@ def build_parser() -> Parser:
 def main() -> None:
     arguments = PretrainArguments.of(**vars(build_parser().parse_args()))
     set_up_logging()
+    import torch  # takes seconds: arguments come first
+
+    from engine.device import check_device
+    from engine.toy_clip import pretrain_toy_clip
+
     device = check_device(arguments.device, "fp32")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

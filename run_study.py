@@ -6,7 +6,6 @@ from utils.script import run_script
 
 from engine.arguments import make_parser
 from engine.study.arguments import StudyArguments
-from engine.study.run import run_study
 from utils.cli import Parser, path
 from utils.logging import set_up_logging
 
@@ -22,6 +21,8 @@ def main() -> int:
     given = vars(build_parser().parse_args())
     study = given.pop("study")
     set_up_logging()
+    from engine.study.run import run_study  # scipy and matplotlib take a second: arguments come first
+
     return run_study(study, StudyArguments.of(**given))
 
 

@@ -7,7 +7,6 @@ from utils.script import run_script
 from engine.arguments import make_parser
 from engine.training.advice import LESS_MEMORY
 from engine.training.arguments import BaseConfig
-from engine.training.base import train_base
 from utils.cli import Parser
 from utils.logging import set_up_logging
 
@@ -19,6 +18,8 @@ def build_parser() -> Parser:
 def main() -> None:
     config = BaseConfig.of(**vars(build_parser().parse_args()))
     set_up_logging()
+    from engine.training.base import train_base  # torch takes seconds: arguments come first
+
     train_base(config)
 
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from engine.arguments import make_parser
 from engine.training.advice import LESS_MEMORY
-from engine.training.feedback import train_feedback
 from engine.training.feedback_arguments import FeedbackConfig
 from engine.training.restart import forward_of_older_run
 from utils.cli import Parser
@@ -25,6 +24,8 @@ def main(arguments: Sequence[str] | None = None, **defaults: object) -> None:
     older = forward_of_older_run(FeedbackConfig, given)
     config = FeedbackConfig.of(**{**older, **({} if "preset" in given else defaults), **given})
     set_up_logging()
+    from engine.training.feedback import train_feedback  # torch takes seconds: arguments come first
+
     train_feedback(config)
 
 

@@ -6,7 +6,6 @@ from utils.script import run_script
 
 from engine.arguments import make_parser
 from engine.evaluation.arguments import VisualizationArguments
-from engine.evaluation.side_by_side import run_visualization
 from utils.cli import Parser
 from utils.logging import set_up_logging
 
@@ -18,6 +17,8 @@ def build_parser() -> Parser:
 def main() -> None:
     arguments = VisualizationArguments.of(**vars(build_parser().parse_args()))
     set_up_logging()
+    from engine.evaluation.side_by_side import run_visualization  # torch takes seconds: arguments come first
+
     run_visualization(dict(vars(arguments)))
 
 

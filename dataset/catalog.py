@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dataset.folders import same_name
-from dataset.toy_world import TOY_DATASETS
+from dataset.toy.classes import TOY_DATASETS
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from dataset.catalog import CATALOG, DatasetSpec, same_words
 from dataset.folders import describe_folder, find_folder, find_folders, subfolders
 from dataset.layouts import LAYOUTS
-from dataset.toy_world import TOY_DATASETS, write_toy_dataset
+from dataset.toy.classes import TOY_DATASETS
 from utils.errors import UserError
 from utils.paths import expanded, is_folder
 
@@ -134,6 +134,8 @@ def _missing_folder_message(spec: DatasetSpec, data_root: Path) -> str:
 
 
 def _draw_toy_dataset(spec: DatasetSpec, data_root: Path) -> Path:
+    from dataset.toy_world import write_toy_dataset  # scipy takes long to import, and is rarely needed here
+
     root = data_root / spec.folder
     logger.info("drawing the toy dataset %s into %s (once)", spec.name, root)
     try:

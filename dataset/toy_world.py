@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from dataset.toy.classes import CLASSES, TOY_DATASETS, ToyClass
 from dataset.toy.objects import TEXTURES
 from dataset.toy.scene import COLORS, Scene, Thing, draw, draw_with_mask
 from utils.errors import UserError
@@ -18,150 +18,6 @@ IMAGE_SIZE = 96  # pixels; what the toy CLIP takes, so that nothing is resampled
 GOOD_IMAGES = {"toy_train": 48, "toy_test": 24}  # per class; as many more are defective
 SEVERITY = 1.3  # defects are larger than in the pre-training drawings
 SMALLEST_DEFECT = 0.01  # share of the image that a mask covers at least, about one patch
-
-
-@dataclass(frozen=True)
-class ToyClass:
-    """A class: what is drawn, its readable name, how it looks, and how many pictures each defect gets."""
-
-    kind: str
-    name: str
-    colors: tuple[str, ...]
-    accents: tuple[str, ...]
-    defects: tuple[str, ...]
-    images_per_defect: int
-    material: str = "plastic"
-    backgrounds: tuple[str, ...] = ("grey", "white", "beige")
-
-
-_TRAIN_OBJECT = ("scratch", "crack", "hole", "stain", "fracture", "bend")
-_TRAIN_TEXTURE = ("scratch", "hole", "stain", "contamination")
-_TEST_OBJECT = ("scratch", "contamination", "fracture", "bend", "burn", "dent")
-_TEST_TEXTURE = ("crack", "hole", "burn", "fibre", "peeling", "stain")
-
-_CLASSES: dict[str, dict[str, ToyClass]] = {
-    "toy_train": {
-        "plate": ToyClass(
-            "plate",
-            "plate",
-            ("white", "blue", "turquoise", "pink", "yellow", "green"),
-            ("white", "beige"),
-            _TRAIN_OBJECT,
-            8,
-            "ceramic",
-        ),
-        "gear": ToyClass(
-            "gear", "gear", ("grey", "orange", "brown", "yellow", "blue", "green"), ("grey",), _TRAIN_OBJECT, 8, "metal"
-        ),
-        "capsule": ToyClass(
-            "capsule",
-            "capsule",
-            ("red", "orange", "purple", "green", "blue", "turquoise"),
-            ("white", "yellow", "pink"),
-            _TRAIN_OBJECT,
-            8,
-        ),
-        "bottle": ToyClass(
-            "bottle",
-            "bottle",
-            ("green", "brown", "blue", "turquoise", "purple", "orange"),
-            ("white", "beige", "yellow"),
-            _TRAIN_OBJECT,
-            8,
-        ),
-        "key": ToyClass(
-            "key",
-            "key",
-            ("yellow", "grey", "orange", "brown", "red", "turquoise"),
-            ("grey",),
-            _TRAIN_OBJECT,
-            8,
-            "metal",
-        ),
-        "wood": ToyClass(
-            "wood", "wood", ("brown", "orange", "beige", "grey", "red", "yellow"), ("brown",), _TRAIN_TEXTURE, 12
-        ),
-        "carpet": ToyClass(
-            "carpet",
-            "carpet",
-            ("red", "blue", "beige", "green", "purple", "pink", "grey"),
-            ("grey",),
-            _TRAIN_TEXTURE,
-            12,
-        ),
-        "tiles": ToyClass(
-            "tiles",
-            "tiles",
-            ("white", "turquoise", "pink", "blue", "orange", "green"),
-            ("grey", "white", "beige"),
-            _TRAIN_TEXTURE,
-            12,
-        ),
-    },
-    "toy_test": {
-        "nut": ToyClass(
-            "nut",
-            "nut",
-            ("grey", "yellow", "brown", "orange", "turquoise", "purple"),
-            ("grey",),
-            _TEST_OBJECT,
-            4,
-            "metal",
-        ),
-        "book": ToyClass(
-            "book", "book", ("purple", "red", "beige", "blue", "green", "yellow"), ("grey", "white"), _TEST_OBJECT, 4
-        ),
-        "spoon": ToyClass(
-            "spoon",
-            "spoon",
-            ("beige", "brown", "orange", "red", "yellow", "pink"),
-            ("brown",),
-            _TEST_OBJECT,
-            4,
-            "wooden",
-        ),
-        "cup": ToyClass(
-            "cup", "cup", ("white", "blue", "pink", "green", "red", "turquoise"), ("white",), _TEST_OBJECT, 4, "ceramic"
-        ),
-        "coin": ToyClass(
-            "coin",
-            "coin",
-            ("yellow", "grey", "orange", "brown", "turquoise", "pink"),
-            ("grey",),
-            _TEST_OBJECT,
-            4,
-            "metal",
-        ),
-        "leather": ToyClass(
-            "leather",
-            "leather",
-            ("brown", "beige", "red", "blue", "green", "grey", "orange"),
-            ("brown",),
-            _TEST_TEXTURE,
-            4,
-        ),
-        "brick_wall": ToyClass(
-            "brick wall",
-            "brick wall",
-            ("red", "brown", "orange", "yellow", "purple", "blue"),
-            ("grey", "beige"),
-            _TEST_TEXTURE,
-            4,
-        ),
-        "corrugated_sheet": ToyClass(
-            "corrugated sheet",
-            "corrugated sheet",
-            ("grey", "green", "blue", "white", "orange", "pink"),
-            ("grey",),
-            _TEST_TEXTURE,
-            4,
-        ),
-    },
-}
-
-TOY_DATASETS: dict[str, dict[str, str]] = {
-    dataset: {folder: toy.name for folder, toy in classes.items()} for dataset, classes in _CLASSES.items()
-}
 
 
 def _apart(one: str, other: str) -> bool:
@@ -202,9 +58,9 @@ def draw_toy_class(
 
     The picture depends on these arguments alone, not on what was drawn before. `defect` None is a normal picture.
     """
-    toy = _CLASSES[dataset][class_folder]
+    toy = CLASSES[dataset][class_folder]
     defect_number = 0 if defect is None else 1 + toy.defects.index(defect)
-    place = (list(_CLASSES).index(dataset), list(_CLASSES[dataset]).index(class_folder), defect_number, index)
+    place = (list(CLASSES).index(dataset), list(CLASSES[dataset]).index(class_folder), defect_number, index)
     if defect is None:
         return draw(_scene(toy, (seed, *place, 0)), size), np.zeros((size, size), bool)
     return _defective(toy, defect, (seed, *place), size)
@@ -212,7 +68,7 @@ def draw_toy_class(
 
 def toy_defects(dataset: str, class_folder: str) -> dict[str, int]:
     """The defects of a class and how many pictures each has."""
-    toy = _CLASSES[dataset][class_folder]
+    toy = CLASSES[dataset][class_folder]
     return dict.fromkeys(toy.defects, toy.images_per_defect)
 
 

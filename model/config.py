@@ -21,6 +21,8 @@ CROSS_ATTN_INITS = ("xavier", "zero")
 CROSS_ATTN_SCALES = ("fixed", "learned")
 TEXT_CROSS_ATTN_PLACES = ("first_block", "anchors")
 TEXT_CONDITIONINGS = ("image", "batch_mean", "none")
+# What the det score compares with in testing: the abnormal anchor, or its difference from the normal one.
+DET_SCORES = ("abnormal", "difference")
 TEXT_CONTEXTS = ("frozen", "trained", "projectors")
 
 

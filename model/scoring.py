@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from model.blocks import full_precision
+from model.config import DET_SCORES
 
 TEMPERATURE = 100.0
 
@@ -33,8 +34,6 @@ class Domain:
     uses_det: bool
 
 
-# What the det score compares with: the abnormal anchor, or its difference from the normal one.
-DET_SCORES = ("abnormal", "difference")
 DOMAINS = {"industrial": Domain(7, 1.0, True), "medical": Domain(9, 1.5, False)}
 
 

@@ -31,7 +31,7 @@ from engine.arguments import Arguments, _bare
 from engine.evaluation.arguments import ComparisonArguments, InferenceArguments, VisualizationArguments
 from engine.gradients import GradientTest
 from engine.run_folder import LOCK_FILE
-from engine.toy_clip import PretrainArguments
+from engine.toy_clip_arguments import PretrainArguments
 from engine.training.arguments import BaseConfig, CrossAttentionRunConfig
 from engine.training.feedback_arguments import FeedbackConfig
 from tests.bad_inputs import CASE, Case

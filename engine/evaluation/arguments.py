@@ -6,8 +6,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from engine.arguments import Arguments, DataArguments, MachineArguments, ModelArguments
-from model.config import CrossAttentionConfig
-from model.scoring import DET_SCORES
+from model.config import DET_SCORES, CrossAttentionConfig
 from utils.cli import number
 from utils.fields import changed, setting
 

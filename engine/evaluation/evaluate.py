@@ -16,7 +16,8 @@ from torch import Tensor
 
 from engine.data import TaskData, evaluation_loader, make_dataset
 from engine.detector import Detector
-from model.scoring import DET_SCORES, Outputs, anomaly_map, class_image_scores, det_scores
+from model.config import DET_SCORES
+from model.scoring import Outputs, anomaly_map, class_image_scores, det_scores
 from utils.files import write_text
 from utils.logging import progress_bar
 from utils.metrics import PixelCounter, image_metrics

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from dataset.locate import locate_dataset
-from dataset.toy_world import TOY_DATASETS
+from dataset.toy.classes import TOY_DATASETS
 from engine.study.arguments import DEFAULT_PARTITION, StudyArguments
 from engine.study.local import duration, kind_of, run_locally
 from engine.study.plan import Plan, make_plan, shown

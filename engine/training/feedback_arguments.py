@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 from engine.arguments import decided_by
 from engine.evaluation.arguments import TestingArguments
 from engine.training.arguments import MOST_EPOCHS, CrossAttentionArguments, RunConfig
-from model.config import LoopForward, check_settings
-from model.scoring import DET_SCORES
+from model.config import DET_SCORES, LoopForward, check_settings
 from utils.errors import UserError
 from utils.fields import changed, setting
 from utils.tables import format_table
