@@ -20,7 +20,8 @@ class Layout:
     """What a layout looks like, and its two questions; both take the dataset's folder and the classes to look for.
 
     expected: the files that must be there, for errors. classes: those of which there are images. records: the images
-    of the test split, in any order; UserError where one is there without what it needs.
+    of the test split, in any order; UserError where one is there without what it needs, but for the masks of MVTec's
+    layout, which own images may lack.
     """
 
     expected: str
@@ -43,7 +44,7 @@ def _test_folder_records(root: Path, class_names: Sequence[str]) -> list[Record]
             else:
                 expected = class_folder / "ground_truth" / kind.name
                 masks = find_folder(class_folder, f"ground_truth/{kind.name}") or expected
-                records += _anomalous_records(root, class_name, kind, masks, "_mask")
+                records += _anomalous_records(root, class_name, kind, masks, "_mask", needed=False)
     return records
 
 
@@ -126,18 +127,31 @@ def _colon_records(root: Path, class_names: Sequence[str]) -> list[Record]:
 
 
 def _anomalous_records(
-    root: Path, class_name: str, images: Path | None, masks: Path, mask_suffix: str = ""
+    root: Path, class_name: str, images: Path | None, masks: Path, mask_suffix: str = "", needed: bool = True
 ) -> list[Record]:
-    """Pair each image with the mask of its name: endings often differ between the two, and are not compared."""
+    """Pair each image with the mask of its name: endings often differ between the two, and are not compared.
+
+    Raises UserError where a mask that is `needed` is not there.
+    """
     mask_of = {mask.stem: mask for mask in images_in(masks if is_folder(masks) else None)}
     records = []
     for image in images_in(images):
         mask = mask_of.get(image.stem + mask_suffix) or mask_of.get(image.stem)
-        if mask is None:
-            names = dict.fromkeys((f"{image.stem}{mask_suffix}.png", f"{image.stem}.png"))
-            raise UserError(f"the anomalous image {image} has no mask: expected {masks / ' or '.join(names)}")
-        records.append(Record(_relative(image, root), 1, class_name, _relative(mask, root)))
+        if mask is None and needed:
+            raise UserError(_no_mask(image, masks, mask_suffix))
+        records.append(Record(_relative(image, root), 1, class_name, None if mask is None else _relative(mask, root)))
     return records
+
+
+def missing_mask(root: Path, record: Record) -> str:
+    """What an anomalous image in MVTec's layout lacks, in words."""
+    image = root / record.image_path
+    return _no_mask(image, image.parents[2] / "ground_truth" / image.parent.name, "_mask")
+
+
+def _no_mask(image: Path, masks: Path, mask_suffix: str) -> str:
+    names = dict.fromkeys((f"{image.stem}{mask_suffix}.png", f"{image.stem}.png"))
+    return f"the anomalous image {image} has no mask: expected {masks / ' or '.join(names)}"
 
 
 def _relative(path: Path, root: Path) -> str:
