@@ -27,7 +27,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.arguments import Arguments, _bare
+from engine.arguments import Arguments
 from engine.evaluation.arguments import ComparisonArguments, InferenceArguments, VisualizationArguments
 from engine.gradients import GradientTest
 from engine.run_folder import LOCK_FILE
@@ -37,6 +37,7 @@ from engine.training.feedback_arguments import FeedbackConfig
 from tests.bad_inputs import CASE, Case
 from tests.damage import damage, nested, sound
 from tests.helpers import RunsCode
+from utils.arguments import _bare
 from utils.locks import Holder
 
 Values = Mapping[str, Any]
