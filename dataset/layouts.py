@@ -12,7 +12,7 @@ from dataset.records import Record, path_within
 from utils.errors import UserError
 from utils.paths import is_file, is_folder
 
-_NORMAL = ("good", "ok")
+NORMAL = ("good", "ok")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def _test_folder_records(root: Path, class_names: Sequence[str]) -> list[Record]
     for class_name in class_names:
         class_folder = _class_folder(root, class_name, class_names)
         for kind in _test_kinds(class_folder):
-            if kind.name.lower() in _NORMAL:
+            if kind.name.lower() in NORMAL:
                 records += [Record(_relative(image, root), 0, class_name) for image in images_in(kind)]
             else:
                 expected = class_folder / "ground_truth" / kind.name
@@ -58,7 +58,7 @@ def _test_kinds(class_folder: Path | None) -> list[Path]:
     return subfolders(find_folder(class_folder, "test"))
 
 
-def _visa_classes(root: Path, class_names: Sequence[str]) -> list[str]:
+def visa_classes(root: Path, class_names: Sequence[str]) -> list[str]:
     sides = ("Normal", "Anomaly")
     return [
         name
@@ -67,12 +67,12 @@ def _visa_classes(root: Path, class_names: Sequence[str]) -> list[str]:
     ]
 
 
-def _visa_records(root: Path, class_names: Sequence[str]) -> list[Record]:
-    """Rows with split "test" of split_csv/1cls.csv, for the classes that are there."""
+def visa_records(root: Path, class_names: Sequence[str], split: str = "test") -> list[Record]:
+    """Rows of a split, "test" or "train", of split_csv/1cls.csv, for the classes that are there."""
     table = root / "split_csv" / "1cls.csv"
     if not is_file(table):
         raise UserError(f"{table} is not there: it comes with VisA's archive")
-    present = set(_visa_classes(root, class_names))
+    present = set(visa_classes(root, class_names))
     records = []
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
@@ -83,7 +83,7 @@ def _visa_records(root: Path, class_names: Sequence[str]) -> list[Record]:
                     f"{table} lacks the column {', '.join(sorted(absent))}: take the file of VisA's archive"
                 )
             for row in rows:
-                if row["split"] == "test" and row["object"] in present:
+                if row["split"] == split and row["object"] in present:
                     records.append(_visa_record(root, row, f"{table}:{rows.line_num}"))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = " ".join(str(error).split())
@@ -167,8 +167,8 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "visa": Layout(
         "split_csv/1cls.csv and CLASS/Data/Images/{Normal,Anomaly}/x.JPG with CLASS/Data/Masks/Anomaly/x.png",
-        _visa_classes,
-        _visa_records,
+        visa_classes,
+        visa_records,
     ),
     "medical": Layout(
         "test/good/img/x.png, test/Ungood/img/x.png with mask test/Ungood/label/x.png",

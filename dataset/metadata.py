@@ -185,7 +185,7 @@ def _parse_row(row: Any, where: str, as_written: bool) -> Record:
     class_name = _text(row, "class_name", where)
     if len(class_name) > LONGEST_NAME:
         raise UserError(f"{where}: class_name must have at most {LONGEST_NAME} characters, not {len(class_name)}")
-    label = _parse_label(row.get("label"), where)
+    label = parse_label(row.get("label"), where)
     paths = {"image_path": _text(row, "image_path", where)}
     # A normal image's mask is empty by definition, so what some files name there is not read.
     if label:
@@ -203,7 +203,8 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
     return value
 
 
-def _parse_label(value: object, where: str) -> int:
+def parse_label(value: object, where: str) -> int:
+    """A label as lists have it, 0 (normal) or 1 (anomalous); UserError, which begins with `where`, for none."""
     key = value.strip().lower() if isinstance(value, str) else value
     # True and 1.0 are found under 1; lists and objects cannot be looked up.
     if not isinstance(key, str | int | float) or key not in _LABELS:
