@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dataset.options import HALF, NONZERO
 from dataset.records import Record
@@ -135,6 +135,8 @@ def _open(path: Path) -> Image.Image:
         raise UserError(
             f"{path} is not there; if the dataset's folder has changed, delete its metadata_test*.jsonl"
         ) from error
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path} cannot be read as an image: it is of no format that is known") from error
     except _DECODE_ERRORS as error:
         raise UserError(f"{path} cannot be read as an image: {' '.join(str(error).split())}") from error
 

@@ -141,7 +141,7 @@ def check_masks(data: TaskData, needed_for: str) -> None:
     if lacking := data.lacking_masks():
         raise UserError(
             f"{data.located.spec.name}: {len(lacking)} of {sum(record.label for record in data.records)} anomalous "
-            f"images have no mask, such as {lacking[0].image_path}, and {needed_for}"
+            f"images have no mask, such as {lacking[0].image_path}; {needed_for}"
         )
 
 

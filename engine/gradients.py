@@ -126,7 +126,7 @@ class Bench:
     def __init__(self, test: GradientTest) -> None:
         device = check_device(test.device, "fp32")
         data = load_task(test.dataset, test.data_root)
-        check_masks(data, "the losses of both stages need masks")
+        check_masks(data, "the losses of both stages need them")
         data = choose_training_images(data, "full_shot", 0, test.seed)
         checkpoint = None if test.checkpoint is None else read_checkpoint(test.checkpoint)
         self.model = build_model(test, checkpoint).to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from engine.training.cross_attention import train_cross_attention
 from engine.training.feedback import train_feedback
 from tests.scripts import small_runs, train_small_runs
 from utils.errors import UserError
+from utils.logging import set_up_logging
 from utils.metrics import IMAGE_NAMES, PIXEL_NAMES
 
 
@@ -134,13 +136,16 @@ def weights(file: Path) -> dict[str, torch.Tensor]:
 def test_training_says_which_stage_needs_masks(world: Path, config: BaseConfig) -> None:
     feedback = replace(small_runs(world)[1], dataset=config.dataset)
     for train, asked in ((train_base, replace(config, image_loss_only=False)), (train_feedback, feedback)):
-        with pytest.raises(UserError, match=r"6 of 6 .* have no mask, .*Stage 1 .*Stage 2 need masks.*--image_loss_on"):
+        with pytest.raises(
+            UserError, match=r"12 of 12 .* have no mask, .*Stage 1 .*Stage 2 need them.*--image_loss_on"
+        ):
             train(asked)
     assert not config.save_path.exists()
 
 
 def test_the_image_loss_trains_what_it_reaches_and_says_what_that_costs(config: BaseConfig, tmp_path: Path) -> None:
     assert config.text_epoch == 0
+    set_up_logging()  # as scripts begin; what is said before there is a folder comes first in the log
     train_base(replace(config, image_epoch=1))
     assert "Stage 1 is left out" in log_of(config.save_path) and "the projectors of the maps stay random" in log_of(
         config.save_path
@@ -154,6 +159,10 @@ def test_the_image_loss_trains_what_it_reaches_and_says_what_that_costs(config: 
     assert all(torch.equal(second[name], straight[name]) for name in straight)
     changed = {name.split(".")[0] for name in first if not torch.equal(first[name], second[name])}
     assert changed == {"layer_adapters", "det_proj"}
+    row = json.loads(log_of(config.save_path, "history.jsonl").splitlines()[0])
+    assert {name for name in row if name.startswith("grad_norm/")} == {
+        "grad_norm/layer_adapters", "grad_norm/det_proj", "grad_norm/total",
+    }  # fmt: skip
     saved = torch.load(config.save_path / "image_adapter.pth", weights_only=True)["config"]
     assert saved["arguments"]["image_loss_only"] is True and not saved["model"]["text_adapted"]
     with pytest.raises(UserError, match="image_loss_only was True, now False"):
@@ -163,6 +172,7 @@ def test_the_image_loss_trains_what_it_reaches_and_says_what_that_costs(config: 
 def test_cross_attention_may_start_from_a_base(world: Path, config: BaseConfig) -> None:
     sides = {f"load_base_{side}_adapter": world / "base" / f"{side}_adapter.pth" for side in ("text", "image")}
     values = {name: value for name, value in vars(config).items() if name != "text_epoch"}
+    set_up_logging()
     train_cross_attention(CrossAttentionRunConfig.of(**values, **sides))
     assert "the projectors of the maps stay those of the base" in log_of(config.save_path)
     before, after = (

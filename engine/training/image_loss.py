@@ -44,7 +44,7 @@ def check_labels(config: RunConfig, data: TaskData) -> None:
     if not getattr(config, "image_loss_only", False):
         check_masks(
             data,
-            "Stage 1 and the focal and Dice losses of Stage 2 need masks: add them, or train Stage 2's classification "
+            "Stage 1 and the focal and Dice losses of Stage 2 need them: add them, or train Stage 2's classification "
             "alone with --image_loss_only (train.py, train_cross_attention.py)",
         )
         return
