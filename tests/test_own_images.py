@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import logging
+import math
 import os
 import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import matplotlib
 import numpy as np
@@ -19,6 +21,7 @@ from scipy import ndimage
 
 from dataset.folders import images_below
 from dataset.images import read_image
+from engine.detector import Prediction
 from engine.evaluation.arguments import InferenceArguments
 from engine.evaluation.own_images import CSV_COLUMNS, Finding, class_of, score_images
 from engine.report import gallery as module
@@ -157,6 +160,16 @@ def test_one_class_for_all_or_none(clip: str, mixed: Path, tmp_path: Path) -> No
 def test_arguments_that_do_not_go_together(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         InferenceArguments.of(checkpoint="none", **changes).mode()
+
+
+def test_a_score_that_is_not_finite_is_refused(clip: str, mixed: Path, tmp_path: Path) -> None:
+    nothing = Prediction(np.full((8, 8), np.nan, np.float32), math.nan, np.zeros((4, 8, 8), np.float32))
+    with (
+        mock.patch("engine.detector.Detector.predict", return_value=nothing),
+        pytest.raises(UserError, match="is not finite"),
+    ):
+        score(clip, mixed, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_kinds_of_colours_that_pillow_cannot_convert_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

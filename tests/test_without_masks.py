@@ -14,6 +14,7 @@ import torch
 from dataset.metadata import kept_file
 from engine.data import load_task, load_two_folders, mask_notes
 from engine.evaluation.evaluate import Evaluation
+from engine.evaluation.image_heatmaps import read_picture
 from engine.evaluation.inference import TwoFolders, evaluate_checkpoints
 from engine.report.compare_loops import compare_feedback_loops
 from engine.training.arguments import BaseConfig, CrossAttentionRunConfig
@@ -97,6 +98,8 @@ def test_two_folders_are_tested_like_a_class(world: Path, tmp_path: Path) -> Non
     assert "none of the 3 anomalous images has a mask" in log_of(tmp_path / "out", "inference.log")
     assert (tmp_path / "out/evaluation_good_and_spot.csv").is_file()
     assert len(list((tmp_path / "out/pictures_good_and_spot").rglob("*.png"))) == 1
+    data = load_task(str(world / "none"))
+    assert read_picture(data, data.records[-1]).title == "reed, spot (no mask)"
 
 
 def test_two_folders_that_share_images_are_refused(world: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +134,12 @@ def class_of(path: Path, image: Path) -> str:
 
 
 def judge(path: Path, class_name: str, image: Image.Image, prediction: Prediction) -> Finding:
-    """What a prediction says of an image, in the image's own pixels."""
+    """What a prediction says of an image, in the image's own pixels; `UserError` for one that is not finite.
+
+    A threshold that is known for the model and the class would make a decision here, and be the region's.
+    """
+    if not math.isfinite(prediction.score):
+        raise UserError(f"the score of {path} is not finite: the checkpoint's weights are not fit for use")
     return Finding(path, class_name, prediction.score, worst_region(prediction.anomaly_map, image.size))
 
 
