@@ -71,7 +71,7 @@ def load_task(
 ) -> TaskData:
     """All records of a dataset's test split; raises `UserError` for whatever is missing (see `dataset`)."""
     located = locate_dataset(dataset, data_root)
-    return _make_task(located, load_records(located, metadata), class_names, skip_bad_images)
+    return _make_task(located, load_records(located, metadata), class_names, skip_bad_images, mask_threshold)
 
 
 def load_two_folders(
@@ -102,7 +102,11 @@ def load_two_folders(
 
 
 def _make_task(
-    located: LocatedDataset, records: list[Record], class_names: Path | None, skip_bad_images: bool
+    located: LocatedDataset,
+    records: list[Record],
+    class_names: str | Path | None,
+    skip_bad_images: bool,
+    mask_threshold: str | float = HALF,
 ) -> TaskData:
     digest = metadata_digest(records)
     if skip_bad_images:

@@ -221,16 +221,18 @@ def test_another_det_score_has_files_of_its_own(world: Path, tmp_path: Path) -> 
             rows = rows_of(tmp_path / f"{name}{suffix}.csv")
             assert {row["det_score"] for row in rows} == {det_score}
         assert (tmp_path / f"pictures_test{suffix}").is_dir() and (tmp_path / f"scores{suffix}.csv").is_file()
+        assert (tmp_path / f"report{suffix}.html").is_file()
     assert "image scores with det score difference" in (tmp_path / "inference.log").read_text(encoding="utf-8")
     model = load_model(file, device="cpu", det_score="difference")
-    for (path, published), (_, asked_for) in zip(images[None], images["difference"], strict=True):
+    for one, other in zip(images[None], images["difference"], strict=True):
+        path, published, asked_for = one.path, one.score, other.score
         assert published != asked_for and 0 <= asked_for <= 1
         assert model.predict(path, "cork").score == asked_for
         assert model.predict(path, "cork", det_score="abnormal").score == published
         medical = model.predict(path, "cork", "medical")
         assert medical.score == pytest.approx(float(medical.anomaly_map.max())), "the maximum alone"
     with pytest.raises(UserError, match="--det_score nonsense"):
-        model.predict(images[None][0][0], "cork", det_score="nonsense")
+        model.predict(images[None][0].path, "cork", det_score="nonsense")
 
 
 def test_mistakes_end_in_one_line(world: Path, tmp_path: Path) -> None:

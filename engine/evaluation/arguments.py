@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
+from dataset.options import NAMES
 from engine.arguments import Arguments, DataArguments, MachineArguments, ModelArguments
 from model.config import CrossAttentionConfig
 from model.scoring import DET_SCORES
@@ -114,6 +115,8 @@ class InferenceArguments(TestingArguments):
         for name, said in _OUT_OF_PLACE[mode].items():
             if getattr(self, name) not in (None, False):
                 raise UserError(f"{said}: leave --{name} out")
+        if mode == "image" and self.class_names not in (None, *NAMES):
+            raise UserError("--image takes the class's name by --class_name: --class_names FILE is for a dataset")
         if mode == "two folders" and None in (self.normal, self.anomalous):
             missing = "anomalous" if self.normal else "normal"
             raise UserError(f"--{missing} is needed too: the metrics compare normal images with anomalous ones")

@@ -20,6 +20,7 @@ from dataset.prompts import build_prompts
 from engine.detector import Detector, Prediction
 from engine.device import check_device
 from engine.evaluation.arguments import DEFAULT_CLASS
+from engine.evaluation.evaluate import det_score_suffix
 from engine.evaluation.inference import NO_CHECKPOINT, load_detectors, output_folder
 from engine.report.gallery import Gallery
 from engine.run_folder import find_checkpoints
@@ -33,7 +34,7 @@ from utils.regions import Region, worst_region
 
 logger = logging.getLogger(__name__)
 
-CSV_FILE, REPORT_FILE, HEATMAPS = "scores.csv", "report.html", "heatmaps"
+SCORES, REPORT, HEATMAPS = "scores", "report", "heatmaps"
 CSV_COLUMNS = ("path", "class_name", "score", "decision", *(f"region_{name}" for name in Region._fields))
 # Of the scores, how many the log lists.
 MOST_LISTED = 20
@@ -69,8 +70,9 @@ def score_images(
     """Score an image, or all images in a folder and below: heatmaps, `scores.csv`, and `report.html`.
 
     class_name: what all of them show, without it "object"; class_from_folder: named by the first folder below `image`
-    that an image lies in (`class_of`); class_names: as for `Detector.predict`. Of several checkpoints in a folder the last one is used. A file of a folder that
-    cannot be read is left out, with a line; raises `UserError` where none can, and as `evaluate_checkpoints` does.
+    that an image lies in (`class_of`); class_names: as for `Detector.predict`. Of several checkpoints in a folder the
+    last one is used. With another det score than the published one, files have it in their names. A file of a folder
+    that cannot be read is left out, with a line; raises `UserError` where none can, and as `evaluate_checkpoints` does.
     """
     if class_from_folder and class_name is not None:
         raise UserError("--class_from_folder names the classes: leave --class_name out")
@@ -108,17 +110,17 @@ def score_images(
             below = path.name if path == image else path.relative_to(image).as_posix()
             drawn = overlay(pixels, prediction.anomaly_map)
             save_image(drawn, figure_path(folder / HEATMAPS, below, "_heatmap.png", taken))
-            gallery.add(
-                pixels, prediction.anomaly_map, below, name, finding.score, finding.region, finding.decision
-            )  # fmt: skip
+            gallery.add(pixels, prediction.anomaly_map, below, name, finding.score, finding.region, finding.decision)
             findings.append(finding)
         bar.close()
         if not findings:
             raise UserError(f"--image {image}: none of its {len(problems)} images can be read")
-        write_scores(findings, folder / CSV_FILE)
+        kind = det_score_suffix(detector.det_score)
+        scores, report = folder / f"{SCORES}{kind}.csv", folder / f"{REPORT}{kind}.html"
+        write_scores(findings, scores)
         facts = facts_of(image, detector, domain, findings, problems)
-        gallery.write(folder / REPORT_FILE, f"Images of {image.resolve().name or image}", facts, problems)
-    summarise(findings, problems, found.others, detector, folder)
+        gallery.write(report, f"Images of {image.resolve().name or image}", facts, problems)
+    summarise(findings, problems, found.others, detector, (report, scores, folder / HEATMAPS))
     return findings
 
 
@@ -171,7 +173,7 @@ def facts_of(
 
 
 def summarise(
-    findings: Sequence[Finding], problems: Sequence[str], others: int, detector: Detector, folder: Path
+    findings: Sequence[Finding], problems: Sequence[str], others: int, detector: Detector, written: Sequence[Path]
 ) -> None:
     """Say which images are the most anomalous, what was left out, and where everything is."""
     ranked = sorted(findings, key=lambda finding: -finding.score)
@@ -182,7 +184,7 @@ def summarise(
     left_out = [f"{len(problems)} that cannot be read"] if problems else []
     left_out += [f"{others} files that are no images"] if others else []
     logger.info(
-        "%d images scored by %s%s; %s, %s and %s in %s",
+        "%d images scored by %s%s; %s in %s",
         len(findings), detector.name, f", left out: {' and '.join(left_out)}" if left_out else "",
-        REPORT_FILE, CSV_FILE, HEATMAPS, folder,
+        ", ".join(path.name for path in written), written[0].parent,
     )  # fmt: skip
