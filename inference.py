@@ -36,7 +36,7 @@ def main() -> None:
             class_from_folder=arguments.class_from_folder, **values,
         )  # fmt: skip
     elif mode == "two folders":
-        class_name = arguments.class_name or DEFAULT_CLASS
+        class_name = DEFAULT_CLASS if arguments.class_name is None else arguments.class_name
         folders = TwoFolders(arguments.normal, arguments.anomalous, class_name, arguments.domain)
         evaluate_checkpoints(**values, two_folders=folders)
     else:

@@ -79,7 +79,8 @@ def score_images(
     device = check_device(device, "fp32")
     folder = output_folder(checkpoint, output_dir)
     found = find_images(image, "--image", (folder, folder / HEATMAPS))
-    named = {path: class_of(path, image) if class_from_folder else class_name or DEFAULT_CLASS for path in found.images}
+    given = DEFAULT_CLASS if class_name is None else class_name
+    named = {path: class_of(path, image) if class_from_folder else given for path in found.images}
     # Names that no prompt can hold are refused before anything is loaded.
     prompts = {name: build_prompts(readable_name(name)) for name in dict.fromkeys(named.values())}
     check_folder(folder, "--output_dir")
