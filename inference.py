@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from utils.script import run_script
 
-from dataset.options import NAMES
 from engine.arguments import make_parser
-from engine.evaluation.arguments import LESS_MEMORY, InferenceArguments
-from engine.evaluation.inference import evaluate_checkpoints, score_images
+from engine.evaluation.arguments import DEFAULT_CLASS, LESS_MEMORY, InferenceArguments
+from engine.evaluation.inference import TwoFolders, evaluate_checkpoints
+from engine.evaluation.own_images import score_images
 from utils.cli import Parser
-from utils.errors import UserError
 from utils.logging import set_up_logging
+
+# Arguments that say which images, where these belong to no dataset.
+OWN_IMAGES = ("image", "normal", "anomalous", "class_name", "class_from_folder", "domain")
+# What changes nothing where images are scored one by one.
+NOT_OF_IMAGES = (
+    "dataset", "data_root", "metadata", "mask_threshold", "batch_size", "num_workers", "precision", "skip_bad_images",
+    "visualize",
+)  # fmt: skip
 
 
 def build_parser() -> Parser:
@@ -18,21 +25,22 @@ def build_parser() -> Parser:
 
 
 def main() -> None:
-    arguments = dict(vars(InferenceArguments.of(**vars(build_parser().parse_args()))))
+    arguments = InferenceArguments.of(**vars(build_parser().parse_args()))
     set_up_logging()
-    image, class_name, domain = (arguments.pop(name) for name in ("image", "class_name", "domain"))
-    if image is None:
-        evaluate_checkpoints(arguments.pop("checkpoint"), arguments.pop("dataset"), **arguments)
-        return
-    if arguments["dataset"] is not None:
-        raise UserError("--image scores images that belong to no dataset: leave --dataset out")
-    if arguments.pop("visualize") is not None:
-        raise UserError("--image draws a heatmap over each image as it is: leave --visualize out")
-    if arguments["class_names"] not in (None, *NAMES):
-        raise UserError("--image takes the class's name by --class_name: --class_names FILE is for a dataset")
-    unused = ("dataset", "data_root", "metadata", "mask_threshold", "batch_size", "num_workers", "precision")
-    rest = {name: value for name, value in arguments.items() if name not in unused}
-    score_images(rest.pop("checkpoint"), image, class_name, domain=domain, **rest)
+    mode = arguments.mode()
+    values = {name: value for name, value in vars(arguments).items() if name not in OWN_IMAGES}
+    if mode == "image":
+        values = {name: value for name, value in values.items() if name not in NOT_OF_IMAGES}
+        score_images(
+            values.pop("checkpoint"), arguments.image, arguments.class_name, domain=arguments.domain,
+            class_from_folder=arguments.class_from_folder, **values,
+        )  # fmt: skip
+    elif mode == "two folders":
+        class_name = DEFAULT_CLASS if arguments.class_name is None else arguments.class_name
+        folders = TwoFolders(arguments.normal, arguments.anomalous, class_name, arguments.domain)
+        evaluate_checkpoints(**values, two_folders=folders)
+    else:
+        evaluate_checkpoints(**values)
 
 
 if __name__ == "__main__":

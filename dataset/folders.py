@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Collection, Iterator, Sequence
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
 
 from utils.errors import UserError
-from utils.paths import is_file, is_folder
+from utils.paths import is_file, is_folder, is_no_file
 
 IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
+# Of what Pillow opens, formats that are no pictures or that other programs would have to be started for.
+_NO_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+# What a file without an ending may turn out to be; each of these begins with bytes of its own.
+_KNOWN_BY_CONTENT = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")
 
 # What operating systems and storage boxes leave beside data; names with a leading dot are left out anyway.
 _CLUTTER = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"})
@@ -33,6 +42,83 @@ def images_in(folder: Path | None) -> list[Path]:
     if folder is None:
         return []
     return [entry for entry in listing(folder) if entry.suffix.lower() in IMAGE_ENDINGS and is_file(entry)]
+
+
+class FoundImages(NamedTuple):
+    """What is in a folder: image files, a line for each that cannot be one, and how many files are something else."""
+
+    images: list[Path]
+    problems: list[str]
+    others: int
+
+
+def images_below(folder: Path, leave_out: Collection[Path] = ()) -> FoundImages:
+    """All image files in a folder and in the folders in it, folder by folder in order of their names.
+
+    They are known by the endings that Pillow reads, those without an ending by their content. Hidden entries and
+    clutter are passed over, and so are the folders `leave_out`. Links are followed, and every folder is looked into
+    once, so that links which lead in a circle come to an end. Raises UserError where `folder` cannot be read.
+    """
+    found = FoundImages([], [], 0)
+    others, seen = 0, {os.path.realpath(path) for path in leave_out} - {os.path.realpath(folder)}
+    waiting = [folder]
+    while waiting:
+        current = waiting.pop()
+        if os.path.realpath(current) in seen:
+            continue
+        seen.add(os.path.realpath(current))
+        try:
+            entries = listing(current)
+        except UserError as error:
+            if current == folder:
+                raise
+            found.problems.append(str(error))
+            continue
+        inside = []
+        for entry in entries:
+            if is_folder(entry):
+                inside.append(entry)
+            elif not (is_image_name(entry) or (not entry.suffix and is_file(entry) and _is_image_inside(entry))):
+                others += 1
+            elif is_file(entry):
+                found.images.append(entry)
+            else:
+                found.problems.append(f"{entry} is no file")
+        waiting += reversed(inside)
+    return found._replace(others=others)
+
+
+def find_images(image: Path, flag: str, leave_out: Collection[Path] = ()) -> FoundImages:
+    """An image, or those in a folder and below (`images_below`); `UserError`, naming `flag`, where there are none."""
+    if is_file(image):
+        return FoundImages([image], [], 0)
+    if not is_folder(image):
+        what = "is neither a file nor a folder" if is_no_file(image) else "no such file or folder"
+        raise UserError(f"{flag} {image}: {what}")
+    found = images_below(image, leave_out)
+    if not found.images:
+        problem = f" ({found.problems[0]})" if found.problems else ""
+        raise UserError(f"{flag} {image}: no images in this folder or below{problem}")
+    return found
+
+
+def is_image_name(path: Path) -> bool:
+    """Whether a path has an ending that Pillow reads as a picture."""
+    return path.suffix.lower() in _endings_of_pillow()
+
+
+@cache
+def _endings_of_pillow() -> frozenset[str]:
+    known = Image.registered_extensions()
+    return IMAGE_ENDINGS | {end for end, name in known.items() if name in Image.OPEN and name not in _NO_PICTURES}
+
+
+def _is_image_inside(path: Path) -> bool:
+    try:
+        with Image.open(path, formats=_KNOWN_BY_CONTENT):
+            return True
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
 
 
 def same_name(one: str, other: str) -> bool:

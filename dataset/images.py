@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dataset.options import HALF, NONZERO
 from dataset.records import Record
@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 # What Pillow raises for a damaged file, beside the OSError of most formats.
 _DECODE_ERRORS = (
-    OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error,
-    Image.DecompressionBombError,
+    OSError, SyntaxError, ValueError, EOFError, LookupError, ArithmeticError, AttributeError, RuntimeError, TypeError,
+    struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE_OF_ORIENTATION = {
@@ -48,9 +48,12 @@ def read_image(path: Path) -> Image.Image:
     image = _open(path)
     if image.mode in ("F", "I") or image.mode.startswith("I;"):
         return Image.fromarray(_eight_bits(np.asarray(image), path)).convert("RGB")
-    if image.mode in ("P", "PA"):
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+    try:
+        if image.mode in ("P", "PA"):
+            image = image.convert("RGBA")
+        return image.convert("RGB")
+    except ValueError as error:  # a kind of colours that Pillow reads and cannot convert, such as Lab
+        raise UserError(f"{path} cannot be read as an image: {error}") from error
 
 
 def read_mask(path: Path, threshold: float | str = HALF) -> Image.Image:
@@ -132,6 +135,8 @@ def _open(path: Path) -> Image.Image:
         raise UserError(
             f"{path} is not there; if the dataset's folder has changed, delete its metadata_test*.jsonl"
         ) from error
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path} cannot be read as an image: it is of no format that is known") from error
     except _DECODE_ERRORS as error:
         raise UserError(f"{path} cannot be read as an image: {' '.join(str(error).split())}") from error
 

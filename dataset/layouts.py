@@ -12,7 +12,7 @@ from dataset.records import Record, path_within
 from utils.errors import UserError
 from utils.paths import is_file, is_folder
 
-_NORMAL = ("good", "ok")
+NORMAL = ("good", "ok")
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Layout:
     """What a layout looks like, and its two questions; both take the dataset's folder and the classes to look for.
 
     expected: the files that must be there, for errors. classes: those of which there are images. records: the images
-    of the test split, in any order; UserError where one is there without what it needs.
+    of the test split, in any order; UserError where one is there without what it needs, but for the masks of MVTec's
+    layout, which own images may lack.
     """
 
     expected: str
@@ -38,12 +39,12 @@ def _test_folder_records(root: Path, class_names: Sequence[str]) -> list[Record]
     for class_name in class_names:
         class_folder = _class_folder(root, class_name, class_names)
         for kind in _test_kinds(class_folder):
-            if kind.name.lower() in _NORMAL:
+            if kind.name.lower() in NORMAL:
                 records += [Record(_relative(image, root), 0, class_name) for image in images_in(kind)]
             else:
                 expected = class_folder / "ground_truth" / kind.name
                 masks = find_folder(class_folder, f"ground_truth/{kind.name}") or expected
-                records += _anomalous_records(root, class_name, kind, masks, "_mask")
+                records += _anomalous_records(root, class_name, kind, masks, "_mask", needed=False)
     return records
 
 
@@ -57,7 +58,7 @@ def _test_kinds(class_folder: Path | None) -> list[Path]:
     return subfolders(find_folder(class_folder, "test"))
 
 
-def _visa_classes(root: Path, class_names: Sequence[str]) -> list[str]:
+def visa_classes(root: Path, class_names: Sequence[str]) -> list[str]:
     sides = ("Normal", "Anomaly")
     return [
         name
@@ -66,12 +67,12 @@ def _visa_classes(root: Path, class_names: Sequence[str]) -> list[str]:
     ]
 
 
-def _visa_records(root: Path, class_names: Sequence[str]) -> list[Record]:
-    """Rows with split "test" of split_csv/1cls.csv, for the classes that are there."""
+def visa_records(root: Path, class_names: Sequence[str], split: str = "test") -> list[Record]:
+    """Rows of a split, "test" or "train", of split_csv/1cls.csv, for the classes that are there."""
     table = root / "split_csv" / "1cls.csv"
     if not is_file(table):
         raise UserError(f"{table} is not there: it comes with VisA's archive")
-    present = set(_visa_classes(root, class_names))
+    present = set(visa_classes(root, class_names))
     records = []
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
@@ -82,7 +83,7 @@ def _visa_records(root: Path, class_names: Sequence[str]) -> list[Record]:
                     f"{table} lacks the column {', '.join(sorted(absent))}: take the file of VisA's archive"
                 )
             for row in rows:
-                if row["split"] == "test" and row["object"] in present:
+                if row["split"] == split and row["object"] in present:
                     records.append(_visa_record(root, row, f"{table}:{rows.line_num}"))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = " ".join(str(error).split())
@@ -126,18 +127,31 @@ def _colon_records(root: Path, class_names: Sequence[str]) -> list[Record]:
 
 
 def _anomalous_records(
-    root: Path, class_name: str, images: Path | None, masks: Path, mask_suffix: str = ""
+    root: Path, class_name: str, images: Path | None, masks: Path, mask_suffix: str = "", needed: bool = True
 ) -> list[Record]:
-    """Pair each image with the mask of its name: endings often differ between the two, and are not compared."""
+    """Pair each image with the mask of its name: endings often differ between the two, and are not compared.
+
+    Raises UserError where a mask that is `needed` is not there.
+    """
     mask_of = {mask.stem: mask for mask in images_in(masks if is_folder(masks) else None)}
     records = []
     for image in images_in(images):
         mask = mask_of.get(image.stem + mask_suffix) or mask_of.get(image.stem)
-        if mask is None:
-            names = dict.fromkeys((f"{image.stem}{mask_suffix}.png", f"{image.stem}.png"))
-            raise UserError(f"the anomalous image {image} has no mask: expected {masks / ' or '.join(names)}")
-        records.append(Record(_relative(image, root), 1, class_name, _relative(mask, root)))
+        if mask is None and needed:
+            raise UserError(_no_mask(image, masks, mask_suffix))
+        records.append(Record(_relative(image, root), 1, class_name, None if mask is None else _relative(mask, root)))
     return records
+
+
+def missing_mask(root: Path, record: Record) -> str:
+    """What an anomalous image in MVTec's layout lacks, in words."""
+    image = root / record.image_path
+    return _no_mask(image, image.parents[2] / "ground_truth" / image.parent.name, "_mask")
+
+
+def _no_mask(image: Path, masks: Path, mask_suffix: str) -> str:
+    names = dict.fromkeys((f"{image.stem}{mask_suffix}.png", f"{image.stem}.png"))
+    return f"the anomalous image {image} has no mask: expected {masks / ' or '.join(names)}"
 
 
 def _relative(path: Path, root: Path) -> str:
@@ -153,8 +167,8 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "visa": Layout(
         "split_csv/1cls.csv and CLASS/Data/Images/{Normal,Anomaly}/x.JPG with CLASS/Data/Masks/Anomaly/x.png",
-        _visa_classes,
-        _visa_records,
+        visa_classes,
+        visa_records,
     ),
     "medical": Layout(
         "test/good/img/x.png, test/Ungood/img/x.png with mask test/Ungood/label/x.png",

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from dataset.catalog import CATALOG
 from dataset.folders import describe_folder
-from dataset.layouts import LAYOUTS
+from dataset.layouts import LAYOUTS, missing_mask
 from dataset.locate import LocatedDataset
 from dataset.prompts import LONGEST_NAME
 from dataset.records import Record, natural_key, path_within
@@ -54,9 +55,10 @@ def load_records(located: LocatedDataset, metadata_file: Path | None = None) -> 
     """The images of a dataset's test split: from `metadata_file`, from the kept list, or built and then kept.
 
     A kept list is made anew where it is another dataset's, and where classes were added or left out since. Where the
-    folder cannot be written the records stay in memory. Classes of the catalog that are not there are named in a
-    warning, each time. Raises UserError for a bad line (file, number and key), for a `metadata_file` that says it is
-    another dataset's, and for a kept list that names images which are gone.
+    folder cannot be written the records stay in memory; so they do where masks are missing, which may be added. Classes
+    of the catalog that are not there are named in a warning, each time. Raises UserError for a bad line (file, number
+    and key), for a `metadata_file` that says it is another dataset's, and for a kept list that names images which are
+    gone.
     """
     if metadata_file is not None:
         tie, records = read_list(Path(metadata_file))
@@ -74,6 +76,9 @@ def load_records(located: LocatedDataset, metadata_file: Path | None = None) -> 
             break
     else:
         records = build_metadata(located)
+        if any(record.lacks_mask for record in records):
+            logger.info("%s found; their list is not kept, since masks are missing", _counted(records))
+            return records
         try:
             write_text(kept, "".join(json.dumps(row) + "\n" for row in (asdict(tie), *map(_row, records))))
             logger.info("%s found, their list is kept in %s", _counted(records), kept)
@@ -89,7 +94,8 @@ def load_records(located: LocatedDataset, metadata_file: Path | None = None) -> 
 def build_metadata(located: LocatedDataset) -> list[Record]:
     """List the test split from the dataset's folders: class by class, each class in natural order of its paths.
 
-    Raises UserError, with what was found and what is expected, where no image is found or one lacks what it needs.
+    Anomalous images of own folders may lack a mask. Raises UserError, with what was found and what is expected, where
+    no image is found or one lacks what it needs.
     """
     spec, root = located.spec, located.root
     layout = LAYOUTS[located.layout()[0]]
@@ -97,6 +103,9 @@ def build_metadata(located: LocatedDataset) -> list[Record]:
     help_line = f"expected {expected}; --metadata FILE takes a list of the images in any other layout"
     try:
         records = layout.records(root, list(spec.class_names))
+        unmasked = next((record for record in records if record.lacks_mask), None)
+        if unmasked is not None and CATALOG.get(spec.name) is spec:
+            raise UserError(missing_mask(root, unmasked))
     except UserError as error:
         raise UserError(f"{error} ({help_line})") from error
     if not records:
@@ -176,7 +185,7 @@ def _parse_row(row: Any, where: str, as_written: bool) -> Record:
     class_name = _text(row, "class_name", where)
     if len(class_name) > LONGEST_NAME:
         raise UserError(f"{where}: class_name must have at most {LONGEST_NAME} characters, not {len(class_name)}")
-    label = _parse_label(row.get("label"), where)
+    label = parse_label(row.get("label"), where)
     paths = {"image_path": _text(row, "image_path", where)}
     # A normal image's mask is empty by definition, so what some files name there is not read.
     if label:
@@ -194,7 +203,8 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
     return value
 
 
-def _parse_label(value: object, where: str) -> int:
+def parse_label(value: object, where: str) -> int:
+    """A label as lists have it, 0 (normal) or 1 (anomalous); UserError, which begins with `where`, for none."""
     key = value.strip().lower() if isinstance(value, str) else value
     # True and 1.0 are found under 1; lists and objects cannot be looked up.
     if not isinstance(key, str | int | float) or key not in _LABELS:

@@ -23,6 +23,11 @@ class Record:
     class_name: str
     mask_path: str | None = None
 
+    @property
+    def lacks_mask(self) -> bool:
+        """Whether the image is anomalous, and nothing says where."""
+        return bool(self.label) and self.mask_path is None
+
 
 def natural_key(path: str) -> tuple:
     """A key that sorts paths folder by folder and numbers by value: "a/2.png" before "a/10.png"."""

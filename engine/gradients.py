@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from engine.arguments import Arguments, DataArguments, MachineArguments, ModelArguments
-from engine.data import TaskData, choose_training_images, load_task, training_loader
+from engine.data import TaskData, check_masks, choose_training_images, load_task, training_loader
 from engine.detector import checkpoint_config, cross_attention_choices, load_clip_for
 from engine.device import check_device
 from engine.evaluation.arguments import TRAINED
@@ -125,7 +125,9 @@ class Bench:
 
     def __init__(self, test: GradientTest) -> None:
         device = check_device(test.device, "fp32")
-        data = choose_training_images(load_task(test.dataset, test.data_root), "full_shot", 0, test.seed)
+        data = load_task(test.dataset, test.data_root)
+        check_masks(data, "the losses of both stages need them")
+        data = choose_training_images(data, "full_shot", 0, test.seed)
         checkpoint = None if test.checkpoint is None else read_checkpoint(test.checkpoint)
         self.model = build_model(test, checkpoint).to(device)
         self.subject = describe(self.model, test, checkpoint)

@@ -27,7 +27,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.arguments import Arguments, _bare
+from engine.arguments import Arguments
 from engine.evaluation.arguments import ComparisonArguments, InferenceArguments, VisualizationArguments
 from engine.gradients import GradientTest
 from engine.run_folder import LOCK_FILE
@@ -37,6 +37,7 @@ from engine.training.feedback_arguments import FeedbackConfig
 from tests.bad_inputs import CASE, Case
 from tests.damage import damage, nested, sound
 from tests.helpers import RunsCode
+from utils.arguments import _bare
 from utils.locks import Holder
 
 Values = Mapping[str, Any]
@@ -46,6 +47,8 @@ V2, V1 = "train_cross_attention_feedback_v2.py", "train_cross_attention_feedback
 TEST, COMPARE, DRAW = "inference.py", "compare_feedback_loops.py", "visualize_comparison.py"
 TRAINING = (TRAIN, CROSS, V2, V1)
 GRADIENTS, PRETRAIN, RUN = "test_stage2_gradients.py", "pretrain_toy_clip.py", "run.py"
+# As `python -m dataset.convert`.
+CONVERT = "dataset/convert.py"
 
 _DATA = {"dataset": "images", "device": "cpu"}
 _TRAINING = {
@@ -287,8 +290,10 @@ def paths_in(script: str) -> Iterator[Case]:
                 changes["dataset"] = "VisA"
             if name == "init_from":
                 changes |= dict.fromkeys(_BASE)
-            if name == "image":
+            if name in ("image", "normal", "anomalous"):
                 changes["dataset"] = None
+            if name in ("normal", "anomalous"):
+                changes[{"normal": "anomalous", "anomalous": "normal"}[name]] = "images/felt/test/good"
             if name == "data_root" and path in ("", " ", "~nosuchuser/x"):
                 changes["dataset"] = "images"  # refused whatever the dataset
             yield case(script, "paths in", "", changes, **stand_in_for(path))
@@ -386,6 +391,9 @@ DATASETS: dict[str, tuple[str, Callable[[Path], object]]] = {
 }  # fmt: skip
 
 
+WITHOUT_MASKS = ("mask missing", "masks missing", "mask a folder", "mask a pipe")
+
+
 def datasets() -> Iterator[Case]:
     for script in (TRAIN, V2, TEST, COMPARE, DRAW, GRADIENTS):
         for name, (says, change) in DATASETS.items():
@@ -395,6 +403,9 @@ def datasets() -> Iterator[Case]:
                 more["begins"] = name.startswith(("image", "mask not", "mask of", "mask empty"))
             # What has no image of felt cannot be drawn, and another class of it still can be tested.
             if name == "an empty class" and script != DRAW:
+                continue
+            # Only training needs masks.
+            if name in WITHOUT_MASKS and script not in (TRAIN, V2, GRADIENTS):
                 continue
             yield case(script, "datasets", says, changes, prepare=changed_images(change), what=name, **more)
     for changes, says in (
@@ -407,6 +418,69 @@ def datasets() -> Iterator[Case]:
         prepare = changed_images(lambda folder: [p.unlink() for p in sorted((folder / "felt/test/good").iterdir())[1:]])
         changes = {"dataset": "case/data", "val_fraction": fraction, "training_mode": "full_shot"}
         yield case(V2, "datasets", "--val_fraction", changes, prepare=prepare)
+
+
+ROWS = [
+    {"image_path": f"images/felt/test/good/{name}.png", "label": 0, "class_name": "felt"} for name in ("000", "001")
+]
+COCO = {
+    "images": [{"id": 1, "file_name": "images/felt/test/good/000.png"}],
+    "annotations": [{"image_id": 1, "segmentation": [[1, 1, 5, 1, 5, 5]]}],
+}
+SOURCES: list[tuple[Any, str]] = [
+    *(([{**ROWS[0], "image_path": value}], "list.json: image 1: image_path")
+      for value in (None, "", 3, [], "nowhere.png", "a\0b", "\ud800", "images/felt", LONG * 20)),
+    *(([{**ROWS[0], "label": value}], "list.json: image 1: label") for value in (2, None, [], "perhaps", 0.5)),
+    *(([{**ROWS[0], "class_name": value}], "list.json: image 1: class_name") for value in (None, "", 3, [])),
+    ([{**ROWS[0], "label": 1, "mask_path": "nowhere.png"}], "list.json: image 1: mask_path"),
+    ([{**ROWS[0], "label": 1, "mask_path": 3}], "list.json: image 1: mask_path"),
+    ([{**ROWS[0], "class_name": "Test"}], "a class cannot be called test"),
+    ([ROWS[0], {**ROWS[0], "label": 1}], "both normal and anomalous"),
+    ([ROWS[0], {**ROWS[0], "image_path": "outside/evil.txt"}], "evil.txt"),
+    ([], "no images"), ([3], "image 1"), ("text", "list.json:1"), ({}, "list.json"), (3, "list.json:1"),
+    ({"test": {"felt": 3}}, "must be a list"), ({"test": {"felt": [3]}}, "test, felt, image 1"),
+    *(({**COCO, key: value}, f"list.json: {key}") for key in COCO for value in (None, 3, "x", [3], [[]], {})),
+    ({"images": COCO["images"]}, "annotations"), ({**COCO, "images": []}, "annotations[0].image_id"),
+    ({**COCO, "images": COCO["images"] * 2}, "same id"),
+    *(({**COCO, "images": [{**COCO["images"][0], key: value}]}, "list.json: images[0]")
+      for key, value in (("file_name", "nowhere.png"), ("file_name", 3), ("id", [1]), ("width", "x"))),
+    ({**COCO, "images": [{**COCO["images"][0], "width": 9, "height": 9}]}, "9 x 9"),
+    *(({**COCO, "annotations": [{"image_id": 1, **annotation}]}, "list.json: annotations[0]")
+      for annotation in ({}, {"bbox": [1, 2, 3]}, {"bbox": [1, 2, -3, 4]}, {"bbox": "x"}, {"segmentation": "rle"},
+                         {"segmentation": {"counts": [1], "size": [2, 2]}}, {"segmentation": [[1, 2]]},
+                         {"segmentation": [["x"] * 6]}, {"segmentation": [3, 4]}, {"bbox": [None] * 4})),
+    ({**COCO, "annotations": [{"image_id": 1, "bbox": [900, 900, 3, 3]}]}, "lie outside"),
+    ({**COCO, "annotations": [{"image_id": 7, "bbox": [1, 1, 3, 3]}]}, "is of no image"),
+]  # fmt: skip
+
+
+def conversions() -> Iterator[Case]:
+    """`python -m dataset.convert`: sources that are nothing, and targets that cannot be written."""
+    for arguments, says in (
+        ((), "SOURCE"), (("images",), "TARGET"), (("images", "new", "more"), "more"), (("", "new"), "SOURCE"),
+        (("images", "new", "--nosuch"), "--nosuch"), (("images", "new"), "MVTec's layout already"),
+        (("clip", "new"), "expected a folder good"), (("nowhere", "new"), "no such file or folder"),
+        (("images/felt/test", ""), "TARGET"),
+        (("images/felt/test", "new", "--normal", "nowhere"), "no such folder"),
+        (("images/felt/test", "new", "--images", "images"), "--images"),
+        (("images/felt/test", "new", "--anomalous", "good", "--normal", "good"), "both normal and anomalous"),
+        (("case/list.json", "new", "--normal", "good"), "--normal"),
+        (("images/felt/test", "new", "--class_name", " "), "--class_name"),
+        (("images/felt/test", "new", "--class_name", "test"), "cannot be called test"),
+    ):  # fmt: skip
+        yield Case(CONVERT, "conversions", arguments, says, partial((CASE / "list.json").write_text, "[]"))
+    for content, says in SOURCES:
+        prepare = partial((CASE / "list.json").write_text, json.dumps(content), encoding="utf-8")
+        arguments = ("case/list.json", "new", "--images", ".")
+        yield Case(CONVERT, "conversions", arguments, says, prepare, what=ascii(content)[:80])
+    for content in (b"", b"\xff", b"{", DEEP.encode(), b"9" * 5000, b"\0"):
+        prepare = partial((CASE / "list.json").write_bytes, content)
+        yield Case(CONVERT, "conversions", ("case/list.json", "new"), "list.json", prepare, what=ascii(content)[:20])
+    for path in BAD_OUTPUTS:
+        arguments = ("images/felt/test", path, "--class_name", "felt")
+        yield Case(CONVERT, "conversions", arguments, "", **stand_in_for(path))
+    for path in BAD_INPUTS:
+        yield Case(CONVERT, "conversions", (path, "new"), "", **stand_in_for(path))
 
 
 def image_folders() -> Iterator[Case]:
@@ -881,6 +955,16 @@ def combinations() -> Iterator[Case]:
                                   **dict.fromkeys(_BASE)}),
         (TEST, "--dataset", {"image": "images/felt/test/good"}),
         (TEST, "--visualize", {"image": "images/felt/test/good", "dataset": None, "visualize": 3}),
+        (TEST, "--class_name", {"image": "images/felt/test/good", "dataset": None, "class_from_folder": True,
+                                "class_name": "felt"}),
+        (TEST, "--class_from_folder", {"class_from_folder": True}),
+        (TEST, "--anomalous", {"dataset": None, "normal": "images/felt/test/good"}),
+        (TEST, "--normal", {"dataset": None, "anomalous": "images/felt/test/good"}),
+        (TEST, "--dataset", {"normal": "images/felt/test/good", "anomalous": "images/felt/test/spot"}),
+        (TEST, "share", {"dataset": None, "normal": "images/felt/test", "anomalous": "images/felt/test/spot"}),
+        (TRAIN, "--text_epoch", {"image_loss_only": True, "text_epoch": 2}),
+        (CROSS, "--text_epoch", {"image_loss_only": True}),
+        (V2, "--image_loss_only", {"image_loss_only": True}),
         (TEST, "--visualize", {"visualize": 0}), (TEST, "--visualize", {"visualize": "some"}),
         (TEST, "cross_attn", {"image_cross_attn_weight": 1}), (TEST, "cross_attn", {"cross_attn_heads": 4}),
         (TEST, "--dataset", {"checkpoint": "none", "dataset": None, "model_name": "local-dir:clip"}),
@@ -914,7 +998,8 @@ def all_cases() -> Iterator[Case]:
         for script in SCRIPTS:
             yield from of_script(script)
     for cases in (
-        run_py, no_environment, class_names_of_prompts, defaults_out, datasets, image_folders, lists, checkpoints,
+        run_py, no_environment, class_names_of_prompts, defaults_out, datasets, image_folders, conversions, lists,
+        checkpoints,
         older_files, folders_of_checkpoints, states, save_paths, clips, combinations,
     ):  # fmt: skip
         yield from cases()

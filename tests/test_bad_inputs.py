@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.bad_cases import CASES, DRAW, PRETRAIN, RUNS, SCRIPTS, TEST, case, going_on, words_of
+from tests.bad_cases import CASES, CONVERT, DRAW, PRETRAIN, RUNS, SCRIPTS, TEST, case, going_on, words_of
 from tests.bad_inputs import CASE, Answer, Case, answer, scratch, tried, verdict
 from tests.damage import Damaged, damaged_files
 
@@ -30,7 +30,7 @@ def of_each_kind() -> dict[str, list[Case]]:
 
 def test_there_are_enough() -> None:
     assert len(CASES) >= 400
-    assert {found.script for found in CASES} == {*SCRIPTS, "run.py"}
+    assert {found.script for found in CASES} == {*SCRIPTS, CONVERT, "run.py"}
     assert all(sum(found.script == script for found in CASES) >= 10 for script in SCRIPTS)
 
 

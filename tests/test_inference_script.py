@@ -15,10 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
+from dataset.folders import find_images
 from dataset.images import read_image
 from engine import load_model
 from engine.evaluation.arguments import ALL
-from engine.evaluation.inference import evaluate_checkpoints, image_files, score_images
+from engine.evaluation.inference import evaluate_checkpoints
+from engine.evaluation.own_images import Finding, score_images
 from tests.scripts import error_line, run, save, write_world
 from utils.errors import UserError
 from utils.logging import set_up_logging
@@ -109,17 +111,17 @@ def test_pictures_of_no_dataset_get_a_heatmap_and_a_score(world: Path, tmp_path:
         "inference.py", "--checkpoint", world / "run", "--image", pictures, "--class_name", "metal screw",
         "--output_dir", tmp_path / "out",
     )  # fmt: skip
-    scores = {Path(row["image"]).stem: float(row["score"]) for row in rows_of(tmp_path / "out" / "scores.csv")}
+    scores = {Path(row["path"]).stem: float(row["score"]) for row in rows_of(tmp_path / "out" / "scores.csv")}
     assert 0 <= scores["plain"] < scores["spotted"] <= 1
     with Image.open(tmp_path / "out" / "heatmaps" / "spotted_heatmap.png") as heatmap:
         assert heatmap.size == (80, 60)
 
 
 @pytest.fixture(scope="module")
-def score_folder(world: Path) -> Callable[..., list[tuple[Path, float]]]:
+def score_folder(world: Path) -> Callable[..., list[Finding]]:
     """Score a folder of images with the last checkpoint."""
 
-    def score(images: Path, output_dir: Path, class_name: str = "cork") -> list[tuple[Path, float]]:
+    def score(images: Path, output_dir: Path, class_name: str = "cork") -> list[Finding]:
         return score_images(str(world / "run"), images, class_name, output_dir=output_dir, device="cpu")
 
     return score
@@ -138,17 +140,18 @@ def test_images_of_one_name_and_two_endings_leave_two_heatmaps(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="files that Windows does not have")
-def test_what_is_no_image_file_is_left_out_of_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_no_image_file_is_left_out_of_a_folder(tmp_path: Path) -> None:
     save(tmp_path / "a.png", np.zeros((20, 20, 3)))
     (tmp_path / "folder.png").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
     save(tmp_path / "._a.png", np.zeros((20, 20, 3)))
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(os.path.relpath(tmp_path / "socket.png"))
-        assert image_files(tmp_path) == [tmp_path / "a.png"]
-    assert all(f"{tmp_path / name} is no file" in caplog.text for name in ("folder.png", "pipe.png", "socket.png"))
+        found = find_images(tmp_path, "--image")
+    assert found.images == [tmp_path / "a.png"]
+    assert found.problems == [f"{tmp_path / name} is no file" for name in ("pipe.png", "socket.png")]
     with pytest.raises(UserError, match="neither a file nor a folder"):
-        image_files(tmp_path / "pipe.png")
+        find_images(tmp_path / "pipe.png", "--image")
     with pytest.raises(UserError, match="cannot be read as an image: it is no file"):
         read_image(tmp_path / "pipe.png")
 
@@ -183,8 +186,8 @@ def test_names_that_are_no_utf8_are_logged_listed_and_drawn(
 @pytest.mark.parametrize("class_name", ["{0}{x}", "metal\nscrew", "100%s", "caf\udce9", "x" * 60])
 def test_any_class_name_makes_prompts(score_folder: Callable[..., object], tmp_path: Path, class_name: str) -> None:
     save(tmp_path / "a.png", np.zeros((20, 20, 3)))
-    ((_, score),) = score_folder(tmp_path / "a.png", tmp_path / "out", class_name)
-    assert 0 <= score <= 1
+    (found,) = score_folder(tmp_path / "a.png", tmp_path / "out", class_name)
+    assert 0 <= found.score <= 1
 
 
 @pytest.mark.parametrize(
@@ -218,16 +221,18 @@ def test_another_det_score_has_files_of_its_own(world: Path, tmp_path: Path) -> 
             rows = rows_of(tmp_path / f"{name}{suffix}.csv")
             assert {row["det_score"] for row in rows} == {det_score}
         assert (tmp_path / f"pictures_test{suffix}").is_dir() and (tmp_path / f"scores{suffix}.csv").is_file()
+        assert (tmp_path / f"report{suffix}.html").is_file()
     assert "image scores with det score difference" in (tmp_path / "inference.log").read_text(encoding="utf-8")
     model = load_model(file, device="cpu", det_score="difference")
-    for (path, published), (_, asked_for) in zip(images[None], images["difference"], strict=True):
+    for one, other in zip(images[None], images["difference"], strict=True):
+        path, published, asked_for = one.path, one.score, other.score
         assert published != asked_for and 0 <= asked_for <= 1
         assert model.predict(path, "cork").score == asked_for
         assert model.predict(path, "cork", det_score="abnormal").score == published
         medical = model.predict(path, "cork", "medical")
         assert medical.score == pytest.approx(float(medical.anomaly_map.max())), "the maximum alone"
     with pytest.raises(UserError, match="--det_score nonsense"):
-        model.predict(images[None][0][0], "cork", det_score="nonsense")
+        model.predict(images[None][0].path, "cork", det_score="nonsense")
 
 
 def test_mistakes_end_in_one_line(world: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from engine.evaluation.evaluate import METRICS, ClassResult, Evaluation, ImageScore
 from engine.report.commands import command_line, training_command
@@ -37,11 +37,11 @@ from engine.report.page import (
 from engine.training.arguments import BaseConfig, CrossAttentionRunConfig, RunConfig
 from engine.training.feedback_arguments import FeedbackConfig
 from model.checkpoint import Checkpoint
+from tests.browser import browser  # noqa: F401
 from tests.scripts import train_small_runs
 from utils import svg_charts
 from utils.svg_charts import class_chart, loop_chart, training_charts
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "msedge")
 RUN = "feedback_" + "of_a_long_name" * 6
 VIEWS = [(width, scheme) for width in (1280, 360) for scheme in ("light", "dark")]
 
@@ -65,21 +65,8 @@ def report(world: Path) -> Path:
     return world / RUN / "report.html"
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        own = Path(playwright.chromium.executable_path)
-        found = next(filter(None, map(shutil.which, BROWSERS)), str(own) if own.is_file() else None)
-        if found is None:
-            pytest.skip(f"no Chromium is installed (looked for {', '.join(BROWSERS)} and Playwright's own)")
-        # Without the first, Chromium does not start for root; without the others it asks for the network by itself.
-        switches = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-        with playwright.chromium.launch(executable_path=found, args=switches) as browser:
-            yield browser
-
-
 @pytest.fixture(params=VIEWS, ids=[f"{width} px, {scheme}" for width, scheme in VIEWS])
-def page(request: pytest.FixtureRequest, browser: Browser, report: Path) -> Iterator[Page]:
+def page(request: pytest.FixtureRequest, browser: Browser, report: Path) -> Iterator[Page]:  # noqa: F811
     """The report in a window; it must ask for nothing else, and log nothing."""
     width, scheme = request.param
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)

@@ -21,6 +21,7 @@ def setting(
     alone: Any = None,
     under: Mapping[str, Any] | None = None,
     before: Any = MISSING,
+    word: bool = False,
 ) -> Any:
     """A field that can be a script's argument by the same name; its annotation says the type.
 
@@ -28,12 +29,13 @@ def setting(
     number. free: a restart may differ in it without being another run. unset: what no value means, for the help.
     several: takes one value or more, a tuple. kind: reads the text where the annotation does not say how. alone: the
     value where the argument stands without one. under: its default under presets and recipes, by their names. before:
-    what it was in runs that do not have it, where that is not the default.
+    what it was in runs that do not have it, where that is not the default. word: it is given by its place, not by a
+    flag.
     """
     metadata = {
         "help": help, "group": group, "between": between, "choices": choices, "free": free, "unset": unset,
         "several": several, "kind": kind, "alone": alone,
-        "under": dict(under or {}), "before": before,
+        "under": dict(under or {}), "before": before, "word": word,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
 

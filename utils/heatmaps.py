@@ -18,15 +18,20 @@ from utils.files import replacing
 
 COLOURS = "turbo"
 OPACITY = 0.5
+# Rows of an image that are coloured at a time: in one piece a photograph would take gigabytes.
+_BAND = 256
 
 
 def overlay(image: Image.Image, anomaly_map: np.ndarray, low: float = 0.0, high: float = 1.0) -> Image.Image:
     """A heatmap over an image, at the image's size; anomaly_map (h, w), coloured from `low` to `high`."""
     scaled = np.clip((anomaly_map - low) / max(high - low, 1e-12), 0, 1)
     heat = Image.fromarray((scaled * 255).astype(np.uint8)).resize(image.size, Image.Resampling.BILINEAR)
-    coloured = matplotlib.colormaps[COLOURS](np.asarray(heat))[..., :3]
-    mixed = OPACITY * coloured * 255 + (1 - OPACITY) * np.asarray(image.convert("RGB"))
-    return Image.fromarray(mixed.astype(np.uint8))
+    grey, mixed = np.asarray(heat), np.array(image.convert("RGB"))
+    for top in range(0, image.height, _BAND):
+        rows = slice(top, top + _BAND)
+        coloured = matplotlib.colormaps[COLOURS](grey[rows])[..., :3]
+        mixed[rows] = (OPACITY * coloured * 255 + (1 - OPACITY) * mixed[rows]).astype(np.uint8)
+    return Image.fromarray(mixed)
 
 
 def outlined(image: Image.Image, mask: np.ndarray) -> Image.Image:

@@ -5,14 +5,30 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
+from dataset.options import NAMES
 from engine.arguments import Arguments, DataArguments, MachineArguments, ModelArguments
 from model.config import DET_SCORES, CrossAttentionConfig
 from utils.cli import number
+from utils.errors import UserError
 from utils.fields import changed, setting
 
 ALL = "all"
 LESS_MEMORY = "a smaller --batch_size, --precision bf16, a smaller --img_size"
 TRAINED = "as trained"
+# What `inference.py` does not take, with the reason, for each kind of images that it tests on.
+_OUT_OF_PLACE = {
+    "image": {
+        **dict.fromkeys(("dataset", "normal", "anomalous"), "--image scores images that belong to no dataset"),
+        "visualize": "--image draws a heatmap over each image as it is",
+    },
+    "two folders": {
+        **dict.fromkeys(("dataset", "metadata", "class_names"), "--normal and --anomalous stand in place of a dataset"),
+        "class_from_folder": "--normal and --anomalous hold images of one class",
+    },
+    "dataset": {"class_from_folder": "--class_from_folder goes with --image"},
+}
+# What images show of which nothing is said.
+DEFAULT_CLASS = "object"
 # What a file that says nothing of it is taken to have been trained with.
 UNTOLD = f"{TRAINED}, else 1"
 
@@ -59,9 +75,20 @@ class InferenceArguments(TestingArguments):
         MISSING, "file, folder (all its epochs, in order), or none for unadapted CLIP", "what to do"
     )
     image: Path | None = setting(
-        None, "image, or folder of images, to score in place of a dataset", "what to do", unset="none"
+        None, "image, or folder of images in any layout, to score in place of a dataset", "what to do", unset="none"
     )
-    class_name: str = setting("object", 'what these images show, such as "metal screw"', "what to do")
+    normal: Path | None = setting(
+        None, "folder of normal images, to test on with --anomalous in place of a dataset", "what to do", unset="none"
+    )
+    anomalous: Path | None = setting(
+        None, "folder of anomalous images, which need no masks, for image metrics", "what to do", unset="none"
+    )
+    class_name: str | None = setting(
+        None, 'what these images show, such as "metal screw"', "what to do", unset=DEFAULT_CLASS
+    )
+    class_from_folder: bool = setting(
+        False, "the first folder below --image that an image lies in says what it shows", "what to do"
+    )
     domain: str = setting("industrial", "how these images are scored", "what to do", choices=("industrial", "medical"))
     visualize: str | int | None = setting(
         None, "draw N images of each class with their heatmaps, or all; of several checkpoints, as the last sees them",
@@ -80,6 +107,19 @@ class InferenceArguments(TestingArguments):
         CrossAttentionConfig, "text_cross_attn_at", None, unset=f"{TRAINED}, else first_block"
     )
     cross_attn_heads: int | None = changed(CrossAttentionConfig, "cross_attn_heads", None, unset=f"{TRAINED}, else 8")
+
+    def mode(self) -> str:
+        """What is tested: "image", "two folders" or "dataset"; `UserError` for arguments that do not go together."""
+        mode = "image" if self.image else "two folders" if self.normal or self.anomalous else "dataset"
+        for name, said in _OUT_OF_PLACE[mode].items():
+            if getattr(self, name) not in (None, False):
+                raise UserError(f"{said}: leave --{name} out")
+        if mode == "image" and self.class_names not in (None, *NAMES):
+            raise UserError("--image takes the class's name by --class_name: --class_names FILE is for a dataset")
+        if mode == "two folders" and None in (self.normal, self.anomalous):
+            missing = "anomalous" if self.normal else "normal"
+            raise UserError(f"--{missing} is needed too: the metrics compare normal images with anomalous ones")
+        return mode
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,17 +85,22 @@ class Evaluation:
 
 @dataclass
 class _ClassScores:
-    """What is kept of one class's images until its metrics are taken: counts of pixels, a few numbers per image."""
+    """What is kept of one class's images until its metrics are taken: counts of pixels, a few numbers per image.
+
+    masked: whether all anomalous images have a mask, without which nothing can be said of pixels.
+    """
 
     domain: str
     det_score: str
+    masked: bool = True
     pixels: PixelCounter = field(default_factory=PixelCounter)
     paths: list[str] = field(default_factory=list)
     numbers: list[Tensor] = field(default_factory=list)
 
     def add(self, outputs: Outputs, batch: Mapping[str, Any]) -> None:
         maps = anomaly_map(outputs, batch["mask"].shape[-1], self.domain).float()
-        self.pixels.update(maps, batch["mask"].flatten(0, 1), batch["image_path"])
+        if self.masked:
+            self.pixels.update(maps, batch["mask"].flatten(0, 1), batch["image_path"])
         self.paths += batch["image_path"]
         low, high = torch.aminmax(maps.flatten(1), dim=1)
         det = det_scores(outputs, self.det_score).float()
@@ -139,7 +144,8 @@ def evaluate(
     loader = evaluation_loader(samples, batch_size, num_workers)
     bar = progress_bar(len(samples), f"evaluating on {data.located.spec.name}")
     for class_name, batches in groupby(loader, key=lambda batch: batch["class_name"][0]):
-        scores = {name: _ClassScores(domain, detector.det_score) for name, detector in models.items()}
+        masked = not data.lacking_masks(class_name)
+        scores = {name: _ClassScores(domain, detector.det_score, masked) for name, detector in models.items()}
         for batch in batches:
             images = batch["image"].to(device, non_blocking=True)
             rows = torch.full((len(images),), data.classes.index(class_name), device=device)

@@ -37,12 +37,13 @@ class Picture:
 
     @property
     def title(self) -> str:
-        """Class and kind of defect, in words; medical datasets' folders tell no kind."""
+        """Class and kind of defect, in words; medical datasets' folders tell no kind. Whether a mask is missing."""
         kind = Path(self.record.image_path).parent.name
         if self.domain == "medical":
             kind = "anomalous" if self.record.label else "normal"
         # Not the name in prompts, which several classes may share.
-        return f"{readable_name(self.record.class_name)}, {readable_name(kind)}"
+        unknown = " (no mask)" if self.record.lacks_mask else ""
+        return f"{readable_name(self.record.class_name)}, {readable_name(kind)}{unknown}"
 
 
 def read_picture(data: TaskData, record: Record) -> Picture:

@@ -1,20 +1,14 @@
-"""What `inference.py` does: evaluate checkpoints on a dataset, or score images that belong to none."""
+"""What `inference.py` does with a dataset: evaluate checkpoints on it."""
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from dataset.catalog import readable_name
-from dataset.folders import IMAGE_ENDINGS, listing
-from dataset.images import read_image
 from dataset.options import HALF
-from dataset.prompts import build_prompts
-from engine.data import TaskData
+from engine.data import TaskData, load_two_folders, mask_notes
 from engine.detector import Detector, build_detector, load_clip_for, unadapted_detector
 from engine.device import check_device
 from engine.evaluation.arguments import ALL
@@ -33,15 +27,23 @@ from engine.run_folder import find_checkpoints
 from model.checkpoint import Checkpoint, read_checkpoint
 from model.clip_loading import load_clip
 from utils.errors import UserError
-from utils.files import check_folder, write_text
-from utils.heatmaps import overlay, save_image
-from utils.logging import progress_bar, set_up_logging
-from utils.paths import figure_path, is_file, is_folder, is_no_file, safe_name
+from utils.files import check_folder
+from utils.logging import set_up_logging
+from utils.paths import safe_name
 
 logger = logging.getLogger(__name__)
 
 # What `--checkpoint` takes for unadapted CLIP.
 NO_CHECKPOINT = "none"
+
+
+class TwoFolders(NamedTuple):
+    """Images of one class that are normal, others that are anomalous, and how they are scored."""
+
+    normal: Path
+    anomalous: Path
+    class_name: str
+    domain: str
 
 
 def load_detectors(checkpoint: str, clip_weights: str | None, device: str, **overrides: Any) -> list[Detector]:
@@ -113,12 +115,14 @@ def evaluate_checkpoints(
     precision: str = "fp32",
     clip_weights: str | None = None,
     visualize: int | str | None = None,
+    two_folders: TwoFolders | None = None,
     **overrides: Any,
 ) -> list[Evaluation]:
     """Evaluate what `--checkpoint` means on a dataset: tables to the log, rows to `evaluation_DATASET.csv`.
 
     With another det score than the published one, files have it in their names.
-    visualize: also draw this many images of each class, or `ALL`, as the last of the models sees them.
+    visualize: also draw this many images of each class, or `ALL`, as the last of the models sees them. two_folders: in
+    place of a dataset.
     Raises `UserError` for files, datasets and devices that are not there or do not fit.
     """
     set_up_logging()
@@ -126,10 +130,13 @@ def evaluate_checkpoints(
     folder = output_folder(checkpoint, output_dir)
     check_folder(folder, "--output_dir")
     detectors = load_detectors(checkpoint, clip_weights, device, **overrides)
-    asked = dataset or training_dataset(detectors)
     run = detectors[0].arguments
-    data = load_task_of_run(run, asked, data_root, metadata, class_names, skip_bad_images, mask_threshold)
-    for note in zero_shot_notes({detector.name: detector.config for detector in detectors}, data):
+    if two_folders is not None:
+        data = load_two_folders(*two_folders, skip_bad_images)
+    else:
+        asked = dataset or training_dataset(detectors)
+        data = load_task_of_run(run, asked, data_root, metadata, class_names, skip_bad_images, mask_threshold)
+    for note in [*zero_shot_notes({d.name: d.config for d in detectors}, data), *mask_notes(data)]:
         logger.warning("%s", note)
     models = {detector.name: detector for detector in detectors}
     evaluations = list(evaluate(models, data, device, batch_size, num_workers, precision).values())
@@ -153,76 +160,3 @@ def evaluate_checkpoints(
         figures = draw_overlays(last, data, None if visualize == ALL else int(visualize), drawn)
         logger.info("%d images as %s sees them, in %s", len(figures), last.name, drawn)
     return evaluations
-
-
-def score_images(
-    checkpoint: str,
-    image: Path,
-    class_name: str,
-    *,
-    domain: str = "industrial",
-    class_names: str | None = None,
-    output_dir: Path | None = None,
-    device: str = "auto",
-    clip_weights: str | None = None,
-    skip_bad_images: bool = False,
-    **overrides: Any,
-) -> list[tuple[Path, float]]:
-    """Score images that belong to no dataset: a heatmap over each, and `scores.csv`; a folder means its images.
-
-    class_names: as for `Detector.predict`. Of several checkpoints in a folder the last one is used. Raises `UserError`
-    as `evaluate_checkpoints` does.
-    """
-    device = check_device(device, "fp32")
-    build_prompts(readable_name(class_name))  # a name that no prompt can hold is refused before anything is loaded
-    files = image_files(image)
-    folder = output_folder(checkpoint, output_dir)
-    check_folder(folder, "--output_dir")
-    if checkpoint != NO_CHECKPOINT:
-        checkpoint = str(find_checkpoints(Path(checkpoint))[-1])
-    detector = load_detectors(checkpoint, clip_weights, device, **overrides)[0]
-    scores: list[tuple[Path, float]] = []
-    taken: set[str] = set()
-    bar = progress_bar(len(files), "scoring")
-    for path in files:
-        try:
-            pixels = read_image(path)
-        except UserError as error:
-            if not skip_bad_images:
-                raise
-            logger.warning("left out: %s", error)
-            continue
-        prediction = detector.predict(pixels, class_name, domain, class_names=class_names)
-        save_image(
-            overlay(pixels, prediction.anomaly_map), figure_path(folder / "heatmaps", path.name, "_heatmap.png", taken)
-        )
-        scores.append((path, prediction.score))
-        bar.update()
-    bar.close()
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "score"])
-    writer.writerows((path.as_posix(), f"{score:.6f}") for path, score in scores)
-    written = f"scores{det_score_suffix(detector.det_score)}.csv"
-    write_text(folder / written, text.getvalue())
-    for path, score in scores:
-        logger.info("%.4f  %s", score, path)
-    logger.info("%d images scored by %s; heatmaps and %s in %s", len(scores), detector.name, written, folder)
-    return scores
-
-
-def image_files(image: Path) -> list[Path]:
-    """An image, or all images of a folder in order of their names; `UserError` where there are none."""
-    if is_file(image):
-        return [image]
-    if not is_folder(image):
-        what = "is neither a file nor a folder" if is_no_file(image) else "no such file or folder"
-        raise UserError(f"--image {image}: {what}")
-    named = [path for path in listing(image) if path.suffix.lower() in IMAGE_ENDINGS]
-    files = [path for path in named if is_file(path)]
-    for path in named:
-        if path not in files:
-            logger.warning("left out: %s is no file", path)
-    if not files:
-        raise UserError(f"--image {image}: no images in this folder ({', '.join(sorted(IMAGE_ENDINGS))})")
-    return files

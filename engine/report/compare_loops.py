@@ -12,7 +12,7 @@ from typing import Any
 
 from dataset.options import HALF
 from dataset.records import metadata_digest
-from engine.data import TaskData
+from engine.data import TaskData, mask_notes
 from engine.detector import UNADAPTED, Detector, build_detector, load_clip_for, unadapted_detector
 from engine.device import check_device
 from engine.evaluation.evaluate import Evaluation, evaluate
@@ -119,7 +119,7 @@ def compare_feedback_loops(
         rows, evaluations = evaluate_rows(rows, clip, setting, folder / CACHE_FILE)
         notes = [*unfair_notes(rows), *setting_notes(rows, clip.settings)]
     trained = {row.name: row.config for row in rows}
-    notes = [*zero_shot_notes(trained, data), *broken_notes(save_path, rows), *notes]
+    notes = [*zero_shot_notes(trained, data), *mask_notes(data), *broken_notes(save_path, rows), *notes]
     comparison = Comparison(data.located.spec.name, rows, evaluations, notes, setting.det_score)
     # Not before: a comparison that is stopped leaves nothing but what it need not evaluate again.
     set_up_logging(folder / "comparison.log")

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dataset.options import AugmentationConfig
 from engine.arguments import DataArguments, MachineArguments, ModelArguments
 from model.config import CrossAttentionConfig, ModelConfig
+from utils.errors import UserError
 from utils.fields import changed, setting
 
 RECIPES = ("toy",)
 MOST_EPOCHS, MOST_IMAGES = 100_000, 100_000
 # Far beyond sense, but an optimizer can take it; a loss that is not finite then stops the run.
 LARGEST_RATE = 1e30
+
+Config = TypeVar("Config", bound="BaseConfig")
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,18 @@ class BaseConfig(RunConfig):
         5, "epochs of Stage 1; 0 keeps CLIP's own text embeddings", "schedule", between=(0, MOST_EPOCHS), free=True
     )
     image_epoch: int = setting(20, "epochs of Stage 2", "schedule", between=(0, MOST_EPOCHS), free=True)
+    image_loss_only: bool = setting(
+        False, "Stage 2's classification of whole images alone, without Stage 1: needs no masks, and leaves the maps "
+        "untrained", "training",
+    )  # fmt: skip
+
+    @classmethod
+    def of(cls: type[Config], **given: Any) -> Config:
+        """As `Arguments.of`; without masks there is no Stage 1. Raises `UserError` where it is asked for."""
+        without_stage1 = {"text_epoch": 0} if given.get("image_loss_only") else {}
+        if without_stage1 and given.get("text_epoch"):
+            raise UserError("--image_loss_only trains no Stage 1: leave --text_epoch out")
+        return super().of(**{**given, **without_stage1})
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from functools import partial
 from engine.data import TaskData, training_loader
 from engine.run_folder import side_file
 from engine.training.arguments import BaseConfig
+from engine.training.image_loss import ImageLossStage
 from engine.training.opening import open_run, prepare
 from engine.training.phases import Phase
 from engine.training.run import TrainingRun
@@ -55,7 +56,8 @@ def two_phases(config: BaseConfig, run: TrainingRun, data: TaskData) -> list[Pha
     def image_files(epoch: int) -> list[str]:
         return [side_file("image", epoch), side_file("image")]
 
-    text_stage, image_stage = (partial(stage, model, prompts, classes, config) for stage in (TextStage, ImageStage))
+    kinds = (TextStage, ImageLossStage if config.image_loss_only else ImageStage)
+    text_stage, image_stage = (partial(stage, model, prompts, classes, config) for stage in kinds)
     return [
         Phase(
             1, "text", config.text_epoch, config.text_lr, halved_at(()), text_stage,

@@ -18,6 +18,7 @@ from engine.device import make_accelerator
 from engine.remembered import arguments_in, load_task_of_run
 from engine.run_folder import STATE_FILE
 from engine.training.arguments import CrossAttentionArguments, RunConfig
+from engine.training.image_loss import check_labels
 from engine.training.restart import run_folder
 from engine.training.run import TrainingRun
 from engine.training.start import Start, carry_over_moments, check_start, load_start, log_initialisation
@@ -73,6 +74,7 @@ def prepare(config: RunConfig, script: str, start: Start | None = None, text_ada
             config.skip_bad_images,
             config.mask_threshold,
         )
+    check_labels(config, data)
     data = choose_training_images(data, config.training_mode, config.shot, config.seed)
     activation = config.activation or start.activation
     clip = load_clip(config.model_name, config.clip_weights, config.img_size, activation)

@@ -198,10 +198,13 @@ def log_epoch(row: Mapping[str, Any], epochs: int) -> None:
         ", ".join(f"{name.removeprefix('grad_norm/')} {row[name]:.4f}" for name in each),
     )  # fmt: skip
     left = (epochs - row["epoch"]) * row["seconds"]
+    # Not there where no masks are looked at.
+    inside, outside = row["abnormal_inside"], row["abnormal_outside"]
+    nothing = math.isnan(inside) and math.isnan(outside)
+    watched = "" if nothing else f"p_abnormal {inside:.3f} inside masks and {outside:.3f} outside, "
     logger.info(
-        "  epoch %d of %d, lr %.3g, p_abnormal %.3f inside masks and %.3f outside, %.1f images/s, %.2f GiB, %s left",
-        row["epoch"], epochs, row["lr"], row["abnormal_inside"], row["abnormal_outside"],
-        row["images_per_second"], row["memory_gib"], readable_time(left),
+        "  epoch %d of %d, lr %.3g, %s%.1f images/s, %.2f GiB, %s left",
+        row["epoch"], epochs, row["lr"], watched, row["images_per_second"], row["memory_gib"], readable_time(left),
     )  # fmt: skip
     for warning in epoch_warnings(row):
         logger.warning("  %s", warning)

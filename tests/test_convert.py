@@ -1,0 +1,258 @@
+"""`python -m dataset.convert`: each source becomes a dataset that is read, and nothing is overwritten."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset.convert import ConversionArguments, build_parser, convert
+from dataset.images import read_mask, read_pair
+from dataset.locate import locate_dataset
+from dataset.metadata import build_metadata
+from dataset.records import Record
+from utils.errors import UserError
+
+SIZE = (12, 8)
+
+
+def picture(path: Path, value: int = 90, size: tuple[int, int] = SIZE, mode: str = "RGB", **how: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value if mode == "L" else (value, value, value)).save(path, **how)
+    return path
+
+
+def mask(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = Image.new("L", SIZE)
+    content.paste(255, (2, 3, 6, 5))
+    content.save(path)
+    return path
+
+
+def converted(source: Path, target: Path, **more: Any) -> list[Record]:
+    """The records of a converted dataset."""
+    convert(ConversionArguments(source=source, target=target, **more))
+    records = build_metadata(locate_dataset(str(target)))
+    for record in records:
+        read_pair(target, record)
+    return records
+
+
+def lines(file: Path, rows: list[dict[str, Any]]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Images of two classes, two of them of one name."""
+    for name in ("raw/a/1.png", "raw/a/2.jpg", "raw/b/1.png", "raw/b/3.png"):
+        picture(tmp_path / name, value=len(name) + ord(name[4]) % 7)
+    mask(tmp_path / "raw/masks/1.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "class_name", "mask_path", "kind"),
+    [
+        ("image_path", "label", "class_name", "mask_path", "defect"),
+        ("img_path", "anomaly", "cls_name", "mask_path", "specie_name"),
+        ("filename", "label", "clsname", "maskname", "label_name"),
+    ],
+)
+def test_lists_of_several_makers(
+    folder: Path, image: str, label: str, class_name: str, mask_path: str, kind: str
+) -> None:
+    rows = [
+        {image: "raw/a/1.png", label: 1, class_name: "metal nut", mask_path: "raw/masks/1.png", kind: "bent"},
+        {image: "raw/b/1.png", label: 1, class_name: "metal nut", mask_path: "", kind: "bent"},
+        {image: "raw\\a\\2.jpg", label: 0.0, class_name: "metal nut", mask_path: "raw/masks/1.png", kind: "good"},
+        {image: str(folder / "raw/b/3.png"), label: "good", class_name: "screw"},
+    ]
+    records = converted(lines(folder / "list.jsonl", rows), folder / "new")
+    assert records == [
+        Record("metal nut/test/bent/1.png", 1, "metal nut", "metal nut/ground_truth/bent/1_mask.png"),
+        # Another image of the same name keeps a name that says where it came from.
+        Record("metal nut/test/bent/b_1.png", 1, "metal nut"),
+        Record("metal nut/test/good/2.jpg", 0, "metal nut"),
+        Record("screw/test/good/3.png", 0, "screw"),
+    ]
+
+
+def test_a_list_that_this_project_kept_and_one_of_whole_splits(folder: Path) -> None:
+    tie = {"schema": 1, "dataset": "x", "layout": "mvtec", "classes": []}
+    row = {"image_path": "a/test/dent/1.png", "label": 1, "class_name": "a", "mask_path": "raw/masks/1.png"}
+    picture(folder / "a/test/dent/1.png")
+    assert [r.image_path for r in converted(lines(folder / "kept.jsonl", [tie, row]), folder / "one")] == [
+        "a/test/dent/1.png"
+    ]
+    meta = {
+        "train": {"a": [{"img_path": "raw/b/3.png", "cls_name": "a", "anomaly": 0}]},
+        "test": {"a": [{"img_path": "raw/a/1.png", "mask_path": "raw/masks/1.png", "anomaly": 1}]},
+    }
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    assert [r.image_path for r in converted(folder / "meta.json", folder / "two")] == ["a/test/anomalous/1.png"]
+    assert (folder / "two/a/train/good/3.png").is_file()
+
+
+def coco(file: Path, **changes: Any) -> Path:
+    content = {
+        "images": [{"id": 1, "file_name": "a/1.png", "width": 12, "height": 8}, {"id": 2, "file_name": "b/3.png"}],
+        "categories": [{"id": 7, "name": "scratch"}, {"id": 8, "name": "good"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 7, "segmentation": [[2, 3, 5, 3, 5, 4, 2, 4]]}],
+        **changes,
+    }
+    file.write_text(json.dumps(content), encoding="utf-8")
+    return file
+
+
+def test_coco_polygons_and_boxes_become_masks(folder: Path) -> None:
+    (normal, record) = converted(coco(folder / "raw/coco.json"), folder / "new", class_name="nut")
+    assert record == Record("nut/test/scratch/1.png", 1, "nut", "nut/ground_truth/scratch/1_mask.png")
+    assert normal == Record("nut/test/good/3.png", 0, "nut")
+    expected = np.zeros((8, 12), bool)
+    expected[3:5, 2:6] = True
+    drawn = np.asarray(read_mask(folder / "new" / record.mask_path)) > 0
+    np.testing.assert_array_equal(drawn, expected)
+    box = [{"image_id": 1, "category_id": 8, "segmentation": [], "bbox": [2, 3, 4, 2]}]
+    (_, record) = converted(coco(folder / "raw/coco.json", annotations=box), folder / "boxes")
+    # A defect that somebody calls "good" is not taken for a normal image.
+    assert record.image_path == "object/test/good_anomalous/1.png"
+    np.testing.assert_array_equal(np.asarray(read_mask(folder / "boxes" / record.mask_path)) > 0, expected)
+    # One annotation of each kind.
+    both = [*box, {"image_id": 1, "category_id": 7, "bbox": [0, 0, 1, 1]}]
+    (record, _) = converted(coco(folder / "raw/coco.json", annotations=both), folder / "both")
+    assert record.image_path == "object/test/combined/1.png"
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_coco_masks_fit_an_image_that_a_camera_turned(folder: Path, turned: bool) -> None:
+    """Whether its annotations were made on what is shown (8 x 12) or on the file's own pixels."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = Image.new("RGB", SIZE)
+    pixels.paste((255, 255, 255), (2, 3, 6, 5))
+    pixels.save(folder / "raw/a/1.png", exif=exif)
+    # The bright pixels, turned by 90 degrees.
+    shown, stored = [3, 2, 2, 4], [2, 3, 4, 2]
+    size = {"width": 8, "height": 12} if turned else {"width": 12, "height": 8}
+    file = coco(
+        folder / "raw/coco.json",
+        images=[{"id": 1, "file_name": "a/1.png", **size}],
+        annotations=[{"image_id": 1, "bbox": shown if turned else stored}],
+    )
+    (record,) = converted(file, folder / "new")
+    image, drawn = read_pair(folder / "new", record)
+    np.testing.assert_array_equal(np.asarray(drawn) > 0, np.asarray(image.convert("L")) > 128)
+
+
+def test_visa_with_its_own_split(tmp_path: Path) -> None:
+    table = "object,split,label,image,mask\n"
+    for name, side, split in (("0", "Normal", "train"), ("1", "Normal", "test"), ("0", "Anomaly", "test")):
+        image, label = f"candle/Data/Images/{side}/{name}.JPG", "normal" if side == "Normal" else "anomaly"
+        picture(tmp_path / "visa" / image)
+        own = "candle/Data/Masks/Anomaly/0.png" if side == "Anomaly" else ""
+        table += f"candle,{split},{label},{image},{own}\n"
+    mask(tmp_path / "visa/candle/Data/Masks/Anomaly/0.png")
+    (tmp_path / "visa/split_csv").mkdir()
+    (tmp_path / "visa/split_csv/1cls.csv").write_text(table, encoding="utf-8")
+    assert converted(tmp_path / "visa", tmp_path / "new") == [
+        Record("candle/test/bad/0.JPG", 1, "candle", "candle/ground_truth/bad/0_mask.png"),
+        Record("candle/test/good/1.JPG", 0, "candle"),
+    ]
+    assert (tmp_path / "new/candle/train/good/0.JPG").is_file()
+
+
+def test_two_folders_with_and_without_masks(tmp_path: Path) -> None:
+    for name in ("OK/1.png", "NOK/bent/1.png", "NOK/2.png", "unsure/9.png"):
+        picture(tmp_path / "screw" / name)
+    mask(tmp_path / "screw/masks/bent/1_mask.png")
+    records = converted(tmp_path / "screw", tmp_path / "new", anomalous=Path("NOK"))
+    assert records == [
+        Record("screw/test/NOK/2.png", 1, "screw"),
+        Record("screw/test/bent/1.png", 1, "screw", "screw/ground_truth/bent/1_mask.png"),
+        Record("screw/test/good/1.png", 0, "screw"),
+    ]
+    # Each other folder is a kind of defect, and a target that lies in the source is none.
+    inside = tmp_path / "screw" / "converted"
+    for _ in range(2):
+        kinds = [Path(record.image_path).parent.name for record in converted(tmp_path / "screw", inside)]
+        assert kinds == ["NOK", "NOK", "good", "unsure"]
+
+
+def test_images_are_linked_or_copied_and_nothing_is_made_twice(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    rows = [{"image_path": "raw/a/1.png", "label": 1, "class_name": "nut", "mask_path": "raw/masks/1.png"}]
+    file = lines(folder / "list.jsonl", rows)
+
+    def counts(target: str, copy: bool = False) -> Counter[str]:
+        return convert(ConversionArguments(source=file, target=folder / target, copy=copy))
+
+    assert counts("linked") == {"linked": 2}
+    assert (folder / "linked/nut/test/anomalous/1.png").samefile(folder / "raw/a/1.png")
+    assert counts("linked") == {"there already": 2}
+    assert "1 images from a list" in caplog.text and "2 there already" in caplog.text
+    assert counts("copied", copy=True) == {"copied": 2}
+    assert not (folder / "copied/nut/test/anomalous/1.png").samefile(folder / "raw/a/1.png")
+
+
+def test_where_files_cannot_be_linked_they_are_copied_with_a_word(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(os, "link", refuse)
+    rows = [{"image_path": f"raw/b/{name}.png", "label": 0, "class_name": "nut"} for name in (1, 3)]
+    arguments = ConversionArguments(source=lines(folder / "list.jsonl", rows), target=folder / "new")
+    assert convert(arguments) == {"copied": 2}
+    assert caplog.text.count("cannot be linked") == 1
+    assert {path.name for path in (folder / "new/nut/test/good").iterdir()} == {"1.png", "3.png"}
+
+
+def test_nothing_is_overwritten_and_then_nothing_is_written(folder: Path) -> None:
+    rows = [{"image_path": f"raw/b/{name}.png", "label": 0, "class_name": "nut"} for name in (1, 3)]
+    own = picture(folder / "new/nut/test/good/3.png", value=7)
+    before = own.read_bytes()
+    with pytest.raises(UserError, match=r"3\.png is there already, with another content"):
+        convert(ConversionArguments(source=lines(folder / "list.jsonl", rows), target=folder / "new"))
+    assert own.read_bytes() == before and [path.name for path in own.parent.iterdir()] == ["3.png"]
+
+
+def test_formats_that_this_layout_does_not_know_become_png(folder: Path) -> None:
+    picture(folder / "raw/c/odd.ppm")
+    mask(folder / "raw/c/odd_mask.gif")
+    row = {"image_path": "raw/c/odd.ppm", "label": 1, "class_name": "nut", "mask_path": "raw/c/odd_mask.gif"}
+    (record,) = converted(lines(folder / "list.jsonl", [row]), folder / "new")
+    assert record.image_path == "nut/test/anomalous/odd.png" and record.mask_path is not None
+
+
+@pytest.mark.parametrize(
+    ("class_name", "kind"), [("../out", "../../x"), (".hidden", "."), ("a/b", "c\\d"), ("con", "nul")]
+)
+def test_names_of_the_source_stay_in_the_target(folder: Path, class_name: str, kind: str) -> None:
+    row = {"image_path": "raw/a/1.png", "label": 1, "class_name": class_name, "defect": kind}
+    (record,) = converted(lines(folder / "list.jsonl", [row]), folder / "new")
+    assert (folder / "new" / record.image_path).resolve().is_relative_to(folder / "new")
+
+
+def test_an_image_cannot_be_both(folder: Path) -> None:
+    rows = [{"image_path": "raw/a/1.png", "label": label, "class_name": "nut"} for label in (0, 1)]
+    with pytest.raises(UserError, match="both normal and anomalous"):
+        convert(ConversionArguments(source=lines(folder / "list.jsonl", rows), target=folder / "new"))
+    assert not (folder / "new").exists()
+
+
+def test_the_arguments_are_given_by_their_place() -> None:
+    asked = vars(build_parser().parse_args(["a.jsonl", "b", "--copy"]))
+    assert asked == {"source": Path("a.jsonl"), "target": Path("b"), "copy": True}
+    assert "SOURCE TARGET" in build_parser().format_help()

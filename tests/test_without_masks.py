@@ -1,0 +1,198 @@
+"""Labels of whole images without masks: metrics of images, and training that needs none (docs/datasets.md)."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dataset.metadata import kept_file
+from engine.data import load_task, load_two_folders, mask_notes
+from engine.evaluation.evaluate import Evaluation
+from engine.evaluation.image_heatmaps import read_picture
+from engine.evaluation.inference import TwoFolders, evaluate_checkpoints
+from engine.report.compare_loops import compare_feedback_loops
+from engine.training.arguments import BaseConfig, CrossAttentionRunConfig
+from engine.training.base import train_base
+from engine.training.cross_attention import train_cross_attention
+from engine.training.feedback import train_feedback
+from tests.scripts import small_runs, train_small_runs
+from utils.errors import UserError
+from utils.logging import set_up_logging
+from utils.metrics import IMAGE_NAMES, PIXEL_NAMES
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained base and feedback, and the dataset `test` with all masks, with those of one class, and without."""
+    folder = train_small_runs(tmp_path_factory.mktemp("world"))
+    for name in ("some", "none"):
+        shutil.copytree(folder / "test", folder / name, ignore=shutil.ignore_patterns("*.jsonl"))
+    shutil.copytree(folder / "train", folder / "train_none", ignore=shutil.ignore_patterns("*.jsonl"))
+    for masks in [*(folder / "none").glob("*/ground_truth"), *(folder / "train_none").glob("*/ground_truth")]:
+        shutil.rmtree(masks)
+    (folder / "some/cork/ground_truth/spot/001_mask.png").unlink()
+    return folder
+
+
+def evaluated(world: Path, dataset: str | None, tmp_path: Path, **more: Any) -> Evaluation:
+    asked = None if dataset is None else str(world / dataset)
+    (found,) = evaluate_checkpoints(
+        str(world / "base/image_adapter.pth"), asked, output_dir=tmp_path / "out", device="cpu", **more
+    )
+    return found
+
+
+def log_of(folder: Path, name: str = "train.log") -> str:
+    return (folder / name).read_text(encoding="utf-8")
+
+
+def test_image_metrics_need_no_masks(world: Path, tmp_path: Path) -> None:
+    with_masks = evaluated(world, "test", tmp_path)
+    without = evaluated(world, "none", tmp_path)
+    for mine, theirs in zip(without.classes, with_masks.classes, strict=True):
+        assert {name: mine.values[name] for name in PIXEL_NAMES.values()} == dict.fromkeys(PIXEL_NAMES.values())
+        assert [mine.values[name] for name in IMAGE_NAMES.values()] == [
+            theirs.values[name] for name in IMAGE_NAMES.values()
+        ]
+        assert mine.scores == theirs.scores
+    assert "Pixel metrics are n/a: none of the 6 anomalous images has a mask" in log_of(
+        tmp_path / "out", "inference.log"
+    )
+    with (tmp_path / "out/evaluation_none.csv").open(encoding="utf-8", newline="") as file:
+        assert {row[name] for row in csv.DictReader(file) for name in PIXEL_NAMES.values()} == {"n/a"}
+
+
+def test_a_class_that_lacks_one_mask_has_no_pixel_metrics(world: Path, tmp_path: Path) -> None:
+    with_masks = evaluated(world, "test", tmp_path)
+    cork, reed = evaluated(world, "some", tmp_path).classes
+    assert cork.values["pixel_auroc"] is None and cork.values["image_auroc"] is not None
+    assert reed.values == with_masks.classes[1].values
+    assert "n/a for cork: 1 of 3 anomalous images have no mask, such as cork/test/spot/001.png" in log_of(
+        tmp_path / "out", "inference.log"
+    )
+
+
+def test_masks_that_come_later_are_found(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "some", tmp_path / "some")
+    data = load_task(str(tmp_path / "some"))
+    assert mask_notes(data) and not kept_file(data.located).exists()
+    masks = "cork/ground_truth/spot"
+    shutil.copy(world / "test" / masks / "001_mask.png", tmp_path / "some" / masks / "001_mask.png")
+    later = load_task(str(tmp_path / "some"))
+    assert not mask_notes(later) and kept_file(later.located).is_file()
+
+
+def test_two_folders_are_tested_like_a_class(world: Path, tmp_path: Path) -> None:
+    test = world / "test" / "cork" / "test"
+    folders = TwoFolders(test / "good", test / "spot", "cork", "industrial")
+    (found,) = evaluated(world, None, tmp_path, two_folders=folders, visualize=1).classes
+    expected = evaluated(world, "none", tmp_path).classes[0]
+    assert found.values == expected.values and found.class_name == "cork"
+    assert (found.images, found.anomalous) == (6, 3)
+    assert "none of the 3 anomalous images has a mask" in log_of(tmp_path / "out", "inference.log")
+    assert (tmp_path / "out/evaluation_good_and_spot.csv").is_file()
+    assert len(list((tmp_path / "out/pictures_good_and_spot").rglob("*.png"))) == 1
+    data = load_task(str(world / "none"))
+    assert read_picture(data, data.records[-1]).title == "reed, spot (no mask)"
+
+
+def test_two_folders_that_share_images_are_refused(world: Path) -> None:
+    test = world / "test" / "cork" / "test"
+    with pytest.raises(UserError, match="share 3 images"):
+        load_two_folders(test, test / "spot", "cork")
+    with pytest.raises(UserError, match=r"--anomalous .*: no such file or folder"):
+        load_two_folders(test / "good", test / "nothing", "cork")
+
+
+def test_a_comparison_without_masks_says_why(world: Path, tmp_path: Path) -> None:
+    asked = {"base_path": world / "base", "device": "cpu", "report": True, "output_dir": tmp_path}
+    assert compare_feedback_loops(world / "feedback", str(world / "none"), **asked) == 0
+    for page in ("report.html", "comparison.md"):
+        assert "Pixel metrics are n/a: none of the 6" in (tmp_path / page).read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def config(world: Path, tmp_path: Path) -> BaseConfig:
+    """The loss of images alone on images without masks."""
+    base, _ = small_runs(world)
+    values = {
+        **vars(base),
+        "dataset": str(world / "train_none"),
+        "image_epoch": 2,
+        "image_lr": 0.01,
+        "save_path": tmp_path / "run",
+    }
+    del values["text_epoch"]
+    return BaseConfig.of(**{**values, "image_loss_only": True})
+
+
+def weights(file: Path) -> dict[str, torch.Tensor]:
+    return torch.load(file, weights_only=True)["image_adapter"]
+
+
+def test_training_says_which_stage_needs_masks(world: Path, config: BaseConfig) -> None:
+    feedback = replace(small_runs(world)[1], dataset=config.dataset)
+    for train, asked in ((train_base, replace(config, image_loss_only=False)), (train_feedback, feedback)):
+        with pytest.raises(
+            UserError, match=r"12 of 12 .* have no mask, .*Stage 1 .*Stage 2 need them.*--image_loss_on"
+        ):
+            train(asked)
+    assert not config.save_path.exists()
+
+
+def test_the_image_loss_trains_what_it_reaches_and_says_what_that_costs(config: BaseConfig, tmp_path: Path) -> None:
+    assert config.text_epoch == 0
+    set_up_logging()  # as scripts begin; what is said before there is a folder comes first in the log
+    train_base(replace(config, image_epoch=1))
+    assert "Stage 1 is left out" in log_of(config.save_path) and "the projectors of the maps stay random" in log_of(
+        config.save_path
+    )
+    assert "nan" not in log_of(config.save_path)
+    first = weights(config.save_path / "image_adapter_1.pth")
+    train_base(config)  # goes on for another epoch
+    fresh = replace(config, save_path=tmp_path / "fresh")
+    train_base(fresh)
+    second, straight = weights(config.save_path / "image_adapter.pth"), weights(fresh.save_path / "image_adapter.pth")
+    assert all(torch.equal(second[name], straight[name]) for name in straight)
+    changed = {name.split(".")[0] for name in first if not torch.equal(first[name], second[name])}
+    assert changed == {"layer_adapters", "det_proj"}
+    row = json.loads(log_of(config.save_path, "history.jsonl").splitlines()[0])
+    assert {name for name in row if name.startswith("grad_norm/")} == {
+        "grad_norm/layer_adapters", "grad_norm/det_proj", "grad_norm/total",
+    }  # fmt: skip
+    saved = torch.load(config.save_path / "image_adapter.pth", weights_only=True)["config"]
+    assert saved["arguments"]["image_loss_only"] is True and not saved["model"]["text_adapted"]
+    with pytest.raises(UserError, match="image_loss_only was True, now False"):
+        train_base(replace(config, image_loss_only=False, dataset=config.dataset.removesuffix("_none")))
+
+
+def test_cross_attention_may_start_from_a_base(world: Path, config: BaseConfig) -> None:
+    sides = {f"load_base_{side}_adapter": world / "base" / f"{side}_adapter.pth" for side in ("text", "image")}
+    values = {name: value for name, value in vars(config).items() if name != "text_epoch"}
+    set_up_logging()
+    train_cross_attention(CrossAttentionRunConfig.of(**values, **sides))
+    assert "the projectors of the maps stay those of the base" in log_of(config.save_path)
+    before, after = (
+        weights(world / "base/image_adapter.pth"),
+        weights(config.save_path / "image_adapter.pth"),
+    )
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"layer_adapters", "det_proj"}
+
+
+def test_what_the_image_loss_does_not_go_with(config: BaseConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="leave --text_epoch out"):
+        BaseConfig.of(image_loss_only=True, text_epoch=3)
+    assert BaseConfig.of(image_loss_only=True, text_epoch=0).text_epoch == 0
+    data = load_task(config.dataset)
+    medical = replace(data, located=replace(data.located, spec=replace(data.located.spec, domain="medical")))
+    monkeypatch.setattr("engine.training.opening.load_task_of_run", lambda *_: medical)
+    with pytest.raises(UserError, match="scored by their maps alone"):
+        train_base(config)
