@@ -5,6 +5,7 @@ from __future__ import annotations
 from utils.script import run_script
 
 from engine.arguments import make_parser
+from engine.early import check_testing
 from engine.evaluation.arguments import LESS_MEMORY, ComparisonArguments
 from utils.cli import Parser
 from utils.logging import set_up_logging
@@ -17,6 +18,7 @@ def build_parser() -> Parser:
 def main() -> int:
     arguments = ComparisonArguments.of(**vars(build_parser().parse_args()))
     set_up_logging()
+    check_testing(arguments)
     from engine.report.compare_loops import compare_feedback_loops  # torch takes seconds: arguments come first
 
     return compare_feedback_loops(**vars(arguments))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from utils.script import run_script
 
 from engine.arguments import make_parser
+from engine.early import check_testing
 from engine.evaluation.arguments import DEFAULT_CLASS, LESS_MEMORY, InferenceArguments
-from engine.evaluation.inference import TwoFolders, evaluate_checkpoints
-from engine.evaluation.own_images import score_images
 from utils.cli import Parser
 from utils.logging import set_up_logging
 
@@ -28,6 +27,13 @@ def main() -> None:
     arguments = InferenceArguments.of(**vars(build_parser().parse_args()))
     set_up_logging()
     mode = arguments.mode()
+    check_testing(arguments)
+    from engine.evaluation.inference import (  # torch takes seconds: arguments come first
+        TwoFolders,
+        evaluate_checkpoints,
+    )
+    from engine.evaluation.own_images import score_images
+
     values = {name: value for name, value in vars(arguments).items() if name not in OWN_IMAGES}
     if mode == "image":
         values = {name: value for name, value in values.items() if name not in NOT_OF_IMAGES}

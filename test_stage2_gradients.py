@@ -11,8 +11,10 @@ from utils.script import run_script
 import sys
 
 from engine.arguments import make_parser
-from engine.gradients import Bench, GradientTest, component_report, gradient_report, write_sweep
+from engine.early import check_data
+from engine.gradient_arguments import GradientTest
 from utils.cli import Parser
+from utils.errors import UserError
 from utils.files import check_folder
 from utils.logging import set_up_logging
 
@@ -26,8 +28,13 @@ def main() -> int:
     # What a preset decides is not what was given, so that the two can be told apart.
     test = GradientTest(**{**given, "sweep": tuple(given.get("sweep", ()))})
     set_up_logging()
+    if test.checkpoint is not None and not test.checkpoint.exists():
+        raise UserError(f"{test.checkpoint}: no such file")
+    check_data(test.dataset, test.data_root, {}, False)
     if test.sweep:
         check_folder(test.output_dir, "--output_dir")
+    from engine.gradients import Bench, component_report, gradient_report, write_sweep  # torch takes seconds
+
     bench = Bench(test)
     sys.stdout.write(f"{bench.subject}\n")
     if test.sweep:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from utils.script import run_script
 
 from engine.arguments import make_parser
+from engine.early import check_training
 from engine.training.advice import LESS_MEMORY
 from engine.training.arguments import CrossAttentionRunConfig
 from utils.cli import Parser
@@ -18,6 +19,7 @@ def build_parser() -> Parser:
 def main() -> None:
     config = CrossAttentionRunConfig.of(**vars(build_parser().parse_args()))
     set_up_logging()
+    check_training(config)
     from engine.training.cross_attention import train_cross_attention  # torch takes seconds: arguments come first
 
     train_cross_attention(config)

@@ -7,9 +7,10 @@ from utils.script import run_script
 from collections.abc import Sequence
 
 from engine.arguments import make_parser
+from engine.early import check_training
+from engine.remembered import forward_of_older_run
 from engine.training.advice import LESS_MEMORY
 from engine.training.feedback_arguments import FeedbackConfig
-from engine.training.restart import forward_of_older_run
 from utils.cli import Parser
 from utils.logging import set_up_logging
 
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None, **defaults: object) -> None:
     older = forward_of_older_run(FeedbackConfig, given)
     config = FeedbackConfig.of(**{**older, **({} if "preset" in given else defaults), **given})
     set_up_logging()
+    check_training(config)
     from engine.training.feedback import train_feedback  # torch takes seconds: arguments come first
 
     train_feedback(config)

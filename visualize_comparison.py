@@ -5,6 +5,7 @@ from __future__ import annotations
 from utils.script import run_script
 
 from engine.arguments import make_parser
+from engine.early import check_testing
 from engine.evaluation.arguments import VisualizationArguments
 from utils.cli import Parser
 from utils.logging import set_up_logging
@@ -17,6 +18,7 @@ def build_parser() -> Parser:
 def main() -> None:
     arguments = VisualizationArguments.of(**vars(build_parser().parse_args()))
     set_up_logging()
+    check_testing(arguments)
     from engine.evaluation.side_by_side import run_visualization  # torch takes seconds: arguments come first
 
     run_visualization(dict(vars(arguments)))

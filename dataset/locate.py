@@ -37,6 +37,11 @@ class LocatedDataset:
         return _layout_in(self.spec, self.root)
 
 
+def known_dataset(name: str) -> DatasetSpec | None:
+    """The catalog's dataset of this name, letter case aside; None for any other."""
+    return {known.lower(): spec for known, spec in CATALOG.items()}.get(name.lower())
+
+
 def locate_dataset(name_or_path: str, data_root: Path | None = None) -> LocatedDataset:
     """Find a dataset by its name in the catalog (letter case aside), or by the path of its own folder.
 
@@ -47,7 +52,7 @@ def locate_dataset(name_or_path: str, data_root: Path | None = None) -> LocatedD
 
     Raises UserError for an unknown name, and for a folder that is missing, with the layout expected.
     """
-    spec = {known.lower(): spec for known, spec in CATALOG.items()}.get(name_or_path.lower())
+    spec = known_dataset(name_or_path)
     if spec is None:
         return _locate_own_folder(name_or_path)
     data_root = expanded(data_root or os.environ.get(DATA_ROOT_VARIABLE) or DEFAULT_DATA_ROOT)

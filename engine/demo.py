@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 
 from dataset.records import Record
-from engine.data import TaskData, load_task
 from engine.detector import UNADAPTED, Detector, build_detector, unadapted_detector
 from engine.device import check_device
 from engine.evaluation.image_heatmaps import look, read_picture
 from engine.report.compare_loops import compare_feedback_loops
 from engine.run_folder import CURVES_FILE, FINAL_FILE, REPORT_FILE, loop_file, side_file
+from engine.task import TaskData, load_task
 from engine.training.arguments import BaseConfig
 from engine.training.base import train_base
 from engine.training.feedback import train_feedback

@@ -6,7 +6,7 @@ import csv
 import io
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +15,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from engine.arguments import Arguments, DataArguments, MachineArguments, ModelArguments
-from engine.data import TaskData, check_masks, choose_training_images, load_task, training_loader
+from engine.data import training_loader
 from engine.detector import checkpoint_config, cross_attention_choices, load_clip_for
 from engine.device import check_device
-from engine.evaluation.arguments import TRAINED
-from engine.training.arguments import CrossAttentionArguments, RunConfig
+from engine.gradient_arguments import DEFAULT_WEIGHT, GradientTest
+from engine.task import TaskData, check_masks, choose_training_images, load_task
+from engine.training.arguments import RunConfig
 from engine.training.feedback_arguments import FeedbackConfig
 from engine.training.stage1 import TextStage
 from engine.training.stage2 import ImageStage
@@ -35,7 +35,6 @@ from model.config import CrossAttentionConfig
 from model.cross_attention import CrossAttention
 from model.text import Prompts
 from utils.errors import UserError
-from utils.fields import changed, setting
 from utils.figures import save_png
 from utils.files import write_text
 from utils.seeding import derive_seed
@@ -43,55 +42,6 @@ from utils.seeding import derive_seed
 # What the defaults must keep to: how much longer or shorter the gradient may get, and how far it may turn.
 HEALTHY_RATIOS = (0.8, 1.25)
 HEALTHY_COSINE = 0.95
-DEFAULT_WEIGHT = CrossAttentionConfig.image_cross_attn_weight
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradientTest(Arguments):
-    """What is measured: which model, on which images, with which cross-attention. None is what was not asked for."""
-
-    model_name: str | None = changed(ModelArguments, "model_name", None, unset=f"{TRAINED}, else toy")
-    clip_weights: str | None = changed(
-        ModelArguments, "clip_weights", unset="those trained with, else OpenAI's from the hub"
-    )
-    activation: str | None = changed(ModelArguments, "activation", unset=f"{TRAINED}, else the one the weights need")
-    img_size: int | None = changed(ModelArguments, "img_size", unset=f"{TRAINED}, else the model's own")
-    checkpoint: Path | None = setting(
-        None, "trained model, a base or one with cross-attention", "model", unset="none, fresh weights"
-    )
-    preset: str | None = changed(
-        FeedbackConfig, "preset", None, help="feedback preset whose cross-attention is measured", unset="none",
-        group="cross-attention",
-    )  # fmt: skip
-    image_cross_attn_weight: float | None = changed(
-        CrossAttentionArguments, "image_cross_attn_weight", None, unset=f"{TRAINED}, else {DEFAULT_WEIGHT}"
-    )
-    text_cross_attn_weight: float | None = changed(
-        CrossAttentionArguments, "text_cross_attn_weight", None, unset=f"{TRAINED}, else {DEFAULT_WEIGHT}"
-    )
-    context_norm: str | None = changed(CrossAttentionArguments, "context_norm", None, unset=f"{TRAINED}, else unit")
-    cross_attn_residual: str | None = changed(
-        CrossAttentionArguments, "cross_attn_residual", None, unset=f"{TRAINED}, else add"
-    )
-    text_cross_attn_at: str | None = changed(
-        CrossAttentionArguments, "text_cross_attn_at", None, unset=f"{TRAINED}, else first_block"
-    )
-    dataset: str = changed(DataArguments, "dataset", "toy_train")
-    data_root: Path | None = changed(DataArguments, "data_root")
-    batches: int = setting(1, "batches to average over", "data", between=(1, 1_000_000))
-    batch_size: int = setting(8, "images in each batch", "data", between=(1, 100_000))
-    seed: int = changed(RunConfig, "seed", help="seed of fresh weights and of the batches", group="data")
-    device: str = changed(MachineArguments, "device")
-    component: bool = setting(False, "list every component's gradient norm in both stages", "what to do")
-    sweep: tuple[float, ...] = setting(
-        (), "weights of the image side to measure as well, for a plot and a CSV", "what to do", between=(0, 1e6),
-        several=True,
-    )  # fmt: skip
-    output_dir: Path = setting(Path("runs/gradients"), "folder of plot and CSV", "output")
-
-    def given(self, *names: str) -> dict[str, Any]:
-        """Those of the fields that were asked for."""
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 class Measurement(NamedTuple):

@@ -10,9 +10,10 @@ from typing import Any
 
 from dataset.locate import locate_dataset
 from dataset.options import HALF, NAMES
-from engine.data import TaskData, load_task
 from engine.run_folder import ARGUMENTS_FILE
-from model.checkpoint import SavedArguments
+from engine.task import TaskData, load_task
+from engine.training.arguments import RunConfig
+from model.config import CrossAttentionConfig, SavedArguments
 from utils.errors import UserError
 from utils.schema import check
 
@@ -32,6 +33,18 @@ def arguments_in(folder: Path) -> dict[str, Any]:
         logger.warning("%s; it is ignored", reason)
         return {}
     return found
+
+
+def forward_of_older_run(config: type[RunConfig], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The forward of the run in the save path that is given, where it is older than an argument whose default changed.
+
+    So the command that began such a run goes on with it: `CrossAttentionConfig` has the defaults of then.
+    """
+    now, before = config().signature(), arguments_in(given.get("save_path", config.save_path))
+    changed = {name: was for name, was in CrossAttentionConfig().to_dict().items() if now.get(name, was) != was}
+    if not before or changed.keys() <= before.keys():
+        return {}
+    return {name: before.get(name, was) for name, was in changed.items()}
 
 
 def load_task_of_run(

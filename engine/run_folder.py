@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from utils.errors import UserError
 
@@ -108,3 +109,20 @@ def _checkpoints_in(folder: Path, most: int = 8) -> str:
     names = sorted(file.name for file in folder.glob("*.pth"))
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more or "no checkpoints"
+
+
+def check_unused(save_path: Path, resume: str) -> None:
+    """Raise `UserError` for a used folder with `--resume never`, and for one with checkpoints and no state."""
+    entries = [entry for entry in save_path.iterdir() if not entry.name.startswith(".")] if save_path.exists() else []
+    if resume == "never" and entries:
+        raise UserError(f"--save_path {save_path} is not empty, and --resume never starts in a new folder only")
+    checkpoints = sorted(entry.name for entry in entries if entry.suffix == ".pth")
+    if checkpoints and not (save_path / STATE_FILE).is_file():
+        raise UserError(f"--save_path {save_path} holds {checkpoints[0]} of a run without {STATE_FILE}; give another")
+
+
+def describe_differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The settings that differ, as "image_lr was 0.0005, now 0.001"; those that are compared no longer do not count."""
+    return "; ".join(
+        f"{name} was {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value
+    )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.config import COMPONENTS, SIDES, CrossAttentionConfig, ModelConfig
+from model.config import COMPONENTS, SIDES, CrossAttentionConfig, ModelConfig, SavedArguments
 from utils.errors import UserError
 from utils.files import replacing
 from utils.schema import MayHoldMore, Plain, check
@@ -61,19 +61,6 @@ class _Group(MayHoldMore):
 class SavedOptimizer(MayHoldMore):
     state: dict[int, dict[str, float | FloatTensor | None]]
     param_groups: list[_Group]
-
-
-@dataclass(frozen=True)
-class SavedArguments(MayHoldMore):
-    """Of the arguments that a run had, those that other scripts take over."""
-
-    more = Plain
-    dataset: str
-    clip_weights: str | None = None
-    data_root: str | None = None
-    metadata: str | None = None
-    class_names: str | None = None
-    val_fraction: float = field(default=0.0, metadata={"between": (0, 1)})
 
 
 @dataclass(frozen=True)

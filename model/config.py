@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 from utils.errors import UserError
 from utils.fields import setting
-from utils.schema import check_fields
+from utils.schema import MayHoldMore, Plain, check_fields
 
 # The trainable parts, by the names that checkpoints, state dicts and logs use.
 COMPONENTS = ("text_adapter", "text_cross_attn", "image_adapter", "image_cross_attn")
@@ -222,3 +222,16 @@ def check_depths(config: ModelConfig, vision_layers: int, text_layers: int) -> N
         if not low <= value <= high:
             raise UserError(f"--{flag} {value}: {config.model_name} takes {low} to {high}")
     check_settings(config)
+
+
+@dataclass(frozen=True)
+class SavedArguments(MayHoldMore):
+    """Of the arguments that a run had, those that other scripts take over."""
+
+    more = Plain
+    dataset: str
+    clip_weights: str | None = None
+    data_root: str | None = None
+    metadata: str | None = None
+    class_names: str | None = None
+    val_fraction: float = field(default=0.0, metadata={"between": (0, 1)})

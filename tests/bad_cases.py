@@ -29,7 +29,7 @@ from torch import Tensor
 
 from engine.arguments import Arguments
 from engine.evaluation.arguments import ComparisonArguments, InferenceArguments, VisualizationArguments
-from engine.gradients import GradientTest
+from engine.gradient_arguments import GradientTest
 from engine.run_folder import LOCK_FILE
 from engine.toy_clip_arguments import PretrainArguments
 from engine.training.arguments import BaseConfig, CrossAttentionRunConfig

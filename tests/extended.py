@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from engine.data import load_task
 from engine.evaluation.evaluate import METRICS
 from engine.report.comparison import COLUMNS, PANELS
+from engine.task import load_task
 from engine.training.arguments import BaseConfig
 from engine.training.base import train_base
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.data import hold_out, load_task
+from engine.data import hold_out
+from engine.task import load_task
 from engine.training.arguments import BaseConfig
 from engine.training.base import train_base
 from tests.scripts import write_clip, write_dataset

@@ -12,10 +12,11 @@ import torch
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from benchmarks.bench_metrics import plain_aupro
-from engine.data import TaskData, evaluation_loader, load_task, make_dataset
+from engine.data import evaluation_loader, make_dataset
 from engine.detector import Detector
 from engine.evaluation import evaluate as module
 from engine.evaluation.evaluate import METRICS, evaluate
+from engine.task import TaskData, load_task
 from model.clip_loading import load_clip
 from model.scoring import anomaly_map, class_image_scores, det_scores
 from tests.helpers import adapted_clip

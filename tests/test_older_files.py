@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from engine.detector import Detector, build_detector
-from engine.gradients import GradientTest, build_model
+from engine.gradient_arguments import GradientTest
+from engine.gradients import build_model
 from engine.training.arguments import CrossAttentionRunConfig
 from engine.training.start import Start, check_start, read_base, read_whole
 from model.adapter import AdaptedCLIP

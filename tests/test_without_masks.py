@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from dataset.metadata import kept_file
-from engine.data import load_task, load_two_folders, mask_notes
 from engine.evaluation.evaluate import Evaluation
 from engine.evaluation.image_heatmaps import read_picture
 from engine.evaluation.inference import TwoFolders, evaluate_checkpoints
 from engine.report.compare_loops import compare_feedback_loops
+from engine.task import load_task, load_two_folders, mask_notes
 from engine.training.arguments import BaseConfig, CrossAttentionRunConfig
 from engine.training.base import train_base
 from engine.training.cross_attention import train_cross_attention

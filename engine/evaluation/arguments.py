@@ -13,6 +13,8 @@ from utils.errors import UserError
 from utils.fields import changed, setting
 
 ALL = "all"
+# What `--checkpoint` takes for unadapted CLIP.
+NO_CHECKPOINT = "none"
 LESS_MEMORY = "a smaller --batch_size, --precision bf16, a smaller --img_size"
 TRAINED = "as trained"
 # What `inference.py` does not take, with the reason, for each kind of images that it tests on.

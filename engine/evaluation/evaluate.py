@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.data import TaskData, evaluation_loader, make_dataset
+from engine.data import evaluation_loader, make_dataset
 from engine.detector import Detector
+from engine.task import TaskData
 from model.config import DET_SCORES
 from model.scoring import Outputs, anomaly_map, class_image_scores, det_scores
 from utils.files import write_text

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dataset.options import HALF
-from engine.data import TaskData, load_two_folders, mask_notes
 from engine.detector import Detector, build_detector, load_clip_for, unadapted_detector
 from engine.device import check_device
-from engine.evaluation.arguments import ALL
+from engine.evaluation.arguments import ALL, NO_CHECKPOINT
 from engine.evaluation.evaluate import (
     Evaluation,
     det_score_suffix,
@@ -24,6 +23,7 @@ from engine.evaluation.evaluate import (
 from engine.evaluation.image_heatmaps import draw_overlays
 from engine.remembered import load_task_of_run
 from engine.run_folder import find_checkpoints
+from engine.task import TaskData, load_two_folders, mask_notes
 from model.checkpoint import Checkpoint, read_checkpoint
 from model.clip_loading import load_clip
 from utils.errors import UserError
@@ -32,9 +32,6 @@ from utils.logging import set_up_logging
 from utils.paths import safe_name
 
 logger = logging.getLogger(__name__)
-
-# What `--checkpoint` takes for unadapted CLIP.
-NO_CHECKPOINT = "none"
 
 
 class TwoFolders(NamedTuple):

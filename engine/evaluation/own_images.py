@@ -19,9 +19,9 @@ from dataset.images import read_image
 from dataset.prompts import build_prompts
 from engine.detector import Detector, Prediction
 from engine.device import check_device
-from engine.evaluation.arguments import DEFAULT_CLASS
+from engine.evaluation.arguments import DEFAULT_CLASS, NO_CHECKPOINT
 from engine.evaluation.evaluate import det_score_suffix
-from engine.evaluation.inference import NO_CHECKPOINT, load_detectors, output_folder
+from engine.evaluation.inference import load_detectors, output_folder
 from engine.report.gallery import Gallery
 from engine.run_folder import find_checkpoints
 from model.text import Prompts

@@ -12,7 +12,6 @@ from typing import Any
 
 from dataset.options import HALF
 from dataset.records import metadata_digest
-from engine.data import TaskData, mask_notes
 from engine.detector import UNADAPTED, Detector, build_detector, load_clip_for, unadapted_detector
 from engine.device import check_device
 from engine.evaluation.evaluate import Evaluation, evaluate
@@ -31,6 +30,7 @@ from engine.report.comparison import (
 )
 from engine.report.page import shown_rows, write_report
 from engine.run_folder import REPORT_FILE, find_latest, find_loops, loop_file
+from engine.task import TaskData, mask_notes
 from engine.training.feedback_arguments import MOST_LOOPS
 from model.checkpoint import TEXT_FILE, Checkpoint, file_digest, read_checkpoint
 from model.clip import FrozenCLIP

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from engine.data import TaskData
 from engine.detector import Detector
 from engine.evaluation.evaluate import METRICS, UNDEFINED, ImageScore, format_value
 from engine.evaluation.image_heatmaps import Picture, look, read_picture
@@ -42,6 +41,7 @@ from engine.report.comparison import (
 )
 from engine.report.templates import render_page
 from engine.run_folder import HISTORY_FILE, LOG_FILE, WARNINGS_FILE
+from engine.task import TaskData
 from engine.training.trainer import readable_time
 from engine.training.verdicts import advice, summary_cells
 from model.checkpoint import Checkpoint

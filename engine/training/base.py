@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from functools import partial
 
-from engine.data import TaskData, training_loader
+from engine.data import training_loader
 from engine.run_folder import side_file
+from engine.task import TaskData
 from engine.training.arguments import BaseConfig
 from engine.training.image_loss import ImageLossStage
 from engine.training.opening import open_run, prepare

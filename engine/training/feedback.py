@@ -6,11 +6,12 @@ import logging
 from functools import partial
 from typing import Any
 
-from engine.data import TaskData, hold_out, training_loader
+from engine.data import hold_out, training_loader
 from engine.detector import Detector
 from engine.evaluation.evaluate import METRICS, evaluate, said_of_det_score, summary_table
 from engine.remembered import load_task_of_run
 from engine.run_folder import CURVES_FILE, FINAL_FILE, loop_file
+from engine.task import TaskData
 from engine.training.feedback_arguments import FeedbackConfig, LoopPlan, loop_forward, plan_loops, plan_table
 from engine.training.opening import open_run, prepare
 from engine.training.phases import Phase

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import nn
 
-from engine.data import TaskData, check_masks
+from engine.task import TaskData, check_masks
 from engine.training.arguments import RunConfig
 from engine.training.stage2 import ImageStage
 from engine.training.stages import StageOutput, class_rows

@@ -13,10 +13,10 @@ import torch
 from accelerate import Accelerator
 
 from dataset.options import NAMES
-from engine.data import TaskData, choose_training_images
 from engine.device import make_accelerator
 from engine.remembered import arguments_in, load_task_of_run
 from engine.run_folder import STATE_FILE
+from engine.task import TaskData, choose_training_images
 from engine.training.arguments import CrossAttentionArguments, RunConfig
 from engine.training.image_loss import check_labels
 from engine.training.restart import run_folder

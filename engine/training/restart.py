@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,9 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from engine.remembered import arguments_in
-from engine.run_folder import LOCK_FILE, LOG_FILE, STATE_FILE, WARNINGS_FILE
-from engine.training.arguments import RunConfig
+from engine.run_folder import LOCK_FILE, LOG_FILE, STATE_FILE, WARNINGS_FILE, check_unused, describe_differences
 from engine.training.phases import Phase
 from engine.training.state import read_state
-from model.config import CrossAttentionConfig
 from utils.errors import UserError
 from utils.files import check_folder
 from utils.locks import locked
@@ -113,37 +110,11 @@ def check_save_path(save_path: Path, resume: str, signature: dict[str, Any], ear
 
     earlier: what a run was asked for by arguments that were not there yet.
     """
-    entries = [entry for entry in save_path.iterdir() if not entry.name.startswith(".")] if save_path.exists() else []
-    if resume == "never" and entries:
-        raise UserError(f"--save_path {save_path} is not empty, and --resume never starts in a new folder only")
+    check_unused(save_path, resume)
     file = save_path / STATE_FILE
     if not file.is_file():
-        checkpoints = sorted(entry.name for entry in entries if entry.suffix == ".pth")
-        if checkpoints:
-            raise UserError(
-                f"--save_path {save_path} holds {checkpoints[0]} of a run without {STATE_FILE}; give another"
-            )
         return
     before = {**earlier, **read_state(file)["signature"]}
     differences = describe_differences(before, signature)
     if differences:
         raise UserError(f"--save_path {save_path} holds another run ({differences}); give another --save_path")
-
-
-def forward_of_older_run(config: type[RunConfig], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The forward of the run in the save path that is given, where it is older than an argument whose default changed.
-
-    So the command that began such a run goes on with it: `CrossAttentionConfig` has the defaults of then.
-    """
-    now, before = config().signature(), arguments_in(given.get("save_path", config.save_path))
-    changed = {name: was for name, was in CrossAttentionConfig().to_dict().items() if now.get(name, was) != was}
-    if not before or changed.keys() <= before.keys():
-        return {}
-    return {name: before.get(name, was) for name, was in changed.items()}
-
-
-def describe_differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The settings that differ, as "image_lr was 0.0005, now 0.001"; those that are compared no longer do not count."""
-    return "; ".join(
-        f"{name} was {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value
-    )

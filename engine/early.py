@@ -1,0 +1,117 @@
+"""Mistakes that show without a model: said before torch is imported, which takes seconds.
+
+All of it is checked again where it is used. What only a checkpoint can tell, such as where its run's data were, is left
+to that.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dataset.folders import find_images
+from dataset.locate import known_dataset, locate_dataset
+from dataset.metadata import read_list
+from dataset.options import NAMES
+from dataset.toy.classes import TOY_DATASETS
+from engine.evaluation.arguments import NO_CHECKPOINT, ComparisonArguments, InferenceArguments, VisualizationArguments
+from engine.remembered import arguments_in
+from engine.run_folder import (
+    STATE_FILE,
+    check_unused,
+    describe_differences,
+    find_checkpoints,
+    find_latest,
+    find_loops,
+)  # fmt: skip
+from engine.training.arguments import RunConfig
+from utils.errors import UserError
+from utils.files import check_folder
+from utils.paths import is_file, is_folder
+from utils.reading import read_user_text
+
+
+def check_training(config: RunConfig) -> None:
+    """What a training script can say of its arguments: files, dataset, save path."""
+    for name in ("init_from", "load_base_text_adapter", "load_base_image_adapter"):
+        file = getattr(config, name, None)
+        if file is not None and not file.exists():
+            raise UserError(f"{file}: no such file")
+    check_folder(config.save_path, "--save_path")
+    check_unused(config.save_path, config.resume)
+    before = _silent_arguments(config.save_path)
+    if before and (config.save_path / STATE_FILE).is_file():
+        # A run takes its class names from what it starts from where it is not given any.
+        asked = {name: value for name, value in config.signature().items() if name in before and name != "class_names"}
+        if differences := describe_differences(before, asked):
+            raise UserError(
+                f"--save_path {config.save_path} holds another run ({differences}); give another --save_path"
+            )
+    starts_elsewhere = any(getattr(config, name, None) for name in ("init_from", "load_base_image_adapter"))
+    check_data(config.dataset, config.data_root, before, starts_elsewhere, config.metadata, config.class_names)
+
+
+def check_testing(arguments: InferenceArguments | ComparisonArguments | VisualizationArguments) -> None:
+    """What a script that tests or draws can say of its arguments: checkpoints, images, dataset, output."""
+    for name in ("image", "normal", "anomalous"):
+        path = getattr(arguments, name, None)
+        if path is not None and not is_file(path) and not is_folder(path):
+            find_images(path, f"--{name}")
+    if isinstance(arguments, InferenceArguments):
+        if arguments.checkpoint != NO_CHECKPOINT:
+            find_checkpoints(Path(arguments.checkpoint))
+    elif isinstance(arguments, ComparisonArguments):
+        find_loops(arguments.save_path)
+    elif arguments.feedback_path is not None:
+        find_loops(arguments.feedback_path)
+    for flag in ("base_path", "cross_path"):
+        if getattr(arguments, flag, None) is not None:
+            find_latest(getattr(arguments, flag), f"--{flag}")
+    if arguments.output_dir is not None:
+        check_folder(arguments.output_dir, "--output_dir")
+    check_data(arguments.dataset, arguments.data_root, {}, True, arguments.metadata, arguments.class_names)
+
+
+def check_data(
+    dataset: str | None,
+    data_root: Path | None,
+    run: Mapping[str, Any],
+    may_be_remembered: bool,
+    metadata: Path | None = None,
+    class_names: str | Path | None = None,
+) -> None:
+    """Whether a dataset is known, and is where it is said to be.
+
+    run: what was asked for before; may_be_remembered: whether a checkpoint may know another data root.
+    """
+    if dataset is None:
+        return
+    if metadata is not None:
+        read_list(metadata)
+    if class_names is not None and class_names not in NAMES:
+        read_user_text(Path(class_names), "--class_names", 2**20)
+    remembers = data_root is None and (may_be_remembered or run.get("data_root"))
+    spec = known_dataset(dataset)
+    # A toy dataset is drawn on first use, which is not now.
+    if spec is None or not (remembers or spec.name in TOY_DATASETS):
+        with _quiet():
+            locate_dataset(dataset, data_root)
+
+
+def _silent_arguments(folder: Path) -> dict[str, Any]:
+    with _quiet():
+        return arguments_in(folder)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing is logged: the script itself will say it."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
