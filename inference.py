@@ -14,8 +14,8 @@ from utils.logging import set_up_logging
 OWN_IMAGES = ("image", "normal", "anomalous", "class_name", "class_from_folder", "domain")
 # What changes nothing where images are scored one by one.
 NOT_OF_IMAGES = (
-    "dataset", "data_root", "metadata", "mask_threshold", "batch_size", "num_workers", "precision", "skip_bad_images",
-    "visualize",
+    "dataset", "data_root", "metadata", "mask_threshold", "batch_size", "num_workers", "cache_images", "precision",
+    "skip_bad_images", "visualize",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import struct
 import zlib
@@ -38,14 +39,14 @@ _TRANSPOSE_OF_ORIENTATION = {
 _MOST_CLASS_INDICES = 32
 
 
-def read_image(path: Path) -> Image.Image:
-    """Read an image of any kind as 8-bit RGB, turned as its EXIF tag says.
+def read_image(path: Path, content: bytes | None = None) -> Image.Image:
+    """Read an image of any kind as 8-bit RGB, turned as its EXIF tag says; from the file's `content` where it is given.
 
     Values beyond 255 mean the range 0 to 65535 and are divided by 257, the same for every image: stretching each to
     its own range would make its brightness depend on its brightest defect. Floats up to 1 mean the range 0 to 1.
     Transparency is dropped, not blended with a background. Raises UserError, with the path, for what cannot be read.
     """
-    image = _open(path)
+    image = _open(path, content)
     if image.mode in ("F", "I") or image.mode.startswith("I;"):
         return Image.fromarray(_eight_bits(np.asarray(image), path)).convert("RGB")
     try:
@@ -56,10 +57,11 @@ def read_image(path: Path) -> Image.Image:
         raise UserError(f"{path} cannot be read as an image: {error}") from error
 
 
-def read_mask(path: Path, threshold: float | str = HALF) -> Image.Image:
+def read_mask(path: Path, threshold: float | str = HALF, content: bytes | None = None) -> Image.Image:
     """Read a mask as mode "L": 255 where the image is anomalous, 0 elsewhere; turned as its own EXIF tag says.
 
-    threshold: a share of the mask's largest value, or `NONZERO`, as in AA-CLIP's published code.
+    threshold: a share of the mask's largest value, or `NONZERO`, as in AA-CLIP's published code. content: the file's,
+    where it has been read.
 
     - Class indices (whole numbers below 32: 0/1 masks, several defect types): all but 0 are anomalous.
     - Palette masks with colours in them: all but black is anomalous.
@@ -68,7 +70,7 @@ def read_mask(path: Path, threshold: float | str = HALF) -> Image.Image:
 
     Raises UserError, with the path, for what cannot be read.
     """
-    image = _open(path)
+    image = _open(path, content)
     if image.mode == "P" and _has_colours(image):
         anomalous = np.asarray(image.convert("RGB")).any(axis=2)
     else:
@@ -88,13 +90,18 @@ def read_pair(root: Path, record: Record, mask_threshold: float | str = HALF) ->
     if record.mask_path is None:
         return image, None
     mask = read_mask(root / record.mask_path, mask_threshold)
-    if image.size != mask.size:
-        (width, height), (mask_width, mask_height) = image.size, mask.size
+    check_sizes(root, record, image.size, mask.size)
+    return image, mask
+
+
+def check_sizes(root: Path, record: Record, image_size: tuple[int, int], mask_size: tuple[int, int]) -> None:
+    """Raise UserError where a record's image and mask, as they were read, have different sizes (width, height)."""
+    if image_size != mask_size:
+        (width, height), (mask_width, mask_height) = image_size, mask_size
         raise UserError(
             f"the image {root / record.image_path} is {width} x {height} but its mask {root / record.mask_path} is "
             f"{mask_width} x {mask_height}: both must have one size"
         )
-    return image, mask
 
 
 def find_bad_images(root: Path, records: Sequence[Record]) -> list[tuple[Record, str]]:
@@ -121,13 +128,14 @@ def drop_bad_images(root: Path, records: Sequence[Record]) -> tuple[list[Record]
     return [record for record in records if record not in skipped], len(bad)
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: Path, content: bytes | None = None) -> Image.Image:
     # Anything else that can be opened, such as a pipe, may never end.
-    if is_no_file(path):
+    if content is None and is_no_file(path):
         raise UserError(f"{path} cannot be read as an image: it is no file")
     try:
         # An open file, not its name: Pillow maps a named TIFF into memory and mixes up the sides of one that is turned.
-        with Path(path).open("rb") as file, Image.open(file) as image:
+        opened = Path(path).open("rb") if content is None else io.BytesIO(content)  # noqa: SIM115
+        with opened as file, Image.open(file) as image:
             image.load()
             turn = _TRANSPOSE_OF_ORIENTATION.get(_orientation(image))
             return image.copy() if turn is None else image.transpose(turn)

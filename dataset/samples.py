@@ -13,7 +13,8 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms.v2 import functional as F
 
-from dataset.augmentation import change_colours, draw_augmentation, move_pair
+from dataset.augmentation import Augmentation, change_colours, draw_augmentation, move_pair
+from dataset.image_cache import ImageCache, empty_mask, square_pair
 from dataset.images import read_pair
 from dataset.options import AS_USUAL, HALF, AugmentationConfig
 from dataset.records import Record
@@ -61,6 +62,9 @@ class AnomalyDataset(Dataset):
     leaves a normal image, label 0, but under `keep_label`; an anomalous image whose mask is empty from the start keeps
     its label.
 
+    `kept`: squares of images and masks that were decoded before, and a place for others; samples are the same with it
+    and without. It is of no use to colours that change before the resize (`jitter_first`).
+
     Raises UserError for a file that cannot be read and for a mask of another size than its image.
     """
 
@@ -74,6 +78,7 @@ class AnomalyDataset(Dataset):
         augment: str = "none",
         choices: AugmentationConfig = AS_USUAL,
         mask_threshold: float | str = HALF,
+        kept: ImageCache | None = None,
     ) -> None:
         if augment not in AUGMENTATIONS:
             raise ValueError(f"augment must be one of {', '.join(AUGMENTATIONS)}, not {augment!r}")
@@ -83,6 +88,7 @@ class AnomalyDataset(Dataset):
         self.augment = augment
         self.choices = choices
         self.mask_threshold = mask_threshold
+        self.kept = kept
         self.mean, self.std = _per_channel(mean), _per_channel(std)
         uncovered = torch.zeros(3, 1, 1) + (self.mean if choices.augment_fill == "mean" else 0)
         # In the values of what is moved: the normalised image, or 8-bit RGB.
@@ -96,14 +102,11 @@ class AnomalyDataset(Dataset):
     def __getitem__(self, key: int | SampleKey) -> dict[str, Any]:
         index = key.index if isinstance(key, SampleKey) else key
         record = self.records[index]
-        image, mask = read_pair(self.root, record, self.mask_threshold)
-        size = (self.img_size, self.img_size)
-        mask = Image.new("L", size) if mask is None else mask.resize(size, Image.Resampling.NEAREST)
         label = record.label
         if self.augment == "none":
-            pixels, marks = self._tensors(_square(image, self.img_size), mask)
+            pixels, marks = self._tensors(*self._squares(record))
         elif isinstance(key, SampleKey):
-            pixels, marks, gone = self._augmented(image, mask, key.seed)
+            pixels, marks, gone = self._augmented(record, draw_augmentation(key.seed))
             label = 0 if gone and not self.choices.keep_label else label
         else:
             raise ValueError("augmentation needs a SampleKey: give the loader a SeededSampler")
@@ -116,18 +119,22 @@ class AnomalyDataset(Dataset):
             "index": index,
         }
 
+    def _squares(self, record: Record) -> tuple[Image.Image, Image.Image]:
+        return square_pair(self.root, record, self.img_size, self.mask_threshold, self.kept)
+
     def _tensors(self, image: Image.Image, mask: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
         return _normalised(image, self.mean, self.std), F.pil_to_tensor(mask)
 
-    def _augmented(self, image: Image.Image, mask: Image.Image, seed: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
-        """An image as it was read and its square mask -> both as tensors, and whether the anomaly was moved out."""
-        parameters, choices = draw_augmentation(seed), self.choices
-        colours = self.augment == "full"
-        if colours and choices.jitter_first:
-            image = change_colours(image, parameters)
-        image = _square(image, self.img_size)
-        if colours and not choices.jitter_first:
-            image = change_colours(image, parameters)
+    def _augmented(self, record: Record, parameters: Augmentation) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """A record's image and mask, moved and recoloured, as tensors; and whether the anomaly was moved out."""
+        choices, size = self.choices, self.img_size
+        if self.augment == "full" and choices.jitter_first:
+            image, mask = read_pair(self.root, record, self.mask_threshold)
+            image = _square(change_colours(image, parameters), size)
+            mask = empty_mask(size) if mask is None else mask.resize((size, size), Image.Resampling.NEAREST)
+        else:
+            image, mask = self._squares(record)
+            image = change_colours(image, parameters) if self.augment == "full" else image
         if choices.augment_moves == "separate":
             return move_pair(*self._tensors(image, mask), parameters, choices, self.fill)
         image, mask, gone = move_pair(image, mask, parameters, choices, self.fill)

@@ -60,3 +60,7 @@ class MachineArguments(Arguments):
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", "machine", free=True)
     precision: str = setting("fp32", "precision of the matrix products", "machine", choices=PRECISIONS)
     num_workers: int = setting(2, "processes that load images", "machine", between=(0, 512), free=True)
+    cache_images: float = setting(
+        20.0, "GiB that resized images may take, kept below the dataset's folder where they fit; 0 keeps none",
+        "machine", between=(0, 1_000_000), free=True,
+    )  # fmt: skip

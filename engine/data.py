@@ -9,6 +9,7 @@ from itertools import groupby
 import torch
 from torch.utils.data import DataLoader
 
+from dataset.image_cache import open_cache
 from dataset.images import find_bad_images
 from dataset.options import AS_USUAL, AugmentationConfig
 from dataset.records import Record
@@ -27,9 +28,9 @@ def make_dataset(
     """Samples at the CLIP model's size and normalisation, in class order."""
     order = {name: row for row, name in enumerate(data.classes)}
     records = sorted(data.records, key=lambda record: order[record.class_name])
-    return AnomalyDataset(
-        data.located.root, records, clip.img_size, clip.mean, clip.std, augment, choices, data.mask_threshold
-    )
+    root, size = data.located.root, clip.img_size
+    kept = open_cache(root, records, size, data.cache_gib)
+    return AnomalyDataset(root, records, size, clip.mean, clip.std, augment, choices, data.mask_threshold, kept)
 
 
 def training_loader(
@@ -51,18 +52,20 @@ def training_loader(
         sampler=sampler,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=next(clip.parameters()).is_cuda,
     )
     return loader, sampler
 
 
-def evaluation_loader(samples: AnomalyDataset, batch_size: int, num_workers: int) -> DataLoader:
-    """Batches in the records' order, none of which holds images of two classes."""
+def evaluation_loader(
+    samples: AnomalyDataset, batch_size: int, num_workers: int, pin_memory: bool = False
+) -> DataLoader:
+    """Batches in the records' order, none of which holds images of two classes; pinned for copies to a GPU."""
     batches = []
     for _, positions in groupby(range(len(samples)), key=lambda position: samples.records[position].class_name):
         chosen = list(positions)
         batches += [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
-    return DataLoader(samples, batch_sampler=batches, num_workers=num_workers, pin_memory=torch.cuda.is_available())
+    return DataLoader(samples, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory)
 
 
 def hold_out(data: TaskData, fraction: float, seed: int) -> tuple[TaskData, TaskData]:

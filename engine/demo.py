@@ -69,6 +69,7 @@ def run_demo(base: BaseConfig, feedback: FeedbackConfig, folder: Path) -> None:
         data_root=base.data_root,
         batch_size=32,
         device=base.device,
+        cache_images=base.cache_images,
         report=True,
     )
     logger.info("\n4 of 4: drawing examples\n")

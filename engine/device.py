@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
 from torch import nn
 
 from utils.errors import UserError
@@ -84,4 +85,6 @@ def make_accelerator(device: str, precision: str, accumulate: int, tracker: str,
         gradient_accumulation_steps=accumulate,
         log_with=None if tracker == "none" else tracker,
         project_dir=str(save_path),
+        # Batches lie in pinned memory then, and their copies need not be waited for.
+        dataloader_config=DataLoaderConfiguration(non_blocking=device.startswith("cuda")),
     )

@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 class TaskData:
     """The images of a task: where they are, their records, and each class's name in the prompts, in class order.
 
-    mask_threshold: which pixels of a mask are anomalous (`dataset.images.read_mask`).
+    mask_threshold: which pixels of a mask are anomalous (`dataset.images.read_mask`). cache_gib: the most that resized
+    images may take that are kept below the dataset's folder (`dataset.image_cache.open_cache`).
     """
 
     located: LocatedDataset
@@ -40,6 +41,7 @@ class TaskData:
     names: dict[str, str]
     digest: str
     mask_threshold: str | float = HALF
+    cache_gib: float = 0.0
 
     @property
     def classes(self) -> list[str]:

@@ -357,7 +357,7 @@ def add_images(histogram: Histogram, scores: Tensor, positives: Tensor, coverage
 
 def check_finite(maps: Tensor, names: Sequence[str]) -> None:
     """Raise a UserError that names the first of the images whose map (B, H, W) holds NaN or infinity."""
-    if all(extreme.isfinite() for extreme in torch.aminmax(maps)):
+    if torch.stack(torch.aminmax(maps)).isfinite().all():
         return
     finite = maps.flatten(1).isfinite().all(dim=1).tolist()
     raise UserError(f"the anomaly map of {names[finite.index(False)]} is not finite (as float32): no metrics of it")

@@ -97,6 +97,7 @@ class _ClassScores:
     pixels: PixelCounter = field(default_factory=PixelCounter)
     paths: list[str] = field(default_factory=list)
     numbers: list[Tensor] = field(default_factory=list)
+    labels: list[Tensor] = field(default_factory=list)
 
     def add(self, outputs: Outputs, batch: Mapping[str, Any]) -> None:
         maps = anomaly_map(outputs, batch["mask"].shape[-1], self.domain).float()
@@ -105,11 +106,14 @@ class _ClassScores:
         self.paths += batch["image_path"]
         low, high = torch.aminmax(maps.flatten(1), dim=1)
         det = det_scores(outputs, self.det_score).float()
-        self.numbers.append(torch.stack([high, low, det, batch["label"].to(low)]).cpu())
+        # Fetched when the class is complete: each batch would wait for the device.
+        self.numbers.append(torch.stack([high, low, det]))
+        self.labels.append(batch["label"])
 
     def result(self, class_name: str) -> ClassResult:
         """The class's metrics, once all its images are in."""
-        maxima, minima, det, labels = torch.cat(self.numbers, dim=1)
+        maxima, minima, det = torch.cat(self.numbers, dim=1).cpu()
+        labels = torch.cat(self.labels).to(det)
         scores = class_image_scores(maxima, minima, det, self.domain)
         of_images = image_metrics(labels.numpy(), scores.numpy(), self.paths)
         if labels.all():
@@ -142,7 +146,7 @@ def evaluate(
     text_sides = {name: detector.text_side(prompts) for name, detector in models.items()}
     results: dict[str, list[ClassResult]] = {name: [] for name in models}
     samples = make_dataset(data, clip)
-    loader = evaluation_loader(samples, batch_size, num_workers)
+    loader = evaluation_loader(samples, batch_size, num_workers, torch.device(device).type == "cuda")
     bar = progress_bar(len(samples), f"evaluating on {data.located.spec.name}")
     for class_name, batches in groupby(loader, key=lambda batch: batch["class_name"][0]):
         masked = not data.lacking_masks(class_name)

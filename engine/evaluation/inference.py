@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,6 +109,7 @@ def evaluate_checkpoints(
     output_dir: Path | None = None,
     batch_size: int = 8,
     num_workers: int = 0,
+    cache_images: float = 0.0,
     device: str = "auto",
     precision: str = "fp32",
     clip_weights: str | None = None,
@@ -133,6 +135,7 @@ def evaluate_checkpoints(
     else:
         asked = dataset or training_dataset(detectors)
         data = load_task_of_run(run, asked, data_root, metadata, class_names, skip_bad_images, mask_threshold)
+        data = replace(data, cache_gib=cache_images)
     for note in [*zero_shot_notes({d.name: d.config for d in detectors}, data), *mask_notes(data)]:
         logger.warning("%s", note)
     models = {detector.name: detector for detector in detectors}

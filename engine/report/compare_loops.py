@@ -78,6 +78,7 @@ def compare_feedback_loops(
     skip_bad_images: bool = False,
     batch_size: int = 8,
     num_workers: int = 0,
+    cache_images: float = 0.0,
     device: str = "auto",
     precision: str = "fp32",
     clip_weights: str | None = None,
@@ -110,6 +111,7 @@ def compare_feedback_loops(
     rows = [*([Row(UNADAPTED)] if unadapted else []), *references, *loops]
     run = next((row.config["arguments"] for row in reversed(rows) if row.config), {})
     data = load_task_of_run(run, dataset, data_root, metadata, class_names, skip_bad_images, mask_threshold)
+    data = replace(data, cache_gib=cache_images)
     setting = Setting(data, device, precision, batch_size, num_workers, clip_weights, overrides)
     clip = share_clip(rows, setting)
     if clip is None:

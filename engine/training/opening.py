@@ -75,6 +75,7 @@ def prepare(config: RunConfig, script: str, start: Start | None = None, text_ada
             config.mask_threshold,
         )
     check_labels(config, data)
+    data = replace(data, cache_gib=config.cache_images)
     data = choose_training_images(data, config.training_mode, config.shot, config.seed)
     activation = config.activation or start.activation
     clip = load_clip(config.model_name, config.clip_weights, config.img_size, activation)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine.training.arguments import RunConfig
-from engine.training.stages import Stage, StageOutput, class_rows, square_mask, watch_abnormal
+from engine.training.stages import Stage, StageOutput, present_classes, square_mask, watch_abnormal
 from model.adapter import AdaptedCLIP
 from model.config import LoopForward
 from model.losses import stage1_losses
@@ -34,7 +34,7 @@ class TextStage(Stage):
     def forward(self, batch: dict[str, Any]) -> StageOutput:
         """A batch of samples -> Stage 1's losses; the classes that occur in it share one text pass."""
         mask = square_mask(batch)
-        present, rows = class_rows(batch, self.order).unique(return_inverse=True)
+        present, rows = present_classes(batch, self.order)
         prompts = Prompts(self.prompts.tokens.to(rows.device)[present], self.prompts.normal)
         features = self.model.stage1_features(batch["image"], prompts, rows, self.loop)
         anchors = self.model.batch_anchors(prompts, rows, features, self.loop)  # (B, D, 2)

@@ -65,9 +65,10 @@ def watch_abnormal(abnormal: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """Sums of p_abnormal (B, S, S) inside and outside the masks, and the pixels they are taken over."""
     inside = mask > 0.5
     return {
-        "inside_sum": abnormal[inside].sum(),
+        # Choosing pixels by a mask would wait for the device, to learn how many they are.
+        "inside_sum": abnormal.where(inside, 0).sum(),
         "inside_pixels": inside.sum().to(abnormal.dtype),
-        "outside_sum": abnormal[~inside].sum(),
+        "outside_sum": abnormal.where(~inside, 0).sum(),
         "outside_pixels": (~inside).sum().to(abnormal.dtype),
     }
 
@@ -79,4 +80,18 @@ def square_mask(batch: dict[str, Any]) -> Tensor:
 
 def class_rows(batch: dict[str, Any], order: dict[str, int]) -> Tensor:
     """The row of each image's class, (B,), on the batch's device."""
-    return torch.tensor([order[name] for name in batch["class_name"]], device=batch["image"].device)
+    return as_rows([order[name] for name in batch["class_name"]], batch["image"].device)
+
+
+def present_classes(batch: dict[str, Any], order: dict[str, int]) -> tuple[Tensor, Tensor]:
+    """The classes that occur in a batch, as rows in ascending order (C,), and each image's among these (B,)."""
+    present = sorted({order[name] for name in batch["class_name"]})
+    place = {row: index for index, row in enumerate(present)}
+    device = batch["image"].device
+    return as_rows(present, device), as_rows([place[order[name]] for name in batch["class_name"]], device)
+
+
+def as_rows(rows: Sequence[int], device: torch.device) -> Tensor:
+    """Numbers as a tensor on a device, from pinned memory to a GPU, which is then not waited for."""
+    numbers = torch.tensor(rows)
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
