@@ -16,7 +16,7 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -73,11 +73,12 @@ class ImageCache:
     """The squares of one size in a folder that any number of processes may read and add to.
 
     A file appears whole or not at all, and one that is damaged is not believed: whatever goes wrong costs decoding,
-    and nothing else.
+    and nothing else. `writable`: whether squares may be added.
     """
 
     folder: Path
     img_size: int
+    writable: bool = True
 
     def get(self, digest: str, kind: Kind) -> Square | None:
         """The square made from the content of this digest; None where there is none that is whole."""
@@ -96,7 +97,7 @@ class ImageCache:
 
     def put(self, digest: str, kind: Kind, square: Square) -> None:
         """Keep a square; where that fails, this process keeps no more, and a line says why."""
-        if self in _given_up:
+        if not self.writable or self in _given_up:
             return
         pixels = square.picture.convert(kind.mode, dither=Image.Dither.NONE).tobytes()
         data = _HEADER.pack(0, *square.source_size) + pixels
@@ -120,7 +121,7 @@ class ImageCache:
         return self.folder / f"{digest}.{kind.name}"
 
 
-# Caches that this process can read only.
+# Caches that this process could not write to.
 _given_up: set[ImageCache] = set()
 
 
@@ -197,7 +198,7 @@ def _open_cache(folder: Path, images: int, masks: int, img_size: int, gib: float
     kept = ImageCache(folder / f"{img_size}_{made_by()}", img_size)
     refusal = None
     try:
-        held, others = _held(kept.folder), _held(folder)
+        held, others = _held(kept.folder), sum(map(_held, folder.iterdir())) if is_folder(folder) else 0
         needed = max(held, images * square_bytes(IMAGE, img_size) + masks * square_bytes(mask_kind(), img_size))
         free = shutil.disk_usage(folder.parent).free
         if others - held + needed > gib * _GIB:
@@ -211,7 +212,7 @@ def _open_cache(folder: Path, images: int, masks: int, img_size: int, gib: float
         refusal = f"{folder}: {reason(error)}"
     except UserError as error:
         # Squares of somebody else, who may write there, are of use all the same.
-        _given_up.add(kept)
+        kept = replace(kept, writable=False)
         refusal = None if is_folder(kept.folder) else str(error)
     if refusal:
         logger.info("Images are decoded and resized each time they are needed: %s", refusal)
@@ -227,5 +228,11 @@ def made_by() -> str:
 
 
 def _held(folder: Path) -> int:
-    """Bytes of the files below a folder; 0 where it is not there."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if is_file(file))
+    """Bytes of the squares in a folder, of the size in its name, by their number: looking at each takes long."""
+    size = folder.name.partition("_")[0]
+    if not size.isdecimal() or not is_folder(folder):
+        return 0
+    names = [entry.name for entry in folder.iterdir()]
+    images = sum(name.endswith(f".{IMAGE.name}") for name in names)
+    masks = len(names) - images
+    return images * square_bytes(IMAGE, int(size)) + masks * square_bytes(mask_kind(), int(size))

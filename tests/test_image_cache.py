@@ -307,11 +307,9 @@ def test_a_folder_that_cannot_be_written_to_is_read_all_the_same(
         assert "read-only" in said(caplog)
     plain = loaded(samples(tmp_path, records, open_cache(tmp_path, records, SIZE, 1.5)))
     monkeypatch.setattr(image_cache, "check_folder", refuse)
-    image_cache._given_up.clear()
     kept = open_cache(tmp_path, records, SIZE, 1.75)
     forbid_decoding(monkeypatch)
     assert_same(plain, loaded(samples(tmp_path, records, kept)))
-    monkeypatch.setattr(image_cache, "_given_up", set())
 
 
 def test_a_file_in_the_place_of_the_folder_costs_no_run(tmp_path: Path, records: list[Record]) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.training.arguments import BaseConfig
 from engine.training.stage1 import TextStage
@@ -42,6 +44,9 @@ FETCHING = {
 }  # fmt: skip
 
 
+OPERATIONS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
+
+
 class CountFetches(TorchFunctionMode):
     """Counts calls that would wait for a GPU, boolean indexing among them."""
 
@@ -63,6 +68,20 @@ class CountFetches(TorchFunctionMode):
 def chooses_by_mask(index: Any) -> bool:
     parts = index if isinstance(index, tuple) else (index,)
     return any(isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) for part in parts)
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts operations below Python's calls, inside libraries' own, that need values to go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Sequence[Any] = (), named: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if name in OPERATIONS:
+            self.found[name] += 1
+        return function(*arguments, **(named or {}))
 
 
 def make_stage(side: str, kind: str, loop: str, device: str = "cpu") -> Stage:
@@ -89,11 +108,31 @@ COMBINATIONS = [
 
 
 @pytest.mark.parametrize(("side", "kind", "loop"), COMBINATIONS)
-def test_forward_and_backward_need_no_value(side: str, kind: str, loop: str) -> None:
-    """On the meta device there are no values: whatever needs one to go on raises."""
-    stage = make_stage(side, kind, loop, "meta")
-    stage(make_batch("meta")).losses["total"].backward()
-    assert gradient_norms(stage.trained)["total"].is_meta
+def test_forward_and_backward_fetch_nothing(side: str, kind: str, loop: str) -> None:
+    stage, batch = make_stage(side, kind, loop), make_batch()
+    with CountFetches() as calls, CountOperations() as operations:
+        stage(batch).losses["total"].backward()
+        gradient_norms(stage.trained)
+    assert not calls.found and not operations.found
+
+
+def test_what_would_wait_is_counted() -> None:
+    values = torch.arange(4.0)
+    with CountFetches() as calls, CountOperations() as operations:
+        values[values > 1].sum()
+        values.unique()
+        if values.sum() > 0:
+            values.max().item()
+    assert calls.found == Counter({"boolean index": 1, "unique": 1, "__bool__": 1, "item": 1})
+    assert operations.found["_local_scalar_dense"] == 2 and operations.found["_unique2"] == 1
+
+
+@pytest.fixture(autouse=True)
+def accelerate_as_new() -> Iterator[None]:
+    """A process has one device for accelerate, the first that was asked for."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def epoch_of(stage: Stage, batches: Sequence[dict[str, Any]]) -> None:
