@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,6 @@ from dataset.samples import AnomalyDataset, SampleKey, SeededSampler
 from engine.training.base import train_base
 from tests.scripts import small_runs, write_world
 from utils.errors import UserError
-from utils.files import replacing
 
 SIZE, MEAN, STD = 21, (0.5, 0.25, 0.5), (0.5, 0.25, 0.25)
 WIDTH, HEIGHT = 40, 30
@@ -321,9 +321,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path, records: list[Rec
     kept = open_cache(tmp_path, records, SIZE, 2.0)
     loaded(samples(tmp_path, records, kept))
     square = next(kept.folder.iterdir())
-    with replacing(square) as temporary:
-        ours = temporary.name
-    left = kept.folder / f".{square.name}.0123abcd.{2**22 + 1}@{ours.partition('@')[2]}"
+    left = kept.folder / f".{square.name}.0123abcd.{2**22 + 1}@{socket.gethostname()}.tmp"
     left.write_bytes(b"half")
     open_cache(tmp_path, records, SIZE, 2.5)
     assert not left.exists() and square.exists()
