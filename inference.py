@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from utils.script import run_script
+from utils.script import importing, run_script
 
 from engine.arguments import make_parser
 from engine.early import check_testing
@@ -28,11 +28,10 @@ def main() -> None:
     set_up_logging()
     mode = arguments.mode()
     check_testing(arguments)
-    from engine.evaluation.inference import (  # torch takes seconds: arguments come first
-        TwoFolders,
-        evaluate_checkpoints,
-    )
-    from engine.evaluation.own_images import score_images
+    # torch takes seconds: arguments come first
+    with importing():
+        from engine.evaluation.inference import TwoFolders, evaluate_checkpoints
+        from engine.evaluation.own_images import score_images
 
     values = {name: value for name, value in vars(arguments).items() if name not in OWN_IMAGES}
     if mode == "image":

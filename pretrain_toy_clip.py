@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from utils.script import run_script
+from utils.script import importing, run_script
 
 from engine.arguments import make_parser
 from engine.toy_clip_arguments import PretrainArguments
@@ -17,10 +17,12 @@ def build_parser() -> Parser:
 def main() -> None:
     arguments = PretrainArguments.of(**vars(build_parser().parse_args()))
     set_up_logging()
-    import torch  # takes seconds: arguments come first
+    # torch takes seconds: arguments come first
+    with importing():
+        import torch
 
-    from engine.device import check_device
-    from engine.toy_clip import pretrain_toy_clip
+        from engine.device import check_device
+        from engine.toy_clip import pretrain_toy_clip
 
     device = check_device(arguments.device, "fp32")
     if arguments.threads:

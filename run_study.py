@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from utils.script import run_script
+from utils.script import importing, run_script
 
 from engine.arguments import make_parser
 from engine.study.arguments import StudyArguments
@@ -21,7 +21,9 @@ def main() -> int:
     given = vars(build_parser().parse_args())
     study = given.pop("study")
     set_up_logging()
-    from engine.study.run import run_study  # scipy and matplotlib take a second: arguments come first
+    # scipy and matplotlib take a second: arguments come first
+    with importing():
+        from engine.study.run import run_study
 
     return run_study(study, StudyArguments.of(**given))
 

@@ -6,7 +6,7 @@ or a cosine below 0.95. A larger weight than the default that a checkpoint or --
 
 from __future__ import annotations
 
-from utils.script import run_script
+from utils.script import importing, run_script
 
 import sys
 
@@ -33,7 +33,9 @@ def main() -> int:
     check_data(test.dataset, test.data_root, {}, False)
     if test.sweep:
         check_folder(test.output_dir, "--output_dir")
-    from engine.gradients import Bench, component_report, gradient_report, write_sweep  # torch takes seconds
+    # torch takes seconds
+    with importing():
+        from engine.gradients import Bench, component_report, gradient_report, write_sweep
 
     bench = Bench(test)
     sys.stdout.write(f"{bench.subject}\n")

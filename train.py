@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from utils.script import run_script
+from utils.script import importing, run_script
 
 from engine.arguments import make_parser
 from engine.early import check_training
@@ -20,7 +20,9 @@ def main() -> None:
     config = BaseConfig.of(**vars(build_parser().parse_args()))
     set_up_logging()
     check_training(config)
-    from engine.training.base import train_base  # torch takes seconds: arguments come first
+    # torch takes seconds: arguments come first
+    with importing():
+        from engine.training.base import train_base
 
     train_base(config)
 

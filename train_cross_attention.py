@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from utils.script import run_script
+from utils.script import importing, run_script
 
 from engine.arguments import make_parser
 from engine.early import check_training
@@ -20,7 +20,9 @@ def main() -> None:
     config = CrossAttentionRunConfig.of(**vars(build_parser().parse_args()))
     set_up_logging()
     check_training(config)
-    from engine.training.cross_attention import train_cross_attention  # torch takes seconds: arguments come first
+    # torch takes seconds: arguments come first
+    with importing():
+        from engine.training.cross_attention import train_cross_attention
 
     train_cross_attention(config)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from utils.script import run_script
+from utils.script import importing, run_script
 
 from collections.abc import Sequence
 
@@ -26,7 +26,9 @@ def main(arguments: Sequence[str] | None = None, **defaults: object) -> None:
     config = FeedbackConfig.of(**{**older, **({} if "preset" in given else defaults), **given})
     set_up_logging()
     check_training(config)
-    from engine.training.feedback import train_feedback  # torch takes seconds: arguments come first
+    # torch takes seconds: arguments come first
+    with importing():
+        from engine.training.feedback import train_feedback
 
     train_feedback(config)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from utils.script import run_script
+from utils.script import importing, run_script
 
 from engine.arguments import make_parser
 from engine.early import check_testing
@@ -19,7 +19,9 @@ def main() -> None:
     arguments = VisualizationArguments.of(**vars(build_parser().parse_args()))
     set_up_logging()
     check_testing(arguments)
-    from engine.evaluation.side_by_side import run_visualization  # torch takes seconds: arguments come first
+    # torch takes seconds: arguments come first
+    with importing():
+        from engine.evaluation.side_by_side import run_visualization
 
     run_visualization(dict(vars(arguments)))
 

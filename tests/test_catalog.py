@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dataset import locate
+from dataset import locate, toy_world
 from dataset.catalog import CATALOG
 from dataset.class_names import class_display_names
 from dataset.layouts import LAYOUTS
@@ -263,7 +263,7 @@ def test_toy_dataset_is_drawn_on_first_use_only(tmp_path, monkeypatch, caplog):
         drawn.append((name, seed))
         (folder / "nut" / "test").mkdir(parents=True)
 
-    monkeypatch.setattr(locate, "write_toy_dataset", draw)
+    monkeypatch.setattr(toy_world, "write_toy_dataset", draw)
     for _ in range(2):
         assert locate_dataset("toy_test", tmp_path / "new").root == tmp_path / "new" / "toy_test"
     assert drawn == [("toy_test", 0)]

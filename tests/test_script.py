@@ -83,8 +83,8 @@ def test_what_breaks_because_of_a_signal_is_not_complained_about(capsys: pytest.
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_while_libraries_are_imported(number: int, status: int) -> None:
-    process = start("train.py", "--help")
-    time.sleep(0.7)
+    process = start("inference.py", "--checkpoint", "none", "--model_name", "nosuch", "--dataset", "toy_test")
+    time.sleep(0.9)
     process.send_signal(number)
     assert process.communicate(timeout=60) == ("", "stopped\n")
     assert process.returncode == status

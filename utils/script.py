@@ -42,6 +42,7 @@ def run_script(main: Callable[[], int | None], less_memory: str = "smaller batch
             forget_children()
             raise Interrupted(number)
 
+    interrupt.ends_main = True
     before = {number: signal.signal(number, interrupt) for number in SIGNALS}
     threading.excepthook = _thread_ended
     try:
@@ -154,6 +155,18 @@ def children_without_signals() -> Iterator[None]:
 
 
 @contextmanager
+def importing() -> Iterator[None]:
+    """Let a signal end the script at once while `main` imports libraries: some do not bear an exception then."""
+    ours = [number for number in SIGNALS if getattr(signal.getsignal(number), "ends_main", False)]
+    before = {number: signal.signal(number, _leave) for number in ours}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def ending_children() -> Iterator[None]:
     """End the processes that help this one where the block is left early: nobody waits for what they do then."""
     try:
@@ -166,7 +179,10 @@ def ending_children() -> Iterator[None]:
 
 def _is_our_script() -> bool:
     main = getattr(sys.modules["__main__"], "__file__", None)
-    return main is not None and Path(main).resolve().is_relative_to(ROOT)
+    if main is None or not Path(main).resolve().is_relative_to(ROOT):
+        return False
+    # Not so pytest, which may lie in an environment in this folder.
+    return "site-packages" not in Path(main).resolve().parts
 
 
 # Imported elsewhere, in a notebook or by the tests, this leaves signals alone. A process that multiprocessing starts
