@@ -173,7 +173,7 @@ def test_a_score_that_is_not_finite_is_refused(clip: str, mixed: Path, tmp_path:
 
 
 def test_kinds_of_colours_that_pillow_cannot_convert_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dataset.images._open", lambda _: Image.new("La", (4, 4)))
+    monkeypatch.setattr("dataset.images._open", lambda *_: Image.new("La", (4, 4)))
     with pytest.raises(UserError, match=r"a\.tiff cannot be read as an image"):
         read_image(tmp_path / "a.tiff")
 
