@@ -11,10 +11,9 @@ from utils.script import importing, run_script
 import sys
 
 from engine.arguments import make_parser
-from engine.early import check_data
+from engine.early import check_data, check_there
 from engine.gradient_arguments import GradientTest
 from utils.cli import Parser
-from utils.errors import UserError
 from utils.files import check_folder
 from utils.logging import set_up_logging
 
@@ -28,8 +27,7 @@ def main() -> int:
     # What a preset decides is not what was given, so that the two can be told apart.
     test = GradientTest(**{**given, "sweep": tuple(given.get("sweep", ()))})
     set_up_logging()
-    if test.checkpoint is not None and not test.checkpoint.exists():
-        raise UserError(f"{test.checkpoint}: no such file")
+    check_there(test.checkpoint)
     check_data(test.dataset, test.data_root, {}, False)
     if test.sweep:
         check_folder(test.output_dir, "--output_dir")

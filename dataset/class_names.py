@@ -37,7 +37,7 @@ def class_display_names(
     if source == PUBLISHED_NAMES:
         replaced = _published_names(spec, met or spec.class_names)
     else:
-        replaced = {} if source in (None, CATALOG_NAMES) else _read_class_names(Path(source))
+        replaced = {} if source in (None, CATALOG_NAMES) else read_class_names(Path(source))
     unknown = [name for name in replaced if known and name not in known and spec.known_class(name) is None]
     if unknown:
         raise UserError(
@@ -84,7 +84,8 @@ def _published() -> dict[str, dict[str, str]]:
     return json.loads(_PUBLISHED_FILE.read_text(encoding="utf-8"))
 
 
-def _read_class_names(path: Path) -> dict[str, str]:
+def read_class_names(path: Path) -> dict[str, str]:
+    """What a file calls its classes; UserError where it cannot be read or is no such object."""
     names = parse_user_json(read_user_text(path, "--class_names", _LARGEST_FILE), f"--class_names {path}")
     if not isinstance(names, dict):
         raise UserError(f'--class_names {path} must hold one JSON object of the form {{"class": "readable name"}}')

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dataset.class_names import read_class_names
 from dataset.folders import find_images
 from dataset.locate import known_dataset, locate_dataset
 from dataset.metadata import read_list
@@ -21,8 +22,8 @@ from engine.evaluation.arguments import NO_CHECKPOINT, ComparisonArguments, Infe
 from engine.remembered import arguments_in
 from engine.run_folder import (
     STATE_FILE,
+    check_same_run,
     check_unused,
-    describe_differences,
     find_checkpoints,
     find_latest,
     find_loops,
@@ -31,27 +32,27 @@ from engine.training.arguments import RunConfig
 from utils.errors import UserError
 from utils.files import check_folder
 from utils.paths import is_file, is_folder
-from utils.reading import read_user_text
 
 
 def check_training(config: RunConfig) -> None:
     """What a training script can say of its arguments: files, dataset, save path."""
     for name in ("init_from", "load_base_text_adapter", "load_base_image_adapter"):
-        file = getattr(config, name, None)
-        if file is not None and not file.exists():
-            raise UserError(f"{file}: no such file")
+        check_there(getattr(config, name, None))
     check_folder(config.save_path, "--save_path")
     check_unused(config.save_path, config.resume)
     before = _silent_arguments(config.save_path)
     if before and (config.save_path / STATE_FILE).is_file():
         # A run takes its class names from what it starts from where it is not given any.
         asked = {name: value for name, value in config.signature().items() if name in before and name != "class_names"}
-        if differences := describe_differences(before, asked):
-            raise UserError(
-                f"--save_path {config.save_path} holds another run ({differences}); give another --save_path"
-            )
+        check_same_run(config.save_path, before, asked)
     starts_elsewhere = any(getattr(config, name, None) for name in ("init_from", "load_base_image_adapter"))
     check_data(config.dataset, config.data_root, before, starts_elsewhere, config.metadata, config.class_names)
+
+
+def check_there(file: Path | None) -> None:
+    """Refuse a checkpoint that is named and not there."""
+    if file is not None and not file.exists():
+        raise UserError(f"{file}: no such file")
 
 
 def check_testing(arguments: InferenceArguments | ComparisonArguments | VisualizationArguments) -> None:
@@ -92,7 +93,7 @@ def check_data(
     if metadata is not None:
         read_list(metadata)
     if class_names is not None and class_names not in NAMES:
-        read_user_text(Path(class_names), "--class_names", 2**20)
+        read_class_names(Path(class_names))
     remembers = data_root is None and (may_be_remembered or run.get("data_root"))
     spec = known_dataset(dataset)
     # A toy dataset is drawn on first use, which is not now.

@@ -121,6 +121,12 @@ def check_unused(save_path: Path, resume: str) -> None:
         raise UserError(f"--save_path {save_path} holds {checkpoints[0]} of a run without {STATE_FILE}; give another")
 
 
+def check_same_run(save_path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise `UserError`, with the settings that differ, where a folder holds another run."""
+    if differences := describe_differences(before, now):
+        raise UserError(f"--save_path {save_path} holds another run ({differences}); give another --save_path")
+
+
 def describe_differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     """The settings that differ, as "image_lr was 0.0005, now 0.001"; those that are compared no longer do not count."""
     return "; ".join(

@@ -38,6 +38,7 @@ from dataset.toy.captions import UNTOLD, Drawings, Words, draw_pairs
 from dataset.toy.objects import OBJECTS, TEXTURES
 from engine.toy_clip_arguments import PretrainConfig
 from model.checkpoint import FloatTensor, SavedOptimizer, load, load_component, save
+from model.clip import cut_to_length
 from utils.errors import NotFiniteError, UserError
 from utils.files import check_folder, replacing, write_json
 from utils.logging import set_up_logging
@@ -149,7 +150,7 @@ def _encode_text(model: CLIP, tokens: Tensor) -> Tensor:
 
 def _tokens(captions: list[str]) -> Tensor:
     tokens = SimpleTokenizer(context_length=TOY_CLIP_CONFIG["text_cfg"]["context_length"])(captions)
-    return _cut(tokens)
+    return cut_to_length(tokens)
 
 
 def new_toy_clip() -> CLIP:
@@ -240,10 +241,6 @@ def _batches(count: int, config: PretrainConfig, epoch: int) -> Iterator[NDArray
         yield np.sort(order[start : start + config.batch_size])
 
 
-def _cut(tokens: Tensor) -> Tensor:
-    return tokens[:, : int((tokens != 0).sum(dim=1).max())]
-
-
 @dataclass(frozen=True)
 class _State:
     """What `pretrain_state.pth` holds."""
@@ -303,7 +300,7 @@ class _Run:
                 group["lr"] = rate
             keep = self._kept_patches(len(drawings), step / steps, random)
             told = regions.of(drawings).to(self.device).take_along_dim(keep, dim=1)
-            loss = self._loss(pairs.images[drawings], _cut(tokens[drawings]), keep, told, regions.tokens)
+            loss = self._loss(pairs.images[drawings], cut_to_length(tokens[drawings]), keep, told, regions.tokens)
             if not torch.isfinite(loss):
                 raise NotFiniteError(f"the loss is {loss.item()} in epoch {self.epoch + 1}, step {number + 1}")
             self.optimizer.zero_grad(set_to_none=True)
@@ -331,7 +328,7 @@ class _Run:
             return loss
         present, rows = told.unique(return_inverse=True)
         untold = int(present[0] == -1)
-        words = _encode_text(model, _cut(phrases[present[untold:].cpu()]).to(self.device))
+        words = _encode_text(model, cut_to_length(phrases[present[untold:].cpu()]).to(self.device))
         return loss + weight * region_loss(tokens[:, 1:], rows - untold, words, scale)
 
     def _kept_patches(self, batch: int, progress: float, random: torch.Generator) -> Tensor:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from functools import partial
 
-from engine.data import training_loader
 from engine.run_folder import side_file
 from engine.task import TaskData
 from engine.training.arguments import BaseConfig
 from engine.training.image_loss import ImageLossStage
 from engine.training.opening import open_run, prepare
-from engine.training.phases import Phase
+from engine.training.phases import Phase, loaders_of
 from engine.training.run import TrainingRun
 from engine.training.schedules import halved_at
 from engine.training.stage1 import TextStage
@@ -39,14 +38,7 @@ def two_phases(config: BaseConfig, run: TrainingRun, data: TaskData) -> list[Pha
     """Stage 1 and Stage 2 as the phases of a run."""
     model, classes = run.model, data.classes
     prompts = data.prompts(model.clip).to(run.accelerator.device)
-    loader = partial(
-        training_loader,
-        data,
-        model.clip,
-        seed=config.seed,
-        num_workers=config.num_workers,
-        choices=config.augmentation(),
-    )
+    loader = loaders_of(config, data, model.clip)
     text_parts = [name for name in model.components if name.startswith("text")]
     image_parts = [name for name in model.components if name.startswith("image")]
     carried = text_parts if model.config.text_adapted else []

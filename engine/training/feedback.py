@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from engine.data import hold_out, training_loader
+from engine.data import hold_out
 from engine.detector import Detector
 from engine.evaluation.evaluate import METRICS, evaluate, said_of_det_score, summary_table
 from engine.remembered import load_task_of_run
@@ -15,7 +15,7 @@ from engine.run_folder import CURVES_FILE, FINAL_FILE, loop_file
 from engine.task import TaskData
 from engine.training.feedback_arguments import FeedbackConfig, LoopPlan, loop_forward, plan_loops, plan_table
 from engine.training.opening import open_run, prepare
-from engine.training.phases import Phase
+from engine.training.phases import Phase, loaders_of
 from engine.training.run import TrainingRun
 from engine.training.schedules import Factor, halved_at, warmup_cosine
 from engine.training.stage1 import TextStage
@@ -85,14 +85,7 @@ def feedback_phases(config: FeedbackConfig, plan: list[LoopPlan], run: TrainingR
     model, accelerator = run.model, run.accelerator
     stages = {"text": TextStage, "image": ImageStage}
     prompts = data.prompts(model.clip).to(accelerator.device)
-    loader = partial(
-        training_loader,
-        data,
-        model.clip,
-        seed=config.seed,
-        num_workers=config.num_workers,
-        choices=config.augmentation(),
-    )
+    loader = loaders_of(config, data, model.clip)
     loaders = {
         "text": loader("geometric", config.text_batch_size, stage=1),
         "image": loader("full", config.image_batch_size, stage=2),

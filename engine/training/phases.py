@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from dataset.samples import SeededSampler
+from engine.data import training_loader
+from engine.task import TaskData
+from engine.training.arguments import RunConfig
 from engine.training.schedules import Factor
 from engine.training.stages import Stage
+from model.clip import FrozenCLIP
 
 
 @dataclass(frozen=True)
@@ -50,3 +55,10 @@ class RunState:
     history: list[dict[str, Any]] = field(default_factory=list)
     schedule: dict[str, Any] | None = None
     loops: list[dict[str, Any]] = field(default_factory=list)
+
+
+def loaders_of(config: RunConfig, data: TaskData, clip: FrozenCLIP) -> Callable[..., tuple[DataLoader, SeededSampler]]:
+    """`training_loader` as a run asks for it; what a stage decides is left: augmentation, batch size and number."""
+    return partial(
+        training_loader, data, clip, seed=config.seed, num_workers=config.num_workers, choices=config.augmentation()
+    )

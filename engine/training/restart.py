@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from engine.run_folder import LOCK_FILE, LOG_FILE, STATE_FILE, WARNINGS_FILE, check_unused, describe_differences
+from engine.run_folder import LOCK_FILE, LOG_FILE, STATE_FILE, WARNINGS_FILE, check_same_run, check_unused
 from engine.training.phases import Phase
 from engine.training.state import read_state
 from utils.errors import UserError
@@ -115,6 +115,4 @@ def check_save_path(save_path: Path, resume: str, signature: dict[str, Any], ear
     if not file.is_file():
         return
     before = {**earlier, **read_state(file)["signature"]}
-    differences = describe_differences(before, signature)
-    if differences:
-        raise UserError(f"--save_path {save_path} holds another run ({differences}); give another --save_path")
+    check_same_run(save_path, before, signature)
