@@ -235,6 +235,13 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
             anchors = self.conditioned_anchors(text_side.prompts, start, rows, context)
         return compare(features.levels, features.det, anchors)
 
+    def joint_forward(self, images: Tensor, prompts: Prompts, rows: Tensor, loop: LoopForward | None = None) -> Outputs:
+        """`forward` with gradient in both sides; rows: (B,), each image's class in `prompts`."""
+        words = self._words(prompts, loop or self.loop)
+        features = self.image_features(images, words, rows)
+        seen = self.context_features(images, features, words.loop) if self.text_sees_image(words.loop) else features
+        return compare(features.levels, features.det, self.batch_anchors(prompts, rows, seen, words.loop))
+
     @torch.no_grad()
     def attention(self, images: Tensor, text_side: TextSide, rows: Tensor) -> Attention:
         """The weights of both cross-attentions for B images, per head; see `Attention`. For a model in eval mode."""

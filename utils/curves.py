@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 
 from utils.figures import save_png
 
-STAGE_COLOURS = {"text": "tab:blue", "image": "tab:orange"}
+STAGE_COLOURS = {"text": "tab:blue", "image": "tab:orange", "both": "tab:purple"}
 
 
 Span = tuple[tuple[int, str], list[tuple[int, Mapping[str, Any]]]]
@@ -105,8 +105,10 @@ def mark_loops(axes: Sequence[Axes], spans: Sequence[Span]) -> None:
 
 def stage_legend(figure: Figure, history: Sequence[Mapping[str, Any]]) -> None:
     """Which colour is which stage, and that dotted lines are cross-attention's where there is any."""
-    handles = [Line2D([], [], color=colour, marker="o", markersize=3) for colour in STAGE_COLOURS.values()]
-    labels = ["text stage", "image stage"]
+    present = {row["stage"] for row in history}
+    colours = {stage: colour for stage, colour in STAGE_COLOURS.items() if stage in present}
+    handles = [Line2D([], [], color=colour, marker="o", markersize=3) for colour in colours.values()]
+    labels = ["both stages at once" if stage == "both" else f"{stage} stage" for stage in colours]
     if any(row.get(f"grad_norm/{side}_cross_attn") for row in history for side in STAGE_COLOURS):
         handles.append(Line2D([], [], color="grey", linestyle=":", marker=".", markersize=3))
         labels.append("its cross-attention alone")

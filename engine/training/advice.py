@@ -9,7 +9,7 @@ LESS_MEMORY = "a smaller --image_batch_size or --text_batch_size, --precision bf
 
 def remedies_for(side: str, feedback: bool) -> dict[str, tuple[str, ...]]:
     """What to try for each verdict on a stage, with the flags that its script has."""
-    higher, lower = f"a higher --{side}_lr", f"a lower --{side}_lr"
+    higher, lower = f"a higher {_rate(side)}", f"a lower {_rate(side)}"
     later = ("--cross_attn_start_loop 2",) if feedback else ()
     gentler = ("more --warmup_epochs", "a tighter --grad_clip") if feedback else ()
     return {
@@ -23,6 +23,13 @@ def remedies_for(side: str, feedback: bool) -> dict[str, tuple[str, ...]]:
 def after_not_finite(state: Path, side: str, feedback: bool) -> str:
     """How to go on after a loss that is not finite; state: the file that the run can be taken up from."""
     begin = (
-        f"--init_from {state}, and a lower --{side}_lr or a tighter --grad_clip" if feedback else f"a lower --{side}_lr"
+        f"--init_from {state}, and a lower {_rate(side)} or a tighter --grad_clip"
+        if feedback
+        else f"a lower {_rate(side)}"
     )
     return f"The last good state is {state}; start with another --save_path{', ' if feedback else ' and '}{begin}"
+
+
+def _rate(side: str) -> str:
+    """The flags of a stage's learning rate."""
+    return "--text_lr and --image_lr" if side == "both" else f"--{side}_lr"

@@ -21,6 +21,7 @@ from engine.training.schedules import Factor, halved_at, warmup_cosine
 from engine.training.stage1 import TextStage
 from engine.training.stage2 import ImageStage
 from engine.training.start import Start, check_something_to_train, read_base, read_whole
+from engine.training.turns import BothStage, Turns
 from engine.training.verdicts import run_summary
 from utils.curves import training_curves
 from utils.errors import UserError
@@ -39,6 +40,8 @@ def train_feedback(config: FeedbackConfig) -> None:
     """
     plan = plan_loops(config)
     opening = prepare(config, SCRIPT, read_start(config))
+    if config.order != "stages" and opening.accelerator.num_processes > 1:
+        raise UserError(f"--order {config.order} trains in one process: leave accelerate launch out")
     training, validation = opening.data, None
     if config.val_fraction:
         training, validation = hold_out(training, config.val_fraction, config.seed)
@@ -81,11 +84,29 @@ def rate_factor(config: FeedbackConfig, side: str, epochs: int, steps_per_epoch:
 
 
 def feedback_phases(config: FeedbackConfig, plan: list[LoopPlan], run: TrainingRun, data: TaskData) -> list[Phase]:
-    """Stage 1 and Stage 2 of every loop as the phases of one run."""
+    """Stage 1 and Stage 2 of every loop as the phases of one run, or as one phase a loop where `order` says so."""
     model, accelerator = run.model, run.accelerator
     stages = {"text": TextStage, "image": ImageStage}
     prompts = data.prompts(model.clip).to(accelerator.device)
     loader = loaders_of(config, data, model.clip)
+
+    def phase_of_both(loop: LoopPlan) -> Phase:
+        """Both stages in the same epochs: loaders of its own, since each loop spreads its own number of steps."""
+        text, image = (
+            loader("geometric", config.text_batch_size, stage=1), loader("full", config.image_batch_size, stage=2)
+        )  # fmt: skip
+        turns = Turns(text[0], image[0], (text[1], image[1]), loop.text_epochs, loop.image_epochs)
+        forward = loop_forward(config, loop.loop)
+        return Phase(
+            loop.loop, BothStage.name, loop.image_epochs, {"text": loop.text_lr, "image": loop.image_lr},
+            rate_factor(config, "image", loop.image_epochs, len(turns)),
+            partial(BothStage, model, prompts, data.classes, config, forward, config.order == "joint"),
+            turns, turns, lambda _: [], list(model.components), max_norm=config.grad_clip or None,
+            grows=False, fresh_optimizer=config.reset_optimizers and loop.loop > 1,
+        )  # fmt: skip
+
+    if config.order != "stages":
+        return [phase_of_both(loop) for loop in plan]
     loaders = {
         "text": loader("geometric", config.text_batch_size, stage=1),
         "image": loader("full", config.image_batch_size, stage=2),

@@ -19,6 +19,7 @@ from utils.fields import changed, setting
 from utils.tables import format_table
 
 MOST_LOOPS = 10
+ORDERS = ("stages", "turns", "joint")
 WEIGHT_DECAY = {"adamw": 0.01, "adam": 0.0}
 
 
@@ -59,6 +60,11 @@ class FeedbackConfig(CrossAttentionArguments):
     feedback_features: str = setting(
         "branch", "what Stage 1 sees from loop 2 on: the trained image branch, or its projectors on frozen tokens",
         "feedback", choices=("branch", "projectors"),
+    )  # fmt: skip
+    order: str = setting(
+        "stages", "in a loop: Stage 1's epochs, then Stage 2's; or steps of both spread evenly, each side against the "
+        "other as it stands (turns), or with Stage 2's gradient in the text side too (joint)", "feedback",
+        choices=ORDERS,
     )  # fmt: skip
     init_from: Path | None = setting(
         None, "checkpoint to take all components from, in place of a base", "base", free=True, unset="none"
@@ -129,6 +135,8 @@ def plan_loops(config: FeedbackConfig) -> list[LoopPlan]:
     text = epochs_of_loops("text", config.text_epochs_per_loop, config)
     image = epochs_of_loops("image", config.image_epochs_per_loop, config)
     on = config.cross_attention().on
+    if config.order != "stages":
+        check_order(config, text, image)
     return [
         LoopPlan(
             loop,
@@ -140,6 +148,18 @@ def plan_loops(config: FeedbackConfig) -> list[LoopPlan]:
         )
         for loop in range(1, count + 1)
     ]
+
+
+def check_order(config: FeedbackConfig, text: list[int], image: list[int]) -> None:
+    """`UserError` where the steps of both stages cannot be spread over the image epochs of a loop."""
+    if config.accumulate > 1:
+        raise UserError(f"--order {config.order} takes a step with each batch: leave --accumulate out")
+    for loop, (text_epochs, image_epochs) in enumerate(zip(text, image, strict=True), start=1):
+        if text_epochs > image_epochs:
+            raise UserError(
+                f"--order {config.order}: loop {loop} has {text_epochs} text epochs and {image_epochs} image epochs; "
+                "the text steps are spread over the image epochs, of which there must be as many"
+            )
 
 
 def epochs_of_loops(side: str, epochs: tuple[int, ...], config: FeedbackConfig) -> list[int]:
@@ -161,9 +181,10 @@ def epochs_of_loops(side: str, epochs: tuple[int, ...], config: FeedbackConfig) 
 
 
 def loop_forward(config: FeedbackConfig, loop: int) -> LoopForward:
-    """What a loop decides of the forward: from loop 2 on, text sees what Stage 2 has learned."""
+    """What a loop decides of the forward: text sees what Stage 2 has learned, but for loop 1 of `order` "stages"."""
     later = {"branch": "trained", "projectors": "projectors"}[config.feedback_features]
-    return LoopForward("frozen" if loop == 1 else later, loop >= config.cross_attn_start_loop)
+    first = loop == 1 and config.order == "stages"
+    return LoopForward("frozen" if first else later, loop >= config.cross_attn_start_loop)
 
 
 def plan_table(plan: list[LoopPlan]) -> str:

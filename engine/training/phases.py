@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from engine.task import TaskData
 from engine.training.arguments import RunConfig
 from engine.training.schedules import Factor
 from engine.training.stages import Stage
+from engine.training.turns import Turns
 from model.clip import FrozenCLIP
 
 
@@ -23,23 +24,29 @@ class Phase:
     """One stage in one loop: how often it goes over its images, at what rate, and what is written after each epoch.
 
     files: the names of the checkpoint after an epoch, none where there is none; parts: the components in it.
-    factor: of the rate, by step; max_norm clips the gradient; grows: whether a stage that has begun may be given more
-    epochs, which a schedule that ends with the stage forbids; fresh_optimizer: begin with its moments forgotten.
+    rate: the first, by side where both are trained; factor: of the rate, by step; max_norm clips the gradient.
+    grows: whether a stage that has begun may be given more epochs, which a schedule that ends with the stage forbids.
+    fresh_optimizer: begin with its moments forgotten.
     """
 
     loop: int
     side: str
     epochs: int
-    rate: float
+    rate: float | Mapping[str, float]
     factor: Factor
     make_stage: Callable[[], Stage]
-    loader: DataLoader
-    sampler: SeededSampler
+    loader: DataLoader | Turns
+    sampler: SeededSampler | Turns
     files: Callable[[int], Sequence[str]]
     parts: Sequence[str]
     max_norm: float | None = None
     grows: bool = True
     fresh_optimizer: bool = False
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """The first rate of each side that is trained."""
+        return self.rate if isinstance(self.rate, Mapping) else {self.side: self.rate}
 
 
 @dataclass

@@ -26,12 +26,14 @@ from engine.run_folder import (
 from engine.training.advice import after_not_finite
 from engine.training.phases import Phase, RunState
 from engine.training.restart import continued, describe_progress, still_finished
-from engine.training.schedules import make_schedule
+from engine.training.schedules import Together, make_schedule
 from engine.training.state import STATE_SCHEMA, read_state, restore
 from engine.training.trainer import StopRequest, log_epoch, stage_name, train_epoch
+from engine.training.turns import BothStage, Turns
 from engine.training.verdicts import judge_run
 from model.adapter import AdaptedCLIP
 from model.checkpoint import save, state_of
+from model.config import SIDES
 from utils.errors import Interrupted, NotFiniteError, Stopped, UserError
 from utils.files import remove_leftovers, write_json, write_text, writing
 from utils.locks import check_ours
@@ -117,7 +119,7 @@ class TrainingRun:
         return {
             **{name: state_of(self.model.components[name]) for name in parts},
             **{f"{side}_optimizer": self.optimizers[side].state_dict() for side in sides},
-            "epoch": sum(row["stage"] == sides[-1] for row in history),
+            "epoch": sum(row["stage"] in (sides[-1], BothStage.name) for row in history),
             "steps": {side: self._steps(side, history) for side in self.optimizers},
             "config": self.describe(loop),
         }
@@ -125,7 +127,9 @@ class TrainingRun:
     def _steps(self, side: str, history: Sequence[Mapping[str, Any]]) -> int | None:
         """Optimizer steps that a side's weights have seen, those before this run included; None where not known."""
         before = self.steps_before.get(side, 0)
-        return None if before is None else before + sum(row["steps"] for row in history if row["stage"] == side)
+        if before is None:
+            return None
+        return before + sum(row.get(f"{side}_steps", row["steps"] * (row["stage"] == side)) for row in history)
 
     def run(self, phases: Sequence[Phase], loop_end: LoopEnd | None = None) -> list[dict[str, Any]]:
         """Train all phases, going on where the state on disk ends; raises `Stopped` and `NotFiniteError`.
@@ -167,7 +171,7 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
 
     def _phase_written(self, phase: Phase, epoch: int, rows: int) -> Written:
-        return Written(phase.files(epoch), phase.parts, [phase.side], phase.loop, rows)
+        return Written(phase.files(epoch), phase.parts, list(phase.rates), phase.loop, rows)
 
     def _loop_written(self, loop: int, loop_end: LoopEnd, rows: int) -> Written:
         return Written(loop_end.files(loop), list(self.model.components), list(self.optimizers), loop, rows)
@@ -190,8 +194,9 @@ class TrainingRun:
         for name, written in latest.items():
             if is_there(self.save_path, name):
                 continue
-            trained_since = {row["stage"] for row in self.history[written.rows :]}
-            if any(part.startswith(tuple(trained_since)) for part in written.parts if trained_since):
+            stages = {row["stage"] for row in self.history[written.rows :]}
+            trained_since = SIDES if BothStage.name in stages else tuple(stages)
+            if any(part.startswith(trained_since) for part in written.parts):
                 gone.append(name)
                 continue
             self._write(written, [name])
@@ -204,14 +209,19 @@ class TrainingRun:
         stage = phase.make_stage()
         stage.begin()
         prepared, loader = self.accelerator.prepare(stage), self._prepared_loader(phase.loader)
-        optimizer = self.optimizers[phase.side]
-        if phase.fresh_optimizer and not self.state.done[index]:
-            optimizer.optimizer.state.clear()
-        schedule = make_schedule(optimizer.optimizer, phase.rate, phase.factor)
-        if self.state.done[index] and self.state.schedule is not None:
-            schedule.load_state_dict(self.state.schedule)
-            for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
-                group["lr"] = rate
+        begun = self.state.done[index] > 0
+        optimizer = Together([self.optimizers[side] for side in phase.rates])
+        if phase.fresh_optimizer and not begun:
+            for member in optimizer.members:
+                member.optimizer.state.clear()
+        schedule = Together(
+            [
+                make_schedule(
+                    self.optimizers[side].optimizer, rate, phase.factor, self.state.schedule if begun else None
+                )
+                for side, rate in phase.rates.items()
+            ]
+        )
         for epoch in range(self.state.done[index] + 1, phase.epochs + 1):
             phase.sampler.set_position(phase.loop, epoch)
             torch.manual_seed(derive_seed(self.seed, stage.number, phase.loop, epoch, self.accelerator.process_index))
@@ -237,10 +247,11 @@ class TrainingRun:
                 raise Stopped(
                     f"stopped in {description}: the same command goes on, and repeats this epoch", stop.signal_number
                 )
-            row = {"loop": phase.loop, "stage": stage.name, "epoch": epoch, **row}
+            steps = phase.sampler.steps() if isinstance(phase.sampler, Turns) else {}
+            row = {"loop": phase.loop, "stage": stage.name, "epoch": epoch, **row, **steps}
             self.state.history.append(row)
             self.state.done[index] = epoch
-            self.state.schedule = schedule.state_dict()
+            self.state.schedule = schedule.members[0].state_dict()
             log_epoch(row, phase.epochs)
             self._track(row)
             if self.accelerator.is_main_process:
@@ -252,12 +263,15 @@ class TrainingRun:
         if verdict.remedies:
             logger.warning("loop %d, %s: %s", phase.loop, phase.side, verdict)
 
-    def _prepared_loader(self, loader: DataLoader) -> DataLoader:
+    def _prepared_loader(self, loader: DataLoader | Turns) -> DataLoader | Turns:
         """`loader` as accelerate prepares it, once for all loops: each preparation keeps worker processes of its own.
 
         An iterator draws a seed when it is made, which with persistent workers is not in every epoch. Drawn from
         dropout's stream, it would make a run depend on the number of workers and on where it was killed.
         """
+        if isinstance(loader, Turns):
+            loader.text, loader.image = self._prepared_loader(loader.text), self._prepared_loader(loader.image)
+            return loader
         if id(loader) not in self._loaders:
             loader.generator = torch.Generator()
             self._loaders[id(loader)] = self.accelerator.prepare(loader)

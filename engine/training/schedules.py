@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -28,8 +29,41 @@ def warmup_cosine(steps: int, warmup: int) -> Factor:
     return factor
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, rate: float, factor: Factor) -> LRScheduler:
-    """A schedule that starts at its first step, whatever rate an earlier one has left in `optimizer`."""
+class Together:
+    """Optimizers, or their schedules, that take every step together: one for each side that a stage trains."""
+
+    def __init__(self, members: Sequence[Any]) -> None:
+        self.members = list(members)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for member in self.members for group in member.param_groups]
+
+    @property
+    def step_was_skipped(self) -> bool:
+        return any(member.step_was_skipped for member in self.members)
+
+    def step(self) -> None:
+        for member in self.members:
+            member.step()
+
+    def zero_grad(self) -> None:
+        for member in self.members:
+            member.zero_grad()
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, rate: float, factor: Factor, saved: Mapping[str, Any] | None = None
+) -> LRScheduler:
+    """A schedule that starts at its first step, whatever rate an earlier one has left in `optimizer`.
+
+    saved: the state of a schedule of the same factor, to go on from its step.
+    """
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] = rate
-    return LambdaLR(optimizer, factor)
+    schedule = LambdaLR(optimizer, factor)
+    if saved is not None:
+        schedule.load_state_dict({**saved, "base_lrs": schedule.base_lrs})
+        for group in optimizer.param_groups:
+            group["lr"] = rate * factor(schedule.last_epoch)
+    return schedule

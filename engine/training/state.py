@@ -26,7 +26,7 @@ class _Row(MayHoldMore):
 
     more = Measured
     loop: int = field(metadata={"between": (1, 2**53)})
-    stage: str = field(metadata={"choices": SIDES})
+    stage: str = field(metadata={"choices": (*SIDES, "both")})
     epoch: int = field(metadata={"between": (1, 2**53)})
     steps: int = field(metadata={"between": (0, 2**53)})
     loss: Measured

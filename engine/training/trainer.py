@@ -22,6 +22,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from engine.training.schedules import Together
 from engine.training.stages import Stage
 from engine.training.verdicts import epoch_warnings
 from utils.errors import NotFiniteError
@@ -68,8 +69,8 @@ def train_epoch(
     stage: nn.Module,
     components: Mapping[str, nn.Module],
     loader: DataLoader,
-    optimizer: torch.optim.Optimizer,
-    schedule: LRScheduler,
+    optimizer: torch.optim.Optimizer | Together,
+    schedule: LRScheduler | Together,
     accelerator: Accelerator,
     description: str,
     max_norm: float | None = None,
@@ -139,7 +140,7 @@ def _check_last_step(stage: nn.Module, batch: Mapping[str, Any], description: st
 def _finite_norms(
     components: Mapping[str, nn.Module],
     loss: Tensor,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Together,
     accelerator: Accelerator,
     description: str,
 ) -> dict[str, Tensor]:

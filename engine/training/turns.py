@@ -1,0 +1,123 @@
+"""Both sides trained in the same epochs, for comparison with feedback's loops (docs/method.md, "Feedback")."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from dataset.samples import SeededSampler
+from engine.training.arguments import RunConfig
+from engine.training.stage1 import TextStage
+from engine.training.stages import Stage, StageOutput, present_classes, square_mask, watch_abnormal
+from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
+from model.config import SIDES, LoopForward
+from model.losses import stage2_losses
+from model.text import Prompts
+
+TEXT_BATCH = "text_batch"
+
+
+@dataclass
+class Turns:
+    """The batches of an epoch of both stages: every image batch, some of them with a text batch in `TEXT_BATCH`.
+
+    text, image: the stages' own loaders; text_epochs: passes over the first that all `epochs` hold together, spread
+    evenly over the image batches. `set_position` chooses the epoch, as a sampler's does.
+    """
+
+    text: DataLoader
+    image: DataLoader
+    samplers: Sequence[SeededSampler]
+    text_epochs: int
+    epochs: int
+    epoch: int = 1
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def set_position(self, loop: int, epoch: int) -> None:
+        self.epoch = epoch
+        for sampler in self.samplers:
+            sampler.set_position(loop, epoch)
+
+    def due(self) -> list[bool]:
+        """Whether a text batch goes with each image batch of this epoch."""
+        text, image = self.text_epochs * len(self.text), self.epochs * len(self.image)
+        first = (self.epoch - 1) * len(self.image)
+        return [(step + 1) * text // image > step * text // image for step in range(first, first + len(self.image))]
+
+    def steps(self) -> dict[str, int]:
+        """The steps of each stage in this epoch, as a row of the history names them."""
+        return {"text_steps": sum(self.due()), "image_steps": len(self)}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        texts = iter(self.text)
+        for due, batch in zip(self.due(), self.image, strict=True):
+            yield {**batch, TEXT_BATCH: next(texts) if due else None}
+
+
+class BothStage(Stage):
+    """Stage 1's loss and Stage 2's in one step.
+
+    joint: whether Stage 2's gradient reaches the text side too. Otherwise each loss trains its own side, against the
+    other as it stands.
+    """
+
+    name = "both"
+    number = 3
+
+    def __init__(
+        self,
+        model: AdaptedCLIPWithCrossAttention,
+        prompts: Prompts,
+        classes: Sequence[str],
+        config: RunConfig,
+        loop: LoopForward,
+        joint: bool,
+    ) -> None:
+        super().__init__(model, classes, config, loop)
+        self.prompts = prompts
+        self.joint = joint
+        self.text_stage = TextStage(model, prompts, classes, config, loop)
+
+    def trained_on(self, side: str) -> dict[str, nn.Module]:
+        """The components of a side that are trained, by name."""
+        names = self.model.trained_components(side, self.loop)
+        return {name: self.model.components[name] for name in names if name not in self.config.frozen}
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        return {name: part for side in SIDES for name, part in self.trained_on(side).items()}
+
+    def train(self, mode: bool = True) -> BothStage:
+        # Of a side that only stands by, no dropout: what trains meanwhile is switched on in `forward`.
+        self.training = mode
+        self.model.eval()
+        return self
+
+    def _train_only(self, *sides: str) -> None:
+        self.model.eval()
+        for side in sides:
+            for part in self.trained_on(side).values():
+                part.train(self.training)
+
+    def forward(self, batch: Mapping[str, Any]) -> StageOutput:
+        """A batch of `Turns` -> the sum of both losses; what is watched is Stage 2's."""
+        self._train_only(*(SIDES if self.joint else ("image",)))
+        mask = square_mask(batch)
+        present, rows = present_classes(batch, self.order)
+        prompts = Prompts(self.prompts.tokens.to(rows.device)[present], self.prompts.normal)
+        if self.joint:
+            outputs = self.model.joint_forward(batch["image"], prompts, rows, self.loop)
+        else:
+            outputs = self.model(batch["image"], self.model.text_side(prompts, self.loop), rows)
+        losses, abnormal = stage2_losses(outputs, mask, batch["label"], self.config.focal_smoothing)
+        if batch[TEXT_BATCH] is not None:
+            self._train_only("text")
+            text = self.text_stage(batch[TEXT_BATCH]).losses
+            losses = {name: losses.get(name, 0) + text.get(name, 0) for name in {**losses, **text}}
+        return StageOutput(losses, watch_abnormal(abnormal, mask))
