@@ -8,39 +8,30 @@ as `__main__` and one after another, so that libraries are imported once. The ca
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import hashlib
-import io
 import logging
 import os
 import re
-import runpy
 import shutil
-import signal
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import NamedTuple
 from unittest import mock
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from open_clip.tokenizer import SimpleTokenizer
 
 from tests.damage import world
-from tests.scripts import ROOT
-from utils.logging import AppendingHandler, ScreenHandler, WaitingHandler
+from tests.in_process import Answer, answer
 from utils.tables import format_table
 
-# Seconds of the processor's time that a refusal may take, and seconds after which a case is given up.
-SOON, PATIENCE = 5.0, 60
+# Seconds of the processor's time that a refusal may take.
+SOON = 5.0
 # Below the current folder; what a case prepares is there alone.
 CASE = Path("case")
 # What datasets keep by design as soon as they have been listed.
@@ -74,19 +65,6 @@ class Case:
         return " ".join([self.script, *map(ascii, words), *([f"({self.what})"] if self.what else [])])
 
 
-class Answer(NamedTuple):
-    """What a script left behind: its status (None: a traceback), what it said, and the seconds it took."""
-
-    status: object
-    errors: str
-    output: str
-    seconds: float
-
-
-class TooLate(BaseException):
-    """A case that goes on for ever."""
-
-
 @contextmanager
 def scratch() -> Iterator[Path]:
     """A world of its own to run scripts in: the current folder is `here`, with the kept runs, their CLIP and images.
@@ -117,59 +95,6 @@ def scratch() -> Iterator[Path]:
             logging.captureWarnings(False)
             logging.getLogger().setLevel(level)
             torch.set_num_threads(threads)
-
-
-def answer(script: str, arguments: Sequence[str]) -> Answer:
-    """Run a script of the repository in this process, as `__main__`."""
-    errors = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")
-    output = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    status: object = None
-    begun = time.process_time()
-    with (
-        mock.patch.object(sys, "argv", [script, *arguments]),
-        contextlib.redirect_stderr(errors),
-        contextlib.redirect_stdout(output),
-        in_time(),
-    ):
-        try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        except SystemExit as error:
-            status = error.code
-        except (Exception, TooLate) as error:  # what a user would see as a traceback
-            errors.write(f"Traceback: {type(error).__name__}: {error}\n")
-        finally:
-            # accelerate's own memory, which a process of one script has no use for.
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
-            for handler in list(logging.getLogger().handlers):
-                if isinstance(handler, (ScreenHandler, WaitingHandler, AppendingHandler)):
-                    logging.getLogger().removeHandler(handler)
-    said = [stream.buffer.getvalue().decode("utf-8") for stream in map(flushed, (errors, output))]
-    return Answer(status, *said, time.process_time() - begun)
-
-
-def flushed(stream: io.TextIOWrapper) -> io.TextIOWrapper:
-    stream.flush()
-    return stream
-
-
-@contextmanager
-def in_time() -> Iterator[None]:
-    """Raise `TooLate` in the block after `PATIENCE` seconds, where the system can."""
-    if not hasattr(signal, "SIGALRM"):
-        yield
-        return
-
-    def raise_too_late(_number: int, _frame: FrameType | None) -> None:
-        raise TooLate(f"not at its end after {PATIENCE} seconds")
-
-    before = signal.signal(signal.SIGALRM, raise_too_late)
-    signal.alarm(PATIENCE)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[object, ...]]:

@@ -1,4 +1,4 @@
-"""The scripts as a user runs them: a subprocess with a tiny CLIP and a tiny dataset."""
+"""The scripts as a user runs them, with a tiny CLIP and a tiny dataset."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from PIL import Image
@@ -19,8 +20,8 @@ from engine.training.base import train_base
 from engine.training.feedback import train_feedback
 from engine.training.feedback_arguments import FeedbackConfig
 from tests.helpers import TINY_ARCHITECTURE, threads, tiny_open_clip
+from tests.in_process import ROOT, answer
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZE = 40
 
 
@@ -38,17 +39,35 @@ def start(script: str, *arguments: object, cwd: Path = ROOT, slowly: bool = Fals
     )
 
 
-def run(script: str, *arguments: object, cwd: Path = ROOT, status: int = 0) -> str:
-    """Run a script to its end and return what it said on standard error; its exit status must be `status`."""
-    process = start(script, *arguments, cwd=cwd)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == status, errors
+def run(script: str, *arguments: object, cwd: Path = ROOT, status: int = 0, apart: bool = False) -> str:
+    """Run a script to its end and return what it said on standard error; its exit status must be `status`.
+
+    It runs in this process, which has the libraries; `apart`, in one of its own, as a user's does.
+    """
+    if apart:
+        process = start(script, *arguments, cwd=cwd)
+        _, errors = process.communicate(timeout=300)
+        found: object = process.returncode
+    else:
+        found, errors = _run_here(script, [str(argument) for argument in arguments], cwd)
+    assert found == status, errors
     return errors
 
 
-def error_line(script: str, *arguments: object, cwd: Path = ROOT) -> str:
+def _run_here(script: str, arguments: list[str], cwd: Path) -> tuple[object, str]:
+    before = Path.cwd()
+    os.chdir(cwd)
+    try:
+        with mock.patch.dict(os.environ, {"HF_HUB_OFFLINE": "1"}):
+            found = answer(script, arguments)
+    finally:
+        os.chdir(before)
+    return found.status, found.errors
+
+
+def error_line(script: str, *arguments: object, cwd: Path = ROOT, apart: bool = False) -> str:
     """The last line of a run that must end in one error line with status 2 and no traceback."""
-    errors = run(script, *arguments, cwd=cwd, status=2)
+    errors = run(script, *arguments, cwd=cwd, status=2, apart=apart)
     assert "Traceback" not in errors
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, errors

@@ -51,7 +51,7 @@ def compared(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     folder = tmp_path_factory.mktemp("compared") / "run"
     shutil.copytree(world / "feedback", folder)
     change(world / "feedback" / "loop_3_final.pth", scale_projector, folder / "loop_10_final.pth")
-    return folder, run("compare_feedback_loops.py", *asked(world, folder), "--unadapted")
+    return folder, run("compare_feedback_loops.py", *asked(world, folder), "--unadapted", apart=True)
 
 
 def asked(world: Path, save_path: Path) -> list[object]:

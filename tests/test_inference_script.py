@@ -46,7 +46,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def test_a_folder_means_all_its_epochs_in_numeric_order(world: Path, tmp_path: Path) -> None:
     errors = run(
         "inference.py", "--checkpoint", world / "run", "--dataset", world / "test", "--output_dir", tmp_path,
-        "--device", "cpu", "--num_workers", 0,
+        "--device", "cpu", "--num_workers", 0, apart=True,
     )  # fmt: skip
     rows = rows_of(tmp_path / "evaluation_test.csv")
     assert [row["model"] for row in rows[::3]] == [f"image_adapter_{epoch}" for epoch in range(1, 11)]

@@ -1,0 +1,96 @@
+"""A script of the repository run in this process, as `__main__`: libraries are imported once for all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from utils.logging import AppendingHandler, ScreenHandler, WaitingHandler
+
+ROOT = Path(__file__).resolve().parent.parent
+# Seconds after which a script is given up.
+PATIENCE = 60
+
+
+class Answer(NamedTuple):
+    """What a script left behind: its status (None: a traceback), what it said, and the seconds it took."""
+
+    status: object
+    errors: str
+    output: str
+    seconds: float
+
+
+class TooLate(BaseException):
+    """A case that goes on for ever."""
+
+
+def answer(script: str, arguments: Sequence[str]) -> Answer:
+    """Run a script of the repository in this process, as `__main__`."""
+    errors = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")
+    output = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    status: object = None
+    begun, root = time.process_time(), logging.getLogger()
+    level, threads = root.level, torch.get_num_threads()
+    with (
+        mock.patch.object(sys, "argv", [script, *arguments]),
+        contextlib.redirect_stderr(errors),
+        contextlib.redirect_stdout(output),
+        in_time(),
+    ):
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as error:
+            status = error.code
+        except (Exception, TooLate) as error:  # what a user would see as a traceback
+            errors.write(f"Traceback: {type(error).__name__}: {error}\n")
+        finally:
+            # accelerate's own memory, which a process of one script has no use for.
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+            root.setLevel(level)
+            logging.captureWarnings(False)
+            torch.set_num_threads(threads)
+            for handler in list(root.handlers):
+                if isinstance(handler, (ScreenHandler, WaitingHandler, AppendingHandler)):
+                    root.removeHandler(handler)
+    said = [stream.buffer.getvalue().decode("utf-8") for stream in map(flushed, (errors, output))]
+    return Answer(status, *said, time.process_time() - begun)
+
+
+def flushed(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    stream.flush()
+    return stream
+
+
+@contextmanager
+def in_time() -> Iterator[None]:
+    """Raise `TooLate` in the block after `PATIENCE` seconds, where the system can."""
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def raise_too_late(_number: int, _frame: FrameType | None) -> None:
+        raise TooLate(f"not at its end after {PATIENCE} seconds")
+
+    before = signal.signal(signal.SIGALRM, raise_too_late)
+    signal.alarm(PATIENCE)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
