@@ -1,4 +1,4 @@
-"""Evaluate checkpoints on a dataset, zero-shot, or score images that belong to no dataset."""
+"""Evaluate checkpoints on a dataset, zero-shot, score images that belong to none, or find thresholds to decide by."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from utils.cli import Parser
 from utils.logging import set_up_logging
 
 # Arguments that say which images, where these belong to no dataset.
-OWN_IMAGES = ("image", "normal", "anomalous", "class_name", "class_from_folder", "domain")
+OWN_IMAGES = (
+    "image", "calibrate", "false_alarms", "calibration", "normal", "anomalous", "class_name", "class_from_folder",
+    "domain",
+)  # fmt: skip
 # What changes nothing where images are scored one by one.
 NOT_OF_IMAGES = (
     "dataset", "data_root", "metadata", "mask_threshold", "batch_size", "num_workers", "cache_images", "precision",
@@ -30,16 +33,20 @@ def main() -> None:
     check_testing(arguments)
     # torch takes seconds: arguments come first
     with importing():
+        from engine.evaluation.calibrate import calibrate_images
         from engine.evaluation.inference import TwoFolders, evaluate_checkpoints
         from engine.evaluation.own_images import score_images
 
     values = {name: value for name, value in vars(arguments).items() if name not in OWN_IMAGES}
-    if mode == "image":
+    if mode in ("image", "calibrate"):
+        own = ("class_name", "class_from_folder", "domain", "calibration")
         values = {name: value for name, value in values.items() if name not in NOT_OF_IMAGES}
-        score_images(
-            values.pop("checkpoint"), arguments.image, arguments.class_name, domain=arguments.domain,
-            class_from_folder=arguments.class_from_folder, **values,
-        )  # fmt: skip
+        values |= {name: getattr(arguments, name) for name in own}
+        if mode == "image":
+            score_images(image=arguments.image, **values)
+        else:
+            values.pop("output_dir")
+            calibrate_images(calibrate=arguments.calibrate, false_alarms=arguments.false_alarms, **values)
     elif mode == "two folders":
         class_name = DEFAULT_CLASS if arguments.class_name is None else arguments.class_name
         folders = TwoFolders(arguments.normal, arguments.anomalous, class_name, arguments.domain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import struct
@@ -55,6 +56,11 @@ def read_image(path: Path, content: bytes | None = None) -> Image.Image:
         return image.convert("RGB")
     except ValueError as error:  # a kind of colours that Pillow reads and cannot convert, such as Lab
         raise UserError(f"{path} cannot be read as an image: {error}") from error
+
+
+def content_digest(image: Image.Image) -> str:
+    """A hex digest of an RGB image's size and pixels, the same whatever file they came from."""
+    return hashlib.sha256(repr(image.size).encode("ascii") + image.tobytes()).hexdigest()
 
 
 def read_mask(path: Path, threshold: float | str = HALF, content: bytes | None = None) -> Image.Image:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +22,16 @@ from dataset.images import read_image
 from dataset.options import PUBLISHED_NAMES
 from dataset.prompts import build_prompts
 from dataset.samples import image_tensor
+from engine.calibration import (
+    ANOMALOUS,
+    CALIBRATION_FILE,
+    NORMAL,
+    Entry,
+    Subject,
+    find_entry,
+    read_calibration,
+    why_none,
+)  # fmt: skip
 from engine.device import check_device
 from model.adapter import AdaptedCLIP
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention, Attention
@@ -27,9 +40,10 @@ from model.clip import FrozenCLIP
 from model.clip_loading import load_clip
 from model.config import CrossAttentionConfig, LoopForward, ModelConfig
 from model.frozen import UnadaptedCLIP
-from model.scoring import DET_SCORES, DOMAINS, calibrated_maps, calibrated_scores
+from model.scoring import DET_SCORES, DOMAINS, calibrated_maps, calibrated_scores, decisions, ranks
 from model.text import Prompts
 from utils.errors import UserError
+from utils.regions import Region, regions_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,23 +59,36 @@ CROSS_ATTENTION_OVERRIDES = (
 )  # fmt: skip
 
 
-class Prediction(NamedTuple):
-    """What `Detector.predict` says of one image.
+@dataclass(frozen=True)
+class Prediction:
+    """What `Detector.predict` says of one image; it unpacks into map, score and level maps.
 
     anomaly_map: float32 (S, S), p_abnormal averaged over levels, in [0, 1]; score: in [0, 1], higher is more
     anomalous; level_maps: float32 (levels, S, S). S is the model's image size.
+
+    Where the model is calibrated for the class (docs/testing.md, "A decision"), else None: decision, "anomalous" or
+    "normal", of the score; rank, the share of normal images that score lower, in [0, 1); mask, bool (S, S), the pixels
+    above their own threshold; regions, those of the mask in pixels of the original image, the worst first.
     """
 
     anomaly_map: np.ndarray
     score: float
     level_maps: np.ndarray
+    decision: str | None = None
+    rank: float | None = None
+    mask: np.ndarray | None = None
+    regions: tuple[Region, ...] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.anomaly_map, self.score, self.level_maps))
 
 
 class Detector(nn.Module):
     """A model with its checkpoint's story: `model`, `name`, `epoch`, `loop`, `config` (None: written elsewhere).
 
     det_score: which det score takes part in image scores, one of `DET_SCORES`, the published one unless asked for.
-    `arguments`: what its training was asked for, as far as that is known.
+    `arguments`: what its training was asked for, as far as that is known. `calibration`: thresholds, by which `predict`
+    decides; those of other models among them are never used.
     """
 
     def __init__(
@@ -81,6 +108,8 @@ class Detector(nn.Module):
         self.loop = checkpoint.loop if checkpoint else None
         self.config = checkpoint.config if checkpoint else None
         self.arguments = arguments_of(checkpoint) if checkpoint else {}
+        self.calibration: Sequence[Entry] = ()
+        self._refuses_others: Path | None = None
 
     def text_side(self, prompts: Prompts) -> Any:
         """What the model's forward needs of the text side, the same for all images."""
@@ -110,6 +139,54 @@ class Detector(nn.Module):
     def image_cross_attn(self) -> nn.Module:
         return self.model.image_cross_attn
 
+    @cached_property
+    def digest(self) -> str:
+        """A hex digest of all that scores depend on beside image, class and scoring: weights, and choices of forward.
+
+        A checkpoint has the same one wherever its file is; asked to compute something else, it has another.
+        """
+        config = {name: value for name, value in self.model.config.to_dict().items() if name != "model_name"}
+        cross = getattr(self.model, "cross_config", None)
+        loop = self.loop_forward
+        choices = [type(self.model).__name__, config, cross and asdict(cross), loop and loop._asdict()]
+        digest = hashlib.sha256(json.dumps([self.clip.weights_digest, choices], sort_keys=True).encode("utf-8"))
+        for name, component in getattr(self.model, "components", {}).items():
+            for key, value in sorted(component.state_dict().items()):
+                digest.update(f"{name}.{key}".encode())
+                digest.update(value.detach().cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def name_in_prompts(self, class_name: str, class_names: str | None = None) -> str:
+        """What a class is called in prompts; class_names: as for `predict`."""
+        published = (class_names or self.arguments.get("class_names")) == PUBLISHED_NAMES
+        return (published_name(class_name) if published else None) or readable_name(class_name)
+
+    def subject(self, name: str, domain: str = "industrial", det_score: str | None = None) -> Subject:
+        """What a calibration must be of for this model; name: the class's in prompts."""
+        return Subject(self.digest, name, domain, det_score or self.det_score)
+
+    def use_calibration(self, path: Path, required: bool = True) -> None:
+        """Decide by the thresholds of a file from now on.
+
+        required: a file without thresholds of this model is refused, and so is, in `predict`, a class that has none;
+        otherwise there is no decision then. Raises `UserError` for a file that is damaged.
+        """
+        if not required and not path.is_file():
+            return
+        self.calibration, self._refuses_others = read_calibration(path), path if required else None
+        if required and all(entry.checkpoint != self.digest for entry in self.calibration):
+            raise UserError(f"{path} holds no thresholds of {self.name}: calibrate it first (inference.py --calibrate)")
+
+    def thresholds(self, subject: Subject) -> Entry | None:
+        """The thresholds of a subject; None, or `UserError` where a file was required to hold them."""
+        entry = find_entry(self.calibration, subject)
+        if entry is None and self._refuses_others is not None:
+            raise UserError(
+                f"{self._refuses_others} decides nothing here: {why_none(self.calibration, subject)}; calibrate it "
+                "(inference.py --calibrate)"
+            )
+        return entry
+
     @torch.inference_mode()
     def predict(
         self,
@@ -129,6 +206,7 @@ class Detector(nn.Module):
         published code; "catalog" leaves every name as it is; None does as training did.
         return_attention: also give `Attention`, the weights of both cross-attentions per head, for a batch of one.
         det_score: in place of the detector's own.
+        Calibrated for this class, domain and det score, it decides as well (`Prediction`).
         Raises `UserError` for a file that cannot be read, for a domain or det score that is not known, and where
         attention is asked of a model without cross-attention.
         """
@@ -143,8 +221,8 @@ class Detector(nn.Module):
             image = Image.fromarray(image)
         size = self.clip.img_size
         pixels = image_tensor(image.convert("RGB"), size, self.clip.mean, self.clip.std)[None].to(self.device)
-        published = (class_names or self.arguments.get("class_names")) == PUBLISHED_NAMES
-        name = (published_name(class_name) if published else None) or readable_name(class_name)
+        name = self.name_in_prompts(class_name, class_names)
+        entry = self.thresholds(self.subject(name, domain, det_score))
         prompts = Prompts.from_texts(self.clip, [build_prompts(name)]).to(self.device)
         side, rows = self.text_side(prompts), torch.zeros(1, dtype=torch.long, device=self.device)
         outputs = self.model(pixels, side, rows)
@@ -152,7 +230,23 @@ class Detector(nn.Module):
         mean = levels.mean(dim=0)
         score = calibrated_scores(mean, outputs, domain, det_score)
         prediction = Prediction(mean[0].cpu().numpy(), float(score[0]), levels[:, 0].cpu().numpy())
+        if entry is not None:
+            prediction = decided(prediction, entry, image.size)
         return (prediction, self.model.attention(pixels, side, rows)) if return_attention else prediction
+
+
+def decided(prediction: Prediction, entry: Entry, size: tuple[int, int]) -> Prediction:
+    """A prediction with what thresholds make of it; size: the original image's (width, height)."""
+    score, anomaly_map = torch.tensor([prediction.score]), torch.from_numpy(prediction.anomaly_map)[None]
+    anomalous, masks = decisions(score, anomaly_map, entry.image_threshold, entry.pixel_threshold)
+    mask = masks[0].numpy()
+    return replace(
+        prediction,
+        decision=ANOMALOUS if anomalous else NORMAL,
+        rank=float(ranks(score, torch.tensor(entry.scores))),
+        mask=mask,
+        regions=regions_of(mask, prediction.anomaly_map, size),
+    )
 
 
 def check_det_score(kind: str) -> str:
@@ -175,20 +269,26 @@ def load_model(
     clip_weights: str | Path | None = None,
     device: str = "auto",
     clip: FrozenCLIP | None = None,
+    calibration: str | Path | None = None,
     **overrides: Any,
 ) -> Detector:
-    """Load a checkpoint file as a ready model.
+    """Load a checkpoint file as a ready model, with the thresholds that it was calibrated to.
 
     clip_weights: CLIP's weights file; without it the one that training used, then the hub. clip: a CLIP that is loaded
-    already. overrides: `model_name`, `img_size`, `activation`, `surgery`, `surgery_until_layer` for files that do not
-    say (AA-CLIP's published form), or to ask for something else than the file says, which is logged; so, too, for a
-    model with cross-attention, those of `CROSS_ATTENTION_OVERRIDES`. `det_score`: as in `Detector`.
+    already. calibration: a file of thresholds, which must be this model's; without it `calibration.json` beside the
+    checkpoint counts, where it has any of this model's. overrides: `model_name`, `img_size`, `activation`, `surgery`,
+    `surgery_until_layer` for files that do not say (AA-CLIP's published form), or to ask for something else than the
+    file says, which is logged; so, too, for a model with cross-attention, those of `CROSS_ATTENTION_OVERRIDES`.
+    `det_score`: as in `Detector`.
     Raises `UserError` where the file, the weights and the device do not fit together.
     """
     checkpoint = read_checkpoint(Path(path))
     device = check_device(device, "fp32")
     clip = clip or load_clip_for(checkpoint, clip_weights, **overrides)
-    return build_detector(checkpoint, clip, **overrides).to(device)
+    detector = build_detector(checkpoint, clip, **overrides).to(device)
+    file = Path(path).parent / CALIBRATION_FILE if calibration is None else Path(calibration)
+    detector.use_calibration(file, required=calibration is not None)
+    return detector
 
 
 def load_clip_for(checkpoint: Checkpoint, clip_weights: str | Path | None = None, **overrides: Any) -> FrozenCLIP:

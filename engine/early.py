@@ -18,6 +18,7 @@ from dataset.locate import known_dataset, locate_dataset
 from dataset.metadata import read_list
 from dataset.options import NAMES
 from dataset.toy.classes import TOY_DATASETS
+from engine.calibration import FALSE_ALARMS, check_enough
 from engine.evaluation.arguments import NO_CHECKPOINT, ComparisonArguments, InferenceArguments, VisualizationArguments
 from engine.remembered import arguments_in
 from engine.run_folder import (
@@ -57,7 +58,7 @@ def check_there(file: Path | None) -> None:
 
 def check_testing(arguments: InferenceArguments | ComparisonArguments | VisualizationArguments) -> None:
     """What a script that tests or draws can say of its arguments: checkpoints, images, dataset, output."""
-    for name in ("image", "normal", "anomalous"):
+    for name in ("image", "calibrate", "normal", "anomalous"):
         path = getattr(arguments, name, None)
         if path is not None and not is_file(path) and not is_folder(path):
             find_images(path, f"--{name}")
@@ -73,6 +74,10 @@ def check_testing(arguments: InferenceArguments | ComparisonArguments | Visualiz
             find_latest(getattr(arguments, flag), f"--{flag}")
     if arguments.output_dir is not None:
         check_folder(arguments.output_dir, "--output_dir")
+    if getattr(arguments, "calibrate", None) is not None and not arguments.class_from_folder:
+        rate = FALSE_ALARMS if arguments.false_alarms is None else arguments.false_alarms
+        found = find_images(arguments.calibrate, "--calibrate")
+        check_enough(len(found.images), rate, f"--calibrate {arguments.calibrate}")
     check_data(arguments.dataset, arguments.data_root, {}, True, arguments.metadata, arguments.class_names)
 
 

@@ -122,3 +122,24 @@ def calibrated_scores(maps: Tensor, outputs: Outputs, domain: str, kind: str = D
     """Image scores (B,) in [0, 1] from calibrated maps averaged over levels (B, S, S); kind: as in `det_scores`."""
     peaks = maps.flatten(1).amax(dim=1)
     return 0.5 * peaks + 0.5 * det_scores(outputs, kind) if DOMAINS[domain].uses_det else peaks
+
+
+def decisions(
+    scores: Tensor, maps: Tensor, image_threshold: float | Tensor, pixel_threshold: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Which images and which pixels lie above calibrated thresholds (docs/method.md, "Calibration").
+
+    scores (B,) and maps (B, S, S) of single images, as `calibrated_scores` takes and gives them; thresholds as
+    `engine.calibration.Entry` holds them, which were found on the same scores and maps. Returns bool (B,), the
+    decision, and bool (B, S, S), the mask; an image with any pixel in its mask is a pixel alarm.
+    """
+    return scores > image_threshold, maps > pixel_threshold
+
+
+def ranks(scores: Tensor, normal: Tensor) -> Tensor:
+    """The share of normal images that score below each of `scores` (B,), in [0, n / (n + 1)].
+
+    Raw scores of two classes do not compare, these do.
+    normal (n,): the scores of a calibration's images. 1 - rank is the conformal p-value of "this image is normal".
+    """
+    return (normal < scores[:, None]).sum(dim=1) / (len(normal) + 1)

@@ -18,16 +18,26 @@ NO_CHECKPOINT = "none"
 LESS_MEMORY = "a smaller --batch_size, --precision bf16, a smaller --img_size"
 TRAINED = "as trained"
 # What `inference.py` does not take, with the reason, for each kind of images that it tests on.
+_NO_DECISION = {
+    "false_alarms": "--false_alarms is for --calibrate",
+    "calibration": "--calibration goes with --image, which decides by it, and --calibrate, which writes it",
+}
 _OUT_OF_PLACE = {
+    "calibrate": {
+        **dict.fromkeys(("dataset", "image", "normal", "anomalous"), "--calibrate takes normal images alone"),
+        **dict.fromkeys(("visualize", "output_dir"), "--calibrate writes thresholds alone, to --calibration"),
+    },
     "image": {
         **dict.fromkeys(("dataset", "normal", "anomalous"), "--image scores images that belong to no dataset"),
         "visualize": "--image draws a heatmap over each image as it is",
+        "false_alarms": _NO_DECISION["false_alarms"],
     },
     "two folders": {
+        **_NO_DECISION,
         **dict.fromkeys(("dataset", "metadata", "class_names"), "--normal and --anomalous stand in place of a dataset"),
         "class_from_folder": "--normal and --anomalous hold images of one class",
     },
-    "dataset": {"class_from_folder": "--class_from_folder goes with --image"},
+    "dataset": {**_NO_DECISION, "class_from_folder": "--class_from_folder goes with --image and --calibrate"},
 }
 # What images show of which nothing is said.
 DEFAULT_CLASS = "object"
@@ -79,6 +89,18 @@ class InferenceArguments(TestingArguments):
     image: Path | None = setting(
         None, "image, or folder of images in any layout, to score in place of a dataset", "what to do", unset="none"
     )
+    calibrate: Path | None = setting(
+        None, "folder of normal images that decides from which score on an image is anomalous", "what to do",
+        unset="none",
+    )  # fmt: skip
+    false_alarms: float | None = setting(
+        None, "share of normal images that may be called anomalous; --calibrate needs 99 images for 0.01, 19 for 0.05",
+        "what to do", between=(0.0001, 0.5), unset="0.01",
+    )  # fmt: skip
+    calibration: Path | None = setting(
+        None, "file of thresholds; one that is given must hold some of this model and class", "what to do",
+        unset="calibration.json beside the checkpoint",
+    )  # fmt: skip
     normal: Path | None = setting(
         None, "folder of normal images, to test on with --anomalous in place of a dataset", "what to do", unset="none"
     )
@@ -89,7 +111,7 @@ class InferenceArguments(TestingArguments):
         None, 'what these images show, such as "metal screw"', "what to do", unset=DEFAULT_CLASS
     )
     class_from_folder: bool = setting(
-        False, "the first folder below --image that an image lies in says what it shows", "what to do"
+        False, "the first folder below --image or --calibrate that an image lies in says what it shows", "what to do"
     )
     domain: str = setting("industrial", "how these images are scored", "what to do", choices=("industrial", "medical"))
     visualize: str | int | None = setting(
@@ -111,13 +133,17 @@ class InferenceArguments(TestingArguments):
     cross_attn_heads: int | None = changed(CrossAttentionConfig, "cross_attn_heads", None, unset=f"{TRAINED}, else 8")
 
     def mode(self) -> str:
-        """What is tested: "image", "two folders" or "dataset"; `UserError` for arguments that do not go together."""
-        mode = "image" if self.image else "two folders" if self.normal or self.anomalous else "dataset"
+        """What is done: "calibrate", or tested: "image", "two folders" or "dataset".
+
+        Raises `UserError` for arguments that do not go together.
+        """
+        given = {"calibrate": self.calibrate, "image": self.image, "two folders": self.normal or self.anomalous}
+        mode = next((name for name, folder in given.items() if folder), "dataset")
         for name, said in _OUT_OF_PLACE[mode].items():
             if getattr(self, name) not in (None, False):
                 raise UserError(f"{said}: leave --{name} out")
-        if mode == "image" and self.class_names not in (None, *NAMES):
-            raise UserError("--image takes the class's name by --class_name: --class_names FILE is for a dataset")
+        if mode in ("image", "calibrate") and self.class_names not in (None, *NAMES):
+            raise UserError(f"--{mode} takes the class's name by --class_name: --class_names FILE is for a dataset")
         if mode == "two folders" and None in (self.normal, self.anomalous):
             missing = "anomalous" if self.normal else "normal"
             raise UserError(f"--{missing} is needed too: the metrics compare normal images with anomalous ones")

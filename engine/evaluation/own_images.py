@@ -6,17 +6,18 @@ import csv
 import io
 import logging
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from dataset.catalog import readable_name
-from dataset.folders import find_images
+from dataset.folders import FoundImages, find_images
 from dataset.images import read_image
 from dataset.prompts import build_prompts
+from engine.calibration import ANOMALOUS, CALIBRATION_FILE, Entry, in_words, why_none
 from engine.detector import Detector, Prediction
 from engine.device import check_device
 from engine.evaluation.arguments import DEFAULT_CLASS, NO_CHECKPOINT
@@ -35,7 +36,9 @@ from utils.regions import Region, worst_region
 logger = logging.getLogger(__name__)
 
 SCORES, REPORT, HEATMAPS = "scores", "report", "heatmaps"
-CSV_COLUMNS = ("path", "class_name", "score", "decision", *(f"region_{name}" for name in Region._fields))
+CSV_COLUMNS = (
+    "path", "class_name", "score", "decision", "rank", "regions", *(f"region_{name}" for name in Region._fields),
+)  # fmt: skip
 # Of the scores, how many the log lists.
 MOST_LISTED = 20
 
@@ -44,7 +47,8 @@ MOST_LISTED = 20
 class Finding:
     """What a model says of an image: its score in [0, 1], and its worst region in pixels of the original image.
 
-    decision: what a calibrated threshold makes of the score, in a word; empty where there is no calibration.
+    Empty or None where there is no calibration: decision, what a threshold makes of the score, in a word; rank, the
+    share of normal images that score lower; regions, how many regions lie above the pixels' threshold.
     """
 
     path: Path
@@ -52,6 +56,82 @@ class Finding:
     score: float
     region: Region | None
     decision: str = ""
+    rank: float | None = None
+    regions: int | None = None
+
+
+@dataclass
+class OwnImages:
+    """Images of a folder, or one, and the class that each is said to show.
+
+    problems: a line for each file that cannot be read, those that `read` meets among them.
+    """
+
+    place: Path
+    flag: str
+    names: dict[Path, str]
+    others: int
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def classes(self) -> list[str]:
+        return list(dict.fromkeys(self.names.values()))
+
+    def check_prompts(self, detector: Detector) -> None:
+        """Refuse names that fill more tokens than CLIP has."""
+        for name in self.classes:
+            Prompts.from_texts(detector.clip, [build_prompts(detector.name_in_prompts(name))])
+
+    def read(self, doing: str) -> Iterator[tuple[Path, str, Image.Image]]:
+        """Each image that can be read, with its class; the others are left out with a line, but for a single image."""
+        bar = progress_bar(len(self.names), doing)
+        for path, name in self.names.items():
+            bar.update()
+            try:
+                pixels = read_image(path)
+            except UserError as error:
+                if is_file(self.place):
+                    raise
+                logger.warning("left out: %s", error)
+                self.problems.append(str(error))
+                continue
+            yield path, name, pixels
+        bar.close()
+
+
+def find_own_images(
+    place: Path, flag: str, class_name: str | None, class_from_folder: bool, leave_out: Sequence[Path] = ()
+) -> OwnImages:
+    """An image, or those of a folder and below, each with its class; `UserError`, naming `flag`, where there are none.
+
+    class_name: what all of them show, without it "object"; class_from_folder: named by the first folder below `place`
+    that an image lies in (`class_of`). Names that no prompt can hold are refused.
+    """
+    if class_from_folder and class_name is not None:
+        raise UserError("--class_from_folder names the classes: leave --class_name out")
+    found: FoundImages = find_images(place, flag, leave_out)
+    given = DEFAULT_CLASS if class_name is None else class_name
+    names = {path: class_of(path, place) if class_from_folder else given for path in found.images}
+    for name in dict.fromkeys(names.values()):
+        build_prompts(readable_name(name))
+    for line in found.problems:
+        logger.warning("left out: %s", line)
+    return OwnImages(place, flag, names, found.others, list(found.problems))
+
+
+def load_last_detector(checkpoint: str, clip_weights: str | None, device: str, **overrides: Any) -> Detector:
+    """The model that `--checkpoint` means; of several checkpoints in a folder the last one."""
+    if checkpoint != NO_CHECKPOINT:
+        checkpoint = str(find_checkpoints(Path(checkpoint))[-1])
+    return load_detectors(checkpoint, clip_weights, device, **overrides)[0]
+
+
+def calibration_file(checkpoint: str) -> Path:
+    """Where the thresholds of a checkpoint are kept: beside it; for unadapted CLIP in the folder of results."""
+    path = Path(checkpoint)
+    if checkpoint == NO_CHECKPOINT:
+        return output_folder(checkpoint, None) / CALIBRATION_FILE
+    return (path if path.is_dir() else path.parent) / CALIBRATION_FILE
 
 
 def score_images(
@@ -63,49 +143,31 @@ def score_images(
     domain: str = "industrial",
     class_names: str | None = None,
     output_dir: Path | None = None,
+    calibration: Path | None = None,
     device: str = "auto",
     clip_weights: str | None = None,
     **overrides: Any,
 ) -> list[Finding]:
     """Score an image, or all images in a folder and below: heatmaps, `scores.csv`, and `report.html`.
 
-    class_name: what all of them show, without it "object"; class_from_folder: named by the first folder below `image`
-    that an image lies in (`class_of`); class_names: as for `Detector.predict`. Of several checkpoints in a folder the
-    last one is used. With another det score than the published one, files have it in their names. A file of a folder
-    that cannot be read is left out, with a line; raises `UserError` where none can, and as `evaluate_checkpoints` does.
+    class_name, class_from_folder: as for `find_own_images`; class_names: as for `Detector.predict`. Of several
+    checkpoints in a folder the last one is used. calibration: a file whose thresholds decide, and must be this model's;
+    without it the one beside the checkpoint does, where it has any for model and class. With another det score than the
+    published one, files have it in their names. A file of a folder that cannot be read is left out, with a line; raises
+    `UserError` where none can, and as `evaluate_checkpoints` does.
     """
-    if class_from_folder and class_name is not None:
-        raise UserError("--class_from_folder names the classes: leave --class_name out")
     device = check_device(device, "fp32")
     folder = output_folder(checkpoint, output_dir)
-    found = find_images(image, "--image", (folder, folder / HEATMAPS))
-    given = DEFAULT_CLASS if class_name is None else class_name
-    named = {path: class_of(path, image) if class_from_folder else given for path in found.images}
-    # Names that no prompt can hold are refused before anything is loaded.
-    prompts = {name: build_prompts(readable_name(name)) for name in dict.fromkeys(named.values())}
+    images = find_own_images(image, "--image", class_name, class_from_folder, (folder, folder / HEATMAPS))
     check_folder(folder, "--output_dir")
-    if checkpoint != NO_CHECKPOINT:
-        checkpoint = str(find_checkpoints(Path(checkpoint))[-1])
-    detector = load_detectors(checkpoint, clip_weights, device, **overrides)[0]
-    for pair in prompts.values():
-        Prompts.from_texts(detector.clip, [pair])
-    problems = list(found.problems)
-    for line in problems:
-        logger.warning("left out: %s", line)
+    detector = load_last_detector(checkpoint, clip_weights, device, **overrides)
+    images.check_prompts(detector)
+    detector.use_calibration(calibration or calibration_file(checkpoint), required=calibration is not None)
+    entries = thresholds_of(detector, images.classes, domain, class_names)
     findings: list[Finding] = []
     taken: set[str] = set()
-    bar = progress_bar(len(named), "scoring")
     with Gallery() as gallery:
-        for path, name in named.items():
-            bar.update()
-            try:
-                pixels = read_image(path)
-            except UserError as error:
-                if is_file(image):
-                    raise
-                logger.warning("left out: %s", error)
-                problems.append(str(error))
-                continue
+        for path, name, pixels in images.read("scoring"):
             prediction = detector.predict(pixels, name, domain, class_names=class_names)
             finding = judge(path, name, pixels, prediction)
             below = path.name if path == image else path.relative_to(image).as_posix()
@@ -113,16 +175,36 @@ def score_images(
             save_image(drawn, figure_path(folder / HEATMAPS, below, "_heatmap.png", taken))
             gallery.add(pixels, prediction.anomaly_map, below, name, finding.score, finding.region, finding.decision)
             findings.append(finding)
-        bar.close()
         if not findings:
-            raise UserError(f"--image {image}: none of its {len(problems)} images can be read")
+            raise UserError(f"--image {image}: none of its {len(images.problems)} images can be read")
         kind = det_score_suffix(detector.det_score)
         scores, report = folder / f"{SCORES}{kind}.csv", folder / f"{REPORT}{kind}.html"
         write_scores(findings, scores)
-        facts = facts_of(image, detector, domain, findings, problems)
-        gallery.write(report, f"Images of {image.resolve().name or image}", facts, problems)
-    summarise(findings, problems, found.others, detector, (report, scores, folder / HEATMAPS))
+        facts = facts_of(image, detector, domain, findings, images.problems)
+        facts += [("Decision" if len(entries) < 2 else f"{name}", in_words(entry)) for name, entry in entries.items()]
+        # Classes with thresholds of their own have no common place for the slider.
+        common = {entry.image_threshold for entry in entries.values()} if len(images.classes) == 1 else set()
+        start = next(iter(common), None)
+        gallery.write(report, f"Images of {image.resolve().name or image}", facts, images.problems, start)
+    summarise(findings, images.problems, images.others, detector, (report, scores, folder / HEATMAPS))
     return findings
+
+
+def thresholds_of(
+    detector: Detector, classes: Sequence[str], domain: str, class_names: str | None
+) -> Mapping[str, Entry]:
+    """The thresholds of each class that has any; where a model is calibrated for others alone, a line says so."""
+    found = {}
+    for name in classes:
+        subject = detector.subject(detector.name_in_prompts(name, class_names), domain)
+        entry = detector.thresholds(subject)
+        if entry is not None:
+            found[name] = entry
+            logger.info("%s: anomalous %s", name, in_words(entry))
+        elif detector.calibration:
+            why = why_none(detector.calibration, subject)
+            logger.warning("no decision for %s: of %s, %s (--calibrate)", name, CALIBRATION_FILE, why)
+    return found
 
 
 def class_of(path: Path, image: Path) -> str:
@@ -139,11 +221,15 @@ def class_of(path: Path, image: Path) -> str:
 def judge(path: Path, class_name: str, image: Image.Image, prediction: Prediction) -> Finding:
     """What a prediction says of an image, in the image's own pixels; `UserError` for one that is not finite.
 
-    A threshold that is known for the model and the class would make a decision here, and be the region's.
+    Its worst region lies above the pixels' threshold where there is one, else around the map's maximum.
     """
     if not math.isfinite(prediction.score):
         raise UserError(f"the score of {path} is not finite: the checkpoint's weights are not fit for use")
-    return Finding(path, class_name, prediction.score, worst_region(prediction.anomaly_map, image.size))
+    found = prediction.regions
+    if found is None:
+        return Finding(path, class_name, prediction.score, worst_region(prediction.anomaly_map, image.size))
+    decision = (prediction.decision or "", prediction.rank, len(found))
+    return Finding(path, class_name, prediction.score, found[0] if found else None, *decision)
 
 
 def write_scores(findings: Iterable[Finding], path: Path) -> None:
@@ -153,7 +239,9 @@ def write_scores(findings: Iterable[Finding], path: Path) -> None:
     writer.writerow(CSV_COLUMNS)
     for found in findings:
         region = found.region or [""] * len(Region._fields)
-        writer.writerow([found.path.as_posix(), found.class_name, f"{found.score:.6f}", found.decision, *region])
+        rank, regions = ("", "") if found.rank is None else (f"{found.rank:.6f}", found.regions)
+        row = [found.path.as_posix(), found.class_name, f"{found.score:.6f}", found.decision, rank, regions]
+        writer.writerow([*row, *region])
     write_text(path, text.getvalue())
 
 
@@ -179,9 +267,13 @@ def summarise(
     """Say which images are the most anomalous, what was left out, and where everything is."""
     ranked = sorted(findings, key=lambda finding: -finding.score)
     for found in ranked[:MOST_LISTED]:
-        logger.info("%.4f  %s", found.score, found.path)
+        logger.info("%.4f  %s%s", found.score, f"{found.decision:<9}  " if found.decision else "", found.path)
     if len(ranked) > MOST_LISTED:
         logger.info("and %d more, less anomalous", len(ranked) - MOST_LISTED)
+    judged = [found.decision for found in findings if found.decision]
+    if judged:
+        anomalous, alarms = judged.count(ANOMALOUS), sum(bool(found.regions) for found in findings)
+        logger.info("%d of %d anomalous; %d with a pixel above its threshold", anomalous, len(judged), alarms)
     left_out = [f"{len(problems)} that cannot be read"] if problems else []
     left_out += [f"{others} files that are no images"] if others else []
     logger.info(

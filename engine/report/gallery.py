@@ -109,10 +109,12 @@ class Gallery:
         """Write the page, the highest scores first.
 
         facts: names and values above the images; problems: a line for each file that could not be read; threshold:
-        where the slider begins, which without a calibration is the highest score, above which nothing is.
+        where the slider begins, to the last digit until it is moved; without a calibration that is the highest score,
+        above which nothing is.
         """
         ranked = sorted(self.entries, key=lambda entry: (-entry.score, entry.path))
-        scale = scale_of([entry.score for entry in ranked])
+        shown = [entry.score for entry in ranked]
+        scale = scale_of(shown if threshold is None else [*shown, threshold])
         write_page(
             TEMPLATE,
             path,

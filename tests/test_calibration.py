@@ -1,0 +1,305 @@
+"""Thresholds from normal images alone, and what is decided by them (docs/method.md, "Calibration")."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from playwright.sync_api import Browser
+from scipy.stats import betabinom
+
+from dataset.toy_world import draw_toy_class
+from engine import load_model
+from engine.calibration import (
+    Entry,
+    Subject,
+    add_entry,
+    check_enough,
+    false_alarm_interval,
+    find_entry,
+    images_needed,
+    make_entry,
+    order_of_threshold,
+    read_calibration,
+    why_none,
+)
+from engine.detector import Detector, unadapted_detector
+from engine.evaluation.arguments import InferenceArguments
+from engine.evaluation.calibrate import calibrate_images, numbers_of
+from engine.evaluation.own_images import score_images
+from engine.training.base import train_base
+from model.clip_loading import load_clip
+from model.scoring import decisions, ranks
+from tests.browser import browser  # noqa: F401
+from tests.scripts import SIZE, error_line, save, small_runs, write_world
+from utils.errors import UserError
+from utils.regions import regions_of
+
+RNG = np.random.default_rng(3)
+SUBJECT = Subject("c0ffee", "cork", "industrial", "abnormal")
+
+
+@pytest.mark.parametrize(("rate", "images"), [(0.05, 19), (0.01, 99), (0.1, 9), (0.03, 33), (0.001, 999), (0.5, 1)])
+def test_too_few_images_are_refused_with_the_number_needed(rate: float, images: int) -> None:
+    assert images_needed(rate) == images
+    assert order_of_threshold(images, rate) == images
+    check_enough(images, rate, "here")
+    with pytest.raises(UserError, match=rf"{images - 1} normal images are too few .* takes {images}: add 1"):
+        check_enough(images - 1, rate, "here")
+
+
+@pytest.mark.parametrize(("count", "rate"), [(19, 0.05), (30, 0.1), (99, 0.01), (250, 0.03)])
+def test_the_rate_holds_whatever_the_scores_are(count: int, rate: float) -> None:
+    """The mean rate over calibrations is at most the one asked for, and nearly that; the interval has its coverage."""
+    k = order_of_threshold(count, rate)
+    true_rates = []
+    for _ in range(1500):
+        entry = make_entry(SUBJECT, "m", RNG.exponential(size=count), RNG.random(count), rate)
+        true_rates.append(np.exp(-entry.image_threshold))  # of an exponential distribution, the share above
+        assert entry.image_threshold == entry.scores[k - 1] and entry.pixel_threshold == entry.peaks[k - 1]
+    expected = (count + 1 - k) / (count + 1)
+    assert rate - 1 / (count + 1) < expected <= rate
+    assert np.mean(true_rates) == pytest.approx(expected, rel=0.05)
+    low, high = false_alarm_interval(count, rate)
+    assert np.mean([low <= found <= high for found in true_rates]) == pytest.approx(0.95, abs=0.02)
+
+
+def test_ties_raise_no_alarms_beyond_the_rate() -> None:
+    scores = RNG.integers(0, 3, 4000) / 2
+    alarms = [
+        scores[RNG.integers(4000)] > make_entry(SUBJECT, "m", RNG.choice(scores, 19), [0.0] * 19, 0.05).image_threshold
+        for _ in range(2000)
+    ]
+    assert np.mean(alarms) <= 0.05
+
+
+def test_decision_and_rank_agree() -> None:
+    """Above the threshold is what at least k of n normal images score below; at a normal image's own score nothing."""
+    entry = make_entry(SUBJECT, "m", RNG.random(99).tolist(), RNG.random(99).tolist(), 0.05)
+    scores = torch.tensor([0.0, 1.0, *entry.scores, *(value + 1e-6 for value in entry.scores)])
+    maps = RNG.random((len(scores), 4, 4)).astype(np.float32)
+    anomalous, masks = decisions(scores, torch.from_numpy(maps), entry.image_threshold, entry.pixel_threshold)
+    found = ranks(scores, torch.tensor(entry.scores))
+    k = order_of_threshold(99, 0.05)
+    assert ((found >= k / 100 - 1e-6) == anomalous).all() and found[0] == 0 and found[1] == pytest.approx(0.99)
+    assert (masks.numpy() == (maps > entry.pixel_threshold)).all()
+
+
+def test_entries_are_kept_by_subject_and_no_other_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "calibration.json"
+    values = RNG.random(19).tolist()
+    others = [SUBJECT._replace(**{name: "another"}) for name in Subject._fields]
+    for subject in (SUBJECT, *others, SUBJECT):
+        add_entry(file, make_entry(subject, "m", values, values, 0.05))
+    entries = read_calibration(file)
+    assert {entry.subject for entry in entries} == {SUBJECT, *others} and len(entries) == 6
+    assert find_entry(entries, SUBJECT) == make_entry(SUBJECT, "m", values, values, 0.05)
+    for subject, says in zip(others, ("model", "of 'cork'", "domain", "det score", "references"), strict=True):
+        alone = [entry for entry in entries if entry.subject == SUBJECT]
+        assert find_entry(alone, subject) is None and says in why_none(alone, subject)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_threshold": 0.1}, {"scores": [0.5]}, {"images": 30}, {"false_alarms": 0.01}, {"interval": [0.1]},
+        {"scores": "x"}, {"pixel_threshold": float("nan")}, {"unknown": 1},
+    ],
+)  # fmt: skip
+def test_a_file_that_was_changed_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    file = tmp_path / "calibration.json"
+    values = RNG.random(19).tolist()
+    add_entry(file, make_entry(SUBJECT, "m", values, values, 0.05))
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["entries"][0] |= change
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape(str(file))):
+        read_calibration(file)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 1}', '{"schema": 2, "entries": []}', "null"])
+def test_a_damaged_file_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "calibration.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"calibration\.json"):
+        read_calibration(tmp_path / "calibration.json")
+
+
+def test_regions_of_a_mask_lie_in_the_image() -> None:
+    values = np.zeros((10, 10), np.float32)
+    values[1:3, 2:5], values[7, 7], values[8, 8] = 0.5, 0.9, 0.6
+    found = regions_of(values > 0.3, values, (20, 30))
+    assert found == ((14, 21, 18, 27, 12), (4, 3, 10, 9, 36))
+    assert regions_of(values > 1, values, (20, 30)) == ()
+    # No region is lost in an image that is smaller than its map.
+    assert regions_of(values > 0.3, values, (3, 3)) == ((2, 2, 3, 3, 1), (0, 0, 2, 1, 1))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, and folders of normal images of two classes."""
+    folder = write_world(tmp_path_factory.mktemp("world"), ("cork", "tile"))
+    train_base(small_runs(folder)[0])
+    rng = np.random.default_rng(8)
+    for name, count in (("cork", 24), ("tile", 20)):
+        for index in range(count):
+            save(folder / "normal" / name / f"{index}.png", rng.integers(60, 120, (SIZE, SIZE, 3)))
+    (folder / "normal" / "cork" / "broken.png").write_text("no image", encoding="utf-8")
+    return folder
+
+
+def calibrated(world: Path, **more: Any) -> list[Entry]:
+    asked = {"false_alarms": 0.05, "class_name": "cork", "device": "cpu", **more}
+    return calibrate_images(str(world / "base"), more.pop("folder", world / "normal" / "cork"), **asked)
+
+
+@pytest.fixture
+def model(world: Path) -> Detector:
+    (world / "base" / "calibration.json").unlink(missing_ok=True)
+    calibrated(world)
+    return load_model(world / "base" / "image_adapter.pth", device="cpu")
+
+
+def test_predict_decides_once_it_is_calibrated(world: Path, model: Detector) -> None:
+    (entry,) = read_calibration(world / "base" / "calibration.json")
+    assert entry.images == 24 and entry.model == "image_adapter_1" and entry.class_name == "cork"
+    for index in range(24):
+        found = model.predict(world / "normal" / "cork" / f"{index}.png", "cork")
+        anomaly_map, score, _ = found
+        assert found.decision == ("anomalous" if score > entry.image_threshold else "normal")
+        assert found.rank == pytest.approx(entry.scores.index(score) / 25)
+        assert (found.mask == (anomaly_map > entry.pixel_threshold)).all()
+        assert bool(found.regions) == found.mask.any()
+    # Of any other class, domain or det score nothing is known.
+    image = world / "normal" / "cork" / "0.png"
+    for asked in (("tile",), ("cork", "medical")):
+        assert model.predict(image, *asked).decision is None
+    assert model.predict(image, "cork", det_score="difference").decision is None
+    assert load_model(world / "base" / "image_adapter.pth", device="cpu", det_score="difference").digest == model.digest
+
+
+def test_thresholds_of_another_model_or_class_are_refused(world: Path, model: Detector, tmp_path: Path) -> None:
+    file = world / "base" / "calibration.json"
+    same = load_model(world / "base" / "image_adapter_1.pth", device="cpu", calibration=file)
+    image = world / "normal" / "tile" / "0.png"
+    with pytest.raises(UserError, match="thresholds are of 'cork', not of 'tile'"):
+        same.predict(image, "tile")
+    other = unadapted_detector(model.clip)
+    with pytest.raises(UserError, match="no thresholds of unadapted"):
+        other.use_calibration(file)
+    other.use_calibration(file, required=False)
+    assert other.predict(image, "cork").decision is None
+    for changes in ({"surgery": "batch_axis"}, {"img_size": 48}):
+        assert load_model(world / "base" / "image_adapter.pth", device="cpu", **changes).digest != model.digest
+    with pytest.raises(UserError, match="no such file"):
+        load_model(world / "base" / "image_adapter.pth", device="cpu", calibration=tmp_path / "gone.json")
+
+
+def test_images_are_counted_once_and_broken_ones_not_at_all(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "normal"
+    folder.mkdir()
+    for index in range(18):
+        (folder / f"{index}.png").write_bytes((world / "normal/cork" / f"{index}.png").read_bytes())
+    Image.open(folder / "3.png").save(folder / "again.bmp")
+    with pytest.raises(UserError, match=r"18 normal images are too few for 5 %.* takes 19: add 1"):
+        calibrated(world, folder=folder, calibration=tmp_path / "c.json")
+    assert "again.bmp is the same image as" in caplog.text or "3.png is the same image as" in caplog.text
+    assert not (tmp_path / "c.json").exists()
+
+
+def test_classes_of_a_folder_get_thresholds_of_their_own_and_everything_shows_them(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    file = tmp_path / "c.json"
+    entries = calibrated(
+        world, folder=world / "normal", class_name=None, class_from_folder=True, calibration=file, false_alarms=0.05
+    )
+    assert {entry.class_name: entry.images for entry in entries} == {"cork": 24, "tile": 20}
+    out = tmp_path / "out"
+    where = (str(world / "base"), world / "test")
+    findings = score_images(*where, class_from_folder=True, output_dir=out, calibration=file, device="cpu")
+    of_class = {entry.class_name: entry for entry in entries}
+    with (out / "scores.csv").open(encoding="utf-8", newline="") as rows:
+        for row, found in zip(csv.DictReader(rows), findings, strict=True):
+            entry = of_class[found.class_name]
+            assert row["decision"] == ("anomalous" if found.score > entry.image_threshold else "normal")
+            below = sum(score < found.score for score in entry.scores)
+            assert float(row["rank"]) == pytest.approx(below / (entry.images + 1), abs=1e-6)
+            assert (int(row["regions"]) > 0) == bool(row["region_area"])
+    assert "of 36 anomalous; " in caplog.text
+    # Beside a checkpoint that is calibrated for another class alone there is no decision, and a line that says why.
+    calibrated(world)
+    alone = score_images(str(world / "base"), world / "normal/tile", "tile", output_dir=out, device="cpu")
+    assert {found.decision for found in alone} == {""}
+    assert "no decision for tile: of calibration.json, its thresholds are of 'cork'" in caplog.text
+
+
+def test_the_page_begins_at_the_threshold(
+    world: Path,
+    model: Detector,
+    tmp_path: Path,
+    browser: Browser,  # noqa: F811
+) -> None:
+    findings = score_images(str(world / "base"), world / "test", "cork", output_dir=tmp_path, device="cpu")
+    page = browser.new_page()
+    page.goto((tmp_path / "report.html").as_uri())
+    rejected = page.locator("li.rejected").count()
+    assert rejected == sum(found.decision == "anomalous" for found in findings)
+    assert f"{rejected} of {len(findings)} rejected" in page.locator("output").inner_text()
+    assert "from 24 normal images for 5 % false alarms" in page.locator("body").inner_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"calibrate": Path("a"), "image": Path("b")}, "normal images alone: leave --image out"),
+        ({"calibrate": Path("a"), "output_dir": Path("b")}, "leave --output_dir out"),
+        ({"image": Path("a"), "false_alarms": 0.1}, "is for --calibrate: leave --false_alarms out"),
+        ({"calibration": Path("a")}, "goes with --image"),
+        ({"calibrate": Path("a"), "class_names": "x.json"}, "--calibrate takes the class's name by --class_name"),
+    ],
+)
+def test_arguments_that_do_not_go_together(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        InferenceArguments.of(checkpoint="none", **changes).mode()
+
+
+def test_on_the_command_line(world: Path) -> None:
+    asked = ("inference.py", "--checkpoint", world / "base", "--calibrate", world / "normal/cork")
+    assert "25 normal images are too few for 1 % false alarms, which takes 99: add 74" in error_line(*asked)
+
+
+def test_false_alarms_lie_in_their_interval_on_images_drawn_anew() -> None:
+    """100 splits of 160 normal images of a toy class: 59 to calibrate on, the others to count false alarms.
+
+    The number of alarms among m images is beta-binomial; 95 % of splits lie in its interval, were they independent.
+    """
+    detector = unadapted_detector(load_clip("toy"))
+    drawn = (draw_toy_class("toy_test", "cup", None, 5000 + index)[0] for index in range(160))
+    numbers = np.array([numbers_of(detector, Image.fromarray(image), "cup", Path("drawn")) for image in drawn])
+    rng = np.random.default_rng(0)
+    rate, count = 0.05, 59
+    k = order_of_threshold(count, rate)
+    spread = betabinom(160 - count, count + 1 - k, k)
+    low, high = spread.ppf(0.025), spread.ppf(0.975)
+    inside = np.zeros(2)
+    alarms = np.zeros(2)
+    for _ in range(100):
+        order = rng.permutation(160)
+        known, new = numbers[order[:count]], numbers[order[count:]]
+        entry = make_entry(SUBJECT, "m", known[:, 0].tolist(), known[:, 1].tolist(), rate)
+        found = (new > (entry.image_threshold, entry.pixel_threshold)).sum(axis=0)
+        inside += (low <= found) & (found <= high)
+        alarms += found
+    assert (inside >= 90).all()
+    assert alarms / (100 * (160 - count)) == pytest.approx((count + 1 - k) / (count + 1), abs=0.01)
