@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from utils.errors import UserError
 from utils.files import write_json
+from utils.paths import is_file, is_no_file
 from utils.schema import check
 
 CALIBRATION_FILE = "calibration.json"
@@ -82,10 +83,10 @@ def check_enough(count: int, false_alarms: float, source: object) -> None:
     """Raise `UserError`, which begins with `source`, for too few normal images, with the number that is needed."""
     needed = images_needed(false_alarms)
     if count < needed:
-        lowest = f"{100 / (count + 1):.3g}" if count else "100"
+        lowest = math.ceil(10_000 / (count + 1)) / 10_000
         raise UserError(
             f"{source}: {count} normal images are too few for {100 * false_alarms:g} % false alarms, which takes "
-            f"{needed}: add {needed - count}, or ask for --false_alarms of {lowest} % or more"
+            f"{needed}: add {needed - count}" + (f", or ask for --false_alarms {lowest:g}" if lowest <= 0.5 else "")
         )
 
 
@@ -129,6 +130,8 @@ def make_entry(
 
 def read_calibration(path: Path) -> list[Entry]:
     """The entries of a calibration file; `UserError` for one that is missing or damaged."""
+    if is_no_file(path):
+        raise UserError(f"{path}: is no file of thresholds")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -153,7 +156,7 @@ def _check_consistent(entry: Entry, path: Path) -> None:
 
 def add_entry(path: Path, entry: Entry) -> None:
     """Write an entry to a calibration file, in place of the one of the same subject where there is one."""
-    others = read_calibration(path) if path.exists() else []
+    others = read_calibration(path) if is_file(path) else []
     kept = [other for other in others if other.subject != entry.subject]
     write_json(path, {"schema": SCHEMA, "entries": [asdict(found) for found in (*kept, entry)]})
 

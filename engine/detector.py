@@ -43,6 +43,7 @@ from model.frozen import UnadaptedCLIP
 from model.scoring import DET_SCORES, DOMAINS, calibrated_maps, calibrated_scores, decisions, ranks
 from model.text import Prompts
 from utils.errors import UserError
+from utils.paths import is_file
 from utils.regions import Region, regions_of
 
 logger = logging.getLogger(__name__)
@@ -171,7 +172,7 @@ class Detector(nn.Module):
         required: a file without thresholds of this model is refused, and so is, in `predict`, a class that has none;
         otherwise there is no decision then. Raises `UserError` for a file that is damaged.
         """
-        if not required and not path.is_file():
+        if not required and not is_file(path):
             return
         self.calibration, self._refuses_others = read_calibration(path), path if required else None
         if required and all(entry.checkpoint != self.digest for entry in self.calibration):
@@ -182,8 +183,8 @@ class Detector(nn.Module):
         entry = find_entry(self.calibration, subject)
         if entry is None and self._refuses_others is not None:
             raise UserError(
-                f"{self._refuses_others} decides nothing here: {why_none(self.calibration, subject)}; calibrate it "
-                "(inference.py --calibrate)"
+                f"{self._refuses_others}: {why_none(self.calibration, subject)}; calibrate for it (inference.py "
+                "--calibrate)"
             )
         return entry
 

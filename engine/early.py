@@ -18,7 +18,7 @@ from dataset.locate import known_dataset, locate_dataset
 from dataset.metadata import read_list
 from dataset.options import NAMES
 from dataset.toy.classes import TOY_DATASETS
-from engine.calibration import FALSE_ALARMS, check_enough
+from engine.calibration import FALSE_ALARMS, check_enough, read_calibration
 from engine.evaluation.arguments import NO_CHECKPOINT, ComparisonArguments, InferenceArguments, VisualizationArguments
 from engine.remembered import arguments_in
 from engine.run_folder import (
@@ -74,6 +74,8 @@ def check_testing(arguments: InferenceArguments | ComparisonArguments | Visualiz
             find_latest(getattr(arguments, flag), f"--{flag}")
     if arguments.output_dir is not None:
         check_folder(arguments.output_dir, "--output_dir")
+    if getattr(arguments, "calibration", None) is not None and arguments.image:
+        read_calibration(arguments.calibration)
     if getattr(arguments, "calibrate", None) is not None and not arguments.class_from_folder:
         rate = FALSE_ALARMS if arguments.false_alarms is None else arguments.false_alarms
         found = find_images(arguments.calibrate, "--calibrate")

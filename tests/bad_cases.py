@@ -290,8 +290,12 @@ def paths_in(script: str) -> Iterator[Case]:
                 changes["dataset"] = "VisA"
             if name == "init_from":
                 changes |= dict.fromkeys(_BASE)
-            if name in ("image", "normal", "anomalous"):
+            if name in ("image", "calibrate", "calibration", "normal", "anomalous"):
                 changes["dataset"] = None
+            if name == "calibrate":
+                changes["output_dir"] = None
+            if name == "calibration":
+                changes["image"] = IMAGE
             if name in ("normal", "anomalous"):
                 changes[{"normal": "anomalous", "anomalous": "normal"}[name]] = "images/felt/test/good"
             if name == "data_root" and path in ("", " ", "~nosuchuser/x"):
@@ -505,7 +509,8 @@ def image_folders() -> Iterator[Case]:
     ):
         for image in ("case", "case/x.png"):
             if name != "nothing" or image == "case":
-                yield case(TEST, "images", "case", {"dataset": None, "image": image}, prepare=only(make))
+                for changes in ({"image": image}, {"calibrate": image, "output_dir": None}):
+                    yield case(TEST, "images", "case", {"dataset": None, **changes}, prepare=only(make))
     name = "\udcff.png"
     for image in ("case", f"case/{name}"):
         yield case(TEST, "images", "case", {"dataset": None, "image": image}, prepare=only(Path.touch, name))

@@ -52,8 +52,11 @@ def test_too_few_images_are_refused_with_the_number_needed(rate: float, images: 
     assert images_needed(rate) == images
     assert order_of_threshold(images, rate) == images
     check_enough(images, rate, "here")
-    with pytest.raises(UserError, match=rf"{images - 1} normal images are too few .* takes {images}: add 1"):
+    with pytest.raises(UserError, match=rf"{images - 1} normal images are too few .* takes {images}: add 1") as refused:
         check_enough(images - 1, rate, "here")
+    # What it offers in place of more images is enough.
+    for offered in re.findall(r"--false_alarms ([0-9.]+)", str(refused.value)):
+        check_enough(images - 1, float(offered), "here")
 
 
 @pytest.mark.parametrize(("count", "rate"), [(19, 0.05), (30, 0.1), (99, 0.01), (250, 0.03)])
@@ -241,7 +244,7 @@ def test_classes_of_a_folder_get_thresholds_of_their_own_and_everything_shows_th
     calibrated(world)
     alone = score_images(str(world / "base"), world / "normal/tile", "tile", output_dir=out, device="cpu")
     assert {found.decision for found in alone} == {""}
-    assert "no decision for tile: of calibration.json, its thresholds are of 'cork'" in caplog.text
+    assert "calibration.json: its thresholds are of 'cork', not of 'tile'; no decision for tile" in caplog.text
 
 
 def test_the_page_begins_at_the_threshold(

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from dataset.images import content_digest
-from engine.calibration import FALSE_ALARMS, Entry, add_entry, check_enough, in_words, make_entry
+from engine.calibration import FALSE_ALARMS, Entry, add_entry, check_enough, in_words, make_entry, read_calibration
 from engine.detector import Detector
 from engine.device import check_device
 from engine.evaluation.own_images import calibration_file, find_own_images, load_last_detector
@@ -46,6 +46,9 @@ def calibrate_images(
     device = check_device(device, "fp32")
     file = calibration or calibration_file(checkpoint)
     check_folder(file.parent, "--calibration")
+    if file.exists():
+        # One that cannot be added to is refused before the images are looked at.
+        read_calibration(file)
     images = find_own_images(calibrate, "--calibrate", class_name, class_from_folder)
     by_class: dict[str, list[Path]] = defaultdict(list)
     for path, name in images.names.items():

@@ -203,7 +203,7 @@ def thresholds_of(
             logger.info("%s: anomalous %s", name, in_words(entry))
         elif detector.calibration:
             why = why_none(detector.calibration, subject)
-            logger.warning("no decision for %s: of %s, %s (--calibrate)", name, CALIBRATION_FILE, why)
+            logger.warning("%s: %s; no decision for %s without --calibrate", CALIBRATION_FILE, why, name)
     return found
 
 
