@@ -15,6 +15,8 @@ OWN_IMAGES = (
     "image", "calibrate", "false_alarms", "calibration", "normal", "anomalous", "class_name", "class_from_folder",
     "domain",
 )  # fmt: skip
+# Which normal images are compared with.
+REFERENCES = ("references", "reference_shots", "reference_seed", "reference_weight", "reference_features")
 # What changes nothing where images are scored one by one.
 NOT_OF_IMAGES = (
     "dataset", "data_root", "metadata", "mask_threshold", "batch_size", "num_workers", "cache_images", "precision",
@@ -36,8 +38,11 @@ def main() -> None:
         from engine.evaluation.calibrate import calibrate_images
         from engine.evaluation.inference import TwoFolders, evaluate_checkpoints
         from engine.evaluation.own_images import score_images
+        from engine.references import ReferenceChoice
 
-    values = {name: value for name, value in vars(arguments).items() if name not in OWN_IMAGES}
+    values = {name: value for name, value in vars(arguments).items() if name not in (*OWN_IMAGES, *REFERENCES)}
+    if arguments.references or arguments.reference_shots:
+        values["references"] = ReferenceChoice(*(getattr(arguments, name) for name in REFERENCES))
     if mode in ("image", "calibrate"):
         own = ("class_name", "class_from_folder", "domain", "calibration")
         values = {name: value for name, value in values.items() if name not in NOT_OF_IMAGES}

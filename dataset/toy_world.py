@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ from utils.errors import UserError
 
 IMAGE_SIZE = 96  # pixels; what the toy CLIP takes, so that nothing is resampled
 GOOD_IMAGES = {"toy_train": 48, "toy_test": 24}  # per class; as many more are defective
+# Normal images of a class that are drawn when references are asked for, and from which place on.
+NEW_NORMALS, FIRST_NEW = 32, 10_000
 SEVERITY = 1.3  # defects are larger than in the pre-training drawings
 SMALLEST_DEFECT = 0.01  # share of the image that a mask covers at least, about one patch
 
@@ -72,6 +76,18 @@ def toy_defects(dataset: str, class_folder: str) -> dict[str, int]:
     return dict.fromkeys(toy.defects, toy.images_per_defect)
 
 
+def write_toy_normals(name: str, class_folder: Path, seed: int = 0, count: int = NEW_NORMALS) -> None:
+    """Write CLASS/train/good/000.png of a toy dataset beside the images that it tests on: normal ones drawn anew.
+
+    class_folder: CLASS. The folder appears complete or not at all, as the dataset's own.
+    """
+    with _complete_folder(class_folder / "train") as unfinished:
+        (unfinished / "good").mkdir()
+        for index in range(count):
+            image, _ = draw_toy_class(name, class_folder.name, None, FIRST_NEW + index, seed)
+            Image.fromarray(image).save(unfinished / "good" / f"{index:03d}.png")
+
+
 def write_toy_dataset(name: str, folder: Path, seed: int = 0) -> None:
     """Write a toy dataset in MVTec's layout: CLASS/test/{good,DEFECT}/000.png, CLASS/ground_truth/DEFECT/000_mask.png.
 
@@ -84,10 +100,17 @@ def write_toy_dataset(name: str, folder: Path, seed: int = 0) -> None:
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with _complete_folder(folder) as unfinished:
         for class_folder in TOY_DATASETS[name]:
             _write_class(name, class_folder, unfinished / class_folder, seed)
+
+
+@contextmanager
+def _complete_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, whose name it takes when the block ends well; removed otherwise."""
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield unfinished
         unfinished.chmod(0o755)
         try:
             unfinished.rename(folder)

@@ -18,7 +18,7 @@ from torch import nn
 
 from dataset.catalog import readable_name
 from dataset.class_names import published_name
-from dataset.images import read_image
+from dataset.images import content_digest, read_image
 from dataset.options import PUBLISHED_NAMES
 from dataset.prompts import build_prompts
 from dataset.samples import image_tensor
@@ -33,14 +33,30 @@ from engine.calibration import (
     why_none,
 )  # fmt: skip
 from engine.device import check_device
+from engine.references import References
 from model.adapter import AdaptedCLIP
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention, Attention
 from model.checkpoint import Checkpoint, infer_choices, load_component, read_checkpoint
 from model.clip import FrozenCLIP
 from model.clip_loading import load_clip
-from model.config import CrossAttentionConfig, LoopForward, ModelConfig
-from model.frozen import UnadaptedCLIP
-from model.scoring import DET_SCORES, DOMAINS, calibrated_maps, calibrated_scores, decisions, ranks
+from model.config import (
+    REFERENCE_FEATURES,
+    REFERENCE_WEIGHT,
+    CrossAttentionConfig,
+    LoopForward,
+    ModelConfig,
+)
+from model.frozen import UnadaptedCLIP, frozen_patches
+from model.references import joined_calibrated_maps
+from model.scoring import (
+    DET_SCORES,
+    DOMAINS,
+    Outputs,
+    calibrated_maps,
+    calibrated_scores,
+    decisions,
+    ranks,
+)
 from model.text import Prompts
 from utils.errors import UserError
 from utils.paths import is_file
@@ -64,7 +80,8 @@ CROSS_ATTENTION_OVERRIDES = (
 class Prediction:
     """What `Detector.predict` says of one image; it unpacks into map, score and level maps.
 
-    anomaly_map: float32 (S, S), p_abnormal averaged over levels, in [0, 1]; score: in [0, 1], higher is more
+    anomaly_map: float32 (S, S), p_abnormal averaged over levels, in [0, 1], of words and, where the class has any, of
+    normal references; score: in [0, 1], higher is more
     anomalous; level_maps: float32 (levels, S, S). S is the model's image size.
 
     Where the model is calibrated for the class (docs/testing.md, "A decision"), else None: decision, "anomalous" or
@@ -89,7 +106,7 @@ class Detector(nn.Module):
 
     det_score: which det score takes part in image scores, one of `DET_SCORES`, the published one unless asked for.
     `arguments`: what its training was asked for, as far as that is known. `calibration`: thresholds, by which `predict`
-    decides; those of other models among them are never used.
+    decides; those of other models among them are never used. `references`: normal images of classes to compare with.
     """
 
     def __init__(
@@ -111,6 +128,7 @@ class Detector(nn.Module):
         self.arguments = arguments_of(checkpoint) if checkpoint else {}
         self.calibration: Sequence[Entry] = ()
         self._refuses_others: Path | None = None
+        self.references: dict[str, References] = {}
 
     def text_side(self, prompts: Prompts) -> Any:
         """What the model's forward needs of the text side, the same for all images."""
@@ -162,9 +180,72 @@ class Detector(nn.Module):
         published = (class_names or self.arguments.get("class_names")) == PUBLISHED_NAMES
         return (published_name(class_name) if published else None) or readable_name(class_name)
 
-    def subject(self, name: str, domain: str = "industrial", det_score: str | None = None) -> Subject:
-        """What a calibration must be of for this model; name: the class's in prompts."""
-        return Subject(self.digest, name, domain, det_score or self.det_score)
+    def subject(
+        self,
+        class_name: str,
+        domain: str = "industrial",
+        det_score: str | None = None,
+        class_names: str | None = None,
+    ) -> Subject:
+        """What a calibration must be of for this model and its references; arguments as for `predict`."""
+        name, references = self.name_in_prompts(class_name, class_names), self.references.get(readable_name(class_name))
+        digest = None if references is None else references.digest
+        return Subject(self.digest, name, domain, det_score or self.det_score, digest)
+
+    @torch.inference_mode()
+    def remember(
+        self,
+        images: Sequence[Image.Image | np.ndarray | str | Path],
+        class_name: str = "object",
+        weight: float = REFERENCE_WEIGHT,
+        features: str = REFERENCE_FEATURES[0],
+        class_names: str | None = None,
+        called: str | None = None,
+    ) -> References:
+        """Compare images of a class with these normal ones from now on (docs/method.md, "References").
+
+        weight: of the distances, beside the words; 0 leaves the words alone. features: "trained", those that
+        the model compares with words; "frozen", CLIP's own by V-V attention, at the cost of a second pass; or "both".
+        class_name, class_names: as for `predict`. called: the name to find them by, where it is not the class's.
+        Raises `UserError` for images that cannot be read, and for features that do not exist.
+        """
+        if features not in REFERENCE_FEATURES:
+            raise UserError(f"--reference_features {features}: choose one of {', '.join(REFERENCE_FEATURES)}")
+        if not images:
+            raise UserError(f"no normal images of '{class_name}' to compare with")
+        side, rows = self._words_of(class_name, class_names)
+        found, digests = [], []
+        for image in map(as_image, images):
+            pixels = self._pixels(image)
+            found.append(self.patch_features(self.model(pixels, side, rows), pixels, features))
+            digests.append(content_digest(image))
+        memory = tuple(torch.cat([patches[0] for patches in level]) for level in zip(*found, strict=True))
+        references = References(memory, weight, features, tuple(digests))
+        self.references[readable_name(called or class_name)] = references
+        return references
+
+    def patch_features(self, outputs: Outputs, pixels: torch.Tensor, features: str) -> list[torch.Tensor]:
+        """Unit patch features (B, N, D) of images (B, 3, S, S): of each level, and each branch of `features`."""
+        # Unadapted CLIP compares frozen features with words already.
+        if features == "trained" or isinstance(self.model, UnadaptedCLIP):
+            return list(outputs.features)
+        frozen = frozen_patches(self.clip, pixels, self.model.config)
+        return frozen if features == "frozen" else [*outputs.features, *frozen]
+
+    def reference_maps(self, references: References, outputs: Outputs, pixels: torch.Tensor) -> torch.Tensor:
+        """Distances of images (B, 3, S, S) to references, (levels, B, S, S); outputs: the model's for these images."""
+        features = self.patch_features(outputs, pixels, references.features)
+        return references.maps(features, pixels.shape[-1], len(outputs.levels))
+
+    def _pixels(self, image: Image.Image) -> torch.Tensor:
+        """An RGB image as the model takes it, (1, 3, S, S)."""
+        return image_tensor(image, self.clip.img_size, self.clip.mean, self.clip.std)[None].to(self.device)
+
+    def _words_of(self, class_name: str, class_names: str | None) -> tuple[Any, torch.Tensor]:
+        """The text side of one class, and the rows of a batch of one image of it."""
+        prompts = Prompts.from_texts(self.clip, [build_prompts(self.name_in_prompts(class_name, class_names))])
+        rows = torch.zeros(1, dtype=torch.long, device=self.device)
+        return self.text_side(prompts.to(self.device)), rows
 
     def use_calibration(self, path: Path, required: bool = True) -> None:
         """Decide by the thresholds of a file from now on.
@@ -197,6 +278,7 @@ class Detector(nn.Module):
         return_attention: bool = False,
         det_score: str | None = None,
         class_names: str | None = None,
+        references: References | None = None,
     ) -> Prediction | tuple[Prediction, Attention]:
         """Anomaly map, score and per-level maps of one image: a path, a PIL image, or uint8 RGB (H, W, 3).
 
@@ -207,7 +289,8 @@ class Detector(nn.Module):
         published code; "catalog" leaves every name as it is; None does as training did.
         return_attention: also give `Attention`, the weights of both cross-attentions per head, for a batch of one.
         det_score: in place of the detector's own.
-        Calibrated for this class, domain and det score, it decides as well (`Prediction`).
+        references: normal images to compare with, in place of those that are remembered of the class.
+        Calibrated for this class, domain, det score and references, it decides as well (`Prediction`).
         Raises `UserError` for a file that cannot be read, for a domain or det score that is not known, and where
         attention is asked of a model without cross-attention.
         """
@@ -216,24 +299,33 @@ class Detector(nn.Module):
             raise UserError(f"domain {domain}: choose one of {', '.join(DOMAINS)}")
         if return_attention and not isinstance(self.model, AdaptedCLIPWithCrossAttention):
             raise UserError(f"{self.name} has no cross-attention to show")
-        if isinstance(image, (str, Path)):
-            image = read_image(Path(image))
-        elif isinstance(image, np.ndarray):
-            image = Image.fromarray(image)
-        size = self.clip.img_size
-        pixels = image_tensor(image.convert("RGB"), size, self.clip.mean, self.clip.std)[None].to(self.device)
-        name = self.name_in_prompts(class_name, class_names)
-        entry = self.thresholds(self.subject(name, domain, det_score))
-        prompts = Prompts.from_texts(self.clip, [build_prompts(name)]).to(self.device)
-        side, rows = self.text_side(prompts), torch.zeros(1, dtype=torch.long, device=self.device)
+        image = as_image(image)
+        pixels = self._pixels(image)
+        references = references or self.references.get(readable_name(class_name))
+        entry = None
+        if self.calibration:  # without any, the digest of all weights need not be known
+            subject = self.subject(class_name, domain, det_score, class_names)
+            entry = self.thresholds(subject._replace(references=references and references.digest))
+        side, rows = self._words_of(class_name, class_names)
         outputs = self.model(pixels, side, rows)
-        levels = calibrated_maps(outputs, size)
+        if references is None:
+            levels = calibrated_maps(outputs, self.clip.img_size)
+        else:
+            distances = self.reference_maps(references, outputs, pixels)
+            levels = joined_calibrated_maps(outputs, distances, references.weight)
         mean = levels.mean(dim=0)
         score = calibrated_scores(mean, outputs, domain, det_score)
         prediction = Prediction(mean[0].cpu().numpy(), float(score[0]), levels[:, 0].cpu().numpy())
         if entry is not None:
             prediction = decided(prediction, entry, image.size)
         return (prediction, self.model.attention(pixels, side, rows)) if return_attention else prediction
+
+
+def as_image(image: Image.Image | np.ndarray | str | Path) -> Image.Image:
+    """RGB from a path, a PIL image, or uint8 RGB (H, W, 3); `UserError` for a file that cannot be read."""
+    if isinstance(image, (str, Path)):
+        return read_image(Path(image))
+    return (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert("RGB")
 
 
 def decided(prediction: Prediction, entry: Entry, size: tuple[int, int]) -> Prediction:

@@ -58,7 +58,7 @@ def check_there(file: Path | None) -> None:
 
 def check_testing(arguments: InferenceArguments | ComparisonArguments | VisualizationArguments) -> None:
     """What a script that tests or draws can say of its arguments: checkpoints, images, dataset, output."""
-    for name in ("image", "calibrate", "normal", "anomalous"):
+    for name in ("image", "calibrate", "references", "normal", "anomalous"):
         path = getattr(arguments, name, None)
         if path is not None and not is_file(path) and not is_folder(path):
             find_images(path, f"--{name}")

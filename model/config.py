@@ -24,6 +24,9 @@ TEXT_CONDITIONINGS = ("image", "batch_mean", "none")
 # What the det score compares with in testing: the abnormal anchor, or its difference from the normal one.
 DET_SCORES = ("abnormal", "difference")
 TEXT_CONTEXTS = ("frozen", "trained", "projectors")
+# Which patch features normal references are compared by, and the weight of the map that they give (docs/results.md).
+REFERENCE_FEATURES = ("trained", "frozen", "both")
+REFERENCE_WEIGHT = 0.5
 
 
 def rounded(value: float) -> int:

@@ -73,6 +73,13 @@ def frozen_features(
 
 
 @torch.no_grad()
+def frozen_patches(clip: FrozenCLIP, images: Tensor, config: ModelConfig) -> list[Tensor]:
+    """Unit patch features of `dual`, (B, N, D) at each level, without the class embedding: what references compare."""
+    streams, _ = surgery_stream(clip, images, replace(config, surgery="dual"), config.levels)
+    return [unit(clip.project_image(x[:, 1:])) for x in streams]
+
+
+@torch.no_grad()
 def projected_features(
     clip: FrozenCLIP,
     images: Tensor,
@@ -109,4 +116,6 @@ class UnadaptedCLIP(nn.Module):
     def forward(self, images: Tensor, text_side: Tensor, rows: Tensor) -> Outputs:
         """As `AdaptedCLIP.forward`."""
         features = frozen_features(self.clip, images, self.config)
-        return compare(features.levels, features.det, text_side[rows])
+        # The embedding, which is the same for all patches of an image, is no feature of a patch.
+        patches = [level - features.det[:, None] for level in features.levels]
+        return compare(features.levels, features.det, text_side[rows])._replace(features=patches)

@@ -19,10 +19,14 @@ TEMPERATURE = 100.0
 
 
 class Outputs(NamedTuple):
-    """`levels`: similarities s = 100 f . anchors on the patch grid, (B, N, 2) each; `det`: det . anchors, (B, 2)."""
+    """`levels`: similarities s = 100 f . anchors on the patch grid, (B, N, 2) each; `det`: det . anchors, (B, 2).
+
+    `features`: the unit patch features f that were compared, (B, N, D) of each level, for what else looks at them.
+    """
 
     levels: list[Tensor]
     det: Tensor
+    features: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ def compare(levels: Sequence[Tensor], det: Tensor, anchors: Tensor) -> Outputs:
     """Features of B images against each image's own anchors (B, D, 2)."""
     with torch.autocast(anchors.device.type, enabled=False):
         det_scores = (full_precision(det)[:, None] @ full_precision(anchors))[:, 0]
-    return Outputs(similarities(levels, anchors), det_scores)
+    return Outputs(similarities(levels, anchors), det_scores, levels)
 
 
 def to_grid(tokens: Tensor) -> Tensor:

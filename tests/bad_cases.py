@@ -290,11 +290,11 @@ def paths_in(script: str) -> Iterator[Case]:
                 changes["dataset"] = "VisA"
             if name == "init_from":
                 changes |= dict.fromkeys(_BASE)
-            if name in ("image", "calibrate", "calibration", "normal", "anomalous"):
+            if name in ("image", "calibrate", "calibration", "references", "normal", "anomalous"):
                 changes["dataset"] = None
             if name == "calibrate":
                 changes["output_dir"] = None
-            if name == "calibration":
+            if name in ("calibration", "references"):
                 changes["image"] = IMAGE
             if name in ("normal", "anomalous"):
                 changes[{"normal": "anomalous", "anomalous": "normal"}[name]] = "images/felt/test/good"

@@ -19,6 +19,7 @@ from dataset.folders import find_images
 from dataset.images import read_image
 from engine import load_model
 from engine.evaluation.arguments import ALL
+from engine.evaluation.calibrate import calibrate_images
 from engine.evaluation.inference import evaluate_checkpoints
 from engine.evaluation.own_images import Finding, score_images
 from tests.scripts import error_line, run, save, write_world
@@ -292,6 +293,13 @@ def test_a_published_checkpoint_loads_into_the_script_and_the_notebook(world: Pa
         model.text_adapter[0].fc[0].weight,
         torch.load(file.with_name("text_adapter.pth"))["text_adapter"]["0.fc.0.weight"],
     )
+    # It is calibrated and compares with references as any other.
+    good = world / "test" / "cork" / "test" / "good"
+    calibrate_images(str(file), good, "cork", false_alarms=0.3, model_name=name, device="cpu")
+    model = load_model(file, model_name=name, device="cpu")
+    assert {model.predict(path, "cork").decision for path in good.iterdir()} == {"normal", "anomalous"}
+    model.remember([good / "000.png"], "cork", weight=1.0)
+    assert model.predict(good / "000.png", "cork").anomaly_map.max() < 1e-5
 
 
 def test_load_model_predicts_from_path_picture_and_array(world: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dataset.options import NAMES
 from engine.arguments import Arguments, DataArguments, MachineArguments, ModelArguments
-from model.config import DET_SCORES, CrossAttentionConfig
+from model.config import DET_SCORES, REFERENCE_FEATURES, REFERENCE_WEIGHT, CrossAttentionConfig
 from utils.cli import number
 from utils.errors import UserError
 from utils.fields import changed, setting
@@ -101,6 +101,23 @@ class InferenceArguments(TestingArguments):
         None, "file of thresholds; one that is given must hold some of this model and class", "what to do",
         unset="calibration.json beside the checkpoint",
     )  # fmt: skip
+    references: Path | None = setting(
+        None, "folder of a few normal images to compare with; of several classes, a folder of each", "references",
+        unset="none",
+    )  # fmt: skip
+    reference_shots: int | None = setting(
+        None, "how many of these images of each class; without --references, of the dataset's train/good", "references",
+        between=(1, 100_000), unset="all of --references",
+    )  # fmt: skip
+    reference_seed: int = setting(0, "which of them --reference_shots takes", "references", between=(0, 2**31))
+    reference_weight: float = setting(
+        REFERENCE_WEIGHT, "share of the distance to references in the map, the rest is the words'", "references",
+        between=(0, 1),
+    )  # fmt: skip
+    reference_features: str = setting(
+        REFERENCE_FEATURES[0], "patches compared by the features that words are, by the frozen CLIP's, or by both; the "
+        "last two take a second pass", "references", choices=REFERENCE_FEATURES,
+    )  # fmt: skip
     normal: Path | None = setting(
         None, "folder of normal images, to test on with --anomalous in place of a dataset", "what to do", unset="none"
     )
@@ -147,6 +164,8 @@ class InferenceArguments(TestingArguments):
         if mode == "two folders" and None in (self.normal, self.anomalous):
             missing = "anomalous" if self.normal else "normal"
             raise UserError(f"--{missing} is needed too: the metrics compare normal images with anomalous ones")
+        if mode != "dataset" and self.reference_shots and not self.references:
+            raise UserError("--reference_shots takes them from a dataset's train/good: give --references FOLDER here")
         return mode
 
 

@@ -16,6 +16,8 @@ from engine.calibration import FALSE_ALARMS, Entry, add_entry, check_enough, in_
 from engine.detector import Detector
 from engine.device import check_device
 from engine.evaluation.own_images import calibration_file, find_own_images, load_last_detector
+from engine.evaluation.remember import remember_for_images
+from engine.references import ReferenceChoice
 from utils.errors import UserError
 from utils.files import check_folder
 
@@ -32,6 +34,7 @@ def calibrate_images(
     class_from_folder: bool = False,
     domain: str = "industrial",
     class_names: str | None = None,
+    references: ReferenceChoice | None = None,
     device: str = "auto",
     clip_weights: str | None = None,
     **overrides: Any,
@@ -39,8 +42,9 @@ def calibrate_images(
     """Find the thresholds of a model on a folder of normal images, and keep them in `calibration.json` beside it.
 
     false_alarms: the share of normal images that may be called anomalous, 0.01 unless given; calibration: another file
-    for the thresholds. With `class_from_folder` each class gets its own. The rest as for `score_images`. Raises
-    `UserError` for too few images of a class, with the number that is needed, before anything is written.
+    for the thresholds; references: normal images to compare with, none of which may be calibrated on. With
+    `class_from_folder` each class gets its own. The rest as for `score_images`. Raises `UserError` for too few images
+    of a class, with the number that is needed, before anything is written.
     """
     rate = FALSE_ALARMS if false_alarms is None else false_alarms
     device = check_device(device, "fp32")
@@ -57,11 +61,18 @@ def calibrate_images(
         check_enough(len(paths), rate, f"--calibrate {calibrate}: '{name}'")
     detector = load_last_detector(checkpoint, clip_weights, device, **overrides)
     images.check_prompts(detector)
+    if references is not None:
+        remember_for_images(detector, images.classes, references, class_from_folder, class_names)
     seen: dict[str, Path] = {}
     predictions: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for path, name, pixels in images.read("calibrating"):
         # An image that counts twice would promise more than there is to see.
-        first = seen.setdefault(content_digest(pixels), path)
+        digest = content_digest(pixels)
+        if any(digest in remembered.images for remembered in detector.references.values()):
+            raise UserError(
+                f"--calibrate {path} is one of the references, which it would be compared with: take others"
+            )
+        first = seen.setdefault(digest, path)
         if first != path:
             logger.warning("left out: %s is the same image as %s", path, first)
             continue
@@ -104,7 +115,7 @@ def calibrate_detector(
 ) -> Entry:
     """Thresholds from `numbers_of` normal images of a class, which the detector decides by from now on."""
     scores, peaks = zip(*numbers, strict=True)
-    subject = detector.subject(detector.name_in_prompts(class_name, class_names), domain)
+    subject = detector.subject(class_name, domain, class_names=class_names)
     entry = make_entry(subject, detector.name, scores, peaks, false_alarms)
     detector.calibration = [*(kept for kept in detector.calibration if kept.subject != subject), entry]
     return entry

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dataset.catalog import readable_name
 from engine.data import evaluation_loader, make_dataset
 from engine.detector import Detector
 from engine.task import TaskData
 from model.config import DET_SCORES
+from model.references import joined_anomaly_map
 from model.scoring import Outputs, anomaly_map, class_image_scores, det_scores
 from utils.files import write_text
 from utils.logging import progress_bar
@@ -99,8 +101,9 @@ class _ClassScores:
     numbers: list[Tensor] = field(default_factory=list)
     labels: list[Tensor] = field(default_factory=list)
 
-    def add(self, outputs: Outputs, batch: Mapping[str, Any]) -> None:
-        maps = anomaly_map(outputs, batch["mask"].shape[-1], self.domain).float()
+    def add(self, outputs: Outputs, batch: Mapping[str, Any], joined: Tensor | None = None) -> None:
+        """Count a batch: the published maps, or those that were joined with references', (B, S, S)."""
+        maps = (anomaly_map(outputs, batch["mask"].shape[-1], self.domain) if joined is None else joined).float()
         if self.masked:
             self.pixels.update(maps, batch["mask"].flatten(0, 1), batch["image_path"])
         self.paths += batch["image_path"]
@@ -135,7 +138,8 @@ def evaluate(
 ) -> dict[str, Evaluation]:
     """Evaluate models that share one CLIP on all images of `data`, which are loaded once.
 
-    Image scores take the det score that each detector says.
+    Image scores take the det score that each detector says. A class that a detector has references of is scored by
+    maps joined with theirs (docs/method.md, "References").
     Scores are normalised per class (docs/method.md, "Scores"), so a class's metrics are taken when it is complete. Maps
     are counted and not kept.
     Raises `UserError` for images that cannot be read, and names the first image whose map is not finite.
@@ -157,13 +161,23 @@ def evaluate(
             for name, kept in scores.items():
                 with autocast(device, precision):
                     outputs = models[name].model(images, text_sides[name], rows)
-                kept.add(outputs, batch)
+                    joined = joined_map_of(models[name], class_name, outputs, images, domain)
+                kept.add(outputs, batch, joined)
             bar.update(len(images))
         for name, kept in scores.items():
             results[name].append(kept.result(class_name))
     bar.close()
     dataset = data.located.spec.name
     return {name: Evaluation(name, dataset, rows, models[name].det_score) for name, rows in results.items()}
+
+
+def joined_map_of(detector: Detector, class_name: str, outputs: Outputs, images: Tensor, domain: str) -> Tensor | None:
+    """Published maps joined with the references that a detector has of a class, (B, S, S); None without any."""
+    references = detector.references.get(readable_name(class_name))
+    if references is None:
+        return None
+    distances = detector.reference_maps(references, outputs, images)
+    return joined_anomaly_map(outputs, distances, references.weight, domain)
 
 
 def autocast(device: torch.device | str, precision: str) -> torch.autocast:

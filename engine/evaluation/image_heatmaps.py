@@ -57,7 +57,8 @@ def look(detector: Detector, picture: Picture, name: str, attention: bool = Fals
     """One image through one model, called `name`; with its attention maps where asked for and where it has any."""
     asked = (picture.image, picture.class_name, picture.domain)
     # The picture's class has its name in prompts already.
-    predict = partial(detector.predict, *asked, class_names=CATALOG_NAMES)
+    references = detector.references.get(readable_name(picture.record.class_name))
+    predict = partial(detector.predict, *asked, class_names=CATALOG_NAMES, references=references)
     maps: dict[str, np.ndarray] = {}
     if attention and isinstance(detector.model, AdaptedCLIPWithCrossAttention):
         prediction, weights = predict(return_attention=True)

@@ -22,6 +22,8 @@ from engine.evaluation.evaluate import (
     write_csv,
 )
 from engine.evaluation.image_heatmaps import draw_overlays
+from engine.evaluation.remember import remember_for_dataset
+from engine.references import ReferenceChoice
 from engine.remembered import load_task_of_run
 from engine.run_folder import find_checkpoints
 from engine.task import TaskData, load_two_folders, mask_notes
@@ -115,13 +117,14 @@ def evaluate_checkpoints(
     clip_weights: str | None = None,
     visualize: int | str | None = None,
     two_folders: TwoFolders | None = None,
+    references: ReferenceChoice | None = None,
     **overrides: Any,
 ) -> list[Evaluation]:
     """Evaluate what `--checkpoint` means on a dataset: tables to the log, rows to `evaluation_DATASET.csv`.
 
     With another det score than the published one, files have it in their names.
     visualize: also draw this many images of each class, or `ALL`, as the last of the models sees them. two_folders: in
-    place of a dataset.
+    place of a dataset. references: normal images of each class to compare with, which files then have in their names.
     Raises `UserError` for files, datasets and devices that are not there or do not fit.
     """
     set_up_logging()
@@ -138,9 +141,14 @@ def evaluate_checkpoints(
         data = replace(data, cache_gib=cache_images)
     for note in [*zero_shot_notes({d.name: d.config for d in detectors}, data), *mask_notes(data)]:
         logger.warning("%s", note)
+    said = said_of_det_score(detectors[0].det_score)
+    kind = det_score_suffix(detectors[0].det_score)
+    if references is not None:
+        remember_for_dataset(detectors, data, references)
+        said += ", compared with normal references"
+        kind += references.suffix
     models = {detector.name: detector for detector in detectors}
     evaluations = list(evaluate(models, data, device, batch_size, num_workers, precision).values())
-    said = said_of_det_score(detectors[0].det_score)
     for evaluation in evaluations:
         logger.info(
             "\n%s on %s, in percent%s\n\n%s\n",
@@ -151,7 +159,7 @@ def evaluate_checkpoints(
     # Not before: an evaluation that is stopped leaves nothing.
     set_up_logging(folder / "inference.log")
     name = "unadapted_" if checkpoint == NO_CHECKPOINT else ""
-    tested = safe_name(data.located.spec.name) + det_score_suffix(detectors[0].det_score)
+    tested = safe_name(data.located.spec.name) + kind
     path = folder / f"{name}evaluation_{tested}.csv"
     write_csv(evaluations, path)
     logger.info("Written to %s", path)

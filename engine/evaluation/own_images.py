@@ -15,7 +15,7 @@ from PIL import Image
 
 from dataset.catalog import readable_name
 from dataset.folders import FoundImages, find_images
-from dataset.images import read_image
+from dataset.images import content_digest, read_image
 from dataset.prompts import build_prompts
 from engine.calibration import ANOMALOUS, CALIBRATION_FILE, Entry, in_words, why_none
 from engine.detector import Detector, Prediction
@@ -23,6 +23,8 @@ from engine.device import check_device
 from engine.evaluation.arguments import DEFAULT_CLASS, NO_CHECKPOINT
 from engine.evaluation.evaluate import det_score_suffix
 from engine.evaluation.inference import load_detectors, output_folder
+from engine.evaluation.remember import remember_for_images
+from engine.references import ReferenceChoice
 from engine.report.gallery import Gallery
 from engine.run_folder import find_checkpoints
 from model.text import Prompts
@@ -144,6 +146,7 @@ def score_images(
     class_names: str | None = None,
     output_dir: Path | None = None,
     calibration: Path | None = None,
+    references: ReferenceChoice | None = None,
     device: str = "auto",
     clip_weights: str | None = None,
     **overrides: Any,
@@ -152,7 +155,8 @@ def score_images(
 
     class_name, class_from_folder: as for `find_own_images`; class_names: as for `Detector.predict`. Of several
     checkpoints in a folder the last one is used. calibration: a file whose thresholds decide, and must be this model's;
-    without it the one beside the checkpoint does, where it has any for model and class. With another det score than the
+    without it the one beside the checkpoint does, where it has any for model and class. references: normal images to
+    compare with, which files have in their names, too. With another det score than the
     published one, files have it in their names. A file of a folder that cannot be read is left out, with a line; raises
     `UserError` where none can, and as `evaluate_checkpoints` does.
     """
@@ -162,14 +166,19 @@ def score_images(
     check_folder(folder, "--output_dir")
     detector = load_last_detector(checkpoint, clip_weights, device, **overrides)
     images.check_prompts(detector)
+    if references is not None:
+        remember_for_images(detector, images.classes, references, class_from_folder, class_names)
     detector.use_calibration(calibration or calibration_file(checkpoint), required=calibration is not None)
     entries = thresholds_of(detector, images.classes, domain, class_names)
     findings: list[Finding] = []
     taken: set[str] = set()
+    known = {digest for remembered in detector.references.values() for digest in remembered.images}
+    themselves = 0
     with Gallery() as gallery:
         for path, name, pixels in images.read("scoring"):
             prediction = detector.predict(pixels, name, domain, class_names=class_names)
             finding = judge(path, name, pixels, prediction)
+            themselves += bool(known) and content_digest(pixels) in known
             below = path.name if path == image else path.relative_to(image).as_posix()
             drawn = overlay(pixels, prediction.anomaly_map)
             save_image(drawn, figure_path(folder / HEATMAPS, below, "_heatmap.png", taken))
@@ -177,15 +186,19 @@ def score_images(
             findings.append(finding)
         if not findings:
             raise UserError(f"--image {image}: none of its {len(images.problems)} images can be read")
-        kind = det_score_suffix(detector.det_score)
+        kind = det_score_suffix(detector.det_score) + (references.suffix if references else "")
         scores, report = folder / f"{SCORES}{kind}.csv", folder / f"{REPORT}{kind}.html"
         write_scores(findings, scores)
         facts = facts_of(image, detector, domain, findings, images.problems)
-        facts += [("Decision" if len(entries) < 2 else f"{name}", in_words(entry)) for name, entry in entries.items()]
+        facts += facts_of_references(detector)
+        for name, entry in entries.items():
+            facts.append(("Decision" if len(entries) == 1 else f"Decision, {name}", f"anomalous {in_words(entry)}"))
         # Classes with thresholds of their own have no common place for the slider.
         common = {entry.image_threshold for entry in entries.values()} if len(images.classes) == 1 else set()
         start = next(iter(common), None)
         gallery.write(report, f"Images of {image.resolve().name or image}", facts, images.problems, start)
+    if themselves:
+        logger.warning("%d of these images are references, compared with themselves: take others", themselves)
     summarise(findings, images.problems, images.others, detector, (report, scores, folder / HEATMAPS))
     return findings
 
@@ -195,13 +208,13 @@ def thresholds_of(
 ) -> Mapping[str, Entry]:
     """The thresholds of each class that has any; where a model is calibrated for others alone, a line says so."""
     found = {}
-    for name in classes:
-        subject = detector.subject(detector.name_in_prompts(name, class_names), domain)
+    for name in classes if detector.calibration else ():
+        subject = detector.subject(name, domain, class_names=class_names)
         entry = detector.thresholds(subject)
         if entry is not None:
             found[name] = entry
             logger.info("%s: anomalous %s", name, in_words(entry))
-        elif detector.calibration:
+        else:
             why = why_none(detector.calibration, subject)
             logger.warning("%s: %s; no decision for %s without --calibrate", CALIBRATION_FILE, why, name)
     return found
@@ -259,6 +272,15 @@ def facts_of(
         ("Class in prompts", ", ".join(map(readable_name, classes[:10])) + more),
         ("Score", "half the map's maximum, half the whole image's" if domain == "industrial" else "the map's maximum"),
     ]
+
+
+def facts_of_references(detector: Detector) -> list[tuple[str, str]]:
+    """What stands above the images of the report where they were compared with normal ones."""
+    counts = [len(found.images) for found in detector.references.values()]
+    if not counts:
+        return []
+    count = f"{counts[0]}" if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+    return [("Compared with", f"{count} normal images of each class")]
 
 
 def summarise(

@@ -1,0 +1,241 @@
+"""A few normal images to compare with (docs/method.md, "References")."""
+
+from __future__ import annotations
+
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataset.locate import locate_dataset
+from dataset.normals import choose_normals, normals_of_classes, training_normals
+from dataset.toy_world import GOOD_IMAGES, write_toy_normals
+from engine import load_model
+from engine.calibration import read_calibration
+from engine.data import make_dataset
+from engine.detector import Detector, unadapted_detector
+from engine.evaluation.arguments import InferenceArguments
+from engine.evaluation.calibrate import calibrate_images
+from engine.evaluation.evaluate import evaluate
+from engine.evaluation.inference import evaluate_checkpoints
+from engine.evaluation.own_images import score_images
+from engine.references import ReferenceChoice
+from engine.task import load_task
+from engine.training.base import train_base
+from model.references import joined_anomaly_map, joined_calibrated_maps, nearest_distances, reference_maps
+from model.scoring import Outputs, anomaly_map, calibrated_maps, class_image_scores, det_scores, enlarge
+from tests.scripts import SIZE, save, small_runs, write_world
+from utils.errors import UserError
+
+
+def unit(*shape: int, seed: int = 0) -> torch.Tensor:
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return values / values.norm(dim=-1, keepdim=True)
+
+
+@pytest.mark.parametrize("most", [1, 100, None])
+def test_the_distance_is_to_the_nearest_patch_however_it_is_split(most: int | None) -> None:
+    features, memory = unit(3, 16, 8), unit(40, 8, seed=1)
+    found = nearest_distances(features, memory, most)
+    for image in range(3):
+        for patch in range(16):
+            cosines = [float(features[image, patch] @ other) for other in memory]
+            assert float(found[image, patch]) == pytest.approx(1 - max(cosines), abs=1e-6)
+    assert nearest_distances(memory[None], memory).max() < 1e-6
+    assert nearest_distances(-memory[None, :1], memory[:1]) == pytest.approx(2)
+
+
+def test_words_and_references_join_on_one_scale() -> None:
+    features, memory = [unit(2, 36, 8, seed=n) for n in (0, 1)], [unit(20, 8, seed=n) for n in (2, 3)]
+    found = reference_maps(features, memory, 12)
+    for level, pair in enumerate(zip(features, memory, strict=True)):
+        torch.testing.assert_close(found[level], enlarge(nearest_distances(*pair).reshape(2, 1, 6, 6), 12)[:, 0])
+    outputs = Outputs([5 * torch.randn(2, 36, 2) for _ in range(2)], torch.zeros(2, 2))
+    calibrated, published = calibrated_maps(outputs, 12), anomaly_map(outputs, 12, "industrial")
+    torch.testing.assert_close(joined_calibrated_maps(outputs, found, 0.25), 0.75 * calibrated + 0.125 * found)
+    joined = joined_anomaly_map(outputs, found, 0.25, "industrial")
+    torch.testing.assert_close(joined, 0.75 * published + 1.25 * found.sum(dim=0))
+    # Without weight everything is as without references.
+    assert joined_calibrated_maps(outputs, found, 0.0).equal(calibrated)
+    assert joined_anomaly_map(outputs, found, 0.0, "industrial").equal(published)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, a dataset whose classes have train/good, and a folder of normal images of each."""
+    folder = write_world(tmp_path_factory.mktemp("world"), ("cork", "tile"))
+    train_base(small_runs(folder)[0])
+    rng = np.random.default_rng(8)
+    for name in ("cork", "tile"):
+        for index in range(10):
+            pixels = rng.integers(60, 120, (SIZE, SIZE, 3))
+            save(folder / "test" / name / "train" / "good" / f"{index}.png", pixels)
+            save(folder / "normal" / name / f"{index}.png", pixels)
+    return folder
+
+
+@pytest.fixture
+def model(world: Path) -> Detector:
+    return load_model(world / "base" / "image_adapter.pth", device="cpu")
+
+
+def paths_of(folder: Path, count: int = 4) -> list[Path]:
+    return [folder / f"{index}.png" for index in range(count)]
+
+
+@pytest.mark.parametrize("features", ["trained", "frozen", "both"])
+def test_an_image_that_is_remembered_is_at_no_distance(world: Path, model: Detector, features: str) -> None:
+    paths = paths_of(world / "normal" / "cork")
+    plain = model.predict(paths[0], "cork")
+    references = model.remember(paths, "cork", weight=1.0, features=features)
+    assert len(references.memory) == 4 * (1 + (features == "both"))
+    assert all(level.shape == (4 * 25, 40) for level in references.memory)
+    assert model.predict(paths[0], "cork").anomaly_map.max() < 1e-5
+    far = model.predict(world / "test/cork/test/spot/000.png", "cork")
+    assert far.anomaly_map.max() > 1e-3 and 0 <= far.score <= 1
+    # Another class stays what it is.
+    assert model.predict(paths[0], "tile").anomaly_map.max() > 1e-3
+    model.remember(paths, "cork", weight=0.0, features=features)
+    again = model.predict(paths[0], "cork")
+    assert (again.anomaly_map == plain.anomaly_map).all() and again.score == plain.score
+
+
+def test_unadapted_clip_remembers_too(world: Path, model: Detector) -> None:
+    detector = unadapted_detector(model.clip)
+    path = world / "normal/cork/0.png"
+    detector.remember([path], "cork", weight=1.0)
+    frozen = detector.references["cork"].memory
+    assert detector.predict(path, "cork").anomaly_map.max() < 1e-5
+    assert all((level.norm(dim=-1) - 1).abs().max() < 1e-4 for level in frozen)
+    model.remember([path], "cork", features="frozen")
+    for one, other in zip(frozen, model.references["cork"].memory, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+def test_evaluation_scores_by_the_joined_map(world: Path, model: Detector) -> None:
+    data = load_task(str(world / "test"))
+    before = evaluate({"m": model}, data, "cpu")["m"].classes[0]
+    found = model.remember(paths_of(world / "normal" / "cork"), "cork", class_names="catalog", called="cork")
+    after, unchanged = evaluate({"m": model}, data, "cpu")["m"].classes
+    assert after.values != before.values
+    side, highest, lowest, det = model.text_side(data.prompts(model.clip)), [], [], []
+    with torch.inference_mode():
+        for sample in make_dataset(data, model.clip):
+            if sample["class_name"] == "cork":
+                image = sample["image"][None]
+                outputs = model.model(image, side, torch.tensor([data.classes.index("cork")]))
+                distances = reference_maps(outputs.features, found.memory, SIZE)
+                joined = joined_anomaly_map(outputs, distances, found.weight, "industrial")
+                highest.append(joined.max())
+                lowest.append(joined.min())
+                det.append(det_scores(outputs)[0])
+    expected = class_image_scores(*map(torch.stack, (highest, lowest, det)), "industrial")
+    assert [image.score for image in after.scores] == pytest.approx(expected.tolist(), abs=1e-4)
+    model.references.clear()
+    assert evaluate({"m": model}, data, "cpu")["m"].classes[1].values == unchanged.values
+
+
+def test_shots_come_from_the_datasets_training_images(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = (str(world / "base"), str(world / "test"))
+    asked = {"output_dir": tmp_path, "device": "cpu"}
+    evaluate_checkpoints(*where, references=ReferenceChoice(shots=2), visualize=1, **asked)
+    assert (tmp_path / "evaluation_test_2_references.csv").is_file()
+    assert (tmp_path / "pictures_test_2_references").is_dir()
+    said = capsys.readouterr().err
+    assert "cork: compared with 2 normal images" in said and "tile: compared with 2" in said
+    with pytest.raises(UserError, match="--reference_shots 11: there are 10 normal images of 'cork'"):
+        evaluate_checkpoints(*where, references=ReferenceChoice(shots=11), **asked)
+    with pytest.raises(UserError, match="class 'bolt' has no train/good"):
+        evaluate_checkpoints(where[0], str(world / "train"), references=ReferenceChoice(shots=1), **asked)
+
+
+def test_a_reference_that_is_tested_is_refused(world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "normal"
+    shutil.copytree(world / "normal", folder)
+    shutil.copy(world / "test/cork/test/good/000.png", folder / "cork" / "another_name.png")
+    where = (str(world / "base"), str(world / "test"))
+    with pytest.raises(UserError, match=r"another_name\.png is the tested image .*000\.png"):
+        evaluate_checkpoints(*where, references=ReferenceChoice(folder), output_dir=tmp_path, device="cpu")
+    with pytest.raises(UserError, match="no folder 'cork'"):
+        evaluate_checkpoints(*where, references=ReferenceChoice(folder / "cork"), output_dir=tmp_path, device="cpu")
+
+
+def test_the_seeds_choice_contains_that_of_fewer_shots(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{index}.png" for index in range(12)]
+    chosen = [choose_normals(paths, shots, 3, "cork") for shots in (1, 2, 4, 8)]
+    assert all(set(few) < set(more) for few, more in pairwise(chosen))
+    assert choose_normals(paths, 4, 4, "cork") != chosen[2]
+    elsewhere = [tmp_path / "b" / path.name for path in paths]
+    assert [path.name for path in choose_normals(elsewhere, 4, 3, "cork")] == [path.name for path in chosen[2]]
+
+
+def test_references_and_calibration(world: Path, tmp_path: Path) -> None:
+    """Thresholds are of a model with its references: others, and none, decide nothing; no image may be both."""
+    rng = np.random.default_rng(9)
+    for index in range(20):
+        save(tmp_path / "new" / f"{index}.png", rng.integers(60, 120, (SIZE, SIZE, 3)))
+    checkpoint, file = str(world / "base"), tmp_path / "c.json"
+    choice = ReferenceChoice(world / "normal" / "cork", shots=4)
+    asked: dict[str, Any] = {"calibration": file, "device": "cpu"}
+    calibrate_images(checkpoint, tmp_path / "new", "cork", false_alarms=0.05, references=choice, **asked)
+    (entry,) = read_calibration(file)
+    assert entry.references is not None
+    where = (checkpoint, world / "test/cork/test", "cork")
+    found = score_images(*where, references=choice, output_dir=tmp_path / "out", **asked)
+    assert {finding.decision for finding in found} == {"normal", "anomalous"}
+    assert (tmp_path / "out" / "scores_4_references.csv").is_file()
+    for other in (
+        None,
+        ReferenceChoice(world / "normal/cork", shots=4, seed=1),
+        ReferenceChoice(choice.folder, 4, 0, 0.3),
+    ):
+        with pytest.raises(UserError, match="thresholds are of other references"):
+            score_images(*where, references=other, output_dir=tmp_path / "out", **asked)
+    # By content, whatever the file is called.
+    Image.open(choice.choose({"cork": paths_of(choice.folder, 10)})["cork"][0]).save(tmp_path / "new" / "copy.bmp")
+    with pytest.raises(UserError, match=r"copy\.bmp is one of the references"):
+        calibrate_images(checkpoint, tmp_path / "new", "cork", false_alarms=0.05, references=choice, **asked)
+
+
+def test_each_class_of_a_folder_has_references_of_its_own(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = {"class_from_folder": True, "output_dir": tmp_path, "device": "cpu"}
+    where = (str(world / "base"), world / "normal")
+    plain = score_images(*where, **asked)
+    compared = score_images(*where, references=ReferenceChoice(world / "normal", weight=1.0), **asked)
+    # Every image is among the references of its own class, so that half of the score is gone.
+    assert all(found.score < 0.51 < before.score for found, before in zip(compared, plain, strict=True))
+    assert "20 of these images are references" in caplog.text
+    assert "10 normal images of each class" in (tmp_path / "report_references.html").read_text(encoding="utf-8")
+
+
+def test_a_toy_dataset_draws_its_normal_images_on_first_use(tmp_path: Path) -> None:
+    for name in ("cup", "brick"):
+        (tmp_path / "toy_test" / name / "test" / "good").mkdir(parents=True)
+        Image.new("RGB", (96, 96)).save(tmp_path / "toy_test" / name / "test" / "good" / "000.png")
+    located = locate_dataset("toy_test", tmp_path)
+    write_toy_normals("toy_test", located.root / "cup", count=2)
+    assert len(training_normals(located, "cup")) == 2
+    assert not (located.root / "brick" / "train").exists()
+    assert GOOD_IMAGES["toy_test"] < 10_000  # those drawn anew come after them
+
+
+def test_folders_without_images_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "cork").mkdir()
+    with pytest.raises(UserError, match="no images in this folder or below"):
+        normals_of_classes(tmp_path, ["cork"])
+
+
+def test_shots_need_a_dataset_or_a_folder() -> None:
+    for changes in ({"image": Path("a")}, {"calibrate": Path("a")}):
+        with pytest.raises(UserError, match="give --references FOLDER here"):
+            InferenceArguments.of(checkpoint="none", reference_shots=4, **changes).mode()
+    assert InferenceArguments.of(checkpoint="none", reference_shots=4).mode() == "dataset"
