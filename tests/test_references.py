@@ -29,7 +29,7 @@ from engine.task import load_task
 from engine.training.base import train_base
 from model.references import joined_anomaly_map, joined_calibrated_maps, nearest_distances, reference_maps
 from model.scoring import Outputs, anomaly_map, calibrated_maps, class_image_scores, det_scores, enlarge
-from tests.scripts import SIZE, save, small_runs, write_world
+from tests.scripts import SIZE, error_line, run, save, small_runs, write_world
 from utils.errors import UserError
 
 
@@ -232,6 +232,23 @@ def test_folders_without_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "cork").mkdir()
     with pytest.raises(UserError, match="no images in this folder or below"):
         normals_of_classes(tmp_path, ["cork"])
+
+
+def test_on_the_command_line(world: Path, tmp_path: Path) -> None:
+    """A dataset, own images, and calibration, as a user asks for them."""
+    asked = ("inference.py", "--checkpoint", world / "base", "--device", "cpu")
+    data = ("--dataset", world / "test", "--num_workers", 0, "--output_dir", tmp_path)
+    said = run(*asked, *data, "--reference_shots", 2, "--reference_seed", 1, "--reference_features", "both")
+    assert "compared with normal references" in said and (tmp_path / "evaluation_test_2_references.csv").is_file()
+    own = ("--references", world / "normal" / "cork", "--class_name", "cork", "--reference_weight", 0.25)
+    where = ("--calibration", tmp_path / "c.json")
+    overlapping = error_line(*asked, "--calibrate", world / "normal/cork", "--false_alarms", 0.1, *own, *where)
+    assert "is one of the references" in overlapping
+    good = world / "test/cork/test"
+    run(*asked, "--calibrate", good, "--false_alarms", 0.1, *own, *where)
+    said = run(*asked, "--image", good, *own, *where, "--output_dir", tmp_path)
+    assert "12 normal images for 10 % false alarms" in said
+    assert (tmp_path / "scores_references.csv").is_file()
 
 
 def test_shots_need_a_dataset_or_a_folder() -> None:

@@ -13,8 +13,8 @@ from utils.cli import Parser, not_empty, number, path
 
 # The groups of `--help`, in their order.
 GROUPS = (
-    "what to do", "model", "adapters", "cross-attention", "base", "feedback", "data", "training", "schedule", "machine",
-    "output",
+    "what to do", "references", "model", "adapters", "cross-attention", "base", "feedback", "data", "training",
+    "schedule", "machine", "output",
 )  # fmt: skip
 
 Config = TypeVar("Config", bound="Arguments")
