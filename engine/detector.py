@@ -33,12 +33,15 @@ from engine.calibration import (
     why_none,
 )  # fmt: skip
 from engine.device import check_device
+from engine.hub import local_path
+from engine.pretrained import save_pretrained
 from engine.references import References
+from engine.run_folder import find_checkpoints
 from model.adapter import AdaptedCLIP
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention, Attention
 from model.checkpoint import Checkpoint, infer_choices, load_component, read_checkpoint
 from model.clip import FrozenCLIP
-from model.clip_loading import load_clip
+from model.clip_loading import is_tag, load_clip
 from model.config import (
     REFERENCE_FEATURES,
     REFERENCE_WEIGHT,
@@ -67,6 +70,8 @@ logger = logging.getLogger(__name__)
 PUBLISHED_MODEL = "ViT-L-14-336"
 # How the published code trained, whatever the weights of CLIP: files of its form are taken so unless asked otherwise.
 PUBLISHED = {"activation": "gelu", "class_names": PUBLISHED_NAMES}
+# What a model that was shared keeps of its forward where nothing else is asked for.
+MODEL_OVERRIDES = ("model_name", "img_size", "activation", "surgery", "surgery_until_layer")
 # What unadapted CLIP is called in tables and figures.
 UNADAPTED = "unadapted"
 # What may be asked of a checkpoint with cross-attention in place of what it was trained with.
@@ -105,8 +110,9 @@ class Detector(nn.Module):
     """A model with its checkpoint's story: `model`, `name`, `epoch`, `loop`, `config` (None: written elsewhere).
 
     det_score: which det score takes part in image scores, one of `DET_SCORES`, the published one unless asked for.
-    `arguments`: what its training was asked for, as far as that is known. `calibration`: thresholds, by which `predict`
-    decides; those of other models among them are never used. `references`: normal images of classes to compare with.
+    `arguments`: what its training was asked for, as far as that is known; `source`: the checkpoint without tensors.
+    `calibration`: thresholds, by which `predict` decides; those of other models among them are never used. `references`:
+    normal images of classes to compare with.
     """
 
     def __init__(
@@ -126,6 +132,9 @@ class Detector(nn.Module):
         self.loop = checkpoint.loop if checkpoint else None
         self.config = checkpoint.config if checkpoint else None
         self.arguments = arguments_of(checkpoint) if checkpoint else {}
+        self.source = checkpoint and replace(
+            checkpoint, components={n: {} for n in checkpoint.components}, optimizers={}
+        )
         self.calibration: Sequence[Entry] = ()
         self._refuses_others: Path | None = None
         self.references: dict[str, References] = {}
@@ -320,6 +329,13 @@ class Detector(nn.Module):
             prediction = decided(prediction, entry, image.size)
         return (prediction, self.model.attention(pixels, side, rows)) if return_attention else prediction
 
+    def save_pretrained(self, folder: str | Path, licence: str | None = None) -> Path:
+        """Write the trained components to a folder that `load_model` takes, with a card; returns the folder.
+
+        As `engine.pretrained.save_pretrained`.
+        """
+        return save_pretrained(self, Path(folder), licence)
+
 
 def as_image(image: Image.Image | np.ndarray | str | Path) -> Image.Image:
     """RGB from a path, a PIL image, or uint8 RGB (H, W, 3); `UserError` for a file that cannot be read."""
@@ -365,7 +381,8 @@ def load_model(
     calibration: str | Path | None = None,
     **overrides: Any,
 ) -> Detector:
-    """Load a checkpoint file as a ready model, with the thresholds that it was calibrated to.
+    """Load a checkpoint as a ready model: a file, the latest of a run's folder, a folder that `save_pretrained` wrote,
+    or such a one on the hub, `hf://ORG/NAME@REVISION`; with the thresholds that it was calibrated to.
 
     clip_weights: CLIP's weights file; without it the one that training used, then the hub. clip: a CLIP that is loaded
     already. calibration: a file of thresholds, which must be this model's; without it `calibration.json` beside the
@@ -375,18 +392,20 @@ def load_model(
     `det_score`: as in `Detector`.
     Raises `UserError` where the file, the weights and the device do not fit together.
     """
-    checkpoint = read_checkpoint(Path(path))
+    path = local_path(path)
+    path = find_checkpoints(path)[-1] if path.is_dir() else path
+    checkpoint = read_checkpoint(path)
     device = check_device(device, "fp32")
     clip = clip or load_clip_for(checkpoint, clip_weights, **overrides)
     detector = build_detector(checkpoint, clip, **overrides).to(device)
-    file = Path(path).parent / CALIBRATION_FILE if calibration is None else Path(calibration)
+    file = path.parent / CALIBRATION_FILE if calibration is None else Path(calibration)
     detector.use_calibration(file, required=calibration is not None)
     return detector
 
 
 def load_clip_for(checkpoint: Checkpoint, clip_weights: str | Path | None = None, **overrides: Any) -> FrozenCLIP:
     """The CLIP under a checkpoint: its own choices where it says them, `overrides` where they are given."""
-    asked = {name: value for name, value in overrides.items() if value is not None}
+    asked = _asked(checkpoint, overrides)
     if checkpoint.config is None:
         name = asked.get("model_name", PUBLISHED_MODEL)
         activation = asked.get("activation", arguments_of(checkpoint).get("activation"))
@@ -395,22 +414,38 @@ def load_clip_for(checkpoint: Checkpoint, clip_weights: str | Path | None = None
         log_activation(checkpoint, clip.activation, given="activation" in asked)
         return clip
     config = checkpoint.model_config()
-    if asked.get("model_name", config.model_name) != config.model_name:
-        raise UserError(f"{checkpoint.path} was trained on {config.model_name}, not on {asked['model_name']}")
-    for name in ("img_size", "activation"):
-        if asked.get(name, getattr(config, name)) != getattr(config, name):
+    name = asked.get("model_name", config.model_name)
+    # A folder may lie elsewhere now; whether its weights are those trained on is told by their digest.
+    if name != config.model_name and not all(each.startswith("local-dir:") for each in (name, config.model_name)):
+        raise UserError(f"{checkpoint.path} was trained on {config.model_name}, not on {name}")
+    for choice in ("img_size", "activation"):
+        if asked.get(choice, getattr(config, choice)) != getattr(config, choice):
             logger.warning(
-                "%s was trained with %s %s, now %s", checkpoint.path, name, getattr(config, name), asked[name]
+                "%s was trained with %s %s, now %s", checkpoint.path, choice, getattr(config, choice), asked[choice]
             )
     recorded = checkpoint.config.get("arguments", {}).get("clip_weights")
-    if clip_weights is None and recorded and Path(recorded).is_file():
+    if clip_weights is None and recorded and (Path(recorded).is_file() or is_tag(name, recorded)):
         clip_weights = recorded
     return load_clip(
-        config.model_name,
+        name,
         clip_weights,
         asked.get("img_size", config.img_size),
         asked.get("activation", config.activation),
     )
+
+
+def _asked(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """What is asked for in place of what a checkpoint was trained with: a model that was shared ran with some of it."""
+    given = {name: value for name, value in overrides.items() if value is not None}
+    if checkpoint.shared is None:
+        return given
+    _, model, cross, det_score = checkpoint.shared
+    kept = {"det_score": det_score, **{name: getattr(model, name) for name in MODEL_OVERRIDES}}
+    trained = checkpoint.cross_attention()
+    if trained and cross:
+        now = {name: getattr(cross, name) for name in CROSS_ATTENTION_OVERRIDES}
+        kept |= {name: value for name, value in now.items() if value != getattr(trained, name)}
+    return {**kept, **given}
 
 
 def log_activation(checkpoint: Checkpoint, activation: str, given: bool) -> None:
@@ -458,7 +493,7 @@ def build_detector(checkpoint: Checkpoint, clip: FrozenCLIP, **overrides: Any) -
             raise UserError(f"{checkpoint.path}: has no '{name}', which a model of its config needs; it is damaged")
     epochs = "an unknown number of" if checkpoint.epoch is None else checkpoint.epoch
     logger.info("%s: %s epochs", checkpoint.path, epochs)
-    return Detector(model, checkpoint.path.stem, checkpoint, det_score=overrides.get("det_score"))
+    return Detector(model, checkpoint.name, checkpoint, det_score=_asked(checkpoint, overrides).get("det_score"))
 
 
 def cross_attention_choices(checkpoint: Checkpoint, **overrides: Any) -> CrossAttentionConfig | None:
@@ -467,7 +502,7 @@ def cross_attention_choices(checkpoint: Checkpoint, **overrides: Any) -> CrossAt
     Of a file without config it is an assumption, which is logged. Raises `UserError` where something is asked of a
     checkpoint without cross-attention, and for the weight of a branch that is learned or not there.
     """
-    asked = {name: overrides[name] for name in CROSS_ATTENTION_OVERRIDES if overrides.get(name) is not None}
+    asked = _of(CROSS_ATTENTION_OVERRIDES, _asked(checkpoint, overrides))
     trained = checkpoint.cross_attention()
     if trained is None:
         if asked:
@@ -504,19 +539,24 @@ def cross_attention_choices(checkpoint: Checkpoint, **overrides: Any) -> CrossAt
 
 def checkpoint_config(checkpoint: Checkpoint, clip: FrozenCLIP, **overrides: Any) -> ModelConfig:
     """The forward of a checkpoint on `clip`; `UserError` where it was trained on other weights."""
-    asked = {name: overrides[name] for name in ("surgery", "surgery_until_layer") if overrides.get(name) is not None}
+    asked = _of(("surgery", "surgery_until_layer"), _asked(checkpoint, overrides))
+    known = checkpoint.model_config() if checkpoint.config else checkpoint.shared and checkpoint.shared.model
+    if known and known.weights_digest != clip.weights_digest:
+        raise UserError(
+            f"{checkpoint.path} was trained on other weights of {known.model_name} ({known.weights_digest}) "
+            f"than those loaded ({clip.weights_digest}); give the file it was trained on with --clip_weights"
+        )
     if checkpoint.config is None:
         return _assumed_config(checkpoint, clip, asked)
     config = checkpoint.model_config()
-    if config.weights_digest != clip.weights_digest:
-        raise UserError(
-            f"{checkpoint.path} was trained on other weights of {config.model_name} ({config.weights_digest}) "
-            f"than those loaded ({clip.weights_digest}); give the file it was trained on with --clip_weights"
-        )
     for name, value in asked.items():
         if value != getattr(config, name):
             logger.warning("%s was trained with %s %s, now %s", checkpoint.path, name, getattr(config, name), value)
     return replace(config, img_size=clip.img_size, activation=clip.activation, **asked)
+
+
+def _of(names: tuple[str, ...], asked: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: asked[name] for name in names if name in asked}
 
 
 def _assumed_config(checkpoint: Checkpoint, clip: FrozenCLIP, asked: dict[str, Any]) -> ModelConfig:

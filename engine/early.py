@@ -20,12 +20,12 @@ from dataset.options import NAMES
 from dataset.toy.classes import TOY_DATASETS
 from engine.calibration import FALSE_ALARMS, check_enough, read_calibration
 from engine.evaluation.arguments import NO_CHECKPOINT, ComparisonArguments, InferenceArguments, VisualizationArguments
+from engine.hub import check_checkpoint
 from engine.remembered import arguments_in
 from engine.run_folder import (
     STATE_FILE,
     check_same_run,
     check_unused,
-    find_checkpoints,
     find_latest,
     find_loops,
 )  # fmt: skip
@@ -64,7 +64,7 @@ def check_testing(arguments: InferenceArguments | ComparisonArguments | Visualiz
             find_images(path, f"--{name}")
     if isinstance(arguments, InferenceArguments):
         if arguments.checkpoint != NO_CHECKPOINT:
-            find_checkpoints(Path(arguments.checkpoint))
+            check_checkpoint(arguments.checkpoint)
     elif isinstance(arguments, ComparisonArguments):
         find_loops(arguments.save_path)
     elif arguments.feedback_path is not None:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from model.config import SHARED_WEIGHTS
 from utils.errors import UserError
 
 STATE_FILE = "training_state.pth"
@@ -46,12 +47,15 @@ def is_there(folder: Path, name: str) -> bool:
 def find_checkpoints(path: Path) -> list[Path]:
     """The checkpoint files that `path` means: itself, or in a folder all epochs (or loops) in numeric order.
 
-    A folder's latest file counts only where no numbered one is there, since it repeats the last of them.
+    A folder that was made to share a model holds one. A folder's latest file counts only where no numbered one is
+    there, since it repeats the last of them.
     Raises `UserError` for a path that is not there, with the checkpoints that are, and for a folder without any.
     """
     if path.is_file():
         return [path]
     folder = path if path.is_dir() else path.parent
+    if path.is_dir() and (path / SHARED_WEIGHTS).is_file():
+        return [path / SHARED_WEIGHTS]
     numbered = []
     for file in folder.glob("*.pth") if folder.is_dir() else ():
         match = _NUMBERED.fullmatch(file.name) or _LOOP.fullmatch(file.name)
@@ -93,6 +97,8 @@ def find_latest(path: Path, flag: str) -> Path:
         return path
     if not path.is_dir():
         raise UserError(f"{flag} {path}: no such file or folder")
+    if (path / SHARED_WEIGHTS).is_file():
+        return path / SHARED_WEIGHTS
     for stem in (IMAGE_STEM, OLDER_IMAGE_STEM):
         latest = path / f"{stem}.pth"
         if latest.is_file():

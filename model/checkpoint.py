@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as as_safetensors
 from torch import Tensor, nn
 
-from model.config import COMPONENTS, SIDES, CrossAttentionConfig, ModelConfig, SavedArguments
+from model.config import (
+    COMPONENTS,
+    DET_SCORES,
+    SHARED_CONFIG,
+    SHARED_WEIGHTS,
+    SIDES,
+    CrossAttentionConfig,
+    ModelConfig,
+    SavedArguments,
+)
 from utils.errors import UserError
-from utils.files import replacing
+from utils.files import replacing, write_json
 from utils.schema import MayHoldMore, Plain, check
 
 logger = logging.getLogger(__name__)
@@ -23,6 +36,7 @@ SCHEMA = 1
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TEXT_FILE = "text_adapter.pth"
 OPTIMIZERS = ("text_optimizer", "image_optimizer")
+SHARED_FORMAT = 1
 
 
 class FloatTensor:
@@ -102,10 +116,43 @@ class _File(MayHoldMore):
 
 
 @dataclass(frozen=True)
+class _SharedForward:
+    model: ModelConfig
+    cross_attention: CrossAttentionConfig | None
+    det_score: str = field(metadata={"choices": DET_SCORES})
+
+
+@dataclass(frozen=True)
+class _SharedConfig:
+    """The `config.json` of a model to share; `config` is checked as that of any checkpoint."""
+
+    format: int
+    name: str
+    forward: _SharedForward
+    epoch: Any = None
+    loop: Any = None
+    steps: Any = None
+    config: Any = None
+
+
+class Shared(NamedTuple):
+    """What a model that was shared says beside its checkpoint: what this was called, and the forward that it ran with.
+
+    That need not be the one it was trained with, and is known of files without config as well.
+    """
+
+    name: str
+    model: ModelConfig
+    cross_attention: CrossAttentionConfig | None
+    det_score: str
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint file in memory: the state dicts it has, its position, and its config (None: written elsewhere).
 
     steps: optimizer steps that each side has seen, by "text" and "image"; None where the file does not say.
+    shared: of a file that was made to be shared, else None.
     """
 
     path: Path
@@ -115,6 +162,12 @@ class Checkpoint:
     loop: int | None = None
     config: dict[str, Any] | None = None
     steps: dict[str, int | None] | None = None
+    shared: Shared | None = None
+
+    @property
+    def name(self) -> str:
+        """What tables call this."""
+        return self.shared.name if self.shared else self.path.stem
 
     @property
     def is_published(self) -> bool:
@@ -219,20 +272,65 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if "text_adapter" not in text.components:
         raise UserError(f"{beside}: holds no 'text_adapter'")
     logger.info("%s has no text side: taken from %s", path, beside)
-    return Checkpoint(
-        path,
-        {**text.components, **checkpoint.components},
-        {**text.optimizers, **checkpoint.optimizers},
-        checkpoint.epoch,
-        checkpoint.loop,
-        checkpoint.config,
-        checkpoint.steps,
+    return replace(
+        checkpoint,
+        components={**text.components, **checkpoint.components},
+        optimizers={**text.optimizers, **checkpoint.optimizers},
     )
 
 
 def read_any(path: Path) -> Checkpoint:
     """Read a checkpoint file of either side or both, as it is; `UserError` for a file that is none."""
-    return as_checkpoint(load(path), path)
+    return read_shared(path) if path.suffix == ".safetensors" else as_checkpoint(load(path), path)
+
+
+def write_shared(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint that has `shared` as a folder to share: weights as safetensors, all else as JSON."""
+    name, model, cross_attention, det_score = checkpoint.shared
+    crossed = cross_attention.to_dict() if cross_attention else None
+    described = {
+        "format": SHARED_FORMAT, "name": name,
+        "forward": {"model": model.to_dict(), "cross_attention": crossed, "det_score": det_score},
+        "epoch": checkpoint.epoch, "loop": checkpoint.loop, "steps": checkpoint.steps, "config": checkpoint.config,
+    }  # fmt: skip
+    tensors = {
+        f"{component}.{key}": value.detach().cpu().contiguous().clone()
+        for component, state in checkpoint.components.items()
+        for key, value in state.items()
+    }
+    with replacing(folder / SHARED_WEIGHTS) as temporary:
+        temporary.write_bytes(as_safetensors(tensors, {"format": "pt"}))
+    write_json(folder / SHARED_CONFIG, described)
+
+
+def read_shared(path: Path) -> Checkpoint:
+    """Read the weights of a folder that `write_shared` made; `UserError` where it is none, or is damaged."""
+    beside = path.with_name(SHARED_CONFIG)
+    try:
+        tensors = load_file(path)
+        described = json.loads(beside.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path if error.filename is None else error.filename}: no such file") from error
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path.parent}: damaged, or no model to share ({type(error).__name__})") from error
+    if isinstance(described, dict) and described.get("format") != SHARED_FORMAT:
+        raise UserError(f"{beside}: not a model of this project, or of another version (format {SHARED_FORMAT})")
+    check(described, _SharedConfig, beside)
+    content: dict[str, Any] = {name: described.get(name) for name in ("epoch", "loop", "steps", "config")}
+    for key, value in tensors.items():
+        component, _, rest = key.partition(".")
+        if component not in COMPONENTS:
+            raise UserError(f"{path}: holds {key!r}, which is no part of a model of this project")
+        content.setdefault(component, {})[rest] = value
+    forward = described["forward"]
+    crossed = forward["cross_attention"]
+    shared = Shared(
+        described["name"],
+        ModelConfig.from_dict(forward["model"], str(beside)),
+        CrossAttentionConfig(**crossed) if crossed else None,
+        forward["det_score"],
+    )
+    return replace(as_checkpoint(content, path), shared=shared)
 
 
 def as_checkpoint(content: Any, path: Path) -> Checkpoint:

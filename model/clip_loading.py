@@ -151,6 +151,11 @@ def load_clip(
     return FrozenCLIP(clip, model_name, chosen, source.mean, source.std)
 
 
+def is_tag(model_name: str, clip_weights: str) -> bool:
+    """Whether `clip_weights` is one of open_clip's tags for a model, not a file."""
+    return clip_weights in list_pretrained_tags_by_model(model_name)
+
+
 def check_image_size(model_name: str, model_cfg: dict[str, Any], img_size: int | None) -> int:
     """The image size to use; `UserError` unless it is made of at least two whole patches a side."""
     vision = CLIPVisionCfg(**model_cfg["vision_cfg"])
@@ -245,7 +250,7 @@ def _hub_source(model_name: str, model_cfg: dict[str, Any], tag: str) -> _Source
     known = get_pretrained_cfg(model_name, tag)
     hub, url = known.get("hf_hub", "").rstrip("/"), known.get("url", "")
     try:
-        weights = _cached_weights(hub) or (_reach_hub() if hub else None) or download_pretrained(known)
+        weights = _cached_weights(hub) or (reach_hub() if hub else None) or download_pretrained(known)
     except Exception as error:  # the hub's client raises its own kinds for network, disk and proxy failures
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = " or ".join(part for part in (f"https://huggingface.co/{hub}" if hub else "", url) if part)
@@ -273,7 +278,7 @@ def _cached_weights(hub: str) -> str | None:
     return next((path for path in found if isinstance(path, str)), None)
 
 
-def _reach_hub() -> None:
+def reach_hub() -> None:
     """Ask the hub for anything at all: its own client tries each file for a minute where there is no network."""
     answers: list[object] = []
 

@@ -12,6 +12,8 @@ from utils.schema import MayHoldMore, Plain, check_fields
 # The trainable parts, by the names that checkpoints, state dicts and logs use.
 COMPONENTS = ("text_adapter", "text_cross_attn", "image_adapter", "image_cross_attn")
 SIDES = ("text", "image")
+# A model to share is a folder with these two (docs/deploying.md).
+SHARED_WEIGHTS, SHARED_CONFIG = "model.safetensors", "config.json"
 ADAPTERS = ("bottleneck", "linear")
 SURGERIES = ("dual", "sequential", "batch_axis")
 ACTIVATIONS = ("gelu", "quick_gelu")

@@ -31,6 +31,7 @@ from engine.arguments import Arguments
 from engine.evaluation.arguments import ComparisonArguments, InferenceArguments, VisualizationArguments
 from engine.gradient_arguments import GradientTest
 from engine.run_folder import LOCK_FILE
+from engine.share import SharingArguments
 from engine.toy_clip_arguments import PretrainArguments
 from engine.training.arguments import BaseConfig, CrossAttentionRunConfig
 from engine.training.feedback_arguments import FeedbackConfig
@@ -47,7 +48,8 @@ V2, V1 = "train_cross_attention_feedback_v2.py", "train_cross_attention_feedback
 TEST, COMPARE, DRAW = "inference.py", "compare_feedback_loops.py", "visualize_comparison.py"
 TRAINING = (TRAIN, CROSS, V2, V1)
 GRADIENTS, PRETRAIN, RUN = "test_stage2_gradients.py", "pretrain_toy_clip.py", "run.py"
-# As `python -m dataset.convert`.
+# As `python -m engine.share` and `python -m dataset.convert`.
+SHARE = "engine/share.py"
 CONVERT = "dataset/convert.py"
 
 _DATA = {"dataset": "images", "device": "cpu"}
@@ -87,6 +89,7 @@ SCRIPTS = {
     GRADIENTS: Script(
         GradientTest, {**_DATA, "checkpoint": "base/image_adapter.pth", "sweep": 0.5, "output_dir": "new"}
     ),
+    SHARE: Script(SharingArguments, {"checkpoint": "base/image_adapter.pth", "output": "new"}),
     PRETRAIN: Script(PretrainArguments, {"drawings": 256, "epochs": 1, "output": "new", "work": "new_work"}),
 }  # fmt: skip
 

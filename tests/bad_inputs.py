@@ -85,7 +85,7 @@ def scratch() -> Iterator[Path]:
                 mock.patch.dict(os.environ, environment),
                 mock.patch.object(tempfile, "tempdir", str(folder / "temporary")),
                 # Nothing may be downloaded.
-                mock.patch("model.clip_loading._reach_hub", side_effect=ConnectionError("no network")),
+                mock.patch("model.clip_loading.reach_hub", side_effect=ConnectionError("no network")),
                 # It reads its words anew for each model.
                 mock.patch("model.clip.SimpleTokenizer", functools.cache(SimpleTokenizer)),
             ):

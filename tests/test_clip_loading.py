@@ -333,7 +333,7 @@ def test_without_network_the_error_says_what_to_download_and_where(name: str, mo
     def unreachable(*_: object, **__: object) -> str:
         raise OSError("We couldn't connect to the hub\nand a second line")
 
-    monkeypatch.setattr(model.clip_loading, "_reach_hub", lambda: None)
+    monkeypatch.setattr(model.clip_loading, "reach_hub", lambda: None)
     monkeypatch.setattr(model.clip_loading, "download_pretrained", unreachable)
     with pytest.raises(UserError) as caught:
         load_clip(name)

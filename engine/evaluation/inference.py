@@ -23,6 +23,7 @@ from engine.evaluation.evaluate import (
 )
 from engine.evaluation.image_heatmaps import draw_overlays
 from engine.evaluation.remember import remember_for_dataset
+from engine.hub import is_address, local_path
 from engine.references import ReferenceChoice
 from engine.remembered import load_task_of_run
 from engine.run_folder import find_checkpoints
@@ -56,16 +57,16 @@ def load_detectors(checkpoint: str, clip_weights: str | None, device: str, **ove
             overrides.get("activation"),
         )
         return [unadapted_detector(clip, overrides.get("det_score")).to(device)]
-    files = [read_checkpoint(file) for file in find_checkpoints(Path(checkpoint))]
+    files = [read_checkpoint(file) for file in find_checkpoints(local_path(checkpoint))]
     clip = load_clip_for(files[0], clip_weights, **overrides)
     return [build_detector(file, clip, **overrides).to(device) for file in files]
 
 
 def output_folder(checkpoint: str, output_dir: Path | None) -> Path:
-    """Where results go: as asked, else beside the checkpoint, else `results` for unadapted CLIP."""
+    """Where results go: as asked, else beside the checkpoint, else `results` (unadapted CLIP, models on the hub)."""
     if output_dir is not None:
         return output_dir
-    if checkpoint == NO_CHECKPOINT:
+    if checkpoint == NO_CHECKPOINT or is_address(checkpoint):
         return Path("results")
     path = Path(checkpoint)
     return (path if path.is_dir() else path.parent) / "results"

@@ -24,6 +24,7 @@ from engine.evaluation.arguments import DEFAULT_CLASS, NO_CHECKPOINT
 from engine.evaluation.evaluate import det_score_suffix
 from engine.evaluation.inference import load_detectors, output_folder
 from engine.evaluation.remember import remember_for_images
+from engine.hub import is_address, local_path
 from engine.references import ReferenceChoice
 from engine.report.gallery import Gallery
 from engine.run_folder import find_checkpoints
@@ -124,14 +125,14 @@ def find_own_images(
 def load_last_detector(checkpoint: str, clip_weights: str | None, device: str, **overrides: Any) -> Detector:
     """The model that `--checkpoint` means; of several checkpoints in a folder the last one."""
     if checkpoint != NO_CHECKPOINT:
-        checkpoint = str(find_checkpoints(Path(checkpoint))[-1])
+        checkpoint = str(find_checkpoints(local_path(checkpoint))[-1])
     return load_detectors(checkpoint, clip_weights, device, **overrides)[0]
 
 
 def calibration_file(checkpoint: str) -> Path:
-    """Where the thresholds of a checkpoint are kept: beside it; for unadapted CLIP in the folder of results."""
+    """Where the thresholds of a checkpoint are kept: beside it; in the folder of results where it has no place here."""
     path = Path(checkpoint)
-    if checkpoint == NO_CHECKPOINT:
+    if checkpoint == NO_CHECKPOINT or is_address(checkpoint):
         return output_folder(checkpoint, None) / CALIBRATION_FILE
     return (path if path.is_dir() else path.parent) / CALIBRATION_FILE
 

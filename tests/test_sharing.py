@@ -1,0 +1,328 @@
+"""Models to share: a folder that loads as the same model anywhere, its card, and the hub (a stand-in of its client)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine import hub, load_model, share
+from engine.detector import Detector, unadapted_detector
+from engine.evaluation.inference import load_detectors
+from engine.hub import read_address
+from engine.run_folder import find_latest
+from engine.share import SharingArguments
+from model import checkpoint, clip_loading
+from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
+from model.clip import FrozenCLIP
+from model.clip_loading import load_clip
+from model.config import CrossAttentionConfig
+from tests.helpers import adapted_clip, config_for, fill_with_noise
+from tests.scripts import write_clip
+from tests.test_checkpoint import config_of, published_states, states_of, write_pair
+from utils.errors import UserError
+
+IMAGE = np.random.default_rng(0).integers(0, 255, (60, 50, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny CLIP, `clip`, and a checkpoint of each kind."""
+    folder = tmp_path_factory.mktemp("shared")
+    clip = load_clip(f"local-dir:{write_clip(folder / 'clip')}")
+    write_base(folder / "base", clip)
+    for scale in ("fixed", "learned"):
+        write_cross(folder / f"cross_{scale}", clip, CrossAttentionConfig(0.5, 0.2, cross_attn_scale=scale))
+    (folder / "published").mkdir()
+    write_pair(folder / "published", published_states(relu=False))
+    return folder
+
+
+def write_base(folder: Path, clip: FrozenCLIP) -> None:
+    model = adapted_clip(clip, text_adapt_until=2, image_adapt_until=3)
+    said = {
+        "dataset": "toy_train", "training_mode": "few_shot", "shot": 4,
+        "arguments": {
+            "dataset": "/home/me/secret/toy_train", "model_name": clip.model_name, "data_root": "/home/me/secret",
+            "save_path": "C:\\secret\\run", "clip_weights": "/home/me/secret/clip.pt", "class_names": "secret.json",
+        },
+    }  # fmt: skip
+    folder.mkdir()
+    content = {**states_of(model), "epoch": 3, "config": config_of(model, **said), "image_optimizer": None}
+    checkpoint.save(content, folder / "image_adapter.pth")
+
+
+def write_cross(folder: Path, clip: FrozenCLIP, cross: CrossAttentionConfig) -> None:
+    torch.manual_seed(3)
+    model = AdaptedCLIPWithCrossAttention(clip, config_for(clip), cross=cross)
+    fill_with_noise(model.text_cross_attn)
+    folder.mkdir()
+    config = config_of(model, cross_attention=cross.to_dict())
+    checkpoint.save({**states_of(model), "epoch": 3, "loop": 2, "config": config}, folder / "loop_2_final.pth")
+
+
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "base": ("base", {}),
+    "base, otherwise": ("base", {"img_size": 48, "surgery": "sequential", "det_score": "difference"}),
+    "cross": ("cross_fixed", {}),
+    "cross, otherwise": ("cross_fixed", {"text_cross_attn_weight": 0.9, "context_norm": "none"}),
+    "cross, learned": ("cross_learned", {}),
+    "published": ("published", {"model_name": "clip"}),
+    "published, otherwise": ("published", {"model_name": "clip", "activation": "quick_gelu", "surgery": "dual"}),
+}
+
+
+def load(world: Path, kind: str) -> Detector:
+    name, asked = KINDS[kind]
+    if "model_name" in asked:
+        asked = {**asked, "model_name": f"local-dir:{world / 'clip'}"}
+    return load_model(world / name, device="cpu", **asked)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shared_model_is_the_same_one_on_a_machine_that_has_clip_elsewhere(
+    kind: str, world: Path, tmp_path: Path
+) -> None:
+    model = load(world, kind)
+    folder = model.save_pretrained(tmp_path / "model")
+    shutil.copytree(world / "clip", tmp_path / "elsewhere")
+    again = load_model(folder, device="cpu", model_name=f"local-dir:{tmp_path / 'elsewhere'}")
+    before, after = model.predict(IMAGE, "metal screw"), again.predict(IMAGE, "metal screw")
+    np.testing.assert_array_equal(before.level_maps, after.level_maps)
+    assert before.score == after.score
+    assert (again.name, again.epoch, again.loop) == (model.name, model.epoch, model.loop)
+    assert (again.config is None) == (model.config is None)
+    assert again.arguments.get("class_names") == (None if "base" in kind else model.arguments.get("class_names"))
+
+
+def test_the_folder_holds_what_was_trained_alone_and_no_path_of_this_machine(world: Path, tmp_path: Path) -> None:
+    model = load(world, "base")
+    folder = model.save_pretrained(tmp_path / "model", licence="apache-2.0")
+    assert sorted(file.name for file in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert {key.split(".")[0] for key in load_file(folder / "model.safetensors")} == {"text_adapter", "image_adapter"}
+    text = "".join((folder / name).read_text(encoding="utf-8") for name in ("README.md", "config.json"))
+    for private in ("secret", str(world), "home"):
+        assert private not in text
+    assert (
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]["arguments"]["dataset"]
+        == "toy_train"
+    )
+    assert model.clip.weights_digest in text and "local-dir:clip" in text
+
+
+def test_the_card_says_data_metrics_licence_and_how_to_load(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "base", tmp_path / "base")
+    results = tmp_path / "base" / "results"
+    results.mkdir()
+    rows = "model,dataset,class,images,anomalous,det_score,pixel_auroc\n"
+    rows += "image_adapter,toy_test,nut,4,2,abnormal,11.0\nother,toy_test,average,8,4,abnormal,12.0\n"
+    (results / "evaluation_toy_test.csv").write_text(
+        f"{rows}image_adapter,toy_test,average,8,4,abnormal,93.123456\n", encoding="utf-8"
+    )
+    stale = results / "evaluation_stale.csv"
+    stale.write_text(f"{rows}image_adapter,stale,average,8,4,abnormal,93.123456\n", encoding="utf-8")
+    os.utime(stale, (time.time() - 1e6,) * 2)
+    model = load_model(tmp_path / "base", device="cpu", model_name=f"local-dir:{world / 'clip'}")
+    card = (model.save_pretrained(tmp_path / "model", "My: own") / "README.md").read_text(encoding="utf-8")
+    assert 'license: other\nlicense_name: "My: own"' in card
+    assert "| toy_test | 8 | 4 | abnormal | 93.12 |" in card and "stale" not in card and "12.0" not in card
+    assert "3 image epochs on toy_train (4 images per class), seed 0" in card
+    assert 'load_model("model")' in card and "Trained components: My: own" in card
+    assert "Not zero-shot" not in card
+    (results / "evaluation_toy_test.csv").write_text(
+        f"{rows}image_adapter,toy_train,average,8,4,abnormal,93.1\n", encoding="utf-8"
+    )
+    again = load_model(tmp_path / "base", device="cpu", model_name=f"local-dir:{world / 'clip'}")
+    assert "Not zero-shot" in (again.save_pretrained(tmp_path / "model") / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_way_to_name_a_checkpoint_takes_a_shared_folder(world: Path, tmp_path: Path) -> None:
+    folder = load(world, "base").save_pretrained(tmp_path / "model")
+    assert find_latest(folder, "--base_path") == folder / "model.safetensors"
+    models = load_detectors(str(folder), None, "cpu", model_name=f"local-dir:{world / 'clip'}")
+    assert [model.name for model in models] == ["image_adapter"]
+
+
+def test_other_weights_of_clip_are_refused(world: Path, tmp_path: Path) -> None:
+    """Also for a model that came from a file without config, which itself cannot tell."""
+    folder = load(world, "published").save_pretrained(tmp_path / "model")
+    state = load_file(world / "clip" / "open_clip_model.safetensors")
+    state["ln_final.weight"] += 1
+    save_file(state, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="other weights of local-dir:clip"):
+        load_model(
+            folder, device="cpu", model_name=f"local-dir:{world / 'clip'}", clip_weights=tmp_path / "other.safetensors"
+        )
+
+
+def damaged(folder: Path, how: str) -> None:
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if how == "no config":
+        config.unlink()
+    elif how == "cut":
+        weights.write_bytes(weights.read_bytes()[:100])
+    elif how == "no JSON":
+        config.write_text("{", encoding="utf-8")
+    elif how == "list":
+        config.write_text("[]", encoding="utf-8")
+    elif how == "foreign":
+        config.write_text('{"architectures": ["BertModel"]}', encoding="utf-8")
+    elif how == "foreign weights":
+        save_file({"visual.proj": torch.zeros(2)}, weights)
+    elif how == "bad size":
+        said = json.loads(config.read_text(encoding="utf-8"))
+        said["forward"]["model"]["img_size"] = "large"
+        config.write_text(json.dumps(said), encoding="utf-8")
+
+
+@pytest.mark.parametrize("how", ["no config", "cut", "no JSON", "list", "foreign", "foreign weights", "bad size"])
+def test_a_damaged_folder_is_one_line(how: str, world: Path, tmp_path: Path) -> None:
+    folder = load(world, "cross").save_pretrained(tmp_path / "model")
+    damaged(folder, how)
+    with pytest.raises(UserError) as caught:
+        load_model(folder, device="cpu", model_name=f"local-dir:{world / 'clip'}")
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_nothing_else_is_overwritten(world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "README.md").write_text("mine", encoding="utf-8")
+    model = load(world, "base")
+    with pytest.raises(UserError, match=r"holds README\.md, and no model to share"):
+        model.save_pretrained(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
+    model.save_pretrained(tmp_path / "new")
+    model.save_pretrained(tmp_path / "new")
+    assert "are replaced" in caplog.text
+    with pytest.raises(UserError, match="nothing trained"):
+        unadapted_detector(model.clip).save_pretrained(tmp_path / "none")
+
+
+class StandInHub:
+    """huggingface_hub's client, as far as it is used here: repositories are folders."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.made = root, []
+
+    def repo_exists(self, repo_id: str) -> bool:
+        return (self.root / repo_id).is_dir()
+
+    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
+        assert private and exist_ok
+        self.made.append(repo_id)
+        (self.root / repo_id).mkdir(parents=True)
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, allow_patterns: list[str], commit_message: str) -> None:
+        assert commit_message
+        for name in allow_patterns:
+            shutil.copy(folder_path / name, self.root / repo_id / name)
+
+    def snapshot_download(
+        self, repo_id: str, *, revision: str | None, allow_patterns: list[str], local_files_only: bool
+    ) -> str:
+        assert "model.safetensors" in allow_patterns
+        if not self.repo_exists(repo_id) or revision not in (None, "v1") or local_files_only:
+            raise huggingface_hub.errors.RepositoryNotFoundError(
+                "404 Client Error\n\nRepository Not Found", response=NotFound()
+            )
+        return str(self.root / repo_id)
+
+
+class NotFound:
+    headers: ClassVar[dict[str, str]] = {}
+    request = None
+    status_code = 404
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
+    client = StandInHub(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: client)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", client.snapshot_download)
+    monkeypatch.setattr(clip_loading, "reach_hub", lambda: None)
+    return client
+
+
+def test_to_the_hub_and_back(world: Path, tmp_path: Path, stand_in: StandInHub) -> None:
+    name = f"local-dir:{world / 'clip'}"
+    arguments = SharingArguments.of(
+        checkpoint=str(world / "cross_fixed"), output=tmp_path / "model", push="org/name", model_name=name
+    )
+    share.share(arguments)
+    share.share(arguments)
+    assert stand_in.made == ["org/name"]
+    card = (stand_in.root / "org/name/README.md").read_text(encoding="utf-8")
+    assert 'load_model("hf://org/name")' in card
+    expected = load(world, "cross").predict(IMAGE)
+    for address in ("hf://org/name", "hf://org/name@v1"):
+        assert load_model(address, device="cpu", model_name=name).predict(IMAGE).score == expected.score
+    assert load_detectors("hf://org/name@v1", None, "cpu", model_name=name)[0].name == "loop_2_final"
+
+
+@pytest.mark.parametrize("address", ["hf://org/other", "hf://org/name@v2"])
+def test_what_the_hub_does_not_have_is_one_line(address: str, stand_in: StandInHub) -> None:
+    (stand_in.root / "org/name").mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"^{address} cannot be had here \(.+\)$") as caught:
+        load_model(address, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_repository_of_something_else_is_refused(stand_in: StandInHub) -> None:
+    (stand_in.root / "org/name").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"holds no model\.safetensors"):
+        load_model("hf://org/name", device="cpu")
+
+
+def test_without_network_an_earlier_download_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unreachable() -> None:
+        raise TimeoutError("no answer")
+
+    def cached(repo_id: str, *, local_files_only: bool, **_: object) -> str:
+        assert local_files_only
+        return str(tmp_path)
+
+    monkeypatch.setattr(clip_loading, "reach_hub", unreachable)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
+    (tmp_path / "model.safetensors").touch()
+    assert hub.fetch(read_address("hf://org/name")) == tmp_path
+    assert "earlier download (no answer)" in caplog.text
+
+
+def test_a_push_that_fails_is_one_line_and_leaves_the_folder(
+    world: Path, tmp_path: Path, stand_in: StandInHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(**_: object) -> None:
+        raise huggingface_hub.errors.HfHubHTTPError("401 Unauthorized\nmore", response=NotFound())
+
+    monkeypatch.setattr(stand_in, "upload_folder", refused)
+    arguments = SharingArguments.of(
+        checkpoint=str(world / "base"), output=tmp_path / "model", push="org/name",
+        model_name=f"local-dir:{world / 'clip'}",
+    )  # fmt: skip
+    with pytest.raises(UserError, match="401 Unauthorized") as caught:
+        share.share(arguments)
+    assert "\n" not in str(caught.value) and (tmp_path / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "text", ["hf://", "hf://name", "hf://org/name@", "hf://../name", "hf://org/name/more", "hf:// /x"]
+)
+def test_addresses_of_another_form_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="hf://ORG/NAME"):
+        read_address(text)
+
+
+def test_addresses_have_a_revision_or_none() -> None:
+    assert read_address("hf://org/name") == ("org/name", None)
+    assert read_address("hf://o-1/n.a_b@refs/pr/1") == ("o-1/n.a_b", "refs/pr/1")
