@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from engine.calibration import CALIBRATION_FILE
 from engine.run_folder import find_checkpoints
 from model.config import SHARED_CONFIG, SHARED_WEIGHTS
 from utils.errors import UserError
@@ -15,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 HUB = "hf://"
 CARD_FILE = "README.md"
-SHARED_FILES = (SHARED_WEIGHTS, SHARED_CONFIG, CARD_FILE)
+SHARED_FILES = (SHARED_WEIGHTS, SHARED_CONFIG, CARD_FILE, CALIBRATION_FILE)
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _REPOSITORY = re.compile(rf"{_NAME}/{_NAME}", re.ASCII)
 

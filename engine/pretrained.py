@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from dataset.options import NAMES
+from engine.calibration import CALIBRATION_FILE, add_entry
 from engine.hub import CARD_FILE, SHARED_FILES
 from engine.training.feedback_arguments import FeedbackConfig
 from model.checkpoint import Shared, state_of, write_shared
@@ -38,9 +39,10 @@ _LOCAL = "local-dir:"
 def save_pretrained(detector: Detector, folder: Path, licence: str | None = None, address: str | None = None) -> Path:
     """Write `model.safetensors`, `config.json` and the card `README.md` to a folder that `load_model` takes.
 
-    CLIP's weights are named with their digest, not written; paths of this machine are left out. The card has the
-    metrics that testing or a comparison of loops has left beside the checkpoint. licence: of the trained components;
-    address: where the card says that the model is loaded from, the folder's name without it.
+    Thresholds that the model was calibrated to go along. CLIP's weights are named with their digest, not written; paths
+    of this machine are left out. The card has the metrics that testing or a comparison of loops has left beside the
+    checkpoint. licence: of the trained components; address: where the card says that the model is loaded from, the
+    folder's name without it.
     Raises `UserError` for unadapted CLIP, and for a folder that holds something else.
     """
     if detector.source is None:
@@ -52,6 +54,11 @@ def save_pretrained(detector: Detector, folder: Path, licence: str | None = None
     components = {name: state_of(part) for name, part in model.components.items() if name in source.components}
     config = None if source.config is None else public_config(source.config)
     write_shared(folder, replace(source, components=components, config=config, shared=shared))
+    thresholds = folder / CALIBRATION_FILE
+    thresholds.unlink(missing_ok=True)
+    for entry in detector.calibration:
+        if entry.checkpoint == detector.digest:
+            add_entry(thresholds, entry)
     metrics = measured(source.path, {detector.name, f"Loop {source.loop}"})
     write_text(folder / CARD_FILE, card(detector, metrics, licence, address or folder.resolve().name))
     return folder
@@ -79,16 +86,16 @@ def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
         if is_path or is_file:
             arguments[name] = None
         elif name in ("dataset", "model_name") and isinstance(value, str):
-            arguments[name] = _last_part(value)
-    model = {**config["model"], "model_name": _last_part(model_name)}
-    return {**config, "dataset": _last_part(config["dataset"]), "model": model, "arguments": arguments}
+            arguments[name] = without_folders(value)
+    model = {**config["model"], "model_name": without_folders(model_name)}
+    return {**config, "dataset": without_folders(config["dataset"]), "model": model, "arguments": arguments}
 
 
 def _without_folder(config: ModelConfig) -> ModelConfig:
-    return replace(config, model_name=_last_part(config.model_name))
+    return replace(config, model_name=without_folders(config.model_name))
 
 
-def _last_part(text: str) -> str:
+def without_folders(text: str) -> str:
     """The last part of a path of any system, and of a CLIP's folder; any other text as it is."""
     prefix = _LOCAL if text.startswith(_LOCAL) else ""
     return prefix + PurePosixPath(PureWindowsPath(text.removeprefix(_LOCAL)).as_posix()).name
@@ -123,7 +130,7 @@ def card(detector: Detector, metrics: Sequence[Mapping[str, str]], licence: str 
     config, source = detector.config or {}, detector.source
     model, clip = detector.model.config, detector.clip
     crossed = getattr(detector.model, "cross_config", None)
-    clip_name = _last_part(model.model_name)
+    clip_name = without_folders(model.model_name)
     kind = "adapters and cross-attention" if crossed else "adapters"
     head = ["tags: [anomaly-detection, zero-shot, clip]"]
     if licence:
@@ -134,7 +141,7 @@ def card(detector: Detector, metrics: Sequence[Mapping[str, str]], licence: str 
     trained = f"{epochs} image epochs{loop}"
     if config:
         shots = f"{config['shot']} images per class" if config.get("shot") else "all images"
-        trained += f" on {_last_part(config['dataset'])} ({shots}), seed {config['seed']}"
+        trained += f" on {without_folders(config['dataset'])} ({shots}), seed {config['seed']}"
     else:
         trained += "; the file that it came from does not say on what"
     lines = [
@@ -155,7 +162,7 @@ def card(detector: Detector, metrics: Sequence[Mapping[str, str]], licence: str 
         "## Metrics", "",
     ]  # fmt: skip
     if metrics:
-        seen = _last_part(config["dataset"]) if config else None
+        seen = without_folders(config["dataset"]) if config else None
         columns = list(metrics[0])
         lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         lines += [f"| {' | '.join(_shown(row.get(column, '')) for column in columns)} |" for row in metrics]

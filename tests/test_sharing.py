@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine import hub, load_model, share
+from engine.calibration import make_entry, read_calibration
 from engine.detector import Detector, unadapted_detector
 from engine.evaluation.inference import load_detectors
 from engine.hub import read_address
@@ -146,6 +148,20 @@ def test_the_card_says_data_metrics_licence_and_how_to_load(world: Path, tmp_pat
     assert "Not zero-shot" in (again.save_pretrained(tmp_path / "model") / "README.md").read_text(encoding="utf-8")
 
 
+def test_thresholds_go_along_and_still_decide(world: Path, tmp_path: Path) -> None:
+    model = load(world, "base, otherwise")
+    found = model.predict(IMAGE, "cup")
+    below = [found.score * (1 - step / 100) for step in range(1, 20)]
+    entry = make_entry(model.subject("cup"), model.name, below, below, 0.05)
+    model.calibration = [entry, replace(entry, checkpoint="another")]
+    folder = model.save_pretrained(tmp_path / "model")
+    assert [kept.checkpoint for kept in read_calibration(folder / "calibration.json")] == [model.digest]
+    again = load_model(folder, device="cpu", model_name=f"local-dir:{world / 'clip'}")
+    assert again.predict(IMAGE, "cup").decision == "anomalous" and again.predict(IMAGE, "nut").decision is None
+    load(world, "base").save_pretrained(folder)
+    assert not (folder / "calibration.json").exists()
+
+
 def test_every_way_to_name_a_checkpoint_takes_a_shared_folder(world: Path, tmp_path: Path) -> None:
     folder = load(world, "base").save_pretrained(tmp_path / "model")
     assert find_latest(folder, "--base_path") == folder / "model.safetensors"
@@ -224,7 +240,8 @@ class StandInHub:
     def upload_folder(self, *, repo_id: str, folder_path: Path, allow_patterns: list[str], commit_message: str) -> None:
         assert commit_message
         for name in allow_patterns:
-            shutil.copy(folder_path / name, self.root / repo_id / name)
+            if (folder_path / name).exists():
+                shutil.copy(folder_path / name, self.root / repo_id / name)
 
     def snapshot_download(
         self, repo_id: str, *, revision: str | None, allow_patterns: list[str], local_files_only: bool
