@@ -20,6 +20,7 @@ from dataset.options import NAMES
 from dataset.toy.classes import TOY_DATASETS
 from engine.calibration import FALSE_ALARMS, check_enough, read_calibration
 from engine.evaluation.arguments import NO_CHECKPOINT, ComparisonArguments, InferenceArguments, VisualizationArguments
+from engine.export_arguments import ExportArguments, check_export
 from engine.hub import check_checkpoint
 from engine.remembered import arguments_in
 from engine.run_folder import (
@@ -81,6 +82,19 @@ def check_testing(arguments: InferenceArguments | ComparisonArguments | Visualiz
         found = find_images(arguments.calibrate, "--calibrate")
         check_enough(len(found.images), rate, f"--calibrate {arguments.calibrate}")
     check_data(arguments.dataset, arguments.data_root, {}, True, arguments.metadata, arguments.class_names)
+
+
+def check_exporting(arguments: ExportArguments) -> None:
+    """What `export.py` can say of its arguments: what goes together, checkpoint, thresholds, output, packages."""
+    if arguments.output is not None:
+        check_folder(arguments.output.parent, "--output")
+        if is_folder(arguments.output):
+            raise UserError(f"--output {arguments.output}: is a folder, not a file")
+    check_export(arguments)
+    if arguments.checkpoint != NO_CHECKPOINT:
+        check_checkpoint(arguments.checkpoint)
+    if arguments.calibration is not None:
+        read_calibration(arguments.calibration)
 
 
 def check_data(

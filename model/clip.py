@@ -84,7 +84,7 @@ class FrozenCLIP(nn.Module):
         """Images (B, 3, S, S) -> token stream before the first block, (B, 1 + N, D_v), class token first."""
         visual = self.clip.visual
         patches = visual.conv1(images).flatten(2).transpose(1, 2)  # (B, N, D_v)
-        cls = visual.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
+        cls = visual.class_embedding.to(patches.dtype).expand(images.shape[0], 1, -1)
         x = torch.cat([cls, patches], dim=1) + visual.positional_embedding.to(patches.dtype)
         return visual.ln_pre(x)
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from engine.arguments import Arguments
 from engine.evaluation.arguments import ComparisonArguments, InferenceArguments, VisualizationArguments
+from engine.export_arguments import ExportArguments
 from engine.gradient_arguments import GradientTest
 from engine.run_folder import LOCK_FILE
 from engine.share import SharingArguments
@@ -48,6 +49,7 @@ V2, V1 = "train_cross_attention_feedback_v2.py", "train_cross_attention_feedback
 TEST, COMPARE, DRAW = "inference.py", "compare_feedback_loops.py", "visualize_comparison.py"
 TRAINING = (TRAIN, CROSS, V2, V1)
 GRADIENTS, PRETRAIN, RUN = "test_stage2_gradients.py", "pretrain_toy_clip.py", "run.py"
+EXPORT = "export.py"
 # As `python -m engine.share` and `python -m dataset.convert`.
 SHARE = "engine/share.py"
 CONVERT = "dataset/convert.py"
@@ -90,6 +92,9 @@ SCRIPTS = {
         GradientTest, {**_DATA, "checkpoint": "base/image_adapter.pth", "sweep": 0.5, "output_dir": "new"}
     ),
     SHARE: Script(SharingArguments, {"checkpoint": "base/image_adapter.pth", "output": "new"}),
+    EXPORT: Script(
+        ExportArguments, {"checkpoint": "base/image_adapter.pth", "class_name": "felt", "output": "new.onnx"}
+    ),
     PRETRAIN: Script(PretrainArguments, {"drawings": 256, "epochs": 1, "output": "new", "work": "new_work"}),
 }  # fmt: skip
 
@@ -982,7 +987,13 @@ def combinations() -> Iterator[Case]:
         (DRAW, "--image_idx", {"image_idx": ["0", "all"]}), (DRAW, "--image_idx", {"image_idx": 4}),
         (DRAW, "--image_idx", {"image_idx": "some"}), (DRAW, "at least one", {"base_path": None}),
         (DRAW, "--feedback_loop", {"feedback_path": "feedback", "feedback_loop": 2}),
-        (GRADIENTS, "trained on", {"model_name": "toy"}),
+        (GRADIENTS, "trained on", {"model_name": "toy"}), (EXPORT, "trained on", {"model_name": "toy"}),
+        (EXPORT, "--output", {"class_name": ["felt", "bolt"]}), (EXPORT, ".pt2", {"format": "torch"}),
+        (EXPORT, ".onnx", {"output": "new.pt2"}), (EXPORT, "--output", {"output": "base"}),
+        (EXPORT, "class name", {"class_name": "word " * 100}), (EXPORT, "hf://", {"checkpoint": "hf://nobody"}),
+        (EXPORT, "cannot be had", {"checkpoint": "hf://no/body"}),
+        (SHARE, "nothing trained", {"checkpoint": "none"}), (SHARE, "no model to share", {"output": "base"}),
+        (SHARE, "--push", {"push": "nobody"}), (SHARE, "hf://", {"checkpoint": "hf://a/b/c"}),
         *((script, "fp16", {"precision": "fp16"}) for script in (TRAIN, CROSS, V2, V1, TEST, COMPARE)),
         *((script, "wandb", {"tracker": "wandb"}) for script in (TRAIN, CROSS, V2)),
         *((script, "--device", {"device": device}) for script in (TRAIN, V1, TEST, DRAW, GRADIENTS, PRETRAIN)

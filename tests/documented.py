@@ -233,16 +233,21 @@ def check_arguments(words: Sequence[str]) -> None:
 
 
 def check_script(script: str, arguments: Sequence[str]) -> None:
-    if not (ROOT / script).is_file() or "/" in script:
+    if not (ROOT / script).is_file() or ("/" in script and not script.startswith("examples/")):
         raise ValueError(f"{script}: no such script beside the README")
     if script == "run.py":
         known = importlib.import_module("run").COMMANDS
         if len(arguments) != 1 or arguments[0] not in known:
             raise ValueError(f"run.py takes one of {', '.join(known)}, not {shlex.join(arguments)}")
         return
-    name = script.removesuffix(".py")
+    name = module_of(script)
     name, first = PARSED_BY.get(name, (name, ()))
     check_module(name, [*first, *arguments])
+
+
+def module_of(script: str) -> str:
+    """A script's name as that of a module: examples lie in a folder."""
+    return script.removesuffix(".py").replace("/", ".")
 
 
 def check_launch(arguments: Sequence[str]) -> None:
@@ -316,7 +321,7 @@ def flags_of_command(words: Sequence[str]) -> set[str]:
     """The flags that a command's script has, however it is started; none for one that is not of this project."""
     if tuple(words[:2]) == ("python", "-m"):
         return flags_of(words[2])
-    scripts = [word.removesuffix(".py") for word in words if word.endswith(".py") and word != "run.py"]
+    scripts = [module_of(word) for word in words if word.endswith(".py") and word != "run.py"]
     return flags_of(PARSED_BY.get(scripts[0], scripts)[0]) if scripts else set()
 
 

@@ -80,7 +80,10 @@ def known_flags() -> frozenset[str]:
     modules = [f"benchmarks.{file.stem}" for file in (ROOT / "benchmarks").glob("*.py")]
     runnable = [name for name in modules if name != "benchmarks.__init__"]
     return frozenset().union(
-        *map(flags_of, [*scripts, *runnable, "tests.check_commands", "dataset.convert", "engine.share"])
+        *map(
+            flags_of,
+            [*scripts, *runnable, "tests.check_commands", "dataset.convert", "engine.share", "examples.run_onnx"],
+        )
     )
 
 

@@ -16,7 +16,7 @@ from utils.errors import NotFiniteError, Stopped, UserError, WriteError, origina
 from utils.files import append_text, check_folder
 
 # Libraries that narrate at INFO level what a user of this project does not need to read.
-QUIET = ("accelerate", "httpx", "httpcore", "huggingface_hub", "matplotlib", "PIL", "urllib3")
+QUIET = ("accelerate", "httpx", "httpcore", "huggingface_hub", "matplotlib", "onnx_ir", "onnxscript", "PIL", "urllib3")
 TIME = "%Y-%m-%d %H:%M:%S"
 
 

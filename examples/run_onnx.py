@@ -1,0 +1,81 @@
+"""Score images with a file that export.py wrote: onnxruntime, numpy and Pillow are all that it takes.
+
+Prints a line for each image, path, score and, where the file was calibrated, the decision; with --output_dir also
+writes each image under its map, and its mask. Copy this file wherever it is needed: it imports nothing beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+def read(path: Path) -> np.ndarray:
+    """An image as the file takes it, uint8 RGB (1, H, W, 3), turned as its EXIF tag says; 16 bits are cut to 8."""
+    with Image.open(path) as opened:
+        image = ImageOps.exif_transpose(opened)
+    if image.mode.startswith("I"):
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    return np.asarray(image.convert("RGB"))[None]
+
+
+def enlarged(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A map (S, S) in the size (width, height) of its image."""
+    return np.asarray(Image.fromarray(values).resize(size, Image.Resampling.BILINEAR))
+
+
+def overlay(image: np.ndarray, anomaly_map: np.ndarray) -> Image.Image:
+    """The image (H, W, 3), red where its map (S, S) is high."""
+    height, width, _ = image.shape
+    share = enlarged(anomaly_map, (width, height))[..., None] * 0.7
+    return Image.fromarray(np.rint(image * (1 - share) + np.array([255, 0, 0]) * share).astype(np.uint8))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="file that export.py wrote")
+    parser.add_argument("images", type=Path, nargs="+", help="images of its class, of any size")
+    parser.add_argument("--output_dir", type=Path, help="folder for the images under their maps, and for masks")
+    return parser
+
+
+def main(words: list[str] | None = None) -> int:
+    asked = build_parser().parse_args(words)
+    try:
+        session = onnxruntime.InferenceSession(asked.model, providers=onnxruntime.get_available_providers())
+    except Exception as error:  # onnxruntime has a kind of its own for each thing that can be wrong with a file
+        print(f"error: {asked.model}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    about = session.get_modelmeta().custom_metadata_map
+    names = [output.name for output in session.get_outputs()]
+    print(f"{asked.model.name}: {about.get('model')} for '{about.get('class_name')}'", file=sys.stderr)
+    failed = 0
+    for path in asked.images:
+        try:
+            image = read(path)
+        except (OSError, UnidentifiedImageError, ValueError) as error:
+            print(f"error: {path}: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        found = dict(zip(names, session.run(names, {"images": image}), strict=True))
+        words_of_it = [str(path), f"{found['pred_score'][0]:.4f}"]
+        if "pred_label" in found:
+            words_of_it.append("anomalous" if found["pred_label"][0] else "normal")
+        print("\t".join(words_of_it))
+        if asked.output_dir is not None:
+            asked.output_dir.mkdir(parents=True, exist_ok=True)
+            overlay(image[0], found["anomaly_map"][0, 0]).save(asked.output_dir / f"{path.stem}_map.png")
+            if "pred_mask" in found:
+                mask = Image.fromarray(found["pred_mask"][0, 0].astype(np.uint8) * 255)
+                size = (image.shape[2], image.shape[1])
+                mask.resize(size, Image.Resampling.NEAREST).save(asked.output_dir / f"{path.stem}_mask.png")
+    return 2 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

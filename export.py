@@ -1,0 +1,30 @@
+"""Write a checkpoint as one file for one class, ONNX or a torch program, that runs without this repository."""
+
+from __future__ import annotations
+
+from utils.script import importing, run_script
+
+from engine.arguments import make_parser
+from engine.early import check_exporting
+from engine.export_arguments import ExportArguments
+from utils.cli import Parser
+from utils.logging import set_up_logging
+
+
+def build_parser() -> Parser:
+    return make_parser(ExportArguments, __doc__)
+
+
+def main() -> None:
+    arguments = ExportArguments.of(**vars(build_parser().parse_args()))
+    set_up_logging()
+    check_exporting(arguments)
+    # torch takes seconds: arguments come first
+    with importing():
+        from engine.export import export_checkpoint
+
+    export_checkpoint(arguments)
+
+
+if __name__ == "__main__":
+    run_script(main, "a smaller --img_size")

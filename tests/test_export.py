@@ -1,0 +1,295 @@
+"""Exported files compute what the model does, in any size and number of images, without this repository or torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import export as script
+from engine import export, load_model
+from engine.calibration import Entry, add_entry, make_entry
+from engine.detector import Detector
+from engine.export_arguments import ExportArguments
+from model import checkpoint
+from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
+from model.clip import FrozenCLIP
+from model.clip_loading import load_clip
+from model.config import CrossAttentionConfig
+from model.graph import resize
+from tests.helpers import TINY_ARCHITECTURE, adapted_clip, config_for, fill_with_noise
+from tests.scripts import ROOT, environment
+from tests.test_checkpoint import config_of, published_states, states_of, write_pair
+from utils.errors import UserError
+
+onnxruntime = pytest.importorskip("onnxruntime")
+
+# Exporting takes time for each block.
+SMALL: dict[str, Any] = {
+    **TINY_ARCHITECTURE,
+    "vision_cfg": {**TINY_ARCHITECTURE["vision_cfg"], "layers": 4},
+    "text_cfg": {**TINY_ARCHITECTURE["text_cfg"], "layers": 2},
+}
+CLASS = "metal screw"
+CROSS = {
+    "cross": CrossAttentionConfig(0.8, 0.4, text_context="trained"),
+    "anchors": CrossAttentionConfig(
+        0.8, 0.4, cross_attn_residual="matched", text_cross_attn_at="anchors", text_context="frozen"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small CLIP, `clip`, and a checkpoint of each kind."""
+    folder = tmp_path_factory.mktemp("exported")
+    torch.manual_seed(0)
+    weights = open_clip.CLIP(**SMALL, quick_gelu=True)
+    fill_with_noise(weights)
+    (folder / "clip").mkdir()
+    said = {"model_cfg": {**SMALL, "quick_gelu": True}, "preprocess_cfg": {}}
+    (folder / "clip" / "open_clip_config.json").write_text(json.dumps(said), encoding="utf-8")
+    save_file({k: v.contiguous() for k, v in weights.state_dict().items()}, folder / "clip/open_clip_model.safetensors")
+    clip = load_clip(f"local-dir:{folder / 'clip'}")
+    write_checkpoint(folder / "base", adapted_clip(clip))
+    for name, cross in CROSS.items():
+        torch.manual_seed(3)
+        model = AdaptedCLIPWithCrossAttention(clip, config_for(clip), cross=cross)
+        fill_with_noise(model.text_cross_attn)
+        write_checkpoint(folder / name, model, cross_attention=cross.to_dict())
+    (folder / "published").mkdir()
+    states = published_states(relu=False)
+    write_pair(folder / "published", states)
+    return folder
+
+
+def write_checkpoint(folder: Path, model: Any, **changes: Any) -> None:
+    folder.mkdir()
+    content = {**states_of(model), "epoch": 3, "config": config_of(model, **changes)}
+    checkpoint.save(content, folder / "image_adapter.pth")
+
+
+def load(world: Path, kind: str) -> Detector:
+    asked = {"model_name": f"local-dir:{world / 'clip'}"} if kind == "published" else {}
+    return load_model(world / kind, device="cpu", **asked)
+
+
+def images_of(height: int, width: int, count: int = 1) -> np.ndarray:
+    rng = np.random.default_rng(height + width)
+    coarse = rng.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
+    return np.stack([np.asarray(Image.fromarray(one).resize((width, height))) for one in coarse])
+
+
+def session_of(path: Path) -> Any:
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def assert_is_the_model(outputs: Sequence[np.ndarray], images: np.ndarray, model: Detector, maps: float) -> None:
+    """Within 1e-4 in scores and `maps` in maps, of images that are resized as the file resizes them."""
+    for index, image in enumerate(images):
+        expected = model.predict(export.resized(image, model.clip.img_size), CLASS)
+        np.testing.assert_allclose(outputs[0][index, 0], expected.anomaly_map, atol=maps, rtol=0)
+        assert outputs[1][index] == pytest.approx(expected.score, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["base", *CROSS, "published"])
+def test_onnx_is_the_model(kind: str, world: Path, tmp_path: Path) -> None:
+    model = load(world, kind)
+    found = export.export(model, CLASS, tmp_path / "model.onnx")
+    assert max(found) < 1e-4
+    session = session_of(tmp_path / "model.onnx")
+    assert [output.name for output in session.get_outputs()] == ["anomaly_map", "pred_score"]
+    for shape in ((40, 40, 1), (90, 33, 3), (1, 1, 1), (7, 300, 2)):
+        images = images_of(*shape)
+        assert_is_the_model(session.run(None, {"images": images}), images, model, 1e-3)
+    about = session.get_modelmeta().custom_metadata_map
+    assert about["class_name"] == CLASS and about["model_digest"] == model.digest
+    assert about["clip_digest"] == model.clip.weights_digest and about["clip_licence"] == "not stated"
+    assert "torch" in about["versions"] and str(world) not in str(about)
+
+
+def test_text_that_sees_images_is_in_the_file(world: Path, tmp_path: Path) -> None:
+    """Anchors that were worked out once would not follow the image."""
+    model = load(world, "cross")
+    images = np.concatenate([images_of(40, 40), 255 - images_of(40, 40)])
+    side = model.text_side(_prompts(model))
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255.0
+    features = model.model.image_features(pixels, side, torch.zeros(2, dtype=torch.long))
+    context = model.model.text_context(features)
+    anchors = model.model.conditioned_anchors(side.prompts, side.stream, torch.zeros(2, dtype=torch.long), context)
+    assert (anchors[0] - anchors[1]).abs().max() > 1e-3
+
+
+def _prompts(model: Detector) -> Any:
+    from dataset.prompts import build_prompts
+    from model.text import Prompts
+
+    return Prompts.from_texts(model.clip, [build_prompts(CLASS)])
+
+
+@pytest.fixture(scope="module")
+def calibrated(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with thresholds between the values of two images, and its file."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    shutil.copytree(world / "base", folder / "base")
+    model = load_model(folder / "base", device="cpu")
+    add_entry(folder / "base" / "calibration.json", entry_of(model))
+    script_main(["--checkpoint", str(folder / "base"), "--class_name", CLASS, "--output", str(folder / "model.onnx")])
+    return folder
+
+
+def entry_of(model: Detector) -> Entry:
+    found = [model.predict(image, CLASS) for image in images_of(40, 40, 2)]
+    scores = np.linspace(*sorted(one.score for one in found), 23)[1:-1].tolist()
+    peaks = np.linspace(0, np.median(found[0].anomaly_map), 21).tolist()
+    return make_entry(model.subject(CLASS), model.name, scores, peaks, 0.05)
+
+
+def script_main(words: list[str]) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", ["export.py", *words])
+        script.main()
+
+
+def test_with_thresholds_the_file_decides(calibrated: Path) -> None:
+    session = session_of(calibrated / "model.onnx")
+    images = images_of(40, 40, 2)
+    found = dict(zip([o.name for o in session.get_outputs()], session.run(None, {"images": images}), strict=True))
+    assert list(found) == ["anomaly_map", "pred_score", "pred_label", "pred_mask"]
+    model = load_model(calibrated / "base", device="cpu")
+    for index, image in enumerate(images):
+        expected = model.predict(image, CLASS)
+        assert bool(found["pred_label"][index]) == (expected.decision == "anomalous")
+        assert (found["pred_mask"][index, 0] == expected.mask).mean() > 0.99
+    assert sorted(found["pred_label"].tolist()) == [False, True] and 0 < found["pred_mask"].mean() < 1
+    assert "5 % false alarms" in session.get_modelmeta().custom_metadata_map["calibration"]
+
+
+WITHOUT = ("torch", "torchvision", "open_clip", "onnx", "onnxscript", "scipy", "engine", "model", "dataset", "utils")
+REFUSING = f"""
+import runpy, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {WITHOUT!r}:
+            raise ImportError(f"{{name}} is not here")
+
+sys.meta_path.insert(0, Refuse())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_example_runs_without_torch(calibrated: Path, tmp_path: Path) -> None:
+    images = []
+    for index, pixels in enumerate(images_of(70, 50, 2)):
+        images.append(tmp_path / f"{index}.png")
+        Image.fromarray(pixels).save(images[-1])
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    words = [calibrated / "model.onnx", *images, tmp_path / "broken.png", "--output_dir", tmp_path / "out"]
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", REFUSING, str(ROOT / "examples/run_onnx.py"), *map(str, words)],
+        cwd=tmp_path, env=environment(), text=True, encoding="utf-8", capture_output=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert f"error: {tmp_path / 'broken.png'}" in done.stderr and f"for '{CLASS}'" in done.stderr
+    model = load_model(calibrated / "base", device="cpu")
+    for line, path in zip(done.stdout.splitlines(), images, strict=True):
+        expected = model.predict(path, CLASS)
+        shown, score, decision = line.split("\t")
+        # Pillow's resize is the model's own.
+        assert shown == str(path) and float(score) == pytest.approx(expected.score, abs=1e-3)
+        assert decision == expected.decision
+        for ending in ("map", "mask"):
+            assert Image.open(tmp_path / "out" / f"{path.stem}_{ending}.png").size == (50, 70)
+
+
+def test_a_torch_program_is_the_model(world: Path, tmp_path: Path) -> None:
+    model = load(world, "cross")
+    export.export(model, CLASS, tmp_path / "model.pt2", "torch")
+    extra = {export.METADATA: ""}
+    program = torch.export.load(tmp_path / "model.pt2", extra_files=extra)
+    assert json.loads(extra[export.METADATA])["class_name"] == CLASS
+    assert not any("token_embedding" in name for name in program.state_dict)
+    images = images_of(50, 61, 3)
+    outputs = [output.numpy() for output in program.module()(torch.from_numpy(images))]
+    assert_is_the_model(outputs, images, model, 1e-3)
+
+
+def test_half_precision_takes_half_the_space_and_stays_near(world: Path, tmp_path: Path) -> None:
+    model = load(world, "base")
+    before = model.predict(images_of(40, 40)[0], CLASS)
+    found = export.export(model, CLASS, tmp_path / "half.onnx", precision="fp16")
+    assert 1e-6 < max(found) < 2e-2
+    after = model.predict(images_of(40, 40)[0], CLASS)
+    np.testing.assert_array_equal(before.anomaly_map, after.anomaly_map)
+    session = session_of(tmp_path / "half.onnx")
+    assert {output.type for output in session.get_outputs()} == {"tensor(float)"}
+    weights = sum(p.numel() for part in model.model.components.values() for p in part.parameters())
+    weights += sum(p.numel() for p in model.clip.clip.visual.parameters())
+    assert (tmp_path / "half.onnx").stat().st_size < 3 * weights
+
+
+@pytest.mark.parametrize("off", [2e-3, float("nan")])
+def test_a_file_that_computes_something_else_is_not_left(
+    off: float, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(file: Path, kind: str) -> export.Run:
+        def run(images: np.ndarray) -> list[np.ndarray]:
+            found = [model.predict(export.resized(image, 40), CLASS) for image in images]
+            return [np.stack([one.anomaly_map[None] + off for one in found]), np.array([one.score for one in found])]
+
+        return run
+
+    model = load(world, "base")
+    monkeypatch.setattr(export, "to_onnx", lambda *_: b"a file")
+    monkeypatch.setattr(export, "trace", lambda _: None)
+    monkeypatch.setattr(export, "run_of", wrong)
+    with pytest.raises(UserError, match="would not compute what the model does"):
+        export.export(model, CLASS, tmp_path / "new" / "model.onnx")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "model.onnx").write_bytes(b"earlier")
+    with pytest.raises(UserError, match="not written"):
+        export.export(model, CLASS, tmp_path / "model.onnx")
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("model.onnx", b"earlier")]
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (200, 320), (33, 500), (1, 1), (5, 7), (601, 602), (1200, 2300)])
+@pytest.mark.parametrize("size", [40, 96])
+def test_the_resize_is_pillows(shape: tuple[int, int], size: int) -> None:
+    """Bit for bit where the image is at least as wide as high, so that Pillow goes along the width first."""
+    noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    expected = np.asarray(Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC)).astype(int)
+    found = resize(torch.from_numpy(noise)[None], size)[0].permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_several_classes_get_a_file_each(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(export, "export", lambda model, name, path, *_: made.append((name, path.name)))
+    arguments = ExportArguments.of(checkpoint=str(world / "base"), class_name=("cup", "a/b", "cup"), format="torch")
+    export.export_checkpoint(arguments)
+    assert [name for name, _ in made] == ["cup", "a/b"]
+    assert made[0][1] == "image_adapter_cup.pt2" and "/" not in made[1][1]
+
+
+@pytest.mark.long
+def test_vit_l_at_518_pixels(tmp_path: Path) -> None:
+    """With random weights; its figures are in docs/deploying.md."""
+    torch.manual_seed(0)
+    settings = open_clip.get_model_config("ViT-L-14-336")
+    settings["vision_cfg"]["image_size"] = 518
+    clip = FrozenCLIP(open_clip.CLIP(**settings, quick_gelu=True), "ViT-L-14-336", "quick_gelu")
+    found = export.export(Detector(adapted_clip(clip), "random"), CLASS, tmp_path / "vit_l.onnx")
+    assert max(found) < 1e-3
