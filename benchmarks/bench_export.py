@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from engine import load_model
-from engine.export import export, pictures, run_of
+from engine.export import Subject, export, pictures, run_of
 from engine.export_arguments import ONNX, TORCH
 from utils.cli import number
 from utils.tables import markdown_table
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ways: dict[str, Callable[[], object]] = {PREDICT: lambda: model.predict(image, CLASS)}
         for kind, what in ((ONNX, "onnxruntime"), (TORCH, "torch, exported program")):
             file = Path(folder) / kind
-            export(model, CLASS, file, kind)
+            export(model, Subject(CLASS), file, kind)
             run = run_of(file, kind)
             ways[what] = lambda run=run: run(image[None])
     seconds: dict[str, list[float]] = {name: [] for name in ways}

@@ -111,7 +111,7 @@ class Detector(nn.Module):
 
     det_score: which det score takes part in image scores, one of `DET_SCORES`, the published one unless asked for.
     `arguments`: what its training was asked for, as far as that is known; `source`: the checkpoint without tensors.
-    `calibration`: thresholds, by which `predict` decides; those of other models among them are never used. `references`:
+    `calibration`: thresholds, by which `predict` decides; those of others among them are never used. `references`:
     normal images of classes to compare with.
     """
 

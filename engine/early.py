@@ -95,6 +95,8 @@ def check_exporting(arguments: ExportArguments) -> None:
         check_checkpoint(arguments.checkpoint)
     if arguments.calibration is not None:
         read_calibration(arguments.calibration)
+    if arguments.references is not None:
+        find_images(arguments.references, "--references")
 
 
 def check_data(

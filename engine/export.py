@@ -6,6 +6,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,16 +16,18 @@ import torch
 from PIL import Image
 from torch.export import Dim, ExportedProgram
 
-from dataset.options import CATALOG_NAMES
+from dataset.catalog import readable_name
 from dataset.prompts import build_prompts
 from engine.calibration import Entry, in_words
 from engine.detector import Detector, Prediction, load_model
 from engine.evaluation.arguments import NO_CHECKPOINT
 from engine.evaluation.inference import load_detectors
-from engine.export_arguments import ENDINGS, ONNX, ExportArguments
+from engine.evaluation.remember import remember_for_images
+from engine.export_arguments import ENDINGS, ONNX, REFERENCES, ExportArguments
 from engine.hub import is_address
 from engine.pretrained import clip_licence, without_folders
-from model.graph import ScoringGraph, Thresholds, resize
+from engine.references import ReferenceChoice
+from model.graph import Memory, ScoringGraph, Thresholds, resize
 from model.text import Prompts
 from utils.errors import UserError
 from utils.files import check_folder, replacing
@@ -49,6 +52,17 @@ class Difference(NamedTuple):
     score: float
 
 
+class Subject(NamedTuple):
+    """What a file is made for; the fields are as for `Detector.predict`."""
+
+    class_name: str
+    domain: str = "industrial"
+    class_names: str | None = None
+
+    def prediction(self, detector: Detector, image: np.ndarray) -> Prediction:
+        return detector.predict(image, self.class_name, self.domain, class_names=self.class_names)
+
+
 def export_checkpoint(arguments: ExportArguments) -> list[Path]:
     """Export what `--checkpoint` means, a file for each class; returns the files.
 
@@ -66,43 +80,49 @@ def export_checkpoint(arguments: ExportArguments) -> list[Path]:
             checkpoint, clip_weights=arguments.clip_weights, device="cpu", calibration=arguments.calibration, **chosen
         )
     folder = Path() if detector.source is None or is_address(checkpoint) else detector.source.path.parent
-    names = [detector.name_in_prompts(name, arguments.class_names) for name in arguments.class_name]
+    classes = list(dict.fromkeys(arguments.class_name))
+    if arguments.references is not None:
+        choice = ReferenceChoice(*(getattr(arguments, name) for name in REFERENCES))
+        remember_for_images(detector, classes, choice, class_names=arguments.class_names)
     files = []
-    for name in dict.fromkeys(names):
-        made = safe_name(f"{detector.name}_{name}") + ENDINGS[arguments.format]
+    for class_name in classes:
+        made = safe_name(f"{detector.name}_{class_name}") + ENDINGS[arguments.format]
         path = arguments.output or folder / made
         check_folder(path.parent, "--output")
-        export(detector, name, path, arguments.format, arguments.precision, arguments.domain)
+        subject = Subject(class_name, arguments.domain, arguments.class_names)
+        export(detector, subject, path, arguments.format, arguments.precision)
         files.append(path)
     return files
 
 
-def export(
-    detector: Detector,
-    name: str,
-    path: Path,
-    kind: str = ONNX,
-    precision: str = "fp32",
-    domain: str = "industrial",
-) -> Difference:
+def export(detector: Detector, subject: Subject, path: Path, kind: str = ONNX, precision: str = "fp32") -> Difference:
     """Write a model for one class as ONNX or as a program of torch.export; returns its difference from the model.
 
-    name: the class's, as it stands in prompts. Calibrated for it, the file decides as well. Raises `UserError` where
-    the difference is more than `TOLERANCE`: nothing is left then, and what `path` held stays.
+    Calibrated for the class, the file decides as well; references that the model remembers of the class are in it.
+    Raises `UserError` where the difference is more than `TOLERANCE`: nothing is left then, and what `path` held stays.
     """
     detector = detector.cpu()
-    entry = detector.thresholds(detector.subject(name, domain))
-    prompts = Prompts.from_texts(detector.clip, [build_prompts(name)])
+    name = detector.name_in_prompts(subject.class_name, subject.class_names)
+    entry = detector.thresholds(detector.subject(subject.class_name, subject.domain, class_names=subject.class_names))
+    references = detector.references.get(readable_name(subject.class_name))
+    cut = Prompts.from_texts(detector.clip, [build_prompts(name)])
+    prompts = replace(cut, tokens=cut.tokens.clone(memory_format=torch.contiguous_format))  # a file takes no views
     with torch.no_grad():
         graph = ScoringGraph(
-            detector.model, detector.text_side(prompts), domain, detector.det_score,
-            entry and Thresholds(entry.image_threshold, entry.pixel_threshold), precision == "fp16",
-        ).eval()  # fmt: skip
+            detector.model,
+            detector.text_side(prompts),
+            subject.domain,
+            detector.det_score,
+            entry and Thresholds(entry.image_threshold, entry.pixel_threshold),
+            references and Memory(references.memory, references.weight, references.features),
+            half=precision == "fp16",
+        ).eval()
         decides = f"decides {in_words(entry)}" if entry else "has no thresholds, so it does not decide"
         logger.info("%s for '%s' %s", detector.name, name, decides)
         logger.info("Exporting as %s, %s: this may take minutes", kind, precision)
         program = trace(graph)
-    about = metadata(detector, name, domain, precision, entry, graph)
+    about = metadata(detector, name, subject.domain, precision, entry, graph)
+    about["references"] = f"{len(references.images)} images ({references.digest})" if references else "none"
     if path.exists():
         logger.warning("%s is replaced", path)
     with replacing(path) as temporary:
@@ -111,12 +131,12 @@ def export(
         else:
             with temporary.open("wb") as file:
                 torch.export.save(program, file, extra_files={METADATA: json.dumps(about)})
-        found = compare_with_model(run_of(temporary, kind), detector, name, domain, graph.one_by_one)
+        found = compare_with_model(run_of(temporary, kind), detector, subject, graph.one_by_one)
         said = f"map {found.map:.1e}, score {found.score:.1e} (allowed: {TOLERANCE[precision]:g})"
         if not max(found) <= TOLERANCE[precision]:
             raise UserError(f"{path}: would not compute what the model does, so it is not written ({said})")
     logger.info("Largest difference from the model on images of several sizes: %s", said)
-    logger.info("%s", said_of_resize(detector, name, domain))
+    logger.info("%s", said_of_resize(detector, subject))
     logger.info("%s: %.1f MB", path, path.stat().st_size / 1e6)
     return found
 
@@ -202,9 +222,7 @@ def pictures(size: int) -> list[np.ndarray]:
     return drawn
 
 
-def compare_with_model(
-    run: Run, detector: Detector, name: str, domain: str = "industrial", one_by_one: bool = False
-) -> Difference:
+def compare_with_model(run: Run, detector: Detector, subject: Subject, one_by_one: bool = False) -> Difference:
     """The largest differences of a file from the model, which gets the images as the graph resizes them."""
     worst = Difference(0.0, 0.0)
     for picture in pictures(detector.clip.img_size):
@@ -213,9 +231,7 @@ def compare_with_model(
         for batch in batches:
             maps, scores, *_ = run(batch)
             for image, anomaly_map, score in zip(batch, maps, scores, strict=True):
-                expected = detector.predict(
-                    resized(image, detector.clip.img_size), name, domain, class_names=CATALOG_NAMES
-                )
+                expected = subject.prediction(detector, resized(image, detector.clip.img_size))
                 found = difference(anomaly_map[0], float(score), expected)
                 # Not `max`, to which what is no number is not more than anything.
                 worst = Difference(*(np.maximum(worst, found).tolist()))
@@ -231,7 +247,7 @@ def resized(image: np.ndarray, size: int) -> np.ndarray:
     return resize(torch.from_numpy(image)[None], size)[0].permute(1, 2, 0).numpy().astype(np.uint8)
 
 
-def said_of_resize(detector: Detector, name: str, domain: str = "industrial") -> str:
+def said_of_resize(detector: Detector, subject: Subject) -> str:
     """How the graph's resize differs from Pillow's, which the model itself uses, in grey levels and in what follows."""
     size = detector.clip.img_size
     levels, share, worst = 0, 0.0, Difference(0.0, 0.0)
@@ -240,8 +256,8 @@ def said_of_resize(detector: Detector, name: str, domain: str = "industrial") ->
         ours = resized(picture, size)
         off = np.abs(ours.astype(int) - pillow)
         levels, share = max(levels, int(off.max())), max(share, float((off > 0).mean()))
-        expected = detector.predict(pillow, name, domain, class_names=CATALOG_NAMES)
-        found = detector.predict(ours, name, domain, class_names=CATALOG_NAMES)
+        expected = subject.prediction(detector, pillow)
+        found = subject.prediction(detector, ours)
         worst = Difference(*map(max, worst, difference(found.anomaly_map, found.score, expected)))
     return (
         f"Its resize differs from Pillow's by up to {levels} of 255 grey levels, in up to {100 * share:.2g} % of an "

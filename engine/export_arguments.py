@@ -18,6 +18,10 @@ ENDINGS = {ONNX: ".onnx", TORCH: ".pt2"}
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
+# Those of `engine.references.ReferenceChoice`, in its order.
+REFERENCES = ("references", "reference_shots", "reference_seed", "reference_weight", "reference_features")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportArguments(Arguments):
     """Arguments of `export.py`."""
@@ -38,6 +42,13 @@ class ExportArguments(Arguments):
     class_names: str | None = changed(TestingArguments, "class_names", choices=NAMES, kind=None,
         help="names in prompts: catalog, or published (those of AA-CLIP's code)", group="what to do",
     )  # fmt: skip
+    references: Path | None = changed(InferenceArguments, "references")
+    reference_shots: int | None = changed(
+        InferenceArguments, "reference_shots", help="how many of --references, the same for all classes"
+    )
+    reference_seed: int = changed(InferenceArguments, "reference_seed")
+    reference_weight: float = changed(InferenceArguments, "reference_weight")
+    reference_features: str = changed(InferenceArguments, "reference_features")
     calibration: Path | None = changed(
         InferenceArguments, "calibration", unset="calibration.json beside the checkpoint, where it is of this model"
     )
@@ -54,6 +65,8 @@ class ExportArguments(Arguments):
 def check_export(arguments: ExportArguments) -> None:
     """Refuse arguments that do not go together, and packages that are not there."""
     ending = ENDINGS[arguments.format]
+    if arguments.reference_shots is not None and arguments.references is None:
+        raise UserError("--reference_shots says how many of --references FOLDER to take: give it too")
     if arguments.output is not None and len(arguments.class_name) > 1:
         raise UserError("--output names one file: give one --class_name, or leave --output out")
     if arguments.output is not None and arguments.output.suffix.lower() != ending:

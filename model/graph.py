@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from model.adapter import AdaptedCLIP
-from model.frozen import UnadaptedCLIP
-from model.scoring import calibrated_maps, calibrated_scores, decisions
+from model.frozen import UnadaptedCLIP, frozen_patches
+from model.references import joined_maps, reference_maps
+from model.scoring import Outputs, calibrated_maps, calibrated_scores, decisions
 
 # Of Keys' cubic convolution, and the unit of its weights, as Pillow has them.
 CUBIC = -0.5
@@ -27,12 +28,24 @@ class Thresholds(NamedTuple):
     pixel: float
 
 
+class Memory(NamedTuple):
+    """Patch features of normal references, unit, (M, D) of each level and branch, and how their distances count.
+
+    As `engine.references.References`, which says which images they are.
+    """
+
+    levels: tuple[Tensor, ...]
+    weight: float
+    features: str
+
+
 class ScoringGraph(nn.Module):
     """uint8 RGB images (B, H, W, 3) -> maps and scores of one class, as `Detector.predict` makes them of each image.
 
     text_side: of one class, as the model gives it. domain, det_score: as for `predict`. thresholds: without them there
-    are no decisions. half: weights in float16, and what `torch.autocast` computes in it. Parts of CLIP that the graph
-    never passes are left out of it; the model itself is not changed.
+    are no decisions. memory: the references that images are compared with, None for none. half: weights in float16, and
+    what `torch.autocast` computes in it. Parts of CLIP that the graph never passes are left out of it; the model itself
+    is not changed.
     """
 
     def __init__(
@@ -42,6 +55,7 @@ class ScoringGraph(nn.Module):
         domain: str,
         det_score: str,
         thresholds: Thresholds | None = None,
+        memory: Memory | None = None,
         half: bool = False,
     ) -> None:
         super().__init__()
@@ -54,6 +68,7 @@ class ScoringGraph(nn.Module):
         self.domain = domain
         self.det_score = det_score
         self.thresholds = thresholds
+        self.memory = memory
         self.size = model.clip.img_size
         self.register_buffer("mean", torch.tensor(model.clip.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(model.clip.std).view(3, 1, 1))
@@ -76,12 +91,24 @@ class ScoringGraph(nn.Module):
         rows = torch.zeros_like(images[:, 0, 0, 0], dtype=torch.long)  # of the one class
         with torch.autocast(pixels.device.type, torch.float16, enabled=self.half_precision):
             outputs = self.model(pixels, self.text_side, rows)
+            features = self._compared(outputs, pixels)
         maps = calibrated_maps(outputs, self.size).mean(dim=0)
+        if self.memory is not None:
+            distances = reference_maps(features, self.memory.levels, self.size, most=None)
+            maps = joined_maps(maps, distances, self.memory.weight)
         scores = calibrated_scores(maps, outputs, self.domain, self.det_score)
         if self.thresholds is None:
             return maps[:, None], scores
         labels, masks = decisions(scores, maps, *self.thresholds)
         return maps[:, None], scores, labels, masks[:, None]
+
+    def _compared(self, outputs: Outputs, pixels: Tensor) -> list[Tensor]:
+        """The patch features that references are compared with, as `Detector.patch_features` has them."""
+        which = self.memory.features if self.memory else "trained"
+        if which == "trained" or isinstance(self.model, UnadaptedCLIP):
+            return list(outputs.features)
+        frozen = frozen_patches(self.model.clip, pixels, self.model.config)
+        return frozen if which == "frozen" else [*outputs.features, *frozen]
 
 
 def resize(images: Tensor, size: int) -> Tensor:

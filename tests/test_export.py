@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from tests.scripts import ROOT, environment
 from tests.test_checkpoint import config_of, published_states, states_of, write_pair
 from utils.errors import UserError
 
-onnxruntime = pytest.importorskip("onnxruntime")
+onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
 
 # Exporting takes time for each block.
 SMALL: dict[str, Any] = {
@@ -42,6 +44,7 @@ SMALL: dict[str, Any] = {
     "text_cfg": {**TINY_ARCHITECTURE["text_cfg"], "layers": 2},
 }
 CLASS = "metal screw"
+SUBJECT = export.Subject(CLASS)
 CROSS = {
     "cross": CrossAttentionConfig(0.8, 0.4, text_context="trained"),
     "anchors": CrossAttentionConfig(
@@ -106,7 +109,7 @@ def assert_is_the_model(outputs: Sequence[np.ndarray], images: np.ndarray, model
 @pytest.mark.parametrize("kind", ["base", *CROSS, "published"])
 def test_onnx_is_the_model(kind: str, world: Path, tmp_path: Path) -> None:
     model = load(world, kind)
-    found = export.export(model, CLASS, tmp_path / "model.onnx")
+    found = export.export(model, SUBJECT, tmp_path / "model.onnx")
     assert max(found) < 1e-4
     session = session_of(tmp_path / "model.onnx")
     assert [output.name for output in session.get_outputs()] == ["anomaly_map", "pred_score"]
@@ -215,9 +218,21 @@ def test_the_example_runs_without_torch(calibrated: Path, tmp_path: Path) -> Non
             assert Image.open(tmp_path / "out" / f"{path.stem}_{ending}.png").size == (50, 70)
 
 
+@pytest.mark.parametrize(("kind", "features"), [("base", "both"), ("cross", "trained")])
+def test_references_are_in_the_file(kind: str, features: str, world: Path, tmp_path: Path) -> None:
+    model, normal, images = load(world, kind), list(images_of(55, 60, 2)), images_of(45, 52, 2)
+    alone = model.predict(images[0], CLASS)
+    model.remember(normal, CLASS, weight=0.6, features=features)
+    assert np.abs(model.predict(images[0], CLASS).anomaly_map - alone.anomaly_map).max() > 0.01
+    export.export(model, SUBJECT, tmp_path / "model.onnx")
+    session = session_of(tmp_path / "model.onnx")
+    assert_is_the_model(session.run(None, {"images": images}), images, model, 1e-3)
+    assert session.get_modelmeta().custom_metadata_map["references"].startswith("2 images")
+
+
 def test_a_torch_program_is_the_model(world: Path, tmp_path: Path) -> None:
     model = load(world, "cross")
-    export.export(model, CLASS, tmp_path / "model.pt2", "torch")
+    export.export(model, SUBJECT, tmp_path / "model.pt2", "torch")
     extra = {export.METADATA: ""}
     program = torch.export.load(tmp_path / "model.pt2", extra_files=extra)
     assert json.loads(extra[export.METADATA])["class_name"] == CLASS
@@ -230,15 +245,16 @@ def test_a_torch_program_is_the_model(world: Path, tmp_path: Path) -> None:
 def test_half_precision_takes_half_the_space_and_stays_near(world: Path, tmp_path: Path) -> None:
     model = load(world, "base")
     before = model.predict(images_of(40, 40)[0], CLASS)
-    found = export.export(model, CLASS, tmp_path / "half.onnx", precision="fp16")
+    found = export.export(model, SUBJECT, tmp_path / "half.onnx", precision="fp16")
     assert 1e-6 < max(found) < 2e-2
     after = model.predict(images_of(40, 40)[0], CLASS)
     np.testing.assert_array_equal(before.anomaly_map, after.anomaly_map)
     session = session_of(tmp_path / "half.onnx")
     assert {output.type for output in session.get_outputs()} == {"tensor(float)"}
-    weights = sum(p.numel() for part in model.model.components.values() for p in part.parameters())
-    weights += sum(p.numel() for p in model.clip.clip.visual.parameters())
-    assert (tmp_path / "half.onnx").stat().st_size < 3 * weights
+    kinds = Counter()
+    for tensor in onnx.load(tmp_path / "half.onnx").graph.initializer:
+        kinds[onnx.TensorProto.DataType.Name(tensor.data_type)] += math.prod(tensor.dims)
+    assert kinds["FLOAT16"] > 20 * kinds["FLOAT"] > 0
 
 
 @pytest.mark.parametrize("off", [2e-3, float("nan")])
@@ -257,11 +273,11 @@ def test_a_file_that_computes_something_else_is_not_left(
     monkeypatch.setattr(export, "trace", lambda _: None)
     monkeypatch.setattr(export, "run_of", wrong)
     with pytest.raises(UserError, match="would not compute what the model does"):
-        export.export(model, CLASS, tmp_path / "new" / "model.onnx")
+        export.export(model, SUBJECT, tmp_path / "new" / "model.onnx")
     assert not (tmp_path / "new").exists()
     (tmp_path / "model.onnx").write_bytes(b"earlier")
     with pytest.raises(UserError, match="not written"):
-        export.export(model, CLASS, tmp_path / "model.onnx")
+        export.export(model, SUBJECT, tmp_path / "model.onnx")
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("model.onnx", b"earlier")]
 
 
@@ -277,7 +293,7 @@ def test_the_resize_is_pillows(shape: tuple[int, int], size: int) -> None:
 
 def test_several_classes_get_a_file_each(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    monkeypatch.setattr(export, "export", lambda model, name, path, *_: made.append((name, path.name)))
+    monkeypatch.setattr(export, "export", lambda model, subject, path, *_: made.append((subject.class_name, path.name)))
     arguments = ExportArguments.of(checkpoint=str(world / "base"), class_name=("cup", "a/b", "cup"), format="torch")
     export.export_checkpoint(arguments)
     assert [name for name, _ in made] == ["cup", "a/b"]
@@ -291,5 +307,5 @@ def test_vit_l_at_518_pixels(tmp_path: Path) -> None:
     settings = open_clip.get_model_config("ViT-L-14-336")
     settings["vision_cfg"]["image_size"] = 518
     clip = FrozenCLIP(open_clip.CLIP(**settings, quick_gelu=True), "ViT-L-14-336", "quick_gelu")
-    found = export.export(Detector(adapted_clip(clip), "random"), CLASS, tmp_path / "vit_l.onnx")
+    found = export.export(Detector(adapted_clip(clip), "random"), SUBJECT, tmp_path / "vit_l.onnx")
     assert max(found) < 1e-3
