@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
 
 from dataset.catalog import readable_name
 from dataset.prompts import build_prompts
@@ -149,8 +150,14 @@ def trace(graph: ScoringGraph) -> ExportedProgram:
         sizes[0] = Dim("batch", min=1)
     example = torch.zeros(count, graph.size + 3, graph.size + 7, 3, dtype=torch.uint8)
     program = torch.export.export(graph, (example,), dynamic_shapes={INPUT: sizes})
-    # What autocast decides is no part of a program before its regions are resolved to casts.
-    return program.run_decompositions({}) if graph.half_precision else program
+    if graph.half_precision:
+        # What autocast decides is no part of a program before its regions are resolved to casts.
+        program = program.run_decompositions({})
+    for part in program.graph_module.modules():
+        for node in part.graph.nodes if isinstance(part, GraphModule) else ():
+            # The lines of source that it came from, with their folders on this machine.
+            node.meta.pop("stack_trace", None)
+    return program
 
 
 def to_onnx(program: ExportedProgram, graph: ScoringGraph, about: Mapping[str, str]) -> bytes:
@@ -167,6 +174,8 @@ def to_onnx(program: ExportedProgram, graph: ScoringGraph, about: Mapping[str, s
         program, dynamo=True, input_names=[INPUT], output_names=list(graph.names), verbose=False
     )
     model = exported.model_proto
+    for node in (*model.graph.node, *(node for function in model.functions for node in function.node)):
+        del node.metadata_props[:]  # how it was traced, which is as large as a small model
     onnx.helper.set_model_props(model, dict(about))
     return model.SerializeToString()
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from model.adapter import AdaptedCLIP
 from model.frozen import UnadaptedCLIP, frozen_patches
-from model.references import joined_maps, reference_maps
+from model.references import joined_calibrated_maps, reference_maps
 from model.scoring import Outputs, calibrated_maps, calibrated_scores, decisions
 
 # Of Keys' cubic convolution, and the unit of its weights, as Pillow has them.
@@ -92,10 +92,13 @@ class ScoringGraph(nn.Module):
         with torch.autocast(pixels.device.type, torch.float16, enabled=self.half_precision):
             outputs = self.model(pixels, self.text_side, rows)
             features = self._compared(outputs, pixels)
-        maps = calibrated_maps(outputs, self.size).mean(dim=0)
-        if self.memory is not None:
+        if self.memory is None:
+            levels = calibrated_maps(outputs, self.size)
+        else:
             distances = reference_maps(features, self.memory.levels, self.size, most=None)
-            maps = joined_maps(maps, distances, self.memory.weight)
+            distances = distances.unflatten(0, (-1, len(outputs.levels))).mean(dim=0)  # of two branches
+            levels = joined_calibrated_maps(outputs, distances, self.memory.weight)
+        maps = levels.mean(dim=0)
         scores = calibrated_scores(maps, outputs, self.domain, self.det_score)
         if self.thresholds is None:
             return maps[:, None], scores
