@@ -23,12 +23,16 @@ CLASS = "object"
 PREDICT = "torch, `model.predict`"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", default="runs/toy", help="file or folder (default: %(default)s)")
     parser.add_argument("--rounds", type=number(int, (1, 10_000)), default=30, help="of each (default: %(default)s)")
     parser.add_argument("--side", type=number(int, (1, 10_000)), default=512, help="pixels (default: %(default)s)")
-    asked = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    asked = build_parser().parse_args(arguments)
     model = load_model(asked.checkpoint, device="cpu")
     image = np.asarray(Image.fromarray(pictures(model.clip.img_size)[0]).resize((asked.side, asked.side)))
     with tempfile.TemporaryDirectory() as folder:

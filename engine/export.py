@@ -189,7 +189,7 @@ def run_of(file: Path, kind: str) -> Run:
         return lambda images: session.run(None, {INPUT: images})
     with file.open("rb") as content:
         module = torch.export.load(io.BytesIO(content.read())).module()
-    return lambda images: [output.numpy() for output in module(torch.from_numpy(images))]
+    return lambda images: [output.numpy() for output in module(torch.tensor(images))]
 
 
 def metadata(
@@ -253,7 +253,7 @@ def difference(anomaly_map: np.ndarray, score: float, expected: Prediction) -> D
 
 def resized(image: np.ndarray, size: int) -> np.ndarray:
     """An image as the graph resizes it, uint8 (S, S, 3)."""
-    return resize(torch.from_numpy(image)[None], size)[0].permute(1, 2, 0).numpy().astype(np.uint8)
+    return resize(torch.tensor(image)[None], size)[0].permute(1, 2, 0).numpy().astype(np.uint8)
 
 
 def said_of_resize(detector: Detector, subject: Subject) -> str:

@@ -315,7 +315,7 @@ def test_several_classes_get_a_file_each(world: Path, tmp_path: Path, monkeypatc
 
 @pytest.mark.long
 def test_vit_l_at_518_pixels(tmp_path: Path) -> None:
-    """With random weights; its figures are in docs/deploying.md."""
+    """With random weights."""
     torch.manual_seed(0)
     settings = open_clip.get_model_config("ViT-L-14-336")
     settings["vision_cfg"]["image_size"] = 518
