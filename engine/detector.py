@@ -179,6 +179,8 @@ class Detector(nn.Module):
         choices = [type(self.model).__name__, config, cross and asdict(cross), loop and loop._asdict()]
         digest = hashlib.sha256(json.dumps([self.clip.weights_digest, choices], sort_keys=True).encode("utf-8"))
         for name, component in getattr(self.model, "components", {}).items():
+            if name.startswith("text") and not self.model.config.text_adapted:
+                continue  # fresh weights, which no score depends on
             for key, value in sorted(component.state_dict().items()):
                 digest.update(f"{name}.{key}".encode())
                 digest.update(value.detach().cpu().contiguous().numpy().data)

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
+import matplotlib.font_manager  # noqa: F401  writes a list of fonts into the home folder when it is first imported
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 

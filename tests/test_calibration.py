@@ -39,6 +39,7 @@ from engine.training.base import train_base
 from model.clip_loading import load_clip
 from model.scoring import decisions, ranks
 from tests.browser import browser  # noqa: F401
+from tests.helpers import adapted_clip, tiny_clip
 from tests.scripts import SIZE, error_line, save, small_runs, write_world
 from utils.errors import UserError
 from utils.regions import regions_of
@@ -186,6 +187,19 @@ def test_predict_decides_once_it_is_calibrated(world: Path, model: Detector) -> 
         assert model.predict(image, *asked).decision is None
     assert model.predict(image, "cork", det_score="difference").decision is None
     assert load_model(world / "base" / "image_adapter.pth", device="cpu", det_score="difference").digest == model.digest
+
+
+def test_a_text_side_that_was_not_trained_does_not_count() -> None:
+    """Its adapters are drawn anew whenever such a checkpoint is loaded."""
+    clip = tiny_clip()
+    one, two = (Detector(adapted_clip(clip, text_adapted=False), "any") for _ in range(2))
+    with torch.no_grad():
+        for parameter in two.text_adapter.parameters():
+            parameter.add_(1)
+    assert one.digest == two.digest
+    with torch.no_grad():
+        next(two.image_adapter.parameters()).add_(1)
+    assert one.digest != Detector(two.model, "any").digest
 
 
 def test_thresholds_of_another_model_or_class_are_refused(world: Path, model: Detector, tmp_path: Path) -> None:

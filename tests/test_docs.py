@@ -201,7 +201,7 @@ def test_the_table_of_defaults_is_that_of_the_code() -> None:
 def test_the_flags_of_the_deviations_make_the_published_preset() -> None:
     """Each is one deviation, all of them are the preset; a study measures those that the toy world can show."""
     header, *rows = next(table for table in tables(read_page(METHOD)) if table[0][0] == "what")
-    column, cost = header.index("flag"), header.index("cost on the toy world")
+    column, cost = header.index("flag"), header.index("gain on the toy world")
     flags = [words for row in rows for words in row[column].strip("`").split()]
     given = vars(make_parser(BaseConfig, None).parse_args(flags))
     assert {**decided_by(BaseConfig, "published")} == given
