@@ -110,7 +110,7 @@ class BothStage(Stage):
         self._train_only(*(SIDES if self.joint else ("image",)))
         mask = square_mask(batch)
         present, rows = present_classes(batch, self.order)
-        prompts = Prompts(self.prompts.tokens.to(rows.device)[present], self.prompts.normal)
+        prompts = self.prompts.of_classes(present)
         if self.joint:
             outputs = self.model.joint_forward(batch["image"], prompts, rows, self.loop)
         else:
