@@ -83,6 +83,15 @@ def full_precision(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def full_product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` in float32 or better, also where autocast or TF32 would have it shorter; broadcast as `@` does."""
+    with torch.autocast(b.device.type, enabled=False):
+        a, b = full_precision(a), full_precision(b)
+        if torch.get_float32_matmul_precision() == "highest" or a.dtype == torch.float64:
+            return a @ b
+        return (a.double() @ b.double()).float()
+
+
 def take_tokens(x: Tensor, positions: Tensor) -> Tensor:
     """x (B, T, C) at one position per row, positions (B,) -> (B, C)."""
     return x[torch.arange(x.shape[0], device=x.device), positions]

@@ -17,6 +17,7 @@ from torch import Tensor
 from dataset.catalog import readable_name
 from engine.data import evaluation_loader, make_dataset
 from engine.detector import Detector
+from engine.device import choose_precision
 from engine.task import TaskData
 from model.config import DET_SCORES
 from model.references import joined_anomaly_map
@@ -134,7 +135,7 @@ def evaluate(
     device: torch.device | str,
     batch_size: int = 8,
     num_workers: int = 0,
-    precision: str = "fp32",
+    precision: str = "auto",
 ) -> dict[str, Evaluation]:
     """Evaluate models that share one CLIP on all images of `data`, which are loaded once.
 
@@ -182,7 +183,7 @@ def joined_map_of(detector: Detector, class_name: str, outputs: Outputs, images:
 
 def autocast(device: torch.device | str, precision: str) -> torch.autocast:
     """Half precision where it is asked for, a context that changes nothing otherwise."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choose_precision(device, precision))
     return torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype is not None)
 
 

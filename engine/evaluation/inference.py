@@ -113,7 +113,8 @@ def evaluate_checkpoints(
     num_workers: int = 0,
     cache_images: float = 0.0,
     device: str = "auto",
-    precision: str = "fp32",
+    precision: str = "auto",
+    tf32: str = "on",
     clip_weights: str | None = None,
     visualize: int | str | None = None,
     two_folders: TwoFolders | None = None,
@@ -128,7 +129,7 @@ def evaluate_checkpoints(
     Raises `UserError` for files, datasets and devices that are not there or do not fit.
     """
     set_up_logging()
-    device = check_device(device, precision)
+    device = check_device(device, precision, tf32)
     folder = output_folder(checkpoint, output_dir)
     check_folder(folder, "--output_dir")
     detectors = load_detectors(checkpoint, clip_weights, device, **overrides)

@@ -13,7 +13,7 @@ from typing import Any
 from dataset.options import HALF
 from dataset.records import metadata_digest
 from engine.detector import UNADAPTED, Detector, build_detector, load_clip_for, unadapted_detector
-from engine.device import check_device
+from engine.device import check_device, choose_precision
 from engine.evaluation.evaluate import Evaluation, evaluate
 from engine.evaluation.inference import zero_shot_notes
 from engine.remembered import arguments_in, load_task_of_run
@@ -53,6 +53,7 @@ class Setting:
     data: TaskData
     device: str
     precision: str
+    tf32: str
     batch_size: int
     num_workers: int
     clip_weights: str | None
@@ -80,7 +81,8 @@ def compare_feedback_loops(
     num_workers: int = 0,
     cache_images: float = 0.0,
     device: str = "auto",
-    precision: str = "fp32",
+    precision: str = "auto",
+    tf32: str = "on",
     clip_weights: str | None = None,
     report: bool = False,
     **overrides: Any,
@@ -98,7 +100,7 @@ def compare_feedback_loops(
     folder = output_dir or save_path
     files = find_loops(save_path)
     check_folder(folder, "--output_dir")
-    device = check_device(device, precision)
+    device = check_device(device, precision, tf32)
     references = [
         Row(name, checkpoint=read_weights(find_latest(path, flag)))
         for name, flag, path in ((BASE, "--base_path", base_path), (CROSS_ATTENTION, "--cross_path", cross_path))
@@ -112,7 +114,9 @@ def compare_feedback_loops(
     run = next((row.config["arguments"] for row in reversed(rows) if row.config), {})
     data = load_task_of_run(run, dataset, data_root, metadata, class_names, skip_bad_images, mask_threshold)
     data = replace(data, cache_gib=cache_images)
-    setting = Setting(data, device, precision, batch_size, num_workers, clip_weights, overrides)
+    setting = Setting(
+        data, device, choose_precision(device, precision), tf32, batch_size, num_workers, clip_weights, overrides
+    )
     clip = share_clip(rows, setting)
     if clip is None:
         logger.warning("No loop can be read, and nothing else says on which CLIP to compare: there are no figures")
@@ -134,7 +138,8 @@ def compare_feedback_loops(
             "save_path": save_path, "dataset": dataset, "base_path": base_path, "cross_path": cross_path,
             "unadapted": unadapted, "output_dir": output_dir, "data_root": data_root, "metadata": metadata,
             "class_names": class_names, "skip_bad_images": skip_bad_images, "clip_weights": clip_weights, **overrides,
-            "precision": None if precision == "fp32" else precision, "report": True,
+            "precision": None if precision == "auto" else precision, "tf32": None if tf32 == "on" else tf32,
+            "report": True,
             "mask_threshold": None if mask_threshold == HALF else mask_threshold,
         }  # fmt: skip
         command = command_line("compare_feedback_loops.py", asked)
@@ -279,6 +284,7 @@ def cache_keys(rows: Sequence[Row], clip_settings: Mapping[str, Any], setting: S
         "prompt_names": setting.data.names,
         "domain": setting.data.located.spec.domain,
         "precision": setting.precision,
+        **({} if setting.device == "cpu" else {"tf32": setting.tf32}),
         "overrides": {
             name: value
             for name, value in setting.overrides.items()

@@ -40,6 +40,7 @@ def train_feedback(config: FeedbackConfig) -> None:
     """
     plan = plan_loops(config)
     opening = prepare(config, SCRIPT, read_start(config))
+    config = opening.config
     if config.order != "stages" and opening.accelerator.num_processes > 1:
         raise UserError(f"--order {config.order} trains in one process: leave accelerate launch out")
     training, validation = opening.data, None
@@ -47,7 +48,7 @@ def train_feedback(config: FeedbackConfig) -> None:
         training, validation = hold_out(training, config.val_fraction, config.seed)
     tested = None
     if config.eval_dataset:
-        asked = opening.config.to_dict()
+        asked = config.to_dict()
         tested = load_task_of_run(asked, config.eval_dataset, mask_threshold=config.mask_threshold)
         tested = replace(tested, cache_gib=config.cache_images)
     for loop in plan:

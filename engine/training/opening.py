@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from dataset.options import NAMES
 from engine.device import make_accelerator
-from engine.remembered import arguments_in, load_task_of_run
+from engine.remembered import arguments_in, as_begun, load_task_of_run
 from engine.run_folder import STATE_FILE
 from engine.task import TaskData, choose_training_images
 from engine.training.arguments import CrossAttentionArguments, RunConfig
@@ -22,6 +22,7 @@ from engine.training.image_loss import check_labels
 from engine.training.restart import run_folder
 from engine.training.run import TrainingRun
 from engine.training.start import Start, carry_over_moments, check_start, load_start, log_initialisation
+from engine.training.state import signature_in
 from model.adapter import AdaptedCLIP
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.checkpoint import SCHEMA, check_config
@@ -63,7 +64,11 @@ def prepare(config: RunConfig, script: str, start: Start | None = None, text_ada
         # Its own from now on, so that what it trains is tested by the same kind of names.
         config = replace(config, class_names=remembered["class_names"])
         logger.info("--class_names is that of the training before: %s", config.class_names)
-    accelerator = make_accelerator(config.device, config.precision, config.accumulate, config.tracker, config.save_path)
+    config = as_begun(config, arguments_in(config.save_path) or signature_in(config.save_path))
+    accelerator, precision = make_accelerator(
+        config.device, config.precision, config.tf32, config.accumulate, config.tracker, config.save_path
+    )
+    config = replace(config, precision=precision)
     with accelerator.main_process_first():  # it writes the metadata, and draws the toy datasets, on first use
         data = load_task_of_run(
             remembered,
