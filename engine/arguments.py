@@ -56,7 +56,7 @@ class DataArguments(Arguments):
 
 @dataclass(frozen=True)
 class MachineArguments(Arguments):
-    """How the machine is used; none of these changes what is computed, but for precision."""
+    """How the machine is used; none of these changes what is computed, but for precision and rounding."""
 
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", "machine", free=True)
     precision: str = setting(
@@ -67,6 +67,9 @@ class MachineArguments(Arguments):
         "on", "whether a GPU may take TF32 for fp32's products in the encoders", "machine", choices=("on", "off"),
         before="off", kept=True,
     )  # fmt: skip
+    compile: bool = setting(
+        False, "compile the encoders' blocks with torch.compile for batches of the size asked for", "machine", free=True
+    )
     num_workers: int = setting(2, "processes that load images", "machine", between=(0, 512), free=True)
     cache_images: float = setting(
         20.0, "GiB that resized images may take, kept below the dataset's folder where they fit; 0 keeps none",

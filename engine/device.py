@@ -63,6 +63,24 @@ def choose_precision(device: torch.device | str, precision: str) -> str:
     return "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
+def check_compiler(device: str) -> None:
+    """Raise `UserError` where `torch.compile` cannot make anything that runs: it needs a compiler, on a GPU Triton."""
+    try:
+        torch.compile(_sum_of_two, fullgraph=True)(torch.zeros(2, device=device))
+    except RuntimeError as error:
+        # Earlier versions of torch say first who complains.
+        lines = (line.strip() for line in str(error).splitlines() if not line.startswith("backend="))
+        reason = next(filter(None, lines), type(error).__name__)
+        raise UserError(
+            f"--compile: torch.compile does not work here ({reason}); install a C++ compiler, on a GPU Triton "
+            "too, or leave --compile out"
+        ) from error
+
+
+def _sum_of_two(x: torch.Tensor) -> torch.Tensor:
+    return x + x
+
+
 def device_name(device: str) -> str:
     """What a device calls itself: the GPU's name, or the processor's with the number of threads."""
     if device.startswith("cuda"):

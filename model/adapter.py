@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from model.adapter_modules import SimpleProj, blend, make_adapter
-from model.blocks import run_block, unit
+from model.blocks import run_block, run_block_for_class, unit
 from model.clip import FrozenCLIP
 from model.config import COMPONENTS, LoopForward, ModelConfig, check_depths
 from model.frozen import ImageFeatures, frozen_features
@@ -101,7 +101,8 @@ class AdaptedCLIP(nn.Module):
         features, patches = [], x
         depth = self.clip.vision_layers if with_context else self.config.levels[-1]
         for index, block in enumerate(visual.transformer.resblocks[:depth]):
-            x = run_block(block, x)
+            last = index + 1 == self.clip.vision_layers and index + 1 not in projectors
+            x = self.clip.run(run_block_for_class if last else run_block, block, x)
             if index == 0 and after_first_block is not None:
                 x = after_first_block(x)
             if index < len(adapters):

@@ -9,7 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.blocks import run_block, run_block_batch_axis, run_block_dual, run_block_values, unit
+from model.blocks import (
+    run_block,
+    run_block_batch_axis,
+    run_block_dual,
+    run_block_dual_for_class,
+    run_block_for_class,
+    run_block_values,
+    unit,
+)
 from model.clip import FrozenCLIP
 from model.config import LoopForward, ModelConfig
 from model.scoring import Outputs, compare
@@ -41,17 +49,23 @@ def surgery_stream(
     first = len(blocks) - (config.surgery_until_layer - 1)
     x = clip.embed_image(images)
     run_values = run_block_batch_axis if config.surgery == "batch_axis" else run_block_values
+    # Of the plain pass the class token alone is read in the end, unless its patches are a level.
+    patches_read = first == len(blocks) and levels[-1] == len(blocks)
     side: Tensor | None = None
     values: Tensor | None = None
     streams = []
     for index, block in enumerate(blocks):
+        last = index + 1 == len(blocks) and not patches_read
+        run_plain = run_block_for_class if last else run_block
         if index < first or index >= levels[-1]:
-            x = run_block(block, x)
+            x = clip.run(run_plain, block, x)
         elif config.surgery == "dual":
-            x, side = run_block_dual(block, x, x if side is None else side)
+            x, side = clip.run(
+                run_block_dual_for_class if last else run_block_dual, block, x, x if side is None else side
+            )
         else:
-            values = run_values(block, x if values is None else values)
-            x = run_block(block, x)
+            values = clip.run(run_values, block, x if values is None else values)
+            x = clip.run(run_plain, block, x)
         if index + 1 in levels:
             streams.append(next(stream for stream in (side, values, x) if stream is not None))
     return streams, x[:, 0]

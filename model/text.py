@@ -50,7 +50,7 @@ class Prompts:
 
 def begin_prompts(clip: FrozenCLIP, tokens: Tensor) -> Tensor:
     """Token ids (P, T) -> the text stream after the first block, (P, T, D_t): what prompts are before any adapter."""
-    return run_block(clip.clip.transformer.resblocks[0], clip.embed_text(tokens), causal=True)
+    return clip.run(run_block, clip.clip.transformer.resblocks[0], clip.embed_text(tokens), causal=True)
 
 
 def finish_prompts(
@@ -68,7 +68,7 @@ def finish_prompts(
     """
     for index, block in enumerate(clip.clip.transformer.resblocks):
         if index > 0:
-            x = run_block(block, x, causal=True)
+            x = clip.run(run_block, block, x, causal=True)
         if index < len(adapters):
             x = blend(x, adapters[index](x), weight)
     # ln_final acts on each token by itself, so it is enough to normalise the end-of-text token.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from dataset.options import HALF
 from engine.detector import Detector, build_detector, load_clip_for, unadapted_detector
-from engine.device import check_device
+from engine.device import check_compiler, check_device
 from engine.evaluation.arguments import ALL, NO_CHECKPOINT
 from engine.evaluation.evaluate import (
     Evaluation,
@@ -27,6 +27,7 @@ from engine.references import ReferenceChoice
 from engine.remembered import load_task_of_run
 from engine.run_folder import find_checkpoints
 from engine.task import TaskData, load_two_folders, mask_notes
+from model.blocks import BlockRunner
 from model.checkpoint import Checkpoint, read_checkpoint
 from model.clip_loading import load_clip
 from utils.errors import UserError
@@ -115,6 +116,7 @@ def evaluate_checkpoints(
     device: str = "auto",
     precision: str = "auto",
     tf32: str = "on",
+    compile: bool = False,
     clip_weights: str | None = None,
     visualize: int | str | None = None,
     two_folders: TwoFolders | None = None,
@@ -132,7 +134,10 @@ def evaluate_checkpoints(
     device = check_device(device, precision, tf32)
     folder = output_folder(checkpoint, output_dir)
     check_folder(folder, "--output_dir")
+    if compile:
+        check_compiler(device)
     detectors = load_detectors(checkpoint, clip_weights, device, **overrides)
+    detectors[0].clip.run = BlockRunner(compiled=(batch_size,) if compile else ())
     run = detectors[0].arguments
     if two_folders is not None:
         data = load_two_folders(*two_folders, skip_bad_images)

@@ -13,7 +13,7 @@ from typing import Any
 from dataset.options import HALF
 from dataset.records import metadata_digest
 from engine.detector import UNADAPTED, Detector, build_detector, load_clip_for, unadapted_detector
-from engine.device import check_device, choose_precision
+from engine.device import check_compiler, check_device, choose_precision
 from engine.evaluation.evaluate import Evaluation, evaluate
 from engine.evaluation.inference import zero_shot_notes
 from engine.remembered import arguments_in, load_task_of_run
@@ -32,6 +32,7 @@ from engine.report.page import shown_rows, write_report
 from engine.run_folder import REPORT_FILE, find_latest, find_loops, loop_file
 from engine.task import TaskData, mask_notes
 from engine.training.feedback_arguments import MOST_LOOPS
+from model.blocks import BlockRunner
 from model.checkpoint import TEXT_FILE, Checkpoint, file_digest, read_checkpoint
 from model.clip import FrozenCLIP
 from model.config import COMPONENTS
@@ -54,6 +55,7 @@ class Setting:
     device: str
     precision: str
     tf32: str
+    compile: bool
     batch_size: int
     num_workers: int
     clip_weights: str | None
@@ -83,6 +85,7 @@ def compare_feedback_loops(
     device: str = "auto",
     precision: str = "auto",
     tf32: str = "on",
+    compile: bool = False,
     clip_weights: str | None = None,
     report: bool = False,
     **overrides: Any,
@@ -101,6 +104,8 @@ def compare_feedback_loops(
     files = find_loops(save_path)
     check_folder(folder, "--output_dir")
     device = check_device(device, precision, tf32)
+    if compile:
+        check_compiler(device)
     references = [
         Row(name, checkpoint=read_weights(find_latest(path, flag)))
         for name, flag, path in ((BASE, "--base_path", base_path), (CROSS_ATTENTION, "--cross_path", cross_path))
@@ -115,7 +120,15 @@ def compare_feedback_loops(
     data = load_task_of_run(run, dataset, data_root, metadata, class_names, skip_bad_images, mask_threshold)
     data = replace(data, cache_gib=cache_images)
     setting = Setting(
-        data, device, choose_precision(device, precision), tf32, batch_size, num_workers, clip_weights, overrides
+        data,
+        device,
+        choose_precision(device, precision),
+        tf32,
+        compile,
+        batch_size,
+        num_workers,
+        clip_weights,
+        overrides,
     )
     clip = share_clip(rows, setting)
     if clip is None:
@@ -236,6 +249,7 @@ def evaluate_rows(
     # By key, so that content which two rows share is evaluated once.
     pending = {keys[row.name]: row for row in rows if not row.problem and keys[row.name] not in cache}
     if pending:
+        clip.get().run = BlockRunner(compiled=(setting.batch_size,) if setting.compile else ())
         detectors, problems = build_detectors(pending, clip.get(), setting)
         rows = [
             replace(row, checkpoint=None, problem=problems[keys[row.name]]) if keys.get(row.name) in problems else row

@@ -13,6 +13,7 @@ from engine.evaluation.evaluate import METRICS, evaluate, said_of_det_score, sum
 from engine.remembered import load_task_of_run
 from engine.run_folder import CURVES_FILE, FINAL_FILE, loop_file
 from engine.task import TaskData
+from engine.training.arguments import LOOP_BATCH
 from engine.training.feedback_arguments import FeedbackConfig, LoopPlan, loop_forward, plan_loops, plan_table
 from engine.training.opening import open_run, prepare
 from engine.training.phases import Phase, loaders_of
@@ -168,7 +169,7 @@ class LoopFinisher:
                 forward = loop_forward(self.config, loop)
                 detector = Detector(self.model, f"loop {loop}", None, forward, self.config.det_score)
                 device = self.run.accelerator.device
-                evaluation = evaluate({detector.name: detector}, data, device, 8, 0, self.config.precision)
+                evaluation = evaluate({detector.name: detector}, data, device, LOOP_BATCH, 0, self.config.precision)
                 found[name] = {metric: evaluation[detector.name].average(metric)[0] for metric in METRICS}
                 what = "held-out training images" if name == "validation" else evaluation[detector.name].dataset
                 what += said_of_det_score(detector.det_score)

@@ -13,11 +13,11 @@ import torch
 from accelerate import Accelerator
 
 from dataset.options import NAMES
-from engine.device import make_accelerator
+from engine.device import check_compiler, make_accelerator
 from engine.remembered import arguments_in, as_begun, load_task_of_run
 from engine.run_folder import STATE_FILE
 from engine.task import TaskData, choose_training_images
-from engine.training.arguments import CrossAttentionArguments, RunConfig
+from engine.training.arguments import LOOP_BATCH, CrossAttentionArguments, RunConfig
 from engine.training.image_loss import check_labels
 from engine.training.restart import run_folder
 from engine.training.run import TrainingRun
@@ -25,6 +25,7 @@ from engine.training.start import Start, carry_over_moments, check_start, load_s
 from engine.training.state import signature_in
 from model.adapter import AdaptedCLIP
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
+from model.blocks import BlockRunner
 from model.checkpoint import SCHEMA, check_config
 from model.clip import FrozenCLIP
 from model.clip_loading import load_clip
@@ -83,7 +84,11 @@ def prepare(config: RunConfig, script: str, start: Start | None = None, text_ada
     data = replace(data, cache_gib=config.cache_images)
     data = choose_training_images(data, config.training_mode, config.shot, config.seed)
     activation = config.activation or start.activation
+    if config.compile:
+        check_compiler(str(accelerator.device))
     clip = load_clip(config.model_name, config.clip_weights, config.img_size, activation)
+    sizes = (config.text_batch_size, config.image_batch_size, LOOP_BATCH) if config.compile else ()
+    clip.run = BlockRunner(config.checkpoint_blocks, sizes)
     chosen = resolve_model(config, clip, text_adapted)
     torch.manual_seed(derive_seed(config.seed))
     if isinstance(config, CrossAttentionArguments):
