@@ -12,7 +12,7 @@ from model.adapter_modules import SimpleProj, blend, make_adapter
 from model.blocks import run_block, run_block_for_class, unit
 from model.clip import FrozenCLIP
 from model.config import COMPONENTS, LoopForward, ModelConfig, check_depths
-from model.frozen import ImageFeatures, frozen_features
+from model.frozen import ImageFeatures, SharedStreams, frozen_features
 from model.scoring import Outputs, compare
 from model.text import Prompts, encode_prompts, pair_anchors
 
@@ -128,10 +128,11 @@ class AdaptedCLIP(nn.Module):
         """What `forward` needs of the text side, computed once for all images: anchors (C, D, 2), without gradient."""
         return self.anchors(prompts)
 
-    def forward(self, images: Tensor, text_side: Tensor, rows: Tensor) -> Outputs:
+    def forward(self, images: Tensor, text_side: Tensor, rows: Tensor, shared: SharedStreams | None = None) -> Outputs:
         """Similarities of B images to the anchors of their classes: the one forward of Stage 2 and of evaluation.
 
         images: (B, 3, S, S), normalised; text_side: as `text_side` gives it; rows: (B,), each image's class in it.
+        shared: what other models have computed of the same images.
         """
         features = self.image_features(images)
         return compare(features.levels, features.det, text_side[rows])

@@ -36,6 +36,24 @@ class ImageFeatures(NamedTuple):
     context: Tensor | None = None
 
 
+class SharedStreams:
+    """The frozen streams of one batch of images, computed once for all models that look at it on the same CLIP."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, int], tuple[dict[int, Tensor], Tensor]] = {}
+
+    def get(
+        self, clip: FrozenCLIP, images: Tensor, config: ModelConfig, levels: Sequence[int]
+    ) -> tuple[list[Tensor], Tensor]:
+        """As `surgery_stream`, whose streams at a level do not depend on which other levels are asked for."""
+        key = (config.surgery, config.surgery_until_layer)
+        if key not in self._kept or not self._kept[key][0].keys() >= set(levels):
+            streams, cls = surgery_stream(clip, images, config, levels)
+            self._kept[key] = (dict(zip(levels, streams, strict=True)), cls)
+        of_levels, cls = self._kept[key]
+        return [of_levels[level] for level in levels], cls
+
+
 def surgery_stream(
     clip: FrozenCLIP, images: Tensor, config: ModelConfig, levels: Sequence[int]
 ) -> tuple[list[Tensor], Tensor]:
@@ -73,14 +91,18 @@ def surgery_stream(
 
 @torch.no_grad()
 def frozen_features(
-    clip: FrozenCLIP, images: Tensor, config: ModelConfig, levels: Sequence[int] | None = None
+    clip: FrozenCLIP,
+    images: Tensor,
+    config: ModelConfig,
+    levels: Sequence[int] | None = None,
+    shared: SharedStreams | None = None,
 ) -> ImageFeatures:
     """Unit patch features plus the unit class embedding, not normalised again, at each level; det: class embedding.
 
-    images: (B, 3, S, S), normalised; levels: those of `config` unless fewer are enough. Features of an image do not
-    depend on the batch that it is in, but for `batch_axis`.
+    images: (B, 3, S, S), normalised; levels: those of `config` unless fewer are enough; shared: of these images.
+    Features of an image do not depend on the batch that it is in, but for `batch_axis`.
     """
-    streams, cls = surgery_stream(clip, images, config, levels or config.levels)
+    streams, cls = (shared or SharedStreams()).get(clip, images, config, levels or config.levels)
     embedding = unit(clip.project_image(cls))
     features = [unit(clip.project_image(x[:, 1:])) + embedding[:, None] for x in streams]
     return ImageFeatures(features, embedding, features[0])
@@ -100,12 +122,13 @@ def projected_features(
     config: ModelConfig,
     projectors: Sequence[nn.Module],
     levels: Sequence[int] | None = None,
+    shared: SharedStreams | None = None,
 ) -> ImageFeatures:
     """The trained projectors on the frozen encoder's tokens: unit patch features at each level.
 
     What feedback carried over in the idea's first form: `seg_proj` without the adapters. Shapes as `frozen_features`.
     """
-    streams, cls = surgery_stream(clip, images, config, levels or config.levels)
+    streams, cls = (shared or SharedStreams()).get(clip, images, config, levels or config.levels)
     embedding = unit(clip.project_image(cls))
     ln_post = clip.clip.visual.ln_post
     pairs = zip(streams, projectors[: len(streams)], strict=True)  # the first levels may be enough
@@ -127,9 +150,9 @@ class UnadaptedCLIP(nn.Module):
         features = encode_prompts(self.clip, prompts.tokens.flatten(0, 1))
         return pair_anchors(features.unflatten(0, prompts.tokens.shape[:2]), prompts.normal)
 
-    def forward(self, images: Tensor, text_side: Tensor, rows: Tensor) -> Outputs:
+    def forward(self, images: Tensor, text_side: Tensor, rows: Tensor, shared: SharedStreams | None = None) -> Outputs:
         """As `AdaptedCLIP.forward`."""
-        features = frozen_features(self.clip, images, self.config)
+        features = frozen_features(self.clip, images, self.config, shared=shared)
         # The embedding, which is the same for all patches of an image, is no feature of a patch.
         patches = [level - features.det[:, None] for level in features.levels]
         return compare(features.levels, features.det, text_side[rows])._replace(features=patches)

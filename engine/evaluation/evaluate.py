@@ -20,6 +20,7 @@ from engine.detector import Detector
 from engine.device import choose_precision
 from engine.task import TaskData
 from model.config import DET_SCORES
+from model.frozen import SharedStreams
 from model.references import joined_anomaly_map
 from model.scoring import Outputs, anomaly_map, class_image_scores, det_scores
 from utils.files import write_text
@@ -139,8 +140,9 @@ def evaluate(
 ) -> dict[str, Evaluation]:
     """Evaluate models that share one CLIP on all images of `data`, which are loaded once.
 
-    Image scores take the det score that each detector says. A class that a detector has references of is scored by
-    maps joined with theirs (docs/method.md, "References").
+    Frozen features of an image are computed once for all models that look at the same ones. Image scores take the det
+    score that each detector says. A class that a detector has references of is scored by maps joined with theirs
+    (docs/method.md, "References").
     Scores are normalised per class (docs/method.md, "Scores"), so a class's metrics are taken when it is complete. Maps
     are counted and not kept.
     Raises `UserError` for images that cannot be read, and names the first image whose map is not finite.
@@ -159,9 +161,10 @@ def evaluate(
         for batch in batches:
             images = batch["image"].to(device, non_blocking=True)
             rows = torch.full((len(images),), data.classes.index(class_name), device=device)
+            shared = SharedStreams()
             for name, kept in scores.items():
                 with autocast(device, precision):
-                    outputs = models[name].model(images, text_sides[name], rows)
+                    outputs = models[name].model(images, text_sides[name], rows, shared)
                     joined = joined_map_of(models[name], class_name, outputs, images, domain)
                 kept.add(outputs, batch, joined)
             bar.update(len(images))
