@@ -218,13 +218,12 @@ def test_what_is_compiled_gives_the_same_losses() -> None:
         check_compiler("cpu")
     except UserError as error:
         pytest.skip(str(error))
-    for side in ("image", "text"):
-        stage, batch = make_stage(side, "base", "first"), make_batch()
-        loss, gradients = losses_and_gradients(stage, batch)
-        stage.model.clip.run = BlockRunner(compiled=[4])
-        again, same = losses_and_gradients(stage, batch)
-        assert_agrees(again, loss, 1e-4)
-        assert_all_agree(same, gradients, 1e-3)
+    stage, batch = make_stage("image", "base", "first"), make_batch()
+    loss, gradients = losses_and_gradients(stage, batch)
+    stage.model.clip.run = BlockRunner(compiled=[4])
+    again, same = losses_and_gradients(stage, batch)
+    assert_agrees(again, loss, 1e-4)
+    assert_all_agree(same, gradients, 1e-3)
 
 
 def test_the_log_says_what_compiling_took(caplog: pytest.LogCaptureFixture) -> None:
