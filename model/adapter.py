@@ -14,7 +14,7 @@ from model.clip import FrozenCLIP
 from model.config import COMPONENTS, LoopForward, ModelConfig, check_depths
 from model.frozen import ImageFeatures, SharedStreams, frozen_features
 from model.scoring import Outputs, compare
-from model.text import Prompts, encode_prompts, pair_anchors
+from model.text import Prompts, encode_classes, pair_anchors
 
 
 class AdaptedCLIP(nn.Module):
@@ -66,9 +66,7 @@ class AdaptedCLIP(nn.Module):
 
     def anchors(self, prompts: Prompts) -> Tensor:
         """Anchors of all classes from one text pass, (C, D, 2); CLIP's own where the text side is not adapted."""
-        tokens = prompts.tokens.flatten(0, 1)  # (C * P, T)
-        features = encode_prompts(self.clip, tokens, **self.text_modules)
-        return pair_anchors(features.unflatten(0, prompts.tokens.shape[:2]), prompts.normal)
+        return pair_anchors(encode_classes(self.clip, prompts, **self.text_modules), prompts.normal)
 
     def frozen_features(self, images: Tensor) -> ImageFeatures:
         """What Stage 1 looks at: CLIP's own features by V-V attention, without gradient."""

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from model.adapter import AdaptedCLIP
 from model.adapter_modules import blend
-from model.blocks import run_block, unit
+from model.blocks import run_block, take_tokens, unit
 from model.clip import FrozenCLIP
 from model.config import CrossAttentionConfig, LoopForward, ModelConfig, check_cross_attention
 from model.cross_attention import CrossAttention, prepare_context
 from model.frozen import ImageFeatures, SharedStreams, frozen_features, projected_features
 from model.scoring import Outputs, compare
-from model.text import Prompts, begin_prompts, finish_prompts, pair_anchors
+from model.text import Prompts, begin_prompts, finish_classes, finish_prompts, pair_anchors
 
 
 class TextSide(NamedTuple):
@@ -185,6 +185,12 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
         """
         if self.anchors_attend:
             return self.anchors_see_image(start[rows], context)
+        if not (self.text_cross_attn.training and self.text_cross_attn.dropout):
+            stream = take_tokens(start.flatten(1, 2), prompts.tree.taken)  # (C, U, D_t)
+            x = self.attend_to_image(stream[rows], context)
+            features = finish_classes(self.clip, x, prompts.tree.of(rows), **self.text_modules)
+            return pair_anchors(features, prompts.normal)
+        # Dropout lets each prompt see the image in its own way, also where prompts begin alike.
         tokens = prompts.tokens[rows]  # (B, P, T)
         x = self.attend_to_image(start[rows].flatten(1, 2), context)  # (B, P * T, D_t)
         x = x.unflatten(1, tokens.shape[1:]).flatten(0, 1)  # (B * P, T, D_t)

@@ -51,11 +51,11 @@ def mlp_residual(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
     return x + block.ls_2(hidden)
 
 
-def run_block(block: ResidualAttentionBlock, x: Tensor, causal: bool = False) -> Tensor:
-    """A block as CLIP was trained with it: x (B, T, C) -> (B, T, C)."""
+def run_block(block: ResidualAttentionBlock, x: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:
+    """A block as CLIP was trained with it: x (B, T, C) -> (B, T, C); mask (B, 1, T, T): what tokens attend to."""
     q, k, v = project_heads(block.attn, block.ln_1(x))
-    x = x + block.ls_1(merge_heads(block.attn, F.scaled_dot_product_attention(q, k, v, is_causal=causal)))
-    return mlp_residual(block, x)
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    return mlp_residual(block, x + block.ls_1(merge_heads(block.attn, attended)))
 
 
 def run_block_for_class(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
@@ -117,18 +117,17 @@ class BlockRunner:
         self.checkpointed = checkpointed
         self.compiled = frozenset(compiled)
 
-    def __call__(self, function: Callable[..., Any], block: nn.Module, *streams: Tensor, causal: bool = False) -> Any:
-        """`function(block, *streams)`, one of the functions of this module; causal: text's attention."""
-        options = {"causal": True} if causal else {}
-        compiles = bool(self.compiled) and (causal or len(streams[0]) in self.compiled)
+    def __call__(self, function: Callable[..., Any], block: nn.Module, *streams: Tensor, **of_text: Any) -> Any:
+        """`function(block, *streams)`, one of the functions of this module; of_text: what is said of text alone."""
+        compiles = bool(self.compiled) and (bool(of_text) or len(streams[0]) in self.compiled)
         if compiles:
-            function = compiled(function, dynamic=causal)
+            function = compiled(function, dynamic=bool(of_text))
         if not (self.checkpointed and torch.is_grad_enabled() and streams[0].requires_grad):
-            return function(block, *streams, **options)
+            return function(block, *streams, **of_text)
         return checkpoint(
             function, block, *streams, use_reentrant=False, preserve_rng_state=False,
             # A compiled block is one operation, of which no part can be kept.
-            **({} if compiles else {"context_fn": keeping_attention}), **options,
+            **({} if compiles else {"context_fn": keeping_attention}), **of_text,
         )  # fmt: skip
 
 
@@ -165,5 +164,6 @@ def full_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def take_tokens(x: Tensor, positions: Tensor) -> Tensor:
-    """x (B, T, C) at one position per row, positions (B,) -> (B, C)."""
-    return x[torch.arange(x.shape[0], device=x.device), positions]
+    """x (B, T, C) at one position per row, (B,) -> (B, C), or at P, (B, P) -> (B, P, C)."""
+    rows = torch.arange(x.shape[0], device=x.device)
+    return x[rows.reshape(-1, *[1] * (positions.dim() - 1)), positions]

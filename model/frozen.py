@@ -21,7 +21,7 @@ from model.blocks import (
 from model.clip import FrozenCLIP
 from model.config import LoopForward, ModelConfig
 from model.scoring import Outputs, compare
-from model.text import Prompts, encode_prompts, pair_anchors
+from model.text import Prompts, encode_classes, pair_anchors
 
 
 class ImageFeatures(NamedTuple):
@@ -147,8 +147,7 @@ class UnadaptedCLIP(nn.Module):
     @torch.no_grad()
     def text_side(self, prompts: Prompts, loop: LoopForward | None = None) -> Tensor:
         """Anchors of all classes, (C, D, 2)."""
-        features = encode_prompts(self.clip, prompts.tokens.flatten(0, 1))
-        return pair_anchors(features.unflatten(0, prompts.tokens.shape[:2]), prompts.normal)
+        return pair_anchors(encode_classes(self.clip, prompts), prompts.normal)
 
     def forward(self, images: Tensor, text_side: Tensor, rows: Tensor, shared: SharedStreams | None = None) -> Outputs:
         """As `AdaptedCLIP.forward`."""
