@@ -7,6 +7,8 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ import model.blocks
 import model.frozen
 from engine.device import check_compiler
 from engine.training.advice import LESS_MEMORY
+from engine.training.base import train_base
 from engine.training.stages import Stage
 from engine.training.trainer import log_epoch
 from model import blocks
@@ -35,6 +38,7 @@ from tests.helpers import (
     random_batch,
     tiny_clip,
 )
+from tests.scripts import small_runs, write_clip, write_dataset
 from tests.test_trainer import epoch
 from tests.test_waiting import COMBINATIONS, make_batch, make_stage
 from utils.errors import UserError
@@ -198,6 +202,23 @@ def test_compiled_and_checkpointed_go_together(graphs: list[torch.fx.GraphModule
     assert graphs
     assert_agrees(again, loss, 1e-6)
     assert_all_agree(same, gradients, 1e-5)
+
+
+def test_a_restart_of_a_compiled_run_ends_with_the_same_weights(
+    graphs: list[torch.fx.GraphModule], tmp_path: Path
+) -> None:
+    """To 1e-4; and whether it is compiled makes it no other run."""
+    write_clip(tmp_path / "clip")
+    write_dataset(tmp_path / "train", count=2)
+    whole = replace(small_runs(tmp_path, compile=True)[0], image_epoch=2)
+    train_base(whole)
+    again = replace(whole, save_path=tmp_path / "again")
+    train_base(replace(again, image_epoch=1))
+    train_base(again)
+    assert graphs
+    ends = (torch.load(run.save_path / "image_adapter.pth", weights_only=True) for run in (again, whole))
+    assert_all_agree(*(end["image_adapter"] for end in ends), 1e-4)
+    train_base(replace(again, image_epoch=3, compile=False))
 
 
 def test_where_nothing_can_be_compiled_a_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
