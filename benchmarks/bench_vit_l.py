@@ -80,10 +80,10 @@ class Row:
 class Bench:
     """The two models, with and without cross-attention, on one CLIP, and the steps that they take."""
 
-    def __init__(self, device: str, tiny: bool) -> None:
+    def __init__(self, device: str, tiny: bool, img_size: int = SIZE) -> None:
         torch.manual_seed(0)
         config = TINY if tiny else open_clip.get_model_config(MODEL)
-        vision = config["vision_cfg"] if tiny else {**config["vision_cfg"], "image_size": SIZE}
+        vision = config["vision_cfg"] if tiny else {**config["vision_cfg"], "image_size": img_size}
         clip = FrozenCLIP(open_clip.CLIP(**{**config, "vision_cfg": vision}, quick_gelu=True), MODEL, "quick_gelu")
         self.device, self.clip = device, clip.to(device)
         chosen = clip.model_config()
@@ -266,7 +266,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     device = check_device(arguments.device, "fp32", arguments.tf32).partition(":")[0]
     if any(way.endswith("compiled") for way in arguments.ways):
         check_compiler(device)
-    bench = Bench(device, arguments.tiny)
+    bench = Bench(device, arguments.tiny, arguments.img_size)
     bench.check_losses()
     rows = list(rows_asked_for(bench, arguments))
     for row in rows if arguments.warm_up else ():
@@ -315,6 +315,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--tf32", choices=("on", "off"), default="on", help="for fp32 on a GPU")
+    parser.add_argument("--img_size", type=int, default=SIZE, help="side of the square images, pixels")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS[:4])
     parser.add_argument("--cross_attention", action="store_true", help="rows with cross-attention too")
