@@ -8,6 +8,7 @@ weights. Then every row takes a step in turn, `--repeats` times, after one that 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -209,6 +210,9 @@ def measure(row: Row, device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
     elif RESET_PEAK.exists():
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)  # what earlier steps have freed counts no more
         RESET_PEAK.write_text("5", encoding="ascii")
     start, processor = time.perf_counter(), time.process_time()
     row.step()
