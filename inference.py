@@ -20,7 +20,7 @@ REFERENCES = ("references", "reference_shots", "reference_seed", "reference_weig
 # What changes nothing where images are scored one by one.
 NOT_OF_IMAGES = (
     "dataset", "data_root", "metadata", "mask_threshold", "batch_size", "num_workers", "cache_images", "precision",
-    "skip_bad_images", "visualize",
+    "tf32", "compile", "skip_bad_images", "visualize",
 )  # fmt: skip
 
 

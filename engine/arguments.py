@@ -12,7 +12,8 @@ from utils.fields import changed, setting
 
 __all__ = ["Arguments", "DataArguments", "MachineArguments", "ModelArguments", "decided_by", "make_parser", "plain"]
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+# The first is bf16 where a GPU has it, else fp32.
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,20 @@ class DataArguments(Arguments):
 
 @dataclass(frozen=True)
 class MachineArguments(Arguments):
-    """How the machine is used; none of these changes what is computed, but for precision."""
+    """How the machine is used; none of these changes what is computed, but for precision and rounding."""
 
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", "machine", free=True)
-    precision: str = setting("fp32", "precision of the matrix products", "machine", choices=PRECISIONS)
+    precision: str = setting(
+        "auto", "precision of the matrix products; auto is bf16 on a GPU that has it, else fp32",
+        "machine", choices=PRECISIONS, before="fp32", kept=True,
+    )  # fmt: skip
+    tf32: str = setting(
+        "on", "whether a GPU may take TF32 for fp32's products in the encoders", "machine", choices=("on", "off"),
+        before="off", kept=True,
+    )  # fmt: skip
+    compile: bool = setting(
+        False, "compile the encoders' blocks with torch.compile for batches of the size asked for", "machine", free=True
+    )
     num_workers: int = setting(2, "processes that load images", "machine", between=(0, 512), free=True)
     cache_images: float = setting(
         20.0, "GiB that resized images may take, kept below the dataset's folder where they fit; 0 keeps none",

@@ -24,8 +24,11 @@ CPU_NAMES = Path("/proc/cpuinfo")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 
 
-def check_device(device: str, precision: str) -> str:
-    """Resolve `auto` and log what is computed on; `UserError` for a device that is absent or a precision it lacks."""
+def check_device(device: str, precision: str = "fp32", tf32: str = "off") -> str:
+    """Resolve `auto`, let a GPU take TF32 or not, and log what is computed on and how.
+
+    Raises `UserError` for a device that is absent or a precision that it lacks.
+    """
     name, _, index = device.partition(":")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
@@ -36,13 +39,46 @@ def check_device(device: str, precision: str) -> str:
         raise UserError(f"--device {device}: there is none here; --device cpu runs anywhere")
     if index and int(index) >= torch.cuda.device_count():
         raise UserError(f"--device {device}: there are {torch.cuda.device_count()} here, counted from 0")
+    precision = choose_precision(device, precision)
     if precision == "fp16" and name == "cpu":
         raise UserError("--precision fp16 needs a GPU; take bf16 or fp32 on the CPU")
+    if name == "cuda":
+        # Where the rest is in half precision, what is left is left in fp32 on purpose.
+        faster = tf32 == "on" and precision == "fp32"
+        torch.set_float32_matmul_precision("high" if faster else "highest")
+        torch.backends.cudnn.allow_tf32 = False
+        precision += f", TF32 {'on' if faster else 'off'}"
     logger.info(
         "Device: %s (%s), precision %s, torch %s, CUDA %s",
         device, device_name(device), precision, torch.__version__, torch.version.cuda or "none",
     )  # fmt: skip
     return device
+
+
+def choose_precision(device: torch.device | str, precision: str) -> str:
+    """What `auto` means on a device: bf16 on a GPU that computes in it, else fp32; anything else means itself."""
+    if precision != "auto":
+        return precision
+    cuda = torch.device(device).type == "cuda"
+    return "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def check_compiler(device: str) -> None:
+    """Raise `UserError` where `torch.compile` cannot make anything that runs: it needs a compiler, on a GPU Triton."""
+    try:
+        torch.compile(_sum_of_two, fullgraph=True)(torch.zeros(2, device=device))
+    except RuntimeError as error:
+        # Earlier versions of torch say first who complains.
+        lines = (line.strip() for line in str(error).splitlines() if not line.startswith("backend="))
+        reason = next(filter(None, lines), type(error).__name__)
+        raise UserError(
+            f"--compile: torch.compile does not work here ({reason}); install a C++ compiler, on a GPU Triton "
+            "too, or leave --compile out"
+        ) from error
+
+
+def _sum_of_two(x: torch.Tensor) -> torch.Tensor:
+    return x + x
 
 
 def device_name(device: str) -> str:
@@ -72,14 +108,20 @@ def warn_of_unused_gpu(device: torch.device, model: nn.Module) -> None:
     )  # fmt: skip
 
 
-def make_accelerator(device: str, precision: str, accumulate: int, tracker: str, save_path: Path) -> Accelerator:
-    """accelerate's Accelerator for the arguments of a run; `UserError` for a device or tracker that is not there."""
-    device = check_device(device, precision)
+def make_accelerator(
+    device: str, precision: str, tf32: str, accumulate: int, tracker: str, save_path: Path
+) -> tuple[Accelerator, str]:
+    """accelerate's Accelerator for the arguments of a run, and the precision that `auto` has come to.
+
+    Raises `UserError` for a device or tracker that is not there.
+    """
+    device = check_device(device, precision, tf32)
+    precision = choose_precision(device, precision)
     if tracker == "wandb" and find_spec("wandb") is None:
         raise UserError("--tracker wandb: wandb is not installed; pip install wandb, or take tensorboard")
     if device.startswith("cuda:"):
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision="no" if precision == "fp32" else precision,
         gradient_accumulation_steps=accumulate,
@@ -88,3 +130,4 @@ def make_accelerator(device: str, precision: str, accumulate: int, tracker: str,
         # Batches lie in pinned memory then, and their copies need not be waited for.
         dataloader_config=DataLoaderConfiguration(non_blocking=device.startswith("cuda")),
     )
+    return accelerator, precision

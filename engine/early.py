@@ -22,7 +22,7 @@ from engine.calibration import FALSE_ALARMS, check_enough, read_calibration
 from engine.evaluation.arguments import NO_CHECKPOINT, ComparisonArguments, InferenceArguments, VisualizationArguments
 from engine.export_arguments import ExportArguments, check_export
 from engine.hub import check_checkpoint
-from engine.remembered import arguments_in
+from engine.remembered import arguments_in, as_begun
 from engine.run_folder import (
     STATE_FILE,
     check_same_run,
@@ -45,7 +45,8 @@ def check_training(config: RunConfig) -> None:
     before = _silent_arguments(config.save_path)
     if before and (config.save_path / STATE_FILE).is_file():
         # A run takes its class names from what it starts from where it is not given any.
-        asked = {name: value for name, value in config.signature().items() if name in before and name != "class_names"}
+        now = as_begun(config, before).signature()
+        asked = {name: value for name, value in now.items() if name in before and name != "class_names"}
         check_same_run(config.save_path, before, asked)
     starts_elsewhere = any(getattr(config, name, None) for name in ("init_from", "load_base_image_adapter"))
     check_data(config.dataset, config.data_root, before, starts_elsewhere, config.metadata, config.class_names)

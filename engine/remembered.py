@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from dataset.locate import locate_dataset
 from dataset.options import HALF, NAMES
 from engine.run_folder import ARGUMENTS_FILE
 from engine.task import TaskData, load_task
-from engine.training.arguments import RunConfig
+from engine.training.arguments import Config, RunConfig
 from model.config import CrossAttentionConfig, SavedArguments
 from utils.errors import UserError
 from utils.schema import check
@@ -45,6 +46,21 @@ def forward_of_older_run(config: type[RunConfig], given: Mapping[str, Any]) -> d
     if not before or changed.keys() <= before.keys():
         return {}
     return {name: before.get(name, was) for name, was in changed.items()}
+
+
+def as_begun(config: Config, run: Mapping[str, Any]) -> Config:
+    """`config` with what a run began with where that is not given; run: its arguments, none where it begins now."""
+    if not run:
+        return config
+    was = {**type(config).of_before(), **run}
+    kept = [
+        item.name
+        for item in fields(config)
+        if item.metadata.get("kept")
+        and getattr(config, item.name) == item.default
+        and was.get(item.name) in item.metadata["choices"]
+    ]
+    return replace(config, **{name: was[name] for name in kept})
 
 
 def load_task_of_run(

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from model.adapter_modules import SimpleProj, blend, make_adapter
-from model.blocks import run_block, unit
+from model.blocks import run_block, run_block_for_class, unit
 from model.clip import FrozenCLIP
 from model.config import COMPONENTS, LoopForward, ModelConfig, check_depths
-from model.frozen import ImageFeatures, frozen_features
+from model.frozen import ImageFeatures, SharedStreams, frozen_features
 from model.scoring import Outputs, compare
-from model.text import Prompts, encode_prompts, pair_anchors
+from model.text import Prompts, encode_classes, pair_anchors
 
 
 class AdaptedCLIP(nn.Module):
@@ -66,9 +66,7 @@ class AdaptedCLIP(nn.Module):
 
     def anchors(self, prompts: Prompts) -> Tensor:
         """Anchors of all classes from one text pass, (C, D, 2); CLIP's own where the text side is not adapted."""
-        tokens = prompts.tokens.flatten(0, 1)  # (C * P, T)
-        features = encode_prompts(self.clip, tokens, **self.text_modules)
-        return pair_anchors(features.unflatten(0, prompts.tokens.shape[:2]), prompts.normal)
+        return pair_anchors(encode_classes(self.clip, prompts, **self.text_modules), prompts.normal)
 
     def frozen_features(self, images: Tensor) -> ImageFeatures:
         """What Stage 1 looks at: CLIP's own features by V-V attention, without gradient."""
@@ -101,7 +99,8 @@ class AdaptedCLIP(nn.Module):
         features, patches = [], x
         depth = self.clip.vision_layers if with_context else self.config.levels[-1]
         for index, block in enumerate(visual.transformer.resblocks[:depth]):
-            x = run_block(block, x)
+            last = index + 1 == self.clip.vision_layers and index + 1 not in projectors
+            x = self.clip.run(run_block_for_class if last else run_block, block, x)
             if index == 0 and after_first_block is not None:
                 x = after_first_block(x)
             if index < len(adapters):
@@ -127,10 +126,11 @@ class AdaptedCLIP(nn.Module):
         """What `forward` needs of the text side, computed once for all images: anchors (C, D, 2), without gradient."""
         return self.anchors(prompts)
 
-    def forward(self, images: Tensor, text_side: Tensor, rows: Tensor) -> Outputs:
+    def forward(self, images: Tensor, text_side: Tensor, rows: Tensor, shared: SharedStreams | None = None) -> Outputs:
         """Similarities of B images to the anchors of their classes: the one forward of Stage 2 and of evaluation.
 
         images: (B, 3, S, S), normalised; text_side: as `text_side` gives it; rows: (B,), each image's class in it.
+        shared: what other models have computed of the same images.
         """
         features = self.image_features(images)
         return compare(features.levels, features.det, text_side[rows])

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from model.adapter import AdaptedCLIP
 from model.adapter_modules import blend
-from model.blocks import run_block, unit
+from model.blocks import run_block, take_tokens, unit
 from model.clip import FrozenCLIP
 from model.config import CrossAttentionConfig, LoopForward, ModelConfig, check_cross_attention
 from model.cross_attention import CrossAttention, prepare_context
-from model.frozen import ImageFeatures, frozen_features, projected_features
+from model.frozen import ImageFeatures, SharedStreams, frozen_features, projected_features
 from model.scoring import Outputs, compare
-from model.text import Prompts, begin_prompts, finish_prompts, pair_anchors
+from model.text import Prompts, begin_prompts, finish_classes, finish_prompts, pair_anchors
 
 
 class TextSide(NamedTuple):
@@ -145,10 +145,12 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
             return self.image_features(images, self._words(prompts, loop), rows)
         return self._features_on_frozen_tokens(images, loop, self.config.levels)
 
-    def _features_on_frozen_tokens(self, images: Tensor, loop: LoopForward, levels: Sequence[int]) -> ImageFeatures:
+    def _features_on_frozen_tokens(
+        self, images: Tensor, loop: LoopForward, levels: Sequence[int], shared: SharedStreams | None = None
+    ) -> ImageFeatures:
         if loop.text_context == "projectors":
-            return projected_features(self.clip, images, self.config, self.image_adapter["seg_proj"], levels)
-        return frozen_features(self.clip, images, self.config, levels)
+            return projected_features(self.clip, images, self.config, self.image_adapter["seg_proj"], levels, shared)
+        return frozen_features(self.clip, images, self.config, levels, shared)
 
     def text_context(self, features: ImageFeatures) -> Tensor:
         """What text tokens attend to: the level-0 features with the class embedding in them, (B, N, D)."""
@@ -183,6 +185,12 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
         """
         if self.anchors_attend:
             return self.anchors_see_image(start[rows], context)
+        if not (self.text_cross_attn.training and self.text_cross_attn.dropout):
+            stream = take_tokens(start.flatten(1, 2), prompts.tree.taken)  # (C, U, D_t)
+            x = self.attend_to_image(stream[rows], context)
+            features = finish_classes(self.clip, x, prompts.tree.of(rows), **self.text_modules)
+            return pair_anchors(features, prompts.normal)
+        # Dropout lets each prompt see the image in its own way, also where prompts begin alike.
         tokens = prompts.tokens[rows]  # (B, P, T)
         x = self.attend_to_image(start[rows].flatten(1, 2), context)  # (B, P * T, D_t)
         x = x.unflatten(1, tokens.shape[1:]).flatten(0, 1)  # (B * P, T, D_t)
@@ -215,22 +223,28 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
         context, mask = text_side.context[rows], text_side.mask[rows]
         return self.encode_image(images, lambda x: self.attend_to_text(x, context, mask), with_context)
 
-    def context_features(self, images: Tensor, features: ImageFeatures, loop: LoopForward) -> ImageFeatures:
+    def context_features(
+        self, images: Tensor, features: ImageFeatures, loop: LoopForward, shared: SharedStreams | None = None
+    ) -> ImageFeatures:
         """`features`, those of the trained branch, with what text sees as its `context`: theirs, or frozen ones'."""
         if loop.text_context == "trained":
             return features
-        # Alone under `batch_axis`: what anchors see in testing must not depend on the batch that an image is in.
-        batches = images.split(1) if self.config.surgery == "batch_axis" else [images]
-        found = [self._features_on_frozen_tokens(batch, loop, self.config.levels[:1]) for batch in batches]
+        levels = self.config.levels[:1]
+        if self.config.surgery != "batch_axis":
+            return features._replace(context=self._features_on_frozen_tokens(images, loop, levels, shared).context)
+        # Alone: what anchors see in testing must not depend on the batch that an image is in.
+        found = [self._features_on_frozen_tokens(batch, loop, levels) for batch in images.split(1)]
         return features._replace(context=torch.cat([one.context for one in found]))
 
-    def forward(self, images: Tensor, text_side: TextSide, rows: Tensor) -> Outputs:
+    def forward(
+        self, images: Tensor, text_side: TextSide, rows: Tensor, shared: SharedStreams | None = None
+    ) -> Outputs:
         """As `AdaptedCLIP.forward`, against anchors that each image conditions; no gradient reaches the text side."""
         features = self.image_features(images, text_side, rows)
         if not self.text_sees_image(text_side.loop):
             return compare(features.levels, features.det, text_side.anchors[rows])
         with torch.no_grad():
-            context = self.text_context(self.context_features(images, features, text_side.loop))
+            context = self.text_context(self.context_features(images, features, text_side.loop, shared))
             start = text_side.anchors if self.anchors_attend else text_side.stream
             anchors = self.conditioned_anchors(text_side.prompts, start, rows, context)
         return compare(features.levels, features.det, anchors)

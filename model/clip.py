@@ -11,6 +11,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
+from model.blocks import BlockRunner
 from model.config import ModelConfig, depth_defaults
 from utils.errors import UserError
 
@@ -19,7 +20,8 @@ class FrozenCLIP(nn.Module):
     """An open_clip CLIP whose parameters never change: no gradients, always in eval mode.
 
     Attributes: `clip` (the open_clip model), `model_name`, `activation` ("gelu" or "quick_gelu"), `img_size` in pixels,
-    `mean` and `std` of the image normalisation, `weights_digest` (of all weights but the resized positions).
+    `mean` and `std` of the image normalisation, `weights_digest` (of all weights but the resized positions), `run` (how
+    its blocks are run on this machine).
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class FrozenCLIP(nn.Module):
         self.img_size: int = clip.visual.image_size[0]
         self.weights_digest = digest_weights(clip)
         self.tokenizer = SimpleTokenizer(context_length=clip.context_length)
+        self.run = BlockRunner()
         self.eval()
 
     def train(self, mode: bool = True) -> FrozenCLIP:

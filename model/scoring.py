@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from model.blocks import full_precision
+from model.blocks import full_precision, full_product
 from model.config import DET_SCORES
 
 TEMPERATURE = 100.0
@@ -43,16 +43,12 @@ DOMAINS = {"industrial": Domain(7, 1.0, True), "medical": Domain(9, 1.5, False)}
 
 def similarities(levels: Sequence[Tensor], anchors: Tensor) -> list[Tensor]:
     """s = 100 f . anchors: levels (B, N, D) and anchors (B, D, 2) -> (B, N, 2) each, in float32 or better."""
-    with torch.autocast(anchors.device.type, enabled=False):
-        anchors = full_precision(anchors)
-        return [TEMPERATURE * full_precision(level) @ anchors for level in levels]
+    return [full_product(TEMPERATURE * full_precision(level), anchors) for level in levels]
 
 
 def compare(levels: Sequence[Tensor], det: Tensor, anchors: Tensor) -> Outputs:
     """Features of B images against each image's own anchors (B, D, 2)."""
-    with torch.autocast(anchors.device.type, enabled=False):
-        det_scores = (full_precision(det)[:, None] @ full_precision(anchors))[:, 0]
-    return Outputs(similarities(levels, anchors), det_scores, levels)
+    return Outputs(similarities(levels, anchors), full_product(det[:, None], anchors)[:, 0], levels)
 
 
 def to_grid(tokens: Tensor) -> Tensor:
@@ -80,7 +76,8 @@ def level_maps(outputs: Outputs, size: int, domain: str) -> Tensor:
         grid = (abnormal + 1 - normal) / 2
         # Reflection needs a border narrower than the grid; only grids below 5 x 5 patches come to this.
         kernel = min(rule.kernel, 2 * grid.shape[-1] - 1)
-        maps.append(enlarge(gaussian_blur(grid, [kernel, kernel], [rule.sigma, rule.sigma]), size)[:, 0])
+        with torch.autocast(grid.device.type, enabled=False):
+            maps.append(enlarge(gaussian_blur(grid, [kernel, kernel], [rule.sigma, rule.sigma]), size)[:, 0])
     return torch.stack(maps)
 
 

@@ -13,10 +13,12 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 
 from benchmarks.bench_metrics import plain_aupro
 from engine.data import evaluation_loader, make_dataset
-from engine.detector import Detector
+from engine.detector import Detector, unadapted_detector
 from engine.evaluation import evaluate as module
 from engine.evaluation.evaluate import METRICS, evaluate
 from engine.task import TaskData, load_task
+from model import frozen
+from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.clip_loading import load_clip
 from model.scoring import anomaly_map, class_image_scores, det_scores
 from tests.helpers import adapted_clip
@@ -39,6 +41,27 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TaskData:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Detector]:
     clip = load_clip(f"local-dir:{write_clip(tmp_path_factory.mktemp('world') / 'clip')}")
     return {f"model {seed}": Detector(adapted_clip(clip, seed), f"model {seed}") for seed in (1, 2)}
+
+
+def test_models_share_frozen_features(
+    models: dict[str, Detector], data: TaskData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unadapted CLIP and two whose prompts see frozen features: the same figures, from one pass for all."""
+    passes, taken = [], frozen.surgery_stream
+    monkeypatch.setattr(frozen, "surgery_stream", lambda *given: passes.append(given) or taken(*given))
+    clip = next(iter(models.values())).clip
+    several: dict[str, Detector] = {"unadapted": unadapted_detector(clip)}
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = AdaptedCLIPWithCrossAttention(clip, clip.model_config())
+        several[f"cross {seed}"] = Detector(model, f"cross {seed}")
+    other = AdaptedCLIPWithCrossAttention(clip, clip.model_config(surgery="sequential"))
+    several["other features"] = Detector(other, "other features")
+    together, count = evaluate(several, data, "cpu", BATCH), len(passes)
+    for name, detector in several.items():
+        passes.clear()
+        assert evaluate({name: detector}, data, "cpu", BATCH)[name] == together[name]
+    assert count == 2 * len(passes) > 0
 
 
 @torch.inference_mode()

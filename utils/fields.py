@@ -22,6 +22,7 @@ def setting(
     under: Mapping[str, Any] | None = None,
     before: Any = MISSING,
     word: bool = False,
+    kept: bool = False,
 ) -> Any:
     """A field that can be a script's argument by the same name; its annotation says the type.
 
@@ -30,12 +31,12 @@ def setting(
     several: takes one value or more, a tuple. kind: reads the text where the annotation does not say how. alone: the
     value where the argument stands without one. under: its default under presets and recipes, by their names. before:
     what it was in runs that do not have it, where that is not the default. word: it is given by its place, not by a
-    flag.
+    flag. kept: where it is not given, a run that goes on keeps what it began with.
     """
     metadata = {
         "help": help, "group": group, "between": between, "choices": choices, "free": free, "unset": unset,
         "several": several, "kind": kind, "alone": alone,
-        "under": dict(under or {}), "before": before, "word": word,
+        "under": dict(under or {}), "before": before, "word": word, "kept": kept,
     }  # fmt: skip
     return field(default=default, metadata=metadata)
 

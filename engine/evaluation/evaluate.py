@@ -17,8 +17,10 @@ from torch import Tensor
 from dataset.catalog import readable_name
 from engine.data import evaluation_loader, make_dataset
 from engine.detector import Detector
+from engine.device import choose_precision
 from engine.task import TaskData
 from model.config import DET_SCORES
+from model.frozen import SharedStreams
 from model.references import joined_anomaly_map
 from model.scoring import Outputs, anomaly_map, class_image_scores, det_scores
 from utils.files import write_text
@@ -134,12 +136,13 @@ def evaluate(
     device: torch.device | str,
     batch_size: int = 8,
     num_workers: int = 0,
-    precision: str = "fp32",
+    precision: str = "auto",
 ) -> dict[str, Evaluation]:
     """Evaluate models that share one CLIP on all images of `data`, which are loaded once.
 
-    Image scores take the det score that each detector says. A class that a detector has references of is scored by
-    maps joined with theirs (docs/method.md, "References").
+    Frozen features of an image are computed once for all models that look at the same ones. Image scores take the det
+    score that each detector says. A class that a detector has references of is scored by maps joined with theirs
+    (docs/method.md, "References").
     Scores are normalised per class (docs/method.md, "Scores"), so a class's metrics are taken when it is complete. Maps
     are counted and not kept.
     Raises `UserError` for images that cannot be read, and names the first image whose map is not finite.
@@ -158,9 +161,10 @@ def evaluate(
         for batch in batches:
             images = batch["image"].to(device, non_blocking=True)
             rows = torch.full((len(images),), data.classes.index(class_name), device=device)
+            shared = SharedStreams()
             for name, kept in scores.items():
                 with autocast(device, precision):
-                    outputs = models[name].model(images, text_sides[name], rows)
+                    outputs = models[name].model(images, text_sides[name], rows, shared)
                     joined = joined_map_of(models[name], class_name, outputs, images, domain)
                 kept.add(outputs, batch, joined)
             bar.update(len(images))
@@ -182,7 +186,7 @@ def joined_map_of(detector: Detector, class_name: str, outputs: Outputs, images:
 
 def autocast(device: torch.device | str, precision: str) -> torch.autocast:
     """Half precision where it is asked for, a context that changes nothing otherwise."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choose_precision(device, precision))
     return torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype is not None)
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from dataset.options import HALF
 from engine.detector import Detector, build_detector, load_clip_for, unadapted_detector
-from engine.device import check_device
+from engine.device import check_compiler, check_device
 from engine.evaluation.arguments import ALL, NO_CHECKPOINT
 from engine.evaluation.evaluate import (
     Evaluation,
@@ -28,6 +28,7 @@ from engine.references import ReferenceChoice
 from engine.remembered import load_task_of_run
 from engine.run_folder import find_checkpoints
 from engine.task import TaskData, load_two_folders, mask_notes
+from model.blocks import BlockRunner
 from model.checkpoint import Checkpoint, read_checkpoint
 from model.clip_loading import load_clip
 from utils.errors import UserError
@@ -114,7 +115,9 @@ def evaluate_checkpoints(
     num_workers: int = 0,
     cache_images: float = 0.0,
     device: str = "auto",
-    precision: str = "fp32",
+    precision: str = "auto",
+    tf32: str = "on",
+    compile: bool = False,
     clip_weights: str | None = None,
     visualize: int | str | None = None,
     two_folders: TwoFolders | None = None,
@@ -129,10 +132,13 @@ def evaluate_checkpoints(
     Raises `UserError` for files, datasets and devices that are not there or do not fit.
     """
     set_up_logging()
-    device = check_device(device, precision)
+    device = check_device(device, precision, tf32)
     folder = output_folder(checkpoint, output_dir)
     check_folder(folder, "--output_dir")
+    if compile:
+        check_compiler(device)
     detectors = load_detectors(checkpoint, clip_weights, device, **overrides)
+    detectors[0].clip.run = BlockRunner(compiled=(batch_size,) if compile else ())
     run = detectors[0].arguments
     if two_folders is not None:
         data = load_two_folders(*two_folders, skip_bad_images)

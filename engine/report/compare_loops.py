@@ -13,7 +13,7 @@ from typing import Any
 from dataset.options import HALF
 from dataset.records import metadata_digest
 from engine.detector import UNADAPTED, Detector, build_detector, load_clip_for, unadapted_detector
-from engine.device import check_device
+from engine.device import check_compiler, check_device, choose_precision
 from engine.evaluation.evaluate import Evaluation, evaluate
 from engine.evaluation.inference import zero_shot_notes
 from engine.remembered import arguments_in, load_task_of_run
@@ -32,6 +32,7 @@ from engine.report.page import shown_rows, write_report
 from engine.run_folder import REPORT_FILE, find_latest, find_loops, loop_file
 from engine.task import TaskData, mask_notes
 from engine.training.feedback_arguments import MOST_LOOPS
+from model.blocks import BlockRunner
 from model.checkpoint import TEXT_FILE, Checkpoint, file_digest, read_checkpoint
 from model.clip import FrozenCLIP
 from model.config import COMPONENTS
@@ -53,6 +54,8 @@ class Setting:
     data: TaskData
     device: str
     precision: str
+    tf32: str
+    compile: bool
     batch_size: int
     num_workers: int
     clip_weights: str | None
@@ -80,7 +83,9 @@ def compare_feedback_loops(
     num_workers: int = 0,
     cache_images: float = 0.0,
     device: str = "auto",
-    precision: str = "fp32",
+    precision: str = "auto",
+    tf32: str = "on",
+    compile: bool = False,
     clip_weights: str | None = None,
     report: bool = False,
     **overrides: Any,
@@ -98,7 +103,9 @@ def compare_feedback_loops(
     folder = output_dir or save_path
     files = find_loops(save_path)
     check_folder(folder, "--output_dir")
-    device = check_device(device, precision)
+    device = check_device(device, precision, tf32)
+    if compile:
+        check_compiler(device)
     references = [
         Row(name, checkpoint=read_weights(find_latest(path, flag)))
         for name, flag, path in ((BASE, "--base_path", base_path), (CROSS_ATTENTION, "--cross_path", cross_path))
@@ -112,7 +119,17 @@ def compare_feedback_loops(
     run = next((row.config["arguments"] for row in reversed(rows) if row.config), {})
     data = load_task_of_run(run, dataset, data_root, metadata, class_names, skip_bad_images, mask_threshold)
     data = replace(data, cache_gib=cache_images)
-    setting = Setting(data, device, precision, batch_size, num_workers, clip_weights, overrides)
+    setting = Setting(
+        data,
+        device,
+        choose_precision(device, precision),
+        tf32,
+        compile,
+        batch_size,
+        num_workers,
+        clip_weights,
+        overrides,
+    )
     clip = share_clip(rows, setting)
     if clip is None:
         logger.warning("No loop can be read, and nothing else says on which CLIP to compare: there are no figures")
@@ -134,7 +151,8 @@ def compare_feedback_loops(
             "save_path": save_path, "dataset": dataset, "base_path": base_path, "cross_path": cross_path,
             "unadapted": unadapted, "output_dir": output_dir, "data_root": data_root, "metadata": metadata,
             "class_names": class_names, "skip_bad_images": skip_bad_images, "clip_weights": clip_weights, **overrides,
-            "precision": None if precision == "fp32" else precision, "report": True,
+            "precision": None if precision == "auto" else precision, "tf32": None if tf32 == "on" else tf32,
+            "report": True,
             "mask_threshold": None if mask_threshold == HALF else mask_threshold,
         }  # fmt: skip
         command = command_line("compare_feedback_loops.py", asked)
@@ -231,6 +249,7 @@ def evaluate_rows(
     # By key, so that content which two rows share is evaluated once.
     pending = {keys[row.name]: row for row in rows if not row.problem and keys[row.name] not in cache}
     if pending:
+        clip.get().run = BlockRunner(compiled=(setting.batch_size,) if setting.compile else ())
         detectors, problems = build_detectors(pending, clip.get(), setting)
         rows = [
             replace(row, checkpoint=None, problem=problems[keys[row.name]]) if keys.get(row.name) in problems else row
@@ -279,6 +298,7 @@ def cache_keys(rows: Sequence[Row], clip_settings: Mapping[str, Any], setting: S
         "prompt_names": setting.data.names,
         "domain": setting.data.located.spec.domain,
         "precision": setting.precision,
+        **({} if setting.device == "cpu" else {"tf32": setting.tf32}),
         "overrides": {
             name: value
             for name, value in setting.overrides.items()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-LESS_MEMORY = "a smaller --image_batch_size or --text_batch_size, --precision bf16, a smaller --img_size"
+LESS_MEMORY = (
+    "--checkpoint_blocks, a smaller --image_batch_size or --text_batch_size, --precision bf16, a smaller --img_size"
+)
 
 
 def remedies_for(side: str, feedback: bool) -> dict[str, tuple[str, ...]]:

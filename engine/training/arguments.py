@@ -14,6 +14,8 @@ from utils.fields import changed, setting
 
 RECIPES = ("toy",)
 MOST_EPOCHS, MOST_IMAGES = 100_000, 100_000
+# Images in a forward where a loop is evaluated.
+LOOP_BATCH = 8
 # Far beyond sense, but an optimizer can take it; a loss that is not finite then stops the run.
 LARGEST_RATE = 1e30
 
@@ -56,6 +58,10 @@ class RunConfig(MachineArguments, DataArguments, ModelArguments):
     accumulate: int = setting(
         1, "batches whose gradients make one optimizer step", "training", between=(1, MOST_IMAGES)
     )
+    checkpoint_blocks: bool = setting(
+        False, "keep less of each block for the backward pass, and compute it again: less memory, more time", "machine",
+        free=True,
+    )  # fmt: skip
     text_norm_weight: float = setting(
         0.1, "weight of the anchors' overlap in Stage 1's loss", "training", between=(0, 1000), under={"toy": 3.0}
     )

@@ -13,6 +13,7 @@ from engine.evaluation.evaluate import METRICS, evaluate, said_of_det_score, sum
 from engine.remembered import load_task_of_run
 from engine.run_folder import CURVES_FILE, FINAL_FILE, loop_file
 from engine.task import TaskData
+from engine.training.arguments import LOOP_BATCH
 from engine.training.feedback_arguments import FeedbackConfig, LoopPlan, loop_forward, plan_loops, plan_table
 from engine.training.opening import open_run, prepare
 from engine.training.phases import Phase, loaders_of
@@ -40,6 +41,7 @@ def train_feedback(config: FeedbackConfig) -> None:
     """
     plan = plan_loops(config)
     opening = prepare(config, SCRIPT, read_start(config))
+    config = opening.config
     if config.order != "stages" and opening.accelerator.num_processes > 1:
         raise UserError(f"--order {config.order} trains in one process: leave accelerate launch out")
     training, validation = opening.data, None
@@ -47,7 +49,7 @@ def train_feedback(config: FeedbackConfig) -> None:
         training, validation = hold_out(training, config.val_fraction, config.seed)
     tested = None
     if config.eval_dataset:
-        asked = opening.config.to_dict()
+        asked = config.to_dict()
         tested = load_task_of_run(asked, config.eval_dataset, mask_threshold=config.mask_threshold)
         tested = replace(tested, cache_gib=config.cache_images)
     for loop in plan:
@@ -167,7 +169,7 @@ class LoopFinisher:
                 forward = loop_forward(self.config, loop)
                 detector = Detector(self.model, f"loop {loop}", None, forward, self.config.det_score)
                 device = self.run.accelerator.device
-                evaluation = evaluate({detector.name: detector}, data, device, 8, 0, self.config.precision)
+                evaluation = evaluate({detector.name: detector}, data, device, LOOP_BATCH, 0, self.config.precision)
                 found[name] = {metric: evaluation[detector.name].average(metric)[0] for metric in METRICS}
                 what = "held-out training images" if name == "validation" else evaluation[detector.name].dataset
                 what += said_of_det_score(detector.det_score)

@@ -13,17 +13,19 @@ import torch
 from accelerate import Accelerator
 
 from dataset.options import NAMES
-from engine.device import make_accelerator
-from engine.remembered import arguments_in, load_task_of_run
+from engine.device import check_compiler, make_accelerator
+from engine.remembered import arguments_in, as_begun, load_task_of_run
 from engine.run_folder import STATE_FILE
 from engine.task import TaskData, choose_training_images
-from engine.training.arguments import CrossAttentionArguments, RunConfig
+from engine.training.arguments import LOOP_BATCH, CrossAttentionArguments, RunConfig
 from engine.training.image_loss import check_labels
 from engine.training.restart import run_folder
 from engine.training.run import TrainingRun
 from engine.training.start import Start, carry_over_moments, check_start, load_start, log_initialisation
+from engine.training.state import signature_in
 from model.adapter import AdaptedCLIP
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
+from model.blocks import BlockRunner
 from model.checkpoint import SCHEMA, check_config
 from model.clip import FrozenCLIP
 from model.clip_loading import load_clip
@@ -63,7 +65,11 @@ def prepare(config: RunConfig, script: str, start: Start | None = None, text_ada
         # Its own from now on, so that what it trains is tested by the same kind of names.
         config = replace(config, class_names=remembered["class_names"])
         logger.info("--class_names is that of the training before: %s", config.class_names)
-    accelerator = make_accelerator(config.device, config.precision, config.accumulate, config.tracker, config.save_path)
+    config = as_begun(config, arguments_in(config.save_path) or signature_in(config.save_path))
+    accelerator, precision = make_accelerator(
+        config.device, config.precision, config.tf32, config.accumulate, config.tracker, config.save_path
+    )
+    config = replace(config, precision=precision)
     with accelerator.main_process_first():  # it writes the metadata, and draws the toy datasets, on first use
         data = load_task_of_run(
             remembered,
@@ -78,7 +84,11 @@ def prepare(config: RunConfig, script: str, start: Start | None = None, text_ada
     data = replace(data, cache_gib=config.cache_images)
     data = choose_training_images(data, config.training_mode, config.shot, config.seed)
     activation = config.activation or start.activation
+    if config.compile:
+        check_compiler(str(accelerator.device))
     clip = load_clip(config.model_name, config.clip_weights, config.img_size, activation)
+    sizes = (config.text_batch_size, config.image_batch_size, LOOP_BATCH) if config.compile else ()
+    clip.run = BlockRunner(config.checkpoint_blocks, sizes)
     chosen = resolve_model(config, clip, text_adapted)
     torch.manual_seed(derive_seed(config.seed))
     if isinstance(config, CrossAttentionArguments):

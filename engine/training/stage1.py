@@ -35,7 +35,7 @@ class TextStage(Stage):
         """A batch of samples -> Stage 1's losses; the classes that occur in it share one text pass."""
         mask = square_mask(batch)
         present, rows = present_classes(batch, self.order)
-        prompts = Prompts(self.prompts.tokens.to(rows.device)[present], self.prompts.normal)
+        prompts = self.prompts.of_classes(present)
         features = self.model.stage1_features(batch["image"], prompts, rows, self.loop)
         anchors = self.model.batch_anchors(prompts, rows, features, self.loop)  # (B, D, 2)
         levels, config = similarities(features.levels, anchors), self.config

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine.run_folder import STATE_FILE
 from engine.training.optimizers import are_moments_of
 from model.checkpoint import as_checkpoint, load, load_component
 from model.config import SIDES
@@ -77,6 +78,12 @@ def read_state(file: Path) -> dict[str, Any]:
     if len(content["done"]) != len(content["planned"]):
         raise UserError(f"{file}: done and planned count different phases, so it is damaged")
     return content
+
+
+def signature_in(folder: Path) -> dict[str, Any]:
+    """What the run in a folder must agree in, by its state; nothing where no run is there."""
+    file = folder / STATE_FILE
+    return read_state(file)["signature"] if file.is_file() else {}
 
 
 def restore(

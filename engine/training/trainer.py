@@ -7,6 +7,7 @@ from utils.script import forget_children
 import logging
 import math
 import signal
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -89,7 +90,7 @@ def train_epoch(
     opening: list[Tensor] = []
     rates: list[float] = []
     parameters = [parameter for part in components.values() for parameter in part.parameters()]
-    start = time.perf_counter()
+    start, compiled = time.perf_counter(), _seconds_compiling()
     bar = progress_bar(len(loader), description)
     for batch in loader:
         with accelerator.accumulate(stage):
@@ -126,6 +127,7 @@ def train_epoch(
         "opening_loss": float(accelerator.reduce(torch.stack(opening).mean(), "mean")),
         "lr": math.fsum(rates) / max(1, len(rates)),
         "memory_gib": _memory(accelerator.device),
+        **({"compile_seconds": spent} if (spent := _seconds_compiling() - compiled) else {}),
     }
 
 
@@ -179,6 +181,13 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else float("nan")
 
 
+def _seconds_compiling() -> float:
+    """What `torch.compile` has taken in this process so far."""
+    if "torch._dynamo" not in sys.modules:
+        return 0.0
+    return torch._dynamo.utils.calculate_time_spent().get("total_wall_time", 0.0)
+
+
 def _memory(device: torch.device) -> float:
     """GiB: the peak on the GPU, or what the process holds on the CPU."""
     used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
@@ -207,6 +216,8 @@ def log_epoch(row: Mapping[str, Any], epochs: int) -> None:
         "  epoch %d of %d, lr %.3g, %s%.1f images/s, %.2f GiB, %s left",
         row["epoch"], epochs, row["lr"], watched, row["images_per_second"], row["memory_gib"], readable_time(left),
     )  # fmt: skip
+    if "compile_seconds" in row:
+        logger.info("  compiling took %s of %s", *map(readable_time, (row["compile_seconds"], row["seconds"])))
     for warning in epoch_warnings(row):
         logger.warning("  %s", warning)
 

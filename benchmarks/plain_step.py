@@ -1,0 +1,136 @@
+"""Both stages as AA-CLIP's published code computes them, in plain words: what the benchmark compares with.
+
+Every weight of CLIP requires a gradient, attention writes its weights down, prompts have all 77 tokens, Stage 1 passes
+images through the encoder twice, and targets of the focal loss are one-hot tensors that are made on the CPU. V-V
+attention runs over the tokens of each image, which is `--surgery sequential` here: the published form is a mistake
+(docs/method.md, "Image, frozen") that costs as much. On the same weights the losses are those of this project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.adapter import AdaptedCLIP
+
+SMOOTHING = 1e-5
+
+
+class PlainModel:
+    """The published forward on the weights of a model; levels, depths and blend weights are the model's."""
+
+    def __init__(self, model: AdaptedCLIP) -> None:
+        self.model = model
+        self.clip = model.clip.clip
+        self.config = model.config
+
+    def attention(self, attn: nn.MultiheadAttention, x: Tensor, values_only: bool, mask: Tensor | None) -> Tensor:
+        batch, tokens, width = x.shape
+        packed = F.linear(x, attn.in_proj_weight, attn.in_proj_bias)
+        q, k, v = (part.view(batch, tokens, attn.num_heads, -1).transpose(1, 2) for part in packed.chunk(3, dim=-1))
+        if values_only:
+            q = k = v
+        scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+        weights = (scores if mask is None else scores + mask).softmax(dim=-1)
+        return attn.out_proj((weights @ v).transpose(1, 2).reshape(batch, tokens, width))
+
+    def block(self, block: nn.Module, x: Tensor, values_only: bool = False, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attention(block.attn, block.ln_1(x), values_only, mask)
+        return x + block.mlp(block.ln_2(x))
+
+    def blend(self, x: Tensor, adapter: nn.Module, weight: float) -> Tensor:
+        adapted = adapter(x)
+        adapted = adapted * x.norm(dim=-1, keepdim=True) / adapted.norm(dim=-1, keepdim=True)
+        return weight * adapted + (1 - weight) * x
+
+    def anchors(self, tokens: Tensor, normal: int) -> Tensor:
+        """Prompts of classes as token ids (C, P, 77) -> anchors (C, D, 2)."""
+        *adapters, projector = self.model.text_adapter
+        mask = torch.full((tokens.shape[-1],) * 2, float("-inf"), device=tokens.device).triu(1)
+        found = []
+        for prompts in tokens:
+            x = self.clip.token_embedding(prompts) + self.clip.positional_embedding
+            for index, block in enumerate(self.clip.transformer.resblocks):
+                x = self.block(block, x, mask=mask)
+                if index < len(adapters):
+                    x = self.blend(x, adapters[index], self.config.text_adapt_weight)
+            x = self.clip.ln_final(x)
+            features = F.normalize(projector(x[torch.arange(len(x)), prompts.argmax(dim=-1)]), dim=-1)
+            pair = [F.normalize(part.mean(dim=0), dim=-1) for part in (features[:normal], features[normal:])]
+            found.append(torch.stack(pair, dim=-1))
+        return torch.stack(found)
+
+    @torch.no_grad()
+    def frozen_features(self, images: Tensor) -> list[Tensor]:
+        """Two passes: V-V attention for the patches, the encoder as it is for the class token."""
+        visual, blocks = self.clip.visual, self.clip.visual.transformer.resblocks
+        first = len(blocks) - (self.config.surgery_until_layer - 1)
+        x, streams = self.model.clip.embed_image(images), []
+        for index, block in enumerate(blocks):
+            x = self.block(block, x, values_only=index >= first)
+            if index + 1 in self.config.levels:
+                streams.append(x[:, 1:])
+        x = self.model.clip.embed_image(images)
+        for block in blocks:
+            x = self.block(block, x)
+        cls = F.normalize(visual.ln_post(x[:, 0]) @ visual.proj, dim=-1)
+        return [F.normalize(visual.ln_post(stream) @ visual.proj, dim=-1) + cls[:, None] for stream in streams]
+
+    def image_features(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        visual, parts = self.clip.visual, self.model.image_adapter
+        x, found = self.model.clip.embed_image(images), []
+        for index, block in enumerate(visual.transformer.resblocks):
+            x = self.block(block, x)
+            if index < len(parts["layer_adapters"]):
+                x = self.blend(x, parts["layer_adapters"][index], self.config.image_adapt_weight)
+            if index + 1 in self.config.levels:
+                found.append(visual.ln_post(x[:, 1:]))
+        features = [F.normalize(p(x), dim=-1) for p, x in zip(parts["seg_proj"], found, strict=True)]
+        return features, F.normalize(parts["det_proj"](found[-1]), dim=-1).mean(dim=1)
+
+    def stage1_loss(self, images: Tensor, masks: Tensor, tokens: Tensor, rows: Tensor, normal: int) -> Tensor:
+        """tokens (C, P, 77): of the classes that occur; rows (B,): each image's."""
+        levels = self.frozen_features(images)
+        anchors = self.anchors(tokens, normal)[rows]
+        losses = [level_loss(level, anchors, masks) for level in levels]
+        overlap = (anchors[..., 0] * anchors[..., 1]).sum(dim=-1).mean() ** 2
+        return torch.stack(losses).mean() + 0.1 * overlap
+
+    def stage2_loss(self, images: Tensor, masks: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
+        """anchors (B, D, 2): each image's."""
+        levels, det = self.image_features(images)
+        classification = F.cross_entropy((det[:, None] @ anchors)[:, 0], labels)
+        return classification + torch.stack([level_loss(level, anchors, masks) for level in levels]).sum()
+
+
+def level_loss(level: Tensor, anchors: Tensor, masks: Tensor) -> Tensor:
+    side, size = round(level.shape[1] ** 0.5), masks.shape[-1]
+    grid = (100 * level @ anchors).transpose(1, 2).reshape(len(level), 2, side, side)
+    p = F.interpolate(grid, size, mode="bilinear", align_corners=True).softmax(dim=1)
+    return focal(p, masks) + dice(p[:, 0], 1 - masks) + dice(p[:, 1], masks)
+
+
+def focal(p: Tensor, masks: Tensor) -> Tensor:
+    flat, targets = p.permute(0, 2, 3, 1).reshape(-1, 2), masks.reshape(-1, 1).long().cpu()
+    one_hot = torch.zeros(len(targets), 2).scatter_(1, targets, 1)
+    one_hot = one_hot.clamp(SMOOTHING, 1 - SMOOTHING).to(p.device)
+    p_t = (one_hot * flat).sum(dim=1) + SMOOTHING
+    return (-((1 - p_t) ** 2) * p_t.log()).mean()
+
+
+def dice(p: Tensor, target: Tensor) -> Tensor:
+    p, target = p.flatten(1), target.flatten(1)
+    return (1 - (2 * (p * target).sum(dim=1) + 1) / (p.sum(dim=1) + target.sum(dim=1) + 1)).mean()
+
+
+def full_length(tokens: Tensor, length: int) -> Tensor:
+    """Token ids padded to all of CLIP's, (..., T) -> (..., length)."""
+    return F.pad(tokens, (0, length - tokens.shape[-1]))
+
+
+def parameters_of(model: AdaptedCLIP, names: Sequence[str]) -> list[nn.Parameter]:
+    """All parameters of components."""
+    return [parameter for name in names for parameter in model.components[name].parameters()]

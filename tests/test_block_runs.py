@@ -1,0 +1,262 @@
+"""How blocks are run: what is not computed, computed again, or compiled, and that none of it changes a result."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import model.adapter
+import model.blocks
+import model.frozen
+from engine.device import check_compiler
+from engine.training.advice import LESS_MEMORY
+from engine.training.base import train_base
+from engine.training.stages import Stage
+from engine.training.trainer import log_epoch
+from model import blocks
+from model.blocks import BlockRunner
+from model.frozen import surgery_stream
+from tests.helpers import (
+    adapted_clip,
+    assert_agrees,
+    assert_all_agree,
+    config_for,
+    gradients_of,
+    random_batch,
+    tiny_clip,
+)
+from tests.scripts import small_runs, write_clip, write_dataset
+from tests.test_trainer import epoch
+from tests.test_waiting import COMBINATIONS, make_batch, make_stage
+from utils.errors import UserError
+
+
+@contextmanager
+def everything_computed() -> Iterator[None]:
+    """All tokens of the last block, whoever reads them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.frozen, "run_block_for_class", blocks.run_block)
+        patch.setattr(model.adapter, "run_block_for_class", blocks.run_block)
+        patch.setattr(model.frozen, "run_block_dual_for_class", blocks.run_block_dual)
+        yield
+
+
+def flops_of(function: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("surgery", ["dual", "sequential", "batch_axis"])
+@pytest.mark.parametrize("levels", [(2, 4, 6, 8), (2,), (2, 5)])
+@pytest.mark.parametrize("until", [1, 2, 7, 9])
+def test_frozen_features_are_the_same_without_what_nothing_reads(
+    surgery: str, levels: tuple[int, ...], until: int
+) -> None:
+    clip, images = tiny_clip(), random_batch(40).images
+    config = config_for(clip, surgery=surgery, surgery_until_layer=until)
+
+    def streams() -> tuple[list[Tensor], Tensor]:
+        return surgery_stream(clip, images, config, levels)
+
+    found, cost = streams(), flops_of(streams)
+    with everything_computed():
+        expected, cost_of_all = streams(), flops_of(streams)
+    for stream, other in zip([*found[0], found[1]], [*expected[0], expected[1]], strict=True):
+        assert_agrees(stream, other, 1e-5)
+    # With neither V-V attention nor fewer levels the patches of the last block are read.
+    assert cost == cost_of_all if until == 1 and levels[-1] == 8 else cost < cost_of_all
+
+
+def test_the_class_token_behind_the_last_level_needs_no_patches() -> None:
+    clip, images = tiny_clip(), random_batch(40).images
+    model = adapted_clip(clip, levels=(2, 5))
+    found = model.encode_image(images, with_context=True)
+    with everything_computed():
+        expected = model.encode_image(images, with_context=True)
+    assert_agrees(found.context, expected.context, 1e-5)
+
+
+def losses_and_gradients(stage: Stage, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    stage.zero_grad()
+    loss = stage(batch).losses["total"]
+    loss.backward()
+    return loss.detach(), {name: value.clone() for name, value in gradients_of(stage).items()}
+
+
+@pytest.mark.parametrize(("side", "kind", "loop"), COMBINATIONS)
+def test_checkpointed_blocks_have_the_same_gradients(side: str, kind: str, loop: str) -> None:
+    """Dropout included: each block finds the random numbers that it would have found."""
+    stage, batch = make_stage(side, kind, loop), make_batch()
+    loss, gradients = losses_and_gradients(stage, batch)
+    stage.model.clip.run = BlockRunner(checkpointed=True)
+    again, same = losses_and_gradients(stage, batch)
+    assert torch.equal(loss, again)
+    assert_all_agree(same, gradients, 1e-6)
+
+
+class Storages(TorchDispatchMode):
+    """What operations have made, and how much of it is still held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        found = function(*arguments, **(named or {}))
+        self.calls[function.overloadpacket.__name__] += 1
+        for value in found if isinstance(found, (tuple, list)) else (found,):
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                self.made[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+        return found
+
+    def held(self) -> int:
+        return sum(size for storage, size in self.made.values() if not storage.expired())
+
+
+def test_checkpointed_blocks_keep_less_and_compute_attention_once() -> None:
+    stage, batch = make_stage("image", "base", "first"), make_batch()
+    kept, backward = {}, {}
+    for checkpointed in (False, True):
+        stage.model.clip.run = BlockRunner(checkpointed=checkpointed)
+        with Storages() as storages:
+            loss = stage(batch).losses["total"]
+        kept[checkpointed] = storages.held()
+        with Storages() as storages:
+            loss.backward()
+        backward[checkpointed] = storages.calls
+    assert kept[True] < 0.7 * kept[False]
+    again = backward[True] - backward[False]
+    assert again["addmm"] > 0
+    assert not any("attention" in name for name in again)
+
+
+def test_advice_on_memory_names_it() -> None:
+    assert LESS_MEMORY.startswith("--checkpoint_blocks")
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """The graphs that are taken of what is compiled, which is run as it is: a compiler takes its time."""
+    taken: list[torch.fx.GraphModule] = []
+
+    def note(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        taken.append(graph)
+        return graph.forward
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: real(function, backend=note, **how))
+    blocks.compiled.cache_clear()
+    torch._dynamo.reset()
+    yield taken
+    blocks.compiled.cache_clear()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("side", ["text", "image"])
+def test_one_graph_serves_all_blocks(side: str, graphs: list[torch.fx.GraphModule]) -> None:
+    stage, batch = make_stage(side, "words", "later"), make_batch()
+    loss, gradients = losses_and_gradients(stage, batch)
+    stage.model.clip.run = BlockRunner(compiled=[4])
+    again, same = losses_and_gradients(stage, batch)
+    assert_agrees(again, loss, 1e-6)
+    assert_all_agree(same, gradients, 1e-5)
+    # Images: without gradient, and from the first adapter on with it; text: the same, and prompts of all classes.
+    assert 2 <= len(graphs) <= 5
+    count = len(graphs)
+    losses_and_gradients(stage, batch)
+    assert len(graphs) == count
+
+
+def test_batches_of_other_sizes_are_not_compiled(graphs: list[torch.fx.GraphModule]) -> None:
+    clip = tiny_clip()
+    clip.run = BlockRunner(compiled=[3])
+    config = config_for(clip)
+    surgery_stream(clip, random_batch(40).images, config, config.levels)
+    assert not graphs
+    surgery_stream(clip, random_batch(40).images[:3], config, config.levels)
+    assert graphs
+
+
+def test_compiled_and_checkpointed_go_together(graphs: list[torch.fx.GraphModule]) -> None:
+    stage, batch = make_stage("image", "base", "first"), make_batch()
+    loss, gradients = losses_and_gradients(stage, batch)
+    stage.model.clip.run = BlockRunner(checkpointed=True, compiled=[4])
+    again, same = losses_and_gradients(stage, batch)
+    assert graphs
+    assert_agrees(again, loss, 1e-6)
+    assert_all_agree(same, gradients, 1e-5)
+
+
+def test_a_restart_of_a_compiled_run_ends_with_the_same_weights(
+    graphs: list[torch.fx.GraphModule], tmp_path: Path
+) -> None:
+    """To 1e-4; and whether it is compiled makes it no other run."""
+    write_clip(tmp_path / "clip")
+    write_dataset(tmp_path / "train", count=2)
+    whole = replace(small_runs(tmp_path, compile=True)[0], image_epoch=2)
+    train_base(whole)
+    again = replace(whole, save_path=tmp_path / "again")
+    train_base(replace(again, image_epoch=1))
+    train_base(again)
+    assert graphs
+    ends = (torch.load(run.save_path / "image_adapter.pth", weights_only=True) for run in (again, whole))
+    assert_all_agree(*(end["image_adapter"] for end in ends), 1e-4)
+    train_base(replace(again, image_epoch=3, compile=False))
+
+
+def test_where_nothing_can_be_compiled_a_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError(
+            "backend='inductor' raised:\nInvalidCxxCompiler: No working C++ compiler found\n\nSet TORCH_LOGS"
+        )
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fails)
+    with pytest.raises(UserError, match=r"--compile: .*No working C\+\+ compiler found.*leave --compile out") as found:
+        check_compiler("cpu")
+    assert "\n" not in str(found.value)
+
+
+def test_what_is_compiled_gives_the_same_losses() -> None:
+    """For once by the compiler that a run uses, forward and backward."""
+    try:
+        check_compiler("cpu")
+    except UserError as error:
+        pytest.skip(str(error))
+    stage, batch = make_stage("image", "base", "first"), make_batch()
+    loss, gradients = losses_and_gradients(stage, batch)
+    stage.model.clip.run = BlockRunner(compiled=[4])
+    again, same = losses_and_gradients(stage, batch)
+    assert_agrees(again, loss, 1e-4)
+    assert_all_agree(same, gradients, 1e-3)
+
+
+def test_the_log_says_what_compiling_took(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    row = {**epoch(), "loop": 1, "epoch": 1, "lr": 0.1, "images_per_second": 2.0, "memory_gib": 1.0, "seconds": 90.0}
+    log_epoch(row, 2)
+    assert not any("compiling" in line for line in caplog.messages)
+    log_epoch({**row, "compile_seconds": 65.0}, 2)
+    assert "  compiling took 1 min 05 s of 1 min 30 s" in caplog.messages
+
+
+def test_a_model_can_be_copied_whatever_runs_its_blocks() -> None:
+    clip = tiny_clip()
+    clip.run = BlockRunner(checkpointed=True, compiled=[2])
+    assert copy.deepcopy(clip).run.compiled == {2}
