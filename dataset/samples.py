@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import BatchSampler, Dataset, Sampler
 from torchvision.transforms.v2 import functional as F
 
 from dataset.augmentation import Augmentation, change_colours, draw_augmentation, move_pair
@@ -18,6 +18,7 @@ from dataset.image_cache import ImageCache, empty_mask, square_pair
 from dataset.images import read_pair
 from dataset.options import AS_USUAL, HALF, AugmentationConfig
 from dataset.records import Record
+from utils.processes import Share
 from utils.seeding import derive_seed
 
 AUGMENTATIONS = ("none", "geometric", "full")
@@ -166,3 +167,24 @@ class SeededSampler(Sampler[SampleKey]):
 
     def __len__(self) -> int:
         return self.length
+
+
+class SharedBatches(BatchSampler):
+    """Batches of `batch_size` keys, and the last of what is left, of which each process loads its share.
+
+    A process that none are left for loads the first one, so that all take the same steps.
+    """
+
+    def __init__(self, sampler: SeededSampler, batch_size: int, process: int = 0, processes: int = 1) -> None:
+        super().__init__(sampler, batch_size, drop_last=False)
+        self.process = process
+        self.processes = processes
+
+    def shares(self) -> list[Share]:
+        """This process's share of each batch."""
+        left = range(len(self.sampler), 0, -self.batch_size)
+        return [Share.of(min(count, self.batch_size), self.process, self.processes) for count in left]
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        for keys, share in zip(super().__iter__(), self.shares(), strict=True):
+            yield keys[share.first :][: max(1, share.count)]

@@ -13,7 +13,7 @@ from dataset.image_cache import open_cache
 from dataset.images import find_bad_images
 from dataset.options import AS_USUAL, AugmentationConfig
 from dataset.records import Record
-from dataset.samples import AnomalyDataset, SeededSampler
+from dataset.samples import AnomalyDataset, SeededSampler, SharedBatches
 from engine.task import TaskData
 from model.clip import FrozenCLIP
 from utils.errors import UserError
@@ -42,14 +42,18 @@ def training_loader(
     seed: int,
     num_workers: int,
     choices: AugmentationConfig = AS_USUAL,
+    process: int = 0,
+    processes: int = 1,
 ) -> tuple[DataLoader, SeededSampler]:
-    """Augmented batches in an order and with augmentations that follow from (seed, stage, loop, epoch, index) alone."""
+    """Augmented batches in an order and with augmentations that follow from (seed, stage, loop, epoch, index) alone.
+
+    process, processes: which of how many this is that share the images of each batch.
+    """
     samples = make_dataset(data, clip, augment, choices)
     sampler = SeededSampler(len(samples), seed, stage)
     loader = DataLoader(
         samples,
-        batch_size=batch_size,
-        sampler=sampler,
+        batch_sampler=SharedBatches(sampler, batch_size, process, processes),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=next(clip.parameters()).is_cuda,

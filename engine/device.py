@@ -6,15 +6,17 @@ import logging
 import os
 import platform
 import shutil
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
 
 from utils.errors import UserError
+from utils.processes import process_count
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +122,8 @@ def make_accelerator(
     if tracker == "wandb" and find_spec("wandb") is None:
         raise UserError("--tracker wandb: wandb is not installed; pip install wandb, or take tensorboard")
     if device.startswith("cuda:"):
+        if process_count() > 1:
+            raise UserError(f"--device {device}: each of {process_count()} processes has a GPU of its own; give cuda")
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
     accelerator = Accelerator(
         cpu=device == "cpu",
@@ -129,5 +133,12 @@ def make_accelerator(
         project_dir=str(save_path),
         # Batches lie in pinned memory then, and their copies need not be waited for.
         dataloader_config=DataLoaderConfiguration(non_blocking=device.startswith("cuda")),
+        kwargs_handlers=[
+            # CLIP's buffers are the same everywhere.
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            # The first process alone draws and writes, and reads all images for --skip_bad_images. The launcher sees
+            # that a process has ended, so nobody need give up soon.
+            InitProcessGroupKwargs(timeout=timedelta(hours=6)),
+        ],
     )
     return accelerator, precision

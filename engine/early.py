@@ -34,10 +34,12 @@ from engine.training.arguments import RunConfig
 from utils.errors import UserError
 from utils.files import check_folder
 from utils.paths import is_file, is_folder
+from utils.processes import process_count
 
 
 def check_training(config: RunConfig) -> None:
     """What a training script can say of its arguments: files, dataset, save path."""
+    config.check_processes(process_count())
     for name in ("init_from", "load_base_text_adapter", "load_base_image_adapter"):
         check_there(getattr(config, name, None))
     check_folder(config.save_path, "--save_path")

@@ -14,7 +14,9 @@ from model.clip import FrozenCLIP
 from model.config import COMPONENTS, LoopForward, ModelConfig, check_depths
 from model.frozen import ImageFeatures, SharedStreams, frozen_features
 from model.scoring import Outputs, compare
+from model.steps import ALONE
 from model.text import Prompts, encode_classes, pair_anchors
+from utils.processes import Share
 
 
 class AdaptedCLIP(nn.Module):
@@ -113,11 +115,17 @@ class AdaptedCLIP(nn.Module):
         return ImageFeatures(features, det, context)
 
     def batch_anchors(
-        self, prompts: Prompts, rows: Tensor, features: ImageFeatures, loop: LoopForward | None = None
+        self,
+        prompts: Prompts,
+        rows: Tensor,
+        features: ImageFeatures,
+        loop: LoopForward | None = None,
+        share: Share = ALONE,
     ) -> Tensor:
         """Anchors of each image of a batch, (B, D, 2), for Stage 1; rows (B,): each image's class in `prompts`.
 
-        `features` are those that the batch is compared with; here anchors do not depend on them.
+        `features` are those that the batch is compared with, `share` says which images of the step these are; here
+        anchors depend on neither.
         """
         return self.anchors(prompts)[rows]
 

@@ -16,7 +16,9 @@ from model.config import CrossAttentionConfig, LoopForward, ModelConfig, check_c
 from model.cross_attention import CrossAttention, prepare_context
 from model.frozen import ImageFeatures, SharedStreams, frozen_features, projected_features
 from model.scoring import Outputs, compare
+from model.steps import ALONE, step_mean
 from model.text import Prompts, begin_prompts, finish_classes, finish_prompts, pair_anchors
+from utils.processes import Share
 
 
 class TextSide(NamedTuple):
@@ -198,7 +200,12 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
         return pair_anchors(features.unflatten(0, tokens.shape[:2]), prompts.normal)
 
     def batch_anchors(
-        self, prompts: Prompts, rows: Tensor, features: ImageFeatures, loop: LoopForward | None = None
+        self,
+        prompts: Prompts,
+        rows: Tensor,
+        features: ImageFeatures,
+        loop: LoopForward | None = None,
+        share: Share = ALONE,
     ) -> Tensor:
         """Anchors of each image of a batch, (B, D, 2), conditioned as `text_conditioning` says (Stage 1)."""
         if not self.text_sees_image(loop):
@@ -210,7 +217,8 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
         context = self.text_context(features)
         if self.cross_config.text_conditioning == "image":
             return self.conditioned_anchors(prompts, start, rows, context)
-        mean = prepare_context(context.mean(dim=0, keepdim=True), self.cross_config.context_norm)
+        mean = step_mean(context.mean(dim=0, keepdim=True), share)
+        mean = prepare_context(mean, self.cross_config.context_norm)
         classes = torch.arange(len(start), device=rows.device)
         return self.conditioned_anchors(prompts, start, classes, mean.expand(len(start), -1, -1))[rows]
 

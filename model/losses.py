@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.scoring import Outputs, pixel_logits
+from model.steps import ALONE, step_mean
+from utils.processes import Share
 
 FOCAL_GAMMA = 2.0
 DICE_SMOOTH = 1.0
@@ -76,17 +78,18 @@ def stage1_losses(
     norm_weight: float,
     levels: str = "all",
     smoothing: float = 0.0,
+    share: Share = ALONE,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Stage 1: mean over levels of the segmentation losses, plus the anchors' overlap.
 
     level_similarities: (B, N, 2) each; anchors: (B, D, 2), each image's own; mask: (B, S, S).
     levels: "all", or "last", which counts the last level alone, as earlier code did by mistake; smoothing: as
-    `focal_loss`.
+    `focal_loss`; share: which images of the step these are, where processes share them.
     Returns the named losses with "total" among them, and p_abnormal (B, S, S).
     """
     counted = level_similarities[-1:] if levels == "last" else level_similarities
     parts = [segmentation_loss(similarity, mask, smoothing) for similarity in counted]
-    overlap = (anchors[..., 0] * anchors[..., 1]).sum(dim=-1).mean() ** 2
+    overlap = step_mean((anchors[..., 0] * anchors[..., 1]).sum(dim=-1).mean(), share) ** 2
     losses = _mean_parts(parts, 1 / len(parts))
     losses["overlap"] = overlap
     losses["total"] = torch.stack([part.total for part in parts]).mean() + norm_weight * overlap

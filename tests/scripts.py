@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -37,6 +38,25 @@ def start(script: str, *arguments: object, cwd: Path = ROOT, slowly: bool = Fals
     return subprocess.Popen(
         command, cwd=cwd, env=environment(), text=True, encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
+
+
+def launch(processes: int, *words: object, slowly: bool = False) -> subprocess.Popen[str]:
+    """Start a script (or `-m` and a module), on the CPU, in several processes that accelerate launches."""
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    # Said, so that the launcher has nothing to remark upon; a port of this launch's own.
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launcher += ["--main_process_port", str(free_port()), *(["-m", "tests.slowly"] if slowly else [])]
+    command = [sys.executable, *launcher, *map(str, words)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(), text=True, encoding="utf-8", stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def run(script: str, *arguments: object, cwd: Path = ROOT, status: int = 0, apart: bool = False) -> str:

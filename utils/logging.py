@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,15 +13,11 @@ from tqdm import tqdm
 
 from utils.errors import NotFiniteError, Stopped, UserError, WriteError, original_message
 from utils.files import append_text, check_folder
+from utils.processes import is_main_process
 
 # Libraries that narrate at INFO level what a user of this project does not need to read.
 QUIET = ("accelerate", "httpx", "httpcore", "huggingface_hub", "matplotlib", "onnx_ir", "onnxscript", "PIL", "urllib3")
 TIME = "%Y-%m-%d %H:%M:%S"
-
-
-def is_main_process() -> bool:
-    """Whether this process is the one that talks: of several that a launcher started, the first."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 class ScreenHandler(logging.Handler):

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from utils.errors import Interrupted, NotFiniteError, Stopped, UserError, original_message
+from utils.processes import another_ended, speaks_first
 
 USER_ERROR = 2
 NOT_FINITE = 3
@@ -72,9 +73,19 @@ def _status_of(main: Callable[[], int | None], received: list[int], less_memory:
             # The signal reached a process that we wait for first, and its end is what is complained about.
             return _stopped(received[0])
         line, status = _explain(error, less_memory)
-        if line is None:
+        if line is not None:
+            return _say(f"error: {line}", status)
+        if not _another_ended():
             raise
-        return _say(f"error: {line}", status)
+        return _say("stopped: another process of this launch has ended", status)
+
+
+def _another_ended() -> bool:
+    """Whether another process of the launch has ended, of which libraries complain in ways of their own."""
+    try:
+        return another_ended() or not speaks_first()
+    except KeyboardInterrupt:  # the launcher ends the others
+        return True
 
 
 def _explain(error: Exception, less_memory: str) -> tuple[str | None, int]:
@@ -110,7 +121,8 @@ def _shown(filename: Any) -> str:
 
 def _say(message: str, status: int) -> int:
     words = (word if len(word) <= LONGEST_WORD else f"{word[:100]}...{word[-100:]}" for word in message.split())
-    sys.stderr.write(" ".join(words) + "\n")
+    if speaks_first():
+        sys.stderr.write(" ".join(words) + "\n")
     return status
 
 
@@ -120,7 +132,8 @@ def _stopped(number: int) -> int:
 
 def _leave(number: int, _frame: FrameType | None) -> None:
     """End at once, in a line: while imports run there is nothing to clear away."""
-    os.write(2, b"stopped\n")
+    if speaks_first():
+        os.write(2, b"stopped\n")
     os._exit(128 + number)
 
 

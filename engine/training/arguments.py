@@ -51,9 +51,11 @@ class RunConfig(MachineArguments, DataArguments, ModelArguments):
         32, "images of each class in few_shot, half of them anomalous, the odd one too", "training",
         between=(1, MOST_IMAGES),
     )  # fmt: skip
-    text_batch_size: int = setting(16, "images in a step of Stage 1", "training", between=(1, MOST_IMAGES))
+    text_batch_size: int = setting(
+        16, "images in a step of Stage 1, over all processes", "training", between=(1, MOST_IMAGES)
+    )
     image_batch_size: int = setting(
-        2, "images in a step of Stage 2", "training", between=(1, MOST_IMAGES), under={"toy": 8}
+        2, "images in a step of Stage 2, over all processes", "training", between=(1, MOST_IMAGES), under={"toy": 8}
     )
     accumulate: int = setting(
         1, "batches whose gradients make one optimizer step", "training", between=(1, MOST_IMAGES)
@@ -104,6 +106,23 @@ class RunConfig(MachineArguments, DataArguments, ModelArguments):
     def augmentation(self) -> AugmentationConfig:
         """How images are moved."""
         return AugmentationConfig(**{item.name: getattr(self, item.name) for item in fields(AugmentationConfig)})
+
+    def check_processes(self, processes: int) -> None:
+        """Raise `UserError` where so many processes cannot share the images of a step, and compute what one does."""
+        if processes == 1:
+            return
+        for name in ("text_batch_size", "image_batch_size"):
+            if (images := getattr(self, name)) % processes:
+                more = images + processes - images % processes
+                raise UserError(
+                    f"--{name} {images} is that of a step, which {processes} processes do not share evenly: give a "
+                    f"multiple of {processes}, such as {more}, or start another number of processes"
+                )
+        if self.surgery == "batch_axis":
+            raise UserError(
+                "--surgery batch_axis lets the images of a step see each other, so processes cannot share them: start "
+                "one process, or give another --surgery"
+            )
 
     def signature(self) -> dict[str, Any]:
         """What makes this run this run: a restart with another value is another run."""

@@ -38,7 +38,7 @@ def two_phases(config: BaseConfig, run: TrainingRun, data: TaskData) -> list[Pha
     """Stage 1 and Stage 2 as the phases of a run."""
     model, classes = run.model, data.classes
     prompts = data.prompts(model.clip).to(run.accelerator.device)
-    loader = loaders_of(config, data, model.clip)
+    loader = loaders_of(config, data, model.clip, run.accelerator)
     text_parts = [name for name in model.components if name.startswith("text")]
     image_parts = [name for name in model.components if name.startswith("image")]
     carried = text_parts if model.config.text_adapted else []

@@ -42,8 +42,6 @@ def train_feedback(config: FeedbackConfig) -> None:
     plan = plan_loops(config)
     opening = prepare(config, SCRIPT, read_start(config))
     config = opening.config
-    if config.order != "stages" and opening.accelerator.num_processes > 1:
-        raise UserError(f"--order {config.order} trains in one process: leave accelerate launch out")
     training, validation = opening.data, None
     if config.val_fraction:
         training, validation = hold_out(training, config.val_fraction, config.seed)
@@ -90,7 +88,7 @@ def feedback_phases(config: FeedbackConfig, plan: list[LoopPlan], run: TrainingR
     model, accelerator = run.model, run.accelerator
     stages = {"text": TextStage, "image": ImageStage}
     prompts = data.prompts(model.clip).to(accelerator.device)
-    loader = loaders_of(config, data, model.clip)
+    loader = loaders_of(config, data, model.clip, accelerator)
 
     def phase_of_both(loop: LoopPlan) -> Phase:
         """Both stages in the same epochs: loaders of its own, since each loop spreads its own number of steps."""
@@ -122,8 +120,7 @@ def feedback_phases(config: FeedbackConfig, plan: list[LoopPlan], run: TrainingR
             return [loop_file(loop.loop, side)] if epoch == epochs else []
 
         images, sampler = loaders[side]
-        batches = -(-len(images) // accelerator.num_processes)
-        factor = rate_factor(config, side, epochs, -(-batches // config.accumulate))
+        factor = rate_factor(config, side, epochs, -(-len(images) // config.accumulate))
         return Phase(
             loop.loop, side, epochs, rate, factor, make_stage, images, sampler, files, list(model.components),
             max_norm=config.grad_clip or None,
@@ -162,7 +159,8 @@ class LoopFinisher:
 
     def __call__(self, loop: int) -> dict[str, Any]:
         """Finish loop number `loop`; returns the metrics found, by what they were taken on."""
-        training_curves(self.run.history, self.config.save_path / CURVES_FILE)
+        if self.run.accelerator.is_main_process:
+            training_curves(self.run.history, self.config.save_path / CURVES_FILE)
         found: dict[str, Any] = {}
         for name, data in self.evaluated.items():
             if data is not None:

@@ -114,6 +114,11 @@ class FeedbackConfig(CrossAttentionArguments):
         optimizer = super().of(**given).optimizer
         return super().of(**{"weight_decay": WEIGHT_DECAY.get(optimizer, 0.0), **given})
 
+    def check_processes(self, processes: int) -> None:
+        super().check_processes(processes)
+        if self.order != "stages" and processes > 1:
+            raise UserError(f"--order {self.order} trains in one process: leave accelerate launch out")
+
 
 class LoopPlan(NamedTuple):
     """What one loop does: epochs and first learning rate of each stage, and whether cross-attention is on."""

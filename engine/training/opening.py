@@ -70,6 +70,7 @@ def prepare(config: RunConfig, script: str, start: Start | None = None, text_ada
         config.device, config.precision, config.tf32, config.accumulate, config.tracker, config.save_path
     )
     config = replace(config, precision=precision)
+    config.check_processes(accelerator.num_processes)
     with accelerator.main_process_first():  # it writes the metadata, and draws the toy datasets, on first use
         data = load_task_of_run(
             remembered,

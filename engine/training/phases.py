@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from dataset.samples import SeededSampler
@@ -64,8 +65,11 @@ class RunState:
     loops: list[dict[str, Any]] = field(default_factory=list)
 
 
-def loaders_of(config: RunConfig, data: TaskData, clip: FrozenCLIP) -> Callable[..., tuple[DataLoader, SeededSampler]]:
+def loaders_of(
+    config: RunConfig, data: TaskData, clip: FrozenCLIP, accelerator: Accelerator
+) -> Callable[..., tuple[DataLoader, SeededSampler]]:
     """`training_loader` as a run asks for it; what a stage decides is left: augmentation, batch size and number."""
     return partial(
-        training_loader, data, clip, seed=config.seed, num_workers=config.num_workers, choices=config.augmentation()
-    )
+        training_loader, data, clip, seed=config.seed, num_workers=config.num_workers, choices=config.augmentation(),
+        process=accelerator.process_index, processes=accelerator.num_processes,
+    )  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from accelerate.tracking import TensorBoardTracker
 from torch.utils.data import DataLoader
 
@@ -37,6 +38,7 @@ from model.config import SIDES
 from utils.errors import Interrupted, NotFiniteError, Stopped, UserError
 from utils.files import remove_leftovers, write_json, write_text, writing
 from utils.locks import check_ours
+from utils.processes import another_ended
 from utils.seeding import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ STATE_FIELDS = ("done", "planned", "history", "schedule", "loops")
 
 
 class LoopEnd(Protocol):
-    """What a run does once after the last phase of each loop, in the main process."""
+    """What a run does once after the last phase of each loop, in all processes."""
 
     def files(self, loop: int) -> Sequence[str]:
         """The names of the checkpoint of all components after that loop."""
@@ -166,7 +168,8 @@ class TrainingRun:
         if self.accelerator.is_main_process:
             written = self._loop_written(loop, loop_end, len(self.history))
             self._write(written, written.names)
-            self.state.loops.append({"loop": loop, **loop_end(loop)})
+        self.state.loops.append({"loop": loop, **loop_end(loop)})
+        if self.accelerator.is_main_process:
             self._save_state()
         self.accelerator.wait_for_everyone()
 
@@ -224,28 +227,33 @@ class TrainingRun:
         )
         for epoch in range(self.state.done[index] + 1, phase.epochs + 1):
             phase.sampler.set_position(phase.loop, epoch)
-            torch.manual_seed(derive_seed(self.seed, stage.number, phase.loop, epoch, self.accelerator.process_index))
+            # On the CPU all processes draw for the whole step (`model.steps.StepDropout`).
+            stream = 0 if self.accelerator.device.type == "cpu" else self.accelerator.process_index
+            torch.manual_seed(derive_seed(self.seed, stage.number, phase.loop, epoch, stream))
             # A draw that iterators once took from this stream; without it the figures in docs/ would be other ones.
             torch.empty((), dtype=torch.int64).random_()
             description = stage_name(stage, phase.loop, epoch)
             stage.train()
+            shares = phase.loader.batch_sampler.shares() if self.accelerator.num_processes > 1 else None
             try:
                 row = train_epoch(
                     prepared, stage.trained, loader, optimizer, schedule, self.accelerator, description,
-                    phase.max_norm, lambda: stop.signal_number is not None,
+                    phase.max_norm, lambda: stop.signal_number is not None, shares,
                 )  # fmt: skip
             except NotFiniteError as error:
                 raise NotFiniteError(
                     f"{error}. {after_not_finite(self.save_path / STATE_FILE, phase.side, self.feedback)}"
                 ) from error
             except RuntimeError:
-                # A signal to all processes ends those that load images first, and torch complains of that.
-                if stop.signal_number is None:
+                # A signal to all processes ends those that load images, or that share the step, first, and torch
+                # complains of that.
+                if stop.signal_number is None and not another_ended(lambda: stop.signal_number is not None):
                     raise
                 row = None
             if row is None:
                 raise Stopped(
-                    f"stopped in {description}: the same command goes on, and repeats this epoch", stop.signal_number
+                    f"stopped in {description}: the same command goes on, and repeats this epoch",
+                    stop.signal_number or signal.SIGTERM,
                 )
             steps = phase.sampler.steps() if isinstance(phase.sampler, Turns) else {}
             row = {"loop": phase.loop, "stage": stage.name, "epoch": epoch, **row, **steps}
@@ -274,7 +282,12 @@ class TrainingRun:
             return loader
         if id(loader) not in self._loaders:
             loader.generator = torch.Generator()
-            self._loaders[id(loader)] = self.accelerator.prepare(loader)
+            # As if it were alone: it loads this process's share already.
+            accelerator = self.accelerator
+            self._loaders[id(loader)] = prepare_data_loader(
+                loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True,
+                non_blocking=accelerator.non_blocking,
+            )  # fmt: skip
         return self._loaders[id(loader)]
 
     def _track(self, row: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from model.adapter import AdaptedCLIP
 from model.config import LoopForward
 from model.losses import stage1_losses
 from model.scoring import similarities
+from model.steps import ALONE
 from model.text import Prompts
 
 
@@ -37,9 +38,10 @@ class TextStage(Stage):
         present, rows = present_classes(batch, self.order)
         prompts = self.prompts.of_classes(present)
         features = self.model.stage1_features(batch["image"], prompts, rows, self.loop)
-        anchors = self.model.batch_anchors(prompts, rows, features, self.loop)  # (B, D, 2)
+        share = batch.get("share", ALONE)
+        anchors = self.model.batch_anchors(prompts, rows, features, self.loop, share)  # (B, D, 2)
         levels, config = similarities(features.levels, anchors), self.config
         losses, abnormal = stage1_losses(
-            levels, anchors, mask, config.text_norm_weight, config.stage1_levels, config.focal_smoothing
+            levels, anchors, mask, config.text_norm_weight, config.stage1_levels, config.focal_smoothing, share
         )
         return StageOutput(losses, watch_abnormal(abnormal, mask))

@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from types import FrameType
 from typing import Any
 
@@ -24,10 +25,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from engine.training.schedules import Together
-from engine.training.stages import Stage
+from engine.training.stages import Stage, StageOutput
 from engine.training.verdicts import epoch_warnings
+from model.steps import StepDropout
 from utils.errors import NotFiniteError
 from utils.logging import progress_bar
+from utils.processes import Share
 
 logger = logging.getLogger(__name__)
 
@@ -76,14 +79,17 @@ def train_epoch(
     description: str,
     max_norm: float | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    shares: Sequence[Share] | None = None,
 ) -> dict[str, float] | None:
-    """One pass over `loader`: every step's losses and gradient norms, averaged over steps (and processes).
+    """One pass over `loader`: every step's losses and gradient norms, averaged over steps.
 
     stage: a `Stage` as accelerate prepared it; components: what it trains. max_norm clips the gradient's norm; the
-    norms returned are those before clipping.
+    norms returned are those before clipping. shares: which images of each step are in the loader's batches, where
+    several processes share them.
     Returns a row of plain numbers (the learning rate is the mean over steps), or None where `should_stop` ended the
-    epoch early.
-    Raises `NotFiniteError` before the step that a loss or gradient that is not finite would have led to.
+    epoch early, in whatever process.
+    Raises `NotFiniteError`, in all processes, before the step that a loss or gradient that is not finite would have led
+    to.
     """
     sums: dict[str, Tensor | float] = defaultdict(float)
     steps = batches = images = 0
@@ -91,14 +97,16 @@ def train_epoch(
     rates: list[float] = []
     parameters = [parameter for part in components.values() for parameter in part.parameters()]
     start, compiled = time.perf_counter(), _seconds_compiling()
+    alone, stopping = accelerator.num_processes == 1, False
     bar = progress_bar(len(loader), description)
-    for batch in loader:
+    for batch, share in zip(loader, shares or [None] * len(loader), strict=True):
+        share = share or Share.of(len(batch["label"]))
         with accelerator.accumulate(stage):
-            output = stage(batch)
+            output = _share_of_step(stage, batch, share)
             total = output.losses["total"]
             accelerator.backward(total)
             if accelerator.sync_gradients:
-                norms = _finite_norms(components, total, optimizer, accelerator, description)
+                norms, stopping = _finite_norms(components, total, optimizer, accelerator, description, should_stop)
                 if max_norm is not None:
                     clip_grads_with_norm_(parameters, max_norm, norms["total"])
                 for name, norm in norms.items():
@@ -112,18 +120,18 @@ def train_epoch(
         for name, value in (*output.losses.items(), *output.watch.items()):
             sums[name] += value.detach()
         batches += 1
-        images += len(batch["label"])
+        images += share.total
         if len(opening) < max(1, len(loader) // 10):
             opening.append(total.detach())
         bar.update()
-        if should_stop():
+        if should_stop() if alone else stopping:
             bar.close()
             return None
     bar.close()
-    _check_last_step(stage, batch, description)
+    _check_last_step(stage, batch, share, accelerator, description)
     seconds = time.perf_counter() - start
     sums = {name: float(accelerator.reduce(torch.as_tensor(value), "mean")) for name, value in sums.items()}
-    return _epoch_row(sums, steps, batches, images * accelerator.num_processes, seconds) | {
+    return _epoch_row(sums, steps, batches, images, seconds) | {
         "opening_loss": float(accelerator.reduce(torch.stack(opening).mean(), "mean")),
         "lr": math.fsum(rates) / max(1, len(rates)),
         "memory_gib": _memory(accelerator.device),
@@ -131,10 +139,24 @@ def train_epoch(
     }
 
 
+def _share_of_step(stage: nn.Module, batch: dict[str, Any], share: Share) -> StageOutput:
+    """A stage's output for this process's images, so weighed that the mean over processes is that of the whole step."""
+    if share.processes == 1:
+        return stage(batch)
+    with StepDropout(share) if batch["image"].device.type == "cpu" else nullcontext():
+        output = stage({**batch, "share": share})
+    return StageOutput(
+        {name: share.weight * value for name, value in output.losses.items()},
+        {name: value * (share.count > 0) for name, value in output.watch.items()},
+    )
+
+
 @torch.no_grad()
-def _check_last_step(stage: nn.Module, batch: Mapping[str, Any], description: str) -> None:
+def _check_last_step(
+    stage: nn.Module, batch: dict[str, Any], share: Share, accelerator: Accelerator, description: str
+) -> None:
     """`NotFiniteError` where an epoch's last step has ruined the weights, which no later step is there to notice."""
-    loss = stage(batch).losses["total"].item()
+    loss = accelerator.reduce(_share_of_step(stage, batch, share).losses["total"], "mean").item()
     if not math.isfinite(loss):
         raise NotFiniteError(f"{description}: loss {loss:.4g} after its last step, which is not kept")
 
@@ -145,16 +167,21 @@ def _finite_norms(
     optimizer: torch.optim.Optimizer | Together,
     accelerator: Accelerator,
     description: str,
-) -> dict[str, Tensor]:
+    should_stop: Callable[[], bool],
+) -> tuple[dict[str, Tensor], bool]:
+    """The norms of a step's gradients, and whether a process is asked to stop: all know it, and stop at one step."""
     accelerator.unscale_gradients(optimizer)
     norms = gradient_norms(components)
-    values = torch.stack([loss.detach(), norms["total"]]).tolist()
+    told = loss.detach()[None]
+    if accelerator.num_processes > 1:
+        told = accelerator.reduce(torch.cat([told, torch.full_like(told, should_stop())]), "mean")
+    values = torch.cat([told[:1], norms["total"][None], told[1:]]).tolist()
     # The scaler of fp16 looks for its scale by letting gradients overflow and skips those steps itself.
     if not math.isfinite(values[0]) or (accelerator.scaler is None and not math.isfinite(values[1])):
         raise NotFiniteError(
             f"{description}: loss {values[0]:.4g}, gradient norm {values[1]:.4g}; the step was not taken"
         )
-    return norms
+    return norms, any(values[2:])
 
 
 def _epoch_row(sums: Mapping[str, float], steps: int, batches: int, images: int, seconds: float) -> dict[str, float]:

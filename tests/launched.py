@@ -1,0 +1,81 @@
+"""Trainings and tests of tiny models that several processes share: `accelerate launch -m tests.launched FOLDER OUTPUT`.
+
+Called in one process, `run_all` does the same, which the figures of several must equal.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+import engine.training.trainer as trainer
+from engine.training.arguments import BaseConfig, CrossAttentionRunConfig
+from engine.training.base import train_base
+from engine.training.cross_attention import train_cross_attention
+from engine.training.feedback import train_feedback
+from engine.training.feedback_arguments import FeedbackConfig
+from utils.processes import is_main_process
+
+# 14 images: steps of 6, 6 and 2, of which one of three processes has none.
+COMMON = {
+    "shot": 7, "text_batch_size": 6, "image_batch_size": 6, "num_workers": 0, "device": "cpu", "tracker": "none",
+}  # fmt: skip
+EPOCHS = {"text_epoch": 1, "image_epoch": 1}
+# Dropout is drawn for classes there, not for images.
+BATCH_MEAN = {"text_conditioning": "batch_mean", "cross_attn_dropout": 0.0}
+LOOPS = {
+    "num_feedback_loops": 2, "text_epochs_per_loop": (1,), "image_epochs_per_loop": (1,), "val_fraction": 0.2,
+}  # fmt: skip
+
+
+def run_all(folder: Path, output: Path) -> None:
+    """Train all kinds on the tiny CLIP and the dataset `train` of `folder`, below `output`."""
+    common = {"model_name": f"local-dir:{folder / 'clip'}", "dataset": str(folder / "train"), **COMMON}
+    cross = CrossAttentionRunConfig.of(**common, **EPOCHS, **BATCH_MEAN, save_path=output / "batch_mean")
+    runs = {
+        "base": (train_base, BaseConfig.of(**common, **EPOCHS, accumulate=2, save_path=output / "base")),
+        "batch_mean": (train_cross_attention, cross),
+        "feedback": (train_feedback, FeedbackConfig.of(**common, **LOOPS, save_path=output / "feedback")),
+    }
+    for name, (train, config) in runs.items():
+        with first_gradients(output / f"{name}_gradients.pth"):
+            train(config)
+
+
+@contextmanager
+def first_gradients(file: Path) -> Iterator[None]:
+    """Write the gradients of the first step in each phase of a run, by their order and names."""
+    found: dict[str, Tensor] = {}
+    gradient_norms = trainer.gradient_norms
+    seen: set[str] = set()
+
+    def look(components: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        side = "/".join(components)
+        if side not in seen:
+            seen.add(side)
+            for part, module in components.items():
+                for name, value in module.named_parameters():
+                    found[f"{part}.{name}"] = value.grad.clone()
+        return gradient_norms(components)
+
+    with mock.patch.object(trainer, "gradient_norms", look):
+        yield
+    if is_main_process():
+        torch.save(found, file)
+
+
+def main() -> None:
+    # The processes are to stay together for the next run.
+    with mock.patch.object(Accelerator, "end_training", lambda self: None):
+        run_all(Path(sys.argv[1]), Path(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    main()
