@@ -27,4 +27,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script(main, LESS_MEMORY)
+    run_script(main, LESS_MEMORY, shared=True)

@@ -9,6 +9,7 @@ from engine.early import check_testing
 from engine.evaluation.arguments import DEFAULT_CLASS, LESS_MEMORY, InferenceArguments
 from utils.cli import Parser
 from utils.logging import set_up_logging
+from utils.processes import check_alone
 
 # Arguments that say which images, where these belong to no dataset.
 OWN_IMAGES = (
@@ -32,6 +33,8 @@ def main() -> None:
     arguments = InferenceArguments.of(**vars(build_parser().parse_args()))
     set_up_logging()
     mode = arguments.mode()
+    if mode == "image":
+        check_alone("--image")
     check_testing(arguments)
     # torch takes seconds: arguments come first
     with importing():
@@ -61,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, LESS_MEMORY)
+    run_script(main, LESS_MEMORY, shared=True)

@@ -28,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, LESS_MEMORY)
+    run_script(main, LESS_MEMORY, shared=True)

@@ -14,4 +14,4 @@ from train_cross_attention_feedback_v2 import main
 
 if __name__ == "__main__":
     main_v1 = partial(main, preset="v1", image_cross_attn_weight=0.1, text_cross_attn_weight=0.1)
-    run_script(main_v1, LESS_MEMORY)
+    run_script(main_v1, LESS_MEMORY, shared=True)

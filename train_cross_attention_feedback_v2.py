@@ -34,4 +34,4 @@ def main(arguments: Sequence[str] | None = None, **defaults: object) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, LESS_MEMORY)
+    run_script(main, LESS_MEMORY, shared=True)

@@ -62,14 +62,28 @@ def training_loader(
 
 
 def evaluation_loader(
-    samples: AnomalyDataset, batch_size: int, num_workers: int, pin_memory: bool = False
+    samples: AnomalyDataset,
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool = False,
+    process: int = 0,
+    processes: int = 1,
 ) -> DataLoader:
-    """Batches in the records' order, none of which holds images of two classes; pinned for copies to a GPU."""
+    """Batches in the records' order, none of which holds images of two classes; pinned for copies to a GPU.
+
+    process, processes: which of how many this is that take the batches in turn.
+    """
+    batches = batches_of_classes(samples, batch_size)[process::processes]
+    return DataLoader(samples, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory)
+
+
+def batches_of_classes(samples: AnomalyDataset, batch_size: int) -> list[list[int]]:
+    """The samples' positions in their order, in batches of one class each."""
     batches = []
     for _, positions in groupby(range(len(samples)), key=lambda position: samples.records[position].class_name):
         chosen = list(positions)
         batches += [chosen[start : start + batch_size] for start in range(0, len(chosen), batch_size)]
-    return DataLoader(samples, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory)
+    return batches
 
 
 def hold_out(data: TaskData, fraction: float, seed: int) -> tuple[TaskData, TaskData]:

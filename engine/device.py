@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 LARGE = 250_000_000
 CPU_NAMES = Path("/proc/cpuinfo")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia")
+# How long processes wait for one another: the first alone draws and writes, and reads all images for --skip_bad_images.
+# The launcher sees that a process has ended, so nobody need give up soon.
+PATIENCE = timedelta(hours=6)
 
 
 def check_device(device: str, precision: str = "fp32", tf32: str = "off") -> str:
@@ -39,6 +42,8 @@ def check_device(device: str, precision: str = "fp32", tf32: str = "off") -> str
         raise UserError(f"--device {device}: choose auto, cpu, cuda, cuda:N or mps")
     if (name == "cuda" and not cuda) or (name == "mps" and not mps):
         raise UserError(f"--device {device}: there is none here; --device cpu runs anywhere")
+    if index and process_count() > 1:
+        raise UserError(f"--device {device}: each of {process_count()} processes has a GPU of its own; give cuda")
     if index and int(index) >= torch.cuda.device_count():
         raise UserError(f"--device {device}: there are {torch.cuda.device_count()} here, counted from 0")
     precision = choose_precision(device, precision)
@@ -122,8 +127,6 @@ def make_accelerator(
     if tracker == "wandb" and find_spec("wandb") is None:
         raise UserError("--tracker wandb: wandb is not installed; pip install wandb, or take tensorboard")
     if device.startswith("cuda:"):
-        if process_count() > 1:
-            raise UserError(f"--device {device}: each of {process_count()} processes has a GPU of its own; give cuda")
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
     accelerator = Accelerator(
         cpu=device == "cpu",
@@ -136,9 +139,7 @@ def make_accelerator(
         kwargs_handlers=[
             # CLIP's buffers are the same everywhere.
             DistributedDataParallelKwargs(broadcast_buffers=False),
-            # The first process alone draws and writes, and reads all images for --skip_bad_images. The launcher sees
-            # that a process has ended, so nobody need give up soon.
-            InitProcessGroupKwargs(timeout=timedelta(hours=6)),
+            InitProcessGroupKwargs(timeout=PATIENCE),
         ],
     )
     return accelerator, precision

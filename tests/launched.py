@@ -16,6 +16,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 import engine.training.trainer as trainer
+from engine.evaluation.inference import evaluate_checkpoints
+from engine.report.compare_loops import compare_feedback_loops
 from engine.training.arguments import BaseConfig, CrossAttentionRunConfig
 from engine.training.base import train_base
 from engine.training.cross_attention import train_cross_attention
@@ -36,7 +38,7 @@ LOOPS = {
 
 
 def run_all(folder: Path, output: Path) -> None:
-    """Train all kinds on the tiny CLIP and the dataset `train` of `folder`, below `output`."""
+    """Train all kinds on the dataset `train` of `folder`, and test the `small_runs` there, below `output`."""
     common = {"model_name": f"local-dir:{folder / 'clip'}", "dataset": str(folder / "train"), **COMMON}
     cross = CrossAttentionRunConfig.of(**common, **EPOCHS, **BATCH_MEAN, save_path=output / "batch_mean")
     runs = {
@@ -47,6 +49,17 @@ def run_all(folder: Path, output: Path) -> None:
     for name, (train, config) in runs.items():
         with first_gradients(output / f"{name}_gradients.pth"):
             train(config)
+    # 5 images of a class in batches of 2: of the last ones some processes have none.
+    tested = {"device": "cpu", "batch_size": 2}
+    evaluate_checkpoints(str(folder / "base"), str(folder / "test"), output_dir=output / "tested", **tested)
+    compare_feedback_loops(
+        folder / "feedback",
+        str(folder / "test"),
+        base_path=folder / "base",
+        unadapted=True,
+        output_dir=output,
+        **tested,
+    )
 
 
 @contextmanager

@@ -151,9 +151,9 @@ def small_runs(folder: Path, **changes: Any) -> tuple[BaseConfig, FeedbackConfig
     )
 
 
-def train_small_runs(folder: Path) -> Path:
+def train_small_runs(folder: Path, count: int = 3) -> Path:
     """In `folder`: a tiny CLIP, datasets `train` and `test`, and `small_runs`, trained."""
-    write_world(folder, ("cork", "reed"), count=3)
+    write_world(folder, ("cork", "reed"), count=count)
     base, feedback = small_runs(folder)
     train_base(base)
     train_feedback(feedback)

@@ -15,7 +15,7 @@ from dataset.samples import SeededSampler, SharedBatches
 from engine.training.arguments import BaseConfig
 from tests.helpers import relative_error
 from tests.launched import run_all
-from tests.scripts import launch, write_world
+from tests.scripts import launch, train_small_runs
 from utils.errors import UserError
 from utils.processes import Share
 
@@ -25,13 +25,14 @@ TIMED = ("seconds", "images_per_second", "memory_gib")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_world(tmp_path_factory.mktemp("world"), ("cork", "reed"), count=6)
+    """Data, and runs to be tested."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return train_small_runs(tmp_path_factory.mktemp("world"), count=5)
 
 
 @pytest.fixture(scope="module")
 def one(world: Path) -> Path:
     """What one process makes."""
-    AcceleratorState._reset_state(reset_partial_state=True)
     run_all(world, world / "one")
     return world / "one"
 
@@ -70,6 +71,11 @@ def test_and_their_first_gradients_are_the_same(one: Path, several: tuple[Path, 
             # Biases of keys have no gradient but rounding's: softmax does not see them.
             if expected[key].abs().max() > 1e-5 * largest:
                 assert relative_error(value, expected[key]) < 1e-4, (name, key)
+
+
+def test_several_processes_test_as_one_does_digit_for_digit(one: Path, several: tuple[Path, str]) -> None:
+    for name in ("tested/evaluation_test.csv", "comparison.csv", "comparison_cache.json"):
+        assert (several[0] / name).read_bytes() == (one / name).read_bytes(), name
 
 
 def test_several_processes_speak_as_one(several: tuple[Path, str]) -> None:

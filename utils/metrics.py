@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -249,6 +250,37 @@ def _f1_max(bins: Bins) -> float:
     return float((200.0 * through / (through[-1] + (through + bins.normals_above) + bins.normals)).max())
 
 
+class Pixels(NamedTuple):
+    """A batch of maps as it is counted, all on one device.
+
+    scores: (B, n) float32; positives: keys of the anomalous pixels, (p,) int32; coverage: the share of its region that
+    each of these is, (p,) float64.
+    """
+
+    scores: Tensor
+    positives: Tensor
+    coverage: Tensor
+
+    def to(self, device: torch.device | str) -> Pixels:
+        return Pixels(*(part.to(device) for part in self))
+
+
+@torch.no_grad()
+def pixels_of(maps: Tensor, masks: Tensor, names: Sequence[str]) -> Pixels:
+    """A batch for `PixelCounter.add`; arguments and errors are those of `PixelCounter.update`."""
+    if maps.ndim != 3 or maps.shape != masks.shape or len(names) != len(maps):
+        shapes = f"maps {tuple(maps.shape)}, masks {tuple(masks.shape)}, {len(names)} names"
+        raise ValueError(f"maps and masks (B, H, W) and B names are needed, not {shapes}")
+    # Apple's GPUs have no float64, which coverage needs.
+    maps = maps.detach().to(device="cpu" if maps.device.type == "mps" else None, dtype=torch.float32)
+    if maps.numel():
+        check_finite(maps, names)
+    positions, coverage = region_coverage((masks if masks.dtype == torch.bool else masks > 0.5).cpu().numpy())
+    scores = maps.flatten(1)
+    positives = score_keys(scores.reshape(-1)[torch.from_numpy(positions).to(maps.device)])
+    return Pixels(scores, positives, torch.from_numpy(coverage).to(maps.device))
+
+
 class PixelCounter:
     """Pixel AUROC, AP, F1-max and AUPRO of one class's maps, from batches that are not kept.
 
@@ -299,21 +331,18 @@ class PixelCounter:
             UserError: a score is NaN or infinite; nothing of the batch is counted then.
             ValueError: the shapes do not belong together.
         """
-        if maps.ndim != 3 or maps.shape != masks.shape or len(names) != len(maps):
-            shapes = f"maps {tuple(maps.shape)}, masks {tuple(masks.shape)}, {len(names)} names"
-            raise ValueError(f"maps and masks (B, H, W) and B names are needed, not {shapes}")
-        if maps.numel() == 0:
-            return
-        # Apple's GPUs have no float64, which coverage needs.
-        maps = maps.detach().to(device="cpu" if maps.device.type == "mps" else None, dtype=torch.float32)
-        check_finite(maps, names)
-        positions, coverage = region_coverage((masks if masks.dtype == torch.bool else masks > 0.5).cpu().numpy())
-        scores = maps.flatten(1)
-        positives = score_keys(scores.reshape(-1)[torch.from_numpy(positions).to(maps.device)])
-        self._count(scores, positives, torch.from_numpy(coverage).to(maps.device))
+        self.add(pixels_of(maps, masks, names))
 
-    def _count(self, scores: Tensor, positives: Tensor, coverage: Tensor) -> None:
-        """Scores (B, n); keys of the anomalous pixels (p,) and the share of its region that each of these is (p,)."""
+    @torch.no_grad()
+    def add(self, pixels: Pixels) -> None:
+        """Count the pixels of a batch, which may have come from another process.
+
+        Figures depend on the order of batches where there are more pixels than `buffer`: bins follow from what came
+        before.
+        """
+        scores, positives, coverage = pixels
+        if scores.numel() == 0:
+            return
         if self._histogram is None and self._pixels + scores.numel() > self.buffer:
             self._start_histogram(scores.reshape(-1))
         if self._histogram is not None:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from utils.errors import UserError
+
 # Seconds in which a launcher notices that a process has ended, and ends the others.
 NOTICED_AFTER = 10.0
 
@@ -44,9 +46,20 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
+def process_index() -> int:
+    """Which of the launch's processes this is, from 0."""
+    return int(os.environ.get("RANK") or 0)
+
+
 def is_main_process() -> bool:
     """Whether this process is the one that talks: of several that a launcher started, the first."""
-    return os.environ.get("RANK", "0") == "0"
+    return process_index() == 0
+
+
+def check_alone(what: str) -> None:
+    """Raise `UserError` where several processes would do what one does."""
+    if process_count() > 1:
+        raise UserError(f"{what} works in one process: leave accelerate launch out")
 
 
 def speaks_first() -> bool:

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from utils.errors import Interrupted, NotFiniteError, Stopped, UserError, original_message
-from utils.processes import another_ended, speaks_first
+from utils.processes import another_ended, check_alone, speaks_first
 
 USER_ERROR = 2
 NOT_FINITE = 3
@@ -28,10 +28,11 @@ ROOT = Path(__file__).resolve().parent.parent
 LONGEST_WORD = 1000
 
 
-def run_script(main: Callable[[], int | None], less_memory: str = "smaller batches") -> NoReturn:
+def run_script(main: Callable[[], int | None], less_memory: str = "smaller batches", shared: bool = False) -> NoReturn:
     """Run a script's `main` and leave with its status; a user's mistake is one line on standard error and status 2.
 
-    less_memory: what to take where the GPU's memory is too small, with the script's flags.
+    less_memory: what to take where the GPU's memory is too small, with the script's flags; shared: whether several
+    processes of a launch share its work, which is refused otherwise. One line is said by all of them.
     SIGINT and SIGTERM raise `Interrupted` in `main`, so that it leaves nothing half done, and end in a line too.
     """
     received: list[int] = []
@@ -47,12 +48,22 @@ def run_script(main: Callable[[], int | None], less_memory: str = "smaller batch
     before = {number: signal.signal(number, interrupt) for number in SIGNALS}
     threading.excepthook = _thread_ended
     try:
-        status = _status_of(main, received, less_memory)
+        status = _status_of(main if shared else _alone(main), received, less_memory)
     finally:
         threading.excepthook = threading.__excepthook__
         for number, handler in before.items():
             signal.signal(number, _leave_silently if handler is _leave else handler)
     sys.exit(status)
+
+
+def _alone(main: Callable[[], int | None]) -> Callable[[], int | None]:
+    """`main`, but a `UserError` in place of the same work and files several times."""
+
+    def alone() -> int | None:
+        check_alone(Path(sys.argv[0]).name)
+        return main()
+
+    return alone
 
 
 def _status_of(main: Callable[[], int | None], received: list[int], less_memory: str) -> int:

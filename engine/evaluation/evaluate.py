@@ -5,19 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from dataset.catalog import readable_name
-from engine.data import evaluation_loader, make_dataset
+from engine.data import batches_of_classes, evaluation_loader, make_dataset
 from engine.detector import Detector
 from engine.device import choose_precision
+from engine.launch import from_first, in_turn, together
 from engine.task import TaskData
 from model.config import DET_SCORES
 from model.frozen import SharedStreams
@@ -25,7 +27,8 @@ from model.references import joined_anomaly_map
 from model.scoring import Outputs, anomaly_map, class_image_scores, det_scores
 from utils.files import write_text
 from utils.logging import progress_bar
-from utils.metrics import PixelCounter, image_metrics
+from utils.metrics import PixelCounter, Pixels, image_metrics, pixels_of
+from utils.processes import process_count, process_index
 from utils.tables import format_table
 
 logger = logging.getLogger(__name__)
@@ -88,32 +91,44 @@ class Evaluation:
         return (sum(values) / len(values) if values else None), len(values)
 
 
-@dataclass
-class _ClassScores:
-    """What is kept of one class's images until its metrics are taken: counts of pixels, a few numbers per image.
+class _BatchScores(NamedTuple):
+    """What a model says of a batch: its pixels where they count, and of each image the map's extremes and det score.
 
-    masked: whether all anomalous images have a mask, without which nothing can be said of pixels.
+    numbers: (3, B), highest, lowest, det.
     """
 
+    pixels: Pixels | None
+    numbers: Tensor
+
+    def to(self, device: torch.device | str) -> _BatchScores:
+        return _BatchScores(self.pixels and self.pixels.to(device), self.numbers.to(device))
+
+
+class _Batch(NamedTuple):
+    """A batch of one class's images, and what each model says of it."""
+
+    class_name: str
+    paths: list[str]
+    labels: Tensor
+    of_models: dict[str, _BatchScores]
+
+
+@dataclass
+class _ClassScores:
+    """What is kept of one class's images until its metrics are taken: counts of pixels, a few numbers per image."""
+
     domain: str
-    det_score: str
-    masked: bool = True
     pixels: PixelCounter = field(default_factory=PixelCounter)
     paths: list[str] = field(default_factory=list)
     numbers: list[Tensor] = field(default_factory=list)
     labels: list[Tensor] = field(default_factory=list)
 
-    def add(self, outputs: Outputs, batch: Mapping[str, Any], joined: Tensor | None = None) -> None:
-        """Count a batch: the published maps, or those that were joined with references', (B, S, S)."""
-        maps = (anomaly_map(outputs, batch["mask"].shape[-1], self.domain) if joined is None else joined).float()
-        if self.masked:
-            self.pixels.update(maps, batch["mask"].flatten(0, 1), batch["image_path"])
-        self.paths += batch["image_path"]
-        low, high = torch.aminmax(maps.flatten(1), dim=1)
-        det = det_scores(outputs, self.det_score).float()
-        # Fetched when the class is complete: each batch would wait for the device.
-        self.numbers.append(torch.stack([high, low, det]))
-        self.labels.append(batch["label"])
+    def add(self, found: _BatchScores, paths: Sequence[str], labels: Tensor) -> None:
+        if found.pixels is not None:
+            self.pixels.add(found.pixels)
+        self.paths += paths
+        self.numbers.append(found.numbers)
+        self.labels.append(labels)
 
     def result(self, class_name: str) -> ClassResult:
         """The class's metrics, once all its images are in."""
@@ -144,33 +159,28 @@ def evaluate(
     score that each detector says. A class that a detector has references of is scored by maps joined with theirs
     (docs/method.md, "References").
     Scores are normalised per class (docs/method.md, "Scores"), so a class's metrics are taken when it is complete. Maps
-    are counted and not kept.
+    are counted and not kept. Processes of a launch take the batches in turn, and the first counts them in their order:
+    the figures, which all of them return, are those of one process.
     Raises `UserError` for images that cannot be read, and names the first image whose map is not finite.
     """
-    clip = next(iter(models.values())).clip
-    prompts = data.prompts(clip).to(device)
-    domain = data.located.spec.domain
-    text_sides = {name: detector.text_side(prompts) for name, detector in models.items()}
     results: dict[str, list[ClassResult]] = {name: [] for name in models}
-    samples = make_dataset(data, clip)
-    loader = evaluation_loader(samples, batch_size, num_workers, torch.device(device).type == "cuda")
+    samples = make_dataset(data, next(iter(models.values())).clip)
+    loader = evaluation_loader(
+        samples, batch_size, num_workers, torch.device(device).type == "cuda", process_index(), process_count()
+    )
     bar = progress_bar(len(samples), f"evaluating on {data.located.spec.name}")
-    for class_name, batches in groupby(loader, key=lambda batch: batch["class_name"][0]):
-        masked = not data.lacking_masks(class_name)
-        scores = {name: _ClassScores(domain, detector.det_score, masked) for name, detector in models.items()}
-        for batch in batches:
-            images = batch["image"].to(device, non_blocking=True)
-            rows = torch.full((len(images),), data.classes.index(class_name), device=device)
-            shared = SharedStreams()
+    batches = in_turn(_scored(models, data, loader, device, precision), len(batches_of_classes(samples, batch_size)))
+    for class_name, of_class in groupby(batches, key=lambda batch: batch.class_name):
+        scores = {name: _ClassScores(data.located.spec.domain) for name in models}
+        for batch in of_class:
             for name, kept in scores.items():
-                with autocast(device, precision):
-                    outputs = models[name].model(images, text_sides[name], rows, shared)
-                    joined = joined_map_of(models[name], class_name, outputs, images, domain)
-                kept.add(outputs, batch, joined)
-            bar.update(len(images))
+                found = batch.of_models[name]
+                kept.add(found.to(device) if together() else found, batch.paths, batch.labels)
+            bar.update(len(batch.paths))
         for name, kept in scores.items():
             results[name].append(kept.result(class_name))
     bar.close()
+    results = from_first(lambda: results)
     dataset = data.located.spec.name
     return {name: Evaluation(name, dataset, rows, models[name].det_score) for name, rows in results.items()}
 
@@ -182,6 +192,32 @@ def joined_map_of(detector: Detector, class_name: str, outputs: Outputs, images:
         return None
     distances = detector.reference_maps(references, outputs, images)
     return joined_anomaly_map(outputs, distances, references.weight, domain)
+
+
+def _scored(
+    models: Mapping[str, Detector], data: TaskData, loader: DataLoader, device: torch.device | str, precision: str
+) -> Iterator[_Batch]:
+    """What the models say of this process's batches; on the CPU where another process counts them."""
+    prompts = data.prompts(next(iter(models.values())).clip).to(device)
+    text_sides = {name: detector.text_side(prompts) for name, detector in models.items()}
+    domain = data.located.spec.domain
+    masked = {name: not data.lacking_masks(name) for name in data.classes}
+    for batch in loader:
+        class_name, masks = batch["class_name"][0], batch["mask"].flatten(0, 1)
+        images = batch["image"].to(device, non_blocking=True)
+        rows = torch.full((len(images),), data.classes.index(class_name), device=device)
+        found, shared = {}, SharedStreams()
+        for name, detector in models.items():
+            with autocast(device, precision):
+                outputs = detector.model(images, text_sides[name], rows, shared)
+                joined = joined_map_of(detector, class_name, outputs, images, domain)
+            maps = (anomaly_map(outputs, masks.shape[-1], domain) if joined is None else joined).float()
+            pixels = pixels_of(maps, masks, batch["image_path"]) if masked[class_name] else None
+            low, high = torch.aminmax(maps.flatten(1), dim=1)
+            numbers = torch.stack([high, low, det_scores(outputs, detector.det_score).float()])
+            scores = _BatchScores(pixels, numbers)
+            found[name] = scores.to("cpu") if together() else scores
+        yield _Batch(class_name, batch["image_path"], batch["label"], found)
 
 
 def autocast(device: torch.device | str, precision: str) -> torch.autocast:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from dataset.options import HALF
 from engine.detector import Detector, build_detector, load_clip_for, unadapted_detector
-from engine.device import check_compiler, check_device
+from engine.device import check_compiler
 from engine.evaluation.arguments import ALL, NO_CHECKPOINT
 from engine.evaluation.evaluate import (
     Evaluation,
@@ -24,6 +24,7 @@ from engine.evaluation.evaluate import (
 from engine.evaluation.image_heatmaps import draw_overlays
 from engine.evaluation.remember import remember_for_dataset
 from engine.hub import is_address, local_path
+from engine.launch import join_launch, main_first
 from engine.references import ReferenceChoice
 from engine.remembered import load_task_of_run
 from engine.run_folder import find_checkpoints
@@ -35,6 +36,7 @@ from utils.errors import UserError
 from utils.files import check_folder
 from utils.logging import set_up_logging
 from utils.paths import safe_name
+from utils.processes import is_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +134,7 @@ def evaluate_checkpoints(
     Raises `UserError` for files, datasets and devices that are not there or do not fit.
     """
     set_up_logging()
-    device = check_device(device, precision, tf32)
+    device = join_launch(device, precision, tf32)
     folder = output_folder(checkpoint, output_dir)
     check_folder(folder, "--output_dir")
     if compile:
@@ -140,12 +142,13 @@ def evaluate_checkpoints(
     detectors = load_detectors(checkpoint, clip_weights, device, **overrides)
     detectors[0].clip.run = BlockRunner(compiled=(batch_size,) if compile else ())
     run = detectors[0].arguments
-    if two_folders is not None:
-        data = load_two_folders(*two_folders, skip_bad_images)
-    else:
-        asked = dataset or training_dataset(detectors)
-        data = load_task_of_run(run, asked, data_root, metadata, class_names, skip_bad_images, mask_threshold)
-        data = replace(data, cache_gib=cache_images)
+    with main_first():
+        if two_folders is not None:
+            data = load_two_folders(*two_folders, skip_bad_images)
+        else:
+            asked = dataset or training_dataset(detectors)
+            data = load_task_of_run(run, asked, data_root, metadata, class_names, skip_bad_images, mask_threshold)
+            data = replace(data, cache_gib=cache_images)
     for note in [*zero_shot_notes({d.name: d.config for d in detectors}, data), *mask_notes(data)]:
         logger.warning("%s", note)
     said = said_of_det_score(detectors[0].det_score)
@@ -156,6 +159,8 @@ def evaluate_checkpoints(
         kind += references.suffix
     models = {detector.name: detector for detector in detectors}
     evaluations = list(evaluate(models, data, device, batch_size, num_workers, precision).values())
+    if not is_main_process():
+        return evaluations
     for evaluation in evaluations:
         logger.info(
             "\n%s on %s, in percent%s\n\n%s\n",

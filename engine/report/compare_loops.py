@@ -13,9 +13,10 @@ from typing import Any
 from dataset.options import HALF
 from dataset.records import metadata_digest
 from engine.detector import UNADAPTED, Detector, build_detector, load_clip_for, unadapted_detector
-from engine.device import check_compiler, check_device, choose_precision
+from engine.device import check_compiler, choose_precision
 from engine.evaluation.evaluate import Evaluation, evaluate
 from engine.evaluation.inference import zero_shot_notes
+from engine.launch import from_first, join_launch, main_first
 from engine.remembered import arguments_in, load_task_of_run
 from engine.report.cache import read_cache, write_cache
 from engine.report.commands import command_line
@@ -40,6 +41,7 @@ from model.scoring import DET_SCORES
 from utils.errors import UserError
 from utils.files import check_folder
 from utils.logging import set_up_logging
+from utils.processes import is_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +105,7 @@ def compare_feedback_loops(
     folder = output_dir or save_path
     files = find_loops(save_path)
     check_folder(folder, "--output_dir")
-    device = check_device(device, precision, tf32)
+    device = join_launch(device, precision, tf32)
     if compile:
         check_compiler(device)
     references = [
@@ -117,7 +119,8 @@ def compare_feedback_loops(
     loops = [read_loop(number, file) for number, file in files.items()]
     rows = [*([Row(UNADAPTED)] if unadapted else []), *references, *loops]
     run = next((row.config["arguments"] for row in reversed(rows) if row.config), {})
-    data = load_task_of_run(run, dataset, data_root, metadata, class_names, skip_bad_images, mask_threshold)
+    with main_first():
+        data = load_task_of_run(run, dataset, data_root, metadata, class_names, skip_bad_images, mask_threshold)
     data = replace(data, cache_gib=cache_images)
     setting = Setting(
         data,
@@ -137,6 +140,8 @@ def compare_feedback_loops(
     else:
         rows, evaluations = evaluate_rows(rows, clip, setting, folder / CACHE_FILE)
         notes = [*unfair_notes(rows), *setting_notes(rows, clip.settings)]
+    if not is_main_process():
+        return status_of(rows)
     trained = {row.name: row.config for row in rows}
     notes = [*zero_shot_notes(trained, data), *mask_notes(data), *broken_notes(save_path, rows), *notes]
     comparison = Comparison(data.located.spec.name, rows, evaluations, notes, setting.det_score)
@@ -157,6 +162,11 @@ def compare_feedback_loops(
         }  # fmt: skip
         command = command_line("compare_feedback_loops.py", asked)
         write_report(comparison, models, data, save_path, folder / REPORT_FILE, command)
+    return status_of(rows)
+
+
+def status_of(rows: Sequence[Row]) -> int:
+    """The exit status: 1 where a loop's file cannot be read."""
     return int(any(row.problem for row in rows))
 
 
@@ -243,7 +253,8 @@ def evaluate_rows(
     `UserError` for a base or cross-attention checkpoint that does not fit the CLIP.
     """
     keys = cache_keys(rows, clip.settings, setting)
-    cache = read_cache(cache_file)
+    # All processes evaluate the same, whatever of it is on their disks.
+    cache = from_first(lambda: read_cache(cache_file))
     if cached := [name for name, key in keys.items() if key in cache]:
         logger.info("Taken from %s, not evaluated again: %s", cache_file, ", ".join(cached))
     # By key, so that content which two rows share is evaluated once.
@@ -260,7 +271,8 @@ def evaluate_rows(
                 detectors, setting.data, setting.device, setting.batch_size, setting.num_workers, setting.precision
             )
             cache |= {key: evaluation.classes for key, evaluation in found.items()}
-            write_cache(cache_file, cache)
+            if is_main_process():
+                write_cache(cache_file, cache)
     dataset = setting.data.located.spec.name
     return list(rows), {
         row.name: Evaluation(row.name, dataset, cache[keys[row.name]], setting.det_score)
