@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs
 from torch import nn
 
 from utils.errors import UserError
@@ -136,10 +136,6 @@ def make_accelerator(
         project_dir=str(save_path),
         # Batches lie in pinned memory then, and their copies need not be waited for.
         dataloader_config=DataLoaderConfiguration(non_blocking=device.startswith("cuda")),
-        kwargs_handlers=[
-            # CLIP's buffers are the same everywhere.
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=PATIENCE),
-        ],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     return accelerator, precision

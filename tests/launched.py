@@ -5,13 +5,16 @@ Called in one process, `run_all` does the same, which the figures of several mus
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -23,7 +26,8 @@ from engine.training.base import train_base
 from engine.training.cross_attention import train_cross_attention
 from engine.training.feedback import train_feedback
 from engine.training.feedback_arguments import FeedbackConfig
-from utils.processes import is_main_process
+from utils.errors import Stopped
+from utils.processes import is_main_process, process_count, process_index
 
 # 14 images: steps of 6, 6 and 2, of which one of three processes has none.
 COMMON = {
@@ -37,12 +41,20 @@ LOOPS = {
 }  # fmt: skip
 
 
+def common_arguments(folder: Path) -> dict[str, Any]:
+    return {"model_name": f"local-dir:{folder / 'clip'}", "dataset": str(folder / "train"), **COMMON}
+
+
+def base_config(folder: Path, save_path: Path) -> BaseConfig:
+    return BaseConfig.of(**common_arguments(folder), **EPOCHS, accumulate=2, save_path=save_path)
+
+
 def run_all(folder: Path, output: Path) -> None:
     """Train all kinds on the dataset `train` of `folder`, and test the `small_runs` there, below `output`."""
-    common = {"model_name": f"local-dir:{folder / 'clip'}", "dataset": str(folder / "train"), **COMMON}
+    common = common_arguments(folder)
     cross = CrossAttentionRunConfig.of(**common, **EPOCHS, **BATCH_MEAN, save_path=output / "batch_mean")
     runs = {
-        "base": (train_base, BaseConfig.of(**common, **EPOCHS, accumulate=2, save_path=output / "base")),
+        "base": (train_base, base_config(folder, output / "base")),
         "batch_mean": (train_cross_attention, cross),
         "feedback": (train_feedback, FeedbackConfig.of(**common, **LOOPS, save_path=output / "feedback")),
     }
@@ -84,10 +96,32 @@ def first_gradients(file: Path) -> Iterator[None]:
         torch.save(found, file)
 
 
+def stop_one_and_go_on(config: BaseConfig) -> None:
+    """Train; the last process alone is told to stop before the second step of Stage 2, and all do; then go on."""
+    gradient_norms, steps = trainer.gradient_norms, 0
+
+    def look(components: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        nonlocal steps
+        steps += "image_adapter" in components
+        if steps == 2 and process_index() == process_count() - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return gradient_norms(components)
+
+    try:
+        with mock.patch.object(trainer, "gradient_norms", look):
+            train_base(config)
+    except Stopped as stopped:
+        (config.save_path.parent / f"stopped_{process_index()}.txt").write_text(f"{stopped}", encoding="utf-8")
+    dist.barrier()
+    train_base(config)
+
+
 def main() -> None:
+    folder, output = map(Path, sys.argv[1:])
     # The processes are to stay together for the next run.
     with mock.patch.object(Accelerator, "end_training", lambda self: None):
-        run_all(Path(sys.argv[1]), Path(sys.argv[2]))
+        run_all(folder, output)
+        stop_one_and_go_on(base_config(folder, output / "stopped"))
 
 
 if __name__ == "__main__":

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
 from dataset.samples import SeededSampler, SharedBatches
 from engine.training.arguments import BaseConfig
+from engine.training.base import train_base
 from tests.helpers import relative_error
-from tests.launched import run_all
-from tests.scripts import launch, train_small_runs
+from tests.launched import base_config, run_all
+from tests.scripts import error_line, launch, run, train_small_runs, wait_for_rows
 from utils.errors import UserError
-from utils.processes import Share
+from utils.processes import Share, another_ended, speaks_first
 
 RUNS = ("base", "batch_mean", "feedback")
 TIMED = ("seconds", "images_per_second", "memory_gib")
@@ -78,9 +81,39 @@ def test_several_processes_test_as_one_does_digit_for_digit(one: Path, several: 
         assert (several[0] / name).read_bytes() == (one / name).read_bytes(), name
 
 
+def test_all_stop_at_the_step_at_which_one_is_told_to_and_go_on_to_the_same(
+    one: Path, several: tuple[Path, str]
+) -> None:
+    lines = {file.read_text(encoding="utf-8") for file in several[0].glob("stopped_*.txt")}
+    assert lines == {"stopped in loop 1, image epoch 1: the same command goes on, and repeats this epoch"}
+    assert rows(several[0] / "stopped") == rows(several[0] / "base")
+
+
+def test_a_killed_process_ends_the_others_and_any_number_goes_on(world: Path, one: Path, tmp_path: Path) -> None:
+    config = replace(base_config(world, tmp_path / "run"), image_epoch=3, accumulate=1)
+    names = ("model_name", "dataset", "shot", "text_batch_size", "image_batch_size", "text_epoch", "image_epoch")
+    given = [word for name in names for word in (f"--{name}", getattr(config, name))]
+    process = launch(
+        2, "train.py", *given, "--num_workers", 0, "--device", "cpu", "--save_path", config.save_path, slowly=True
+    )
+    wait_for_rows(config.save_path / "history.jsonl", 2, process)
+    ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
+    ranks["1"].kill()
+    _, said = process.communicate(timeout=100)
+    assert len([line for line in said.splitlines() if line.startswith("stopped")]) == 1, said
+    assert "Traceback" not in (config.save_path / "train.log").read_text(encoding="utf-8")
+    assert len(rows(config.save_path)) < 4, "killed too late to show anything"
+    train_base(config)
+    whole = replace(config, save_path=tmp_path / "whole")
+    train_base(whole)
+    for row, other in zip(rows(config.save_path), rows(whole.save_path), strict=True):
+        assert row.pop("stage") == other.pop("stage")
+        assert row == pytest.approx(other, rel=1e-5, abs=1e-6)
+
+
 def test_several_processes_speak_as_one(several: tuple[Path, str]) -> None:
     said = [line for line in several[1].splitlines() if "Complete: " in line]
-    assert len(said) == len(RUNS)
+    assert len(said) == len(RUNS) + 1
     assert "Warning" not in several[1] and "Traceback" not in several[1]
 
 
@@ -118,3 +151,43 @@ def test_a_batch_that_processes_cannot_share_evenly_is_refused() -> None:
         config.check_processes(3)
     with pytest.raises(UserError, match="batch_axis"):
         BaseConfig(surgery="batch_axis").check_processes(2)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """As one of three processes that torch's launcher started; the folder of the launch's attempt."""
+    folder = tmp_path / "attempt_0"
+    (folder / "1").mkdir(parents=True)
+    for name, value in {"WORLD_SIZE": 3, "RANK": 1, "TORCHELASTIC_ERROR_FILE": folder / "1" / "error.json"}.items():
+        monkeypatch.setenv(name, str(value))
+    return folder
+
+
+def test_a_launch_is_refused_in_one_line_before_anything_is_built(launched: Path, tmp_path: Path) -> None:
+    said = error_line("train.py", "--image_batch_size", 4, "--text_batch_size", 6, "--save_path", tmp_path / "run")
+    assert said.startswith("error: --image_batch_size 4 is that of a step, which 3 processes do not share evenly")
+    # Another process has said it.
+    assert run("train.py", "--image_batch_size", 4, "--save_path", tmp_path / "run", status=2) == ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("visualize_comparison.py", "--class_name", "cork"),
+        ("run_study.py", "studies/smoke.toml"),
+        ("inference.py", "--checkpoint", "none", "--image", "somewhere"),
+    ],
+)
+def test_what_processes_cannot_share_is_refused(words: tuple[str, ...], launched: Path) -> None:
+    assert "in one process: leave accelerate launch out" in error_line(*words)
+
+
+def test_the_first_to_end_speaks_and_the_others_know(launched: Path) -> None:
+    assert speaks_first()
+    assert not speaks_first()
+    assert another_ended()
+
+
+def test_a_process_alone_speaks_and_waits_for_nobody() -> None:
+    assert speaks_first() and speaks_first()
+    assert not another_ended()

@@ -165,7 +165,8 @@ def forget_children() -> None:
     torch answers the end of one with an exception at whatever line is being run.
     """
     if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # Not SIG_DFL: Python complains of a signal that has come already and has no handler any more.
+        signal.signal(signal.SIGCHLD, lambda *_: None)
 
 
 @contextmanager

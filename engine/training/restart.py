@@ -10,7 +10,16 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from engine.run_folder import LOCK_FILE, LOG_FILE, STATE_FILE, WARNINGS_FILE, check_same_run, check_unused
+from engine.launch import from_first
+from engine.run_folder import (
+    LOCK_FILE,
+    LOG_FILE,
+    STATE_FILE,
+    WARNINGS_FILE,
+    check_same_run,
+    check_unused,
+    describe_differences,
+)
 from engine.training.phases import Phase
 from engine.training.state import read_state
 from utils.errors import UserError
@@ -97,6 +106,8 @@ def run_folder(
         if answer[0]:
             # The first process has said why.
             raise SystemExit(2)
+        if differences := describe_differences(from_first(lambda: signature), signature):
+            raise UserError(f"this machine's run is not the first one's ({differences}): give all the same files")
 
         def begin_log() -> None:
             if accelerator.is_main_process:

@@ -16,6 +16,7 @@ from accelerate.tracking import TensorBoardTracker
 from torch.utils.data import DataLoader
 
 from engine.device import warn_of_unused_gpu
+from engine.launch import from_first
 from engine.run_folder import (
     ARGUMENTS_FILE,
     EVENTS_FOLDER,
@@ -331,6 +332,8 @@ class TrainingRun:
             self.state = RunState(done, planned, saved["history"], saved["schedule"], loops)
             restore(saved, self.model.components, self.optimizers, file)
             logger.info("Going on with the run in %s: %s", self.save_path, describe_progress(self.state.done, phases))
+        if from_first(lambda: self.state.done) != self.state.done:
+            raise UserError(f"--save_path {self.save_path}: not the same folder on all machines, which they must share")
         # Not before: what is refused leaves no log, and does not take the place of what the run was asked for.
         self.begin_log()
         if self.accelerator.is_main_process:
