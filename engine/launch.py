@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import signal
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -12,7 +13,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from engine.device import PATIENCE, check_device
-from utils.processes import is_main_process, process_count
+from utils.errors import Interrupted
+from utils.processes import another_ended, is_main_process, process_count
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -31,6 +33,17 @@ def join_launch(device: str, precision: str, tf32: str) -> str:
 def together() -> bool:
     """Whether several processes have met: what follows then needs all of them."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@contextmanager
+def stopping_with_others() -> Iterator[None]:
+    """A block that is interrupted where another process has ended, in place of what libraries say of that."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not another_ended():
+            raise
+        raise Interrupted(signal.SIGTERM) from error
 
 
 def main_first() -> AbstractContextManager[None]:

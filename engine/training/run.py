@@ -16,7 +16,7 @@ from accelerate.tracking import TensorBoardTracker
 from torch.utils.data import DataLoader
 
 from engine.device import warn_of_unused_gpu
-from engine.launch import from_first
+from engine.launch import from_first, stopping_with_others
 from engine.run_folder import (
     ARGUMENTS_FILE,
     EVENTS_FOLDER,
@@ -142,20 +142,21 @@ class TrainingRun:
         complete but for others is a `UserError`.
         """
         try:
-            self._restore(phases)
-            gone = self._write_missing(phases, loop_end) if self.accelerator.is_main_process else []
-            trained = False
-            for index, phase in enumerate(phases):
-                if self.state.done[index] < phase.epochs:
-                    with StopRequest() as stop:
-                        self._run_phase(index, phase, stop)
-                    if stop.signal_number is not None:
-                        # It came after the last step, whose epoch is kept.
-                        raise Interrupted(stop.signal_number)
-                    trained = True
-                ends = index + 1 == len(phases) or phases[index + 1].loop != phase.loop
-                if loop_end is not None and ends and len(self.state.loops) < phase.loop:
-                    self._finish_loop(phase.loop, loop_end)
+            with stopping_with_others():
+                self._restore(phases)
+                gone = self._write_missing(phases, loop_end) if self.accelerator.is_main_process else []
+                trained = False
+                for index, phase in enumerate(phases):
+                    if self.state.done[index] < phase.epochs:
+                        with StopRequest() as stop:
+                            self._run_phase(index, phase, stop)
+                        if stop.signal_number is not None:
+                            # It came after the last step, whose epoch is kept.
+                            raise Interrupted(stop.signal_number)
+                        trained = True
+                    ends = index + 1 == len(phases) or phases[index + 1].loop != phase.loop
+                    if loop_end is not None and ends and len(self.state.loops) < phase.loop:
+                        self._finish_loop(phase.loop, loop_end)
         except KeyboardInterrupt as error:
             number = getattr(error, "signal_number", signal.SIGINT)
             raise Stopped("stopped: the same command goes on", number) from error

@@ -1,0 +1,133 @@
+"""How the work of ViT-L-14-336 grows with pixels, classes and prompts: TFLOP, counted without computing anything.
+
+Operations of the code itself, on tensors without values; a multiplication with its addition counts as two.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+from unittest import mock
+
+import open_clip
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from dataset.prompts import build_prompts
+from engine.training.arguments import BaseConfig
+from engine.training.stage1 import TextStage
+from engine.training.stage2 import ImageStage
+from engine.training.stages import Stage
+from model.adapter import AdaptedCLIP
+from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
+from model.clip import FrozenCLIP
+from model.config import LoopForward
+from model.text import Prompts
+from utils.tables import format_table
+
+MODEL = "ViT-L-14-336"
+NAMES = ("bottle", "cable", "capsule", "metal nut")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--img_size", type=int, nargs="+", default=[336, 518, 700], help="sizes of images, in pixels")
+    return parser.parse_args()
+
+
+def main() -> None:
+    sizes = parse_arguments().img_size
+    columns = ["pixels", "tokens", "testing", "Stage 1", "Stage 2", "cross: Stage 1", "Stage 2", "loop 2 on: Stage 1",
+               "Stage 2"]  # fmt: skip
+    print(f"TFLOP of an image, all of one class\n\n{format_table(columns, [row_of(size) for size in sizes])}\n")
+    clip = empty_clip(sizes[0])
+    one, four = (stage_of(clip, crossed=False, side="text", classes=NAMES[:count]) for count in (1, 4))
+    names = [name for name in NAMES for _ in range(2)]
+    added = (work(one, [NAMES[0]] * 8) - work(four, names)) / -3
+    print(
+        f"Each further class among the images of a step of Stage 1: {added:.3f}, of {prompts_of(clip, NAMES)[1]} prompts"
+    )
+    crossed = [stage_of(clip, crossed=True, side="text", classes=NAMES[:1], copies=copies) for copies in (1, 2)]
+    once, twice = (work(stage, [NAMES[0]]) for stage in crossed)
+    print(f"As many prompts again, with cross-attention: {twice - once:.3f} an image of Stage 1")
+
+
+def row_of(size: int) -> list[str]:
+    """What an image costs at a size, in TFLOP."""
+    clip = empty_clip(size)
+    plain = {side: stage_of(clip, False, side) for side in ("text", "image")}
+    cross = {side: stage_of(clip, True, side) for side in ("text", "image")}
+    later = {side: stage_of(clip, True, side, loop=LoopForward("trained", True)) for side in ("text", "image")}
+    tokens = clip.grid**2 + 1
+    images = torch.empty(1, 3, size, size, device="meta")
+    model = plain["image"].model.eval()
+    with torch.no_grad():
+        tested = counted(lambda: model(images, plain["image"].text_side, torch.zeros(1, dtype=int, device="meta")))
+    found = [tested, *(work(stages[side], NAMES[:1]) for stages in (plain, cross, later) for side in ("text", "image"))]
+    return [str(size), str(tokens), *(f"{value:.2f}" for value in found)]
+
+
+def empty_clip(size: int) -> FrozenCLIP:
+    """The model without values, for images of `size` pixels."""
+    architecture = open_clip.get_model_config(MODEL)
+    architecture["vision_cfg"]["image_size"] = size
+    with torch.device("meta"):
+        clip = open_clip.CLIP(**architecture, quick_gelu=True)
+    with mock.patch("model.clip.digest_weights", return_value="none"):
+        return FrozenCLIP(clip, MODEL, "quick_gelu")
+
+
+def prompts_of(clip: FrozenCLIP, classes: Sequence[str], copies: int = 1) -> tuple[Prompts, int]:
+    """The prompts of classes, each `copies` times, and how many a class has."""
+    texts = [tuple(list(group) * copies for group in build_prompts(name)) for name in classes]
+    return Prompts.from_texts(clip, texts).to("meta"), sum(map(len, texts[0]))
+
+
+def stage_of(
+    clip: FrozenCLIP,
+    crossed: bool,
+    side: str,
+    classes: Sequence[str] = NAMES[:1],
+    copies: int = 1,
+    loop: LoopForward | None = None,
+) -> Stage:
+    kind = AdaptedCLIPWithCrossAttention if crossed else AdaptedCLIP
+    model = kind(clip, clip.model_config()).to("meta")
+    make = {"text": TextStage, "image": ImageStage}[side]
+    stage = make(model, prompts_of(clip, classes, copies)[0], classes, BaseConfig(), loop)
+    stage.begin()
+    return stage
+
+
+def work(stage: Stage, names: Sequence[str]) -> float:
+    """TFLOP of a training step for one image; names: each image's class."""
+    size = stage.model.clip.img_size
+    batch: dict[str, Any] = {
+        "image": torch.empty(len(names), 3, size, size, device="meta"),
+        "mask": torch.empty(len(names), 1, size, size, device="meta"),
+        "label": torch.empty(len(names), dtype=torch.long, device="meta"), "class_name": list(names),
+    }  # fmt: skip
+
+    def step() -> Tensor:
+        total = stage(batch).losses["total"]
+        total.backward()
+        return total
+
+    return counted(step) / len(names)
+
+
+def counted(run: Callable[[], object]) -> float:
+    # autocast knows no device without values.
+    with (
+        mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext()),
+        FlopCounterMode(display=False) as counter,
+    ):
+        run()
+    return counter.get_total_flops() / 1e12
+
+
+if __name__ == "__main__":
+    main()
