@@ -46,10 +46,8 @@ def main() -> None:
     clip = empty_clip(sizes[0])
     one, four = (stage_of(clip, crossed=False, side="text", classes=NAMES[:count]) for count in (1, 4))
     names = [name for name in NAMES for _ in range(2)]
-    added = (work(one, [NAMES[0]] * 8) - work(four, names)) / -3
-    print(
-        f"Each further class among the images of a step of Stage 1: {added:.3f}, of {prompts_of(clip, NAMES)[1]} prompts"
-    )
+    added = len(names) * (work(four, names) - work(one, [NAMES[0]] * len(names))) / 3
+    print(f"Each further class in a step of Stage 1: {added:.3f}, of {prompts_of(clip, NAMES)[1]} prompts")
     crossed = [stage_of(clip, crossed=True, side="text", classes=NAMES[:1], copies=copies) for copies in (1, 2)]
     once, twice = (work(stage, [NAMES[0]]) for stage in crossed)
     print(f"As many prompts again, with cross-attention: {twice - once:.3f} an image of Stage 1")
@@ -121,10 +119,8 @@ def work(stage: Stage, names: Sequence[str]) -> float:
 
 def counted(run: Callable[[], object]) -> float:
     # autocast knows no device without values.
-    with (
-        mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext()),
-        FlopCounterMode(display=False) as counter,
-    ):
+    without = mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext())
+    with without, FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops() / 1e12
 

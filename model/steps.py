@@ -1,6 +1,7 @@
 """A step whose images several processes share, where it is more than the mean of what each of them computes.
 
-Most of a loss is a mean over images, and needs nothing but the shares' weights (docs/method.md, "Several processes").
+Most of a loss is a mean over images, which needs nothing but the shares' weights (docs/scaling.md, "How processes share
+a step").
 """
 
 from __future__ import annotations

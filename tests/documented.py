@@ -223,6 +223,8 @@ def check_arguments(words: Sequence[str]) -> None:
         return check_script(rest[0], rest[1:])
     if program == "accelerate" and rest[:1] == ["launch"]:
         return check_launch(rest[1:])
+    if program == "sbatch":
+        return check_job(rest)
     if program == "tensorboard":
         expected = len(rest) == 2 and rest[0] == "--logdir"
     else:
@@ -248,6 +250,16 @@ def check_script(script: str, arguments: Sequence[str]) -> None:
 def module_of(script: str) -> str:
     """A script's name as that of a module: examples lie in a folder."""
     return script.removesuffix(".py").replace("/", ".")
+
+
+def check_job(arguments: Sequence[str]) -> None:
+    """Let the script that a job file starts read what is handed to it."""
+    place = next((number for number, word in enumerate(arguments) if word.endswith(".sbatch")), len(arguments))
+    file = ROOT / "".join(arguments[place : place + 1])
+    if not file.is_file():
+        raise ValueError(f"sbatch {shlex.join(arguments)}: no such job file")
+    script = re.search(r"(\w+\.py) \"\$@\"", file.read_text(encoding="utf-8"))
+    check_script(script.group(1), arguments[place + 1 :])
 
 
 def check_launch(arguments: Sequence[str]) -> None:

@@ -59,7 +59,7 @@ ALL_COMMANDS = [command for block in BLOCKS for command in commands(block)]
 ELSEWHERE = ("http://", "https://", "mailto:")
 METHOD = "docs/method.md"
 # Flags of other programs, and of run.py, that pages speak of.
-FOREIGN_FLAGS = {"--logdir", "--num_processes", "--torch-index"}
+FOREIGN_FLAGS = {"--cpu", "--logdir", "--multi_gpu", "--num_processes", "--torch-index"}
 # Files that runs write, which pages name like files of the repository.
 WRITTEN = {"comparison.md", "study.md"}
 
@@ -449,6 +449,8 @@ def test_links_and_anchors() -> None:
         "python train_cross_attention_feedback.py --no_such_flag",
         "accelerate launch --num_processes 2 train.py --no_such_flag",
         "accelerate launch --no_such_flag train.py",
+        "sbatch examples/no_such_job.sbatch",
+        "sbatch examples/train_two_nodes.sbatch --no_such_flag",
         "tensorboard --no_such_flag",
         "curl somewhere",
     ],

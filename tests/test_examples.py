@@ -1,0 +1,92 @@
+"""The files in examples/: what they start under Slurm, whose programs are stood in for here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tests.documented import check_arguments
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+FILES = sorted(EXAMPLES.glob("*.sbatch"))
+SLURM = {
+    "SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4",
+    "SLURM_CPUS_PER_TASK": "32", "SLURM_ARRAY_TASK_ID": "3",
+}  # fmt: skip
+# Each starts its command on every node, with the number that Slurm would give.
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+for node in $(seq 0 $((NODES - 1))); do SLURM_NODEID=$node "$@" || exit 1; done
+"""
+SCONTROL = """#!/bin/bash
+[[ $* == "show hostnames node[1-2]" ]] && printf 'node1\\nnode2\\n'
+"""
+# Writes down its words, and gets no further.
+WRITES_DOWN = """#!{python}
+import json, sys
+from pathlib import Path
+with Path("started.jsonl").open("a") as file:
+    file.write(json.dumps([Path(sys.argv[0]).name, *sys.argv[1:]]) + "\\n")
+"""
+
+
+def usage(file: Path) -> list[str]:
+    """The words of a file's own example, behind its name."""
+    line = re.search(r"^#   sbatch (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE).group(1)
+    words = shlex.split(line)
+    return words[words.index(f"examples/{file.name}") + 1 :]
+
+
+def started(file: Path, folder: Path, nodes: int) -> list[list[str]]:
+    """The commands that a job starts, on each of its nodes."""
+    programs = folder / "programs"
+    programs.mkdir()
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "bin" / "activate").touch()
+    writes_down = WRITES_DOWN.format(python=sys.executable)
+    stand_ins = {"srun": SRUN, "scontrol": SCONTROL, "accelerate": writes_down, "python": writes_down}
+    for name, text in stand_ins.items():
+        (programs / name).write_text(text, encoding="utf-8")
+        (programs / name).chmod(stat.S_IRWXU)
+    environment = {**os.environ, **SLURM, "NODES": str(nodes), "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", str(file), *usage(file)], cwd=folder, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in (folder / "started.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.skipif(sys.platform == "win32" or shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_what_a_job_starts_is_accepted(file: Path, tmp_path: Path) -> None:
+    nodes = int(re.search(r"--nodes=(\d+)", file.read_text(encoding="utf-8")).group(1))
+    found = started(file, tmp_path, nodes)
+    assert len(found) == nodes
+    for words in found:
+        check_arguments(words)
+    if nodes > 1:
+        values = [dict(pairwise(words)) for words in found]
+        assert [value["--machine_rank"] for value in values] == ["0", "1"]
+        same = {name: {value[name] for value in values} for name in ("--num_processes", "--main_process_ip")}
+        assert same == {"--num_processes": {"8"}, "--main_process_ip": {"node1"}}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_a_job_goes_on_when_it_is_preempted_or_out_of_time(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    for line in ("#SBATCH --requeue", "#SBATCH --signal=B:USR1@", "trap 'scontrol requeue", "wait $!"):
+        assert line in text
+
+
+def test_there_is_one_for_a_training_and_one_for_a_study() -> None:
+    assert [file.name for file in FILES] == ["study_cells.sbatch", "train_two_nodes.sbatch"]
