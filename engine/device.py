@@ -16,7 +16,7 @@ from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs
 from torch import nn
 
 from utils.errors import UserError
-from utils.processes import process_count
+from utils.processes import is_lonely, process_count
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,8 @@ def check_device(device: str, precision: str = "fp32", tf32: str = "off") -> str
         torch.set_float32_matmul_precision("high" if faster else "highest")
         torch.backends.cudnn.allow_tf32 = False
         precision += f", TF32 {'on' if faster else 'off'}"
+    if is_lonely():
+        logger.warning("accelerate launch --cpu starts one process; with --multi_gpu several share the CPU")
     logger.info(
         "Device: %s (%s), precision %s, torch %s, CUDA %s",
         device, device_name(device), precision, torch.__version__, torch.version.cuda or "none",

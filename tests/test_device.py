@@ -11,6 +11,7 @@ from torch import nn
 
 import engine.device
 from engine.device import check_device, warn_of_unused_gpu
+from utils.errors import UserError
 
 
 def test_the_device_its_name_precision_and_versions_are_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -19,6 +20,26 @@ def test_the_device_its_name_precision_and_versions_are_logged(caplog: pytest.Lo
     (line,) = caplog.messages
     for part in ("Device: cpu (", "threads)", "precision bf16", f"torch {torch.__version__}", "CUDA "):
         assert part in line
+
+
+def test_a_launch_that_starts_one_process_in_place_of_several_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "True"}.items():
+        monkeypatch.setenv(name, value)
+    check_device("cpu", "fp32")
+    assert "--multi_gpu" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv("RANK", "0")
+    check_device("cpu", "fp32")
+    assert "--multi_gpu" not in caplog.text
+
+
+def test_each_of_several_processes_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="each of 2 processes has a GPU of its own; give cuda"):
+        check_device("cuda:1", "fp32")
 
 
 @pytest.fixture

@@ -283,8 +283,10 @@ def test_the_command_asks_for_the_same_run(config: RunConfig, kind: dict[str, An
 
 
 def test_several_processes_are_launched_again() -> None:
-    command = training_command({"arguments": BaseConfig().to_dict(), "processes": 4})
-    assert command == "accelerate launch --num_processes 4 train.py"
+    config = {"arguments": BaseConfig().to_dict(), "processes": 2}
+    assert training_command({**config, "batch_of": "step"}) == "accelerate launch --num_processes 2 train.py"
+    # Earlier, each process had a batch of its own.
+    assert training_command(config).endswith("train.py --text_batch_size 32 --image_batch_size 4")
 
 
 def test_charts_of_names_and_values_that_are_not_ordinary() -> None:

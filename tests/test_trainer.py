@@ -22,7 +22,7 @@ from engine.training.start import Start
 from engine.training.state import read_state
 from engine.training.trainer import gradient_norms, readable_time
 from engine.training.verdicts import Verdict, epoch_warnings, judge_run, judge_stage, run_summary
-from model.checkpoint import Checkpoint
+from model.checkpoint import Checkpoint, save
 from tests.data.present_version import make
 from utils.errors import NotFiniteError, Stopped, UserError
 
@@ -231,6 +231,18 @@ def test_an_argument_that_came_after_a_run_began_meant_its_default(tmp_path: Pat
     check_save_path(folder, "auto", {**signature, "newer": 0.5}, {"newer": 0.5})
     with pytest.raises(UserError, match=r"newer was 0\.5, now 0\.7"):
         check_save_path(folder, "auto", {**signature, "newer": 0.7}, {"newer": 0.5})
+
+
+def test_an_earlier_run_of_several_processes_with_a_batch_each_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(Path(make.__file__).with_name("runs.zip")) as archive:
+        archive.extractall(tmp_path)
+    file = next(tmp_path.rglob(STATE_FILE))
+    state = read_state(file)
+    save({**state, "config": {**state["config"], "processes": 2}}, file)
+    with pytest.raises(UserError, match="2 processes with a batch each"):
+        check_save_path(file.parent, "auto", state["signature"], {})
+    save({**state, "config": {**state["config"], "processes": 2, "batch_of": "step"}}, file)
+    check_save_path(file.parent, "auto", state["signature"], {})
 
 
 def test_a_start_from_a_checkpoint_is_another_run_than_one_from_a_base_or_from_scratch(tmp_path: Path) -> None:

@@ -56,6 +56,11 @@ def is_main_process() -> bool:
     return process_index() == 0
 
 
+def is_lonely() -> bool:
+    """Whether a launch that was to have several processes has one, as `accelerate launch --cpu` starts it."""
+    return "MASTER_ADDR" in os.environ and "ACCELERATE_USE_CPU" in os.environ and "RANK" not in os.environ
+
+
 def check_alone(what: str) -> None:
     """Raise `UserError` where several processes would do what one does."""
     if process_count() > 1:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.arguments import plain
-from engine.training.arguments import BaseConfig, CrossAttentionRunConfig, RunConfig
+from engine.training.arguments import BATCH_SIZES, BaseConfig, CrossAttentionRunConfig, RunConfig
 from engine.training.feedback_arguments import FeedbackConfig
 
 
@@ -28,11 +28,14 @@ def command_line(script: str, values: Mapping[str, Any], launcher: Sequence[str]
 
 def training_command(config: Mapping[str, Any]) -> str:
     """The command that trains what a checkpoint's `config` describes: the arguments that differ from the defaults."""
+    processes = config.get("processes", 1)
+    if "batch_of" not in config:
+        # Each process of an earlier run had a batch of its own.
+        of_steps = {name: processes * config["arguments"][name] for name in BATCH_SIZES if name in config["arguments"]}
+        config = {**config, "arguments": {**config["arguments"], **of_steps}}
     given = given_arguments(config)
     # A switch that is off against its default needs the form that says so.
     switched_off = {f"no-{name}": True for name, value in given.items() if value is False}
-    # As many processes, which share the images of a step.
-    processes = config.get("processes", 1)
     launcher = ("accelerate", "launch", "--num_processes", str(processes)) if processes > 1 else ("python",)
     return command_line(script_and_arguments(config)[0], {**given, **switched_off}, launcher)
 

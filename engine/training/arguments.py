@@ -13,6 +13,7 @@ from utils.errors import UserError
 from utils.fields import changed, setting
 
 RECIPES = ("toy",)
+BATCH_SIZES = ("text_batch_size", "image_batch_size")
 MOST_EPOCHS, MOST_IMAGES = 100_000, 100_000
 # Images in a forward where a loop is evaluated.
 LOOP_BATCH = 8
@@ -111,7 +112,7 @@ class RunConfig(MachineArguments, DataArguments, ModelArguments):
         """Raise `UserError` where so many processes cannot share the images of a step, and compute what one does."""
         if processes == 1:
             return
-        for name in ("text_batch_size", "image_batch_size"):
+        for name in BATCH_SIZES:
             if (images := getattr(self, name)) % processes:
                 more = images + processes - images % processes
                 raise UserError(

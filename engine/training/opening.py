@@ -139,6 +139,8 @@ def describe_run(
         "seed": config.seed,
         "arguments": config.to_dict(),
         "processes": accelerator.num_processes,
+        # In earlier runs, of a process.
+        "batch_of": "step",
         "versions": {name: version(name) for name in LIBRARIES},
     }
 

@@ -125,5 +125,11 @@ def check_save_path(save_path: Path, resume: str, signature: dict[str, Any], ear
     file = save_path / STATE_FILE
     if not file.is_file():
         return
-    before = {**earlier, **read_state(file)["signature"]}
-    check_same_run(save_path, before, signature)
+    state = read_state(file)
+    check_same_run(save_path, {**earlier, **state["signature"]}, signature)
+    config = state.get("config") or {}
+    if config.get("processes", 1) > 1 and "batch_of" not in config:
+        raise UserError(
+            f"--save_path {save_path} holds an earlier version's run of {config['processes']} processes with a batch "
+            "each; now they share one, which is another run: give another --save_path"
+        )
