@@ -13,6 +13,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+import engine.training.restart
+import engine.training.run
 from dataset.samples import SeededSampler, SharedBatches
 from engine.training.arguments import BaseConfig
 from engine.training.base import train_base
@@ -109,6 +111,19 @@ def test_a_killed_process_ends_the_others_and_any_number_goes_on(world: Path, on
     for row, other in zip(rows(config.save_path), rows(whole.save_path), strict=True):
         assert row.pop("stage") == other.pop("stage")
         assert row == pytest.approx(other, rel=1e-5, abs=1e-6)
+
+
+def test_machines_must_share_the_save_path_and_have_the_same_files(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = base_config(world, tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="not the same folder on all machines"):
+        patch.setattr(engine.training.run, "from_first", lambda make: [1, 0])
+        train_base(config)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="metadata_digest was other, now"):
+        patch.setattr(engine.training.restart, "from_first", lambda make: {**make(), "metadata_digest": "other"})
+        train_base(config)
+    assert not config.save_path.exists()
 
 
 def test_several_processes_speak_as_one(several: tuple[Path, str]) -> None:
