@@ -35,6 +35,11 @@ def together() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def place() -> tuple[int, int]:
+    """Which of how many processes that have met this one is."""
+    return (dist.get_rank(), dist.get_world_size()) if together() else (0, 1)
+
+
 @contextmanager
 def stopping_with_others() -> Iterator[None]:
     """A block that is interrupted where another process has ended, in place of what libraries say of that."""

@@ -19,7 +19,7 @@ from dataset.catalog import readable_name
 from engine.data import batches_of_classes, evaluation_loader, make_dataset
 from engine.detector import Detector
 from engine.device import choose_precision
-from engine.launch import from_first, in_turn, together
+from engine.launch import from_first, in_turn, place, together
 from engine.task import TaskData
 from model.config import DET_SCORES
 from model.frozen import SharedStreams
@@ -28,7 +28,6 @@ from model.scoring import Outputs, anomaly_map, class_image_scores, det_scores
 from utils.files import write_text
 from utils.logging import progress_bar
 from utils.metrics import PixelCounter, Pixels, image_metrics, pixels_of
-from utils.processes import process_count, process_index
 from utils.tables import format_table
 
 logger = logging.getLogger(__name__)
@@ -165,9 +164,7 @@ def evaluate(
     """
     results: dict[str, list[ClassResult]] = {name: [] for name in models}
     samples = make_dataset(data, next(iter(models.values())).clip)
-    loader = evaluation_loader(
-        samples, batch_size, num_workers, torch.device(device).type == "cuda", process_index(), process_count()
-    )
+    loader = evaluation_loader(samples, batch_size, num_workers, torch.device(device).type == "cuda", *place())
     bar = progress_bar(len(samples), f"evaluating on {data.located.spec.name}")
     batches = in_turn(_scored(models, data, loader, device, precision), len(batches_of_classes(samples, batch_size)))
     for class_name, of_class in groupby(batches, key=lambda batch: batch.class_name):
