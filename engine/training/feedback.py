@@ -14,7 +14,7 @@ from engine.remembered import load_task_of_run
 from engine.run_folder import CURVES_FILE, FINAL_FILE, loop_file
 from engine.task import TaskData
 from engine.training.arguments import LOOP_BATCH
-from engine.training.feedback_arguments import FeedbackConfig, LoopPlan, loop_forward, plan_loops, plan_table
+from engine.training.feedback_arguments import TOGETHER, FeedbackConfig, LoopPlan, loop_forward, plan_loops, plan_table
 from engine.training.opening import open_run, prepare
 from engine.training.phases import Phase, loaders_of
 from engine.training.run import TrainingRun
@@ -105,7 +105,7 @@ def feedback_phases(config: FeedbackConfig, plan: list[LoopPlan], run: TrainingR
             grows=False, fresh_optimizer=config.reset_optimizers and loop.loop > 1,
         )  # fmt: skip
 
-    if config.order != "stages":
+    if config.order in TOGETHER:
         return [phase_of_both(loop) for loop in plan]
     loaders = {
         "text": loader("geometric", config.text_batch_size, stage=1),
@@ -115,6 +115,10 @@ def feedback_phases(config: FeedbackConfig, plan: list[LoopPlan], run: TrainingR
     def phase(loop: LoopPlan, side: str, epochs: int, rate: float) -> Phase:
         forward = loop_forward(config, loop.loop)
         make_stage = partial(stages[side], model, prompts, data.classes, config, forward)
+        name, rates = side, {side: rate}
+        if side == "image" and config.order == "joint_stages":
+            make_stage = partial(BothStage, model, prompts, data.classes, config, forward, True)
+            name, rates = BothStage.name, {"text": loop.text_lr, "image": rate}
 
         def files(epoch: int) -> list[str]:
             return [loop_file(loop.loop, side)] if epoch == epochs else []
@@ -122,7 +126,7 @@ def feedback_phases(config: FeedbackConfig, plan: list[LoopPlan], run: TrainingR
         images, sampler = loaders[side]
         factor = rate_factor(config, side, epochs, -(-len(images) // config.accumulate))
         return Phase(
-            loop.loop, side, epochs, rate, factor, make_stage, images, sampler, files, list(model.components),
+            loop.loop, name, epochs, rates, factor, make_stage, images, sampler, files, list(model.components),
             max_norm=config.grad_clip or None,
             grows=config.lr_schedule == "constant" or (config.lr_schedule == "multistep" and side == "text"),
             fresh_optimizer=config.reset_optimizers and loop.loop > 1,

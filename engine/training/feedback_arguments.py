@@ -19,7 +19,9 @@ from utils.fields import changed, setting
 from utils.tables import format_table
 
 MOST_LOOPS = 10
-ORDERS = ("stages", "turns", "joint")
+# Both stages in the same epochs.
+TOGETHER = ("turns", "joint")
+ORDERS = ("stages", "joint_stages", "turns", "joint")
 WEIGHT_DECAY = {"adamw": 0.01, "adam": 0.0}
 
 
@@ -63,7 +65,7 @@ class FeedbackConfig(CrossAttentionArguments):
     )  # fmt: skip
     order: str = setting(
         "stages", "in a loop: Stage 1's epochs, then Stage 2's; or steps of both spread evenly, each side against the "
-        "other as it stands (turns), or with Stage 2's gradient in the text side too (joint)", "feedback",
+        "other as it stands (turns). With joint_stages and joint Stage 2 trains the text side too", "feedback",
         choices=ORDERS,
     )  # fmt: skip
     init_from: Path | None = setting(
@@ -160,7 +162,7 @@ def check_order(config: FeedbackConfig, text: list[int], image: list[int]) -> No
     if config.accumulate > 1:
         raise UserError(f"--order {config.order} takes a step with each batch: leave --accumulate out")
     for loop, (text_epochs, image_epochs) in enumerate(zip(text, image, strict=True), start=1):
-        if text_epochs > image_epochs:
+        if text_epochs > image_epochs and config.order in TOGETHER:
             raise UserError(
                 f"--order {config.order}: loop {loop} has {text_epochs} text epochs and {image_epochs} image epochs; "
                 "the text steps are spread over the image epochs, of which there must be as many"
@@ -186,9 +188,9 @@ def epochs_of_loops(side: str, epochs: tuple[int, ...], config: FeedbackConfig) 
 
 
 def loop_forward(config: FeedbackConfig, loop: int) -> LoopForward:
-    """What a loop decides of the forward: text sees what Stage 2 has learned, but for loop 1 of `order` "stages"."""
+    """What a loop decides of the forward: text sees what Stage 2 has learned, but for loop 1 of stages."""
     later = {"branch": "trained", "projectors": "projectors"}[config.feedback_features]
-    first = loop == 1 and config.order == "stages"
+    first = loop == 1 and config.order not in TOGETHER
     return LoopForward("frozen" if first else later, loop >= config.cross_attn_start_loop)
 
 

@@ -257,7 +257,9 @@ class TrainingRun:
                     f"stopped in {description}: the same command goes on, and repeats this epoch",
                     stop.signal_number or signal.SIGTERM,
                 )
-            steps = phase.sampler.steps() if isinstance(phase.sampler, Turns) else {}
+            steps = {f"{side}_steps": row["steps"] for side in phase.rates} if len(phase.rates) > 1 else {}
+            if isinstance(phase.sampler, Turns):
+                steps = phase.sampler.steps()
             row = {"loop": phase.loop, "stage": stage.name, "epoch": epoch, **row, **steps}
             self.state.history.append(row)
             self.state.done[index] = epoch

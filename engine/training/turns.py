@@ -106,7 +106,7 @@ class BothStage(Stage):
                 part.train(self.training)
 
     def forward(self, batch: Mapping[str, Any]) -> StageOutput:
-        """A batch of `Turns` -> the sum of both losses; what is watched is Stage 2's."""
+        """A batch of `Turns` -> the sum of both losses, Stage 2's alone where there is no text batch; it is watched."""
         self._train_only(*(SIDES if self.joint else ("image",)))
         mask = square_mask(batch)
         present, rows = present_classes(batch, self.order)
@@ -116,8 +116,8 @@ class BothStage(Stage):
         else:
             outputs = self.model(batch["image"], self.model.text_side(prompts, self.loop), rows)
         losses, abnormal = stage2_losses(outputs, mask, batch["label"], self.config.focal_smoothing)
-        if batch[TEXT_BATCH] is not None:
+        if (text_batch := batch.get(TEXT_BATCH)) is not None:
             self._train_only("text")
-            text = self.text_stage(batch[TEXT_BATCH]).losses
+            text = self.text_stage(text_batch).losses
             losses = {name: losses.get(name, 0) + text.get(name, 0) for name in {**losses, **text}}
         return StageOutput(losses, watch_abnormal(abnormal, mask))
