@@ -138,8 +138,9 @@ def test_a_killed_run_ends_the_same_and_its_checkpoint_counts_both_sides(
     for name, part in one.components.items():
         for key, value in part.items():
             assert torch.equal(value, two.components[name][key]), (name, key)
-    # In joint stages every step of Stage 2 is one of the text side, too.
-    assert one.steps == two.steps == {"text": 3 * 2 + (4 * 4 if order == "joint_stages" else 0), "image": 4 * 4}
+    # Where Stage 2 trains the text side too, each of its steps is one of both.
+    text = {"turns": 3 * 2, "joint": 4 * 4, "joint_stages": 3 * 2 + 4 * 4}
+    assert one.steps == two.steps == {"text": text[order], "image": 4 * 4}
     assert (whole.save_path / "training_curves.png").is_file()
 
 

@@ -95,12 +95,13 @@ def feedback_phases(config: FeedbackConfig, plan: list[LoopPlan], run: TrainingR
         text, image = (
             loader("geometric", config.text_batch_size, stage=1), loader("full", config.image_batch_size, stage=2)
         )  # fmt: skip
-        turns = Turns(text[0], image[0], (text[1], image[1]), loop.text_epochs, loop.image_epochs)
+        joint = config.order == "joint"
+        turns = Turns(text[0], image[0], (text[1], image[1]), loop.text_epochs, loop.image_epochs, joint)
         forward = loop_forward(config, loop.loop)
         return Phase(
             loop.loop, BothStage.name, loop.image_epochs, {"text": loop.text_lr, "image": loop.image_lr},
             rate_factor(config, "image", loop.image_epochs, len(turns)),
-            partial(BothStage, model, prompts, data.classes, config, forward, config.order == "joint"),
+            partial(BothStage, model, prompts, data.classes, config, forward, joint),
             turns, turns, lambda _: [], list(model.components), max_norm=config.grad_clip or None,
             grows=False, fresh_optimizer=config.reset_optimizers and loop.loop > 1,
         )  # fmt: skip

@@ -26,7 +26,7 @@ class Turns:
     """The batches of an epoch of both stages: every image batch, some of them with a text batch in `TEXT_BATCH`.
 
     text, image: the stages' own loaders; text_epochs: passes over the first that all `epochs` hold together, spread
-    evenly over the image batches. `set_position` chooses the epoch, as a sampler's does.
+    evenly over the image batches; joint: as for `BothStage`. `set_position` chooses the epoch, as a sampler's does.
     """
 
     text: DataLoader
@@ -34,6 +34,7 @@ class Turns:
     samplers: Sequence[SeededSampler]
     text_epochs: int
     epochs: int
+    joint: bool = False
     epoch: int = 1
 
     def __len__(self) -> int:
@@ -51,8 +52,8 @@ class Turns:
         return [(step + 1) * text // image > step * text // image for step in range(first, first + len(self.image))]
 
     def steps(self) -> dict[str, int]:
-        """The steps of each stage in this epoch, as a row of the history names them."""
-        return {"text_steps": sum(self.due()), "image_steps": len(self)}
+        """The steps that each side takes in this epoch, as a row of the history names them."""
+        return {"text_steps": len(self) if self.joint else sum(self.due()), "image_steps": len(self)}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         texts = iter(self.text)
