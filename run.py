@@ -1,4 +1,5 @@
-"""Set up and run: `python run.py demo` shows the project on the toy world, `python run.py test` runs all tests.
+"""Set up and run: `python run.py demo` shows the project on the toy world, `python run.py app` opens its models to
+your own images in the browser, `python run.py test` runs all tests.
 
 Each creates `.venv` beside this file, installs what is missing and runs there. Needs nothing but Python 3.10 or newer.
 
@@ -24,10 +25,15 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-REQUIREMENTS = {"demo": ["requirements.txt"], "test": ["requirements.txt", "requirements-dev.txt"]}
+REQUIREMENTS = {
+    "demo": ["requirements.txt"],
+    "app": ["requirements.txt", "requirements-app.txt"],
+    "test": ["requirements.txt", "requirements-dev.txt"],
+}
 REQUIREMENTS["check"] = REQUIREMENTS["test"]
 COMMANDS = {
     "demo": [["-m", "engine.demo"]],
+    "app": [["app.py"]],
     # A file's tests stay in one process, so that they share what they trained.
     "test": [["-m", "pytest", "-n", "2", "--dist", "loadfile"]],
     "check": [["-m", "ruff", "check", "."], ["-m", "ruff", "format", "--check", "."]],

@@ -17,7 +17,7 @@ IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".w
 # Of what Pillow opens, formats that are no pictures or that other programs would have to be started for.
 _NO_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 # What a file without an ending may turn out to be; each of these begins with bytes of its own.
-_KNOWN_BY_CONTENT = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")
+KNOWN_BY_CONTENT = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")
 
 # What operating systems and storage boxes leave beside data; names with a leading dot are left out anyway.
 _CLUTTER = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"})
@@ -115,7 +115,7 @@ def _endings_of_pillow() -> frozenset[str]:
 
 def _is_image_inside(path: Path) -> bool:
     try:
-        with Image.open(path, formats=_KNOWN_BY_CONTENT):
+        with Image.open(path, formats=KNOWN_BY_CONTENT):
             return True
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return False

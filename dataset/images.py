@@ -40,14 +40,18 @@ _TRANSPOSE_OF_ORIENTATION = {
 _MOST_CLASS_INDICES = 32
 
 
-def read_image(path: Path, content: bytes | None = None) -> Image.Image:
+def read_image(
+    path: Path, content: bytes | None = None, formats: Sequence[str] | None = None, most_pixels: int | None = None
+) -> Image.Image:
     """Read an image of any kind as 8-bit RGB, turned as its EXIF tag says; from the file's `content` where it is given.
+
+    formats: those of Pillow's that are let in, None for all; most_pixels: a larger image is refused undecoded.
 
     Values beyond 255 mean the range 0 to 65535 and are divided by 257, the same for every image: stretching each to
     its own range would make its brightness depend on its brightest defect. Floats up to 1 mean the range 0 to 1.
     Transparency is dropped, not blended with a background. Raises UserError, with the path, for what cannot be read.
     """
-    image = _open(path, content)
+    image = _open(path, content, formats, most_pixels)
     if image.mode in ("F", "I") or image.mode.startswith("I;"):
         return Image.fromarray(_eight_bits(np.asarray(image), path)).convert("RGB")
     try:
@@ -134,14 +138,18 @@ def drop_bad_images(root: Path, records: Sequence[Record]) -> tuple[list[Record]
     return [record for record in records if record not in skipped], len(bad)
 
 
-def _open(path: Path, content: bytes | None = None) -> Image.Image:
+def _open(
+    path: Path, content: bytes | None = None, formats: Sequence[str] | None = None, most_pixels: int | None = None
+) -> Image.Image:
     # Anything else that can be opened, such as a pipe, may never end.
     if content is None and is_no_file(path):
         raise UserError(f"{path} cannot be read as an image: it is no file")
     try:
         # An open file, not its name: Pillow maps a named TIFF into memory and mixes up the sides of one that is turned.
         opened = Path(path).open("rb") if content is None else io.BytesIO(content)  # noqa: SIM115
-        with opened as file, Image.open(file) as image:
+        with opened as file, Image.open(file, formats=formats) as image:
+            if most_pixels is not None and image.width * image.height > most_pixels:
+                raise UserError(f"{path} has {image.width} x {image.height} pixels: {most_pixels:,} are the most")
             image.load()
             turn = _TRANSPOSE_OF_ORIENTATION.get(_orientation(image))
             return image.copy() if turn is None else image.transpose(turn)

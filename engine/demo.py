@@ -13,7 +13,7 @@ from engine.detector import UNADAPTED, Detector, build_detector, unadapted_detec
 from engine.device import check_device
 from engine.evaluation.image_heatmaps import look, read_picture
 from engine.report.compare_loops import compare_feedback_loops
-from engine.run_folder import CURVES_FILE, FINAL_FILE, REPORT_FILE, loop_file, side_file
+from engine.run_folder import CURVES_FILE, DEMO_FOLDER, FINAL_FILE, REPORT_FILE, loop_file, side_file
 from engine.task import TaskData, load_task
 from engine.training.arguments import BaseConfig
 from engine.training.base import train_base
@@ -29,8 +29,7 @@ from utils.logging import set_up_logging
 logger = logging.getLogger(__name__)
 
 TEST_DATASET = "toy_test"
-FOLDER = Path("runs/demo")
-CONFIG = BaseConfig.of(recipe="toy", dataset="toy_train", text_epoch=3, image_epoch=5, save_path=FOLDER / "base")
+CONFIG = BaseConfig.of(recipe="toy", dataset="toy_train", text_epoch=3, image_epoch=5, save_path=DEMO_FOLDER / "base")
 
 
 def feedback_from(base: BaseConfig, **changes: object) -> FeedbackConfig:
@@ -47,9 +46,9 @@ def main() -> None:
         num_feedback_loops=3,
         text_epochs_per_loop=(1,),
         image_epochs_per_loop=(3,),
-        save_path=FOLDER / "feedback",
+        save_path=DEMO_FOLDER / "feedback",
     )
-    run_demo(CONFIG, feedback, FOLDER)
+    run_demo(CONFIG, feedback, DEMO_FOLDER)
 
 
 def run_demo(base: BaseConfig, feedback: FeedbackConfig, folder: Path) -> None:

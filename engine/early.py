@@ -7,8 +7,11 @@ to that.
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +21,18 @@ from dataset.locate import known_dataset, locate_dataset
 from dataset.metadata import read_list
 from dataset.options import NAMES
 from dataset.toy.classes import TOY_DATASETS
+from engine.app.arguments import AppArguments
 from engine.calibration import FALSE_ALARMS, check_enough, read_calibration
 from engine.evaluation.arguments import NO_CHECKPOINT, ComparisonArguments, InferenceArguments, VisualizationArguments
 from engine.export_arguments import ExportArguments, check_export
 from engine.hub import check_checkpoint
 from engine.remembered import arguments_in, as_begun
 from engine.run_folder import (
+    DEMO_FOLDER,
     STATE_FILE,
     check_same_run,
     check_unused,
+    demo_checkpoints,
     find_latest,
     find_loops,
 )  # fmt: skip
@@ -100,6 +106,36 @@ def check_exporting(arguments: ExportArguments) -> None:
         read_calibration(arguments.calibration)
     if arguments.references is not None:
         find_images(arguments.references, "--references")
+
+
+def check_page(arguments: AppArguments) -> None:
+    """What the page can say of its arguments: its library, checkpoints, and where it is to listen."""
+    if find_spec("gradio") is None:
+        raise UserError("Gradio is not installed: pip install -r requirements-app.txt, or start with python run.py app")
+    if arguments.checkpoint is None:
+        demo_checkpoints(DEMO_FOLDER)
+    for checkpoint in arguments.checkpoint or ():
+        if checkpoint != NO_CHECKPOINT:
+            check_checkpoint(checkpoint)
+    check_address(arguments.host, arguments.port)
+
+
+def check_address(host: str, port: int) -> None:
+    """Refuse a place where nothing can listen, or another program does."""
+    try:
+        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError):
+        raise UserError(f"--host {host}: this machine has no such address; 127.0.0.1 is this machine alone") from None
+    with socket.socket(family, kind) as tried:
+        if os.name != "nt":
+            # A port that was in use a moment ago is free.
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind(address)
+        except OSError as error:
+            raise UserError(
+                f"--host {host} --port {port}: cannot listen there ({error.strerror or error}); give another --port"
+            ) from None
 
 
 def check_data(

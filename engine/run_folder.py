@@ -17,6 +17,8 @@ ARGUMENTS_FILE = "args.json"
 CURVES_FILE = "training_curves.png"
 FINAL_FILE = "final_model.pth"
 REPORT_FILE = "report.html"
+# Where the demo puts all that it makes.
+DEMO_FOLDER = Path("runs/demo")
 EVENTS_FOLDER = "events"
 # There while a run is under way (`utils.locks`).
 LOCK_FILE = ".run.lock"
@@ -86,6 +88,17 @@ def find_loops(save_path: Path) -> dict[int, Path]:
             f"--save_path {save_path}: no loop_*_final.pth in this folder; it holds {_checkpoints_in(save_path)}"
         )
     return dict(sorted(found.items()))
+
+
+def demo_checkpoints(folder: Path) -> dict[str, Path]:
+    """The base and the loops that the demo has trained; `UserError` where they are not there."""
+    try:
+        loops = find_loops(folder / "feedback")
+        return {"base": find_latest(folder / "base", ""), **{f"loop {loop}": path for loop, path in loops.items()}}
+    except UserError as error:
+        raise UserError(
+            f"{folder} holds no models of the demo: make them with python run.py demo, or give --checkpoint"
+        ) from error
 
 
 def find_latest(path: Path, flag: str) -> Path:

@@ -22,7 +22,9 @@ OPACITY = 0.5
 _BAND = 256
 
 
-def overlay(image: Image.Image, anomaly_map: np.ndarray, low: float = 0.0, high: float = 1.0) -> Image.Image:
+def overlay(
+    image: Image.Image, anomaly_map: np.ndarray, low: float = 0.0, high: float = 1.0, opacity: float = OPACITY
+) -> Image.Image:
     """A heatmap over an image, at the image's size; anomaly_map (h, w), coloured from `low` to `high`."""
     scaled = np.clip((anomaly_map - low) / max(high - low, 1e-12), 0, 1)
     heat = Image.fromarray((scaled * 255).astype(np.uint8)).resize(image.size, Image.Resampling.BILINEAR)
@@ -30,7 +32,7 @@ def overlay(image: Image.Image, anomaly_map: np.ndarray, low: float = 0.0, high:
     for top in range(0, image.height, _BAND):
         rows = slice(top, top + _BAND)
         coloured = matplotlib.colormaps[COLOURS](grey[rows])[..., :3]
-        mixed[rows] = (OPACITY * coloured * 255 + (1 - OPACITY) * mixed[rows]).astype(np.uint8)
+        mixed[rows] = (opacity * coloured * 255 + (1 - opacity) * mixed[rows]).astype(np.uint8)
     return Image.fromarray(mixed)
 
 

@@ -1,0 +1,30 @@
+"""A page in the browser: drop images, see where they are anomalous."""
+
+from __future__ import annotations
+
+from utils.script import importing, run_script
+
+from engine.app.arguments import AppArguments
+from engine.arguments import make_parser
+from engine.early import check_page
+from utils.cli import Parser
+from utils.logging import set_up_logging
+
+
+def build_parser() -> Parser:
+    return make_parser(AppArguments, __doc__)
+
+
+def main() -> None:
+    arguments = AppArguments.of(**vars(build_parser().parse_args()))
+    set_up_logging()
+    check_page(arguments)
+    # torch and Gradio take seconds: arguments come first
+    with importing():
+        from engine.app.serve import serve
+
+    serve(arguments)
+
+
+if __name__ == "__main__":
+    run_script(main, "a smaller --img_size, or --device cpu")

@@ -1,0 +1,35 @@
+"""Images of the toy world, to try the page with; drawn, not read."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from PIL import Image
+
+from dataset.toy.classes import CLASSES
+from dataset.toy_world import draw_toy_class
+from engine.app.dropped import Dropped
+
+
+class Example(NamedTuple):
+    """An image and what it shows."""
+
+    image: Dropped
+    class_name: str
+    caption: str
+
+
+def toy_examples(dataset: str = "toy_test", count: int = 8) -> list[Example]:
+    """A defect of each of the first classes, a different one from class to class, and a normal image of the first."""
+    examples = []
+    for row, (folder, toy) in enumerate(list(CLASSES[dataset].items())[: count - 1]):
+        defect = toy.defects[row % len(toy.defects)]
+        examples.append(_draw(dataset, folder, toy.name, defect))
+    folder, toy = next(iter(CLASSES[dataset].items()))
+    return [*examples, _draw(dataset, folder, toy.name, None)]
+
+
+def _draw(dataset: str, folder: str, name: str, defect: str | None) -> Example:
+    pixels, _ = draw_toy_class(dataset, folder, defect, 0)
+    caption = f"{name}, {defect.replace('_', ' ') if defect else 'normal'}"
+    return Example(Dropped(f"{caption}.png", Image.fromarray(pixels)), name, caption)

@@ -1,0 +1,75 @@
+"""The models that can be chosen on the page, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.app.arguments import AppArguments
+from engine.calibration import CALIBRATION_FILE
+from engine.detector import UNADAPTED, Detector, build_detector, load_clip_for, unadapted_detector
+from engine.device import check_device
+from engine.evaluation.arguments import NO_CHECKPOINT
+from engine.evaluation.inference import load_detectors
+from engine.run_folder import DEMO_FOLDER, demo_checkpoints, find_checkpoints
+from model.checkpoint import Checkpoint, read_checkpoint
+from model.clip import FrozenCLIP
+
+
+def load_models(arguments: AppArguments) -> dict[str, Detector]:
+    """All models that `--checkpoint` names, else the demo's, with the thresholds beside them; the last is shown first.
+
+    Checkpoints of one CLIP share it. Raises `UserError` as `load_model` does.
+    """
+    device = check_device(arguments.device, "fp32")
+    names = ("det_score", "model_name", "img_size", "activation", "surgery", "surgery_until_layer")
+    overrides = {name: getattr(arguments, name) for name in names}
+    if arguments.checkpoint is None:
+        files, bare = demo_checkpoints(DEMO_FOLDER), True
+    else:
+        bare = NO_CHECKPOINT in arguments.checkpoint
+        files = named(
+            path for given in arguments.checkpoint if given != NO_CHECKPOINT for path in find_checkpoints(Path(given))
+        )
+    if not files:
+        return {UNADAPTED: load_detectors(NO_CHECKPOINT, arguments.clip_weights, device, **overrides)[0]}
+    clips: dict[Any, FrozenCLIP] = {}
+    models = {}
+    for name, path in files.items():
+        checkpoint = read_checkpoint(path)
+        clip = clips.get(_clip_of(checkpoint)) or load_clip_for(checkpoint, arguments.clip_weights, **overrides)
+        clips[_clip_of(checkpoint)] = clip
+        models[name] = build_detector(checkpoint, clip, **overrides).to(device)
+        models[name].name = name
+        models[name].use_calibration(path.parent / CALIBRATION_FILE, required=False)
+    first = next(iter(clips.values()))
+    return {UNADAPTED: unadapted_detector(first, arguments.det_score).to(device), **models} if bare else models
+
+
+def named(paths: Iterable[Path]) -> dict[str, Path]:
+    """Files by as much of the end of their paths as tells them apart, without their endings; a file counts once."""
+    files = list(dict.fromkeys(path.resolve() for path in paths))
+    return {_told_apart(path, files): path for path in files}
+
+
+def _told_apart(path: Path, files: Sequence[Path]) -> str:
+    for depth in range(1, len(path.parts) + 1):
+        alike = [other for other in files if _end_of(other, depth) == _end_of(path, depth)]
+        if len(alike) == 1:
+            break
+    return "/".join(_end_of(path, depth))
+
+
+def _end_of(path: Path, depth: int) -> tuple[str, ...]:
+    # An ending stays where it is none, as in `epoch_1.5`.
+    return (path.with_suffix("") if path.suffix == ".pth" else path).parts[-depth:]
+
+
+def _clip_of(checkpoint: Checkpoint) -> Any:
+    """What decides which CLIP a checkpoint runs on; for those that do not say, it is the same."""
+    if checkpoint.config is None:
+        return checkpoint.is_published
+    config = checkpoint.model_config()
+    recorded = checkpoint.config.get("arguments", {}).get("clip_weights")
+    return config.model_name, config.weights_digest, config.img_size, config.activation, recorded
