@@ -18,7 +18,7 @@ from engine.detector import Detector
 logger = logging.getLogger(__name__)
 
 # Of clicks that wait for the model, from all visitors together, and of visitors whose images are kept.
-MOST_WAITING, MOST_VISITORS = 16, 32
+MOST_WAITING, MOST_VISITORS = 32, 32
 
 
 def serve(arguments: AppArguments) -> None:
