@@ -41,12 +41,28 @@ _SHOW_OPACITY = "value => { document.documentElement.style.setProperty('--heat',
 _DOWNLOAD = "() => document.querySelector('#zip a, a#zip, #zip')?.click()"
 
 
+class _Page(gr.Blocks):
+    """A page that takes no address from a browser: Gradio would fetch what is there."""
+
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *rest: Any, **named: Any) -> list[Any]:
+        if _names_an_address(inputs):
+            raise gr.Error("This page takes files, no addresses.")
+        return await super().preprocess_data(block_fn, inputs, *rest, **named)
+
+
+def _names_an_address(value: Any) -> bool:
+    """Whether there is a file in what a browser sent that lies elsewhere."""
+    if isinstance(value, dict):
+        return "://" in str(value.get("path", "")) or any(map(_names_an_address, value.values()))
+    return isinstance(value, list) and any(map(_names_an_address, value))
+
+
 def build_page(
     models: Mapping[str, Detector], examples: Sequence[Example], folder: Path, domain: str = "industrial"
 ) -> gr.Blocks:
     """The page; `models` by what they are called on it, the last chosen first; folder: for files to download."""
     names = list(models)
-    with gr.Blocks(title="Anomaly detection", analytics_enabled=False, delete_cache=(3600, KEPT)) as page:
+    with _Page(title="Anomaly detection", analytics_enabled=False, delete_cache=(3600, KEPT)) as page:
         state = gr.State(None, time_to_live=KEPT)
         gr.Markdown("# Where is it anomalous?\nDrop images, say what they show, and see where a model finds defects.")
         with gr.Row():
