@@ -200,7 +200,7 @@ def no_environment() -> Iterator[Case]:
         ):
             yield
 
-    for command in ("demo", "test", "check"):
+    for command in ("demo", "app", "test", "check"):
         yield Case(RUN, "machine", (command,), ".venv", stand_in=refused)
 
 

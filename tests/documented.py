@@ -49,6 +49,7 @@ PARSED_BY = {"train_cross_attention_feedback": ("train_cross_attention_feedback_
 NOT_RUN = {
     ("python", "run.py"): "makes an environment of its own: to be tried by hand; tests/test_demo.py runs a short demo",
     ("python", "-m", "tests.check_commands"): "is what runs the others",
+    ("python", "app.py"): "is a server; tests/test_app.py uses it",
     ("tensorboard",): "is a server",
     ("source",): "changes a shell",
 }

@@ -43,7 +43,7 @@ def statuses(commands: list[tuple[str, list[str]]], folder: Path) -> tuple[list[
 
 
 def test_help_needs_no_torch(tmp_path: Path) -> None:
-    scripts = [*SCRIPTS, "run_study.py"]
+    scripts = [*SCRIPTS, "run_study.py", "app.py"]
     assert statuses([(script, ["--help"]) for script in scripts], tmp_path)[0] == ["0"] * len(scripts)
 
 
@@ -63,6 +63,7 @@ def test_what_needs_no_model_is_refused_without_torch(kind: str, tmp_path: Path)
             "the data root": ("train_cross_attention.py", ["--dataset", "MVTec", "--data_root", "nowhere"]),
             "image_lr was 0.25": ("train.py", [*toy, "--save_path", "run"]),
             "never starts in a new folder": ("train.py", [*toy, "--save_path", "run", "--resume", "never"]),
+            "99999 is not between": ("app.py", ["--port", "99999"]),
             "is a file": ("train_cross_attention_feedback.py", [*toy, "--save_path", "run/args.json"]),
         },
         "files": {
@@ -77,6 +78,9 @@ def test_what_needs_no_model_is_refused_without_torch(kind: str, tmp_path: Path)
             "no loop_": ("compare_feedback_loops.py", ["--save_path", "run", "--dataset", "toy_test"]),
             "elsewhere": ("visualize_comparison.py", ["--class_name", "nut", "--base_path", "elsewhere"]),
             "here.pth": ("test_stage2_gradients.py", ["--checkpoint", "here.pth"]),
+            "holds no models of the demo": ("app.py", []),
+            "there.pth": ("app.py", ["--checkpoint", "none", "there.pth"]),
+            "no such address": ("app.py", ["--checkpoint", "none", "--host", "256.0.0.1"]),
         },
     }[kind]
     found, said = statuses(list(cases.values()), tmp_path)

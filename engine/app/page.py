@@ -21,7 +21,6 @@ from engine.app.dropped import (
 )
 from engine.app.examples import Example
 from engine.app.session import Progress, Session, Thresholds
-from engine.calibration import in_words
 from engine.detector import Detector
 from utils.errors import UserError
 
@@ -238,8 +237,6 @@ def _shown(session: Session, work: Callable[[], None]) -> list[Any]:
     lines = [f"{len(seen)} images, the most anomalous first: choose one."] if several else []
     if not seen and not session.problems and not mistakes:
         lines = ["Nothing dropped yet: drop images, or try one of the examples below."]
-    if entry is not None and not mistakes:
-        lines.append(f"Thresholds of {seen[0].model} on '{seen[0].class_name}': anomalous {in_words(entry)}.")
     values = (THRESHOLD, THRESHOLD) if entry is None else (entry.image_threshold, entry.pixel_threshold)
     return [
         session,
