@@ -36,6 +36,7 @@ from engine.early import check_page
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from tests.browser import browser  # noqa: F401
 from tests.scripts import train_small_runs
+from tests.test_inference_script import published_form
 from utils.errors import UserError
 
 
@@ -209,6 +210,16 @@ def test_thresholds_beside_the_checkpoint_decide(world: Path, images: list[Path]
     session = Session(found, dropped=given(images))
     session.look("image_adapter", "cork")
     assert all(seen.prediction.decision for seen in session.seen)
+
+
+def test_a_published_checkpoint_is_looked_through(world: Path, images: list[Path], tmp_path: Path) -> None:
+    file = published_form(world, tmp_path / "published", relu=True)
+    name = f"local-dir:{world / 'clip'}"
+    found = load_models(AppArguments.of(checkpoint=(str(file), "none"), model_name=name, device="cpu"))
+    assert list(found) == ["unadapted", "image_adapter_20"]
+    session = Session(found, dropped=given(images))
+    session.look("image_adapter_20", "cork")
+    assert len(session.seen) == len(images)
 
 
 def test_thresholds_set_by_hand_decide(models: dict[str, Detector], images: list[Path]) -> None:
