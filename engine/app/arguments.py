@@ -16,7 +16,7 @@ class AppArguments(Arguments):
     """Which models can be chosen on the page, and where it is served."""
 
     checkpoint: tuple[str, ...] | None = setting(
-        None, "files, folders (all their epochs or loops), or none for unadapted CLIP: what can be chosen",
+        None, "what can be chosen: files, folders (all epochs or loops), models on the hub, none for unadapted CLIP",
         "what to do", several=True, unset="the demo's models",
     )  # fmt: skip
     domain: str = changed(InferenceArguments, "domain", help="how images are scored")

@@ -12,6 +12,7 @@ from engine.detector import UNADAPTED, Detector, build_detector, load_clip_for, 
 from engine.device import check_device
 from engine.evaluation.arguments import NO_CHECKPOINT
 from engine.evaluation.inference import load_detectors
+from engine.hub import local_path
 from engine.run_folder import DEMO_FOLDER, demo_checkpoints, find_checkpoints
 from model.checkpoint import Checkpoint, read_checkpoint
 from model.clip import FrozenCLIP
@@ -29,9 +30,8 @@ def load_models(arguments: AppArguments) -> dict[str, Detector]:
         files, bare = demo_checkpoints(DEMO_FOLDER), True
     else:
         bare = NO_CHECKPOINT in arguments.checkpoint
-        files = named(
-            path for given in arguments.checkpoint if given != NO_CHECKPOINT for path in find_checkpoints(Path(given))
-        )
+        given = [checkpoint for checkpoint in arguments.checkpoint if checkpoint != NO_CHECKPOINT]
+        files = named(path for checkpoint in given for path in find_checkpoints(local_path(checkpoint)))
     if not files:
         return {UNADAPTED: load_detectors(NO_CHECKPOINT, arguments.clip_weights, device, **overrides)[0]}
     clips: dict[Any, FrozenCLIP] = {}
@@ -49,7 +49,7 @@ def load_models(arguments: AppArguments) -> dict[str, Detector]:
 
 def named(paths: Iterable[Path]) -> dict[str, Path]:
     """Files by as much of the end of their paths as tells them apart, without their endings; a file counts once."""
-    files = list(dict.fromkeys(path.resolve() for path in paths))
+    files = list(dict.fromkeys(path.absolute() for path in paths))
     return {_told_apart(path, files): path for path in files}
 
 
@@ -63,7 +63,7 @@ def _told_apart(path: Path, files: Sequence[Path]) -> str:
 
 def _end_of(path: Path, depth: int) -> tuple[str, ...]:
     # An ending stays where it is none, as in `epoch_1.5`.
-    return (path.with_suffix("") if path.suffix == ".pth" else path).parts[-depth:]
+    return (path.with_suffix("") if path.suffix in (".pth", ".safetensors") else path).parts[-depth:]
 
 
 def _clip_of(checkpoint: Checkpoint) -> Any:
