@@ -12,6 +12,8 @@ Marks are HTML comments on the lines right before a block:
                                block whose script has these flags (argparse lets the last one win)
     <!-- needs: WHAT -->       it cannot run without that, such as data or a GPU: its arguments alone are checked
     <!-- status: NUMBER -->    its commands end with that exit status by design
+
+`<!-- study: ... -->` stands before a table that `benchmarks/doc_tables.py` makes.
 """
 
 from __future__ import annotations
@@ -118,6 +120,8 @@ def blocks(page: str, text: str) -> list[Block]:
             fence, language, start, inside = match.group(1), match.group(2), number + 1, []
         elif (mark := MARK.fullmatch(line)) and mark.group(1) in MARKS:
             marks[mark.group(1)] = mark.group(2)
+        elif mark and mark.group(1) == "study":
+            continue
         elif line.strip().startswith("<!--"):
             raise ValueError(f"{page}:{number}: not a mark ({', '.join(MARKS)}): {line.strip()}")
         elif marks:

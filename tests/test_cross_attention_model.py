@@ -228,7 +228,7 @@ def agree_by_branch(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 
     A bias of keys shifts all scores of a query alike: its gradient is 0. A learned scale is one number for all tokens.
     Two anchors, of two queries that are nearly the same, are drawn apart. All these are measured against the largest
-    gradient of their branch.
+    gradient of their branch, the scale, a sum over all tokens and widths, twice as loosely.
     """
     assert set(actual) == set(expected)
     anchors = expected.get("text_cross_attn.q_proj.weight", torch.empty(0)).shape[-1] == shared_clip().embed_dim
@@ -238,7 +238,8 @@ def agree_by_branch(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]
     for name in cancelling:
         branch = name.split(".")[0]
         size = max(value.abs().max() for key, value in expected.items() if key.startswith(branch))
-        assert (actual[name].double() - expected[name]).abs().max() <= tolerance * size, name
+        allowed = tolerance * size * (2 if name.endswith("scale") else 1)
+        assert (actual[name].double() - expected[name]).abs().max() <= allowed, name
     kept = [name for name in expected if name not in cancelling]
     assert_all_agree({name: actual[name] for name in kept}, {name: expected[name] for name in kept}, tolerance)
 
@@ -735,7 +736,7 @@ def test_padding_does_not_matter(norm: str, padding: list[int]) -> None:
     with torch.no_grad():
         frozen = model.frozen_features(batch.images)
         results = []
-        for each in (prompts, replace(prompts, tokens=filled)):
+        for each in (prompts, Prompts(filled, prompts.normal)):
             outputs = model(batch.images, model.text_side(each), batch.rows)
             results.append([*outputs.levels, outputs.det, model.batch_anchors(each, batch.rows, frozen)])
     for found, expected in zip(results[1], results[0], strict=True):

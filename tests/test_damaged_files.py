@@ -89,7 +89,7 @@ def test_sound_files_are_used() -> None:
         (("done", 0), lambda _: -1, "done[0] is -1"),
         (("planned", 0), None, "done and planned count different phases"),
         (("history",), lambda _: {}, "history is a dict, where a list is needed"),
-        (("history", 0, "stage"), lambda _: "sound", "history[0].stage is 'sound', where one of text, image is needed"),
+        (("history", 0, "stage"), lambda _: "sound", "[0].stage is 'sound', where one of text, image, both is needed"),
         (("history", 0, "loss"), None, "history[0] has no 'loss'"),
         (("history", 0, "grad_norm/total"), None, "history[0] has no 'grad_norm/total'"),
         (("schedule", "_last_lr"), None, "schedule has no '_last_lr'"),

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dataset.options import HALF
 from dataset.records import metadata_digest
 from engine.detector import UNADAPTED, Detector, build_detector, load_clip_for, unadapted_detector
@@ -310,7 +312,7 @@ def cache_keys(rows: Sequence[Row], clip_settings: Mapping[str, Any], setting: S
         "prompt_names": setting.data.names,
         "domain": setting.data.located.spec.domain,
         "precision": setting.precision,
-        **({} if setting.device == "cpu" else {"tf32": setting.tf32}),
+        **({} if torch.device(setting.device).type == "cpu" else {"tf32": setting.tf32}),
         "overrides": {
             name: value
             for name, value in setting.overrides.items()
