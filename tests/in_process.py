@@ -9,6 +9,7 @@ import runpy
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,7 @@ def answer(script: str, arguments: Sequence[str]) -> Answer:
         mock.patch.object(sys, "argv", [script, *arguments]),
         contextlib.redirect_stderr(errors),
         contextlib.redirect_stdout(output),
+        warnings_as_usual(),
         in_time(),
     ):
         try:
@@ -70,6 +72,16 @@ def answer(script: str, arguments: Sequence[str]) -> Answer:
                     root.removeHandler(handler)
     said = [stream.buffer.getvalue().decode("utf-8") for stream in map(flushed, (errors, output))]
     return Answer(status, *said, time.process_time() - begun)
+
+
+@contextmanager
+def warnings_as_usual() -> Iterator[None]:
+    """Warnings are said as in an interpreter of its own: pytest would show those of libraries to their developers too."""
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", category)
+        yield
 
 
 def flushed(stream: io.TextIOWrapper) -> io.TextIOWrapper:
