@@ -76,7 +76,7 @@ def answer(script: str, arguments: Sequence[str]) -> Answer:
 
 @contextmanager
 def warnings_as_usual() -> Iterator[None]:
-    """Warnings are said as in an interpreter of its own: pytest would show those of libraries to their developers too."""
+    """Warnings as in an interpreter of its own: pytest would show those that libraries have for developers too."""
     with warnings.catch_warnings():
         warnings.resetwarnings()
         for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
