@@ -112,10 +112,17 @@ def set_up(requirements: list[str], torch_index: str | None = None) -> str | Non
         if not install("torch", f"torch from {torch_index}", arguments, torch_index):
             return f"pip could not install torch from {torch_index}; its message is above"
     for name in requirements:
-        wanted = hashlib.sha256((ROOT / name).read_bytes()).hexdigest()
+        wanted = hashlib.sha256(all_of(name)).hexdigest()
         if not install(name, name, ["-r", str(ROOT / name)], wanted):
             return f"pip could not install {name}; its message is above"
     return None
+
+
+def all_of(name: str) -> bytes:
+    """A requirements file with those that it includes."""
+    content = (ROOT / name).read_bytes()
+    included = re.findall(r"^-r (\S+)", content.decode("utf-8"), re.M)
+    return b"".join([content, *map(all_of, included)])
 
 
 def install(stamped: str, what: str, arguments: list[str], wanted: str) -> bool:

@@ -48,6 +48,19 @@ def test_torch_comes_from_the_index_that_is_given_and_the_rest_from_pypi(calls: 
     assert len(calls) == 3
 
 
+def test_a_change_of_an_included_file_of_requirements_is_installed(
+    calls: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in {file for files in run.REQUIREMENTS.values() for file in files} | {"requirements-export.txt"}:
+        (tmp_path / name).write_bytes((run.ROOT / name).read_bytes())
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    assert run.main(["test"]) == run.main(["test"]) == 0
+    (tmp_path / "requirements-app.txt").write_text("another\n", encoding="utf-8")
+    calls.clear()
+    assert run.main(["test"]) == 0
+    assert [Path(command[-1]).name for command in calls[:-1]] == ["requirements-dev.txt"]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 7)])
 def test_what_is_run_decides_what_a_signal_means(number: int, status: int) -> None:
