@@ -23,7 +23,9 @@ import model.blocks
 import model.frozen
 from engine.device import check_compiler
 from engine.training.advice import LESS_MEMORY
+from engine.training.arguments import BaseConfig
 from engine.training.base import train_base
+from engine.training.opening import compiled_sizes
 from engine.training.stages import Stage
 from engine.training.trainer import log_epoch
 from model import blocks
@@ -260,3 +262,10 @@ def test_a_model_can_be_copied_whatever_runs_its_blocks() -> None:
     clip = tiny_clip()
     clip.run = BlockRunner(checkpointed=True, compiled=[2])
     assert copy.deepcopy(clip).run.compiled == {2}
+
+
+def test_a_process_compiles_for_its_share_of_a_step() -> None:
+    config = BaseConfig.of(dataset="any", text_batch_size=12, image_batch_size=4, compile=True)
+    assert compiled_sizes(config, 1)[:2] == (12, 4)
+    assert compiled_sizes(config, 2)[:2] == (6, 2)
+    assert compiled_sizes(BaseConfig.of(dataset="any"), 1) == ()

@@ -88,8 +88,7 @@ def prepare(config: RunConfig, script: str, start: Start | None = None, text_ada
     if config.compile:
         check_compiler(str(accelerator.device))
     clip = load_clip(config.model_name, config.clip_weights, config.img_size, activation)
-    sizes = (config.text_batch_size, config.image_batch_size, LOOP_BATCH) if config.compile else ()
-    clip.run = BlockRunner(config.checkpoint_blocks, sizes)
+    clip.run = BlockRunner(config.checkpoint_blocks, compiled_sizes(config, accelerator.num_processes))
     chosen = resolve_model(config, clip, text_adapted)
     torch.manual_seed(derive_seed(config.seed))
     if isinstance(config, CrossAttentionArguments):
@@ -110,6 +109,13 @@ def prepare(config: RunConfig, script: str, start: Start | None = None, text_ada
     }
     del signature["text_adapted"]  # follows from the number of epochs, which is compared as such
     return Opening(config, start, accelerator, data, model, signature, described)
+
+
+def compiled_sizes(config: RunConfig, processes: int) -> tuple[int, ...]:
+    """The batches of images that a process's blocks are compiled for: its shares of a step, and those of testing."""
+    if not config.compile:
+        return ()
+    return config.text_batch_size // processes, config.image_batch_size // processes, LOOP_BATCH
 
 
 def resolve_model(config: RunConfig, clip: FrozenCLIP, text_adapted: bool = True) -> ModelConfig:
