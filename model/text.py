@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -121,25 +121,7 @@ def finish_prompts(
     adapters: stand after the first blocks, one each, blended in with `weight`.
     projector: takes the place of CLIP's text projection; None keeps CLIP's own.
     """
-    for index, block in enumerate(clip.clip.transformer.resblocks):
-        if index > 0:
-            x = clip.run(run_block, block, x, causal=True)
-        if index < len(adapters):
-            x = blend(x, adapters[index](x), weight)
-    # ln_final acts on each token by itself, so it is enough to normalise the end-of-text token.
-    pooled = clip.clip.ln_final(take_tokens(x, tokens.argmax(dim=-1)))
-    return unit(clip.project_text(pooled) if projector is None else projector(pooled))
-
-
-def encode_prompts(
-    clip: FrozenCLIP,
-    tokens: Tensor,
-    adapters: Sequence[nn.Module] = (),
-    projector: nn.Module | None = None,
-    weight: float = 0.0,
-) -> Tensor:
-    """Token ids (P, T) -> unit prompt features (P, D), one text pass; the rest as `finish_prompts`."""
-    return finish_prompts(clip, begin_prompts(clip, tokens), tokens, adapters, projector, weight)
+    return _finish(clip, x, tokens.argmax(dim=-1), adapters, projector, weight, causal=True)
 
 
 def encode_classes(
@@ -149,7 +131,7 @@ def encode_classes(
     projector: nn.Module | None = None,
     weight: float = 0.0,
 ) -> Tensor:
-    """The unit features of all prompts of C classes, (C, P, D), as `encode_prompts` of each; the rest as there."""
+    """The unit features of all prompts of C classes, (C, P, D), from one text pass; the rest as `finish_prompts`."""
     tree = prompts.tree
     x = clip.clip.token_embedding(tree.tokens) + clip.clip.positional_embedding[tree.positions]  # (C, U, D_t)
     x = clip.run(run_block, clip.clip.transformer.resblocks[0], x, mask=tree.sees)
@@ -165,12 +147,26 @@ def finish_classes(
     weight: float = 0.0,
 ) -> Tensor:
     """The stream of trees after the first block (C, U, D_t) -> unit prompt features (C, P, D); as `finish_prompts`."""
+    return _finish(clip, x, tree.ends, adapters, projector, weight, mask=tree.sees)
+
+
+def _finish(
+    clip: FrozenCLIP,
+    x: Tensor,
+    ends: Tensor,
+    adapters: Sequence[nn.Module],
+    projector: nn.Module | None,
+    weight: float,
+    **attention: Any,
+) -> Tensor:
+    """The text pass behind the first block; ends: as for `take_tokens`; attention: what `run_block` takes of it."""
     for index, block in enumerate(clip.clip.transformer.resblocks):
         if index > 0:
-            x = clip.run(run_block, block, x, mask=tree.sees)
+            x = clip.run(run_block, block, x, **attention)
         if index < len(adapters):
             x = blend(x, adapters[index](x), weight)
-    pooled = clip.clip.ln_final(take_tokens(x, tree.ends))
+    # ln_final acts on each token by itself, so it is enough to normalise the end-of-text token.
+    pooled = clip.clip.ln_final(take_tokens(x, ends))
     return unit(clip.project_text(pooled) if projector is None else projector(pooled))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
-import logging
 import os
 import re
 import shutil
@@ -24,7 +23,6 @@ from pathlib import Path
 from unittest import mock
 
 import matplotlib.font_manager  # noqa: F401  writes a list of fonts into the home folder when it is first imported
-import torch
 from open_clip.tokenizer import SimpleTokenizer
 
 from tests.damage import world
@@ -70,9 +68,9 @@ class Case:
 def scratch() -> Iterator[Path]:
     """A world of its own to run scripts in: the current folder is `here`, with the kept runs, their CLIP and images.
 
-    Home and temporary files are in it, too, and what scripts change of the process is as before afterwards.
+    Home and temporary files are in it, too.
     """
-    before, level, threads = Path.cwd(), logging.getLogger().level, torch.get_num_threads()
+    before = Path.cwd()
     with tempfile.TemporaryDirectory(prefix="bad") as name:
         folder = Path(name).resolve()
         for part in ("home", "temporary", "outside"):
@@ -93,9 +91,6 @@ def scratch() -> Iterator[Path]:
                 yield folder
         finally:
             os.chdir(before)
-            logging.captureWarnings(False)
-            logging.getLogger().setLevel(level)
-            torch.set_num_threads(threads)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[object, ...]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from model.adapter import AdaptedCLIP
 from model.clip import FrozenCLIP
 from model.config import ModelConfig
-from model.text import Prompts
+from model.text import Prompts, begin_prompts, finish_prompts
 
 # All widths differ, so that one taken for another shows. Eight blocks put the first level before the first V-V block.
 TINY_ARCHITECTURE: dict[str, Any] = {
@@ -106,6 +106,11 @@ PROMPT_TEXTS = [
 
 def tiny_prompts(clip: FrozenCLIP) -> Prompts:
     return Prompts.from_texts(clip, PROMPT_TEXTS)
+
+
+def encode_prompts(clip: FrozenCLIP, tokens: Tensor, *arguments: Any, **text_modules: Any) -> Tensor:
+    """Token ids (P, T) -> unit prompt features (P, D), each prompt by itself: what trees of prompts must equal."""
+    return finish_prompts(clip, begin_prompts(clip, tokens), tokens, *arguments, **text_modules)
 
 
 @dataclass(frozen=True)

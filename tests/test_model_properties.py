@@ -18,11 +18,12 @@ from model.clip import FrozenCLIP
 from model.config import ModelConfig, check_depths, depth_defaults
 from model.frozen import ImageFeatures, UnadaptedCLIP, frozen_features
 from model.losses import dice_loss, focal_loss, stage1_losses, stage2_losses
-from model.text import Prompts, encode_prompts
+from model.text import Prompts
 from tests.helpers import (
     adapted_clip,
     assert_agrees,
     config_for,
+    encode_prompts,
     random_batch,
     tiny_clip,
     tiny_prompts,

@@ -9,12 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from dataset.prompts import build_prompts
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.config import CrossAttentionConfig
-from model.text import Prompts, encode_classes, encode_prompts, finish_prompts
+from model.text import Prompts, encode_classes, finish_prompts
 from tests.helpers import (
     adapted_clip,
     assert_agrees,
     assert_all_agree,
     config_for,
+    encode_prompts,
     fill_with_noise,
     gradients_of,
     random_batch,

@@ -43,7 +43,11 @@ class Stage(nn.Module):
     @property
     def trained(self) -> dict[str, nn.Module]:
         """The components that this stage trains, by name."""
-        names = self.model.trained_components(self.name, self.loop)
+        return self.trained_on(self.name)
+
+    def trained_on(self, side: str) -> dict[str, nn.Module]:
+        """The components of a side that are trained, by name."""
+        names = self.model.trained_components(side, self.loop)
         return {name: self.model.components[name] for name in names if name not in self.config.frozen}
 
     def begin(self) -> None:

@@ -85,11 +85,6 @@ class BothStage(Stage):
         self.joint = joint
         self.text_stage = TextStage(model, prompts, classes, config, loop)
 
-    def trained_on(self, side: str) -> dict[str, nn.Module]:
-        """The components of a side that are trained, by name."""
-        names = self.model.trained_components(side, self.loop)
-        return {name: self.model.components[name] for name in names if name not in self.config.frozen}
-
     @property
     def trained(self) -> dict[str, nn.Module]:
         return {name: part for side in SIDES for name, part in self.trained_on(side).items()}
