@@ -47,6 +47,8 @@ def answer(script: str, arguments: Sequence[str]) -> Answer:
     status: object = None
     begun, root = time.process_time(), logging.getLogger()
     level, threads = root.level, torch.get_num_threads()
+    # What earlier tests said, kept for a file of a run, is not this script's.
+    remove_log_handlers()
     with (
         mock.patch.object(sys, "argv", [script, *arguments]),
         contextlib.redirect_stderr(errors),
@@ -67,11 +69,17 @@ def answer(script: str, arguments: Sequence[str]) -> Answer:
             root.setLevel(level)
             logging.captureWarnings(False)
             torch.set_num_threads(threads)
-            for handler in list(root.handlers):
-                if isinstance(handler, (ScreenHandler, WaitingHandler, AppendingHandler)):
-                    root.removeHandler(handler)
+            remove_log_handlers()
     said = [stream.buffer.getvalue().decode("utf-8") for stream in map(flushed, (errors, output))]
     return Answer(status, *said, time.process_time() - begun)
+
+
+def remove_log_handlers() -> None:
+    """Take away what this project's scripts add to the root logger."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if isinstance(handler, (ScreenHandler, WaitingHandler, AppendingHandler)):
+            root.removeHandler(handler)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import shutil
 import signal
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from tests.scripts import error_line, run, start, wait_for_rows, write_clip, write_dataset
+from utils.logging import set_up_logging
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +51,11 @@ def same_weights(first: Path, second: Path) -> bool:
 
 def test_files_and_log(finished: Path) -> None:
     files = {path.name for path in finished.iterdir()}
+    log = (finished / "train.log").read_text(encoding="utf-8")
     assert files == {
         "args.json", "history.jsonl", "train.log", "training_state.pth", "text_adapter.pth", "image_adapter.pth",
         "image_adapter_1.pth", "image_adapter_2.pth", "image_adapter_3.pth",
-    }  # fmt: skip
-    log = (finished / "train.log").read_text(encoding="utf-8")
+    }, log  # fmt: skip
     for line in ("Loop 1 - text loss: ", "Loop 1 - image loss: ", "Average Grad Norm: ", "p_abnormal"):
         assert log.count(line) >= 3, line
     rows = [json.loads(line) for line in (finished / "history.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -64,6 +66,13 @@ def test_files_and_log(finished: Path) -> None:
     assert {"text_adapter", "image_adapter", "image_optimizer", "config"} <= set(checkpoint)
     assert checkpoint["config"]["model"]["activation"] == "quick_gelu"
     assert not list(finished.glob(".*.tmp"))
+
+
+def test_warnings_of_before_are_not_in_a_run(world: Path, tmp_path: Path) -> None:
+    set_up_logging()
+    logging.getLogger("another").warning("of another script")
+    run("train.py", *arguments(world, tmp_path / "new", text_epoch=1, image_epoch=0))
+    assert not (tmp_path / "new" / "warnings.jsonl").exists()
 
 
 def test_complete_run_says_so_and_changes_nothing(world: Path, finished: Path) -> None:
