@@ -2,8 +2,9 @@
 
     python -m benchmarks.doc_tables [FOLDER ...]
 
-takes what studies have found (`runs/studies/NAME`) into `docs/results`: `NAME.md` as the study wrote it, `NAME.csv`
-with every seed's means over classes. Then every table in a page that stands below a line such as
+takes what studies have found (`runs/studies/NAME`) into `docs/results`: `NAME.md` as the study wrote it (and
+`NAME_against_ARM.md`), `NAME.csv` with every seed's means over classes. Then every table in a page that
+stands below a line such as
 
     <!-- study: base, Means: Pixel AUROC, Image AUROC -->
 
@@ -79,7 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="*", metavar="FOLDER", help="of finished studies")
     for folder in parser.parse_args(arguments).folders:
-        write_text(DOCS / "results" / f"{folder.name}.md", (folder / "study.md").read_text(encoding="utf-8"))
+        for page in sorted(folder.glob("study*.md")):
+            name = folder.name + page.stem.removeprefix("study")
+            write_text(DOCS / "results" / f"{name}.md", page.read_text(encoding="utf-8"))
         write_text(DOCS / "results" / f"{folder.name}.csv", means_of_seeds(folder / "study.csv"))
     for file in sorted([DOCS.parent / "README.md", *DOCS.glob("*.md")]):
         text = file.read_text(encoding="utf-8")

@@ -42,7 +42,7 @@ def test_tables_in_the_pages_are_those_of_the_studies(page: str) -> None:
 def test_means_follow_from_the_seeds(file: Path) -> None:
     """Those shown were taken before the seeds' figures were rounded."""
     figures: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    with file.with_suffix(".csv").open(encoding="utf-8", newline="") as lines:
+    with file.with_name(f"{file.stem.partition('_against_')[0]}.csv").open(encoding="utf-8", newline="") as lines:
         for row in csv.DictReader(lines):
             for metric in row.keys() - set(KEYS):
                 figures[row["arm"], readable(metric)][row["seed"]].append(float(row[metric]))

@@ -203,6 +203,29 @@ def test_a_partial_study_is_reported(tmp_path: Path) -> None:
     assert arms["plain"].mean("pixel_ap")[2] == 2
 
 
+def test_every_arm_to_compare_with_has_a_report(tmp_path: Path) -> None:
+    """Turned round, a gain is a loss; each report corrects for its own comparisons."""
+    plan = run(
+        tmp_path,
+        **{
+            "study.also_compare_with": ["better"],
+            "study.seeds": [0, 1, 2, 3, 4, 5],
+            "arms.untrained.compare": False,
+            "arms.tested.compare": False,
+        },
+    )
+    results = write_study_report(plan, ["python"])
+    assert results.plan.study.compare_with == "plain"
+    page = (plan.folder / "study_against_better.html").read_text(encoding="utf-8")
+    text = (plan.folder / "study_against_better.md").read_text(encoding="utf-8")
+    for said in ("**plain**: Pixel AP: worse, -", "Compared with: better", "difference from better"):
+        assert said in text, said
+    assert "difference from better" in page
+    first = (plan.folder / "study.md").read_text(encoding="utf-8")
+    assert "**better**: Pixel AP: better, +" in first
+    assert "study_against_better.html" in first
+
+
 def test_settings_are_studies_of_their_own(tmp_path: Path) -> None:
     plan = run(
         tmp_path,

@@ -1,4 +1,4 @@
-"""A study's files: `study.csv`, `study.md` and `study.html`, of whatever is there."""
+"""A study's files: `study.csv`, and `study.md` and `study.html` for each arm to compare with; of whatever is there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 
 from engine.report.templates import render_page
 from engine.study.charts import forest_charts, heat, loss_chart
-from engine.study.plan import Plan, shown
+from engine.study.plan import Plan, shown, slug
 from engine.study.results import (
     ArmResult,
     Fairness,
@@ -31,6 +31,7 @@ from engine.study.results import (
     readable,
 )
 from engine.study.statistics import LEVEL, Verdict
+from engine.study.study import Study
 from utils.files import write_text
 from utils.svg_charts import Chart
 from utils.tables import markdown_table
@@ -40,7 +41,6 @@ logger = logging.getLogger(__name__)
 TEMPLATE = Path(__file__).with_name("study.html")
 UNDEFINED = "n/a"
 VERDICT_COLUMNS = ("Seeds", "Gain", "95 % interval", "p", "p, Holm", "New seed gains", "Shown from", "Verdict")
-FILES = ("study.csv", "study.md", "study.html")
 ELSEWHERE = "Reported elsewhere, under protocols of their own; not run here"
 
 
@@ -68,14 +68,30 @@ class Section:
 
 
 def write_study_report(plan: Plan, command: Sequence[str]) -> Results:
-    """Write the three files of what a study has found so far; `command`: the words that run it again."""
+    """Write the files of what a study has found so far, for each arm to compare with; the results beside the first.
+
+    command: the words that run it again.
+    """
+    study = plan.study
     results = read_results(plan)
-    fairness = check_fairness(results)
     write_text(plan.folder / "study.csv", csv_text(results))
-    write_text(plan.folder / "study.md", markdown(results, fairness, command))
-    write_text(plan.folder / "study.html", page(results, fairness, command))
-    logger.info("Report: %s", ", ".join(shown(plan.folder / name) for name in FILES))
+    files = ["study.csv"]
+    for name in dict.fromkeys((study.compare_with, *study.also_compare_with)):
+        against = results
+        if name != study.compare_with:
+            against = read_results(replace(plan, study=replace(study, compare_with=name)))
+        fairness = check_fairness(against)
+        stem = report_name(study, name)
+        write_text(plan.folder / f"{stem}.md", markdown(against, fairness, command))
+        write_text(plan.folder / f"{stem}.html", page(against, fairness, command))
+        files += [f"{stem}.md", f"{stem}.html"]
+    logger.info("Report: %s", ", ".join(shown(plan.folder / name) for name in files))
     return results
+
+
+def report_name(study: Study, compared_with: str) -> str:
+    """The stem of the report in which all arms are compared with this one."""
+    return "study" if compared_with == study.compare_with else f"study_against_{slug(compared_with)}"
 
 
 def csv_text(results: Results) -> str:
@@ -198,11 +214,13 @@ def facts_of_study(results: Results) -> list[tuple[str, str]]:
     """What was studied, in words."""
     study = results.plan.study
     pairs = "; ".join(f"{pair.train} → {', '.join(pair.test)}" for pair in study.pairs)
+    also = [f"{name} ({report_name(study, name)}.html)" for name in study.also_compare_with]
     done = sum(cell.done for cell in results.plan.cells)
     facts = [
         ("Trained on → tested on", pairs),
         ("Seeds", ", ".join(map(str, study.seeds))),
         ("Compared with", study.compare_with),
+        ("In reports of their own", "; ".join(also)),
         ("Verdict on", ", ".join(map(readable, results.verdict_metrics))),
         ("Differences that do not matter", f"up to {study.margin:g} points"),
         ("Complete", f"{done} of {len(results.plan.cells)} cells"),

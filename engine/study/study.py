@@ -81,7 +81,10 @@ class Arm:
 
 @dataclass(frozen=True)
 class Study:
-    """A study file (docs/studies.md). `arms` and `settings` by name; percent and points in `margin`."""
+    """A study file (docs/studies.md). `arms` and `settings` by name; percent and points in `margin`.
+
+    also_compare_with: arms that all others are compared with too, each in a report of its own.
+    """
 
     name: str
     seeds: tuple[int, ...]
@@ -90,6 +93,7 @@ class Study:
     arms: dict[str, Arm]
     test_script: str
     title: str = ""
+    also_compare_with: tuple[str, ...] = ()
     arguments: Arguments = field(default_factory=dict)
     test_arguments: Arguments = field(default_factory=dict)
     settings: dict[str, Setting] = field(default_factory=lambda: {"": Setting()})
@@ -135,8 +139,9 @@ def _check(study: Study, path: Path) -> None:
     trains = [(pair.train, tuple(sorted(map(str, pair.arguments.items())))) for pair in study.pairs]
     if len(set(trains)) < len(trains):
         refuse("two pairs train on the same; give one of them all test datasets")
-    if study.compare_with not in study.arms:
-        refuse(f"compare_with = {study.compare_with!r} is none of the arms ({', '.join(study.arms)})")
+    for name in (study.compare_with, *study.also_compare_with):
+        if name not in study.arms:
+            refuse(f"an arm to compare with, {name!r}, is none of the arms ({', '.join(study.arms)})")
     if unknown := set(study.verdict_metrics) - set(study.metrics or study.verdict_metrics):
         refuse(f"verdict_metrics not among metrics: {', '.join(sorted(unknown))}")
     for name, arm in study.arms.items():
