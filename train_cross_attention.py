@@ -6,6 +6,7 @@ from utils.script import importing, run_script
 
 from engine.arguments import make_parser
 from engine.early import check_training
+from engine.remembered import forward_of_older_run
 from engine.training.advice import LESS_MEMORY
 from engine.training.arguments import CrossAttentionRunConfig
 from utils.cli import Parser
@@ -17,7 +18,8 @@ def build_parser() -> Parser:
 
 
 def main() -> None:
-    config = CrossAttentionRunConfig.of(**vars(build_parser().parse_args()))
+    given = vars(build_parser().parse_args())
+    config = CrossAttentionRunConfig.of(**{**forward_of_older_run(CrossAttentionRunConfig, given), **given})
     set_up_logging()
     check_training(config)
     # torch takes seconds: arguments come first

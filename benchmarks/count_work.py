@@ -40,8 +40,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     sizes = parse_arguments().img_size
-    columns = ["pixels", "tokens", "testing", "Stage 1", "Stage 2", "cross: Stage 1", "Stage 2", "loop 2 on: Stage 1",
-               "Stage 2"]  # fmt: skip
+    columns = ["pixels", "tokens", "testing", "Stage 1", "Stage 2", "words see images: Stage 1", "Stage 2",
+               "loop 2 on: Stage 1", "Stage 2"]  # fmt: skip
     print(f"TFLOP of an image, all of one class\n\n{format_table(columns, [row_of(size) for size in sizes])}\n")
     clip = empty_clip(sizes[0])
     one, four = (stage_of(clip, crossed=False, side="text", classes=NAMES[:count]) for count in (1, 4))
@@ -50,7 +50,7 @@ def main() -> None:
     print(f"Each further class in a step of Stage 1: {added:.3f}, of {prompts_of(clip, NAMES)[1]} prompts")
     crossed = [stage_of(clip, crossed=True, side="text", classes=NAMES[:1], copies=copies) for copies in (1, 2)]
     once, twice = (work(stage, [NAMES[0]]) for stage in crossed)
-    print(f"As many prompts again, with cross-attention: {twice - once:.3f} an image of Stage 1")
+    print(f"As many prompts again, where words see images: {twice - once:.3f} an image of Stage 1")
 
 
 def row_of(size: int) -> list[str]:

@@ -37,15 +37,15 @@ def arguments_in(folder: Path) -> dict[str, Any]:
 
 
 def forward_of_older_run(config: type[RunConfig], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The forward of the run in the save path that is given, where it is older than an argument whose default changed.
+    """What is not given, and has another default since the run in the save path began by the one of then.
 
     So the command that began such a run goes on with it: `CrossAttentionConfig` has the defaults of then.
     """
     now, before = config().signature(), arguments_in(given.get("save_path", config.save_path))
     changed = {name: was for name, was in CrossAttentionConfig().to_dict().items() if now.get(name, was) != was}
-    if not before or changed.keys() <= before.keys():
+    if not before:
         return {}
-    return {name: before.get(name, was) for name, was in changed.items()}
+    return {name: was for name, was in changed.items() if name not in given and before.get(name, was) == was}
 
 
 def as_begun(config: Config, run: Mapping[str, Any]) -> Config:

@@ -153,6 +153,15 @@ class CrossAttentionConfig:
         weights = (self.text_cross_attn_weight, self.image_cross_attn_weight)
         return self.cross_attn_scale == "learned" or any(weights)
 
+    @property
+    def matched(self) -> dict[str, str]:
+        """The sides that are on and whose branch is brought to the stream's length, with the argument that says so."""
+        sides = SIDES if self.cross_attn_residual == "matched" else ()
+        found = dict.fromkeys(sides, "--cross_attn_residual matched")
+        if self.text_cross_attn_at == "anchors":
+            found["text"] = "--text_cross_attn_at anchors"
+        return {side: flag for side, flag in found.items() if getattr(self, f"{side}_cross_attn_weight")}
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -174,16 +183,15 @@ def check_cross_attention(config: CrossAttentionConfig, text_width: int, joint_w
     for side in SIDES:
         weight, learned = getattr(config, f"{side}_cross_attn_weight"), config.cross_attn_scale == "learned"
         if config.cross_attn_init == "zero" and learned and not weight:
-            raise UserError(f"--{side}_cross_attn_weight 0: learned from there it stays 0 with --cross_attn_init zero")
-        if side == "text" and anchors:
-            matched = "--text_cross_attn_at anchors"
-        elif config.cross_attn_residual == "matched":
-            matched = "--cross_attn_residual matched"
-        else:
-            continue
+            raise UserError(
+                f"--{side}_cross_attn_weight 0: learned from there it stays 0 with --cross_attn_init zero; give it "
+                "another weight, or --cross_attn_init xavier"
+            )
+    for side, matched in config.matched.items():
+        weight = getattr(config, f"{side}_cross_attn_weight")
         if weight > 1:
             raise UserError(f"--{side}_cross_attn_weight {weight:g}: is a share with {matched}, 0 to 1")
-        if config.cross_attn_init == "zero" and weight:
+        if config.cross_attn_init == "zero":
             raise UserError(
                 f"--cross_attn_init zero does not go with {matched}: an output of length 0 has no direction that could "
                 "be brought to another length; leave one of the two out"

@@ -36,9 +36,18 @@ COMMON = {
 }  # fmt: skip
 EPOCHS = {"text_epoch": 1, "image_epoch": 1}
 # Dropout is drawn for classes there, not for images.
-BATCH_MEAN = {"text_conditioning": "batch_mean", "cross_attn_dropout": 0.0}
+BATCH_MEAN = {
+    "text_conditioning": "batch_mean", "cross_attn_dropout": 0.0, "text_cross_attn_weight": 0.1,
+    "image_cross_attn_weight": 0.1, "cross_attn_init": "xavier",
+}  # fmt: skip
 LOOPS = {
     "num_feedback_loops": 2, "text_epochs_per_loop": (1,), "image_epochs_per_loop": (1,), "val_fraction": 0.2,
+}  # fmt: skip
+
+# Steps with a text batch, of 12 and of 2 images, and without one.
+JOINT = {
+    "preset": "v3", "order": "joint", "num_feedback_loops": 1, "text_epochs_per_loop": (1,),
+    "image_epochs_per_loop": (2,), "text_batch_size": 12, "cross_attn_init": "xavier",
 }  # fmt: skip
 
 
@@ -58,6 +67,7 @@ def run_all(folder: Path, output: Path) -> None:
         "base": (train_base, base_config(folder, output / "base")),
         "batch_mean": (train_cross_attention, cross),
         "feedback": (train_feedback, FeedbackConfig.of(**common, **LOOPS, save_path=output / "feedback")),
+        "joint": (train_feedback, FeedbackConfig.of(**{**common, **JOINT}, save_path=output / "joint")),
     }
     for name, (train, config) in runs.items():
         with first_gradients(output / f"{name}_gradients.pth"):

@@ -12,8 +12,13 @@ import pytest
 import torch
 
 from engine import load_model
+from engine.training.arguments import CrossAttentionRunConfig
+from engine.training.feedback_arguments import FeedbackConfig
 from tests.scripts import ROOT, environment, error_line, run, start, wait_for_rows, write_clip, write_dataset
 from utils.errors import UserError
+
+# Words look at the image too, and the branches speak from the start: more can go wrong than with the defaults.
+BOTH_SIDES = ("--text_cross_attn_weight", 0.1, "--image_cross_attn_weight", 0.1, "--cross_attn_init", "xavier")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +50,7 @@ def from_base(world: Path, save_path: Path, *more: object) -> list[object]:
 @pytest.fixture(scope="module")
 def finished(world: Path) -> Path:
     path = world / "cross"
-    run(*from_base(world, path))
+    run(*from_base(world, path, *BOTH_SIDES))
     return path
 
 
@@ -76,17 +81,43 @@ def test_it_starts_from_the_base(world: Path, tmp_path: Path) -> None:
     assert torch.equal(moments[0]["exp_avg"], base["image_optimizer"]["state"][0]["exp_avg"])
 
 
+def test_the_image_sees_words_by_default_and_begins_as_if_it_did_not(world: Path, tmp_path: Path) -> None:
+    epochs = ("--text_epoch", 0, "--image_epoch", 1)
+    run(*from_base(world, tmp_path / "begun", *epochs, "--image_lr", 0))
+    run(*from_base(world, tmp_path / "trained", *epochs))
+    base, begun, trained = (
+        load_model(folder, device="cpu") for folder in (world / "base", tmp_path / "begun", tmp_path / "trained")
+    )
+    picture = world / "test" / "cork" / "test" / "spot" / "000.png"
+    assert (begun.predict(picture, "cork").anomaly_map == base.predict(picture, "cork").anomaly_map).all()
+    found, attention = trained.predict(picture, "cork", return_attention=True)
+    assert attention.text is None and attention.image is not None
+    trained.image_cross_attn.scale = 0.0
+    assert abs(trained.predict(picture, "cork").anomaly_map - found.anomaly_map).max() > 1e-4
+
+
+def test_what_is_matched_in_length_begins_at_random(world: Path) -> None:
+    matched = CrossAttentionRunConfig.of(cross_attn_residual="matched", image_cross_attn_weight=0.1)
+    assert (matched.cross_attn_init, CrossAttentionRunConfig.of().cross_attn_init) == ("xavier", "zero")
+    # With the text side off nothing of it is matched.
+    assert CrossAttentionRunConfig.of(text_cross_attn_at="anchors").cross_attn_init == "zero"
+    assert FeedbackConfig.of(preset="v3", cross_attn_residual="matched").cross_attn_init == "xavier"
+    assert "--cross_attn_init zero does not go with" in error_line(
+        *from_base(world, world / "unused", "--cross_attn_residual", "matched", "--cross_attn_init", "zero")
+    )
+
+
 def test_killed_runs_end_with_the_same_weights(world: Path, finished: Path, tmp_path: Path) -> None:
     """Dropout is on while training: its stream, too, must not depend on where a run was killed."""
     path = tmp_path / "killed"
     chance = random.Random(time.time_ns())
     for rows in (1, 3):
-        process = start(*from_base(world, path), slowly=True)
+        process = start(*from_base(world, path, *BOTH_SIDES), slowly=True)
         wait_for_rows(path / "history.jsonl", rows, process)
         time.sleep(chance.uniform(0, 0.3))
         process.kill()
         process.wait()
-    run(*from_base(world, path))
+    run(*from_base(world, path, *BOTH_SIDES))
     one, two = (torch.load(folder / "image_adapter.pth", weights_only=True) for folder in (path, finished))
     for name in ("text_adapter", "text_cross_attn", "image_adapter", "image_cross_attn"):
         assert all(torch.equal(value, two[name][key]) for key, value in one[name].items()), name
@@ -167,7 +198,11 @@ def test_from_scratch_is_said_to_be_unfair(world: Path, tmp_path: Path) -> None:
 
 
 def test_frozen_base_and_learned_scale(world: Path, tmp_path: Path) -> None:
-    run(*from_base(world, tmp_path, "--freeze_base", "--cross_attn_scale", "learned", "--cross_attn_init", "zero"))
+    run(
+        *from_base(
+            world, tmp_path, "--freeze_base", "--cross_attn_scale", "learned", *BOTH_SIDES, "--cross_attn_init", "zero"
+        )
+    )
     trained = torch.load(tmp_path / "image_adapter.pth", weights_only=True)
     base = torch.load(world / "base" / "image_adapter.pth", weights_only=True)
     assert all(torch.equal(value, base["image_adapter"][key]) for key, value in trained["image_adapter"].items())

@@ -309,6 +309,7 @@ def test_v2_matches_the_residual_of_layer_normalised_tokens_and_v1_adds_what_raw
         ("v2", (0.1, 0.1, "layer", "matched", "first_block")),
         ("v1", (0.1, 0.1, "none", "add", "first_block")),
         ("v1_original", (1.0, 1.0, "none", "add", "first_block")),
+        ("v3", (0.0, 1.0, "layer", "add", "first_block")),
     ):
         cross = parse("--preset", preset).cross_attention()
         found = (cross.text_cross_attn_weight, cross.image_cross_attn_weight, cross.context_norm)
@@ -322,7 +323,7 @@ def test_v1_is_the_original_with_both_weights_mended() -> None:
 
 
 def test_a_recipe_combines_with_any_preset_and_what_is_given_wins() -> None:
-    for preset in ("v2", "v1", "v1_original"):
+    for preset in ("v3", "v2", "v1", "v1_original"):
         found = parse("--preset", preset, "--recipe", "toy", "--image_lr", 0.5)
         plainly = parse("--preset", preset)
         assert (found.text_lr, found.image_lr, found.model_name) == (1e-3, 0.5, "toy")
@@ -406,7 +407,7 @@ def test_v1_with_more_loops_needs_epochs() -> None:
         (["--val_fraction", 1], "--val_fraction"),
         (["--text_epochs_per_loop", 0], "--text_epochs_per_loop"),
         (["--image_epochs_per_loop", 3, 0], "--image_epochs_per_loop"),
-        (["--preset", "v3"], "--preset"),
+        (["--preset", "v4"], "--preset"),
         (["--feedback_features", "both"], "--feedback_features"),
     ],
 )

@@ -16,6 +16,7 @@ from engine.training.turns import TEXT_BATCH, BothStage, Turns
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.checkpoint import read_checkpoint
 from model.config import CrossAttentionConfig, LoopForward
+from model.steps import ALONE
 from tests.helpers import config_for, random_batch, tiny_clip, tiny_prompts
 from tests.scripts import write_world
 from utils.errors import UserError
@@ -24,9 +25,17 @@ ORDERS = ("turns", "joint", "joint_stages")
 CLASSES = ("nut", "zipper", "rope")
 
 
+class Batches(list):
+    """As many batches as a loader would give, of one process."""
+
+    @property
+    def batch_sampler(self) -> SimpleNamespace:
+        return SimpleNamespace(shares=lambda: [ALONE] * len(self))
+
+
 def turns(text: int, image: int, text_epochs: int, epochs: int) -> Turns:
     sampler = SimpleNamespace(set_position=lambda loop, epoch: None)
-    batches = [[{"number": number} for number in range(count)] for count in (text, image)]
+    batches = [Batches({"number": number} for number in range(count)) for count in (text, image)]
     return Turns(*batches, (sampler, sampler), text_epochs, epochs)
 
 

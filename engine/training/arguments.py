@@ -184,6 +184,14 @@ class CrossAttentionArguments(RunConfig):
     allow_partial_base: bool = setting(False, "start from one trained side only", "base", free=True)
     freeze_base: bool = setting(False, "train the cross-attentions alone", "base")
 
+    @classmethod
+    def of(cls: type[Config], **given: Any) -> Config:
+        """As `Arguments.of`; a branch whose length is matched begins at random where nothing else is given."""
+        asked = super().of(**given)
+        if "cross_attn_init" in given or not asked.cross_attention().matched:
+            return asked
+        return super().of(**{**given, "cross_attn_init": "xavier"})
+
     def cross_attention(self) -> CrossAttentionConfig:
         """The choices that the forward depends on; what a feedback loop decides keeps its default."""
         names = {item.name for item in fields(CrossAttentionConfig)} & {item.name for item in fields(self)}
@@ -196,6 +204,10 @@ class CrossAttentionArguments(RunConfig):
 
 @dataclass(frozen=True)
 class CrossAttentionRunConfig(CrossAttentionArguments, BaseConfig):
-    """Arguments of `train_cross_attention.py`."""
+    """Arguments of `train_cross_attention.py`: by default the image sees words, and begins as if it did not."""
 
+    text_cross_attn_weight: float = changed(CrossAttentionConfig, "text_cross_attn_weight", 0.0, before=0.1)
+    image_cross_attn_weight: float = changed(CrossAttentionConfig, "image_cross_attn_weight", 1.0, before=0.1)
+    context_norm: str = changed(CrossAttentionConfig, "context_norm", "layer", before="unit")
+    cross_attn_init: str = changed(CrossAttentionConfig, "cross_attn_init", "zero", before="xavier")
     save_path: Path = changed(RunConfig, "save_path", Path("ckpt/cross_attention"))

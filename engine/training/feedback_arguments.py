@@ -1,6 +1,7 @@
 """Arguments of the feedback script, its presets, and the plan of loops that follows from them.
 
-A preset is in the fields' `under`. v1 is the first version as mended, both weights at 0.1; v1_original as it was.
+A preset is in the fields' `under`. v1 is the first version as mended, both weights at 0.1; v1_original as it was; v3
+is what studies on the toy world found best (docs/results.md).
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ ORDERS = ("stages", "joint_stages", "turns", "joint")
 WEIGHT_DECAY = {"adamw": 0.01, "adam": 0.0}
 
 
-def both(value: Any) -> dict[str, Any]:
-    """A value of V1, mended and unmended."""
-    return {"v1": value, "v1_original": value}
+def presets(v1: Any, **others: Any) -> dict[str, Any]:
+    """A value of V1, mended and unmended, and those of other presets."""
+    return {"v1": v1, "v1_original": v1, **others}
 
 
 @dataclass(frozen=True)
@@ -35,27 +36,31 @@ class FeedbackConfig(CrossAttentionArguments):
     """Arguments of `train_cross_attention_feedback_v2.py`, with V2's defaults."""
 
     preset: str = setting(
-        "v2", "defaults of the arguments that name it", "feedback", choices=("v2", "v1", "v1_original"), free=True
+        "v2", "defaults of the arguments that name it", "feedback", choices=("v3", "v2", "v1", "v1_original"), free=True
     )
     num_feedback_loops: int = setting(
-        5, "loops of Stage 1 and Stage 2", "feedback", between=(1, MOST_LOOPS), free=True, under=both(3)
-    )
+        5, "loops of Stage 1 and Stage 2", "feedback", between=(1, MOST_LOOPS), free=True,
+        under=presets(3, v3=3),
+    )  # fmt: skip
     text_epochs_per_loop: tuple[int, ...] = setting(
         (5,), "epochs of Stage 1 in loop 1, which decay, or one number for each loop", "feedback",
-        between=(1, MOST_EPOCHS), several=True, free=True, under=both((5, 3, 2)),
+        between=(1, MOST_EPOCHS), several=True, free=True, under=presets((5, 3, 2), v3=(2,)),
     )  # fmt: skip
     image_epochs_per_loop: tuple[int, ...] = setting(
         (15,), "epochs of Stage 2 in loop 1, which decay, or one number for each loop", "feedback",
-        between=(1, MOST_EPOCHS), several=True, free=True, under=both((20, 10, 5)),
+        between=(1, MOST_EPOCHS), several=True, free=True, under=presets((20, 10, 5), v3=(7,)),
     )  # fmt: skip
     epochs_decay_rate: float = setting(
         0.8, "r: loop k has floor(first * r^(k - 1)) epochs, at least 1", "feedback", between=(1e-6, 1), free=True,
-        under=both(0.5),
+        under=presets(0.5, v3=1.0),
     )  # fmt: skip
+    text_cross_attn_weight: float = changed(CrossAttentionArguments, "text_cross_attn_weight", under={"v3": 0.0})
+    image_cross_attn_weight: float = changed(CrossAttentionArguments, "image_cross_attn_weight", under={"v3": 1.0})
     context_norm: str = changed(CrossAttentionArguments, "context_norm", "layer")
     cross_attn_residual: str = changed(
-        CrossAttentionArguments, "cross_attn_residual", "matched", under=both("add"), before="add"
+        CrossAttentionArguments, "cross_attn_residual", "matched", under=presets("add", v3="add"), before="add"
     )
+    cross_attn_init: str = changed(CrossAttentionArguments, "cross_attn_init", under={"v3": "zero"})
     cross_attn_start_loop: int = setting(
         1, "first loop with cross-attention; both are off before", "feedback", between=(1, MOST_LOOPS)
     )
@@ -66,7 +71,7 @@ class FeedbackConfig(CrossAttentionArguments):
     order: str = setting(
         "stages", "in a loop: Stage 1's epochs, then Stage 2's; or steps of both spread evenly, each side against the "
         "other as it stands (turns). With joint_stages and joint Stage 2 trains the text side too", "feedback",
-        choices=ORDERS,
+        choices=ORDERS, under={"v3": "joint_stages"},
     )  # fmt: skip
     init_from: Path | None = setting(
         None, "checkpoint to take all components from, in place of a base", "base", free=True, unset="none"
@@ -82,31 +87,37 @@ class FeedbackConfig(CrossAttentionArguments):
     val_fraction: float = setting(
         0.0, "share of the training images held out to choose a loop by", "feedback", between=(0, 0.99)
     )
-    text_lr: float = changed(RunConfig, "text_lr", 2e-5, help="learning rate of Stage 1 in loop 1", under=both(1e-5))
-    image_lr: float = changed(RunConfig, "image_lr", 5e-3, help="learning rate of Stage 2 in loop 1", under=both(5e-4))
-    lr_decay_per_loop: float = setting(
-        0.8, "factor of both rates from loop to loop", "schedule", between=(1e-6, 1), under=both(0.5)
+    text_lr: float = changed(
+        RunConfig, "text_lr", 2e-5, help="learning rate of Stage 1 in loop 1", under=presets(1e-5, v3=1e-5)
     )
+    image_lr: float = changed(
+        RunConfig, "image_lr", 5e-3, help="learning rate of Stage 2 in loop 1", under=presets(5e-4, v3=5e-4)
+    )
+    lr_decay_per_loop: float = setting(
+        0.8, "factor of both rates from loop to loop", "schedule", between=(1e-6, 1),
+        under=presets(0.5, v3=1.0),
+    )  # fmt: skip
     lr_schedule: str = setting(
         "cosine", "in each loop: warm-up then cosine to 0; the image rate halved at 50 % and 80 %; or constant",
-        "schedule", choices=("cosine", "multistep", "constant"), under=both("multistep"),
+        "schedule", choices=("cosine", "multistep", "constant"), under=presets("multistep", v3="constant"),
     )  # fmt: skip
     warmup_epochs: int = setting(
-        2, "epochs of warm-up of cosine, at most half the stage", "schedule", between=(0, MOST_EPOCHS), under=both(0)
-    )
+        2, "epochs of warm-up of cosine, at most half the stage", "schedule", between=(0, MOST_EPOCHS),
+        under=presets(0, v3=0),
+    )  # fmt: skip
     grad_clip: float = setting(
-        1.0, "largest norm of the gradient; 0 is off", "schedule", between=(0, 1e6), under=both(0.0)
+        1.0, "largest norm of the gradient; 0 is off", "schedule", between=(0, 1e6), under=presets(0.0, v3=0.0)
     )
     optimizer: str = setting(
         "adamw", "betas 0.9, 0.999 (adamw) or 0.5, 0.999 (adam)", "schedule", choices=("adam", "adamw"),
-        under=both("adam"),
+        under=presets("adam", v3="adam"),
     )  # fmt: skip
     weight_decay: float = setting(
         WEIGHT_DECAY["adamw"], "weight decay of the optimizer; 0 for adam unless given", "schedule", between=(0, 10)
     )
     reset_optimizers: bool = setting(
         False, "forget the optimizers' moments at the start of each loop, as earlier code did", "schedule",
-        under=both(True),
+        under=presets(True),
     )  # fmt: skip
     save_path: Path = changed(RunConfig, "save_path", Path("ckpt/feedback"))
 
@@ -118,8 +129,16 @@ class FeedbackConfig(CrossAttentionArguments):
 
     def check_processes(self, processes: int) -> None:
         super().check_processes(processes)
-        if self.order != "stages" and processes > 1:
-            raise UserError(f"--order {self.order} trains in one process: leave accelerate launch out")
+        if processes == 1 or self.order == "stages":
+            return
+        if self.order == "turns":
+            # A side that has no batch in a step has no gradient there, which processes would wait for.
+            raise UserError("--order turns trains in one process: leave accelerate launch out")
+        if self.text_cross_attn_weight or self.cross_attn_scale == "learned":
+            raise UserError(
+                f"--order {self.order} with words that see images trains in one process: leave accelerate launch out, "
+                "or give --text_cross_attn_weight 0 --cross_attn_scale fixed"
+            )
 
 
 class LoopPlan(NamedTuple):

@@ -14,10 +14,14 @@ from model.config import LoopForward
 
 
 class StageOutput(NamedTuple):
-    """`losses`: named, "total" is the one to minimise; `watch`: sums and counts for the mean p_abnormal, detached."""
+    """`losses`: named, "total" is the one to minimise; `watch`: sums and counts for the mean p_abnormal, detached.
+
+    weighed: whether the losses count by this process's share of the step's images already.
+    """
 
     losses: dict[str, Tensor]
     watch: dict[str, Tensor]
+    weighed: bool = False
 
 
 class Stage(nn.Module):

@@ -145,8 +145,9 @@ def _share_of_step(stage: nn.Module, batch: dict[str, Any], share: Share) -> Sta
         return stage(batch)
     with StepDropout(share) if batch["image"].device.type == "cpu" else nullcontext():
         output = stage({**batch, "share": share})
+    weight = 1.0 if output.weighed else share.weight
     return StageOutput(
-        {name: share.weight * value for name, value in output.losses.items()},
+        {name: weight * value for name, value in output.losses.items()},
         {name: value * (share.count > 0) for name, value in output.watch.items()},
     )
 

@@ -6,16 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dataset.samples import SeededSampler
+from dataset.samples import SeededSampler, SharedBatches
 from engine.training.arguments import RunConfig
 from engine.training.stage1 import TextStage
 from engine.training.stages import Stage, StageOutput, present_classes, square_mask, watch_abnormal
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.config import SIDES, LoopForward
 from model.losses import stage2_losses
+from model.steps import ALONE
 from model.text import Prompts
 
 TEXT_BATCH = "text_batch"
@@ -55,10 +56,16 @@ class Turns:
         """The steps that each side takes in this epoch, as a row of the history names them."""
         return {"text_steps": len(self) if self.joint else sum(self.due()), "image_steps": len(self)}
 
+    @property
+    def batch_sampler(self) -> SharedBatches:
+        """That of the image batches, whose shares are those of a step."""
+        return self.image.batch_sampler
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        texts = iter(self.text)
+        texts = zip(self.text, self.text.batch_sampler.shares(), strict=True)
         for due, batch in zip(self.due(), self.image, strict=True):
-            yield {**batch, TEXT_BATCH: next(texts) if due else None}
+            text, share = next(texts) if due else (None, ALONE)
+            yield {**batch, TEXT_BATCH: text if share.processes == 1 else {**text, "share": share}}
 
 
 class BothStage(Stage):
@@ -112,8 +119,15 @@ class BothStage(Stage):
         else:
             outputs = self.model(batch["image"], self.model.text_side(prompts, self.loop), rows)
         losses, abnormal = stage2_losses(outputs, mask, batch["label"], self.config.focal_smoothing)
+        weighed = [_weighed(losses, batch)]
         if (text_batch := batch.get(TEXT_BATCH)) is not None:
             self._train_only("text")
-            text = self.text_stage(text_batch).losses
-            losses = {name: losses.get(name, 0) + text.get(name, 0) for name in {**losses, **text}}
-        return StageOutput(losses, watch_abnormal(abnormal, mask))
+            weighed.append(_weighed(self.text_stage(text_batch).losses, text_batch))
+        names = dict.fromkeys(name for found in weighed for name in found)
+        sums = {name: sum(found[name] for found in weighed if name in found) for name in names}
+        return StageOutput(sums, watch_abnormal(abnormal, mask), weighed=True)
+
+
+def _weighed(losses: Mapping[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Losses by what a batch's images count in their step: both batches of a step may be shared unevenly."""
+    return {name: batch.get("share", ALONE).weight * value for name, value in losses.items()}
