@@ -131,7 +131,8 @@ def install(stamped: str, what: str, arguments: list[str], wanted: str) -> bool:
     stamp = VENV / f".installed-{stamped}"
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
         return True
-    say(f"installing {what} (the first time some 6 GB, most of it torch; a few minutes)")
+    large = stamped in ("torch", "requirements.txt")
+    say(f"installing {what}" + (" (the first time some 6 GB, most of it torch; a few minutes)" if large else ""))
     if call([str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--quiet", *arguments]):
         return False
     stamp.write_text(wanted, encoding="utf-8")

@@ -154,13 +154,17 @@ class CrossAttentionConfig:
         return self.cross_attn_scale == "learned" or any(weights)
 
     @property
+    def sides(self) -> set[str]:
+        """The sides whose branch has a weight."""
+        return {side for side in SIDES if getattr(self, f"{side}_cross_attn_weight")}
+
+    @property
     def matched(self) -> dict[str, str]:
-        """The sides that are on and whose branch is brought to the stream's length, with the argument that says so."""
-        sides = SIDES if self.cross_attn_residual == "matched" else ()
-        found = dict.fromkeys(sides, "--cross_attn_residual matched")
+        """Of these, those whose branch is brought to the stream's length, with the argument that says so."""
+        found = dict.fromkeys(SIDES, "--cross_attn_residual matched") if self.cross_attn_residual == "matched" else {}
         if self.text_cross_attn_at == "anchors":
             found["text"] = "--text_cross_attn_at anchors"
-        return {side: flag for side, flag in found.items() if getattr(self, f"{side}_cross_attn_weight")}
+        return {side: flag for side, flag in found.items() if side in self.sides}
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -194,7 +198,7 @@ def check_cross_attention(config: CrossAttentionConfig, text_width: int, joint_w
         if config.cross_attn_init == "zero":
             raise UserError(
                 f"--cross_attn_init zero does not go with {matched}: an output of length 0 has no direction that could "
-                "be brought to another length; leave one of the two out"
+                f"be brought to another length; give --cross_attn_init xavier, or leave {matched} out"
             )
 
 

@@ -97,10 +97,18 @@ def test_the_image_sees_words_by_default_and_begins_as_if_it_did_not(world: Path
 
 
 def test_what_is_matched_in_length_begins_at_random(world: Path) -> None:
-    matched = CrossAttentionRunConfig.of(cross_attn_residual="matched", image_cross_attn_weight=0.1)
-    assert (matched.cross_attn_init, CrossAttentionRunConfig.of().cross_attn_init) == ("xavier", "zero")
-    # With the text side off nothing of it is matched.
+    for weight in ({}, {"image_cross_attn_weight": 0.3}):
+        matched = CrossAttentionRunConfig.of(cross_attn_residual="matched", **weight)
+        expected = (*weight.values(), 0.1)[0]
+        assert (matched.cross_attn_init, matched.image_cross_attn_weight) == ("xavier", expected)
+        assert (matched.text_cross_attn_weight, CrossAttentionRunConfig.of().cross_attn_init) == (0.0, "zero")
+    anchors = {"text_cross_attn_at": "anchors", "text_cross_attn_weight": 0.1}
+    assert CrossAttentionRunConfig.of(**anchors, image_cross_attn_weight=0.0).cross_attn_init == "xavier"
+    # With the text side off nothing of it is matched; with both on, one of them is not.
     assert CrossAttentionRunConfig.of(text_cross_attn_at="anchors").cross_attn_init == "zero"
+    assert "give --cross_attn_init xavier" in error_line(
+        *from_base(world, world / "unused", "--text_cross_attn_at", "anchors", "--text_cross_attn_weight", 0.1)
+    )
     assert FeedbackConfig.of(preset="v3", cross_attn_residual="matched").cross_attn_init == "xavier"
     assert "--cross_attn_init zero does not go with" in error_line(
         *from_base(world, world / "unused", "--cross_attn_residual", "matched", "--cross_attn_init", "zero")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -75,7 +76,9 @@ def draw_watch(axis: Axes, spans: Sequence[Span]) -> None:
 
 
 def _cross_attention_norm(row: Mapping[str, Any]) -> float:
-    return row.get(f"grad_norm/{row['stage']}_cross_attn") or np.nan
+    """Of all cross-attentions that the epoch has trained; NaN for none."""
+    norms = [value for name, value in row.items() if name.startswith("grad_norm/") and name.endswith("_cross_attn")]
+    return math.hypot(*norms) or np.nan
 
 
 def _finish_epochs(axis: Axes, spans: Sequence[Span], label: str) -> None:
@@ -109,7 +112,7 @@ def stage_legend(figure: Figure, history: Sequence[Mapping[str, Any]]) -> None:
     colours = {stage: colour for stage, colour in STAGE_COLOURS.items() if stage in present}
     handles = [Line2D([], [], color=colour, marker="o", markersize=3) for colour in colours.values()]
     labels = ["both stages at once" if stage == "both" else f"{stage} stage" for stage in colours]
-    if any(row.get(f"grad_norm/{side}_cross_attn") for row in history for side in STAGE_COLOURS):
+    if any(_cross_attention_norm(row) > 0 for row in history):
         handles.append(Line2D([], [], color="grey", linestyle=":", marker=".", markersize=3))
         labels.append("its cross-attention alone")
     bottom_legend(figure, handles, labels)

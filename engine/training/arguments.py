@@ -186,11 +186,13 @@ class CrossAttentionArguments(RunConfig):
 
     @classmethod
     def of(cls: type[Config], **given: Any) -> Config:
-        """As `Arguments.of`; a branch whose length is matched begins at random where nothing else is given."""
+        """As `Arguments.of`; branches whose length is matched begin at random, and small, unless that is given."""
         asked = super().of(**given)
-        if "cross_attn_init" in given or not asked.cross_attention().matched:
+        cross = asked.cross_attention()
+        if asked.cross_attn_init != "zero" or not cross.matched or cross.matched.keys() != cross.sides:
             return asked
-        return super().of(**{**given, "cross_attn_init": "xavier"})
+        names = ("cross_attn_init", *(f"{side}_cross_attn_weight" for side in cross.sides))
+        return super().of(**{**{name: getattr(CrossAttentionConfig, name) for name in names}, **given})
 
     def cross_attention(self) -> CrossAttentionConfig:
         """The choices that the forward depends on; what a feedback loop decides keeps its default."""
