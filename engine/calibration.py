@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from utils.errors import UserError
 from utils.files import write_json
+from utils.locks import locked
 from utils.paths import is_file, is_no_file
 from utils.schema import check
 
@@ -22,6 +23,8 @@ CALIBRATION_FILE = "calibration.json"
 SCHEMA = 1
 FALSE_ALARMS = 0.01
 CONFIDENCE = 0.95
+# Seconds that one who adds to a file waits for another, who needs a moment for it.
+PATIENCE = 20.0
 # What `predict` and tables call an image above its threshold, and one that is not.
 ANOMALOUS, NORMAL = "anomalous", "normal"
 
@@ -155,10 +158,14 @@ def _check_consistent(entry: Entry, path: Path) -> None:
 
 
 def add_entry(path: Path, entry: Entry) -> None:
-    """Write an entry to a calibration file, in place of the one of the same subject where there is one."""
-    others = read_calibration(path) if is_file(path) else []
-    kept = [other for other in others if other.subject != entry.subject]
-    write_json(path, {"schema": SCHEMA, "entries": [asdict(found) for found in (*kept, entry)]})
+    """Write an entry to a calibration file, in place of the one of the same subject where there is one.
+
+    Several processes may do so at the same time: each waits for its turn, and none loses another's entry.
+    """
+    with locked(path.with_name(f".{path.name}.lock"), PATIENCE):
+        others = read_calibration(path) if is_file(path) else []
+        kept = [other for other in others if other.subject != entry.subject]
+        write_json(path, {"schema": SCHEMA, "entries": [asdict(found) for found in (*kept, entry)]})
 
 
 def find_entry(entries: Sequence[Entry], subject: Subject) -> Entry | None:

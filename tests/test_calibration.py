@@ -6,6 +6,8 @@ import csv
 import json
 import logging
 import re
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from PIL import Image
 from playwright.sync_api import Browser
 from scipy.stats import betabinom
 
+import engine.calibration
 from dataset.toy_world import draw_toy_class
 from engine import load_model
 from engine.calibration import (
@@ -42,6 +45,7 @@ from tests.browser import browser  # noqa: F401
 from tests.helpers import adapted_clip, tiny_clip
 from tests.scripts import SIZE, error_line, save, small_runs, write_world
 from utils.errors import UserError
+from utils.locks import locked
 from utils.regions import regions_of
 
 RNG = np.random.default_rng(3)
@@ -109,6 +113,38 @@ def test_entries_are_kept_by_subject_and_no_other_is_found(tmp_path: Path) -> No
     for subject, says in zip(others, ("model", "of 'cork'", "domain", "det score", "references"), strict=True):
         alone = [entry for entry in entries if entry.subject == SUBJECT]
         assert find_entry(alone, subject) is None and says in why_none(alone, subject)
+
+
+def test_calibrations_at_the_same_time_lose_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reads the file, changes it and writes it: nobody else may do so in between."""
+    file, values = tmp_path / "calibration.json", RNG.random(19).tolist()
+    read, gate = engine.calibration.read_calibration, threading.Barrier(6)
+
+    def slowly(path: Path) -> list[Entry]:
+        entries = read(path)
+        time.sleep(0.05)
+        return entries
+
+    def add(class_name: str) -> None:
+        gate.wait()
+        add_entry(file, make_entry(SUBJECT._replace(class_name=class_name), "m", values, values, 0.05))
+
+    monkeypatch.setattr(engine.calibration, "read_calibration", slowly)
+    threads = [threading.Thread(target=add, args=[f"class {number}"]) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {entry.class_name for entry in read(file)} == {f"class {number}" for number in range(6)}
+    assert [path.name for path in tmp_path.iterdir()] == [file.name], "no lock is left behind"
+
+
+def test_a_calibration_file_that_is_held_for_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.calibration, "PATIENCE", 0.2)
+    values = RNG.random(19).tolist()
+    with locked(tmp_path / ".calibration.json.lock"), pytest.raises(UserError, match="is being written by another run"):
+        add_entry(tmp_path / "calibration.json", make_entry(SUBJECT, "m", values, values, 0.05))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,19 @@ def test_a_folder_has_one_writer_who_is_named(path: Path) -> None:
     assert not path.parent.exists()
 
 
+def test_a_lock_can_be_waited_for(path: Path) -> None:
+    held = FolderLock(path)
+    held.acquire()
+    start = time.monotonic()
+    with pytest.raises(UserError, match="being written by another run"), locked(path, patience=0.2):
+        pass
+    assert time.monotonic() - start >= 0.2
+    threading.Timer(0.2, held.release).start()
+    with locked(path, patience=60) as lock:
+        assert path.is_file() and lock is not held
+    assert not path.exists()
+
+
 def test_a_lock_is_taken_over_from_a_process_that_has_ended(path: Path, sleeper: subprocess.Popen[bytes]) -> None:
     living = holder_of(sleeper.pid)
     write(path, living, silent=1e6)

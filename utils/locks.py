@@ -28,6 +28,8 @@ BEAT, GONE_AFTER = 10.0, 120.0
 UNFINISHED_AFTER = 2.0
 # Of a process's start, which the system's clock can shift a little.
 TOLERANCE = 2.0
+# Seconds between two attempts to take a lock that is waited for.
+ATTEMPT = 0.05
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,19 @@ class FolderLock:
         self._stop = threading.Event()
         self._made: list[Path] = []
 
-    def acquire(self) -> None:
-        """Take the lock; `UserError` that says who holds it, where somebody does."""
-        with writing(self.path):
-            self._made = [folder for folder in self.path.parents if not folder.exists()]
-            self._take(self.path)
+    def acquire(self, patience: float = 0.0) -> None:
+        """Take the lock; `UserError` that says who holds it, where somebody still does after `patience` seconds."""
+        end = time.monotonic() + patience
+        while True:
+            try:
+                with writing(self.path):
+                    self._made = self._made or [folder for folder in self.path.parents if not folder.exists()]
+                    self._take(self.path)
+                break
+            except UserError:  # held; or, on Windows, just being deleted
+                if time.monotonic() >= end:
+                    raise
+                time.sleep(ATTEMPT)
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def release(self) -> None:
@@ -144,10 +154,10 @@ class FolderLock:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[FolderLock]:
-    """Hold the lock `path`; `UserError` where somebody else does."""
+def locked(path: Path, patience: float = 0.0) -> Iterator[FolderLock]:
+    """Hold the lock `path`; `UserError` where somebody else does, for longer than `patience` seconds."""
     lock = FolderLock(path)
-    lock.acquire()
+    lock.acquire(patience)
     try:
         yield lock
     finally:
