@@ -6,7 +6,7 @@ from utils.script import importing, run_script
 
 from engine.arguments import make_parser
 from engine.early import check_testing
-from engine.evaluation.arguments import LESS_MEMORY, ComparisonArguments
+from engine.evaluation.arguments import LESS_MEMORY, REFERENCES, ComparisonArguments
 from utils.cli import Parser
 from utils.logging import set_up_logging
 
@@ -21,9 +21,11 @@ def main() -> int:
     check_testing(arguments)
     # torch takes seconds: arguments come first
     with importing():
+        from engine.references import ReferenceChoice
         from engine.report.compare_loops import compare_feedback_loops
 
-    return compare_feedback_loops(**vars(arguments))
+    values = {name: value for name, value in vars(arguments).items() if name not in REFERENCES}
+    return compare_feedback_loops(**values, references=ReferenceChoice.of(arguments))
 
 
 if __name__ == "__main__":

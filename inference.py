@@ -6,7 +6,7 @@ from utils.script import importing, run_script
 
 from engine.arguments import make_parser
 from engine.early import check_testing
-from engine.evaluation.arguments import DEFAULT_CLASS, LESS_MEMORY, InferenceArguments
+from engine.evaluation.arguments import DEFAULT_CLASS, LESS_MEMORY, REFERENCES, InferenceArguments
 from utils.cli import Parser
 from utils.logging import set_up_logging
 from utils.processes import check_alone
@@ -16,8 +16,6 @@ OWN_IMAGES = (
     "image", "calibrate", "false_alarms", "calibration", "normal", "anomalous", "class_name", "class_from_folder",
     "domain",
 )  # fmt: skip
-# Which normal images are compared with.
-REFERENCES = ("references", "reference_shots", "reference_seed", "reference_weight", "reference_features")
 # What changes nothing where images are scored one by one.
 NOT_OF_IMAGES = (
     "dataset", "data_root", "metadata", "mask_threshold", "batch_size", "num_workers", "cache_images", "precision",
@@ -44,8 +42,7 @@ def main() -> None:
         from engine.references import ReferenceChoice
 
     values = {name: value for name, value in vars(arguments).items() if name not in (*OWN_IMAGES, *REFERENCES)}
-    if arguments.references or arguments.reference_shots:
-        values["references"] = ReferenceChoice(*(getattr(arguments, name) for name in REFERENCES))
+    values["references"] = ReferenceChoice.of(arguments)
     if mode in ("image", "calibrate"):
         own = ("class_name", "class_from_folder", "domain", "calibration")
         values = {name: value for name, value in values.items() if name not in NOT_OF_IMAGES}

@@ -24,7 +24,7 @@ from engine.detector import Detector, Prediction, load_model
 from engine.evaluation.arguments import NO_CHECKPOINT
 from engine.evaluation.inference import load_detectors
 from engine.evaluation.remember import remember_for_images
-from engine.export_arguments import ENDINGS, ONNX, REFERENCES, ExportArguments
+from engine.export_arguments import ENDINGS, ONNX, ExportArguments
 from engine.hub import is_address
 from engine.pretrained import clip_licence, without_folders
 from engine.references import ReferenceChoice
@@ -82,8 +82,8 @@ def export_checkpoint(arguments: ExportArguments) -> list[Path]:
         )
     folder = Path() if detector.source is None or is_address(checkpoint) else detector.source.path.parent
     classes = list(dict.fromkeys(arguments.class_name))
-    if arguments.references is not None:
-        choice = ReferenceChoice(*(getattr(arguments, name) for name in REFERENCES))
+    choice = ReferenceChoice.of(arguments)
+    if choice is not None:
         remember_for_images(detector, classes, choice, class_names=arguments.class_names)
     files = []
     for class_name in classes:

@@ -18,10 +18,6 @@ ENDINGS = {ONNX: ".onnx", TORCH: ".pt2"}
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
-# Those of `engine.references.ReferenceChoice`, in its order.
-REFERENCES = ("references", "reference_shots", "reference_seed", "reference_weight", "reference_features")
-
-
 @dataclass(frozen=True, kw_only=True)
 class ExportArguments(Arguments):
     """Arguments of `export.py`."""

@@ -6,8 +6,9 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -34,6 +35,24 @@ class ReferenceChoice:
     weight: float = REFERENCE_WEIGHT
     features: str = REFERENCE_FEATURES[0]
 
+    @classmethod
+    def of(cls, arguments: object) -> ReferenceChoice | None:
+        """What a script's arguments ask for; None where neither a folder nor a number of images is given."""
+        asked = cls(**{item.name: getattr(arguments, _argument(item.name)) for item in fields(cls)})
+        return None if asked.folder is None and asked.shots is None else asked
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that ask for this, without those at their default."""
+        values = ((item.name, getattr(self, item.name), item.default) for item in fields(self))
+        return {_argument(name): value for name, value, default in values if value != default}
+
+    def __str__(self) -> str:
+        count = "the" if self.shots is None else f"{self.shots}"
+        source = "from the dataset's own for training" if self.folder is None else f"in {self.folder.as_posix()}"
+        seed = "" if self.shots is None else f" (choice {self.seed})"
+        return f"{count} normal images of each class {source}{seed}, {self.features} features, weight {self.weight:g}"
+
     @property
     def suffix(self) -> str:
         """What is added to the names of files of results, so that they do not take the place of those without."""
@@ -42,6 +61,16 @@ class ReferenceChoice:
     def choose(self, images: Mapping[str, Sequence[Path]]) -> dict[str, list[Path]]:
         """Of the normal images of each class those to compare with."""
         return {name: choose_normals(found, self.shots, self.seed, name) for name, found in images.items()}
+
+
+def _argument(name: str) -> str:
+    """The argument that a field of `ReferenceChoice` comes from."""
+    return "references" if name == "folder" else f"reference_{name}"
+
+
+def said_of_references(choice: ReferenceChoice | None) -> str:
+    """What is added to a heading where images were compared with normal ones."""
+    return "" if choice is None else ", compared with normal references"
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -19,12 +20,13 @@ from safetensors.torch import load_file
 
 from engine.evaluation.evaluate import METRICS
 from engine.evaluation.inference import evaluate_checkpoints
+from engine.references import ReferenceChoice
 from engine.report.compare_loops import compare_feedback_loops
-from tests.scripts import error_line, run, write_world
+from tests.scripts import SIZE, error_line, run, save, write_world
 from utils import curves
 from utils.errors import UserError
 
-REFERENCES = ["unadapted", "base", "cross-attention"]
+BESIDE = ["unadapted", "base", "cross-attention"]
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +112,7 @@ def assert_printed(printed: Sequence[str], expected: Sequence[float]) -> None:
 
 def test_table_and_files_hold_every_model_in_order(compared: tuple[Path, str]) -> None:
     folder, errors = compared
-    models = [*REFERENCES, "Loop 1", "Loop 2", "Loop 3", "Loop 10"]
+    models = [*BESIDE, "Loop 1", "Loop 2", "Loop 3", "Loop 10"]
     rows = rows_of(folder)
     assert [row["model"] for row in rows] == [model for model in models for _ in range(3)]
     assert [row["class"] for row in rows] == ["cork", "tile", "average"] * len(models)
@@ -142,7 +144,7 @@ def test_best_and_improvement_lines_follow_from_the_figures(compared: tuple[Path
         assert found[best][metric] == pytest.approx(max(found[model][metric] for model in loops), rel=0, abs=2e-6)
         assert f"- {line}" in page_of(folder)
     labels = ("Pixel AUC", "Pixel AP", "Pixel F1", "AUPRO", "Image AUC", "Image AP", "Image F1")
-    for start in ("Loop 1", *REFERENCES):
+    for start in ("Loop 1", *BESIDE):
         begin = f"Improvement from {start} to Loop 10: "
         (line,) = (line for line in errors.splitlines() if line.startswith(begin))
         gains = re.fullmatch(", ".join(rf"{label} ([+-][\d.]+)" for label in labels) + " points", line[len(begin) :])
@@ -266,6 +268,69 @@ def test_another_det_score_is_said_everywhere_and_is_not_taken_for_the_published
     assert said in page_of(tmp_path) and said in said_in(tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "--det_score difference" in page and re.search(r"Det score\W.{0,40}difference", page, re.DOTALL)
+
+
+@pytest.fixture
+def with_normals(world: Path, loops: Path, tmp_path: Path) -> Path:
+    """A copy of the dataset whose classes have train/good; one loop is enough to be tested on it."""
+    for number in (1, 3):
+        (loops / f"loop_{number}_final.pth").unlink()
+    data = shutil.copytree(world / "test", tmp_path / "test")
+    rng = np.random.default_rng(8)
+    for name in ("cork", "tile"):
+        for index in range(4):
+            save(data / name / "train" / "good" / f"{index}.png", rng.integers(60, 120, (SIZE, SIZE, 3)))
+    return data
+
+
+def heatmaps_in(page: Path) -> set[str]:
+    """The heatmaps of a report, as their addresses in it."""
+    text = page.read_text(encoding="utf-8")
+    return set(re.findall(r'<img src="([^"]+)" alt="[^"]+: (?:unadapted|Loop \d)"', text))
+
+
+def test_with_references_table_rows_and_heatmaps_are_others_and_say_so(loops: Path, with_normals: Path) -> None:
+    compare_feedback_loops(loops, str(with_normals), unadapted=True, report=True, device="cpu")
+    before = {path.name: path.read_bytes() for path in loops.glob("comparison.*") if path.suffix != ".log"}
+    choice = ReferenceChoice(shots=2, weight=0.7)
+    compare_feedback_loops(loops, str(with_normals), unadapted=True, report=True, device="cpu", references=choice)
+    said = said_in(loops)
+    assert "not evaluated again" not in said and "in percent, compared with normal references" in said
+    assert {name: (loops / name).read_bytes() for name in before} == before
+
+    with (loops / "comparison_2_references.csv").open(encoding="utf-8", newline="") as file:
+        found = {(row["model"], row["class"]): row for row in csv.DictReader(file)}
+    zero_shot = {(row["model"], row["class"]): row for row in rows_of(loops)}
+    assert found.keys() == zero_shot.keys() and all(found[key] != zero_shot[key] for key in found)
+    asked = {"references": choice, "output_dir": loops / "out", "device": "cpu"}
+    (evaluation,) = evaluate_checkpoints(str(loops / "loop_2_final.pth"), str(with_normals), **asked)
+    for theirs in evaluation.classes:
+        mine = [float(found["Loop 2", theirs.class_name][metric]) for metric in METRICS]
+        assert mine == pytest.approx([theirs.values[metric] for metric in METRICS], abs=2e-6)
+
+    plain, compared = loops / "report.html", loops / "report_2_references.html"
+    assert heatmaps_in(plain) and heatmaps_in(compared) and not heatmaps_in(plain) & heatmaps_in(compared)
+    assert "normal references" not in plain.read_text(encoding="utf-8")
+    page = compared.read_text(encoding="utf-8")
+    assert "--reference_shots 2 --reference_weight 0.7" in page and "zero-shot" not in page
+    assert "2 normal images of each class from the dataset" in page and "distance to normal references" in page
+    written = (loops / "comparison_2_references.md").read_text(encoding="utf-8")
+    assert "compared with normal references" in written and "`comparison_2_references.csv`" in written
+
+
+def test_references_that_are_not_there_or_are_tested_are_refused(
+    world: Path, loops: Path, with_normals: Path, tmp_path: Path
+) -> None:
+    common = ("compare_feedback_loops.py", "--save_path", loops, "--device", "cpu", "--dataset")
+    assert "there are 4 normal images of 'cork'" in error_line(*common, with_normals, "--reference_shots", 5)
+    assert "class 'cork' has no train/good" in error_line(*common, world / "test", "--reference_shots", 1)
+    assert "--references" in error_line(*common, with_normals, "--references", tmp_path / "nothing")
+    tested = ("--references", with_normals / "cork" / "test" / "good")
+    assert "no folder 'cork'" in error_line(*common, with_normals, *tested)
+    for name in ("cork", "tile"):
+        shutil.copytree(with_normals / name / "test" / "good", tmp_path / "tested" / name)
+    assert "is the tested image" in error_line(*common, with_normals, "--references", tmp_path / "tested")
+    assert not (loops / "comparison_cache.json").exists()
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]", b'{"schema": 2, "results": {"a": [{"class": "x"}]}}'])

@@ -25,6 +25,8 @@ from engine.evaluation.evaluate import evaluate
 from engine.evaluation.inference import evaluate_checkpoints
 from engine.evaluation.own_images import score_images
 from engine.references import ReferenceChoice
+from engine.report.compare_loops import Setting, cache_keys
+from engine.report.comparison import Row
 from engine.task import load_task
 from engine.training.base import train_base
 from model.references import joined_anomaly_map, joined_calibrated_maps, nearest_distances, reference_maps
@@ -165,6 +167,25 @@ def test_a_reference_that_is_tested_is_refused(world: Path, tmp_path: Path) -> N
         evaluate_checkpoints(*where, references=ReferenceChoice(folder), output_dir=tmp_path, device="cpu")
     with pytest.raises(UserError, match="no folder 'cork'"):
         evaluate_checkpoints(*where, references=ReferenceChoice(folder / "cork"), output_dir=tmp_path, device="cpu")
+
+
+def test_figures_with_other_references_are_not_taken_from_the_cache(world: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(world / "normal", tmp_path / "normal")
+
+    def key(choice: ReferenceChoice | None) -> str:
+        setting = Setting(load_task(str(world / "test")), "cpu", "fp32", "on", False, 8, 0, None, {}, choice)
+        return cache_keys([Row("unadapted")], {}, setting)["unadapted"]
+
+    choices = (
+        None, ReferenceChoice(shots=3), ReferenceChoice(shots=3, seed=1), ReferenceChoice(folder),
+        ReferenceChoice(folder, weight=0.3), ReferenceChoice(folder, features="frozen"),
+    )  # fmt: skip
+    assert len(set(map(key, choices))) == len(choices)
+    # The same images are the same references, however they were asked for.
+    assert key(ReferenceChoice(folder)) == key(ReferenceChoice(shots=10)) == key(ReferenceChoice(shots=10, seed=1))
+    before = key(ReferenceChoice(folder))
+    save(folder / "tile" / "0.png", np.full((SIZE, SIZE, 3), 90))
+    assert key(ReferenceChoice(folder)) != before
 
 
 def test_the_seeds_choice_contains_that_of_fewer_shots(tmp_path: Path) -> None:

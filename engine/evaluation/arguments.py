@@ -39,6 +39,8 @@ _OUT_OF_PLACE = {
     },
     "dataset": {**_NO_DECISION, "class_from_folder": "--class_from_folder goes with --image and --calibrate"},
 }
+# Which normal images are compared with.
+REFERENCES = ("references", "reference_shots", "reference_seed", "reference_weight", "reference_features")
 # What images show of which nothing is said.
 DEFAULT_CLASS = "object"
 # What a file that says nothing of it is taken to have been trained with.
@@ -80,7 +82,30 @@ class TestingArguments(MachineArguments, DataArguments, ModelArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferenceArguments(TestingArguments):
+class ReferenceArguments(TestingArguments):
+    """What testing with normal references takes beside: `REFERENCES`, which `engine.references` makes a choice of."""
+
+    references: Path | None = setting(
+        None, "folder of a few normal images to compare with; of several classes, a folder of each", "references",
+        unset="none",
+    )  # fmt: skip
+    reference_shots: int | None = setting(
+        None, "how many of these images of each class; without --references, of the dataset's train/good", "references",
+        between=(1, 100_000), unset="all of --references",
+    )  # fmt: skip
+    reference_seed: int = setting(0, "which of them --reference_shots takes", "references", between=(0, 2**31))
+    reference_weight: float = setting(
+        REFERENCE_WEIGHT, "share of the distance to references in the map, the rest is the words'", "references",
+        between=(0, 1),
+    )  # fmt: skip
+    reference_features: str = setting(
+        REFERENCE_FEATURES[0], "patches compared by the features that words are, by the frozen CLIP's, or by both; the "
+        "last two take a second pass", "references", choices=REFERENCE_FEATURES,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceArguments(ReferenceArguments):
     """Arguments of `inference.py`."""
 
     checkpoint: str = setting(
@@ -100,23 +125,6 @@ class InferenceArguments(TestingArguments):
     calibration: Path | None = setting(
         None, "file of thresholds; one that is given must hold some of this model and class", "what to do",
         unset="calibration.json beside the checkpoint",
-    )  # fmt: skip
-    references: Path | None = setting(
-        None, "folder of a few normal images to compare with; of several classes, a folder of each", "references",
-        unset="none",
-    )  # fmt: skip
-    reference_shots: int | None = setting(
-        None, "how many of these images of each class; without --references, of the dataset's train/good", "references",
-        between=(1, 100_000), unset="all of --references",
-    )  # fmt: skip
-    reference_seed: int = setting(0, "which of them --reference_shots takes", "references", between=(0, 2**31))
-    reference_weight: float = setting(
-        REFERENCE_WEIGHT, "share of the distance to references in the map, the rest is the words'", "references",
-        between=(0, 1),
-    )  # fmt: skip
-    reference_features: str = setting(
-        REFERENCE_FEATURES[0], "patches compared by the features that words are, by the frozen CLIP's, or by both; the "
-        "last two take a second pass", "references", choices=REFERENCE_FEATURES,
     )  # fmt: skip
     normal: Path | None = setting(
         None, "folder of normal images, to test on with --anomalous in place of a dataset", "what to do", unset="none"
@@ -170,7 +178,7 @@ class InferenceArguments(TestingArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparisonArguments(TestingArguments):
+class ComparisonArguments(ReferenceArguments):
     """Arguments of `compare_feedback_loops.py`."""
 
     save_path: Path = setting(MISSING, "folder of the feedback run, with its loop_*_final.pth", "what to do")

@@ -25,7 +25,7 @@ from engine.evaluation.image_heatmaps import draw_overlays
 from engine.evaluation.remember import remember_for_dataset
 from engine.hub import is_address, local_path
 from engine.launch import join_launch, main_first
-from engine.references import ReferenceChoice
+from engine.references import ReferenceChoice, said_of_references
 from engine.remembered import load_task_of_run
 from engine.run_folder import find_checkpoints
 from engine.task import TaskData, load_two_folders, mask_notes
@@ -151,11 +151,10 @@ def evaluate_checkpoints(
             data = replace(data, cache_gib=cache_images)
     for note in [*zero_shot_notes({d.name: d.config for d in detectors}, data), *mask_notes(data)]:
         logger.warning("%s", note)
-    said = said_of_det_score(detectors[0].det_score)
+    said = said_of_det_score(detectors[0].det_score) + said_of_references(references)
     kind = det_score_suffix(detectors[0].det_score)
     if references is not None:
         remember_for_dataset(detectors, data, references)
-        said += ", compared with normal references"
         kind += references.suffix
     models = {detector.name: detector for detector in detectors}
     evaluations = list(evaluate(models, data, device, batch_size, num_workers, precision).values())

@@ -16,8 +16,8 @@ from engine.task import TaskData
 logger = logging.getLogger(__name__)
 
 
-def remember_for_dataset(detectors: Sequence[Detector], data: TaskData, choice: ReferenceChoice) -> None:
-    """Let models compare each class of a dataset with its normal images; those of the dataset's test are refused."""
+def choose_for_dataset(data: TaskData, choice: ReferenceChoice) -> dict[str, list[Path]]:
+    """The normal images that each class of a dataset is compared with; those of the dataset's test are refused."""
     if choice.folder is None:
         images = {name: training_normals(data.located, name) for name in data.classes}
     else:
@@ -26,7 +26,12 @@ def remember_for_dataset(detectors: Sequence[Detector], data: TaskData, choice: 
     root = data.located.root
     tested = [root / record.image_path for record in data.records]
     check_apart([path for paths in chosen.values() for path in paths], tested)
-    for name, paths in chosen.items():
+    return chosen
+
+
+def remember_for_dataset(detectors: Sequence[Detector], data: TaskData, choice: ReferenceChoice) -> None:
+    """Let models compare each class of a dataset with its normal images (`choose_for_dataset`)."""
+    for name, paths in choose_for_dataset(data, choice).items():
         # A class's name in prompts is decided already, and several classes may share it.
         _remember(detectors, paths, data.names[name], choice, CATALOG_NAMES, called=name)
 

@@ -18,7 +18,9 @@ from engine.detector import UNADAPTED, Detector, build_detector, load_clip_for, 
 from engine.device import check_compiler, choose_precision
 from engine.evaluation.evaluate import Evaluation, evaluate
 from engine.evaluation.inference import zero_shot_notes
+from engine.evaluation.remember import choose_for_dataset, remember_for_dataset
 from engine.launch import from_first, join_launch, main_first
+from engine.references import ReferenceChoice
 from engine.remembered import arguments_in, load_task_of_run
 from engine.report.cache import read_cache, write_cache
 from engine.report.commands import command_line
@@ -64,6 +66,7 @@ class Setting:
     num_workers: int
     clip_weights: str | None
     overrides: Mapping[str, Any]
+    references: ReferenceChoice | None = None
 
     @property
     def det_score(self) -> str:
@@ -92,12 +95,14 @@ def compare_feedback_loops(
     compile: bool = False,
     clip_weights: str | None = None,
     report: bool = False,
+    references: ReferenceChoice | None = None,
     **overrides: Any,
 ) -> int:
     """Evaluate every loop of a run, and what it is compared with, on the same images: table, `comparison.*` files.
 
-    report: also write `report.html`. What `comparison_cache.json` holds of the same checkpoint and images is not
-    evaluated again. Returns the exit status: 1 where a loop's file cannot be read, else 0. Raises `UserError` for a
+    report: also write `report.html`. references: normal images of each class to compare with, which files then have in
+    their names. What `comparison_cache.json` holds of the same checkpoint, images and references is not evaluated
+    again. Returns the exit status: 1 where a loop's file cannot be read, else 0. Raises `UserError` for a
     folder without loops, for a base or cross-attention run that cannot be read, and for data, weights and devices that
     are not there or do not fit.
     """
@@ -110,16 +115,16 @@ def compare_feedback_loops(
     device = join_launch(device, precision, tf32)
     if compile:
         check_compiler(device)
-    references = [
+    others = [
         Row(name, checkpoint=read_weights(find_latest(path, flag)))
         for name, flag, path in ((BASE, "--base_path", base_path), (CROSS_ATTENTION, "--cross_path", cross_path))
         if path is not None
     ]
-    for row in references:
+    for row in others:
         if row.name == CROSS_ATTENTION and not (row.config or {}).get("cross_attention"):
             raise UserError(f"--cross_path {row.checkpoint.path}: holds no cross-attention; give a base as --base_path")
     loops = [read_loop(number, file) for number, file in files.items()]
-    rows = [*([Row(UNADAPTED)] if unadapted else []), *references, *loops]
+    rows = [*([Row(UNADAPTED)] if unadapted else []), *others, *loops]
     run = next((row.config["arguments"] for row in reversed(rows) if row.config), {})
     with main_first():
         data = load_task_of_run(run, dataset, data_root, metadata, class_names, skip_bad_images, mask_threshold)
@@ -134,6 +139,7 @@ def compare_feedback_loops(
         num_workers,
         clip_weights,
         overrides,
+        references,
     )
     clip = share_clip(rows, setting)
     if clip is None:
@@ -146,7 +152,7 @@ def compare_feedback_loops(
         return status_of(rows)
     trained = {row.name: row.config for row in rows}
     notes = [*zero_shot_notes(trained, data), *mask_notes(data), *broken_notes(save_path, rows), *notes]
-    comparison = Comparison(data.located.spec.name, rows, evaluations, notes, setting.det_score)
+    comparison = Comparison(data.located.spec.name, rows, evaluations, notes, setting.det_score, references)
     # Not before: a comparison that is stopped leaves nothing but what it need not evaluate again.
     set_up_logging(folder / "comparison.log")
     write_comparison(comparison, save_path, folder)
@@ -161,9 +167,10 @@ def compare_feedback_loops(
             "precision": None if precision == "auto" else precision, "tf32": None if tf32 == "on" else tf32,
             "report": True,
             "mask_threshold": None if mask_threshold == HALF else mask_threshold,
+            **(references.arguments if references else {}),
         }  # fmt: skip
         command = command_line("compare_feedback_loops.py", asked)
-        write_report(comparison, models, data, save_path, folder / REPORT_FILE, command)
+        write_report(comparison, models, data, save_path, folder / comparison.file(REPORT_FILE), command)
     return status_of(rows)
 
 
@@ -286,7 +293,7 @@ def evaluate_rows(
 def build_detectors(
     pending: Mapping[str, Row], clip: FrozenCLIP, setting: Setting
 ) -> tuple[dict[str, Detector], dict[str, str]]:
-    """Models by key, and by key what is wrong with the loops whose weights do not fit."""
+    """Models by key, with the references asked for, and by key what is wrong with loops whose weights do not fit."""
     detectors: dict[str, Detector] = {}
     problems: dict[str, str] = {}
     for key, row in pending.items():
@@ -299,6 +306,8 @@ def build_detectors(
             if row.loop is None:
                 raise
             problems[key] = str(error)
+    if setting.references is not None:
+        remember_for_dataset(list(detectors.values()), setting.data, setting.references)
     return detectors, problems
 
 
@@ -318,8 +327,19 @@ def cache_keys(rows: Sequence[Row], clip_settings: Mapping[str, Any], setting: S
             for name, value in setting.overrides.items()
             if value is not None and name not in in_clip_settings
         },
+        **reference_key(setting),
     }
     return {row.name: digest_of({**shared, "files": file_digests(row)}) for row in rows if not row.problem}
+
+
+def reference_key(setting: Setting) -> dict[str, Any]:
+    """Which normal images of each class figures depend on, by their content, and how they are compared with."""
+    choice = setting.references
+    if choice is None:
+        return {}
+    images = choose_for_dataset(setting.data, choice)
+    digests = {name: sorted(map(file_digest, paths)) for name, paths in images.items()}
+    return {"references": [digests, choice.weight, choice.features]}
 
 
 def file_digests(row: Row) -> list[str]:

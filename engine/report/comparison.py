@@ -18,6 +18,7 @@ from engine.evaluation.evaluate import (
     said_of_det_score,
     write_csv_rows,
 )
+from engine.references import ReferenceChoice, said_of_references
 from model.checkpoint import Checkpoint
 from model.config import CrossAttentionConfig
 from model.scoring import DET_SCORES
@@ -71,13 +72,27 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was found: rows in the order of the table, metrics by a row's name, and what a reader must know."""
+    """What was found: rows in the order of the table, metrics by a row's name, and what a reader must know.
+
+    references: the normal images that all rows were compared with, None for none.
+    """
 
     dataset: str
     rows: list[Row]
     evaluations: dict[str, Evaluation]
     notes: list[str]
     det_score: str = DET_SCORES[0]
+    references: ReferenceChoice | None = None
+
+    @property
+    def said(self) -> str:
+        """What is added to headings where figures are not the published, zero-shot ones."""
+        return said_of_det_score(self.det_score) + said_of_references(self.references)
+
+    def file(self, name: str) -> str:
+        """A file of results: one with references does not take the place of the one without."""
+        path = Path(name)
+        return name if self.references is None else path.stem + self.references.suffix + path.suffix
 
     @property
     def loops(self) -> list[Row]:
@@ -85,7 +100,7 @@ class Comparison:
         return [row for row in self.rows if row.loop is not None and row.name in self.evaluations]
 
     @property
-    def references(self) -> list[Row]:
+    def others(self) -> list[Row]:
         """The rows beside the loops that have figures."""
         return [row for row in self.rows if row.loop is None and row.name in self.evaluations]
 
@@ -100,10 +115,10 @@ def unfair_notes(rows: Sequence[Row]) -> list[str]:
     if not loops:
         return []
     *others, last = loops
-    references = [row for row in rows if row.loop is None and row.checkpoint]
+    beside = [row for row in rows if row.loop is None and row.checkpoint]
     # Loops of one run differ in steps by nature.
     return [
-        *(note for row in references for note in differences(last, row, {**training(row), **steps(row)})),
+        *(note for row in beside for note in differences(last, row, {**training(row), **steps(row)})),
         *(note for row in others for note in differences(last, row, training(row))),
     ]
 
@@ -165,19 +180,23 @@ def setting_notes(rows: Sequence[Row], used: Mapping[str, Any]) -> list[str]:
 
 
 def write_comparison(comparison: Comparison, save_path: Path, folder: Path) -> None:
-    """Say what was found, and write `comparison.csv`, `comparison.md` and `comparison.png` to `folder`."""
+    """Say what was found, and write `comparison.csv`, `comparison.md` and `comparison.png` to `folder`.
+
+    With references, files have them in their names.
+    """
+    table, page, picture = (comparison.file(f"comparison.{kind}") for kind in ("csv", "md", "png"))
     cells = table_cells(comparison)
     lines = [*best_lines(comparison), *improvement_lines(comparison)]
-    on = comparison.dataset + ", in percent" + said_of_det_score(comparison.det_score)
+    on = comparison.dataset + ", in percent" + comparison.said
     logger.info("\nFeedback loops of %s on %s\n\n%s\n", save_path, on, format_table(*cells))
     for line in lines:
         logger.info("%s", line)
     for note in comparison.notes:
         logger.warning("%s", note)
-    write_csv_rows([line for row in comparison.rows for line in csv_lines(comparison, row)], folder / "comparison.csv")
-    write_text(folder / "comparison.md", markdown(comparison, cells, lines, save_path))
-    draw(comparison, folder / "comparison.png")
-    logger.info("Written to %s, comparison.md and comparison.png", folder / "comparison.csv")
+    write_csv_rows([line for row in comparison.rows for line in csv_lines(comparison, row)], folder / table)
+    write_text(folder / page, markdown(comparison, cells, lines, save_path))
+    draw(comparison, folder / picture)
+    logger.info("Written to %s, %s and %s", folder / table, page, picture)
 
 
 def table_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
@@ -227,7 +246,7 @@ def improvement_lines(comparison: Comparison) -> list[str]:
 def gains_of_last_loop(comparison: Comparison) -> list[tuple[str, list[str]]]:
     """The names of the first loop and of the other rows, each with the last loop's gain on it by metric, in points."""
     loops = comparison.loops
-    starts = [*loops[:1], *comparison.references] if len(loops) > 1 else comparison.references if loops else []
+    starts = [*loops[:1], *comparison.others] if len(loops) > 1 else comparison.others if loops else []
     return [(row.name, [gain(comparison, row, loops[-1], metric) for metric in METRICS]) for row in starts]
 
 
@@ -245,8 +264,8 @@ def markdown(
     facts = [[row.name, *trained_in_words(row)] for row in comparison.rows if row.checkpoint]
     parts = [
         f"# Feedback loops of `{save_path.as_posix()}` on {comparison.dataset}",
-        "Metrics in percent, averaged over classes; of each class in `comparison.csv`"
-        f"{said_of_det_score(comparison.det_score)}.",
+        f"Metrics in percent, averaged over classes; of each class in `{comparison.file('comparison.csv')}`"
+        f"{comparison.said}.",
         markdown_table(*cells),
         "\n".join(f"- {line}" for line in lines),
     ]
@@ -267,7 +286,7 @@ def panel_of(comparison: Comparison, metric: str) -> Panel:
     """A metric of the loops by their number, and of the other rows by name."""
     return (
         {row.loop: comparison.average(row, metric) for row in comparison.loops},
-        {row.name: comparison.average(row, metric) for row in comparison.references},
+        {row.name: comparison.average(row, metric) for row in comparison.others},
     )
 
 
@@ -278,5 +297,4 @@ def draw(comparison: Comparison, path: Path) -> None:
         best, title = best_loop(comparison, metric), COLUMNS[metric]
         heading = title if best is None else f"{title} (best: {best.name}, {comparison.average(best, metric):.2f})"
         panels[heading] = panel_of(comparison, metric)
-    said = said_of_det_score(comparison.det_score)
-    loop_curves(panels, path, f"Feedback loops on {comparison.dataset}, in percent{said}")
+    loop_curves(panels, path, f"Feedback loops on {comparison.dataset}, in percent{comparison.said}")

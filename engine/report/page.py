@@ -106,6 +106,7 @@ def write_report(
         TEMPLATE,
         title=f"Feedback loops of {save_path.as_posix()}",
         dataset=comparison.dataset,
+        compared=comparison.references is not None,
         scale=colour_scale(),
         written=f"{datetime.now():%Y-%m-%d %H:%M}",
         lines=best_lines(comparison),
@@ -131,14 +132,14 @@ def write_report(
 def judged_row(comparison: Comparison) -> Row | None:
     """The loop whose examples are shown, the best by pixel AUROC; without loops the last of the other rows."""
     found = best_loop(comparison, "pixel_auroc")
-    others = comparison.loops or comparison.references
+    others = comparison.loops or comparison.others
     return found or (others[-1] if others else None)
 
 
 def shown_rows(comparison: Comparison) -> list[Row]:
     """The rows that the examples and the charts of classes show: those beside the loops, and the judged one last."""
     judged = judged_row(comparison)
-    return [row for row in comparison.references if row is not judged] + ([judged] if judged else [])
+    return [row for row in comparison.others if row is not judged] + ([judged] if judged else [])
 
 
 def best_of_columns(comparison: Comparison) -> list[list[bool]]:
@@ -203,6 +204,8 @@ def tested_facts(comparison: Comparison, data: TaskData) -> list[tuple[str, str]
         ("Image list", data.digest[:12]),
         ("Det score", comparison.det_score),
     ]
+    if comparison.references is not None:
+        facts.append(("Compared with", str(comparison.references)))
     known = [row.config for row in comparison.rows if row.config]
     if known:
         model = known[-1]["model"]
