@@ -23,14 +23,14 @@ import model.blocks
 import model.frozen
 from engine.device import check_compiler
 from engine.training.advice import LESS_MEMORY
-from engine.training.arguments import BaseConfig
+from engine.training.arguments import LOOP_BATCH, BaseConfig
 from engine.training.base import train_base
 from engine.training.opening import compiled_sizes
 from engine.training.stages import Stage
 from engine.training.trainer import log_epoch
 from model import blocks
 from model.blocks import BlockRunner
-from model.frozen import surgery_stream
+from model.frozen import SharedStreams, surgery_stream
 from tests.helpers import (
     adapted_clip,
     assert_agrees,
@@ -90,6 +90,21 @@ def test_the_class_token_behind_the_last_level_needs_no_patches() -> None:
     with everything_computed():
         expected = model.encode_image(images, with_context=True)
     assert_agrees(found.context, expected.context, 1e-5)
+
+
+def test_shared_streams_are_those_of_each_model() -> None:
+    """Of each surgery and depth their own, at the levels asked for, and each computed once."""
+    clip, images, shared = tiny_clip(), random_batch(40).images, SharedStreams()
+    for surgery, until, levels in (
+        ("dual", 7, (2,)), ("dual", 7, (2, 5)), ("dual", 3, (2, 5)), ("sequential", 7, (2, 5)), ("dual", 7, (5,)),
+    ):  # fmt: skip
+        config = config_for(clip, surgery=surgery, surgery_until_layer=until)
+        found, cls = shared.get(clip, images, config, levels)
+        expected, expected_cls = surgery_stream(clip, images, config, levels)
+        for stream, other in zip([*found, cls], [*expected, expected_cls], strict=True):
+            assert_agrees(stream, other, 1e-5)
+        again, _ = shared.get(clip, images, config, levels)
+        assert all(one is other for one, other in zip(found, again, strict=True))
 
 
 def losses_and_gradients(stage: Stage, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -266,6 +281,6 @@ def test_a_model_can_be_copied_whatever_runs_its_blocks() -> None:
 
 def test_a_process_compiles_for_its_share_of_a_step() -> None:
     config = BaseConfig.of(dataset="any", text_batch_size=12, image_batch_size=4, compile=True)
-    assert compiled_sizes(config, 1)[:2] == (12, 4)
-    assert compiled_sizes(config, 2)[:2] == (6, 2)
+    assert compiled_sizes(config, 1) == (12, 4, LOOP_BATCH)
+    assert compiled_sizes(config, 2) == (6, 2, LOOP_BATCH), "each process tests in batches of its own"
     assert compiled_sizes(BaseConfig.of(dataset="any"), 1) == ()

@@ -238,6 +238,16 @@ def test_a_text_side_that_was_not_trained_does_not_count() -> None:
     assert one.digest != Detector(two.model, "any").digest
 
 
+@pytest.mark.parametrize("side", ["text", "image"])
+def test_each_side_that_was_trained_counts(side: str) -> None:
+    model = adapted_clip(tiny_clip())
+    before = Detector(model, "any").digest
+    assert before == Detector(model, "another name").digest
+    with torch.no_grad():
+        next(model.components[f"{side}_adapter"].parameters()).add_(1)
+    assert before != Detector(model, "any").digest
+
+
 def test_thresholds_of_another_model_or_class_are_refused(world: Path, model: Detector, tmp_path: Path) -> None:
     file = world / "base" / "calibration.json"
     same = load_model(world / "base" / "image_adapter_1.pth", device="cpu", calibration=file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,6 +95,26 @@ def test_in_turns_each_loss_is_that_of_its_own_stage() -> None:
     torch.testing.assert_close(both, image + text)
     stage({**batch, TEXT_BATCH: batch}).losses["total"].backward()
     assert gradients(stage) == {"text_adapter", "text_cross_attn", "image_adapter", "image_cross_attn"}
+
+
+@pytest.mark.parametrize(("order", "image"), [("turns", (False, True)), ("joint", (True, True))])
+def test_dropout_is_on_in_what_a_loss_trains_alone(order: str, image: tuple[bool, bool]) -> None:
+    stage, batch = stage_of(order)
+    model, seen = stage.model, {}
+
+    def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any) -> Any:
+            seen[name] = (model.text_cross_attn.training, model.image_cross_attn.training)
+            return function(*arguments)
+
+        return noted
+
+    model.forward, model.joint_forward = noting("image", model.forward), noting("image", model.joint_forward)
+    stage.text_stage.forward = noting("text", stage.text_stage.forward)
+    for on in (True, False):
+        stage.train(on)
+        stage({**batch, TEXT_BATCH: batch})
+        assert seen == ({"image": image, "text": (True, False)} if on else dict.fromkeys(seen, (False, False)))
 
 
 @pytest.mark.parametrize("choices", [{}, {"text_cross_attn_weight": 0.0, "image_cross_attn_weight": 0.0}])
