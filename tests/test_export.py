@@ -10,6 +10,7 @@ import sys
 import zipfile
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -270,14 +271,20 @@ def test_half_precision_takes_half_the_space_and_stays_near(world: Path, tmp_pat
     assert kinds["FLOAT16"] > 20 * kinds["FLOAT"] > 0
 
 
-@pytest.mark.parametrize("off", [2e-3, float("nan")])
+@pytest.mark.parametrize("off", [(2e-3, 0.0), (float("nan"), 0.0), (0.0, 2e-3)])
 def test_a_file_that_computes_something_else_is_not_left(
-    off: float, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    off: tuple[float, float], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In maps or in scores, and be it on the first of the pictures alone."""
+
     def wrong(file: Path, kind: str) -> export.Run:
+        offs = chain([off], repeat((0.0, 0.0)))
+
         def run(images: np.ndarray) -> list[np.ndarray]:
             found = [model.predict(export.resized(image, 40), CLASS) for image in images]
-            return [np.stack([one.anomaly_map[None] + off for one in found]), np.array([one.score for one in found])]
+            off_map, off_score = next(offs)
+            maps = np.stack([one.anomaly_map[None] + off_map for one in found])
+            return [maps, np.array([one.score + off_score for one in found])]
 
         return run
 

@@ -34,10 +34,18 @@ class Batches(list):
         return SimpleNamespace(shares=lambda: [ALONE] * len(self))
 
 
+class Sampler:
+    """One that notes the loop and epoch it was set to."""
+
+    position: tuple[int, int] | None = None
+
+    def set_position(self, loop: int, epoch: int) -> None:
+        self.position = (loop, epoch)
+
+
 def turns(text: int, image: int, text_epochs: int, epochs: int) -> Turns:
-    sampler = SimpleNamespace(set_position=lambda loop, epoch: None)
     batches = [Batches({"number": number} for number in range(count)) for count in (text, image)]
-    return Turns(*batches, (sampler, sampler), text_epochs, epochs)
+    return Turns(*batches, (Sampler(), Sampler()), text_epochs, epochs)
 
 
 @pytest.mark.parametrize(("text", "image", "text_epochs", "epochs"), [(3, 7, 2, 5), (4, 4, 3, 3), (1, 9, 1, 4)])
@@ -46,7 +54,8 @@ def test_every_image_batch_comes_and_the_text_batches_are_spread_evenly(
 ) -> None:
     schedule, counts = turns(text, image, text_epochs, epochs), []
     for epoch in range(1, epochs + 1):
-        schedule.set_position(1, epoch)
+        schedule.set_position(2, epoch)
+        assert [sampler.position for sampler in schedule.samplers] == [(2, epoch)] * 2, "each epoch has its own order"
         batches = list(schedule)
         assert [batch["number"] for batch in batches] == list(range(image))
         texts = [batch[TEXT_BATCH]["number"] for batch in batches if batch[TEXT_BATCH]]
