@@ -12,16 +12,35 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 
 def read(path: Path) -> np.ndarray:
-    """An image as the file takes it, uint8 RGB (1, H, W, 3), turned as its EXIF tag says; 16 bits are cut to 8."""
-    with Image.open(path) as opened:
+    """An image as the file takes it, uint8 RGB (1, H, W, 3), turned as its EXIF tag says.
+
+    Values beyond 255 mean the range 0 to 65535, floats up to 1 the range 0 to 1; transparency is dropped.
+    """
+    # An open file, not its name, and loaded before it is turned: Pillow turns a TIFF by itself.
+    with path.open("rb") as file, Image.open(file) as opened:
+        opened.load()
         image = ImageOps.exif_transpose(opened)
-    if image.mode.startswith("I"):
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image)
+        scale = 1 / 257 if values.max() > 255 else 255 if image.mode == "F" and values.max() <= 1 else 1
+        image = Image.fromarray(np.rint(values * scale).clip(0, 255).astype(np.uint8))
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA")
     return np.asarray(image.convert("RGB"))[None]
+
+
+def free_stem(path: Path, taken: set[str]) -> str:
+    """The image's name without ending, with its folder's name or a number where another image has it already."""
+    stem, number = path.stem, 1
+    while stem.casefold() in taken:
+        number += 1
+        stem = f"{path.resolve().parent.name}_{path.stem}" + (f"_{number}" if number > 2 else "")
+    taken.add(stem.casefold())
+    return stem
 
 
 def enlarged(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -53,13 +72,22 @@ def main(words: list[str] | None = None) -> int:
         return 2
     about = session.get_modelmeta().custom_metadata_map
     names = [output.name for output in session.get_outputs()]
+    if not {"anomaly_map", "pred_score"} <= set(names):
+        print(f"error: {asked.model}: is no file that export.py wrote", file=sys.stderr)
+        return 2
+    if asked.output_dir is not None:
+        try:
+            asked.output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            print(f"error: --output_dir {asked.output_dir}: {error.strerror}", file=sys.stderr)
+            return 2
     print(f"{asked.model.name}: {about.get('model')} for '{about.get('class_name')}'", file=sys.stderr)
-    failed = 0
+    failed, taken = 0, set()
     for path in asked.images:
         try:
             image = read(path)
-        except (OSError, UnidentifiedImageError, ValueError) as error:
-            print(f"error: {path}: {error}", file=sys.stderr)
+        except Exception as error:  # Pillow raises whatever a damaged file makes it stumble over
+            print(f"error: {path}: {' '.join(str(error).split())}", file=sys.stderr)
             failed += 1
             continue
         found = dict(zip(names, session.run(names, {"images": image}), strict=True))
@@ -68,12 +96,12 @@ def main(words: list[str] | None = None) -> int:
             words_of_it.append("anomalous" if found["pred_label"][0] else "normal")
         print("\t".join(words_of_it))
         if asked.output_dir is not None:
-            asked.output_dir.mkdir(parents=True, exist_ok=True)
-            overlay(image[0], found["anomaly_map"][0, 0]).save(asked.output_dir / f"{path.stem}_map.png")
+            stem = free_stem(path, taken)
+            overlay(image[0], found["anomaly_map"][0, 0]).save(asked.output_dir / f"{stem}_map.png")
             if "pred_mask" in found:
                 mask = Image.fromarray(found["pred_mask"][0, 0].astype(np.uint8) * 255)
                 size = (image.shape[2], image.shape[1])
-                mask.resize(size, Image.Resampling.NEAREST).save(asked.output_dir / f"{path.stem}_mask.png")
+                mask.resize(size, Image.Resampling.NEAREST).save(asked.output_dir / f"{stem}_mask.png")
     return 2 if failed else 0
 
 

@@ -22,10 +22,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import export as script
+from dataset.images import read_image
 from engine import export, load_model
 from engine.calibration import Entry, add_entry, make_entry
 from engine.detector import Detector
 from engine.export_arguments import ExportArguments
+from examples import run_onnx
 from model import checkpoint
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.clip import FrozenCLIP
@@ -229,6 +231,56 @@ def test_the_example_runs_without_torch(calibrated: Path, tmp_path: Path) -> Non
         assert decision == expected.decision
         for ending in ("map", "mask"):
             assert Image.open(tmp_path / "out" / f"{path.stem}_{ending}.png").size == (50, 70)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I", "I;16", "F", "1"])
+def test_the_example_reads_images_as_the_model_does(mode: str, tmp_path: Path) -> None:
+    grey = Image.fromarray(images_of(20, 30)[0]).convert("L")
+    values = np.asarray(grey)
+    image = {
+        "I": Image.fromarray(values.astype(np.int32)), "I;16": Image.fromarray(values.astype(np.uint16) * 257),
+        "F": Image.fromarray(values.astype(np.float32) / 255),
+    }.get(mode)  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (image or grey.convert(mode)).save(tmp_path / "image.tif", exif=exif)
+    np.testing.assert_array_equal(run_onnx.read(tmp_path / "image.tif")[0], read_image(tmp_path / "image.tif"))
+
+
+def write_graph(path: Path, **outputs: np.ndarray) -> str:
+    """An ONNX file that gives the same whatever it gets."""
+    constants = [onnx.numpy_helper.from_array(value, name) for name, value in outputs.items()]
+    nodes = [onnx.helper.make_node("Constant", [], [tensor.name], value=tensor) for tensor in constants]
+    images = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, ["batch", "height", "width", 3])
+    told = [onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in constants]
+    graph = onnx.helper.make_graph(nodes, "constant", [images], told)
+    opsets = [onnx.helper.make_opsetid("", 20)]
+    onnx.save(onnx.helper.make_model(graph, ir_version=10, opset_imports=opsets), path)
+    return str(path)
+
+
+def test_the_example_answers_in_words_and_loses_no_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [tmp_path / folder / "x.png" for folder in "ab"]
+    for image in images:
+        image.parent.mkdir()
+        Image.fromarray(images_of(20, 30)[0]).save(image)
+    Image.new("RGB", (100, 100)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    found = {"anomaly_map": np.zeros((1, 1, 8, 8), np.float32), "pred_score": np.float32([0.25])}
+    model, out = write_graph(tmp_path / "model.onnx", **found), tmp_path / "out"
+    words = [model, str(images[0]), str(tmp_path / "large.png"), str(images[1]), "--output_dir", str(out)]
+    assert run_onnx.main(words) == 2
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [f"{image}\t0.2500" for image in images]
+    assert f"error: {tmp_path / 'large.png'}: " in said.err
+    assert {file.name for file in out.iterdir()} == {"x_map.png", "b_x_map.png"}
+    assert run_onnx.main([model, str(images[0]), "--output_dir", str(images[0])]) == 2
+    assert f"error: --output_dir {images[0]}: " in capsys.readouterr().err
+    other = write_graph(tmp_path / "other.onnx", logits=np.zeros(3, np.float32))
+    assert run_onnx.main([other, str(images[0])]) == 2
+    assert "no file that export.py wrote" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("kind", "features"), [("base", "both"), ("cross", "trained")])
