@@ -24,7 +24,6 @@ from dataset.prompts import build_prompts
 from dataset.samples import image_tensor
 from engine.calibration import (
     ANOMALOUS,
-    CALIBRATION_FILE,
     NORMAL,
     Entry,
     Subject,
@@ -33,7 +32,7 @@ from engine.calibration import (
     why_none,
 )  # fmt: skip
 from engine.device import check_device
-from engine.hub import local_path
+from engine.hub import calibration_files, local_path
 from engine.pretrained import save_pretrained
 from engine.references import References
 from engine.run_folder import find_checkpoints
@@ -258,17 +257,29 @@ class Detector(nn.Module):
         rows = torch.zeros(1, dtype=torch.long, device=self.device)
         return self.text_side(prompts.to(self.device)), rows
 
-    def use_calibration(self, path: Path, required: bool = True) -> None:
-        """Decide by the thresholds of a file from now on.
+    def use_calibration(self, *files: Path, required: bool = True) -> None:
+        """Decide by the thresholds of files from now on; where several have those of a subject, the first does.
 
         required: a file without thresholds of this model is refused, and so is, in `predict`, a class that has none;
-        otherwise there is no decision then. Raises `UserError` for a file that is damaged.
+        otherwise, and where no such file is there, there is no decision then. Raises `UserError` for a damaged file.
         """
-        if not required and not is_file(path):
+        there = files if required else list(filter(is_file, files))
+        if not there:
             return
-        self.calibration, self._refuses_others = read_calibration(path), path if required else None
+        self.calibration = [entry for file in there for entry in read_calibration(file)]
+        self._refuses_others = there[0] if required else None
         if required and all(entry.checkpoint != self.digest for entry in self.calibration):
-            raise UserError(f"{path} holds no thresholds of {self.name}: calibrate it first (inference.py --calibrate)")
+            raise UserError(
+                f"{there[0]} holds no thresholds of {self.name}: calibrate it first (inference.py --calibrate)"
+            )
+
+    def find_calibration(self, checkpoint: str | Path, calibration: Path | None = None) -> None:
+        """Decide by the thresholds of the file `calibration`, as `use_calibration`; without it by those that are kept
+        of what `checkpoint` names, this model, if there are any."""
+        if calibration is not None:
+            self.use_calibration(calibration)
+        else:
+            self.use_calibration(*calibration_files(checkpoint, self.source and self.source.path), required=False)
 
     def thresholds(self, subject: Subject) -> Entry | None:
         """The thresholds of a subject; None, or `UserError` where a file was required to hold them."""
@@ -394,14 +405,13 @@ def load_model(
     `det_score`: as in `Detector`.
     Raises `UserError` where the file, the weights and the device do not fit together.
     """
-    path = local_path(path)
+    named, path = path, local_path(path)
     path = find_checkpoints(path)[-1] if path.is_dir() else path
     checkpoint = read_checkpoint(path)
     device = check_device(device, "fp32")
     clip = clip or load_clip_for(checkpoint, clip_weights, **overrides)
     detector = build_detector(checkpoint, clip, **overrides).to(device)
-    file = path.parent / CALIBRATION_FILE if calibration is None else Path(calibration)
-    detector.use_calibration(file, required=calibration is not None)
+    detector.find_calibration(named, None if calibration is None else Path(calibration))
     return detector
 
 

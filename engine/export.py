@@ -74,8 +74,7 @@ def export_checkpoint(arguments: ExportArguments) -> list[Path]:
     chosen = {name: getattr(arguments, name) for name in ("model_name", "img_size", "activation", "det_score")}
     if checkpoint == NO_CHECKPOINT:
         (detector,) = load_detectors(checkpoint, arguments.clip_weights, "cpu", **chosen)
-        if arguments.calibration is not None:
-            detector.use_calibration(arguments.calibration)
+        detector.find_calibration(checkpoint, arguments.calibration)
     else:
         detector = load_model(
             checkpoint, clip_weights=arguments.clip_weights, device="cpu", calibration=arguments.calibration, **chosen

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.calibration import CALIBRATION_FILE
+from engine.evaluation.arguments import NO_CHECKPOINT
 from engine.run_folder import find_checkpoints
 from model.config import SHARED_CONFIG, SHARED_WEIGHTS
 from utils.errors import UserError
@@ -16,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 HUB = "hf://"
 CARD_FILE = "README.md"
+# The folder of results, beside a checkpoint or where the command is given.
+RESULTS = "results"
 SHARED_FILES = (SHARED_WEIGHTS, SHARED_CONFIG, CARD_FILE, CALIBRATION_FILE)
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _REPOSITORY = re.compile(rf"{_NAME}/{_NAME}", re.ASCII)
@@ -59,6 +62,21 @@ def check_checkpoint(checkpoint: str | Path) -> None:
 def local_path(checkpoint: str | Path) -> Path:
     """The path of a checkpoint; one on the hub is fetched, or taken from an earlier time where nobody can be asked."""
     return fetch(read_address(checkpoint)) if is_address(checkpoint) else Path(checkpoint)
+
+
+def has_no_folder(checkpoint: str | Path) -> bool:
+    """Whether nothing can be kept beside a checkpoint: it is on the hub, or unadapted CLIP."""
+    return checkpoint == NO_CHECKPOINT or is_address(checkpoint)
+
+
+def calibration_files(checkpoint: str | Path, file: Path | None = None) -> list[Path]:
+    """Where the thresholds of a checkpoint are: where `--calibrate` keeps them, then those that came with it.
+
+    Beside it, or in the folder of results where it has none. file: the checkpoint's own, once it is here.
+    """
+    path = Path(checkpoint)
+    kept = Path(RESULTS) if has_no_folder(checkpoint) else path if path.is_dir() else path.parent
+    return list(dict.fromkeys(folder / CALIBRATION_FILE for folder in (kept, file and file.parent) if folder))
 
 
 def fetch(address: Address) -> Path:

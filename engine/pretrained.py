@@ -14,9 +14,9 @@ from dataset.options import NAMES
 from engine.calibration import CALIBRATION_FILE, add_entry
 from engine.hub import CARD_FILE, SHARED_FILES
 from engine.training.feedback_arguments import FeedbackConfig
-from model.checkpoint import Shared, state_of, write_shared
+from model.checkpoint import Shared, is_shared, state_of, write_shared
 from model.clip_loading import DEFAULT_TAG, is_tag
-from model.config import SHARED_WEIGHTS, ModelConfig
+from model.config import ModelConfig
 from utils.errors import UserError
 from utils.files import check_folder, write_text
 
@@ -68,7 +68,7 @@ def check_target(folder: Path, flag: str = "") -> None:
     """Refuse a folder that cannot be written to, or that holds anything but a model that was shared before."""
     check_folder(folder, flag or "the folder")
     there = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    if there and SHARED_WEIGHTS not in there:
+    if there and not is_shared(folder):
         raise UserError(f"{flag} {folder}: holds {there[0]}, and no model to share; give a new folder".strip())
     if there:
         logger.warning("%s holds a model already: its %s are replaced", folder, ", ".join(SHARED_FILES))

@@ -298,9 +298,19 @@ def write_shared(folder: Path, checkpoint: Checkpoint) -> None:
         for component, state in checkpoint.components.items()
         for key, value in state.items()
     }
+    # First what `is_shared` knows the folder by.
+    write_json(folder / SHARED_CONFIG, described)
     with replacing(folder / SHARED_WEIGHTS) as temporary:
         temporary.write_bytes(as_safetensors(tensors, {"format": "pt"}))
-    write_json(folder / SHARED_CONFIG, described)
+
+
+def is_shared(folder: Path) -> bool:
+    """Whether `write_shared` has made a folder, and not another project with files of the same names."""
+    try:
+        described = json.loads((folder / SHARED_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(described, dict) and {"format", "forward"} <= described.keys()
 
 
 def read_shared(path: Path) -> Checkpoint:

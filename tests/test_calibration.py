@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import re
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -277,6 +278,13 @@ def test_images_are_counted_once_and_broken_ones_not_at_all(
         calibrated(world, folder=folder, calibration=tmp_path / "c.json")
     assert "again.bmp is the same image as" in caplog.text or "3.png is the same image as" in caplog.text
     assert not (tmp_path / "c.json").exists()
+    # Under another name it is another's image.
+    for name in ("cork", "light cork"):
+        shutil.copytree(world / "normal/cork", tmp_path / "both" / name)
+    both = calibrated(
+        world, folder=tmp_path / "both", class_name=None, class_from_folder=True, calibration=tmp_path / "c.json"
+    )
+    assert [entry.images for entry in both] == [24, 24]
 
 
 def test_classes_of_a_folder_get_thresholds_of_their_own_and_everything_shows_them(

@@ -15,12 +15,16 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from engine import hub, load_model, share
-from engine.calibration import make_entry, read_calibration
+from engine.app.arguments import AppArguments
+from engine.app.models import load_models
+from engine.calibration import add_entry, make_entry, read_calibration
 from engine.detector import Detector, unadapted_detector
 from engine.evaluation.inference import load_detectors
+from engine.evaluation.own_images import score_images
 from engine.hub import read_address
 from engine.run_folder import find_latest
 from engine.share import SharingArguments
@@ -216,6 +220,12 @@ def test_nothing_else_is_overwritten(world: Path, tmp_path: Path, caplog: pytest
     with pytest.raises(UserError, match=r"holds README\.md, and no model to share"):
         model.save_pretrained(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
+    # Any model on the hub has files of these names.
+    (tmp_path / "model.safetensors").write_bytes(b"mine")
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}', encoding="utf-8")
+    with pytest.raises(UserError, match="no model to share"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"mine"
     model.save_pretrained(tmp_path / "new")
     model.save_pretrained(tmp_path / "new")
     assert "are replaced" in caplog.text
@@ -283,6 +293,30 @@ def test_to_the_hub_and_back(world: Path, tmp_path: Path, stand_in: StandInHub) 
     for address in ("hf://org/name", "hf://org/name@v1"):
         assert load_model(address, device="cpu", model_name=name).predict(IMAGE).score == expected.score
     assert load_detectors("hf://org/name@v1", None, "cpu", model_name=name)[0].name == "loop_2_final"
+
+
+def test_thresholds_come_from_the_hub_and_from_where_they_are_kept_here(
+    world: Path, tmp_path: Path, stand_in: StandInHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = {"model_name": f"local-dir:{world / 'clip'}", "device": "cpu"}
+    model, score = load(world, "base"), load(world, "base").predict(IMAGE, "cup").score
+    model.save_pretrained(stand_in.root / "org/name")
+    Image.fromarray(IMAGE).save(tmp_path / "image.png")
+
+    def decision(class_name: str) -> set[str]:
+        """What the script, `load_model` and the page say."""
+        (found,) = score_images("hf://org/name", tmp_path / "image.png", class_name, output_dir=tmp_path / "o", **asked)
+        page = load_models(AppArguments.of(checkpoint=("hf://org/name",), **asked))
+        models = [load_model("hf://org/name", **asked), *page.values()]
+        return {found.decision, *(one.predict(IMAGE, class_name).decision or "" for one in models)}
+
+    assert decision("cup") == {""}
+    for folder, value in (("hub/org/name", score - 0.1), ("results", score + 0.1)):
+        entry = make_entry(model.subject("cup"), model.name, [value] * 19, [value] * 19, 0.05)
+        add_entry(tmp_path / folder / "calibration.json", entry)
+        assert decision("cup") == {"anomalous" if value < score else "normal"}
+        assert decision("nut") == {""}
 
 
 @pytest.mark.parametrize("address", ["hf://org/other", "hf://org/name@v2"])

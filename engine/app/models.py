@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from engine.app.arguments import AppArguments
-from engine.calibration import CALIBRATION_FILE
 from engine.detector import UNADAPTED, Detector, build_detector, load_clip_for, unadapted_detector
 from engine.device import check_device
 from engine.evaluation.arguments import NO_CHECKPOINT
@@ -26,14 +25,15 @@ def load_models(arguments: AppArguments) -> dict[str, Detector]:
     device = check_device(arguments.device, "fp32")
     names = ("det_score", "model_name", "img_size", "activation", "surgery", "surgery_until_layer")
     overrides = {name: getattr(arguments, name) for name in names}
+    asked: dict[Path, str] = {}
     if arguments.checkpoint is None:
         files, bare = demo_checkpoints(DEMO_FOLDER), True
     else:
         bare = NO_CHECKPOINT in arguments.checkpoint
         given = [checkpoint for checkpoint in arguments.checkpoint if checkpoint != NO_CHECKPOINT]
-        files = named(path for checkpoint in given for path in find_checkpoints(local_path(checkpoint)))
-    if not files:
-        return {UNADAPTED: load_detectors(NO_CHECKPOINT, arguments.clip_weights, device, **overrides)[0]}
+        for checkpoint in given:
+            asked |= {path.absolute(): checkpoint for path in find_checkpoints(local_path(checkpoint))}
+        files = named(asked)
     clips: dict[Any, FrozenCLIP] = {}
     models = {}
     for name, path in files.items():
@@ -42,9 +42,15 @@ def load_models(arguments: AppArguments) -> dict[str, Detector]:
         clips[_clip_of(checkpoint)] = clip
         models[name] = build_detector(checkpoint, clip, **overrides).to(device)
         models[name].name = name
-        models[name].use_calibration(path.parent / CALIBRATION_FILE, required=False)
-    first = next(iter(clips.values()))
-    return {UNADAPTED: unadapted_detector(first, arguments.det_score).to(device), **models} if bare else models
+        models[name].find_calibration(asked.get(path, path))
+    if not bare:
+        return models
+    if clips:
+        unadapted = unadapted_detector(next(iter(clips.values())), arguments.det_score).to(device)
+    else:
+        (unadapted,) = load_detectors(NO_CHECKPOINT, arguments.clip_weights, device, **overrides)
+    unadapted.find_calibration(NO_CHECKPOINT)
+    return {UNADAPTED: unadapted, **models}
 
 
 def named(paths: Iterable[Path]) -> dict[str, Path]:

@@ -11,12 +11,14 @@ from typing import Any
 
 from PIL import Image
 
+from dataset.catalog import readable_name
 from dataset.images import content_digest
 from engine.calibration import FALSE_ALARMS, Entry, add_entry, check_enough, in_words, make_entry, read_calibration
 from engine.detector import Detector
 from engine.device import check_device
-from engine.evaluation.own_images import calibration_file, find_own_images, load_last_detector
+from engine.evaluation.own_images import find_own_images, load_last_detector
 from engine.evaluation.remember import remember_for_images
+from engine.hub import calibration_files
 from engine.references import ReferenceChoice
 from utils.errors import UserError
 from utils.files import check_folder
@@ -48,7 +50,7 @@ def calibrate_images(
     """
     rate = FALSE_ALARMS if false_alarms is None else false_alarms
     device = check_device(device, "fp32")
-    file = calibration or calibration_file(checkpoint)
+    file = calibration or calibration_files(checkpoint)[0]
     check_folder(file.parent, "--calibration")
     if file.exists():
         # One that cannot be added to is refused before the images are looked at.
@@ -63,16 +65,17 @@ def calibrate_images(
     images.check_prompts(detector)
     if references is not None:
         remember_for_images(detector, images.classes, references, class_from_folder, class_names)
-    seen: dict[str, Path] = {}
+    seen: dict[tuple[str, str], Path] = {}
     predictions: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for path, name, pixels in images.read("calibrating"):
         # An image that counts twice would promise more than there is to see.
         digest = content_digest(pixels)
-        if any(digest in remembered.images for remembered in detector.references.values()):
+        references = detector.references.get(readable_name(name))
+        if references and digest in references.images:
             raise UserError(
                 f"--calibrate {path} is one of the references, which it would be compared with: take others"
             )
-        first = seen.setdefault(digest, path)
+        first = seen.setdefault((name, digest), path)
         if first != path:
             logger.warning("left out: %s is the same image as %s", path, first)
             continue

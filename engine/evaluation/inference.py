@@ -23,7 +23,7 @@ from engine.evaluation.evaluate import (
 )
 from engine.evaluation.image_heatmaps import draw_overlays
 from engine.evaluation.remember import remember_for_dataset
-from engine.hub import is_address, local_path
+from engine.hub import RESULTS, has_no_folder, local_path
 from engine.launch import join_launch, main_first
 from engine.references import ReferenceChoice, said_of_references
 from engine.remembered import load_task_of_run
@@ -69,10 +69,10 @@ def output_folder(checkpoint: str, output_dir: Path | None) -> Path:
     """Where results go: as asked, else beside the checkpoint, else `results` (unadapted CLIP, models on the hub)."""
     if output_dir is not None:
         return output_dir
-    if checkpoint == NO_CHECKPOINT or is_address(checkpoint):
-        return Path("results")
+    if has_no_folder(checkpoint):
+        return Path(RESULTS)
     path = Path(checkpoint)
-    return (path if path.is_dir() else path.parent) / "results"
+    return (path if path.is_dir() else path.parent) / RESULTS
 
 
 def training_dataset(models: Sequence[Detector | Checkpoint]) -> str:

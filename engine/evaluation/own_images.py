@@ -24,7 +24,7 @@ from engine.evaluation.arguments import DEFAULT_CLASS, NO_CHECKPOINT
 from engine.evaluation.evaluate import det_score_suffix
 from engine.evaluation.inference import load_detectors, output_folder
 from engine.evaluation.remember import remember_for_images
-from engine.hub import is_address, local_path
+from engine.hub import local_path
 from engine.references import ReferenceChoice
 from engine.report.gallery import Gallery
 from engine.run_folder import find_checkpoints
@@ -129,14 +129,6 @@ def load_last_detector(checkpoint: str, clip_weights: str | None, device: str, *
     return load_detectors(checkpoint, clip_weights, device, **overrides)[0]
 
 
-def calibration_file(checkpoint: str) -> Path:
-    """Where the thresholds of a checkpoint are kept: beside it; in the folder of results where it has no place here."""
-    path = Path(checkpoint)
-    if checkpoint == NO_CHECKPOINT or is_address(checkpoint):
-        return output_folder(checkpoint, None) / CALIBRATION_FILE
-    return (path if path.is_dir() else path.parent) / CALIBRATION_FILE
-
-
 def score_images(
     checkpoint: str,
     image: Path,
@@ -163,14 +155,16 @@ def score_images(
     """
     device = check_device(device, "fp32")
     folder = output_folder(checkpoint, output_dir)
-    images = find_own_images(image, "--image", class_name, class_from_folder, (folder, folder / HEATMAPS))
+    earlier = (folder, *folder.glob(f"{HEATMAPS}*"))
+    images = find_own_images(image, "--image", class_name, class_from_folder, earlier)
     check_folder(folder, "--output_dir")
     detector = load_last_detector(checkpoint, clip_weights, device, **overrides)
     images.check_prompts(detector)
     if references is not None:
         remember_for_images(detector, images.classes, references, class_from_folder, class_names)
-    detector.use_calibration(calibration or calibration_file(checkpoint), required=calibration is not None)
+    detector.find_calibration(checkpoint, calibration)
     entries = thresholds_of(detector, images.classes, domain, class_names)
+    heatmaps = folder / f"{HEATMAPS}{references.suffix if references else ''}"
     findings: list[Finding] = []
     taken: set[str] = set()
     known = {digest for remembered in detector.references.values() for digest in remembered.images}
@@ -182,7 +176,7 @@ def score_images(
             themselves += bool(known) and content_digest(pixels) in known
             below = path.name if path == image else path.relative_to(image).as_posix()
             drawn = overlay(pixels, prediction.anomaly_map)
-            save_image(drawn, figure_path(folder / HEATMAPS, below, "_heatmap.png", taken))
+            save_image(drawn, figure_path(heatmaps, below, "_heatmap.png", taken))
             gallery.add(pixels, prediction.anomaly_map, below, name, finding.score, finding.region, finding.decision)
             findings.append(finding)
         if not findings:
@@ -200,7 +194,7 @@ def score_images(
         gallery.write(report, f"Images of {image.resolve().name or image}", facts, images.problems, start)
     if themselves:
         logger.warning("%d of these images are references, compared with themselves: take others", themselves)
-    summarise(findings, images.problems, images.others, detector, (report, scores, folder / HEATMAPS))
+    summarise(findings, images.problems, images.others, detector, (report, scores, heatmaps))
     return findings
 
 
@@ -298,7 +292,7 @@ def summarise(
         anomalous, alarms = judged.count(ANOMALOUS), sum(bool(found.regions) for found in findings)
         logger.info("%d of %d anomalous; %d with a pixel above its threshold", anomalous, len(judged), alarms)
     left_out = [f"{len(problems)} that cannot be read"] if problems else []
-    left_out += [f"{others} files that are no images"] if others else []
+    left_out += [f"{others} files of no known image format"] if others else []
     logger.info(
         "%d images scored by %s%s; %s in %s",
         len(findings), detector.name, f", left out: {' and '.join(left_out)}" if left_out else "",
