@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataset.folders import find_folder, images_below, images_in
+from dataset.folders import find_folder, find_images, images_in
 from dataset.layouts import NORMAL, visa_records
 from dataset.locate import LocatedDataset
 from dataset.toy.classes import TOY_DATASETS
@@ -45,16 +45,14 @@ def training_normals(located: LocatedDataset, class_name: str) -> list[Path]:
 def normals_of_classes(folder: Path, classes: Sequence[str]) -> dict[str, list[Path]]:
     """Normal images of each class: in the folder of its name, or for a single class in the folder as a whole.
 
-    Raises `UserError` where a class has none.
+    For a single class it may be an image instead. Raises `UserError` where a class has none.
     """
     found = {}
     for name in classes:
         own = find_folder(folder, name) if name else None
         if own is None and len(classes) > 1:
             raise UserError(f"--references {folder}: no folder '{name}', whose normal images would be compared with")
-        found[name] = images_below(own or folder).images
-        if not found[name]:
-            raise UserError(f"--references {folder}: no images in this folder or below")
+        found[name] = find_images(own or folder, "--references").images
     return found
 
 

@@ -23,7 +23,13 @@ from dataset.options import NAMES
 from dataset.toy.classes import TOY_DATASETS
 from engine.app.arguments import AppArguments
 from engine.calibration import FALSE_ALARMS, check_enough, read_calibration
-from engine.evaluation.arguments import NO_CHECKPOINT, ComparisonArguments, InferenceArguments, VisualizationArguments
+from engine.evaluation.arguments import (
+    NO_CHECKPOINT,
+    ComparisonArguments,
+    InferenceArguments,
+    ReferenceArguments,
+    VisualizationArguments,
+)
 from engine.export_arguments import ExportArguments, check_export
 from engine.hub import check_checkpoint
 from engine.remembered import arguments_in, as_begun
@@ -72,6 +78,8 @@ def check_testing(arguments: InferenceArguments | ComparisonArguments | Visualiz
         path = getattr(arguments, name, None)
         if path is not None and not is_file(path) and not is_folder(path):
             find_images(path, f"--{name}")
+    if isinstance(arguments, ReferenceArguments):
+        arguments.check_references()
     if isinstance(arguments, InferenceArguments):
         if arguments.checkpoint != NO_CHECKPOINT:
             check_checkpoint(arguments.checkpoint)

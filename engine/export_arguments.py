@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dataset.options import NAMES
 from engine.arguments import Arguments, ModelArguments
-from engine.evaluation.arguments import DEFAULT_CLASS, InferenceArguments, TestingArguments
+from engine.evaluation.arguments import DEFAULT_CLASS, REFERENCES, InferenceArguments, TestingArguments
 from utils.errors import UserError
 from utils.fields import changed, setting
 
@@ -61,8 +61,9 @@ class ExportArguments(Arguments):
 def check_export(arguments: ExportArguments) -> None:
     """Refuse arguments that do not go together, and packages that are not there."""
     ending = ENDINGS[arguments.format]
-    if arguments.reference_shots is not None and arguments.references is None:
-        raise UserError("--reference_shots says how many of --references FOLDER to take: give it too")
+    for name in REFERENCES[1:] if arguments.references is None else ():
+        if getattr(arguments, name) != arguments.__dataclass_fields__[name].default:
+            raise UserError(f"--{name} is about --references FOLDER: give it too")
     if arguments.output is not None and len(arguments.class_name) > 1:
         raise UserError("--output names one file: give one --class_name, or leave --output out")
     if arguments.output is not None and arguments.output.suffix.lower() != ending:

@@ -255,6 +255,13 @@ def test_folders_without_images_are_refused(tmp_path: Path) -> None:
         normals_of_classes(tmp_path, ["cork"])
 
 
+def test_one_image_is_a_reference_too(tmp_path: Path) -> None:
+    image = tmp_path / "0.png"
+    save(image, np.zeros((4, 4, 3)))
+    assert normals_of_classes(image, [""]) == {"": [image]}
+    assert normals_of_classes(image, ["cork"]) == {"cork": [image]}
+
+
 def test_on_the_command_line(world: Path, tmp_path: Path) -> None:
     """A dataset, own images, and calibration, as a user asks for them."""
     asked = ("inference.py", "--checkpoint", world / "base", "--device", "cpu")
@@ -269,7 +276,9 @@ def test_on_the_command_line(world: Path, tmp_path: Path) -> None:
     run(*asked, "--calibrate", good, "--false_alarms", 0.1, *own, *where)
     said = run(*asked, "--image", good, *own, *where, "--output_dir", tmp_path)
     assert "12 normal images for 10 % false alarms" in said
-    assert (tmp_path / "scores_references.csv").is_file()
+    # Beside those without references, of which nothing is lost.
+    assert (tmp_path / "scores_references.csv").is_file() and (tmp_path / "heatmaps_references").is_dir()
+    assert not (tmp_path / "heatmaps").exists()
 
 
 def test_shots_need_a_dataset_or_a_folder() -> None:

@@ -37,7 +37,12 @@ _OUT_OF_PLACE = {
         **dict.fromkeys(("dataset", "metadata", "class_names"), "--normal and --anomalous stand in place of a dataset"),
         "class_from_folder": "--normal and --anomalous hold images of one class",
     },
-    "dataset": {**_NO_DECISION, "class_from_folder": "--class_from_folder goes with --image and --calibrate"},
+    "dataset": {
+        **_NO_DECISION,
+        "class_from_folder": "--class_from_folder goes with --image and --calibrate",
+        "class_name": "a dataset has classes of its own, all of which are tested, and --class_names FILE renames them",
+        "domain": "a dataset has a domain of its own",
+    },
 }
 # Which normal images are compared with.
 REFERENCES = ("references", "reference_shots", "reference_seed", "reference_weight", "reference_features")
@@ -103,6 +108,12 @@ class ReferenceArguments(TestingArguments):
         "last two take a second pass", "references", choices=REFERENCE_FEATURES,
     )  # fmt: skip
 
+    def check_references(self) -> None:
+        """Refuse what is said of references where there are none."""
+        for name in () if self.references or self.reference_shots else REFERENCES:
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise UserError(f"there are no --references, and no --reference_shots: leave --{name} out")
+
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceArguments(ReferenceArguments):
@@ -165,7 +176,7 @@ class InferenceArguments(ReferenceArguments):
         given = {"calibrate": self.calibrate, "image": self.image, "two folders": self.normal or self.anomalous}
         mode = next((name for name, folder in given.items() if folder), "dataset")
         for name, said in _OUT_OF_PLACE[mode].items():
-            if getattr(self, name) not in (None, False):
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise UserError(f"{said}: leave --{name} out")
         if mode in ("image", "calibrate") and self.class_names not in (None, *NAMES):
             raise UserError(f"--{mode} takes the class's name by --class_name: --class_names FILE is for a dataset")
