@@ -106,4 +106,5 @@ def main(words: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # for paths that a terminal has no letters for
     sys.exit(main())

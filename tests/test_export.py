@@ -283,6 +283,17 @@ def test_the_example_answers_in_words_and_loses_no_picture(
     assert "no file that export.py wrote" in capsys.readouterr().err
 
 
+def test_the_example_names_paths_that_a_terminal_has_no_letters_for(tmp_path: Path) -> None:
+    found = {"anomaly_map": np.zeros((1, 1, 8, 8), np.float32), "pred_score": np.float32([0.25])}
+    Image.new("RGB", (9, 9)).save(tmp_path / "日.png")
+    words = [str(ROOT / "examples/run_onnx.py"), write_graph(tmp_path / "model.onnx", **found), "日.png"]
+    done = subprocess.run(
+        [sys.executable, *words], cwd=tmp_path, env={**environment(), "PYTHONIOENCODING": "ascii"}, text=True,
+        capture_output=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "\\u65e5.png\t0.2500\n"), done.stderr
+
+
 @pytest.mark.parametrize(("kind", "features"), [("base", "both"), ("cross", "trained")])
 def test_references_are_in_the_file(kind: str, features: str, world: Path, tmp_path: Path) -> None:
     model, normal, images = load(world, kind), list(images_of(55, 60, 2)), images_of(45, 52, 2)
