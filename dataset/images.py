@@ -45,13 +45,19 @@ def read_image(
 ) -> Image.Image:
     """Read an image of any kind as 8-bit RGB, turned as its EXIF tag says; from the file's `content` where it is given.
 
-    formats: those of Pillow's that are let in, None for all; most_pixels: a larger image is refused undecoded.
+    formats: those of Pillow's that are let in, None for all; most_pixels: a larger image is refused undecoded. The
+    colours: as for `to_rgb`. Raises UserError, with the path, for what cannot be read.
+    """
+    return to_rgb(_open(path, content, formats, most_pixels), path)
+
+
+def to_rgb(image: Image.Image, path: Path | str = "this image") -> Image.Image:
+    """An image of any kind as 8-bit RGB; `UserError`, which begins with `path`, for values that mean no colours.
 
     Values beyond 255 mean the range 0 to 65535 and are divided by 257, the same for every image: stretching each to
     its own range would make its brightness depend on its brightest defect. Floats up to 1 mean the range 0 to 1.
-    Transparency is dropped, not blended with a background. Raises UserError, with the path, for what cannot be read.
+    Transparency is dropped, not blended with a background.
     """
-    image = _open(path, content, formats, most_pixels)
     if image.mode in ("F", "I") or image.mode.startswith("I;"):
         return Image.fromarray(_eight_bits(np.asarray(image), path)).convert("RGB")
     try:
@@ -171,7 +177,7 @@ def _orientation(image: Image.Image) -> int | None:
         return None
 
 
-def _eight_bits(values: np.ndarray, path: Path) -> np.ndarray:
+def _eight_bits(values: np.ndarray, path: Path | str) -> np.ndarray:
     """Scale (H, W) values of more than 8 bits, or floats, to uint8."""
     lowest, highest = float(values.min()), float(values.max())
     if not (lowest >= 0 and highest <= 65535):

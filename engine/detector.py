@@ -18,7 +18,7 @@ from torch import nn
 
 from dataset.catalog import readable_name
 from dataset.class_names import published_name
-from dataset.images import content_digest, read_image
+from dataset.images import content_digest, read_image, to_rgb
 from dataset.options import PUBLISHED_NAMES
 from dataset.prompts import build_prompts
 from dataset.samples import image_tensor
@@ -351,10 +351,11 @@ class Detector(nn.Module):
 
 
 def as_image(image: Image.Image | np.ndarray | str | Path) -> Image.Image:
-    """RGB from a path, a PIL image, or uint8 RGB (H, W, 3); `UserError` for a file that cannot be read."""
+    """RGB from a path, a PIL image, or uint8 RGB (H, W, 3); `UserError` for what cannot be read. Files alone are turned
+    as their EXIF tag says."""
     if isinstance(image, (str, Path)):
         return read_image(Path(image))
-    return (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert("RGB")
+    return to_rgb(Image.fromarray(image) if isinstance(image, np.ndarray) else image)
 
 
 def decided(prediction: Prediction, entry: Entry, size: tuple[int, int]) -> Prediction:

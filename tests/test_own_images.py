@@ -21,7 +21,7 @@ from scipy import ndimage
 
 from dataset.folders import images_below
 from dataset.images import read_image
-from engine.detector import Prediction
+from engine.detector import Prediction, as_image
 from engine.evaluation.arguments import InferenceArguments
 from engine.evaluation.own_images import CSV_COLUMNS, Finding, class_of, score_images
 from engine.report import gallery as module
@@ -177,6 +177,17 @@ def test_kinds_of_colours_that_pillow_cannot_convert_are_named(tmp_path: Path, m
     monkeypatch.setattr("dataset.images._open", lambda *_: Image.new("La", (4, 4)))
     with pytest.raises(UserError, match=r"a\.tiff cannot be read as an image"):
         read_image(tmp_path / "a.tiff")
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32, "LA", "P", "RGBA", "CMYK"])
+def test_an_opened_image_is_taken_as_its_file_is(kind: Any, tmp_path: Path) -> None:
+    """What `predict` gets in a notebook, as a path or as an image."""
+    values = np.asarray(noise().convert("L")).astype(np.float64)
+    scale = {np.uint16: 257, np.float32: 1 / 255}.get(kind, 1)
+    image = noise().convert(kind) if isinstance(kind, str) else Image.fromarray((values * scale).astype(kind))
+    image.save(tmp_path / "image.tif")
+    with Image.open(tmp_path / "image.tif") as opened:
+        np.testing.assert_array_equal(as_image(opened), read_image(tmp_path / "image.tif"))
 
 
 def bumps(*places: tuple[int, int, float], size: int = 40) -> np.ndarray:
