@@ -328,6 +328,8 @@ def test_the_page_begins_at_the_threshold(
     assert rejected == sum(found.decision == "anomalous" for found in findings)
     assert f"{rejected} of {len(findings)} rejected" in page.locator("output").inner_text()
     assert "from 24 normal images for 5 % false alarms" in page.locator("body").inner_text()
+    highest = max(findings, key=lambda found: found.score)
+    assert f"higher than {100 * highest.rank:.1f} % of normal images" in page.locator("li").first.inner_text()
 
 
 @pytest.mark.parametrize(

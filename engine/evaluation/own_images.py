@@ -177,7 +177,8 @@ def score_images(
             below = path.name if path == image else path.relative_to(image).as_posix()
             drawn = overlay(pixels, prediction.anomaly_map)
             save_image(drawn, figure_path(heatmaps, below, "_heatmap.png", taken))
-            gallery.add(pixels, prediction.anomaly_map, below, name, finding.score, finding.region, finding.decision)
+            judged = (finding.region, finding.decision, finding.rank)
+            gallery.add(pixels, prediction.anomaly_map, below, name, finding.score, *judged)
             findings.append(finding)
         if not findings:
             raise UserError(f"--image {image}: none of its {len(images.problems)} images can be read")

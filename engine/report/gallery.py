@@ -44,13 +44,15 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """An image on the page; decision: in a word, empty where there is no calibration."""
+    """An image on the page; decision: in a word, and rank: the share of normal images with a lower score; empty and
+    None where there is no calibration."""
 
     path: str
     class_name: str
     score: float
     region: Region | None
     decision: str
+    rank: float | None
     pictures: tuple[Place, Place]
 
 
@@ -85,6 +87,7 @@ class Gallery:
         score: float,
         region: Region | None,
         decision: str = "",
+        rank: float | None = None,
     ) -> None:
         """An image as it is and under its anomaly map (h, w), which shows the region's box; both kept small."""
         shown = image.convert("RGB")
@@ -96,7 +99,7 @@ class Gallery:
             box = (left, top, max(left, right - 1), max(top, bottom - 1))
             ImageDraw.Draw(heat).rectangle(box, outline="white")
         places = (self._keep(shown), self._keep(heat))
-        self.entries.append(Entry(path, class_name, score, region, decision, places))
+        self.entries.append(Entry(path, class_name, score, region, decision, rank, places))
 
     def write(
         self,
