@@ -214,6 +214,12 @@ def test_thresholds_beside_the_checkpoint_decide(world: Path, images: list[Path]
 
 def test_a_published_checkpoint_is_looked_through(world: Path, images: list[Path], tmp_path: Path) -> None:
     file = published_form(world, tmp_path / "published", relu=True)
+    chosen, name = (str(file), "none"), f"local-dir:{world / 'clip'}"
+    both = load_models(AppArguments.of(checkpoint=chosen, model_name=name, device="cpu"))
+    alone = load_models(AppArguments.of(checkpoint=("none",), model_name=name, device="cpu"))
+    # Under GELU as its code has it, and CLIP beside it as it was trained.
+    assert [model.clip.activation for model in both.values()] == ["quick_gelu", "gelu"]
+    assert both["unadapted"].digest == alone["unadapted"].digest
     name = f"local-dir:{world / 'clip'}"
     found = load_models(AppArguments.of(checkpoint=(str(file), "none"), model_name=name, device="cpu"))
     assert list(found) == ["unadapted", "image_adapter_20"]

@@ -45,9 +45,12 @@ def load_models(arguments: AppArguments) -> dict[str, Detector]:
         models[name].find_calibration(asked.get(path, path))
     if not bare:
         return models
-    if clips:
-        unadapted = unadapted_detector(next(iter(clips.values())), arguments.det_score).to(device)
+    # Published files run under another activation than CLIP was trained with, which is theirs alone.
+    own = next((model.clip for model in models.values() if model.config is not None), None)
+    if own is not None:
+        unadapted = unadapted_detector(own, arguments.det_score).to(device)
     else:
+        overrides["model_name"] = next((clip.model_name for clip in clips.values()), arguments.model_name)
         (unadapted,) = load_detectors(NO_CHECKPOINT, arguments.clip_weights, device, **overrides)
     unadapted.find_calibration(NO_CHECKPOINT)
     return {UNADAPTED: unadapted, **models}
