@@ -166,6 +166,18 @@ def test_thresholds_go_along_and_still_decide(world: Path, tmp_path: Path) -> No
     assert not (folder / "calibration.json").exists()
 
 
+def test_the_page_gives_each_model_the_clip_that_it_was_shared_with(world: Path, tmp_path: Path) -> None:
+    asked = {"model_name": f"local-dir:{world / 'clip'}", "device": "cpu"}
+    for kind in ("base, otherwise", "published", "published, otherwise"):
+        load(world, kind).save_pretrained(tmp_path / kind)
+    chosen = (str(world / "base"), *map(str, sorted(tmp_path.iterdir())))
+    models = load_models(AppArguments.of(checkpoint=chosen, **asked))
+    clips = [(model.clip.img_size, model.clip.activation) for model in models.values()]
+    alone = [load_model(checkpoint, **asked).clip for checkpoint in chosen]
+    assert clips == [(clip.img_size, clip.activation) for clip in alone]
+    assert len(set(clips)) == 3
+
+
 def test_every_way_to_name_a_checkpoint_takes_a_shared_folder(world: Path, tmp_path: Path) -> None:
     folder = load(world, "base").save_pretrained(tmp_path / "model")
     assert find_latest(folder, "--base_path") == folder / "model.safetensors"

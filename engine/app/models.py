@@ -77,8 +77,10 @@ def _end_of(path: Path, depth: int) -> tuple[str, ...]:
 
 def _clip_of(checkpoint: Checkpoint) -> Any:
     """What decides which CLIP a checkpoint runs on; for those that do not say, it is the same."""
-    if checkpoint.config is None:
+    trained = checkpoint.config and checkpoint.model_config()
+    # A model that was shared runs as it did then.
+    config = checkpoint.shared.model if checkpoint.shared else trained
+    if config is None:
         return checkpoint.is_published
-    config = checkpoint.model_config()
-    recorded = checkpoint.config.get("arguments", {}).get("clip_weights")
+    recorded = (checkpoint.config or {}).get("arguments", {}).get("clip_weights")
     return config.model_name, config.weights_digest, config.img_size, config.activation, recorded
