@@ -149,7 +149,7 @@ def trace(graph: ScoringGraph) -> ExportedProgram:
         sizes[0] = Dim("batch", min=1)
     example = torch.zeros(count, graph.size + 3, graph.size + 7, 3, dtype=torch.uint8)
     program = torch.export.export(graph, (example,), dynamic_shapes={INPUT: sizes})
-    if graph.half_precision:
+    if graph.half_precision or graph.memory is not None:
         # What autocast decides is no part of a program before its regions are resolved to casts.
         program = program.run_decompositions({})
     for part in program.graph_module.modules():

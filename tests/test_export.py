@@ -306,8 +306,11 @@ def test_references_are_in_the_file(kind: str, features: str, world: Path, tmp_p
     assert session.get_modelmeta().custom_metadata_map["references"].startswith("2 images")
 
 
-def test_a_torch_program_is_the_model(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("references", [0, 2])
+def test_a_torch_program_is_the_model(references: int, world: Path, tmp_path: Path) -> None:
     model = load(world, "cross")
+    if references:
+        model.remember(list(images_of(55, 60, references)), CLASS)
     export.export(model, SUBJECT, tmp_path / "model.pt2", "torch")
     extra = {export.METADATA: ""}
     program = torch.export.load(tmp_path / "model.pt2", extra_files=extra)
