@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from model.adapter import AdaptedCLIP
+from model.adapter_cross_attention import TextSide
 from model.frozen import UnadaptedCLIP, frozen_patches
 from model.references import joined_calibrated_maps, reference_maps
 from model.scoring import Outputs, calibrated_maps, calibrated_scores, decisions
@@ -65,6 +66,9 @@ class ScoringGraph(nn.Module):
         self.half_precision = half
         if half:
             self.model = copy.deepcopy(self.model).half()
+            if isinstance(text_side, TextSide):
+                # Words that pass blocks meet their weights in one precision, which runtimes insist on.
+                self.text_side = text_side._replace(stream=text_side.stream.half())
         self.domain = domain
         self.det_score = det_score
         self.thresholds = thresholds

@@ -54,6 +54,7 @@ CROSS = {
     "anchors": CrossAttentionConfig(
         0.8, 0.4, cross_attn_residual="matched", text_cross_attn_at="anchors", text_context="frozen"
     ),
+    "image side": CrossAttentionConfig(0.0, 1.0, context_norm="layer"),
 }
 
 
@@ -322,8 +323,9 @@ def test_a_torch_program_is_the_model(references: int, world: Path, tmp_path: Pa
     assert_is_the_model(outputs, images, model, 1e-3)
 
 
-def test_half_precision_takes_half_the_space_and_stays_near(world: Path, tmp_path: Path) -> None:
-    model = load(world, "base")
+@pytest.mark.parametrize("kind", ["base", "cross", "image side"])
+def test_half_precision_takes_half_the_space_and_stays_near(kind: str, world: Path, tmp_path: Path) -> None:
+    model = load(world, kind)
     before = model.predict(images_of(40, 40)[0], CLASS)
     found = export.export(model, SUBJECT, tmp_path / "half.onnx", precision="fp16")
     assert 1e-6 < max(found) < 2e-2
