@@ -1,12 +1,14 @@
 """Score images with a file that export.py wrote: onnxruntime, numpy and Pillow are all that it takes.
 
-Prints a line for each image, path, score and, where the file was calibrated, the decision; with --output_dir also
-writes each image under its map, and its mask. Copy this file wherever it is needed: it imports nothing beside it.
+Prints a line for each image, path, score and, where the file was calibrated, the decision and the boxes of anomalous
+regions (left,top,right,bottom in pixels, the worst first); with --output_dir also writes each image under its map, and
+its mask. Copy this file wherever it is needed: it imports nothing beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -46,6 +48,24 @@ def free_stem(path: Path, taken: set[str]) -> str:
 def enlarged(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A map (S, S) in the size (width, height) of its image."""
     return np.asarray(Image.fromarray(values).resize(size, Image.Resampling.BILINEAR))
+
+
+def boxes(mask: np.ndarray, anomaly_map: np.ndarray, size: tuple[int, int]) -> list[tuple[int, int, int, int]]:
+    """Boxes of a mask (S, S): of its 8-connected regions, in pixels of an image of `size` (width, height), worst first."""
+    left = set(map(tuple, np.argwhere(mask).tolist()))
+    found = []
+    while left:
+        region = [left.pop()]
+        for row, column in region:  # which grows meanwhile
+            near = {(row + down, column + across) for down in (-1, 0, 1) for across in (-1, 0, 1)} & left
+            left -= near
+            region += near
+        rows, columns = np.array(region).T
+        across, down = size[0] / mask.shape[1], size[1] / mask.shape[0]
+        first = (math.floor(columns.min() * across), math.floor(rows.min() * down))
+        last = (math.ceil((columns.max() + 1) * across), math.ceil((rows.max() + 1) * down))
+        found.append((anomaly_map[rows, columns].max(), (*first, *last)))
+    return [box for _, box in sorted(found, key=lambda item: -item[0])]
 
 
 def overlay(image: np.ndarray, anomaly_map: np.ndarray) -> Image.Image:
@@ -94,13 +114,15 @@ def main(words: list[str] | None = None) -> int:
         words_of_it = [str(path), f"{found['pred_score'][0]:.4f}"]
         if "pred_label" in found:
             words_of_it.append("anomalous" if found["pred_label"][0] else "normal")
+            size = (image.shape[2], image.shape[1])
+            regions = boxes(found["pred_mask"][0, 0], found["anomaly_map"][0, 0], size)
+            words_of_it.append(" ".join(",".join(map(str, box)) for box in regions))
         print("\t".join(words_of_it))
         if asked.output_dir is not None:
             stem = free_stem(path, taken)
             overlay(image[0], found["anomaly_map"][0, 0]).save(asked.output_dir / f"{stem}_map.png")
             if "pred_mask" in found:
                 mask = Image.fromarray(found["pred_mask"][0, 0].astype(np.uint8) * 255)
-                size = (image.shape[2], image.shape[1])
                 mask.resize(size, Image.Resampling.NEAREST).save(asked.output_dir / f"{stem}_mask.png")
     return 2 if failed else 0
 

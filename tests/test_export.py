@@ -18,6 +18,8 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -38,6 +40,7 @@ from tests.helpers import TINY_ARCHITECTURE, adapted_clip, config_for, fill_with
 from tests.scripts import ROOT, environment
 from tests.test_checkpoint import config_of, published_states, states_of, write_pair
 from utils.errors import UserError
+from utils.regions import regions_of
 
 onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
 
@@ -226,12 +229,23 @@ def test_the_example_runs_without_torch(calibrated: Path, tmp_path: Path) -> Non
     model = load_model(calibrated / "base", device="cpu")
     for line, path in zip(done.stdout.splitlines(), images, strict=True):
         expected = model.predict(path, CLASS)
-        shown, score, decision = line.split("\t")
+        shown, score, decision, found = line.split("\t")
         # Pillow's resize is the model's own.
         assert shown == str(path) and float(score) == pytest.approx(expected.score, abs=1e-3)
         assert decision == expected.decision
+        assert found == " ".join(",".join(map(str, region[:4])) for region in expected.regions)
         for ending in ("map", "mask"):
             assert Image.open(tmp_path / "out" / f"{path.stem}_{ending}.png").size == (50, 70)
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.integers(1, 90), st.integers(1, 90))
+@settings(max_examples=50, deadline=None)
+def test_the_example_finds_the_regions_that_the_model_finds(seed: int, share: float, width: int, height: int) -> None:
+    rng = np.random.default_rng(seed)
+    anomaly_map = rng.random((12, 12), dtype=np.float32)
+    mask = rng.random((12, 12)) < share
+    expected = [tuple(region[:4]) for region in regions_of(mask, anomaly_map, (width, height))]
+    assert run_onnx.boxes(mask, anomaly_map, (width, height)) == expected
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I", "I;16", "F", "1"])
