@@ -51,7 +51,7 @@ def enlarged(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def boxes(mask: np.ndarray, anomaly_map: np.ndarray, size: tuple[int, int]) -> list[tuple[int, int, int, int]]:
-    """Boxes of a mask (S, S): of its 8-connected regions, in pixels of an image of `size` (width, height), worst first."""
+    """Boxes of a mask (S, S): of 8-connected regions, in pixels of an image of `size` (width, height); worst first."""
     left = set(map(tuple, np.argwhere(mask).tolist()))
     found = []
     while left:
