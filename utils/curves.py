@@ -111,7 +111,7 @@ def stage_legend(figure: Figure, history: Sequence[Mapping[str, Any]]) -> None:
     present = {row["stage"] for row in history}
     colours = {stage: colour for stage, colour in STAGE_COLOURS.items() if stage in present}
     handles = [Line2D([], [], color=colour, marker="o", markersize=3) for colour in colours.values()]
-    labels = ["both stages at once" if stage == "both" else f"{stage} stage" for stage in colours]
+    labels = ["both sides at once" if stage == "both" else f"{stage} stage" for stage in colours]
     if any(_cross_attention_norm(row) > 0 for row in history):
         handles.append(Line2D([], [], color="grey", linestyle=":", marker=".", markersize=3))
         labels.append("its cross-attention alone")
