@@ -49,6 +49,7 @@ def answer(script: str, arguments: Sequence[str]) -> Answer:
     level, threads = root.level, torch.get_num_threads()
     # What earlier tests said, kept for a file of a run, is not this script's.
     remove_log_handlers()
+    logging.captureWarnings(False)
     with (
         mock.patch.object(sys, "argv", [script, *arguments]),
         contextlib.redirect_stderr(errors),
@@ -86,10 +87,16 @@ def remove_log_handlers() -> None:
 def warnings_as_usual() -> Iterator[None]:
     """Warnings as in an interpreter of its own: pytest would show those that libraries have for developers too."""
     with warnings.catch_warnings():
+        warnings.showwarning = show_warning
         warnings.resetwarnings()
         for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
             warnings.simplefilter("ignore", category)
         yield
+
+
+def show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+    """As an interpreter does, where pytest would collect it."""
+    sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
 
 
 def flushed(stream: io.TextIOWrapper) -> io.TextIOWrapper:
