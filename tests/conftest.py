@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from tests.helpers import TINY_ARCHITECTURE, TINY_NAME, save_openai_archive, threads, tiny_open_clip
+from tests.in_process import remove_log_handlers
 
 
 @pytest.hookimpl(wrapper=True)
@@ -29,6 +31,14 @@ def as_many_threads_as_the_scripts() -> Iterator[None]:
     torch.set_num_threads(threads())
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def what_a_test_says_is_not_in_the_log_of_the_next() -> Iterator[None]:
+    """A script keeps what it says until there is a run's folder: here the folder would be another test's."""
+    yield
+    logging.captureWarnings(False)
+    remove_log_handlers()
 
 
 @pytest.fixture(scope="session")
