@@ -61,9 +61,8 @@ class ExportArguments(Arguments):
 def check_export(arguments: ExportArguments) -> None:
     """Refuse arguments that do not go together, and packages that are not there."""
     ending = ENDINGS[arguments.format]
-    for name in REFERENCES[1:] if arguments.references is None else ():
-        if getattr(arguments, name) != arguments.__dataclass_fields__[name].default:
-            raise UserError(f"--{name} is about --references FOLDER: give it too")
+    for name in arguments.not_default(REFERENCES) if arguments.references is None else ():
+        raise UserError(f"--{name} is about --references FOLDER: give it too")
     if arguments.output is not None and len(arguments.class_name) > 1:
         raise UserError("--output names one file: give one --class_name, or leave --output out")
     if arguments.output is not None and arguments.output.suffix.lower() != ending:

@@ -64,9 +64,12 @@ def local_path(checkpoint: str | Path) -> Path:
     return fetch(read_address(checkpoint)) if is_address(checkpoint) else Path(checkpoint)
 
 
-def has_no_folder(checkpoint: str | Path) -> bool:
-    """Whether nothing can be kept beside a checkpoint: it is on the hub, or unadapted CLIP."""
-    return checkpoint == NO_CHECKPOINT or is_address(checkpoint)
+def folder_of(checkpoint: str | Path) -> Path | None:
+    """The folder in which a checkpoint is; None where nothing can be kept beside it: on the hub, or unadapted CLIP."""
+    if checkpoint == NO_CHECKPOINT or is_address(checkpoint):
+        return None
+    path = Path(checkpoint)
+    return path if path.is_dir() else path.parent
 
 
 def calibration_files(checkpoint: str | Path, file: Path | None = None) -> list[Path]:
@@ -74,8 +77,7 @@ def calibration_files(checkpoint: str | Path, file: Path | None = None) -> list[
 
     Beside it, or in the folder of results where it has none. file: the checkpoint's own, once it is here.
     """
-    path = Path(checkpoint)
-    kept = Path(RESULTS) if has_no_folder(checkpoint) else path if path.is_dir() else path.parent
+    kept = folder_of(checkpoint) or Path(RESULTS)
     return list(dict.fromkeys(folder / CALIBRATION_FILE for folder in (kept, file and file.parent) if folder))
 
 

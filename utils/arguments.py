@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import types
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -38,6 +38,11 @@ class Arguments:
         """What arguments with another default now were, as plain values, in runs that began before there were any."""
         told = ((item.name, item.metadata.get("before", MISSING)) for item in fields(cls))
         return {name: plain(value) for name, value in told if value is not MISSING}
+
+    def not_default(self, names: Iterable[str]) -> list[str]:
+        """Those of these arguments that have another value than their default, in the order of `names`."""
+        defaults = {item.name: item.default for item in fields(self)}
+        return [name for name in names if getattr(self, name) != defaults[name]]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `args.json` holds them."""

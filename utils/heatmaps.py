@@ -22,12 +22,17 @@ OPACITY = 0.5
 _BAND = 256
 
 
+def on_scale(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Where values lie from `low` (0) to `high` (1), as colour maps take it; those outside are at the ends."""
+    return np.clip((values - low) / max(high - low, 1e-12), 0, 1)
+
+
 def overlay(
     image: Image.Image, anomaly_map: np.ndarray, low: float = 0.0, high: float = 1.0, opacity: float = OPACITY
 ) -> Image.Image:
     """A heatmap over an image, at the image's size; anomaly_map (h, w), coloured from `low` to `high`."""
-    scaled = np.clip((anomaly_map - low) / max(high - low, 1e-12), 0, 1)
-    heat = Image.fromarray((scaled * 255).astype(np.uint8)).resize(image.size, Image.Resampling.BILINEAR)
+    heat = Image.fromarray((on_scale(anomaly_map, low, high) * 255).astype(np.uint8))
+    heat = heat.resize(image.size, Image.Resampling.BILINEAR)
     grey, mixed = np.asarray(heat), np.array(image.convert("RGB"))
     for top in range(0, image.height, _BAND):
         rows = slice(top, top + _BAND)

@@ -15,7 +15,7 @@ from scipy import ndimage
 from engine.app.session import Seen, Session, Thresholds, Verdict, verdict
 from engine.calibration import in_words
 from engine.report.templates import render_page
-from utils.heatmaps import ATTENTION_COLOURS, COLOURS, overlay
+from utils.heatmaps import ATTENTION_COLOURS, COLOURS, on_scale, overlay
 from utils.svg_charts import data_uri
 
 TEMPLATE = Path(__file__).with_name("result.html")
@@ -113,8 +113,8 @@ def outline(seen: Seen, judged: Verdict) -> Image.Image:
 
 def coloured(values: np.ndarray, colours: str = COLOURS, low: float = 0.0, high: float = 1.0) -> Image.Image:
     """A map (h, w) as a picture of its own size, coloured from `low` to `high`."""
-    scaled = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
-    return Image.fromarray((matplotlib.colormaps[colours](scaled)[..., :3] * 255).astype(np.uint8))
+    colour = matplotlib.colormaps[colours](on_scale(values, low, high))[..., :3]
+    return Image.fromarray((colour * 255).astype(np.uint8))
 
 
 def around_one(values: np.ndarray) -> tuple[float, float]:

@@ -110,9 +110,8 @@ class ReferenceArguments(TestingArguments):
 
     def check_references(self) -> None:
         """Refuse what is said of references where there are none."""
-        for name in () if self.references or self.reference_shots else REFERENCES:
-            if getattr(self, name) != self.__dataclass_fields__[name].default:
-                raise UserError(f"there are no --references, and no --reference_shots: leave --{name} out")
+        for name in () if self.references or self.reference_shots else self.not_default(REFERENCES):
+            raise UserError(f"there are no --references, and no --reference_shots: leave --{name} out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,9 +174,8 @@ class InferenceArguments(ReferenceArguments):
         """
         given = {"calibrate": self.calibrate, "image": self.image, "two folders": self.normal or self.anomalous}
         mode = next((name for name, folder in given.items() if folder), "dataset")
-        for name, said in _OUT_OF_PLACE[mode].items():
-            if getattr(self, name) != self.__dataclass_fields__[name].default:
-                raise UserError(f"{said}: leave --{name} out")
+        for name in self.not_default(_OUT_OF_PLACE[mode]):
+            raise UserError(f"{_OUT_OF_PLACE[mode][name]}: leave --{name} out")
         if mode in ("image", "calibrate") and self.class_names not in (None, *NAMES):
             raise UserError(f"--{mode} takes the class's name by --class_name: --class_names FILE is for a dataset")
         if mode == "two folders" and None in (self.normal, self.anomalous):

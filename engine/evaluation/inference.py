@@ -23,7 +23,7 @@ from engine.evaluation.evaluate import (
 )
 from engine.evaluation.image_heatmaps import draw_overlays
 from engine.evaluation.remember import remember_for_dataset
-from engine.hub import RESULTS, has_no_folder, local_path
+from engine.hub import RESULTS, folder_of, local_path
 from engine.launch import join_launch, main_first
 from engine.references import ReferenceChoice, said_of_references
 from engine.remembered import load_task_of_run
@@ -67,12 +67,7 @@ def load_detectors(checkpoint: str, clip_weights: str | None, device: str, **ove
 
 def output_folder(checkpoint: str, output_dir: Path | None) -> Path:
     """Where results go: as asked, else beside the checkpoint, else `results` (unadapted CLIP, models on the hub)."""
-    if output_dir is not None:
-        return output_dir
-    if has_no_folder(checkpoint):
-        return Path(RESULTS)
-    path = Path(checkpoint)
-    return (path if path.is_dir() else path.parent) / RESULTS
+    return (folder_of(checkpoint) or Path()) / RESULTS if output_dir is None else output_dir
 
 
 def training_dataset(models: Sequence[Detector | Checkpoint]) -> str:
