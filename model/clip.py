@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import Any
 
@@ -40,13 +41,16 @@ class FrozenCLIP(nn.Module):
         self.mean, self.std = tuple(mean), tuple(std)
         self.img_size: int = clip.visual.image_size[0]
         self.weights_digest = digest_weights(clip)
-        self.tokenizer = SimpleTokenizer(context_length=clip.context_length)
         self.run = BlockRunner()
         self.eval()
 
     def train(self, mode: bool = True) -> FrozenCLIP:
         """Stay in eval mode whatever is asked for: frozen means frozen."""
         return super().train(False)
+
+    @property
+    def tokenizer(self) -> SimpleTokenizer:
+        return _tokenizer(self.clip.context_length)
 
     @property
     def vision_width(self) -> int:
@@ -107,6 +111,12 @@ class FrozenCLIP(nn.Module):
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Prompts -> token ids (P, T), cut to the longest one: attention is causal, so nothing behind it can matter."""
         return cut_to_length(self.tokenizer(prompts))
+
+
+@functools.cache
+def _tokenizer(context_length: int) -> SimpleTokenizer:
+    """CLIP's tokenizer, whose vocabulary takes longer to read than a small CLIP does."""
+    return SimpleTokenizer(context_length=context_length)
 
 
 def cut_to_length(tokens: Tensor) -> Tensor:

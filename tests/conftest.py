@@ -10,9 +10,12 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from tests.helpers import TINY_ARCHITECTURE, TINY_NAME, save_openai_archive, threads, tiny_open_clip
 from tests.in_process import remove_log_handlers
+from utils import curves
+from utils.files import replacing
 
 
 @pytest.hookimpl(wrapper=True)
@@ -39,6 +42,18 @@ def what_a_test_says_is_not_in_the_log_of_the_next() -> Iterator[None]:
     yield
     logging.captureWarnings(False)
     remove_log_handlers()
+
+
+@pytest.fixture(autouse=True)
+def curves_are_drawn_where_they_are_looked_at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing its curves takes longer than all the rest of a tiny run: those that a test makes itself stay empty."""
+
+    def leave_empty(_: Figure, path: Path) -> None:
+        with replacing(path) as temporary:
+            temporary.touch()
+
+    if request.node.get_closest_marker("draws") is None:
+        monkeypatch.setattr(curves, "save_png", leave_empty)
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from engine.training.arguments import BaseConfig
 from engine.training.base import train_base
 from engine.training.feedback import train_feedback
 from engine.training.feedback_arguments import FeedbackConfig
+from tests.forked import CAN_FORK, Forked
 from tests.helpers import TINY_ARCHITECTURE, threads, tiny_open_clip
 from tests.in_process import ROOT, answer
 
@@ -31,10 +32,12 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": str(threads()), "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
 
 
-def start(script: str, *arguments: object, cwd: Path = ROOT, slowly: bool = False) -> subprocess.Popen[str]:
+def start(script: str, *arguments: object, cwd: Path = ROOT, slowly: bool = False) -> subprocess.Popen[str] | Forked:
     """Start a script; `slowly` where it is to be stopped in the middle (from the repository's root alone)."""
-    how = ["-m", "tests.slowly"] if slowly else []
-    command = [sys.executable, *how, str(ROOT / script), *map(str, arguments)]
+    words = [str(ROOT / script), *map(str, arguments)]
+    if slowly and CAN_FORK:
+        return Forked(words, cwd, environment())
+    command = [sys.executable, *(["-m", "tests.slowly"] if slowly else []), *words]
     return subprocess.Popen(
         command, cwd=cwd, env=environment(), text=True, encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -95,7 +98,7 @@ def error_line(script: str, *arguments: object, cwd: Path = ROOT, apart: bool = 
     return lines[0]
 
 
-def wait_for_rows(history: Path, rows: int, process: subprocess.Popen[str]) -> None:
+def wait_for_rows(history: Path, rows: int, process: subprocess.Popen[str] | Forked) -> None:
     """Wait until a run has finished this many epochs."""
     deadline = time.monotonic() + 120
     while not history.is_file() or len(history.read_text(encoding="utf-8").splitlines()) < rows:

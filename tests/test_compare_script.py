@@ -189,13 +189,15 @@ def test_a_run_that_went_on_counts_its_loops_by_its_arguments(world: Path, loops
     assert "loop_4_final.pth, loop_5_final.pth (the run planned 5 loops)" in said_in(loops)
 
 
+@pytest.mark.draws
 def test_a_single_loop_has_a_page_and_a_picture(world: Path, loops: Path) -> None:
     for number in (1, 3):
         (loops / f"loop_{number}_final.pth").unlink()
     assert compare(world, loops, base_path=world / "base") == 0
     assert "Improvement from Loop" not in page_of(loops)
     assert "Improvement from base to Loop 2" in page_of(loops)
-    assert (loops / "comparison.png").is_file()
+    with Image.open(loops / "comparison.png") as picture:
+        assert min(picture.size) > 400
 
 
 def test_a_second_run_evaluates_nothing_and_needs_no_clip(world: Path, compared: tuple[Path, str]) -> None:
@@ -524,6 +526,7 @@ def test_a_cross_attention_checkpoint_called_a_base_is_named(world: Path, loops:
     assert "is not what its name says" not in said_in(tmp_path / "out")
 
 
+@pytest.mark.draws
 def test_labels_of_close_lines_do_not_overlap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Figure] = []
     save = curves.save_png

@@ -13,6 +13,7 @@ from dataset import toy_world
 from engine.demo import CONFIG, feedback_from, run_demo
 
 
+@pytest.mark.draws
 def test_a_short_demo_trains_compares_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A fraction of the images: most of the demo's time is their evaluation.
     monkeypatch.setattr(toy_world, "GOOD_IMAGES", {"toy_train": 8, "toy_test": 6})

@@ -47,19 +47,21 @@ class Chart:
 
 
 def make_chart(title: str, alternative: str, draw: Callable[[Figure], None], height: float = HEIGHT) -> Chart:
-    """A chart by a function that draws on a figure, called once for each ground."""
-    return Chart(title, *(_svg(draw, ink, height) for ink in INKS.values()), alternative)
+    """A chart by a function that draws on a figure; on the dark ground only the ink is another."""
+    light = _svg(draw, height)
+    dark = light.replace(INKS["light"], INKS["dark"])
+    return Chart(title, *(data_uri(text.encode("utf-8"), "image/svg+xml") for text in (light, dark)), alternative)
 
 
-def _svg(draw: Callable[[Figure], None], ink: str, height: float) -> str:
-    with matplotlib.rc_context({**SETTINGS, **dict.fromkeys(INKED, ink)}):
+def _svg(draw: Callable[[Figure], None], height: float) -> str:
+    with matplotlib.rc_context({**SETTINGS, **dict.fromkeys(INKED, INKS["light"])}):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         draw(figure)
-        text = io.BytesIO()
+        text = io.StringIO()
         FigureCanvasSVG(figure)
         # Without the date, the same figures make the same file.
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    return data_uri(text.getvalue(), "image/svg+xml")
+    return text.getvalue()
 
 
 def data_uri(content: bytes, kind: str) -> str:
