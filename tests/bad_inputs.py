@@ -23,7 +23,6 @@ from pathlib import Path
 from unittest import mock
 
 import matplotlib.font_manager  # noqa: F401  writes a list of fonts into the home folder when it is first imported
-from open_clip.tokenizer import SimpleTokenizer
 
 from tests.damage import world
 from tests.in_process import Answer, answer
@@ -85,8 +84,6 @@ def scratch() -> Iterator[Path]:
                 mock.patch.object(tempfile, "tempdir", str(folder / "temporary")),
                 # Nothing may be downloaded.
                 mock.patch("model.clip_loading.reach_hub", side_effect=ConnectionError("no network")),
-                # It reads its words anew for each model.
-                mock.patch("model.clip.SimpleTokenizer", functools.cache(SimpleTokenizer)),
             ):
                 yield folder
         finally:
