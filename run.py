@@ -35,7 +35,7 @@ COMMANDS = {
     "demo": [["-m", "engine.demo"]],
     "app": [["app.py"]],
     # A file's tests stay in one process, so that they share what they trained.
-    "test": [["-m", "pytest", "-n", "2", "--dist", "loadfile"]],
+    "test": [["-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]],
     "check": [["-m", "ruff", "check", "."], ["-m", "ruff", "format", "--check", "."]],
 }
 

@@ -28,7 +28,16 @@ COMMANDS = {
 # In an environment that `run.py` made: what it takes until it starts its command is the difference of these two.
 IN_PLACE = {
     "run.py test --version": ["run.py", "test", "--version"],
-    "the command that it starts": ["-m", "pytest", "-n", "2", "--dist", "loadfile", "--version"],
+    "the command that it starts": [
+        "-m",
+        "pytest",
+        "-n",
+        "2",
+        "--dist",
+        "loadfile",
+        "--no-loadscope-reorder",
+        "--version",
+    ],
 }
 
 

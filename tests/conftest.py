@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -42,6 +43,14 @@ def what_a_test_says_is_not_in_the_log_of_the_next() -> Iterator[None]:
     yield
     logging.captureWarnings(False)
     remove_log_handlers()
+
+
+@pytest.fixture(autouse=True)
+def processes_end_with_the_test() -> Iterator[None]:
+    """Garbage collection, at whatever later line, waits five seconds for a worker that a failed epoch left behind."""
+    yield
+    for child in multiprocessing.active_children():
+        child.terminate()
 
 
 @pytest.fixture(autouse=True)

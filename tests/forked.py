@@ -35,12 +35,13 @@ def _ask(**request: Any) -> Any:
 
 
 class Forked:
-    """A script that pauses before each step, with what `subprocess.Popen` tells of a process."""
+    """A script, and what `subprocess.Popen` tells of a process; `slowly`: with a pause before each step."""
 
-    def __init__(self, words: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, words: Sequence[str], cwd: Path, environment: Mapping[str, str], slowly: bool) -> None:
         self._said = Path(tempfile.mkdtemp())
         self.returncode: int | None = None
-        self.pid: int = _ask(words=words, cwd=str(cwd), environment=dict(environment), said=str(self._said))
+        place = {"cwd": str(cwd), "environment": dict(environment), "said": str(self._said)}
+        self.pid: int = _ask(words=words, slowly=slowly, **place)
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -66,8 +67,8 @@ class Forked:
         return output, errors
 
 
-def serve() -> list[str] | None:
-    """Answer requests; in a process that was forked for one, the words of the script that it is to run."""
+def serve() -> tuple[list[str], bool] | None:
+    """Answer requests; in a process that was forked for one, what it is to run: the words, and whether slowly."""
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:
@@ -76,15 +77,16 @@ def serve() -> list[str] | None:
         else:
             answer = os.fork()
             if not answer:
+                words, slowly = request.pop("words"), request.pop("slowly")
                 become(**request)
-                return request["words"]
+                return words, slowly
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
     return None
 
 
-def become(words: Sequence[str], cwd: str, environment: Mapping[str, str], said: str) -> None:
-    """Take the streams, folder and environment that a process of these words would have."""
+def become(cwd: str, environment: Mapping[str, str], said: str) -> None:
+    """Take the streams, folder and environment that a process of its own would have."""
     for number, file in enumerate((Path(os.devnull), Path(said, "1"), Path(said, "2"))):
         os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), number)
     os.chdir(cwd)
@@ -97,11 +99,10 @@ if __name__ == "__main__":
     import torch
     import torch.utils.tensorboard
 
-    import engine.evaluation.inference
-    import engine.training.feedback  # noqa: F401
+    import tests.launched  # noqa: F401
     from tests import slowly
 
     asked = serve()
     if asked is not None:
-        sys.argv = ["", *asked]
-        slowly.main()
+        sys.argv = asked[0]
+        slowly.main(slowly.PAUSE if asked[1] else 0)

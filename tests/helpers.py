@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import warnings
 from collections import defaultdict
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import pytest
 import torch
 from torch import Tensor, nn
 
+from dataset import toy_world
 from model.adapter import AdaptedCLIP
 from model.clip import FrozenCLIP
 from model.config import ModelConfig
@@ -38,6 +41,14 @@ THREADS = "TEST_THREADS"
 def threads() -> int:
     """One unless asked otherwise: tensors here are tiny, and threads that wait for one another cost ten times more."""
     return int(os.environ.get(THREADS, "1"))
+
+
+def draw_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw 6 or 8 normal images of each class of a toy dataset, and 3 of each defect."""
+    monkeypatch.setattr(toy_world, "GOOD_IMAGES", {"toy_train": 8, "toy_test": 6})
+    monkeypatch.setattr(
+        toy_world, "toy_defects", lambda dataset, name: dict.fromkeys(toy_world.CLASSES[dataset][name].defects, 3)
+    )
 
 
 def fill_with_noise(module: nn.Module, scale: float = 0.05) -> None:
@@ -221,6 +232,18 @@ def gradients_by_sides(
     return gradients_of(model), sides
 
 
+@functools.lru_cache(maxsize=4)
+def double_clip(clip: FrozenCLIP) -> FrozenCLIP:
+    """A frozen CLIP in float64, once for all models on it."""
+    return copy.deepcopy(clip).double()
+
+
+def in_double(model: Any) -> Any:
+    """A copy of a model in float64, on a CLIP that such copies share."""
+    shared = {id(model.clip): double_clip(model.clip)} if hasattr(model, "clip") else {}
+    return copy.deepcopy(model, shared).double()
+
+
 def assert_gradients_agree(
     model: nn.Module,
     batch: Batch,
@@ -233,7 +256,7 @@ def assert_gradients_agree(
     A gradient jumps where a pre-activation of LeakyReLU crosses 0. Rounding decides on which side one falls that is
     nearly 0, in another way on each CPU: single and double precision are compared on the same sides.
     """
-    double, batch64 = copy.deepcopy(model).double(), batch.to(torch.float64)
+    double, batch64 = in_double(model), batch.to(torch.float64)
     agree(gradients_by_sides(double, lambda: loss_of(double, batch64))[0], expected, 1e-9)
     single, sides = gradients_by_sides(model, lambda: loss_of(model, batch))
     agree(single, gradients_by_sides(double, lambda: loss_of(double, batch64), sides)[0], 1e-5)

@@ -36,7 +36,7 @@ def start(script: str, *arguments: object, cwd: Path = ROOT, slowly: bool = Fals
     """Start a script; `slowly` where it is to be stopped in the middle (from the repository's root alone)."""
     words = [str(ROOT / script), *map(str, arguments)]
     if slowly and CAN_FORK:
-        return Forked(words, cwd, environment())
+        return Forked(words, cwd, environment(), slowly)
     command = [sys.executable, *(["-m", "tests.slowly"] if slowly else []), *words]
     return subprocess.Popen(
         command, cwd=cwd, env=environment(), text=True, encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -54,6 +54,18 @@ def launch(processes: int, *words: object, slowly: bool = False) -> subprocess.P
         command, cwd=ROOT, env=environment(), text=True, encoding="utf-8", stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )  # fmt: skip
+
+
+def fork(processes: int, script: str, *arguments: object) -> list[Forked]:
+    """Start a script in several processes as `launch` does, without the launcher."""
+    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
+    shared["MASTER_PORT"] = free_port()
+    started = []
+    for rank in range(processes):
+        told = {**shared, "RANK": rank, "LOCAL_RANK": rank}
+        told = {**environment(), **{name: str(value) for name, value in told.items()}}
+        started.append(Forked([str(ROOT / script), *map(str, arguments)], ROOT, told, slowly=False))
+    return started
 
 
 def free_port() -> int:

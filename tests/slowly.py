@@ -14,11 +14,13 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 PAUSE = 0.1
 
 
-def main() -> None:
-    del sys.argv[0]
-    register_optimizer_step_pre_hook(lambda *_: time.sleep(PAUSE))
+def main(pause: float = PAUSE) -> None:
+    """Run the script that `sys.argv` names."""
+    if pause:
+        register_optimizer_step_pre_hook(lambda *_: time.sleep(pause))
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":
+    del sys.argv[0]
     main()

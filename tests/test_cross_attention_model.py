@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -35,8 +34,10 @@ from tests.helpers import (
     assert_all_agree,
     assert_gradients_agree,
     config_for,
+    double_clip,
     fill_with_noise,
     gradients_of,
+    in_double,
     random_batch,
     relative_error,
     tiny_clip,
@@ -126,7 +127,7 @@ def cross_model(clip: FrozenCLIP, seed: int = 4, **changes: Any) -> AdaptedCLIPW
 
 @functools.cache
 def model64(**changes: Any) -> AdaptedCLIPWithCrossAttention:
-    return cross_model(copy.deepcopy(shared_clip()).double(), **changes).eval()
+    return cross_model(double_clip(shared_clip()), **changes).eval()
 
 
 class Case(NamedTuple):
@@ -139,7 +140,7 @@ class Case(NamedTuple):
 
     def precisions(self) -> Iterator[tuple[AdaptedCLIPWithCrossAttention, Batch, float]]:
         yield self.model, self.batch, 1e-5
-        yield copy.deepcopy(self.model).double(), self.batch.to(torch.float64), 1e-9
+        yield in_double(self.model), self.batch.to(torch.float64), 1e-9
 
     def words(self) -> list[Tensor]:
         """What the tokens of each image of the batch attend to."""
@@ -176,7 +177,7 @@ class Case(NamedTuple):
 def make_case(name: str) -> Case:
     model = cross_model(shared_clip(), **CASES[name]).train(name != "eval")
     weights = {key: value.detach().double().requires_grad_() for key, value in trainable(model).items()}
-    ref = reference.Reference(copy.deepcopy(model.clip.clip).double(), weights, model.config, cross=model.cross_config)
+    ref = reference.Reference(double_clip(model.clip).clip, weights, model.config, cross=model.cross_config)
     return Case(model, ref, random_batch(model.clip.img_size), tiny_prompts(model.clip))
 
 

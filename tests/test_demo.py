@@ -9,17 +9,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dataset import toy_world
 from engine.demo import CONFIG, feedback_from, run_demo
+from tests.helpers import draw_few
 
 
 @pytest.mark.draws
 def test_a_short_demo_trains_compares_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A fraction of the images: most of the demo's time is their evaluation.
-    monkeypatch.setattr(toy_world, "GOOD_IMAGES", {"toy_train": 8, "toy_test": 6})
-    monkeypatch.setattr(
-        toy_world, "toy_defects", lambda dataset, name: dict.fromkeys(toy_world.CLASSES[dataset][name].defects, 3)
-    )
+    draw_few(monkeypatch)  # most of the demo's time is their evaluation
     folder = tmp_path / "demo"
     base = replace(
         CONFIG, training_mode="few_shot", shot=8, text_epoch=1, image_epoch=2, device="cpu", num_workers=0,

@@ -337,7 +337,7 @@ def test_a_torch_program_is_the_model(references: int, world: Path, tmp_path: Pa
     assert_is_the_model(outputs, images, model, 1e-3)
 
 
-@pytest.mark.parametrize("kind", ["base", "cross", "image side"])
+@pytest.mark.parametrize("kind", ["cross", "image side"])
 def test_half_precision_takes_half_the_space_and_stays_near(kind: str, world: Path, tmp_path: Path) -> None:
     model = load(world, kind)
     before = model.predict(images_of(40, 40)[0], CLASS)

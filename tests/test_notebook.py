@@ -23,6 +23,7 @@ from PIL import Image
 
 from engine.demo import CONFIG, TEST_DATASET, feedback_from
 from engine.training.feedback import train_feedback
+from tests.helpers import draw_few
 from tests.scripts import ROOT, environment
 
 NOTEBOOK = ROOT / "notebooks" / "explore_checkpoint.ipynb"
@@ -37,15 +38,17 @@ ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])/(work|tmp|root|home|Users|mnt|opt|usr|
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with toy_test in `data`, and in `run` one loop of feedback from scratch on a few of its images."""
+    """A folder with a small toy_test in `data`, and in `run` one loop of feedback from scratch on some of it."""
     folder = tmp_path_factory.mktemp("world")
     base = replace(
-        CONFIG, dataset=TEST_DATASET, training_mode="few_shot", shot=4, device="cpu", num_workers=0, tracker="none",
+        CONFIG, dataset=TEST_DATASET, training_mode="few_shot", shot=2, device="cpu", num_workers=0, tracker="none",
         data_root=folder / "data", save_path=folder / "base",
     )  # fmt: skip
     loops = {"num_feedback_loops": 1, "text_epochs_per_loop": (1,), "image_epochs_per_loop": (1,)}
     scratch = {"load_base_text_adapter": None, "load_base_image_adapter": None}
-    train_feedback(feedback_from(base, **loops, **scratch, save_path=folder / "run"))
+    with pytest.MonkeyPatch.context() as patch:
+        draw_few(patch)
+        train_feedback(feedback_from(base, **loops, **scratch, save_path=folder / "run"))
     return folder
 
 

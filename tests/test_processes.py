@@ -21,7 +21,7 @@ from engine.training.arguments import BaseConfig
 from engine.training.base import train_base
 from tests.helpers import relative_error
 from tests.launched import base_config, run_all
-from tests.scripts import error_line, launch, run, train_small_runs, wait_for_rows
+from tests.scripts import error_line, fork, launch, run, train_small_runs, wait_for_rows
 from utils.errors import UserError
 from utils.processes import Share, another_ended, speaks_first
 
@@ -46,13 +46,16 @@ def one(world: Path) -> Path:
 
 @pytest.fixture(scope="module", params=(2, 3))
 def several(world: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Path, str]]:
-    """What several processes make, and what they say on the way."""
+    """What several processes make, two by accelerate's launcher and three by themselves; what they say on the way."""
     if sys.platform == "win32":
         pytest.skip(WHY_NOT)
     output = world / f"{request.param} processes"
-    process = launch(request.param, "-m", "tests.launched", world, output)
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
+    if request.param == 2:
+        processes = [launch(2, "-m", "tests.launched", world, output)]
+    else:
+        processes = fork(request.param, "tests/launched.py", world, output)
+    said = "".join(process.communicate(timeout=300)[1] for process in processes)
+    assert [process.returncode for process in processes] == [0] * len(processes), said
     return output, said
 
 

@@ -6,6 +6,7 @@ which values are allowed. So the frozen dataclasses that describe a model are th
 
 from __future__ import annotations
 
+import functools
 import math
 import types
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from utils.errors import UserError
 
+type_hints = functools.cache(get_type_hints)
 DEEPEST = 8
 _WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", type(None): "nothing"}
 
@@ -87,7 +89,7 @@ def check(value: Any, hint: Any, source: object, key: str = "", limits: Mapping[
 def check_fields(values: Any, kind: type, source: object, key: str = "") -> None:
     """Raise `UserError` unless `values` is a table with the fields of the dataclass `kind`, as `check` does."""
     check(values, dict[str, Any], source, key)
-    known, hints = {item.name: item for item in fields(kind)}, get_type_hints(kind)
+    known, hints = {item.name: item for item in fields(kind)}, type_hints(kind)
     for name, item in known.items():
         if name not in values and item.default is MISSING and item.default_factory is MISSING:
             raise UserError(f"{source}: {key or 'it'} has no '{name}', so it is damaged or of another version")
