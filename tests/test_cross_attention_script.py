@@ -122,7 +122,7 @@ def test_killed_runs_end_with_the_same_weights(world: Path, finished: Path, tmp_
     for rows in (1, 3):
         process = start(*from_base(world, path, *BOTH_SIDES), slowly=True)
         wait_for_rows(path / "history.jsonl", rows, process)
-        time.sleep(chance.uniform(0, 0.3))
+        time.sleep(chance.uniform(0, 0.2))
         process.kill()
         process.wait()
     run(*from_base(world, path, *BOTH_SIDES))

@@ -110,7 +110,7 @@ def test_killed_runs_end_with_the_same_weights(world: Path, finished: Path, tmp_
     for count, workers in ((1, 0), (4, 1), (6, 2), (10, 0)):
         process = start(SCRIPT, *three_loops(world, path, "--num_workers", workers), slowly=True)
         wait_for_rows(path / "history.jsonl", count, process)
-        time.sleep(chance.uniform(0, 0.3))
+        time.sleep(chance.uniform(0, 0.2))
         process.kill()
         process.wait()
         assert len(rows(path)) < 12, "killed too late to show anything"

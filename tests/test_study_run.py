@@ -337,8 +337,12 @@ def test_a_job_whose_time_is_over_goes_on(tmp_path: Path) -> None:
 
 @needs_submitit
 def test_a_job_that_is_killed_is_named_and_goes_on_with_the_same_command(
-    tmp_path: Path, said: pytest.LogCaptureFixture
+    tmp_path: Path, said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import submitit
+
+    # Seconds that submitit gives a network's disk to show a job's result.
+    monkeypatch.setattr(submitit.Job, "_results_timeout_s", 1)
     file = one_cell(tmp_path, 1.5)
     thread = signal_jobs(signal.SIGKILL, tmp_path)
     assert run_study(file, arguments(tmp_path, slurm="default")) == 1

@@ -88,7 +88,7 @@ def test_killed_runs_end_with_the_same_weights(world: Path, finished: Path, tmp_
     for rows in (1, 4):
         process = start("train.py", *arguments(world, path), slowly=True)
         wait_for_rows(path / "history.jsonl", rows, process)
-        time.sleep(chance.uniform(0, 0.3))
+        time.sleep(chance.uniform(0, 0.2))
         process.kill()
         process.wait()
         assert not (path / "image_adapter_3.pth").exists(), "killed too late to show anything"
