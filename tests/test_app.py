@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 from dataset.images import read_image
 from engine.app import dropped as limits
@@ -433,10 +433,18 @@ def test_more_visitors_than_the_queue_holds_are_told_so_and_the_page_goes_on(
 # How it is used
 
 
+@pytest.fixture(scope="module")
+def windows(browser: Browser) -> Iterator[BrowserContext]:  # noqa: F811
+    """What windows share: what they have fetched once."""
+    with browser.new_context() as context:
+        yield context
+
+
 @pytest.fixture(params=[1280, 320], ids=["desk", "phone"])
-def page(request: pytest.FixtureRequest, browser: Browser, served: Served) -> Iterator[Page]:  # noqa: F811
+def page(request: pytest.FixtureRequest, windows: BrowserContext, served: Served) -> Iterator[Page]:
     """The page in a window; it must ask nobody else for anything, and log no error."""
-    page = browser.new_page(viewport={"width": request.param, "height": 800})
+    page = windows.new_page()
+    page.set_viewport_size({"width": request.param, "height": 800})
     page.set_default_timeout(60_000)
     complaints: list[str] = []
     page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)

@@ -7,9 +7,10 @@ import types
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from utils.cli import Parser, not_empty, number, path
+from utils.schema import type_hints
 
 # The groups of `--help`, in their order.
 GROUPS = (
@@ -57,7 +58,7 @@ def decided_by(config: type[Arguments], name: str | None) -> dict[str, Any]:
 
 def make_parser(config: type[Arguments], description: str | None) -> Parser:
     """A script's parser. What is not given is left out of its namespace, so that presets can tell."""
-    hints = get_type_hints(config)
+    hints = type_hints(config)
     needed = [item for item in fields(config) if item.default is MISSING]
     required = "".join(f"{'' if _is_word(item) else f' --{item.name}'} {item.name.upper()}" for item in needed)
     usage = f"%(prog)s{required} [--ARGUMENT VALUE ...]"
