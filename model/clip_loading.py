@@ -7,6 +7,7 @@ import logging
 import threading
 import warnings
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,10 +146,18 @@ def load_clip(
     except (TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError) as error:  # sizes that do not fit
         raise UserError(f"{model_name}: only plain CLIP models can be adapted ({_first_line(error)})") from error
     state = _fitting_weights(shapes, source, model_name)
-    clip = open_clip.CLIP(**model_cfg)
-    clip.load_state_dict(state)
+    clip = filled(shapes, state)
     logger.info("CLIP %s at %d px, %s, weights from %s", model_name, size, chosen, source.weights)
     return FrozenCLIP(clip, model_name, chosen, source.mean, source.std)
+
+
+def filled(shapes: open_clip.CLIP, state: Mapping[str, Tensor]) -> open_clip.CLIP:
+    """A CLIP that has shapes alone (on "meta"), with weights; to draw random ones first takes ViT-L seconds."""
+    clip = shapes.to_empty(device="cpu")
+    clip.load_state_dict(state)
+    if clip.attn_mask is not None:  # the one buffer that no file holds
+        clip.attn_mask = torch.full(clip.attn_mask.shape, -torch.inf).triu(1)
+    return clip
 
 
 def is_tag(model_name: str, clip_weights: str) -> bool:

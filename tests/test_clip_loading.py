@@ -80,6 +80,9 @@ def test_every_format_gives_the_same_clip(kind: str, tiny_name: str, tmp_path: P
     assert loaded.weights_digest == tiny_clip().weights_digest
     assert loaded.img_size == 40 and loaded.grid == 5
     assert all(value.dtype == torch.float32 and not value.requires_grad for value in loaded.parameters())
+    buffers, expected = (dict(clip.named_buffers()) for clip in (loaded.clip, tiny_open_clip()))
+    assert buffers.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in buffers.items())
 
 
 def test_a_local_folder_is_a_model_by_itself(tmp_path: Path) -> None:
