@@ -11,7 +11,7 @@ import time
 
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-PAUSE = 0.06
+PAUSE = 0.1
 
 
 def main(pause: float = PAUSE) -> None:
