@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from run import COMMANDS as COMMANDS_OF_RUN
 from utils.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,19 +26,11 @@ COMMANDS = {
     "a data root that is not there": ["train.py", "--dataset", "MVTec", "--data_root", "nosuch"],
     "a checkpoint that is not there": ["inference.py", "--checkpoint", "nosuch.pth"],
 }
+(TEST,) = COMMANDS_OF_RUN["test"]
 # In an environment that `run.py` made: what it takes until it starts its command is the difference of these two.
 IN_PLACE = {
     "run.py test --version": ["run.py", "test", "--version"],
-    "the command that it starts": [
-        "-m",
-        "pytest",
-        "-n",
-        "2",
-        "--dist",
-        "loadfile",
-        "--no-loadscope-reorder",
-        "--version",
-    ],
+    "the command that it starts": [*TEST, "--version"],
 }
 
 

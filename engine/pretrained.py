@@ -8,7 +8,7 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args
 
 from dataset.options import NAMES
 from engine.calibration import CALIBRATION_FILE, add_entry
@@ -19,6 +19,7 @@ from model.clip_loading import DEFAULT_TAG, is_tag
 from model.config import ModelConfig
 from utils.errors import UserError
 from utils.files import check_folder, write_text
+from utils.schema import type_hints
 
 if TYPE_CHECKING:
     from engine.detector import Detector
@@ -76,7 +77,7 @@ def check_target(folder: Path, flag: str = "") -> None:
 
 def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint's config without paths of the machine that trained it; names of datasets and CLIP folders stay."""
-    hints = get_type_hints(FeedbackConfig)
+    hints = type_hints(FeedbackConfig)
     model_name, arguments = config["model"]["model_name"], dict(config["arguments"])
     for name, value in arguments.items():
         is_path = Path in (hints.get(name), *get_args(hints.get(name)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import multiprocessing
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from tests.helpers import TINY_ARCHITECTURE, TINY_NAME, save_openai_archive, threads, tiny_open_clip
-from tests.in_process import remove_log_handlers
+from tests.in_process import reset_logging
 from utils import curves
 from utils.files import replacing
 
@@ -41,8 +40,7 @@ def as_many_threads_as_the_scripts() -> Iterator[None]:
 def what_a_test_says_is_not_in_the_log_of_the_next() -> Iterator[None]:
     """A script keeps what it says until there is a run's folder: here the folder would be another test's."""
     yield
-    logging.captureWarnings(False)
-    remove_log_handlers()
+    reset_logging()
 
 
 @pytest.fixture(autouse=True)

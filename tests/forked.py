@@ -38,9 +38,9 @@ class Forked:
     """A script, and what `subprocess.Popen` tells of a process; `slowly`: with a pause before each step."""
 
     def __init__(self, words: Sequence[str], cwd: Path, environment: Mapping[str, str], slowly: bool) -> None:
-        self._said = Path(tempfile.mkdtemp())
+        self._folder = tempfile.TemporaryDirectory()
         self.returncode: int | None = None
-        place = {"cwd": str(cwd), "environment": dict(environment), "said": str(self._said)}
+        place = {"cwd": str(cwd), "environment": dict(environment), "said": self._folder.name}
         self.pid: int = _ask(words=words, slowly=slowly, **place)
 
     def poll(self) -> int | None:
@@ -63,7 +63,7 @@ class Forked:
 
     def communicate(self, timeout: float = 120) -> tuple[str, str]:
         self.wait(timeout)
-        output, errors = ((self._said / name).read_text(encoding="utf-8") for name in ("1", "2"))
+        output, errors = (Path(self._folder.name, name).read_text(encoding="utf-8") for name in ("1", "2"))
         return output, errors
 
 

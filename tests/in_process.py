@@ -48,8 +48,7 @@ def answer(script: str, arguments: Sequence[str]) -> Answer:
     begun, root = time.process_time(), logging.getLogger()
     level, threads = root.level, torch.get_num_threads()
     # What earlier tests said, kept for a file of a run, is not this script's.
-    remove_log_handlers()
-    logging.captureWarnings(False)
+    reset_logging()
     with (
         mock.patch.object(sys, "argv", [script, *arguments]),
         contextlib.redirect_stderr(errors),
@@ -68,15 +67,15 @@ def answer(script: str, arguments: Sequence[str]) -> Answer:
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
             root.setLevel(level)
-            logging.captureWarnings(False)
             torch.set_num_threads(threads)
-            remove_log_handlers()
+            reset_logging()
     said = [stream.buffer.getvalue().decode("utf-8") for stream in map(flushed, (errors, output))]
     return Answer(status, *said, time.process_time() - begun)
 
 
-def remove_log_handlers() -> None:
-    """Take away what this project's scripts add to the root logger."""
+def reset_logging() -> None:
+    """Take away what this project's scripts add to the root logger, and leave warnings to Python."""
+    logging.captureWarnings(False)
     root = logging.getLogger()
     for handler in list(root.handlers):
         if isinstance(handler, (ScreenHandler, WaitingHandler, AppendingHandler)):

@@ -8,9 +8,10 @@ import types
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from utils.errors import UserError
+from utils.schema import type_hints
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -164,7 +165,7 @@ def _check(study: Study, path: Path) -> None:
 def _table(kind: type[Table], content: Any, where: str) -> Table:
     """A dataclass from a TOML table, whose keys and types are those of the fields."""
     content = _a_table(content, where)
-    hints = get_type_hints(kind)
+    hints = type_hints(kind)
     known = {item.name: item for item in fields(kind)}
     if unknown := set(content) - set(known):
         raise UserError(f"{where}: not known: {', '.join(sorted(unknown))} (there are {', '.join(known)})")
