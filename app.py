@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from utils.script import importing, run_script
 
-from engine.app.arguments import AppArguments
-from engine.arguments import make_parser
-from engine.early import check_page
+from engine.cli.checks import check_page
+from engine.config.app import AppArguments
+from engine.config.common import make_parser
 from utils.cli import Parser
 from utils.logging import set_up_logging
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from utils.script import importing, run_script
 
-from engine.arguments import make_parser
-from engine.early import check_testing
-from engine.evaluation.arguments import LESS_MEMORY, REFERENCES, ComparisonArguments
+from engine.cli.checks import check_testing
+from engine.config.common import make_parser
+from engine.config.evaluation import LESS_MEMORY, REFERENCES, ComparisonArguments
 from utils.cli import Parser
 from utils.logging import set_up_logging
 
@@ -21,8 +21,8 @@ def main() -> int:
     check_testing(arguments)
     # torch takes seconds: arguments come first
     with importing():
-        from engine.references import ReferenceChoice
-        from engine.report.compare_loops import compare_feedback_loops
+        from engine.detector.references import ReferenceChoice
+        from engine.evaluation.compare import compare_feedback_loops
 
     values = {name: value for name, value in vars(arguments).items() if name not in REFERENCES}
     return compare_feedback_loops(**values, references=ReferenceChoice.of(arguments))

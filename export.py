@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from utils.script import importing, run_script
 
-from engine.arguments import make_parser
-from engine.early import check_exporting
-from engine.export_arguments import ExportArguments
+from engine.cli.checks import check_exporting
+from engine.config.common import make_parser
+from engine.config.export import ExportArguments
 from utils.cli import Parser
 from utils.logging import set_up_logging
 
@@ -21,7 +21,7 @@ def main() -> None:
     check_exporting(arguments)
     # torch takes seconds: arguments come first
     with importing():
-        from engine.export import export_checkpoint
+        from engine.export.export import export_checkpoint
 
     export_checkpoint(arguments)
 

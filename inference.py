@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from utils.script import importing, run_script
 
-from engine.arguments import make_parser
-from engine.early import check_testing
-from engine.evaluation.arguments import DEFAULT_CLASS, LESS_MEMORY, REFERENCES, InferenceArguments
+from engine.cli.checks import check_testing
+from engine.config.common import make_parser
+from engine.config.evaluation import DEFAULT_CLASS, LESS_MEMORY, REFERENCES, InferenceArguments
 from utils.cli import Parser
 from utils.logging import set_up_logging
 from utils.processes import check_alone
@@ -36,10 +36,10 @@ def main() -> None:
     check_testing(arguments)
     # torch takes seconds: arguments come first
     with importing():
+        from engine.detector.references import ReferenceChoice
         from engine.evaluation.calibrate import calibrate_images
         from engine.evaluation.inference import TwoFolders, evaluate_checkpoints
         from engine.evaluation.own_images import score_images
-        from engine.references import ReferenceChoice
 
     values = {name: value for name, value in vars(arguments).items() if name not in (*OWN_IMAGES, *REFERENCES)}
     values["references"] = ReferenceChoice.of(arguments)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from utils.script import importing, run_script
 
-from engine.arguments import make_parser
-from engine.toy_clip_arguments import PretrainArguments
+from engine.config.common import make_parser
+from engine.config.pretraining import PretrainArguments
 from utils.cli import Parser
 from utils.logging import set_up_logging
 
@@ -21,8 +21,8 @@ def main() -> None:
     with importing():
         import torch
 
-        from engine.device import check_device
-        from engine.toy_clip import pretrain_toy_clip
+        from engine.runtime.device import check_device
+        from engine.training.toy_clip import pretrain_toy_clip
 
     device = check_device(arguments.device, "fp32")
     if arguments.threads:

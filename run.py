@@ -32,7 +32,7 @@ REQUIREMENTS = {
 }
 REQUIREMENTS["check"] = REQUIREMENTS["test"]
 COMMANDS = {
-    "demo": [["-m", "engine.demo"]],
+    "demo": [["-m", "engine.cli.demo"]],
     "app": [["app.py"]],
     # A file's tests stay in one process, so that they share what they trained.
     "test": [["-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]],

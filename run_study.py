@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from utils.script import importing, run_script
 
-from engine.arguments import make_parser
-from engine.study.arguments import StudyArguments
+from engine.config.common import make_parser
+from engine.config.study import StudyArguments
 from utils.cli import Parser, path
 from utils.logging import set_up_logging
 

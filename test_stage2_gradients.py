@@ -10,9 +10,9 @@ from utils.script import importing, run_script
 
 import sys
 
-from engine.arguments import make_parser
-from engine.early import check_data, check_there
-from engine.gradient_arguments import GradientTest
+from engine.cli.checks import check_data, check_there
+from engine.config.common import make_parser
+from engine.config.gradients import GradientTest
 from utils.cli import Parser
 from utils.files import check_folder
 from utils.logging import set_up_logging
@@ -33,7 +33,7 @@ def main() -> int:
         check_folder(test.output_dir, "--output_dir")
     # torch takes seconds
     with importing():
-        from engine.gradients import Bench, component_report, gradient_report, write_sweep
+        from engine.training.gradients import Bench, component_report, gradient_report, write_sweep
 
     bench = Bench(test)
     sys.stdout.write(f"{bench.subject}\n")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from utils.script import importing, run_script
 
-from engine.arguments import make_parser
-from engine.early import check_training
-from engine.remembered import forward_of_older_run
+from engine.cli.checks import check_training
+from engine.config.common import make_parser
+from engine.config.training import CrossAttentionRunConfig
+from engine.data.run_location import forward_of_older_run
 from engine.training.advice import LESS_MEMORY
-from engine.training.arguments import CrossAttentionRunConfig
 from utils.cli import Parser
 from utils.logging import set_up_logging
 

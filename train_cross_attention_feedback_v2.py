@@ -6,11 +6,11 @@ from utils.script import importing, run_script
 
 from collections.abc import Sequence
 
-from engine.arguments import make_parser
-from engine.early import check_training
-from engine.remembered import forward_of_older_run
+from engine.cli.checks import check_training
+from engine.config.common import make_parser
+from engine.config.feedback import FeedbackConfig
+from engine.data.run_location import forward_of_older_run
 from engine.training.advice import LESS_MEMORY
-from engine.training.feedback_arguments import FeedbackConfig
 from utils.cli import Parser
 from utils.logging import set_up_logging
 

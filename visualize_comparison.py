@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from utils.script import importing, run_script
 
-from engine.arguments import make_parser
-from engine.early import check_testing
-from engine.evaluation.arguments import VisualizationArguments
+from engine.cli.checks import check_testing
+from engine.config.common import make_parser
+from engine.config.evaluation import VisualizationArguments
 from utils.cli import Parser
 from utils.logging import set_up_logging
 

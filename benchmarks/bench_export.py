@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from engine import load_model
-from engine.export import Subject, export, pictures, run_of
-from engine.export_arguments import ONNX, TORCH
+from engine.config.export import ONNX, TORCH
+from engine.export.export import Subject, export, pictures, run_of
 from utils.cli import number
 from utils.tables import markdown_table
 

@@ -25,7 +25,7 @@ from scipy import ndimage
 from dataset.image_cache import ImageCache, open_cache, square_pair
 from dataset.records import Record
 from dataset.samples import AnomalyDataset
-from engine.device import device_name
+from engine.runtime.device import device_name
 
 SIZES = ((1500, 1000), (900, 900))
 ENDINGS = {"jpg": {"quality": 92}, "png": {}}

@@ -15,8 +15,8 @@ import numpy as np
 import open_clip
 import torch
 
-from engine.detector import Detector
-from engine.device import device_name
+from engine.detector.detector import Detector
+from engine.runtime.device import device_name
 from model.adapter import AdaptedCLIP
 from model.clip import FrozenCLIP
 from model.config import REFERENCE_FEATURES

@@ -24,9 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain_step import PlainModel, full_length, parameters_of
 from dataset.prompts import build_prompts
-from engine.device import check_compiler, check_device, device_name
+from engine.config.training import BaseConfig
 from engine.evaluation.evaluate import autocast
-from engine.training.arguments import BaseConfig
+from engine.runtime.device import check_compiler, check_device, device_name
 from engine.training.stage1 import TextStage
 from engine.training.stage2 import ImageStage
 from model.adapter import AdaptedCLIP

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dataset.prompts import build_prompts
-from engine.training.arguments import BaseConfig
+from engine.config.training import BaseConfig
 from engine.training.stage1 import TextStage
 from engine.training.stage2 import ImageStage
 from engine.training.stages import Stage

@@ -23,8 +23,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from engine import load_model
-from engine.data import evaluation_loader, make_dataset
-from engine.task import TaskData, load_task
+from engine.data.loaders import evaluation_loader, make_dataset
+from engine.data.task import TaskData, load_task
 from model.clip import FrozenCLIP
 from model.clip_loading import load_clip
 from model.scoring import anomaly_map

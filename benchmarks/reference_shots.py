@@ -12,12 +12,12 @@ import io
 import statistics
 from pathlib import Path
 
-from engine.detector import Detector
+from engine.data.task import load_task
+from engine.detector.detector import Detector
+from engine.detector.references import ReferenceChoice
 from engine.evaluation.evaluate import METRICS, Evaluation, evaluate
 from engine.evaluation.own_images import load_last_detector
-from engine.evaluation.remember import remember_for_dataset
-from engine.references import ReferenceChoice
-from engine.task import load_task
+from engine.evaluation.references import remember_for_dataset
 from model.config import REFERENCE_FEATURES, REFERENCE_WEIGHT
 from utils.files import write_text
 from utils.logging import set_up_logging

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.detector import Detector, Prediction, load_model
+    from engine.detector.detector import Detector, Prediction, load_model
 
 __all__ = ["Detector", "Prediction", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: `python -m engine.demo` imports this package before it can handle Ctrl-C, and torch takes seconds.
+    # Imported on first use, because torch takes seconds and scripts must handle Ctrl-C first.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from engine import detector
+    from engine.detector import detector
 
     return getattr(detector, name)

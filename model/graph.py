@@ -23,7 +23,7 @@ _WORDS = (*_WORDS_FIRST, "transformer", "ln_final", "text_projection")
 
 
 class Thresholds(NamedTuple):
-    """What an image's score, and a pixel of its map, must exceed to be called anomalous (`engine.calibration`)."""
+    """What an image's score, and a pixel of its map, must exceed to be called anomalous ."""
 
     image: float
     pixel: float
@@ -32,7 +32,7 @@ class Thresholds(NamedTuple):
 class Memory(NamedTuple):
     """Patch features of normal references, unit, (M, D) of each level and branch, and how their distances count.
 
-    As `engine.references.References`, which says which images they are.
+    As `engine.detector.references.References`, which says which images they are.
     """
 
     levels: tuple[Tensor, ...]

@@ -131,7 +131,7 @@ def decisions(
     """Which images and which pixels lie above calibrated thresholds (docs/method.md, "Calibration").
 
     scores (B,) and maps (B, S, S) of single images, as `calibrated_scores` takes and gives them; thresholds as
-    `engine.calibration.Entry` holds them, which were found on the same scores and maps. Returns bool (B,), the
+    `engine.detector.calibration.Entry` holds them, which were found on the same scores and maps. Returns bool (B,), the
     decision, and bool (B, S, S), the mask; an image with any pixel in its mask is a pixel alarm.
     """
     return scores > image_threshold, maps > pixel_threshold

@@ -27,15 +27,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.arguments import Arguments
-from engine.evaluation.arguments import ComparisonArguments, InferenceArguments, VisualizationArguments
-from engine.export_arguments import ExportArguments
-from engine.gradient_arguments import GradientTest
-from engine.run_folder import LOCK_FILE
-from engine.share import SharingArguments
-from engine.toy_clip_arguments import PretrainArguments
-from engine.training.arguments import BaseConfig, CrossAttentionRunConfig
-from engine.training.feedback_arguments import FeedbackConfig
+from engine.cli.share import SharingArguments
+from engine.config.common import Arguments
+from engine.config.evaluation import ComparisonArguments, InferenceArguments, VisualizationArguments
+from engine.config.export import ExportArguments
+from engine.config.feedback import FeedbackConfig
+from engine.config.gradients import GradientTest
+from engine.config.pretraining import PretrainArguments
+from engine.config.training import BaseConfig, CrossAttentionRunConfig
+from engine.runtime.run_folder import LOCK_FILE
 from tests.bad_inputs import CASE, Case
 from tests.damage import damage, nested, sound
 from tests.helpers import RunsCode
@@ -50,8 +50,8 @@ TEST, COMPARE, DRAW = "inference.py", "compare_feedback_loops.py", "visualize_co
 TRAINING = (TRAIN, CROSS, V2, V1)
 GRADIENTS, PRETRAIN, RUN = "test_stage2_gradients.py", "pretrain_toy_clip.py", "run.py"
 EXPORT = "export.py"
-# As `python -m engine.share` and `python -m dataset.convert`.
-SHARE = "engine/share.py"
+# As `python -m engine.cli.share` and `python -m dataset.convert`.
+SHARE = "engine/cli/share.py"
 CONVERT = "dataset/convert.py"
 
 _DATA = {"dataset": "images", "device": "cpu"}

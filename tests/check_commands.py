@@ -26,7 +26,7 @@ from pathlib import Path
 
 from dataset.few_shot import few_shot
 from dataset.metadata import kept_file
-from engine.task import load_task
+from engine.data.task import load_task
 from tests.documented import (
     PYTHON,
     ROOT,

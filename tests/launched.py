@@ -19,13 +19,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 import engine.training.trainer as trainer
+from engine.config.feedback import FeedbackConfig
+from engine.config.training import BaseConfig, CrossAttentionRunConfig
+from engine.evaluation.compare import compare_feedback_loops
 from engine.evaluation.inference import evaluate_checkpoints
-from engine.report.compare_loops import compare_feedback_loops
-from engine.training.arguments import BaseConfig, CrossAttentionRunConfig
 from engine.training.base import train_base
 from engine.training.cross_attention import train_cross_attention
 from engine.training.feedback import train_feedback
-from engine.training.feedback_arguments import FeedbackConfig
 from utils.errors import Stopped
 from utils.metrics import COARSE_BINS, FPR_LIMIT, PixelCounter
 from utils.processes import is_main_process, process_count, process_index

@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image
 from safetensors.torch import save_file
 
-from engine.training.arguments import BaseConfig
+from engine.config.feedback import FeedbackConfig
+from engine.config.training import BaseConfig
 from engine.training.base import train_base
 from engine.training.feedback import train_feedback
-from engine.training.feedback_arguments import FeedbackConfig
 from tests.forked import CAN_FORK, Forked
 from tests.helpers import TINY_ARCHITECTURE, threads, tiny_open_clip
 from tests.in_process import ROOT, answer

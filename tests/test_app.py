@@ -24,15 +24,15 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 from dataset.images import read_image
 from engine.app import dropped as limits
-from engine.app.arguments import AppArguments
 from engine.app.drawing import result
 from engine.app.dropped import Dropped, dropped
 from engine.app.models import load_models, named
 from engine.app.serve import MOST_WAITING, page_served
 from engine.app.session import Session, Thresholds, verdict
-from engine.calibration import read_calibration
-from engine.detector import Detector
-from engine.early import check_page
+from engine.cli.checks import check_page
+from engine.config.app import AppArguments
+from engine.detector.calibration import read_calibration
+from engine.detector.detector import Detector
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from tests.browser import browser  # noqa: F401
 from tests.scripts import train_small_runs
@@ -290,7 +290,7 @@ def test_mistakes_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"--port {port}: cannot listen there"):
             check_page(AppArguments.of(checkpoint=("none",), port=port))
-    monkeypatch.setattr("engine.early.find_spec", lambda name: None)
+    monkeypatch.setattr("engine.cli.checks.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"requirements-app\.txt"):
         check_page(AppArguments.of(checkpoint=("none",)))
 

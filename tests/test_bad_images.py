@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.data import hold_out
-from engine.task import load_task
-from engine.training.arguments import BaseConfig
+from engine.config.training import BaseConfig
+from engine.data.loaders import hold_out
+from engine.data.task import load_task
 from engine.training.base import train_base
 from tests.scripts import write_clip, write_dataset
 from utils.errors import UserError

@@ -21,9 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import model.adapter
 import model.blocks
 import model.frozen
-from engine.device import check_compiler
+from engine.config.training import LOOP_BATCH, BaseConfig
+from engine.runtime.device import check_compiler
 from engine.training.advice import LESS_MEMORY
-from engine.training.arguments import LOOP_BATCH, BaseConfig
 from engine.training.base import train_base
 from engine.training.opening import compiled_sizes
 from engine.training.stages import Stage

@@ -19,10 +19,11 @@ from PIL import Image
 from playwright.sync_api import Browser
 from scipy.stats import betabinom
 
-import engine.calibration
+import engine.detector.calibration
 from dataset.toy_world import draw_toy_class
 from engine import load_model
-from engine.calibration import (
+from engine.config.evaluation import InferenceArguments
+from engine.detector.calibration import (
     Entry,
     Subject,
     add_entry,
@@ -35,8 +36,7 @@ from engine.calibration import (
     read_calibration,
     why_none,
 )
-from engine.detector import Detector, unadapted_detector
-from engine.evaluation.arguments import InferenceArguments
+from engine.detector.detector import Detector, unadapted_detector
 from engine.evaluation.calibrate import calibrate_images, numbers_of
 from engine.evaluation.own_images import score_images
 from engine.training.base import train_base
@@ -119,7 +119,7 @@ def test_entries_are_kept_by_subject_and_no_other_is_found(tmp_path: Path) -> No
 def test_calibrations_at_the_same_time_lose_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each reads the file, changes it and writes it: nobody else may do so in between."""
     file, values = tmp_path / "calibration.json", RNG.random(19).tolist()
-    read, gate = engine.calibration.read_calibration, threading.Barrier(6)
+    read, gate = engine.detector.calibration.read_calibration, threading.Barrier(6)
 
     def slowly(path: Path) -> list[Entry]:
         entries = read(path)
@@ -130,7 +130,7 @@ def test_calibrations_at_the_same_time_lose_no_entry(tmp_path: Path, monkeypatch
         gate.wait()
         add_entry(file, make_entry(SUBJECT._replace(class_name=class_name), "m", values, values, 0.05))
 
-    monkeypatch.setattr(engine.calibration, "read_calibration", slowly)
+    monkeypatch.setattr(engine.detector.calibration, "read_calibration", slowly)
     threads = [threading.Thread(target=add, args=[f"class {number}"]) for number in range(6)]
     for thread in threads:
         thread.start()
@@ -141,7 +141,7 @@ def test_calibrations_at_the_same_time_lose_no_entry(tmp_path: Path, monkeypatch
 
 
 def test_a_calibration_file_that_is_held_for_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.calibration, "PATIENCE", 0.2)
+    monkeypatch.setattr(engine.detector.calibration, "PATIENCE", 0.2)
     values = RNG.random(19).tolist()
     with locked(tmp_path / ".calibration.json.lock"), pytest.raises(UserError, match="is being written by another run"):
         add_entry(tmp_path / "calibration.json", make_entry(SUBJECT, "m", values, values, 0.05))

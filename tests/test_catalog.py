@@ -14,7 +14,7 @@ from dataset.layouts import LAYOUTS
 from dataset.locate import locate_dataset
 from dataset.prompts import build_prompts
 from dataset.toy_world import TOY_DATASETS
-from engine.task import load_task
+from engine.data.task import load_task
 from utils.errors import UserError
 
 

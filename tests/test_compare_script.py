@@ -18,10 +18,10 @@ from matplotlib.text import Text
 from PIL import Image
 from safetensors.torch import load_file
 
+from engine.detector.references import ReferenceChoice
+from engine.evaluation.compare import compare_feedback_loops
 from engine.evaluation.evaluate import METRICS
 from engine.evaluation.inference import evaluate_checkpoints
-from engine.references import ReferenceChoice
-from engine.report.compare_loops import compare_feedback_loops
 from tests.scripts import SIZE, error_line, run, save, write_world
 from utils import curves
 from utils.errors import UserError

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from engine import load_model
-from engine.training.arguments import CrossAttentionRunConfig
-from engine.training.feedback_arguments import FeedbackConfig
+from engine.config.feedback import FeedbackConfig
+from engine.config.training import CrossAttentionRunConfig
 from tests.scripts import ROOT, environment, error_line, run, start, wait_for_rows, write_clip, write_dataset
 from utils.errors import UserError
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from engine.detector import build_detector
-from engine.run_folder import STATE_FILE
+from engine.detector.detector import build_detector
+from engine.runtime.run_folder import STATE_FILE
 from engine.training.restart import check_save_path
 from engine.training.state import read_state, restore
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention

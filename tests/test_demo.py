@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from engine.demo import CONFIG, feedback_from, run_demo
+from engine.cli.demo import CONFIG, feedback_from, run_demo
 from tests.helpers import draw_few
 
 

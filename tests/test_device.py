@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-import engine.device
-from engine.device import check_device, warn_of_unused_gpu
+import engine.runtime.device
+from engine.runtime.device import check_device, warn_of_unused_gpu
 from utils.errors import UserError
 
 
@@ -45,9 +45,9 @@ def test_each_of_several_processes_has_a_gpu_of_its_own(monkeypatch: pytest.Monk
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> nn.Module:
     """A large model on a machine with an NVIDIA driver, whose torch knows no CUDA."""
-    monkeypatch.setattr(engine.device, "LARGE", 10)
-    monkeypatch.setattr(engine.device, "NVIDIA_DRIVER", tmp_path)
-    monkeypatch.setattr(engine.device.shutil, "which", lambda _: None)
+    monkeypatch.setattr(engine.runtime.device, "LARGE", 10)
+    monkeypatch.setattr(engine.runtime.device, "NVIDIA_DRIVER", tmp_path)
+    monkeypatch.setattr(engine.runtime.device.shutil, "which", lambda _: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     return nn.Linear(10, 10)
@@ -65,7 +65,7 @@ def test_and_otherwise_not(
     why: str, large: nn.Module, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     if why == "no driver":
-        monkeypatch.setattr(engine.device, "NVIDIA_DRIVER", tmp_path / "none")
+        monkeypatch.setattr(engine.runtime.device, "NVIDIA_DRIVER", tmp_path / "none")
     if why == "torch sees it":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     device = "meta" if why == "on the GPU" else "cpu"
@@ -76,7 +76,7 @@ def test_and_otherwise_not(
 def test_nvidia_smi_tells_of_a_gpu_too(
     large: nn.Module, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(engine.device, "NVIDIA_DRIVER", tmp_path / "none")
-    monkeypatch.setattr(engine.device.shutil, "which", lambda name: "somewhere" if name == "nvidia-smi" else None)
+    monkeypatch.setattr(engine.runtime.device, "NVIDIA_DRIVER", tmp_path / "none")
+    monkeypatch.setattr(engine.runtime.device.shutil, "which", {"nvidia-smi": "somewhere"}.get)
     warn_of_unused_gpu(torch.device("cpu"), large)
     assert len(caplog.messages) == 1

@@ -18,12 +18,12 @@ from urllib.parse import unquote
 
 import pytest
 
-from engine.arguments import decided_by, make_parser
+from engine.config.common import decided_by, make_parser
+from engine.config.feedback import FeedbackConfig, plan_loops
+from engine.config.training import BaseConfig, CrossAttentionRunConfig
 from engine.evaluation.evaluate import METRICS
 from engine.study.plan import words_of
 from engine.study.study import read_study
-from engine.training.arguments import BaseConfig, CrossAttentionRunConfig
-from engine.training.feedback_arguments import FeedbackConfig, plan_loops
 from tests import check_commands
 from tests.documented import (
     COMMANDS,
@@ -82,7 +82,7 @@ def known_flags() -> frozenset[str]:
     return frozenset().union(
         *map(
             flags_of,
-            [*scripts, *runnable, "tests.check_commands", "dataset.convert", "engine.share", "examples.run_onnx"],
+            [*scripts, *runnable, "tests.check_commands", "dataset.convert", "engine.cli.share", "examples.run_onnx"],
         )
     )
 
@@ -447,7 +447,7 @@ def test_links_and_anchors() -> None:
         "python run.py no_such_command",
         "python -m benchmarks.no_such_benchmark",
         "python -m benchmarks.bench_metrics --no_such_flag",
-        "python -m engine.demo --anything",
+        "python -m engine.cli.demo --anything",
         "python train_cross_attention_feedback.py --no_such_flag",
         "accelerate launch --num_processes 2 train.py --no_such_flag",
         "accelerate launch --no_such_flag train.py",

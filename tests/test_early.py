@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.run_folder import ARGUMENTS_FILE, STATE_FILE
-from engine.training.arguments import BaseConfig
+from engine.config.training import BaseConfig
+from engine.runtime.run_folder import ARGUMENTS_FILE, STATE_FILE
 from tests.bad_cases import SCRIPTS
 from tests.scripts import ROOT
 

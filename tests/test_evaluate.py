@@ -12,11 +12,11 @@ import torch
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from benchmarks.bench_metrics import plain_aupro
-from engine.data import evaluation_loader, make_dataset
-from engine.detector import Detector, unadapted_detector
+from engine.data.loaders import evaluation_loader, make_dataset
+from engine.data.task import TaskData, load_task
+from engine.detector.detector import Detector, unadapted_detector
 from engine.evaluation import evaluate as module
 from engine.evaluation.evaluate import METRICS, evaluate
-from engine.task import TaskData, load_task
 from model import frozen
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.clip_loading import load_clip

@@ -25,10 +25,11 @@ from safetensors.torch import save_file
 
 import export as script
 from dataset.images import read_image
-from engine import export, load_model
-from engine.calibration import Entry, add_entry, make_entry
-from engine.detector import Detector
-from engine.export_arguments import ExportArguments
+from engine import load_model
+from engine.config.export import ExportArguments
+from engine.detector.calibration import Entry, add_entry, make_entry
+from engine.detector.detector import Detector
+from engine.export import export
 from examples import run_onnx
 from model import checkpoint
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention

@@ -26,13 +26,13 @@ import engine.training.feedback
 import engine.training.run
 from dataset.records import Record
 from engine import load_model
-from engine.arguments import decided_by
-from engine.data import hold_out
-from engine.detector import Detector
+from engine.config.common import decided_by
+from engine.config.feedback import FeedbackConfig, loop_forward, plan_loops, plan_table
+from engine.data.loaders import hold_out
+from engine.data.task import load_task
+from engine.detector.detector import Detector
 from engine.evaluation.inference import evaluate_checkpoints
-from engine.task import load_task
 from engine.training.feedback import rate_factor, say_best_loop, train_feedback
-from engine.training.feedback_arguments import FeedbackConfig, loop_forward, plan_loops, plan_table
 from engine.training.opening import make_optimizer
 from engine.training.restart import still_finished
 from engine.training.run import TrainingRun

@@ -16,7 +16,7 @@ from dataset.catalog import CATALOG
 from dataset.few_shot import few_shot
 from dataset.locate import LocatedDataset
 from dataset.records import Record
-from engine.task import TaskData, choose_training_images
+from engine.data.task import TaskData, choose_training_images
 from utils.errors import UserError
 
 

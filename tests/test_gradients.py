@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import test_stage2_gradients as script
-from engine.gradient_arguments import GradientTest
-from engine.gradients import Bench, Measurement, verdict, weight_of
+from engine.config.gradients import GradientTest
+from engine.training.gradients import Bench, Measurement, verdict, weight_of
 from model.config import CrossAttentionConfig
 from tests.scripts import train_small_runs
 from utils.errors import UserError

@@ -18,7 +18,7 @@ from PIL import Image
 from dataset.folders import find_images
 from dataset.images import read_image
 from engine import load_model
-from engine.evaluation.arguments import ALL
+from engine.config.evaluation import ALL
 from engine.evaluation.calibrate import calibrate_images
 from engine.evaluation.inference import evaluate_checkpoints
 from engine.evaluation.own_images import Finding, score_images

@@ -21,7 +21,7 @@ from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 from PIL import Image
 
-from engine.demo import CONFIG, TEST_DATASET, feedback_from
+from engine.cli.demo import CONFIG, TEST_DATASET, feedback_from
 from engine.training.feedback import train_feedback
 from tests.helpers import draw_few
 from tests.scripts import ROOT, environment

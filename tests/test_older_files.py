@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.detector import Detector, build_detector
-from engine.gradient_arguments import GradientTest
-from engine.gradients import build_model
-from engine.training.arguments import CrossAttentionRunConfig
+from engine.config.gradients import GradientTest
+from engine.config.training import CrossAttentionRunConfig
+from engine.detector.detector import Detector, build_detector
+from engine.training.gradients import build_model
 from engine.training.start import Start, check_start, read_base, read_whole
 from model.adapter import AdaptedCLIP
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
@@ -134,7 +134,7 @@ def test_weights_asked_of_a_base_are_refused(tmp_path: Path) -> None:
 def test_the_gradient_test_measures_such_a_file_as_what_it_was(
     scale: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.gradients.load_clip_for", lambda *_, **__: clip())
+    monkeypatch.setattr("engine.training.gradients.load_clip_for", lambda *_, **__: clip())
     model = crossed(replace(OLD, cross_attn_scale=scale))
     checkpoint = write(model, tmp_path / "cross.pth")
     measured = build_model(GradientTest(checkpoint=tmp_path / "cross.pth"), checkpoint)

@@ -21,11 +21,11 @@ from scipy import ndimage
 
 from dataset.folders import images_below
 from dataset.images import read_image
-from engine.detector import Prediction, as_image
-from engine.evaluation.arguments import InferenceArguments
+from engine.config.evaluation import InferenceArguments
+from engine.detector.detector import Prediction, as_image
+from engine.evaluation import gallery as module
+from engine.evaluation.gallery import Gallery, scale_of
 from engine.evaluation.own_images import CSV_COLUMNS, Finding, class_of, score_images
-from engine.report import gallery as module
-from engine.report.gallery import Gallery, scale_of
 from tests.browser import browser  # noqa: F401
 from tests.scripts import save, write_clip
 from utils.errors import UserError
@@ -166,7 +166,7 @@ def test_arguments_that_do_not_go_together(changes: dict[str, Any], says: str) -
 def test_a_score_that_is_not_finite_is_refused(clip: str, mixed: Path, tmp_path: Path) -> None:
     nothing = Prediction(np.full((8, 8), np.nan, np.float32), math.nan, np.zeros((4, 8, 8), np.float32))
     with (
-        mock.patch("engine.detector.Detector.predict", return_value=nothing),
+        mock.patch("engine.detector.detector.Detector.predict", return_value=nothing),
         pytest.raises(UserError, match="is not finite"),
     ):
         score(clip, mixed, tmp_path / "out")

@@ -14,13 +14,13 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.device import check_device, choose_precision
-from engine.early import check_training
+from engine.cli.checks import check_training
+from engine.config.training import BaseConfig
+from engine.data.run_location import as_begun
 from engine.evaluation.evaluate import autocast
-from engine.remembered import as_begun
-from engine.run_folder import ARGUMENTS_FILE, STATE_FILE
+from engine.runtime.device import check_device, choose_precision
+from engine.runtime.run_folder import ARGUMENTS_FILE, STATE_FILE
 from engine.training import stage1, stage2
-from engine.training.arguments import BaseConfig
 from engine.training.base import train_base
 from model.blocks import full_product
 from model.scoring import anomaly_map, det_scores

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from engine import load_model
-from engine.report.commands import training_command
-from engine.run_folder import STATE_FILE, find_latest
+from engine.evaluation.commands import training_command
+from engine.runtime.run_folder import STATE_FILE, find_latest
 from tests.data.present_version import make
 from tests.helpers import assert_agrees
 from utils.errors import UserError

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 import engine.training.restart
 import engine.training.run
 from dataset.samples import SeededSampler, SharedBatches
-from engine.training.arguments import BaseConfig
+from engine.config.training import BaseConfig
 from engine.training.base import train_base
 from tests.helpers import relative_error
 from tests.launched import base_config, run_all

@@ -24,12 +24,12 @@ from dataset.class_names import class_display_names, published_name
 from dataset.prompts import build_prompts
 from dataset.samples import image_tensor
 from engine import load_model
-from engine.arguments import make_parser
-from engine.data import make_dataset, training_loader
+from engine.config.common import make_parser
+from engine.config.training import BaseConfig, CrossAttentionRunConfig
+from engine.data.loaders import make_dataset, training_loader
+from engine.data.run_location import load_task_of_run
 from engine.evaluation.image_heatmaps import read_picture
 from engine.evaluation.inference import evaluate_checkpoints
-from engine.remembered import load_task_of_run
-from engine.training.arguments import BaseConfig, CrossAttentionRunConfig
 from engine.training.base import train_base
 from engine.training.opening import Opening, prepare
 from engine.training.stage1 import TextStage

@@ -16,18 +16,18 @@ from dataset.locate import locate_dataset
 from dataset.normals import choose_normals, normals_of_classes, training_normals
 from dataset.toy_world import GOOD_IMAGES, write_toy_normals
 from engine import load_model
-from engine.calibration import read_calibration
-from engine.data import make_dataset
-from engine.detector import Detector, unadapted_detector
-from engine.evaluation.arguments import InferenceArguments
+from engine.config.evaluation import InferenceArguments
+from engine.data.loaders import make_dataset
+from engine.data.task import load_task
+from engine.detector.calibration import read_calibration
+from engine.detector.detector import Detector, unadapted_detector
+from engine.detector.references import ReferenceChoice
 from engine.evaluation.calibrate import calibrate_images
+from engine.evaluation.compare import Setting, cache_keys
+from engine.evaluation.comparison import Row
 from engine.evaluation.evaluate import evaluate
 from engine.evaluation.inference import evaluate_checkpoints
 from engine.evaluation.own_images import score_images
-from engine.references import ReferenceChoice
-from engine.report.compare_loops import Setting, cache_keys
-from engine.report.comparison import Row
-from engine.task import load_task
 from engine.training.base import train_base
 from model.references import joined_anomaly_map, joined_calibrated_maps, nearest_distances, reference_maps
 from model.scoring import Outputs, anomaly_map, calibrated_maps, class_image_scores, det_scores, enlarge

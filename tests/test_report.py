@@ -18,11 +18,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from playwright.sync_api import Browser, Page
 
+from engine.config.feedback import FeedbackConfig
+from engine.config.training import BaseConfig, CrossAttentionRunConfig, RunConfig
+from engine.evaluation.commands import command_line, training_command
+from engine.evaluation.compare import compare_feedback_loops
+from engine.evaluation.comparison import Comparison, Row
 from engine.evaluation.evaluate import METRICS, ClassResult, Evaluation, ImageScore
-from engine.report.commands import command_line, training_command
-from engine.report.compare_loops import compare_feedback_loops
-from engine.report.comparison import Comparison, Row
-from engine.report.page import (
+from engine.evaluation.report import (
     Log,
     best_of_columns,
     class_charts,
@@ -34,8 +36,6 @@ from engine.report.page import (
     shown_rows,
     until_checkpoint,
 )
-from engine.training.arguments import BaseConfig, CrossAttentionRunConfig, RunConfig
-from engine.training.feedback_arguments import FeedbackConfig
 from model.checkpoint import Checkpoint
 from tests.browser import browser  # noqa: F401
 from tests.scripts import train_small_runs

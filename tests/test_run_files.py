@@ -16,10 +16,10 @@ import tensorboard.summary.writer.record_writer
 import torch
 
 import utils.files
-from engine.training.arguments import BaseConfig
+from engine.config.feedback import FeedbackConfig
+from engine.config.training import BaseConfig
 from engine.training.base import train_base
 from engine.training.feedback import train_feedback
-from engine.training.feedback_arguments import FeedbackConfig
 from engine.training.run import TrainingRun
 from tests.scripts import write_clip, write_dataset
 from utils.errors import Stopped, UserError, WriteError

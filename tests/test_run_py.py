@@ -40,7 +40,7 @@ def test_torch_comes_from_the_index_that_is_given_and_the_rest_from_pypi(calls: 
     # Once: the second start finds everything there, another index is another build.
     calls.clear()
     assert run.main(["demo", "--torch-index", INDEX]) == 0
-    assert [command[1] for command in calls] == ["engine.demo"]
+    assert [command[1] for command in calls] == ["engine.cli.demo"]
     calls.clear()
     assert run.main(["demo"]) == 0
     assert len(calls) == 1

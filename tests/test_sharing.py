@@ -18,16 +18,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from engine import hub, load_model, share
-from engine.app.arguments import AppArguments
+from engine import load_model
 from engine.app.models import load_models
-from engine.calibration import add_entry, make_entry, read_calibration
-from engine.detector import Detector, unadapted_detector
+from engine.cli import share
+from engine.cli.share import SharingArguments
+from engine.config.app import AppArguments
+from engine.detector import hub
+from engine.detector.calibration import add_entry, make_entry, read_calibration
+from engine.detector.detector import Detector, unadapted_detector
+from engine.detector.hub import read_address
 from engine.evaluation.inference import load_detectors
 from engine.evaluation.own_images import score_images
-from engine.hub import read_address
-from engine.run_folder import find_latest
-from engine.share import SharingArguments
+from engine.runtime.run_folder import find_latest
 from model import checkpoint, clip_loading
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.clip import FrozenCLIP

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.study.arguments import StudyArguments
+from engine.config.study import StudyArguments
 from engine.study.charts import heat, loss_panels
 from engine.study.figures import read_facts, read_figures
 from engine.study.local import run_locally

@@ -20,8 +20,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from engine.config.study import StudyArguments
 from engine.study import keeper, local, slurm
-from engine.study.arguments import StudyArguments
 from engine.study.local import Devices, cell_environment, visible_gpus
 from engine.study.plan import Plan, make_plan
 from engine.study.run import run_study

@@ -16,7 +16,7 @@ from dataset.toy.defects import DEFECTS
 from dataset.toy.objects import OBJECTS, TEXTURES
 from dataset.toy.scene import COLORS, Scene, Thing, draw, draw_with_mask
 from dataset.toy_world import TOY_DATASETS, draw_toy_class, toy_defects, write_toy_dataset
-from engine.toy_clip import region_loss
+from engine.training.toy_clip import region_loss
 from utils.errors import UserError
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.run_folder import STATE_FILE, describe_differences
+from engine.runtime.run_folder import STATE_FILE, describe_differences
 from engine.training.advice import LESS_MEMORY, remedies_for
 from engine.training.restart import check_save_path, continued
 from engine.training.schedules import halved_at, make_schedule, warmup_cosine

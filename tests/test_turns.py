@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import engine.training.run
+from engine.config.feedback import FeedbackConfig, loop_forward, plan_loops
 from engine.training.feedback import train_feedback
-from engine.training.feedback_arguments import FeedbackConfig, loop_forward, plan_loops
 from engine.training.turns import TEXT_BATCH, BothStage, Turns
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.checkpoint import read_checkpoint

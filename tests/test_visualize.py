@@ -16,9 +16,9 @@ from sklearn.metrics import roc_auc_score
 from dataset.prompts import build_prompts
 from dataset.records import Record
 from engine import load_model
+from engine.data.task import load_task
 from engine.evaluation.image_heatmaps import look, read_picture
 from engine.evaluation.side_by_side import Choice, anomalous_records, choose, list_images, visualize_comparison
-from engine.task import load_task
 from tests.scripts import error_line, save, train_small_runs
 from utils.errors import UserError
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.training.arguments import BaseConfig
+from engine.config.training import BaseConfig
 from engine.training.stage1 import TextStage
 from engine.training.stage2 import ImageStage
 from engine.training.stages import Stage, class_rows, present_classes, watch_abnormal

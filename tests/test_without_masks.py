@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from dataset.metadata import kept_file
+from engine.config.training import BaseConfig, CrossAttentionRunConfig
+from engine.data.task import load_task, load_two_folders, mask_notes
+from engine.evaluation.compare import compare_feedback_loops
 from engine.evaluation.evaluate import Evaluation
 from engine.evaluation.image_heatmaps import read_picture
 from engine.evaluation.inference import TwoFolders, evaluate_checkpoints
-from engine.report.compare_loops import compare_feedback_loops
-from engine.task import load_task, load_two_folders, mask_notes
-from engine.training.arguments import BaseConfig, CrossAttentionRunConfig
 from engine.training.base import train_base
 from engine.training.cross_attention import train_cross_attention
 from engine.training.feedback import train_feedback

@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from engine.app.session import Seen, Session, Thresholds, Verdict, verdict
-from engine.calibration import in_words
-from engine.report.templates import render_page
+from engine.detector.calibration import in_words
+from engine.evaluation.pages import render_page
 from utils.heatmaps import ATTENTION_COLOURS, COLOURS, on_scale, overlay
 from utils.svg_charts import data_uri
 

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.app.arguments import AppArguments
-from engine.detector import UNADAPTED, Detector, build_detector, load_clip_for, unadapted_detector
-from engine.device import check_device
-from engine.evaluation.arguments import NO_CHECKPOINT
+from engine.config.app import AppArguments
+from engine.config.evaluation import NO_CHECKPOINT
+from engine.detector.detector import UNADAPTED, Detector, build_detector, load_clip_for, unadapted_detector
+from engine.detector.hub import local_path
 from engine.evaluation.inference import load_detectors
-from engine.hub import local_path
-from engine.run_folder import DEMO_FOLDER, demo_checkpoints, find_checkpoints
+from engine.runtime.device import check_device
+from engine.runtime.run_folder import DEMO_FOLDER, demo_checkpoints, find_checkpoints
 from model.checkpoint import Checkpoint, read_checkpoint
 from model.clip import FrozenCLIP
 

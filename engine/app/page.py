@@ -21,7 +21,7 @@ from engine.app.dropped import (
 )
 from engine.app.examples import Example
 from engine.app.session import Progress, Session, Thresholds
-from engine.detector import Detector
+from engine.detector.detector import Detector
 from utils.errors import UserError
 
 CSS = Path(__file__).with_name("page.css")

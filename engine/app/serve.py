@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.app.arguments import AppArguments
 from engine.app.examples import toy_examples
 from engine.app.models import load_models
-from engine.detector import Detector
+from engine.config.app import AppArguments
+from engine.detector.detector import Detector
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,8 @@ from dataset.catalog import readable_name
 from dataset.images import content_digest
 from dataset.prompts import build_prompts
 from engine.app.dropped import Dropped
-from engine.calibration import (
+from engine.config.evaluation import DEFAULT_CLASS
+from engine.detector.calibration import (
     ANOMALOUS,
     CALIBRATION_FILE,
     NORMAL,
@@ -26,8 +27,7 @@ from engine.calibration import (
     add_entry,
     check_enough,
 )
-from engine.detector import Detector, Prediction
-from engine.evaluation.arguments import DEFAULT_CLASS
+from engine.detector.detector import Detector, Prediction
 from engine.evaluation.calibrate import calibrate_detector, numbers_of
 from engine.evaluation.image_heatmaps import attention_heatmaps
 from engine.evaluation.own_images import Finding, judge, write_scores

@@ -13,13 +13,21 @@ from PIL import Image
 
 from dataset.catalog import readable_name
 from dataset.images import content_digest
-from engine.calibration import FALSE_ALARMS, Entry, add_entry, check_enough, in_words, make_entry, read_calibration
-from engine.detector import Detector
-from engine.device import check_device
+from engine.detector.calibration import (
+    FALSE_ALARMS,
+    Entry,
+    add_entry,
+    check_enough,
+    in_words,
+    make_entry,
+    read_calibration,
+)
+from engine.detector.detector import Detector
+from engine.detector.hub import calibration_files
+from engine.detector.references import ReferenceChoice
 from engine.evaluation.own_images import find_own_images, load_last_detector
-from engine.evaluation.remember import remember_for_images
-from engine.hub import calibration_files
-from engine.references import ReferenceChoice
+from engine.evaluation.references import remember_for_images
+from engine.runtime.device import check_device
 from utils.errors import UserError
 from utils.files import check_folder
 

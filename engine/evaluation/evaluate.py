@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dataset.catalog import readable_name
-from engine.data import batches_of_classes, evaluation_loader, make_dataset
-from engine.detector import Detector
-from engine.device import choose_precision
-from engine.launch import from_first, in_turn, place, together
-from engine.task import TaskData
+from engine.data.loaders import batches_of_classes, evaluation_loader, make_dataset
+from engine.data.task import TaskData
+from engine.detector.detector import Detector
+from engine.runtime.device import choose_precision
+from engine.runtime.distributed import from_first, in_turn, place, together
 from model.config import DET_SCORES
 from model.frozen import SharedStreams
 from model.references import joined_anomaly_map

@@ -16,8 +16,8 @@ from dataset.images import read_pair
 from dataset.options import CATALOG_NAMES
 from dataset.prompts import build_prompts
 from dataset.records import Record
-from engine.detector import Detector
-from engine.task import TaskData
+from engine.data.task import TaskData
+from engine.detector.detector import Detector
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention, Attention
 from utils.heatmaps import Heatmap, comparison_figure
 from utils.logging import progress_bar

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dataset.options import HALF
-from engine.detector import Detector, build_detector, load_clip_for, unadapted_detector
-from engine.device import check_compiler
-from engine.evaluation.arguments import ALL, NO_CHECKPOINT
+from engine.config.evaluation import ALL, NO_CHECKPOINT
+from engine.data.run_location import load_task_of_run
+from engine.data.task import TaskData, load_two_folders, mask_notes
+from engine.detector.detector import Detector, build_detector, load_clip_for, unadapted_detector
+from engine.detector.hub import RESULTS, folder_of, local_path
+from engine.detector.references import ReferenceChoice, said_of_references
 from engine.evaluation.evaluate import (
     Evaluation,
     det_score_suffix,
@@ -22,13 +25,10 @@ from engine.evaluation.evaluate import (
     write_csv,
 )
 from engine.evaluation.image_heatmaps import draw_overlays
-from engine.evaluation.remember import remember_for_dataset
-from engine.hub import RESULTS, folder_of, local_path
-from engine.launch import join_launch, main_first
-from engine.references import ReferenceChoice, said_of_references
-from engine.remembered import load_task_of_run
-from engine.run_folder import find_checkpoints
-from engine.task import TaskData, load_two_folders, mask_notes
+from engine.evaluation.references import remember_for_dataset
+from engine.runtime.device import check_compiler
+from engine.runtime.distributed import join_launch, main_first
+from engine.runtime.run_folder import find_checkpoints
 from model.blocks import BlockRunner
 from model.checkpoint import Checkpoint, read_checkpoint
 from model.clip_loading import load_clip

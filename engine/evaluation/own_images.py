@@ -17,17 +17,17 @@ from dataset.catalog import readable_name
 from dataset.folders import FoundImages, find_images
 from dataset.images import content_digest, read_image
 from dataset.prompts import build_prompts
-from engine.calibration import ANOMALOUS, CALIBRATION_FILE, Entry, in_words, why_none
-from engine.detector import Detector, Prediction
-from engine.device import check_device
-from engine.evaluation.arguments import DEFAULT_CLASS, NO_CHECKPOINT
+from engine.config.evaluation import DEFAULT_CLASS, NO_CHECKPOINT
+from engine.detector.calibration import ANOMALOUS, CALIBRATION_FILE, Entry, in_words, why_none
+from engine.detector.detector import Detector, Prediction
+from engine.detector.hub import local_path
+from engine.detector.references import ReferenceChoice
 from engine.evaluation.evaluate import det_score_suffix
+from engine.evaluation.gallery import Gallery
 from engine.evaluation.inference import load_detectors, output_folder
-from engine.evaluation.remember import remember_for_images
-from engine.hub import local_path
-from engine.references import ReferenceChoice
-from engine.report.gallery import Gallery
-from engine.run_folder import find_checkpoints
+from engine.evaluation.references import remember_for_images
+from engine.runtime.device import check_device
+from engine.runtime.run_folder import find_checkpoints
 from model.text import Prompts
 from utils.errors import UserError
 from utils.files import check_folder, write_text

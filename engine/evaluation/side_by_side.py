@@ -10,14 +10,14 @@ from typing import Any
 
 from dataset.options import CATALOG_NAMES, HALF
 from dataset.records import Record
-from engine.detector import Detector, arguments_of, build_detector, load_clip_for
-from engine.device import check_device
-from engine.evaluation.arguments import ALL
+from engine.config.evaluation import ALL
+from engine.data.run_location import load_task_of_run
+from engine.data.task import TaskData, load_task
+from engine.detector.detector import Detector, arguments_of, build_detector, load_clip_for
 from engine.evaluation.image_heatmaps import Picture, look, read_picture
 from engine.evaluation.inference import training_dataset
-from engine.remembered import load_task_of_run
-from engine.run_folder import find_latest, find_loops
-from engine.task import TaskData, load_task
+from engine.runtime.device import check_device
+from engine.runtime.run_folder import find_latest, find_loops
 from model.checkpoint import Checkpoint, read_checkpoint
 from utils.errors import UserError
 from utils.files import check_folder

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.report.templates import render_page
+from engine.evaluation.pages import render_page
 from engine.study.charts import forest_charts, heat, loss_chart
 from engine.study.plan import Plan, shown, slug
 from engine.study.results import (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dataset.locate import locate_dataset
 from dataset.toy.classes import TOY_DATASETS
-from engine.study.arguments import DEFAULT_PARTITION, StudyArguments
+from engine.config.study import DEFAULT_PARTITION, StudyArguments
 from engine.study.local import duration, kind_of, run_locally
 from engine.study.plan import Plan, make_plan, shown
 from engine.study.report import write_study_report

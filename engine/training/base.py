@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from functools import partial
 
-from engine.run_folder import side_file
-from engine.task import TaskData
-from engine.training.arguments import BaseConfig
+from engine.config.training import BaseConfig
+from engine.data.task import TaskData
+from engine.runtime.run_folder import side_file
 from engine.training.image_loss import ImageLossStage
 from engine.training.opening import open_run, prepare
 from engine.training.phases import Phase, loaders_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from engine.training.arguments import CrossAttentionRunConfig
+from engine.config.training import CrossAttentionRunConfig
 from engine.training.base import two_phases
 from engine.training.opening import open_run, prepare
 from engine.training.start import check_something_to_train, read_base

@@ -7,14 +7,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from engine.data import hold_out
-from engine.detector import Detector
+from engine.config.feedback import TOGETHER, FeedbackConfig, LoopPlan, loop_forward, plan_loops, plan_table
+from engine.config.training import LOOP_BATCH
+from engine.data.loaders import hold_out
+from engine.data.run_location import load_task_of_run
+from engine.data.task import TaskData
+from engine.detector.detector import Detector
 from engine.evaluation.evaluate import METRICS, evaluate, said_of_det_score, summary_table
-from engine.remembered import load_task_of_run
-from engine.run_folder import CURVES_FILE, FINAL_FILE, loop_file
-from engine.task import TaskData
-from engine.training.arguments import LOOP_BATCH
-from engine.training.feedback_arguments import TOGETHER, FeedbackConfig, LoopPlan, loop_forward, plan_loops, plan_table
+from engine.runtime.run_folder import CURVES_FILE, FINAL_FILE, loop_file
 from engine.training.opening import open_run, prepare
 from engine.training.phases import Phase, loaders_of
 from engine.training.run import TrainingRun

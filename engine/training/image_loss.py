@@ -8,8 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import nn
 
-from engine.task import TaskData, check_masks
-from engine.training.arguments import RunConfig
+from engine.config.training import RunConfig
+from engine.data.task import TaskData, check_masks
 from engine.training.stage2 import ImageStage
 from engine.training.stages import StageOutput, class_rows
 from model.scoring import DOMAINS

@@ -13,11 +13,11 @@ import torch
 from accelerate import Accelerator
 
 from dataset.options import NAMES
-from engine.device import check_compiler, make_accelerator
-from engine.remembered import arguments_in, as_begun, load_task_of_run
-from engine.run_folder import STATE_FILE
-from engine.task import TaskData, choose_training_images
-from engine.training.arguments import LOOP_BATCH, CrossAttentionArguments, RunConfig
+from engine.config.training import LOOP_BATCH, CrossAttentionArguments, RunConfig
+from engine.data.run_location import arguments_in, as_begun, load_task_of_run
+from engine.data.task import TaskData, choose_training_images
+from engine.runtime.device import check_compiler, make_accelerator
+from engine.runtime.run_folder import STATE_FILE
 from engine.training.image_loss import check_labels
 from engine.training.restart import run_folder
 from engine.training.run import TrainingRun

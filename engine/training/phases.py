@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from dataset.samples import SeededSampler
-from engine.data import training_loader
-from engine.task import TaskData
-from engine.training.arguments import RunConfig
+from engine.config.training import RunConfig
+from engine.data.loaders import training_loader
+from engine.data.task import TaskData
 from engine.training.schedules import Factor
 from engine.training.stages import Stage
 from engine.training.turns import Turns

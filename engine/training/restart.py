@@ -10,8 +10,8 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from engine.launch import from_first
-from engine.run_folder import (
+from engine.runtime.distributed import from_first
+from engine.runtime.run_folder import (
     LOCK_FILE,
     LOG_FILE,
     STATE_FILE,

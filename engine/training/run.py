@@ -15,9 +15,9 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.tracking import TensorBoardTracker
 from torch.utils.data import DataLoader
 
-from engine.device import warn_of_unused_gpu
-from engine.launch import from_first, stopping_with_others
-from engine.run_folder import (
+from engine.runtime.device import warn_of_unused_gpu
+from engine.runtime.distributed import from_first, stopping_with_others
+from engine.runtime.run_folder import (
     ARGUMENTS_FILE,
     EVENTS_FOLDER,
     HISTORY_FILE,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from engine.training.arguments import RunConfig
+from engine.config.training import RunConfig
 from engine.training.stages import Stage, StageOutput, present_classes, square_mask, watch_abnormal
 from model.adapter import AdaptedCLIP
 from model.config import LoopForward

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine.training.arguments import RunConfig
+from engine.config.training import RunConfig
 from model.adapter import AdaptedCLIP
 from model.config import LoopForward
 

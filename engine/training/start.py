@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.detector import PUBLISHED, arguments_of, log_activation
-from engine.training.arguments import CrossAttentionArguments
+from engine.config.training import CrossAttentionArguments
+from engine.detector.detector import PUBLISHED, arguments_of, log_activation
 from engine.training.optimizers import transfer_moments
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.checkpoint import Checkpoint, file_digest, infer_choices, load_component, read_any

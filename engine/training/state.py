@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.run_folder import STATE_FILE
+from engine.runtime.run_folder import STATE_FILE
 from engine.training.optimizers import are_moments_of
 from model.checkpoint import as_checkpoint, load, load_component
 from model.config import SIDES

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dataset.samples import SeededSampler, SharedBatches
-from engine.training.arguments import RunConfig
+from engine.config.training import RunConfig
 from engine.training.stage1 import TextStage
 from engine.training.stages import Stage, StageOutput, present_classes, square_mask, watch_abnormal
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention

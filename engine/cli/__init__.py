@@ -1,0 +1,1 @@
+"""What the scripts do before and around their work: early checks, the demo, sharing a model."""

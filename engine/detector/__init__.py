@@ -1,0 +1,1 @@
+"""A checkpoint as a ready model: loading, predicting, thresholds, references, sharing."""

@@ -1,0 +1,392 @@
+"""What `compare_feedback_loops.py` does: evaluate the loops of a feedback run beside the runs that it should beat."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dataset.options import HALF
+from dataset.records import metadata_digest
+from engine.config.feedback import MOST_LOOPS
+from engine.data.run_location import arguments_in, load_task_of_run
+from engine.data.task import TaskData, mask_notes
+from engine.detector.detector import UNADAPTED, Detector, build_detector, load_clip_for, unadapted_detector
+from engine.detector.references import ReferenceChoice
+from engine.evaluation.commands import command_line
+from engine.evaluation.comparison import (
+    BASE,
+    CROSS_ATTENTION,
+    Comparison,
+    Row,
+    setting_notes,
+    unfair_notes,
+    write_comparison,
+)
+from engine.evaluation.comparison_cache import read_cache, write_cache
+from engine.evaluation.evaluate import Evaluation, evaluate
+from engine.evaluation.inference import zero_shot_notes
+from engine.evaluation.references import choose_for_dataset, remember_for_dataset
+from engine.evaluation.report import shown_rows, write_report
+from engine.runtime.device import check_compiler, choose_precision
+from engine.runtime.distributed import from_first, join_launch, main_first
+from engine.runtime.run_folder import REPORT_FILE, find_latest, find_loops, loop_file
+from model.blocks import BlockRunner
+from model.checkpoint import TEXT_FILE, Checkpoint, file_digest, read_checkpoint
+from model.clip import FrozenCLIP
+from model.config import COMPONENTS
+from model.scoring import DET_SCORES
+from utils.errors import UserError
+from utils.files import check_folder
+from utils.logging import set_up_logging
+from utils.processes import is_main_process
+
+logger = logging.getLogger(__name__)
+
+CLIP_SETTINGS = ("model_name", "weights_digest", "img_size", "activation")
+CACHE_FILE = "comparison_cache.json"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all rows are evaluated with; overrides: of the model, as `load_model` takes them."""
+
+    data: TaskData
+    device: str
+    precision: str
+    tf32: str
+    compile: bool
+    batch_size: int
+    num_workers: int
+    clip_weights: str | None
+    overrides: Mapping[str, Any]
+    references: ReferenceChoice | None = None
+
+    @property
+    def det_score(self) -> str:
+        return self.overrides.get("det_score") or DET_SCORES[0]
+
+
+def compare_feedback_loops(
+    save_path: Path,
+    dataset: str | None,
+    *,
+    base_path: Path | None = None,
+    cross_path: Path | None = None,
+    unadapted: bool = False,
+    output_dir: Path | None = None,
+    data_root: Path | None = None,
+    metadata: Path | None = None,
+    class_names: str | Path | None = None,
+    mask_threshold: str | float = HALF,
+    skip_bad_images: bool = False,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    cache_images: float = 0.0,
+    device: str = "auto",
+    precision: str = "auto",
+    tf32: str = "on",
+    compile: bool = False,
+    clip_weights: str | None = None,
+    report: bool = False,
+    references: ReferenceChoice | None = None,
+    **overrides: Any,
+) -> int:
+    """Evaluate every loop of a run, and what it is compared with, on the same images: table, `comparison.*` files.
+
+    report: also write `report.html`. references: normal images of each class to compare with, which files then have in
+    their names. What `comparison_cache.json` holds of the same checkpoint, images and references is not evaluated
+    again. Returns the exit status: 1 where a loop's file cannot be read, else 0. Raises `UserError` for a
+    folder without loops, for a base or cross-attention run that cannot be read, and for data, weights and devices that
+    are not there or do not fit.
+    """
+    if dataset is None:
+        raise UserError("--dataset is needed: the dataset to test on, other than the one trained on")
+    set_up_logging()
+    folder = output_dir or save_path
+    files = find_loops(save_path)
+    check_folder(folder, "--output_dir")
+    device = join_launch(device, precision, tf32)
+    if compile:
+        check_compiler(device)
+    others = [
+        Row(name, checkpoint=read_weights(find_latest(path, flag)))
+        for name, flag, path in ((BASE, "--base_path", base_path), (CROSS_ATTENTION, "--cross_path", cross_path))
+        if path is not None
+    ]
+    for row in others:
+        if row.name == CROSS_ATTENTION and not (row.config or {}).get("cross_attention"):
+            raise UserError(f"--cross_path {row.checkpoint.path}: holds no cross-attention; give a base as --base_path")
+    loops = [read_loop(number, file) for number, file in files.items()]
+    rows = [*([Row(UNADAPTED)] if unadapted else []), *others, *loops]
+    run = next((row.config["arguments"] for row in reversed(rows) if row.config), {})
+    with main_first():
+        data = load_task_of_run(run, dataset, data_root, metadata, class_names, skip_bad_images, mask_threshold)
+    data = replace(data, cache_gib=cache_images)
+    setting = Setting(
+        data,
+        device,
+        choose_precision(device, precision),
+        tf32,
+        compile,
+        batch_size,
+        num_workers,
+        clip_weights,
+        overrides,
+        references,
+    )
+    clip = share_clip(rows, setting)
+    if clip is None:
+        logger.warning("No loop can be read, and nothing else says on which CLIP to compare: there are no figures")
+        rows, evaluations, notes = loops, {}, []
+    else:
+        rows, evaluations = evaluate_rows(rows, clip, setting, folder / CACHE_FILE)
+        notes = [*unfair_notes(rows), *setting_notes(rows, clip.settings)]
+    if not is_main_process():
+        return status_of(rows)
+    trained = {row.name: row.config for row in rows}
+    notes = [*zero_shot_notes(trained, data), *mask_notes(data), *broken_notes(save_path, rows), *notes]
+    comparison = Comparison(data.located.spec.name, rows, evaluations, notes, setting.det_score, references)
+    # Not before: a comparison that is stopped leaves nothing but what it need not evaluate again.
+    set_up_logging(folder / "comparison.log")
+    write_comparison(comparison, save_path, folder)
+    if report:
+        models: dict[str, Detector] = {}
+        if shown := {row.name: row for row in shown_rows(comparison)}:
+            models, _ = build_detectors(shown, clip.get(), setting)
+        asked = {
+            "save_path": save_path, "dataset": dataset, "base_path": base_path, "cross_path": cross_path,
+            "unadapted": unadapted, "output_dir": output_dir, "data_root": data_root, "metadata": metadata,
+            "class_names": class_names, "skip_bad_images": skip_bad_images, "clip_weights": clip_weights, **overrides,
+            "precision": None if precision == "auto" else precision, "tf32": None if tf32 == "on" else tf32,
+            "report": True,
+            "mask_threshold": None if mask_threshold == HALF else mask_threshold,
+            **(references.arguments if references else {}),
+        }  # fmt: skip
+        command = command_line("compare_feedback_loops.py", asked)
+        write_report(comparison, models, data, save_path, folder / comparison.file(REPORT_FILE), command)
+    return status_of(rows)
+
+
+def status_of(rows: Sequence[Row]) -> int:
+    """The exit status: 1 where a loop's file cannot be read."""
+    return int(any(row.problem for row in rows))
+
+
+def read_loop(number: int, file: Path) -> Row:
+    """A loop's row; a file that cannot be read, or that is no loop's, gives one that says why."""
+    name = f"Loop {number}"
+    try:
+        checkpoint = read_weights(file)
+        missing = [part for part in COMPONENTS if part not in checkpoint.components]
+        if not (checkpoint.config or {}).get("cross_attention"):
+            missing.append("cross_attention in its config")
+        if missing:
+            raise UserError(f"{file}: not a feedback checkpoint (has no {missing[0]})")
+    except UserError as error:
+        return Row(name, number, problem=str(error))
+    return Row(name, number, checkpoint)
+
+
+def read_weights(file: Path) -> Checkpoint:
+    """A checkpoint without its optimizers, which would fill the memory for nothing."""
+    return replace(read_checkpoint(file), optimizers={})
+
+
+class SharedClip:
+    """The one CLIP under all rows: what its host was trained on, or as asked for; loaded when it is first needed.
+
+    settings: model name, weights' digest, image size and activation, which a host with a config tells beforehand.
+    """
+
+    def __init__(self, host: Checkpoint, setting: Setting) -> None:
+        self.host = host
+        self._setting = setting
+        self._clip: FrozenCLIP | None = None
+        if host.config is None:
+            self.settings = {name: getattr(self.get(), name) for name in CLIP_SETTINGS}
+        else:
+            trained = host.model_config()
+            asked = {name: setting.overrides.get(name) for name in ("img_size", "activation")}
+            self.settings = {name: asked.get(name) or getattr(trained, name) for name in CLIP_SETTINGS}
+
+    def get(self) -> FrozenCLIP:
+        """The CLIP; `UserError` where it cannot be had, or is not the one that the host was trained on."""
+        if self._clip is None:
+            self._clip = load_clip_for(self.host, self._setting.clip_weights, **self._setting.overrides)
+            if self.host.config is not None:
+                advice = "give the file it was trained on with --clip_weights"
+                check_weights(self.host, self._clip.weights_digest, "those loaded", advice)
+        return self._clip
+
+
+def share_clip(rows: Sequence[Row], setting: Setting) -> SharedClip | None:
+    """The CLIP that all rows are evaluated on, which the first loop decides; None where nothing can be read.
+
+    Raises `UserError` where the rows were trained on different weights.
+    """
+    readable = [row for row in rows if row.checkpoint]
+    if not readable:
+        return None
+    # A base of a file without config says nothing of its CLIP: it is taken to be the others'.
+    host = min(readable, key=lambda row: (row.config is None, row.loop is None)).checkpoint
+    clip = SharedClip(host, setting)
+    for row in readable:
+        if row.config is not None:
+            check_weights(row.checkpoint, clip.settings["weights_digest"], str(host.path), "the two do not compare")
+    return clip
+
+
+def check_weights(checkpoint: Checkpoint, digest: str, source: str, advice: str) -> None:
+    """`UserError` for a checkpoint that was trained on other CLIP weights than those of `digest`, from `source`."""
+    config = checkpoint.model_config()
+    if config.weights_digest != digest:
+        raise UserError(
+            f"{checkpoint.path} was trained on other weights of {config.model_name} ({config.weights_digest}) than "
+            f"{source} ({digest}); {advice}"
+        )
+
+
+def evaluate_rows(
+    rows: Sequence[Row], clip: SharedClip, setting: Setting, cache_file: Path
+) -> tuple[list[Row], dict[str, Evaluation]]:
+    """Evaluate rows on one CLIP and one reading of the images, but for what the cache holds.
+
+    Returns the rows, some of which may have turned out to be unreadable, and the metrics of the others by name. Raises
+    `UserError` for a base or cross-attention checkpoint that does not fit the CLIP.
+    """
+    keys = cache_keys(rows, clip.settings, setting)
+    # All processes evaluate the same, whatever of it is on their disks.
+    cache = from_first(lambda: read_cache(cache_file))
+    if cached := [name for name, key in keys.items() if key in cache]:
+        logger.info("Taken from %s, not evaluated again: %s", cache_file, ", ".join(cached))
+    # By key, so that content which two rows share is evaluated once.
+    pending = {keys[row.name]: row for row in rows if not row.problem and keys[row.name] not in cache}
+    if pending:
+        clip.get().run = BlockRunner(compiled=(setting.batch_size,) if setting.compile else ())
+        detectors, problems = build_detectors(pending, clip.get(), setting)
+        rows = [
+            replace(row, checkpoint=None, problem=problems[keys[row.name]]) if keys.get(row.name) in problems else row
+            for row in rows
+        ]
+        if detectors:
+            found = evaluate(
+                detectors, setting.data, setting.device, setting.batch_size, setting.num_workers, setting.precision
+            )
+            cache |= {key: evaluation.classes for key, evaluation in found.items()}
+            if is_main_process():
+                write_cache(cache_file, cache)
+    dataset = setting.data.located.spec.name
+    return list(rows), {
+        row.name: Evaluation(row.name, dataset, cache[keys[row.name]], setting.det_score)
+        for row in rows
+        if not row.problem
+    }
+
+
+def build_detectors(
+    pending: Mapping[str, Row], clip: FrozenCLIP, setting: Setting
+) -> tuple[dict[str, Detector], dict[str, str]]:
+    """Models by key, with the references asked for, and by key what is wrong with loops whose weights do not fit."""
+    detectors: dict[str, Detector] = {}
+    problems: dict[str, str] = {}
+    for key, row in pending.items():
+        if row.checkpoint is None:
+            detectors[key] = unadapted_detector(clip, setting.det_score).to(setting.device)
+            continue
+        try:
+            detectors[key] = build_detector(row.checkpoint, clip, **setting.overrides).to(setting.device)
+        except UserError as error:
+            if row.loop is None:
+                raise
+            problems[key] = str(error)
+    if setting.references is not None:
+        remember_for_dataset(list(detectors.values()), setting.data, setting.references)
+    return detectors, problems
+
+
+def cache_keys(rows: Sequence[Row], clip_settings: Mapping[str, Any], setting: Setting) -> dict[str, str]:
+    """By a row's name, a digest of all that its figures depend on; a row that cannot be read has none."""
+    in_clip_settings = ("img_size", "activation")
+    shared = {
+        "clip": clip_settings,
+        "images": image_digest(setting.data),
+        **({} if setting.data.mask_threshold == HALF else {"mask_threshold": setting.data.mask_threshold}),
+        "prompt_names": setting.data.names,
+        "domain": setting.data.located.spec.domain,
+        "precision": setting.precision,
+        **({} if torch.device(setting.device).type == "cpu" else {"tf32": setting.tf32}),
+        "overrides": {
+            name: value
+            for name, value in setting.overrides.items()
+            if value is not None and name not in in_clip_settings
+        },
+        **reference_key(setting),
+    }
+    return {row.name: digest_of({**shared, "files": file_digests(row)}) for row in rows if not row.problem}
+
+
+def reference_key(setting: Setting) -> dict[str, Any]:
+    """Which normal images of each class figures depend on, by their content, and how they are compared with."""
+    choice = setting.references
+    if choice is None:
+        return {}
+    images = choose_for_dataset(setting.data, choice)
+    digests = {name: sorted(map(file_digest, paths)) for name, paths in images.items()}
+    return {"references": [digests, choice.weight, choice.features]}
+
+
+def file_digests(row: Row) -> list[str]:
+    """SHA-256 of a row's checkpoint file, and of the text side beside it where it may have been taken from there."""
+    if row.checkpoint is None:
+        return []
+    beside = row.checkpoint.path.with_name(TEXT_FILE)
+    files = [row.checkpoint.path, *([beside] if row.config is None and beside.is_file() else [])]
+    return [file_digest(file) for file in files]
+
+
+def image_digest(data: TaskData) -> str:
+    """A digest of the images' list, and of what the file system tells of the files: reading them all would take long.
+
+    The list alone says too little: images of other content may have the same names and labels.
+    """
+    paths = [path for record in data.records for path in (record.image_path, record.mask_path) if path]
+    found = []
+    for path in paths:
+        try:
+            status = (data.located.root / path).stat()
+        except OSError:  # whoever reads it will say so, with its path
+            continue
+        found.append([path, status.st_size, status.st_mtime_ns])
+    return digest_of([metadata_digest(data.records), found])
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of plain data, in hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode("ascii")).hexdigest()
+
+
+def broken_notes(save_path: Path, rows: Sequence[Row]) -> list[str]:
+    """What is wrong with the run's files: loops that cannot be read, and loops that are not there."""
+    notes = [f"{row.name} is unreadable: {row.problem}" for row in rows if row.problem]
+    numbers = {row.loop for row in rows if row.loop is not None}
+    planned = planned_loops(save_path, rows)
+    missing = [number for number in range(1, max(*numbers, planned) + 1) if number not in numbers]
+    if missing:
+        files = ", ".join(map(loop_file, missing))
+        plan = f" (the run planned {planned} loops)" if planned else ""
+        notes.append(f"Missing in {save_path}: {files}{plan}; the others are compared")
+    return notes
+
+
+def planned_loops(save_path: Path, rows: Sequence[Row]) -> int:
+    """How many loops the run was to have, by its checkpoints and its `args.json`; 0 where nothing tells."""
+    arguments = [row.config["arguments"] for row in rows if row.loop is not None and row.config]
+    counts = [item.get("num_feedback_loops") for item in (*arguments, arguments_in(save_path))]
+    return max((count for count in counts if type(count) is int and count <= MOST_LOOPS), default=0)

@@ -1,0 +1,1 @@
+"""Device, processes and the files of a run's folder."""
