@@ -22,7 +22,7 @@ def main() -> int:
     # torch takes seconds: arguments come first
     with importing():
         from engine.detector.references import ReferenceChoice
-        from engine.evaluation.compare import compare_feedback_loops
+        from engine.report.compare import compare_feedback_loops
 
     values = {name: value for name, value in vars(arguments).items() if name not in REFERENCES}
     return compare_feedback_loops(**values, references=ReferenceChoice.of(arguments))

@@ -13,14 +13,31 @@ from utils.processes import check_alone
 
 # Arguments that say which images, where these belong to no dataset.
 OWN_IMAGES = (
-    "image", "calibrate", "false_alarms", "calibration", "normal", "anomalous", "class_name", "class_from_folder",
+    "image",
+    "calibrate",
+    "false_alarms",
+    "calibration",
+    "normal",
+    "anomalous",
+    "class_name",
+    "class_from_folder",
     "domain",
-)  # fmt: skip
+)
 # What changes nothing where images are scored one by one.
 NOT_OF_IMAGES = (
-    "dataset", "data_root", "metadata", "mask_threshold", "batch_size", "num_workers", "cache_images", "precision",
-    "tf32", "compile", "skip_bad_images", "visualize",
-)  # fmt: skip
+    "dataset",
+    "data_root",
+    "metadata",
+    "mask_threshold",
+    "batch_size",
+    "num_workers",
+    "cache_images",
+    "precision",
+    "tf32",
+    "compile",
+    "skip_bad_images",
+    "visualize",
+)
 
 
 def build_parser() -> Parser:

@@ -301,17 +301,36 @@ def table(bench: Bench, rows: Sequence[Row], speeds: dict[str, float]) -> str:
         seconds = statistics.median(row.seconds)
         analytic = bench.analytic_flops(row.stage, row.way, row.cross, row.batch)
         whole = plain.get((row.stage, row.batch))
-        lines.append([
-            row.stage, "on" if row.cross else "off", row.way, str(row.batch), f"{seconds:.3f}",
-            f"{statistics.median(row.processor):.3f}", f"{row.batch / seconds:.3f}", f"{row.gib:.2f}",
-            f"{row.flops / 1e12:.3f}" if row.flops else "-",
-            f"{analytic / 1e12:.3f}", f"{100 * analytic / cost[id(row)] / speeds[row.precision]:.0f} %",
-            f"{whole / cost[id(row)]:.2f}" if whole else "-",
-        ])  # fmt: skip
+        lines.append(
+            [
+                row.stage,
+                "on" if row.cross else "off",
+                row.way,
+                str(row.batch),
+                f"{seconds:.3f}",
+                f"{statistics.median(row.processor):.3f}",
+                f"{row.batch / seconds:.3f}",
+                f"{row.gib:.2f}",
+                f"{row.flops / 1e12:.3f}" if row.flops else "-",
+                f"{analytic / 1e12:.3f}",
+                f"{100 * analytic / cost[id(row)] / speeds[row.precision]:.0f} %",
+                f"{whole / cost[id(row)]:.2f}" if whole else "-",
+            ]
+        )
     header = [
-        "Stage", "Cross-attention", "Way", "Images", "Seconds", "Processor", "Images/s", "GiB", "Counted TFLOP",
-        "Blocks' TFLOP", "Share of product", "Times plain",
-    ]  # fmt: skip
+        "Stage",
+        "Cross-attention",
+        "Way",
+        "Images",
+        "Seconds",
+        "Processor",
+        "Images/s",
+        "GiB",
+        "Counted TFLOP",
+        "Blocks' TFLOP",
+        "Share of product",
+        "Times plain",
+    ]
     return format_table(header, lines)
 
 

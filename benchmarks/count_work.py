@@ -40,8 +40,17 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     sizes = parse_arguments().img_size
-    columns = ["pixels", "tokens", "testing", "Stage 1", "Stage 2", "words see images: Stage 1", "Stage 2",
-               "loop 2 on: Stage 1", "Stage 2"]  # fmt: skip
+    columns = [
+        "pixels",
+        "tokens",
+        "testing",
+        "Stage 1",
+        "Stage 2",
+        "words see images: Stage 1",
+        "Stage 2",
+        "loop 2 on: Stage 1",
+        "Stage 2",
+    ]
     print(f"TFLOP of an image, all of one class\n\n{format_table(columns, [row_of(size) for size in sizes])}\n")
     clip = empty_clip(sizes[0])
     one, four = (stage_of(clip, crossed=False, side="text", classes=NAMES[:count]) for count in (1, 4))
@@ -106,8 +115,9 @@ def work(stage: Stage, names: Sequence[str]) -> float:
     batch: dict[str, Any] = {
         "image": torch.empty(len(names), 3, size, size, device="meta"),
         "mask": torch.empty(len(names), 1, size, size, device="meta"),
-        "label": torch.empty(len(names), dtype=torch.long, device="meta"), "class_name": list(names),
-    }  # fmt: skip
+        "label": torch.empty(len(names), dtype=torch.long, device="meta"),
+        "class_name": list(names),
+    }
 
     def step() -> Tensor:
         total = stage(batch).losses["total"]

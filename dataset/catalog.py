@@ -53,9 +53,22 @@ def same_words(*class_names: str) -> dict[str, str]:
 
 
 _MVTEC_CLASSES = same_words(
-    "bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut", "pill", "screw", "tile",
-    "toothbrush", "transistor", "wood", "zipper",
-)  # fmt: skip
+    "bottle",
+    "cable",
+    "capsule",
+    "carpet",
+    "grid",
+    "hazelnut",
+    "leather",
+    "metal_nut",
+    "pill",
+    "screw",
+    "tile",
+    "toothbrush",
+    "transistor",
+    "wood",
+    "zipper",
+)
 
 _VISA_CLASSES = {
     "candle": "candle",

@@ -40,9 +40,11 @@ class ConversionArguments(Arguments):
     """Arguments of `python -m dataset.convert`."""
 
     source: Path = setting(
-        MISSING, "list in JSON lines, meta.json, COCO file, VisA's folder, or folder of folders", "what to do",
+        MISSING,
+        "list in JSON lines, meta.json, COCO file, VisA's folder, or folder of folders",
+        "what to do",
         word=True,
-    )  # fmt: skip
+    )
     target: Path = setting(MISSING, "folder of the dataset in MVTec's layout, new or not", "what to do", word=True)
     images: Path | None = setting(
         None, "folder that the paths in a list or COCO file are relative to", "data", unset="the file's own"

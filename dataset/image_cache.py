@@ -136,11 +136,7 @@ def square_bytes(kind: Kind, img_size: int) -> int:
 
 
 def square_pair(
-    root: Path,
-    record: Record,
-    img_size: int,
-    mask_threshold: float | str = HALF,
-    kept: ImageCache | None = None,
+    root: Path, record: Record, img_size: int, mask_threshold: float | str = HALF, kept: ImageCache | None = None
 ) -> tuple[Image.Image, Image.Image]:
     """A record's image and its mask, all 0 for a normal image, as squares: the same with `kept` ones and without.
 

@@ -23,9 +23,19 @@ logger = logging.getLogger(__name__)
 
 # What Pillow raises for a damaged file, beside the OSError of most formats.
 _DECODE_ERRORS = (
-    OSError, SyntaxError, ValueError, EOFError, LookupError, ArithmeticError, AttributeError, RuntimeError, TypeError,
-    struct.error, zlib.error, Image.DecompressionBombError,
-)  # fmt: skip
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    RuntimeError,
+    TypeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE_OF_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -19,17 +19,26 @@ class AugmentationConfig:
     """How images are moved (docs/method.md, "Training"); masks always by the nearest pixel, uncovering normal ones."""
 
     augment_fill: str = setting(
-        "mean", "what moving an image uncovers: the mean colour of CLIP's normalisation, or black", "training",
-        choices=("mean", "black"), before="black",
-    )  # fmt: skip
+        "mean",
+        "what moving an image uncovers: the mean colour of CLIP's normalisation, or black",
+        "training",
+        choices=("mean", "black"),
+        before="black",
+    )
     augment_resampling: str = setting(
-        "bilinear", "how a moved image's pixels are found", "training", choices=("bilinear", "nearest"),
+        "bilinear",
+        "how a moved image's pixels are found",
+        "training",
+        choices=("bilinear", "nearest"),
         under={"published": "nearest"},
-    )  # fmt: skip
+    )
     augment_moves: str = setting(
-        "joint", "turn and shift in one resampling, or the normalised image turned, then shifted by whole pixels",
-        "training", choices=("joint", "separate"), under={"published": "separate"},
-    )  # fmt: skip
+        "joint",
+        "turn and shift in one resampling, or the normalised image turned, then shifted by whole pixels",
+        "training",
+        choices=("joint", "separate"),
+        under={"published": "separate"},
+    )
     jitter_first: bool = setting(
         False, "change colours before the image is resized, not after", "training", under={"published": True}
     )

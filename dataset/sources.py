@@ -264,12 +264,16 @@ def _outlines(annotations: Sequence[Mapping[str, Any]], size: tuple[int, int] | 
 def _visa(source: Path, classes: Sequence[str]) -> list[Item]:
     return [
         Item(
-            source / record.image_path, record.label, record.class_name, "bad",
-            None if record.mask_path is None else source / record.mask_path, split,
+            source / record.image_path,
+            record.label,
+            record.class_name,
+            "bad",
+            None if record.mask_path is None else source / record.mask_path,
+            split,
         )
         for split in ("train", "test")
         for record in visa_records(source, classes, split)
-    ]  # fmt: skip
+    ]
 
 
 def _two_folders(source: Path, asked: Asked) -> list[Item]:

@@ -85,10 +85,7 @@ class AdaptedCLIP(nn.Module):
         return self.encode_image(images)
 
     def encode_image(
-        self,
-        images: Tensor,
-        after_first_block: Callable[[Tensor], Tensor] | None = None,
-        with_context: bool = False,
+        self, images: Tensor, after_first_block: Callable[[Tensor], Tensor] | None = None, with_context: bool = False
     ) -> ImageFeatures:
         """`image_features`, with a change of the stream (B, 1 + N, D_v) between the first block and its adapter.
 

@@ -74,9 +74,12 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
         d_t, d_v, d = clip.text_width, clip.vision_width, clip.embed_dim
         chosen = self.cross_config
         same = (
-            chosen.cross_attn_heads, chosen.cross_attn_dropout, chosen.cross_attn_init, chosen.cross_attn_scale,
+            chosen.cross_attn_heads,
+            chosen.cross_attn_dropout,
+            chosen.cross_attn_init,
+            chosen.cross_attn_scale,
             chosen.context_norm,
-        )  # fmt: skip
+        )
         words = d if self.anchors_attend else d_t
         self.text_cross_attn = CrossAttention(words, d, words, chosen.text_cross_attn_weight, *same)
         self.image_cross_attn = CrossAttention(d_v, d_t, d_t, chosen.image_cross_attn_weight, *same)

@@ -125,10 +125,15 @@ class BlockRunner:
         if not (self.checkpointed and torch.is_grad_enabled() and streams[0].requires_grad):
             return function(block, *streams, **of_text)
         return checkpoint(
-            function, block, *streams, use_reentrant=False, preserve_rng_state=False,
+            function,
+            block,
+            *streams,
+            use_reentrant=False,
+            preserve_rng_state=False,
             # A compiled block is one operation, of which no part can be kept.
-            **({} if compiles else {"context_fn": keeping_attention}), **of_text,
-        )  # fmt: skip
+            **({} if compiles else {"context_fn": keeping_attention}),
+            **of_text,
+        )
 
 
 @cache

@@ -289,10 +289,14 @@ def write_shared(folder: Path, checkpoint: Checkpoint) -> None:
     name, model, cross_attention, det_score = checkpoint.shared
     crossed = cross_attention.to_dict() if cross_attention else None
     described = {
-        "format": SHARED_FORMAT, "name": name,
+        "format": SHARED_FORMAT,
+        "name": name,
         "forward": {"model": model.to_dict(), "cross_attention": crossed, "det_score": det_score},
-        "epoch": checkpoint.epoch, "loop": checkpoint.loop, "steps": checkpoint.steps, "config": checkpoint.config,
-    }  # fmt: skip
+        "epoch": checkpoint.epoch,
+        "loop": checkpoint.loop,
+        "steps": checkpoint.steps,
+        "config": checkpoint.config,
+    }
     tensors = {
         f"{component}.{key}": value.detach().cpu().contiguous().clone()
         for component, state in checkpoint.components.items()

@@ -131,10 +131,7 @@ def load_clip(
         )
     if activation is not None and source.activation not in (None, activation):
         logger.warning(
-            "%s needs %s but runs with %s, as asked for (--activation)",
-            source.weights,
-            source.activation,
-            activation,
+            "%s needs %s but runs with %s, as asked for (--activation)", source.weights, source.activation, activation
         )
     chosen = activation or source.activation
     size = check_image_size(model_name, source.model_cfg, img_size)

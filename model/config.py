@@ -69,16 +69,21 @@ class ModelConfig:
     )
     image_adapt_weight: float = setting(0.1, "share of the adapter in the image stream", "adapters", between=(0, 1))
     adapter: str = setting(
-        "bottleneck", "two linears over half the width, or one (the published form)", "adapters", choices=ADAPTERS,
+        "bottleneck",
+        "two linears over half the width, or one (the published form)",
+        "adapters",
+        choices=ADAPTERS,
         under={"published": "linear"},
-    )  # fmt: skip
+    )
     relu: bool = setting(False, "put a LeakyReLU behind the image projectors", "adapters")
     surgery: str = setting(
         "dual",
         "V-V attention of the frozen image features: beside the blocks (CLIP-Surgery), inside (AA-CLIP), or inside and "
         "by mistake over the images of a batch (AA-CLIP's code)",
-        "model", choices=SURGERIES, under={"published": "batch_axis"},
-    )  # fmt: skip
+        "model",
+        choices=SURGERIES,
+        under={"published": "batch_axis"},
+    )
     text_adapted: bool = True
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,13 +110,19 @@ class CrossAttentionConfig:
     """
 
     text_cross_attn_weight: float = setting(
-        0.1, "weight of the text side's residual; 0 is off", "cross-attention", between=(0, 100),
+        0.1,
+        "weight of the text side's residual; 0 is off",
+        "cross-attention",
+        between=(0, 100),
         under={"v1_original": 1.0},
-    )  # fmt: skip
+    )
     image_cross_attn_weight: float = setting(
-        0.1, "weight of the image side's residual; 0 is off", "cross-attention", between=(0, 100),
+        0.1,
+        "weight of the image side's residual; 0 is off",
+        "cross-attention",
+        between=(0, 100),
         under={"v1_original": 1.0},
-    )  # fmt: skip
+    )
     cross_attn_heads: int = setting(
         8, "attention heads, which must divide the text width", "cross-attention", between=(1, 1024)
     )
@@ -119,32 +130,46 @@ class CrossAttentionConfig:
         0.1, "dropout of the attention weights while training", "cross-attention", between=(0, 0.99)
     )
     context_norm: str = setting(
-        "unit", "context tokens of length 1, context and queries layer-normalised, or both as they are (none, the old "
-        "behaviour)", "cross-attention", choices=CONTEXT_NORMS, under={"v1": "none", "v1_original": "none"},
-    )  # fmt: skip
+        "unit",
+        "context tokens of length 1, context and queries layer-normalised, or both as they are (none, the old "
+        "behaviour)",
+        "cross-attention",
+        choices=CONTEXT_NORMS,
+        under={"v1": "none", "v1_original": "none"},
+    )
     cross_attn_residual: str = setting(
-        "add", "add a branch's output, or match its length to the stream's and blend: its weight is then its share",
-        "cross-attention", choices=CROSS_ATTN_RESIDUALS,
-    )  # fmt: skip
+        "add",
+        "add a branch's output, or match its length to the stream's and blend: its weight is then its share",
+        "cross-attention",
+        choices=CROSS_ATTN_RESIDUALS,
+    )
     cross_attn_init: str = setting(
-        "xavier", "start of the output projection; zero starts a run exactly at its base", "cross-attention",
+        "xavier",
+        "start of the output projection; zero starts a run exactly at its base",
+        "cross-attention",
         choices=CROSS_ATTN_INITS,
-    )  # fmt: skip
+    )
     cross_attn_scale: str = setting(
         "fixed", "the two weights as they are, or learned from there", "cross-attention", choices=CROSS_ATTN_SCALES
     )
     text_cross_attn_at: str = setting(
-        "first_block", "what looks at the image: the words after the first text block, or the two anchors, always "
-        "matched", "cross-attention", choices=TEXT_CROSS_ATTN_PLACES,
-    )  # fmt: skip
+        "first_block",
+        "what looks at the image: the words after the first text block, or the two anchors, always matched",
+        "cross-attention",
+        choices=TEXT_CROSS_ATTN_PLACES,
+    )
     text_conditioning: str = setting(
-        "image", "what anchors see: each image, in Stage 1 the mean of the batch, or no image", "cross-attention",
+        "image",
+        "what anchors see: each image, in Stage 1 the mean of the batch, or no image",
+        "cross-attention",
         choices=TEXT_CONDITIONINGS,
-    )  # fmt: skip
+    )
     text_context: str = setting(
-        "frozen", "image features that anchors see: of the frozen or of the trained branch", "cross-attention",
+        "frozen",
+        "image features that anchors see: of the frozen or of the trained branch",
+        "cross-attention",
         choices=TEXT_CONTEXTS,
-    )  # fmt: skip
+    )
     cross_attn_active: bool = True
 
     @property

@@ -60,11 +60,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, queries: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         """queries (B, T, C_q) and context (B, M, C_c) -> (B, T, C_q); mask (B, M) is True where a token is real."""
-        q, k, v = (
-            self._queries(queries),
-            self._heads(self.k_proj, context),
-            self._heads(self.v_proj, context),
-        )
+        q, k, v = (self._queries(queries), self._heads(self.k_proj, context), self._heads(self.v_proj, context))
         attended = F.scaled_dot_product_attention(
             q,
             k,

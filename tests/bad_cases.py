@@ -56,14 +56,17 @@ CONVERT = "dataset/convert.py"
 
 _DATA = {"dataset": "images", "device": "cpu"}
 _TRAINING = {
-    **_DATA, "model_name": "local-dir:clip", "shot": 8, "text_batch_size": 4, "num_workers": 0, "tracker": "none",
+    **_DATA,
+    "model_name": "local-dir:clip",
+    "shot": 8,
+    "text_batch_size": 4,
+    "num_workers": 0,
+    "tracker": "none",
     "save_path": "new",
-}  # fmt: skip
+}
 _EPOCHS = {"text_epoch": 1, "image_epoch": 1}
 _LOOPS = {"num_feedback_loops": 1, "text_epochs_per_loop": 1, "image_epochs_per_loop": 1}
-_BASE = {
-    "load_base_text_adapter": "base/text_adapter.pth", "load_base_image_adapter": "base/image_adapter.pth",
-}  # fmt: skip
+_BASE = {"load_base_text_adapter": "base/text_adapter.pth", "load_base_image_adapter": "base/image_adapter.pth"}
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,7 @@ SCRIPTS = {
     V2: Script(FeedbackConfig, {**_TRAINING, **_LOOPS, **_BASE}),
     V1: Script(FeedbackConfig, {**_TRAINING, **_LOOPS, **_BASE}),
     TEST: Script(
-        InferenceArguments,
-        {**_DATA, "num_workers": 0, "checkpoint": "base/image_adapter.pth", "output_dir": "new"},
+        InferenceArguments, {**_DATA, "num_workers": 0, "checkpoint": "base/image_adapter.pth", "output_dir": "new"}
     ),
     COMPARE: Script(
         ComparisonArguments,
@@ -96,7 +98,7 @@ SCRIPTS = {
         ExportArguments, {"checkpoint": "base/image_adapter.pth", "class_name": "felt", "output": "new.onnx"}
     ),
     PRETRAIN: Script(PretrainArguments, {"drawings": 256, "epochs": 1, "output": "new", "work": "new_work"}),
-}  # fmt: skip
+}
 
 
 def words_of(values: Values) -> tuple[str, ...]:
@@ -171,12 +173,20 @@ def flags(script: str) -> Iterator[Case]:
 def run_py() -> Iterator[Case]:
     """`run.py` has no dataclass of arguments, and must not set anything up for a command that is wrong."""
     for arguments, says in (
-        ((), "command"), (("nosuch",), "nosuch"), (("--nosuch",), "command"), (("--nosuch", "demo"), "--nosuch"),
-        (("",), "''"), (("\udcff",), "command"), (("demo", "--torch-index"), "--torch-index"),
-        (("--torch-index", "https://example.org"), "command"), (("--torch-index", "", "demo"), "--torch-index"),
-        (("--torch-index", "nosuch", "demo"), "--torch-index"), (("--torch-inde", "x", "demo"), "choose from"),
-        (("Demo",), "Demo"), (("-x", "test"), "-x"),
-    ):  # fmt: skip
+        ((), "command"),
+        (("nosuch",), "nosuch"),
+        (("--nosuch",), "command"),
+        (("--nosuch", "demo"), "--nosuch"),
+        (("",), "''"),
+        (("\udcff",), "command"),
+        (("demo", "--torch-index"), "--torch-index"),
+        (("--torch-index", "https://example.org"), "command"),
+        (("--torch-index", "", "demo"), "--torch-index"),
+        (("--torch-index", "nosuch", "demo"), "--torch-index"),
+        (("--torch-inde", "x", "demo"), "choose from"),
+        (("Demo",), "Demo"),
+        (("-x", "test"), "-x"),
+    ):
         yield Case(RUN, "flags", arguments, says, stand_in=nothing_installed)
 
 
@@ -206,15 +216,35 @@ def no_environment() -> Iterator[Case]:
 
 LONG = "x" * 300
 TEXTS = {
-    "dataset": ["nosuch", "", "  ", "\udcff", "~nosuchuser/images", LONG * 20, "clip/nothing", "clip",
-                "base/args.json"],
+    "dataset": [
+        "nosuch",
+        "",
+        "  ",
+        "\udcff",
+        "~nosuchuser/images",
+        LONG * 20,
+        "clip/nothing",
+        "clip",
+        "base/args.json",
+    ],
     "eval_dataset": ["nosuch", "clip", "VisA"],
     "device": ["", "tpu", "cuda:x", "cuda:99", "cuda:-1", "cpu:0", "mps:1", "CPU", "\udcff"],
-    "model_name": ["", "nosuch", "local-dir:", "local-dir:nowhere", "local-dir:images", "../..", "\udcff", LONG * 20,
-                   "hf-hub:nobody/nothing", "RN50", "local-dir:clip/open_clip_config.json"],
+    "model_name": [
+        "",
+        "nosuch",
+        "local-dir:",
+        "local-dir:nowhere",
+        "local-dir:images",
+        "../..",
+        "\udcff",
+        LONG * 20,
+        "hf-hub:nobody/nothing",
+        "RN50",
+        "local-dir:clip/open_clip_config.json",
+    ],
     "mask_threshold": ["", "0", "1.01", "-0.5", "half", "Nonzero", "nan", "inf", "\udcff", LONG * 20],
     "clip_weights": ["nowhere.pt", "images", "base/args.json", "base/history.jsonl", LONG * 20, "\udcff"],
-}  # fmt: skip
+}
 
 
 def texts(script: str) -> Iterator[Case]:
@@ -234,9 +264,19 @@ def class_names_of_prompts() -> Iterator[Case]:
 # Paths
 
 BAD_PATHS = [
-    "", " ", "a\0b", "~nosuchuser/x", LONG, f"{LONG}/below", LONG * 20, "\udcff/x", "case/circle", "case/circle/below",
-    "case/file/below", "case/dangling",
-]  # fmt: skip
+    "",
+    " ",
+    "a\0b",
+    "~nosuchuser/x",
+    LONG,
+    f"{LONG}/below",
+    LONG * 20,
+    "\udcff/x",
+    "case/circle",
+    "case/circle/below",
+    "case/file/below",
+    "case/dangling",
+]
 # Those are files, and there: bad as input of another kind, or as a folder to write to.
 BAD_INPUTS = [*BAD_PATHS, "nowhere/at/all", "case/locked/x", "case/file", "case/empty", "case/folder", "/dev/null"]
 BAD_OUTPUTS = [*BAD_PATHS, "case/file", "/dev/null", "/proc/none/x", "case/locked/x", "case/pipe"]
@@ -318,9 +358,13 @@ def paths_out(script: str) -> Iterator[Case]:
             for path in BAD_OUTPUTS:
                 yield case(script, "paths out", "", {item.name: path}, **stand_in_for(path))
             yield case(
-                script, "paths out", "disk is full", {item.name: "case/locked/x"}, prepare=strange_files,
+                script,
+                "paths out",
+                "disk is full",
+                {item.name: "case/locked/x"},
+                prepare=strange_files,
                 stand_in=partial(refusing, errno.ENOSPC, writing_only=True),
-            )  # fmt: skip
+            )
 
 
 def defaults_out() -> Iterator[Case]:
@@ -335,11 +379,17 @@ def defaults_out() -> Iterator[Case]:
         file_at("case/base/results")
 
     for script, name, path in (
-        (TRAIN, "save_path", "ckpt"), (TRAIN, "save_path", "ckpt/base"), (CROSS, "save_path", "ckpt/cross_attention"),
-        (V2, "save_path", "ckpt/feedback"), (V1, "save_path", "ckpt"), (DRAW, "output_dir", "results"),
-        (DRAW, "output_dir", "results/visualize"), (GRADIENTS, "output_dir", "runs"), (PRETRAIN, "output", "ckpt"),
+        (TRAIN, "save_path", "ckpt"),
+        (TRAIN, "save_path", "ckpt/base"),
+        (CROSS, "save_path", "ckpt/cross_attention"),
+        (V2, "save_path", "ckpt/feedback"),
+        (V1, "save_path", "ckpt"),
+        (DRAW, "output_dir", "results"),
+        (DRAW, "output_dir", "results/visualize"),
+        (GRADIENTS, "output_dir", "runs"),
+        (PRETRAIN, "output", "ckpt"),
         (PRETRAIN, "work", "runs/toy_clip"),
-    ):  # fmt: skip
+    ):
         yield case(script, "paths out", path, {name: None}, prepare=partial(file_at, path))
     for checkpoint in ("case/base", "case/base/image_adapter.pth"):
         changes = {"output_dir": None, "checkpoint": checkpoint}
@@ -400,7 +450,7 @@ DATASETS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "image cut off": (IMAGE, lambda folder: overwrite(IMAGE, (folder / IMAGE).read_bytes()[:100])(folder)),
     "image of a huge size": (IMAGE, overwrite(IMAGE, HUGE)),
     "image not finite": ("000.tiff", infinite_values),
-}  # fmt: skip
+}
 
 
 WITHOUT_MASKS = ("mask missing", "masks missing", "mask a folder", "mask a pipe")
@@ -421,9 +471,12 @@ def datasets() -> Iterator[Case]:
                 continue
             yield case(script, "datasets", says, changes, prepare=changed_images(change), what=name, **more)
     for changes, says in (
-        ({"shot": 9}, "--shot 9"), ({"shot": 100_000}, "--shot"), ({"dataset": "VisA", "data_root": "images"}, "VisA"),
-        ({"dataset": "MVTec"}, "data"), ({"dataset": "Brain"}, "data"),
-    ):  # fmt: skip
+        ({"shot": 9}, "--shot 9"),
+        ({"shot": 100_000}, "--shot"),
+        ({"dataset": "VisA", "data_root": "images"}, "VisA"),
+        ({"dataset": "MVTec"}, "data"),
+        ({"dataset": "Brain"}, "data"),
+    ):
         for script in (TRAIN, CROSS, V2):
             yield case(script, "datasets", says, changes)
     for fraction in (0.5,):
@@ -440,8 +493,10 @@ COCO = {
     "annotations": [{"image_id": 1, "segmentation": [[1, 1, 5, 1, 5, 5]]}],
 }
 SOURCES: list[tuple[Any, str]] = [
-    *(([{**ROWS[0], "image_path": value}], "list.json: image 1: image_path")
-      for value in (None, "", 3, [], "nowhere.png", "a\0b", "\ud800", "images/felt", LONG * 20)),
+    *(
+        ([{**ROWS[0], "image_path": value}], "list.json: image 1: image_path")
+        for value in (None, "", 3, [], "nowhere.png", "a\0b", "\ud800", "images/felt", LONG * 20)
+    ),
     *(([{**ROWS[0], "label": value}], "list.json: image 1: label") for value in (2, None, [], "perhaps", 0.5)),
     *(([{**ROWS[0], "class_name": value}], "list.json: image 1: class_name") for value in (None, "", 3, [])),
     ([{**ROWS[0], "label": 1, "mask_path": "nowhere.png"}], "list.json: image 1: mask_path"),
@@ -449,29 +504,53 @@ SOURCES: list[tuple[Any, str]] = [
     ([{**ROWS[0], "class_name": "Test"}], "a class cannot be called test"),
     ([ROWS[0], {**ROWS[0], "label": 1}], "both normal and anomalous"),
     ([ROWS[0], {**ROWS[0], "image_path": "outside/evil.txt"}], "evil.txt"),
-    ([], "no images"), ([3], "image 1"), ("text", "list.json:1"), ({}, "list.json"), (3, "list.json:1"),
-    ({"test": {"felt": 3}}, "must be a list"), ({"test": {"felt": [3]}}, "test, felt, image 1"),
+    ([], "no images"),
+    ([3], "image 1"),
+    ("text", "list.json:1"),
+    ({}, "list.json"),
+    (3, "list.json:1"),
+    ({"test": {"felt": 3}}, "must be a list"),
+    ({"test": {"felt": [3]}}, "test, felt, image 1"),
     *(({**COCO, key: value}, f"list.json: {key}") for key in COCO for value in (None, 3, "x", [3], [[]], {})),
-    ({"images": COCO["images"]}, "annotations"), ({**COCO, "images": []}, "annotations[0].image_id"),
+    ({"images": COCO["images"]}, "annotations"),
+    ({**COCO, "images": []}, "annotations[0].image_id"),
     ({**COCO, "images": COCO["images"] * 2}, "same id"),
-    *(({**COCO, "images": [{**COCO["images"][0], key: value}]}, "list.json: images[0]")
-      for key, value in (("file_name", "nowhere.png"), ("file_name", 3), ("id", [1]), ("width", "x"))),
+    *(
+        ({**COCO, "images": [{**COCO["images"][0], key: value}]}, "list.json: images[0]")
+        for key, value in (("file_name", "nowhere.png"), ("file_name", 3), ("id", [1]), ("width", "x"))
+    ),
     ({**COCO, "images": [{**COCO["images"][0], "width": 9, "height": 9}]}, "9 x 9"),
-    *(({**COCO, "annotations": [{"image_id": 1, **annotation}]}, "list.json: annotations[0]")
-      for annotation in ({}, {"bbox": [1, 2, 3]}, {"bbox": [1, 2, -3, 4]}, {"bbox": "x"}, {"segmentation": "rle"},
-                         {"segmentation": {"counts": [1], "size": [2, 2]}}, {"segmentation": [[1, 2]]},
-                         {"segmentation": [["x"] * 6]}, {"segmentation": [3, 4]}, {"bbox": [None] * 4})),
+    *(
+        ({**COCO, "annotations": [{"image_id": 1, **annotation}]}, "list.json: annotations[0]")
+        for annotation in (
+            {},
+            {"bbox": [1, 2, 3]},
+            {"bbox": [1, 2, -3, 4]},
+            {"bbox": "x"},
+            {"segmentation": "rle"},
+            {"segmentation": {"counts": [1], "size": [2, 2]}},
+            {"segmentation": [[1, 2]]},
+            {"segmentation": [["x"] * 6]},
+            {"segmentation": [3, 4]},
+            {"bbox": [None] * 4},
+        )
+    ),
     ({**COCO, "annotations": [{"image_id": 1, "bbox": [900, 900, 3, 3]}]}, "lie outside"),
     ({**COCO, "annotations": [{"image_id": 7, "bbox": [1, 1, 3, 3]}]}, "is of no image"),
-]  # fmt: skip
+]
 
 
 def conversions() -> Iterator[Case]:
     """`python -m dataset.convert`: sources that are nothing, and targets that cannot be written."""
     for arguments, says in (
-        ((), "SOURCE"), (("images",), "TARGET"), (("images", "new", "more"), "more"), (("", "new"), "SOURCE"),
-        (("images", "new", "--nosuch"), "--nosuch"), (("images", "new"), "MVTec's layout already"),
-        (("clip", "new"), "expected a folder good"), (("nowhere", "new"), "no such file or folder"),
+        ((), "SOURCE"),
+        (("images",), "TARGET"),
+        (("images", "new", "more"), "more"),
+        (("", "new"), "SOURCE"),
+        (("images", "new", "--nosuch"), "--nosuch"),
+        (("images", "new"), "MVTec's layout already"),
+        (("clip", "new"), "expected a folder good"),
+        (("nowhere", "new"), "no such file or folder"),
         (("images/felt/test", ""), "TARGET"),
         (("images/felt/test", "new", "--normal", "nowhere"), "no such folder"),
         (("images/felt/test", "new", "--images", "images"), "--images"),
@@ -479,7 +558,7 @@ def conversions() -> Iterator[Case]:
         (("case/list.json", "new", "--normal", "good"), "--normal"),
         (("images/felt/test", "new", "--class_name", " "), "--class_name"),
         (("images/felt/test", "new", "--class_name", "test"), "cannot be called test"),
-    ):  # fmt: skip
+    ):
         yield Case(CONVERT, "conversions", arguments, says, partial((CASE / "list.json").write_text, "[]"))
     for content, says in SOURCES:
         prepare = partial((CASE / "list.json").write_text, json.dumps(content), encoding="utf-8")
@@ -528,34 +607,69 @@ ROW = {"image_path": IMAGE, "label": 1, "class_name": "felt", "mask_path": MASK}
 TIE = {"schema": 1, "dataset": "images", "layout": "mvtec", "classes": ["bolt", "felt"]}
 DEEP = "[" * 100_000
 METADATA: list[tuple[bytes, str]] = [
-    *((json.dumps({**ROW, key: value}).encode(), f"own.jsonl:1: {key}")
-      for key in ("image_path", "class_name", "mask_path") for value in (None, "", " ", 3, True, [], {}, 1e300)),
-    *((json.dumps({name: value for name, value in ROW.items() if name != key}).encode(), f"own.jsonl:1: {key}")
-      for key in ROW),
-    *((json.dumps({**ROW, "label": value}).encode(), "own.jsonl:1: label")
-      for value in (2, -1, 0.5, None, "maybe", [], {}, 1e300)),
-    *((json.dumps({**ROW, key: value}).encode(), f"own.jsonl:1: {key}")
-      for key in ("image_path", "mask_path")
-      for value in ("../../outside/evil.txt", "/etc/passwd", "a\0b", "..", "\udcff\ud800")),
+    *(
+        (json.dumps({**ROW, key: value}).encode(), f"own.jsonl:1: {key}")
+        for key in ("image_path", "class_name", "mask_path")
+        for value in (None, "", " ", 3, True, [], {}, 1e300)
+    ),
+    *(
+        (json.dumps({name: value for name, value in ROW.items() if name != key}).encode(), f"own.jsonl:1: {key}")
+        for key in ROW
+    ),
+    *(
+        (json.dumps({**ROW, "label": value}).encode(), "own.jsonl:1: label")
+        for value in (2, -1, 0.5, None, "maybe", [], {}, 1e300)
+    ),
+    *(
+        (json.dumps({**ROW, key: value}).encode(), f"own.jsonl:1: {key}")
+        for key in ("image_path", "mask_path")
+        for value in ("../../outside/evil.txt", "/etc/passwd", "a\0b", "..", "\udcff\ud800")
+    ),
     *((json.dumps({**ROW, "image_path": value}).encode(), "") for value in ("gone.png", "felt", LONG * 20)),
     *((json.dumps({**ROW, "mask_path": value}).encode(), "") for value in ("gone.png", "felt", IMAGE + "/x")),
-    *((json.dumps({**TIE, key: value}).encode() + b"\n" + json.dumps(ROW).encode(), "own.jsonl")
-      for key, value in (("schema", 2), ("schema", True), ("dataset", 3), ("dataset", "VisA"), ("classes", "felt"),
-                         ("classes", [3]), ("layout", None))),
+    *(
+        (json.dumps({**TIE, key: value}).encode() + b"\n" + json.dumps(ROW).encode(), "own.jsonl")
+        for key, value in (
+            ("schema", 2),
+            ("schema", True),
+            ("dataset", 3),
+            ("dataset", "VisA"),
+            ("classes", "felt"),
+            ("classes", [3]),
+            ("layout", None),
+        )
+    ),
     (json.dumps({**ROW, "class_name": LONG * 20}).encode(), "class_name"),
     (json.dumps(TIE).encode(), "lists no image"),
-    (b"", "lists no image"), (b"\n \n", "lists no image"), (b"\xff\xfe\x00", "UTF-8"), (b"{", "own.jsonl:1"),
-    (b"[]", "own.jsonl:1"), (b"3", "own.jsonl:1"), (b"null", "own.jsonl:1"), (b"\x00", "own.jsonl:1"),
-    (DEEP.encode(), "nested"), (json.dumps(ROW).encode() + b"\n{]", "own.jsonl:2"), (b"9" * 5000, "own.jsonl:1"),
-    (b'{"image_path": ' + b"9" * 5000 + b"}", "own.jsonl:1"),
-]  # fmt: skip
-CLASS_NAMES: list[tuple[bytes, str]] = [
-    (b"", "JSON"), (b"\xff", "UTF-8"), (b"[]", "object"), (b'"felt"', "object"), (b"{", "JSON"),
+    (b"", "lists no image"),
+    (b"\n \n", "lists no image"),
+    (b"\xff\xfe\x00", "UTF-8"),
+    (b"{", "own.jsonl:1"),
+    (b"[]", "own.jsonl:1"),
+    (b"3", "own.jsonl:1"),
+    (b"null", "own.jsonl:1"),
+    (b"\x00", "own.jsonl:1"),
     (DEEP.encode(), "nested"),
-    (b'{"felt": 3}', "felt"), (b'{"felt": ""}', "felt"), (b'{"felt": null}', "felt"), (b'{"felt": {"a": 1}}', "felt"),
-    (b'{"nosuch": "x"}', "nosuch"), (json.dumps({"felt": LONG * 20}).encode(), ""), (b"null", "object"),
+    (json.dumps(ROW).encode() + b"\n{]", "own.jsonl:2"),
+    (b"9" * 5000, "own.jsonl:1"),
+    (b'{"image_path": ' + b"9" * 5000 + b"}", "own.jsonl:1"),
+]
+CLASS_NAMES: list[tuple[bytes, str]] = [
+    (b"", "JSON"),
+    (b"\xff", "UTF-8"),
+    (b"[]", "object"),
+    (b'"felt"', "object"),
+    (b"{", "JSON"),
+    (DEEP.encode(), "nested"),
+    (b'{"felt": 3}', "felt"),
+    (b'{"felt": ""}', "felt"),
+    (b'{"felt": null}', "felt"),
+    (b'{"felt": {"a": 1}}', "felt"),
+    (b'{"nosuch": "x"}', "nosuch"),
+    (json.dumps({"felt": LONG * 20}).encode(), ""),
+    (b"null", "object"),
     (b"9" * 5000, ""),
-]  # fmt: skip
+]
 
 
 def lists() -> Iterator[Case]:
@@ -604,12 +718,25 @@ def sparse(value: Tensor) -> Tensor:
 
 
 TENSORS: list[Any] = [
-    ..., "text", None, 3, [1.0], sparse, Tensor.long, lambda value: value.to(torch.complex64),
-    lambda value: value.to("meta"), lambda value: value * float("nan"), lambda value: value / 0, Tensor.flatten,
-    lambda value: value[:0], lambda value: value.bool(), lambda value: torch.zeros(1).expand(10**7),
+    ...,
+    "text",
+    None,
+    3,
+    [1.0],
+    sparse,
+    Tensor.long,
+    lambda value: value.to(torch.complex64),
+    lambda value: value.to("meta"),
+    lambda value: value * float("nan"),
+    lambda value: value / 0,
+    Tensor.flatten,
+    lambda value: value[:0],
+    lambda value: value.bool(),
+    lambda value: torch.zeros(1).expand(10**7),
     lambda value: {"inside": value},
-    lambda value: value[None], lambda value: torch.zeros(3),
-]  # fmt: skip
+    lambda value: value[None],
+    lambda value: torch.zeros(3),
+]
 CONFIG = ("config", "model")
 OF_CHECKPOINTS: list[Damage] = [
     *at(("image_adapter",), ..., "text", 3, [], {0: torch.zeros(1)}, {"x": torch.zeros(1)}, nested, {}),
@@ -622,10 +749,24 @@ OF_CHECKPOINTS: list[Damage] = [
     *at(("config", "metadata_digest"), ..., 3),
     *at(("config", "seed"), ..., "0", 10**30),
     *at((*CONFIG,), ..., "text", {}),
-    *(damaged for name in ("model_name", "weights_digest", "activation", "img_size", "levels", "text_adapt_until",
-                           "image_adapt_until", "surgery_until_layer", "text_adapt_weight", "adapter", "relu",
-                           "surgery")
-      for damaged in at((*CONFIG, name), ..., None, {"a": 1})),
+    *(
+        damaged
+        for name in (
+            "model_name",
+            "weights_digest",
+            "activation",
+            "img_size",
+            "levels",
+            "text_adapt_until",
+            "image_adapt_until",
+            "surgery_until_layer",
+            "text_adapt_weight",
+            "adapter",
+            "relu",
+            "surgery",
+        )
+        for damaged in at((*CONFIG, name), ..., None, {"a": 1})
+    ),
     *at((*CONFIG, "img_size"), "24", 0, -8, 10**9, 25, 24.0, float("nan"), True),
     *at((*CONFIG, "levels"), "all", [0], [99], [1, "x"], [1.5], says="levels"),
     *at((*CONFIG, "activation"), "relu"),
@@ -633,8 +774,8 @@ OF_CHECKPOINTS: list[Damage] = [
     *at((*CONFIG, "text_adapt_until"), 99, -1, "2", 3, says="text_adapt"),
     *at((*CONFIG, "surgery_until_layer"), 0, 99, "x", says="surgery"),
     *at((*CONFIG, "text_adapt_weight"), 7.0, float("inf"), "0.1"),
-    *at((*CONFIG, "nosuch"), says="nosuch")
-]  # fmt: skip
+    *at((*CONFIG, "nosuch"), says="nosuch"),
+]
 OF_CHECKPOINTS += [
     *at(("epoch",), -1, "x", float("nan"), 10**30, [1], True),
     *at(("loop",), 0, "x", 1.5),
@@ -642,7 +783,7 @@ OF_CHECKPOINTS += [
     *at(("image_optimizer",), "text", 3, [], {"state": {}}),
     *at(("image_optimizer", "param_groups"), ..., {}, [3], [{}]),
     *at(("image_optimizer", "state", 0), [], "x", {"exp_avg": "x"}, says="image_optimizer"),
-]  # fmt: skip
+]
 OF_CROSSED: list[Damage] = [
     *at(("image_cross_attn",), ..., "text", {"x": torch.zeros(1)}),
     *at(("config", "cross_attention"), "text", 3, [1], {"nosuch": 1}),
@@ -651,7 +792,7 @@ OF_CROSSED: list[Damage] = [
     *at(("config", "cross_attention", "text_context"), "nonsense"),
     *at(("config", "cross_attention", "image_cross_attn_weight"), float("inf"), -1.0, "0.1", 1e300),
     *at(("config", "cross_attention", "cross_attn_scale"), "learned", 3, says="cross_attn"),
-]  # fmt: skip
+]
 
 # What reads a checkpoint, and the flag that names it; a base takes no cross-attention.
 READERS = [
@@ -678,8 +819,13 @@ def checkpoints() -> Iterator[Case]:
     for path, change, says in OF_CROSSED:
         prepare = partial(write_damaged, "cross/training_state.pth", path, change)
         yield reading(*next(crossed), says, prepare, (path, change))
-    for script, flag in [*READERS, (DRAW, "cross_path"), (COMPARE, "cross_path"), (CROSS, "load_base_image_adapter"),
-                         (CROSS, "load_base_text_adapter")]:  # fmt: skip
+    for script, flag in [
+        *READERS,
+        (DRAW, "cross_path"),
+        (COMPARE, "cross_path"),
+        (CROSS, "load_base_image_adapter"),
+        (CROSS, "load_base_text_adapter"),
+    ]:
         for content in (b"", b"no checkpoint", b"PK\3\4 and no more", b"\x80\2.", None):
             prepare = truncated if content is None else partial(FILE.write_bytes, content)
             yield reading(script, flag, "case", prepare)
@@ -735,39 +881,74 @@ def older_files() -> Iterator[Case]:
 def folders_of_checkpoints() -> Iterator[Case]:
     """Folders in which no run is, or not the one that is meant, and files given for folders."""
     for script, flag, path, says in (
-        (TEST, "checkpoint", "clip", "no checkpoints"), (TEST, "checkpoint", "base/nosuch.pth", "image_adapter"),
+        (TEST, "checkpoint", "clip", "no checkpoints"),
+        (TEST, "checkpoint", "base/nosuch.pth", "image_adapter"),
         (TEST, "checkpoint", "base/text_adapter.pth", "text side only"),
-        (COMPARE, "save_path", "base", "loop"), (COMPARE, "save_path", "base/image_adapter.pth", "folder"),
-        (COMPARE, "save_path", "nowhere", "no such"), (COMPARE, "base_path", "images", "--base_path"),
-        (COMPARE, "cross_path", "base", "no cross-attention"), (COMPARE, "base_path", "base/nosuch.pth", "--base_path"),
-        (DRAW, "cross_path", "base", "no cross-attention"), (DRAW, "feedback_path", "base", "loop"),
-        (DRAW, "base_path", "clip", "--base_path"), (DRAW, "feedback_loop", "1", ""),
-        (GRADIENTS, "checkpoint", "base", "base"), (GRADIENTS, "checkpoint", "base/text_adapter.pth", "text side only"),
+        (COMPARE, "save_path", "base", "loop"),
+        (COMPARE, "save_path", "base/image_adapter.pth", "folder"),
+        (COMPARE, "save_path", "nowhere", "no such"),
+        (COMPARE, "base_path", "images", "--base_path"),
+        (COMPARE, "cross_path", "base", "no cross-attention"),
+        (COMPARE, "base_path", "base/nosuch.pth", "--base_path"),
+        (DRAW, "cross_path", "base", "no cross-attention"),
+        (DRAW, "feedback_path", "base", "loop"),
+        (DRAW, "base_path", "clip", "--base_path"),
+        (DRAW, "feedback_loop", "1", ""),
+        (GRADIENTS, "checkpoint", "base", "base"),
+        (GRADIENTS, "checkpoint", "base/text_adapter.pth", "text side only"),
         (CROSS, "load_base_image_adapter", "base/text_adapter.pth", "image_adapter"),
         (CROSS, "load_base_text_adapter", "cross/text_adapter_cross_attn.pth", "not a base"),
         (CROSS, "load_base_image_adapter", "feedback/loop_1_final.pth", "feedback checkpoint"),
-        (CROSS, "load_base_text_adapter", "base", "base"), (V2, "load_base_text_adapter", "clip/nosuch", "no such"),
-    ):  # fmt: skip
+        (CROSS, "load_base_text_adapter", "base", "base"),
+        (V2, "load_base_text_adapter", "clip/nosuch", "no such"),
+    ):
         changes = {"feedback_path": "feedback", flag: 7} if flag == "feedback_loop" else {flag: path}
         yield case(script, "checkpoints", says, changes)
 
 
 # Runs to go on with
 
-RUNS = {"base": (TRAIN, {**_TRAINING, "shot": 4, "text_lr": 1e-3, "image_lr": 1e-3, "text_epoch": 1, "image_epoch": 3}),
-        "cross": (CROSS, {**_TRAINING, "shot": 4, "text_lr": 1e-3, "image_lr": 1e-3, "text_epoch": 1, "image_epoch": 3,
-                          **_BASE, "load_base_image_adapter": "base/image_adapter_1.pth"}),
-        "feedback": (V2, {**_TRAINING, "shot": 4, "text_lr": 1e-3, "image_lr": 1e-3, "num_feedback_loops": 2,
-                          "text_epochs_per_loop": 1, "image_epochs_per_loop": 3, **_BASE,
-                          "load_base_image_adapter": "base/image_adapter_1.pth"})}  # fmt: skip
+RUNS = {
+    "base": (TRAIN, {**_TRAINING, "shot": 4, "text_lr": 1e-3, "image_lr": 1e-3, "text_epoch": 1, "image_epoch": 3}),
+    "cross": (
+        CROSS,
+        {
+            **_TRAINING,
+            "shot": 4,
+            "text_lr": 1e-3,
+            "image_lr": 1e-3,
+            "text_epoch": 1,
+            "image_epoch": 3,
+            **_BASE,
+            "load_base_image_adapter": "base/image_adapter_1.pth",
+        },
+    ),
+    "feedback": (
+        V2,
+        {
+            **_TRAINING,
+            "shot": 4,
+            "text_lr": 1e-3,
+            "image_lr": 1e-3,
+            "num_feedback_loops": 2,
+            "text_epochs_per_loop": 1,
+            "image_epochs_per_loop": 3,
+            **_BASE,
+            "load_base_image_adapter": "base/image_adapter_1.pth",
+        },
+    ),
+}
 STATE = "training_state.pth"
 OF_STATES: list[Damage] = [
-    *(damaged for name in ("signature", "done", "planned", "history", "schedule", "loops", "schema")
-      for damaged in at((name,), ..., "text", 3, {0: 1}, [[1]])),
+    *(
+        damaged
+        for name in ("signature", "done", "planned", "history", "schedule", "loops", "schema")
+        for damaged in at((name,), ..., "text", 3, {0: 1}, [[1]])
+    ),
     *at(("schema",), 99, "2", None, True, says="version"),
     *at(("done", 0), -1, "1", 1.5, None, True, 10**30, says="done"),
     *at(("planned", 0), ..., "x", says="planned"),
-    *at(("history", 0), ..., "x", {}, says="") [1:],
+    *at(("history", 0), ..., "x", {}, says="")[1:],
     *at(("history", 0, "stage"), ..., "sound", 3),
     *at(("history", 0, "loss"), ..., "x", None),
     *at(("history", 0, "steps"), ..., -1, "x"),
@@ -781,7 +962,7 @@ OF_STATES: list[Damage] = [
     *at(("image_optimizer", "param_groups", 0, "betas"), ..., [0.1], "x"),
     *at(("image_optimizer", "state", 0, "exp_avg"), ..., *TENSORS[4:8], says="image_optimizer"),
     *at(("config",), 3, {}, says="config"),
-]  # fmt: skip
+]
 
 
 def states() -> Iterator[Case]:
@@ -855,16 +1036,29 @@ def save_paths() -> Iterator[Case]:
 # CLIP
 
 OF_CLIP: list[tuple[tuple[str, ...], Any]] = [
-    *((path, value) for path in (("model_cfg",), ("model_cfg", "embed_dim"), ("model_cfg", "vision_cfg"),
-                                 ("model_cfg", "text_cfg")) for value in (..., "x", 3.5, [], None)),
-    *((("model_cfg", "vision_cfg", key), value) for key in ("layers", "width", "head_width", "patch_size", "image_size")
-      for value in ("x", 0, -1, 10**30, 1.5, None, [7])),
-    *((("model_cfg", "text_cfg", key), value) for key in ("layers", "width", "heads", "context_length", "vocab_size")
-      for value in ("x", 0, 10**9, None)),
-    (("model_cfg", "quick_gelu"), "yes"), (("model_cfg", "vision_cfg", "nosuch"), 1),
-    (("preprocess_cfg",), [1]), (("preprocess_cfg", "mean"), [1, 2]), (("preprocess_cfg", "std"), [0, 0, 0]),
-    (("preprocess_cfg", "std"), "x"), (("preprocess_cfg", "mean"), ["a", "b", "c"]),
-]  # fmt: skip
+    *(
+        (path, value)
+        for path in (("model_cfg",), ("model_cfg", "embed_dim"), ("model_cfg", "vision_cfg"), ("model_cfg", "text_cfg"))
+        for value in (..., "x", 3.5, [], None)
+    ),
+    *(
+        (("model_cfg", "vision_cfg", key), value)
+        for key in ("layers", "width", "head_width", "patch_size", "image_size")
+        for value in ("x", 0, -1, 10**30, 1.5, None, [7])
+    ),
+    *(
+        (("model_cfg", "text_cfg", key), value)
+        for key in ("layers", "width", "heads", "context_length", "vocab_size")
+        for value in ("x", 0, 10**9, None)
+    ),
+    (("model_cfg", "quick_gelu"), "yes"),
+    (("model_cfg", "vision_cfg", "nosuch"), 1),
+    (("preprocess_cfg",), [1]),
+    (("preprocess_cfg", "mean"), [1, 2]),
+    (("preprocess_cfg", "std"), [0, 0, 0]),
+    (("preprocess_cfg", "std"), "x"),
+    (("preprocess_cfg", "mean"), ["a", "b", "c"]),
+]
 CLIP = CASE / "clip"
 
 
@@ -881,14 +1075,23 @@ def clips() -> Iterator[Case]:
         yield loading(next(readers), partial(copy_clip, partial(change_weights, change)), "case/clip")
     weights = CLIP / "open_clip_model.safetensors"
     for content in (b"", b"no weights", b"\xff" * 100, Path.unlink, Path.mkdir):
-        prepare = (lambda: (weights.unlink(), weights.mkdir())) if content is Path.mkdir else (
-            weights.unlink if content is Path.unlink else partial(weights.write_bytes, content)
-        )  # fmt: skip
+        prepare = (
+            (lambda: (weights.unlink(), weights.mkdir()))
+            if content is Path.mkdir
+            else (weights.unlink if content is Path.unlink else partial(weights.write_bytes, content))
+        )
         yield loading(next(readers), partial(copy_clip, prepare), "case/clip")
     for name, value in (
-        ("img_size", 25), ("img_size", 8), ("img_size", 8191), ("levels", ["9"]), ("levels", ["1", "1"]),
-        ("levels", ["4", "2"]), ("text_adapt_until", 9), ("image_adapt_until", 99), ("surgery_until_layer", 99),
-    ):  # fmt: skip
+        ("img_size", 25),
+        ("img_size", 8),
+        ("img_size", 8191),
+        ("levels", ["9"]),
+        ("levels", ["1", "1"]),
+        ("levels", ["4", "2"]),
+        ("text_adapt_until", 9),
+        ("image_adapt_until", 99),
+        ("surgery_until_layer", 99),
+    ):
         yield case(TRAIN, "CLIP", "", {name: value})
     for script in (TEST, COMPARE, GRADIENTS):
         yield case(script, "CLIP", "--img_size", {"img_size": 25})
@@ -952,29 +1155,55 @@ def combinations() -> Iterator[Case]:
         (V2, "image_epochs_per_loop", {"num_feedback_loops": 3, "image_epochs_per_loop": ["1", "1"]}),
         (V2, "--preset v1", {"preset": "v1", "num_feedback_loops": 4, "text_epochs_per_loop": None}),
         (V1, "text_epochs_per_loop", {"preset": "v1_original", "num_feedback_loops": 9, "text_epochs_per_loop": None}),
-        (V2, "heads", {"cross_attn_heads": 3}), (CROSS, "heads", {"cross_attn_heads": 7}),
+        (V2, "heads", {"cross_attn_heads": 3}),
+        (CROSS, "heads", {"cross_attn_heads": 7}),
         (V2, "cross_attn_residual", {"cross_attn_init": "zero"}),
         (V2, "text_cross_attn_weight", {"text_cross_attn_weight": 1.5}),
-        (CROSS, "text_cross_attn_at",
-         {"cross_attn_init": "zero", "text_cross_attn_at": "anchors", "text_cross_attn_weight": 0.1,
-          "cross_attn_heads": 4}),
-        (V2, "text_cross_attn_at", {"init_from": "feedback/loop_1_final.pth", "text_cross_attn_at": "anchors",
-                                    **dict.fromkeys(_BASE)}),
-        (TEST, "det_score", {"det_score": "nonsense"}), (TEST, "text_cross_attn_at", {"text_cross_attn_at": "anchors"}),
-        (V2, "activation", {"activation": "gelu"}), (CROSS, "adapter", {"adapter": "linear"}),
-        (CROSS, "relu", {"relu": True}), (V2, "levels", {"levels": ["1", "2"]}), (V2, "img_size", {"img_size": 32}),
+        (
+            CROSS,
+            "text_cross_attn_at",
+            {
+                "cross_attn_init": "zero",
+                "text_cross_attn_at": "anchors",
+                "text_cross_attn_weight": 0.1,
+                "cross_attn_heads": 4,
+            },
+        ),
+        (
+            V2,
+            "text_cross_attn_at",
+            {"init_from": "feedback/loop_1_final.pth", "text_cross_attn_at": "anchors", **dict.fromkeys(_BASE)},
+        ),
+        (TEST, "det_score", {"det_score": "nonsense"}),
+        (TEST, "text_cross_attn_at", {"text_cross_attn_at": "anchors"}),
+        (V2, "activation", {"activation": "gelu"}),
+        (CROSS, "adapter", {"adapter": "linear"}),
+        (CROSS, "relu", {"relu": True}),
+        (V2, "levels", {"levels": ["1", "2"]}),
+        (V2, "img_size", {"img_size": 32}),
         (V2, "--init_from", {"init_from": "base/text_adapter.pth", **dict.fromkeys(_BASE)}),
-        (V2, "cross_attn_scale", {"init_from": "feedback/loop_1_final.pth", "cross_attn_scale": "learned",
-                                  **dict.fromkeys(_BASE)}),
-        (V2, "cross_attn_heads", {"init_from": "feedback/loop_1_final.pth", "cross_attn_heads": 4,
-                                  **dict.fromkeys(_BASE)}),
+        (
+            V2,
+            "cross_attn_scale",
+            {"init_from": "feedback/loop_1_final.pth", "cross_attn_scale": "learned", **dict.fromkeys(_BASE)},
+        ),
+        (
+            V2,
+            "cross_attn_heads",
+            {"init_from": "feedback/loop_1_final.pth", "cross_attn_heads": 4, **dict.fromkeys(_BASE)},
+        ),
         (TEST, "--dataset", {"image": "images/felt/test/good"}),
         (TEST, "--visualize", {"image": "images/felt/test/good", "dataset": None, "visualize": 3}),
-        (TEST, "--class_name", {"image": "images/felt/test/good", "dataset": None, "class_from_folder": True,
-                                "class_name": "felt"}),
+        (
+            TEST,
+            "--class_name",
+            {"image": "images/felt/test/good", "dataset": None, "class_from_folder": True, "class_name": "felt"},
+        ),
         (TEST, "--class_from_folder", {"class_from_folder": True}),
-        (TEST, "--class_name", {"class_name": "felt"}), (TEST, "--domain", {"domain": "medical"}),
-        (TEST, "--reference_weight", {"reference_weight": 0.3}), (TEST, "--reference_seed", {"reference_seed": 1}),
+        (TEST, "--class_name", {"class_name": "felt"}),
+        (TEST, "--domain", {"domain": "medical"}),
+        (TEST, "--reference_weight", {"reference_weight": 0.3}),
+        (TEST, "--reference_seed", {"reference_seed": 1}),
         (TEST, "--reference_features", {"reference_features": "both"}),
         (COMPARE, "--reference_weight", {"reference_weight": 0.3}),
         (TEST, "--anomalous", {"dataset": None, "normal": "images/felt/test/good"}),
@@ -984,28 +1213,43 @@ def combinations() -> Iterator[Case]:
         (TRAIN, "--text_epoch", {"image_loss_only": True, "text_epoch": 2}),
         (CROSS, "--text_epoch", {"image_loss_only": True}),
         (V2, "--image_loss_only", {"image_loss_only": True}),
-        (TEST, "--visualize", {"visualize": 0}), (TEST, "--visualize", {"visualize": "some"}),
-        (TEST, "cross_attn", {"image_cross_attn_weight": 1}), (TEST, "cross_attn", {"cross_attn_heads": 4}),
+        (TEST, "--visualize", {"visualize": 0}),
+        (TEST, "--visualize", {"visualize": "some"}),
+        (TEST, "cross_attn", {"image_cross_attn_weight": 1}),
+        (TEST, "cross_attn", {"cross_attn_heads": 4}),
         (TEST, "--dataset", {"checkpoint": "none", "dataset": None, "model_name": "local-dir:clip"}),
-        (COMPARE, "--dataset", {"dataset": None}), (COMPARE, "trained on", {"model_name": "nosuch"}),
+        (COMPARE, "--dataset", {"dataset": None}),
+        (COMPARE, "trained on", {"model_name": "nosuch"}),
         (DRAW, "--dataset", {"list_images": True, "dataset": None}),
-        (DRAW, "--image_idx", {"image_idx": ["0", "all"]}), (DRAW, "--image_idx", {"image_idx": 4}),
-        (DRAW, "--image_idx", {"image_idx": "some"}), (DRAW, "at least one", {"base_path": None}),
+        (DRAW, "--image_idx", {"image_idx": ["0", "all"]}),
+        (DRAW, "--image_idx", {"image_idx": 4}),
+        (DRAW, "--image_idx", {"image_idx": "some"}),
+        (DRAW, "at least one", {"base_path": None}),
         (DRAW, "--feedback_loop", {"feedback_path": "feedback", "feedback_loop": 2}),
-        (GRADIENTS, "trained on", {"model_name": "toy"}), (EXPORT, "trained on", {"model_name": "toy"}),
-        (EXPORT, "--output", {"class_name": ["felt", "bolt"]}), (EXPORT, ".pt2", {"format": "torch"}),
-        (EXPORT, ".onnx", {"output": "new.pt2"}), (EXPORT, "--output", {"output": "base"}),
-        (EXPORT, "--reference_shots", {"reference_shots": 2}), (EXPORT, "--references", {"reference_weight": 0.3}),
-        (EXPORT, "class name", {"class_name": "word " * 100}), (EXPORT, "hf://", {"checkpoint": "hf://nobody"}),
+        (GRADIENTS, "trained on", {"model_name": "toy"}),
+        (EXPORT, "trained on", {"model_name": "toy"}),
+        (EXPORT, "--output", {"class_name": ["felt", "bolt"]}),
+        (EXPORT, ".pt2", {"format": "torch"}),
+        (EXPORT, ".onnx", {"output": "new.pt2"}),
+        (EXPORT, "--output", {"output": "base"}),
+        (EXPORT, "--reference_shots", {"reference_shots": 2}),
+        (EXPORT, "--references", {"reference_weight": 0.3}),
+        (EXPORT, "class name", {"class_name": "word " * 100}),
+        (EXPORT, "hf://", {"checkpoint": "hf://nobody"}),
         (EXPORT, "cannot be had", {"checkpoint": "hf://no/body"}),
-        (SHARE, "nothing trained", {"checkpoint": "none"}), (SHARE, "no model to share", {"output": "base"}),
-        (SHARE, "--push", {"push": "nobody"}), (SHARE, "hf://", {"checkpoint": "hf://a/b/c"}),
+        (SHARE, "nothing trained", {"checkpoint": "none"}),
+        (SHARE, "no model to share", {"output": "base"}),
+        (SHARE, "--push", {"push": "nobody"}),
+        (SHARE, "hf://", {"checkpoint": "hf://a/b/c"}),
         *((script, "fp16", {"precision": "fp16"}) for script in (TRAIN, CROSS, V2, V1, TEST, COMPARE)),
         *((script, "wandb", {"tracker": "wandb"}) for script in (TRAIN, CROSS, V2)),
-        *((script, "--device", {"device": device}) for script in (TRAIN, V1, TEST, DRAW, GRADIENTS, PRETRAIN)
-          for device in ("cuda", "mps")),
+        *(
+            (script, "--device", {"device": device})
+            for script in (TRAIN, V1, TEST, DRAW, GRADIENTS, PRETRAIN)
+            for device in ("cuda", "mps")
+        ),
         *((script, "--recipe", {"recipe": "nosuch"}) for script in (TRAIN, V1)),
-    ):  # fmt: skip
+    ):
         more = {"stand_in": without_gpu} if says == "--device" else {}
         yield case(script, "combinations", says, changes, **more)
 
@@ -1024,10 +1268,22 @@ def all_cases() -> Iterator[Case]:
         for script in SCRIPTS:
             yield from of_script(script)
     for cases in (
-        run_py, no_environment, class_names_of_prompts, defaults_out, datasets, image_folders, conversions, lists,
+        run_py,
+        no_environment,
+        class_names_of_prompts,
+        defaults_out,
+        datasets,
+        image_folders,
+        conversions,
+        lists,
         checkpoints,
-        older_files, folders_of_checkpoints, states, save_paths, clips, combinations,
-    ):  # fmt: skip
+        older_files,
+        folders_of_checkpoints,
+        states,
+        save_paths,
+        clips,
+        combinations,
+    ):
         yield from cases()
 
 

@@ -223,9 +223,17 @@ def run_item(item: Item, folder: Path) -> Outcome:
     environment |= {"PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
     try:
         done = subprocess.run(
-            item.argv, cwd=folder, env=environment, timeout=LIMIT, text=True, encoding="utf-8", errors="replace",
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            item.argv,
+            cwd=folder,
+            env=environment,
+            timeout=LIMIT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         status, output = done.returncode, done.stdout
     except subprocess.TimeoutExpired as error:
         status, output = 124, f"{(error.stdout or b'').decode('utf-8', 'replace')}\nstopped after {LIMIT} s"

@@ -16,8 +16,12 @@ from torch import Tensor
 
 from tests.data.present_version import make
 
-SOUND = ("base/image_adapter.pth", "base/training_state.pth", "cross/image_adapter_cross_attn.pth",
-         "feedback/training_state.pth")  # fmt: skip
+SOUND = (
+    "base/image_adapter.pth",
+    "base/training_state.pth",
+    "cross/image_adapter_cross_attn.pth",
+    "feedback/training_state.pth",
+)
 
 
 @functools.cache

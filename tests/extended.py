@@ -16,8 +16,8 @@ from PIL import Image
 
 from engine.config.training import BaseConfig
 from engine.data.task import load_task
-from engine.evaluation.comparison import COLUMNS, PANELS
 from engine.evaluation.evaluate import METRICS
+from engine.report.comparison import COLUMNS, PANELS
 from engine.training.base import train_base
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.checkpoint import load

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 import engine.training.trainer as trainer
 from engine.config.feedback import FeedbackConfig
 from engine.config.training import BaseConfig, CrossAttentionRunConfig
-from engine.evaluation.compare import compare_feedback_loops
 from engine.evaluation.inference import evaluate_checkpoints
+from engine.report.compare import compare_feedback_loops
 from engine.training.base import train_base
 from engine.training.cross_attention import train_cross_attention
 from engine.training.feedback import train_feedback
@@ -31,24 +31,28 @@ from utils.metrics import COARSE_BINS, FPR_LIMIT, PixelCounter
 from utils.processes import is_main_process, process_count, process_index
 
 # 14 images: steps of 6, 6 and 2, of which one of three processes has none.
-COMMON = {
-    "shot": 7, "text_batch_size": 6, "image_batch_size": 6, "num_workers": 0, "device": "cpu", "tracker": "none",
-}  # fmt: skip
+COMMON = {"shot": 7, "text_batch_size": 6, "image_batch_size": 6, "num_workers": 0, "device": "cpu", "tracker": "none"}
 EPOCHS = {"text_epoch": 1, "image_epoch": 1}
 # Dropout is drawn for classes there, not for images.
 BATCH_MEAN = {
-    "text_conditioning": "batch_mean", "cross_attn_dropout": 0.0, "text_cross_attn_weight": 0.1,
-    "image_cross_attn_weight": 0.1, "cross_attn_init": "xavier",
-}  # fmt: skip
-LOOPS = {
-    "num_feedback_loops": 2, "text_epochs_per_loop": (1,), "image_epochs_per_loop": (1,), "val_fraction": 0.2,
-}  # fmt: skip
+    "text_conditioning": "batch_mean",
+    "cross_attn_dropout": 0.0,
+    "text_cross_attn_weight": 0.1,
+    "image_cross_attn_weight": 0.1,
+    "cross_attn_init": "xavier",
+}
+LOOPS = {"num_feedback_loops": 2, "text_epochs_per_loop": (1,), "image_epochs_per_loop": (1,), "val_fraction": 0.2}
 
 # Steps with a text batch, of 12 and of 2 images, and without one.
 JOINT = {
-    "preset": "v3", "order": "joint", "num_feedback_loops": 1, "text_epochs_per_loop": (1,),
-    "image_epochs_per_loop": (2,), "text_batch_size": 12, "cross_attn_init": "xavier",
-}  # fmt: skip
+    "preset": "v3",
+    "order": "joint",
+    "num_feedback_loops": 1,
+    "text_epochs_per_loop": (1,),
+    "image_epochs_per_loop": (2,),
+    "text_batch_size": 12,
+    "cross_attn_init": "xavier",
+}
 
 
 def common_arguments(folder: Path) -> dict[str, Any]:
@@ -78,9 +82,7 @@ def run_all(folder: Path, output: Path) -> None:
     # So small a buffer that bins are chosen, which follow from the order of images.
     with mock.patch.object(PixelCounter.__init__, "__defaults__", (COARSE_BINS, 4 * 40**2, FPR_LIMIT)):
         evaluate_checkpoints(str(base), test, output_dir=output / "tested", **tested)
-        compare_feedback_loops(
-            folder / "feedback", test, base_path=base, unadapted=True, output_dir=output, **tested
-        )  # fmt: skip
+        compare_feedback_loops(folder / "feedback", test, base_path=base, unadapted=True, output_dir=output, **tested)
 
 
 @contextmanager

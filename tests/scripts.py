@@ -51,9 +51,14 @@ def launch(processes: int, *words: object, slowly: bool = False) -> subprocess.P
     launcher += ["--main_process_port", str(free_port()), *(["-m", "tests.slowly"] if slowly else [])]
     command = [sys.executable, *launcher, *map(str, words)]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment(), text=True, encoding="utf-8", stdout=subprocess.PIPE,
+        command,
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        encoding="utf-8",
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-    )  # fmt: skip
+    )
 
 
 def fork(processes: int, script: str, *arguments: object) -> list[Forked]:
@@ -156,9 +161,15 @@ def write_world(folder: Path, classes: tuple[str, ...], count: int = 6) -> Path:
 def small_runs(folder: Path, **changes: Any) -> tuple[BaseConfig, FeedbackConfig]:
     """A run `base`, and two loops of `feedback` from scratch, on the tiny CLIP and the dataset `train` of a folder."""
     common = {
-        "model_name": f"local-dir:{folder / 'clip'}", "dataset": str(folder / "train"), "shot": 4, "text_batch_size": 4,
-        "num_workers": 0, "device": "cpu", "tracker": "none", **changes,
-    }  # fmt: skip
+        "model_name": f"local-dir:{folder / 'clip'}",
+        "dataset": str(folder / "train"),
+        "shot": 4,
+        "text_batch_size": 4,
+        "num_workers": 0,
+        "device": "cpu",
+        "tracker": "none",
+        **changes,
+    }
     loops = {"num_feedback_loops": 2, "text_epochs_per_loop": (1,), "image_epochs_per_loop": (1,)}
     return (
         BaseConfig.of(**common, text_epoch=1, image_epoch=1, save_path=folder / "base"),

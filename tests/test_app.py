@@ -122,9 +122,13 @@ def test_what_cannot_be_read_is_said_and_the_rest_is_seen(
     said = "\n".join(session.problems)
     assert len(session.problems) == len(bad)
     for words in (
-        "broken.png cannot be read", "words.png cannot be read", "program.png cannot be read", "gone.png is no longer",
-        "heavy.png is larger than", "large.png has 100 x 60 pixels: 5,000",
-    ):  # fmt: skip
+        "broken.png cannot be read",
+        "words.png cannot be read",
+        "program.png cannot be read",
+        "gone.png is no longer",
+        "heavy.png is larger than",
+        "large.png has 100 x 60 pixels: 5,000",
+    ):
         assert words in said
     assert str(tmp_path) not in said, "a visitor is told where the server keeps files"
     with pytest.raises(UserError, match="7 images at once: 3 are the most"):

@@ -20,10 +20,17 @@ from utils.errors import UserError
 def config(tmp_path: Path) -> BaseConfig:
     """A run of one epoch per stage on all twelve images of two classes."""
     return BaseConfig(
-        model_name=f"local-dir:{write_clip(tmp_path / 'clip')}", dataset=str(write_dataset(tmp_path / "data", count=3)),
-        training_mode="full_shot", text_epoch=1, image_epoch=1, text_batch_size=4, num_workers=0, device="cpu",
-        tracker="none", save_path=tmp_path / "run",
-    )  # fmt: skip
+        model_name=f"local-dir:{write_clip(tmp_path / 'clip')}",
+        dataset=str(write_dataset(tmp_path / "data", count=3)),
+        training_mode="full_shot",
+        text_epoch=1,
+        image_epoch=1,
+        text_batch_size=4,
+        num_workers=0,
+        device="cpu",
+        tracker="none",
+        save_path=tmp_path / "run",
+    )
 
 
 def spoil(dataset: str) -> Path:

@@ -96,8 +96,12 @@ def test_shared_streams_are_those_of_each_model() -> None:
     """Of each surgery and depth their own, at the levels asked for, and each computed once."""
     clip, images, shared = tiny_clip(), random_batch(40).images, SharedStreams()
     for surgery, until, levels in (
-        ("dual", 7, (2,)), ("dual", 7, (2, 5)), ("dual", 3, (2, 5)), ("sequential", 7, (2, 5)), ("dual", 7, (5,)),
-    ):  # fmt: skip
+        ("dual", 7, (2,)),
+        ("dual", 7, (2, 5)),
+        ("dual", 3, (2, 5)),
+        ("sequential", 7, (2, 5)),
+        ("dual", 7, (5,)),
+    ):
         config = config_for(clip, surgery=surgery, surgery_until_layer=until)
         found, cls = shared.get(clip, images, config, levels)
         expected, expected_cls = surgery_stream(clip, images, config, levels)

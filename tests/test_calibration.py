@@ -151,10 +151,16 @@ def test_a_calibration_file_that_is_held_for_long_is_refused(tmp_path: Path, mon
 @pytest.mark.parametrize(
     "change",
     [
-        {"image_threshold": 0.1}, {"scores": [0.5]}, {"images": 30}, {"false_alarms": 0.01}, {"interval": [0.1]},
-        {"scores": "x"}, {"pixel_threshold": float("nan")}, {"unknown": 1},
+        {"image_threshold": 0.1},
+        {"scores": [0.5]},
+        {"images": 30},
+        {"false_alarms": 0.01},
+        {"interval": [0.1]},
+        {"scores": "x"},
+        {"pixel_threshold": float("nan")},
+        {"unknown": 1},
     ],
-)  # fmt: skip
+)
 def test_a_file_that_was_changed_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     file = tmp_path / "calibration.json"
     values = RNG.random(19).tolist()

@@ -42,9 +42,16 @@ def states_of(model: AdaptedCLIP) -> dict[str, State]:
 def config_of(adapted: AdaptedCLIP, **changes: Any) -> dict[str, Any]:
     """The `config` of a checkpoint, as little as every version has written."""
     return {
-        "schema": checkpoint.SCHEMA, "model": adapted.config.to_dict(), "dataset": "any", "metadata_digest": "0",
-        "prompt_names": {}, "training_mode": "full_shot", "seed": 0, "arguments": {"dataset": "any"}, **changes,
-    }  # fmt: skip
+        "schema": checkpoint.SCHEMA,
+        "model": adapted.config.to_dict(),
+        "dataset": "any",
+        "metadata_digest": "0",
+        "prompt_names": {},
+        "training_mode": "full_shot",
+        "seed": 0,
+        "arguments": {"dataset": "any"},
+        **changes,
+    }
 
 
 def published_states(relu: bool) -> dict[str, State]:
@@ -393,9 +400,13 @@ def test_everything_is_saved_on_the_cpu(tmp_path: Path) -> None:
     def tensors(value: Any) -> list[Tensor]:
         if isinstance(value, dict):
             value = list(value.values())
-        return [value] if isinstance(value, Tensor) else [t for v in value for t in tensors(v)] if isinstance(
-            value, (list, tuple)
-        ) else []  # fmt: skip
+        return (
+            [value]
+            if isinstance(value, Tensor)
+            else [t for v in value for t in tensors(v)]
+            if isinstance(value, (list, tuple))
+            else []
+        )
 
     found = tensors(read)
     assert len(found) == 6

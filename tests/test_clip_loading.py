@@ -450,9 +450,11 @@ def test_odd_weights_are_refused_with_their_key(kind: str, tmp_path: Path) -> No
     key = "visual.positional_embedding"
     value = state[key]
     state[key] = {
-        "complex": value.to(torch.complex64), "nan": value * float("nan"), "sparse": value.to_sparse(),
+        "complex": value.to(torch.complex64),
+        "nan": value * float("nan"),
+        "sparse": value.to_sparse(),
         "one number": value[0, 0],
-    }[kind]  # fmt: skip
+    }[kind]
     torch.save(state, tmp_path / "weights.pth")
     with pytest.raises(UserError) as caught:
         load_clip(f"local-dir:{folder}", tmp_path / "weights.pth")

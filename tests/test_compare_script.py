@@ -19,9 +19,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from engine.detector.references import ReferenceChoice
-from engine.evaluation.compare import compare_feedback_loops
 from engine.evaluation.evaluate import METRICS
 from engine.evaluation.inference import evaluate_checkpoints
+from engine.report.compare import compare_feedback_loops
 from tests.scripts import SIZE, error_line, run, save, write_world
 from utils import curves
 from utils.errors import UserError
@@ -34,9 +34,23 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, a cross-attention run of another seed from it, and three loops of feedback from it."""
     folder = write_world(tmp_path_factory.mktemp("world"), ("cork", "tile"))
     common = [
-        "--model_name", f"local-dir:{folder / 'clip'}", "--dataset", folder / "train", "--shot", 8,
-        "--text_batch_size", 4, "--image_lr", 0.005, "--num_workers", 0, "--device", "cpu", "--tracker", "none",
-    ]  # fmt: skip
+        "--model_name",
+        f"local-dir:{folder / 'clip'}",
+        "--dataset",
+        folder / "train",
+        "--shot",
+        8,
+        "--text_batch_size",
+        4,
+        "--image_lr",
+        0.005,
+        "--num_workers",
+        0,
+        "--device",
+        "cpu",
+        "--tracker",
+        "none",
+    ]
     once = ["--text_epoch", 1, "--image_epoch", 2]
     start = ["--load_base_text_adapter", folder / "base" / "text_adapter.pth"]
     start += ["--load_base_image_adapter", folder / "base" / "image_adapter.pth"]
@@ -58,9 +72,19 @@ def compared(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 def asked(world: Path, save_path: Path) -> list[object]:
     return [
-        "--save_path", save_path, "--dataset", world / "test", "--base_path", world / "base", "--cross_path",
-        world / "cross" / "image_adapter.pth", "--num_workers", 0, "--device", "cpu",
-    ]  # fmt: skip
+        "--save_path",
+        save_path,
+        "--dataset",
+        world / "test",
+        "--base_path",
+        world / "base",
+        "--cross_path",
+        world / "cross" / "image_adapter.pth",
+        "--num_workers",
+        0,
+        "--device",
+        "cpu",
+    ]
 
 
 def compare(world: Path, save_path: Path, dataset: str = "test", **options: Any) -> int:
@@ -240,10 +264,13 @@ def test_only_what_changed_is_evaluated_again(world: Path, loops: Path, tmp_path
     names = tmp_path / "names.json"
     names.write_text(json.dumps({"cork": "bottle cork"}), encoding="utf-8")
     for options in (
-        {"class_names": names}, {"precision": "bf16"}, {"surgery": "sequential"}, {"img_size": 48},
+        {"class_names": names},
+        {"precision": "bf16"},
+        {"surgery": "sequential"},
+        {"img_size": 48},
         {"det_score": "difference"},
         {"mask_threshold": "nonzero"},
-    ):  # fmt: skip
+    ):
         compare_feedback_loops(**again, **options)
         assert evaluated_again(loops) == everything, options
     compare_feedback_loops(**again, class_names=names, surgery=None, batch_size=3)
@@ -458,8 +485,12 @@ def test_testing_on_the_training_images_is_said_loudly(world: Path, loops: Path,
     compare(world, loops, dataset="train", output_dir=tmp_path / "out")
     assert "NOT ZERO-SHOT" in said_in(tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "comparison.csv", "comparison.md", "comparison.png", "comparison.log", "comparison_cache.json",
-    }  # fmt: skip
+        "comparison.csv",
+        "comparison.md",
+        "comparison.png",
+        "comparison.log",
+        "comparison_cache.json",
+    }
     assert not (loops / "comparison.csv").exists()
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.evaluation.comparison_cache import read_cache, write_cache
 from engine.evaluation.evaluate import METRICS
+from engine.report.comparison_cache import read_cache, write_cache
 
 SOUND_CLASS = {"class": "cork", **dict.fromkeys(METRICS, 50.0), "image_ap": None, "scores": [["a.png", True, 0.5]]}
 

@@ -59,11 +59,15 @@ def outputs_of(model: AdaptedCLIPWithCrossAttention) -> list[Tensor]:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    choices=st.fixed_dictionaries({
-        **CHOICES, "text_cross_attn_weight": WEIGHTS, "image_cross_attn_weight": WEIGHTS,
-        "cross_attn_dropout": st.sampled_from([0.0, 0.5]),
-    }),
-)  # fmt: skip
+    choices=st.fixed_dictionaries(
+        {
+            **CHOICES,
+            "text_cross_attn_weight": WEIGHTS,
+            "image_cross_attn_weight": WEIGHTS,
+            "cross_attn_dropout": st.sampled_from([0.0, 0.5]),
+        }
+    )
+)
 @example(choices={"context_norm": "layer", "cross_attn_residual": "matched", "text_cross_attn_at": "anchors"})
 @example(choices={"cross_attn_scale": "learned", "text_cross_attn_at": "anchors", "text_context": "trained"})
 def test_any_choices_train_and_predict_from_their_checkpoint(choices: dict[str, Any]) -> None:
@@ -83,8 +87,11 @@ def test_any_choices_train_and_predict_from_their_checkpoint(choices: dict[str, 
         found = gradients_of(model)
         assert all(value.isfinite().all() for value in (loss, *found.values()))
         assert {name.split(".")[0] for name in found} == set(model.trained_components(side))
-        assert all(any(found[name].any() for name in found if name.startswith(part)) for part in model.components
-                   if part in model.trained_components(side))  # fmt: skip
+        assert all(
+            any(found[name].any() for name in found if name.startswith(part))
+            for part in model.components
+            if part in model.trained_components(side)
+        )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "loop_1_final.pth"
         states = {name: state_of(part) for name, part in model.components.items()}

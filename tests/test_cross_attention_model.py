@@ -410,7 +410,7 @@ def test_choices_that_do_not_exist_are_refused(flag: str, value: object) -> None
         ({"text_cross_attn_at": "anchors", "text_cross_attn_weight": 2.0}, "--text_cross_attn_weight 2: is a share"),
         ({"text_cross_attn_at": "anchors", "cross_attn_heads": 16}, "must divide the joint width, 40"),
     ],
-)  # fmt: skip
+)
 def test_choices_that_do_not_go_together_are_refused_in_a_line(choices: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError) as caught:
         cross_model(shared_clip(), **choices)

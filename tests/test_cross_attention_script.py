@@ -33,18 +33,42 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def common(world: Path) -> list[object]:
     return [
-        "--model_name", f"local-dir:{world / 'clip'}", "--dataset", world / "train", "--shot", 8, "--text_epoch", 2,
-        "--image_epoch", 3, "--text_batch_size", 4, "--image_lr", 0.005, "--num_workers", 0, "--device", "cpu",
-        "--tracker", "none",
-    ]  # fmt: skip
+        "--model_name",
+        f"local-dir:{world / 'clip'}",
+        "--dataset",
+        world / "train",
+        "--shot",
+        8,
+        "--text_epoch",
+        2,
+        "--image_epoch",
+        3,
+        "--text_batch_size",
+        4,
+        "--image_lr",
+        0.005,
+        "--num_workers",
+        0,
+        "--device",
+        "cpu",
+        "--tracker",
+        "none",
+    ]
 
 
 def from_base(world: Path, save_path: Path, *more: object) -> list[object]:
     base = world / "base"
     return [
-        "train_cross_attention.py", *common(world), "--load_base_text_adapter", base / "text_adapter.pth",
-        "--load_base_image_adapter", base / "image_adapter.pth", "--save_path", save_path, *more,
-    ]  # fmt: skip
+        "train_cross_attention.py",
+        *common(world),
+        "--load_base_text_adapter",
+        base / "text_adapter.pth",
+        "--load_base_image_adapter",
+        base / "image_adapter.pth",
+        "--save_path",
+        save_path,
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +81,13 @@ def finished(world: Path) -> Path:
 def test_files_and_verification(finished: Path) -> None:
     files = {path.name for path in finished.glob("*.pth")}
     assert files == {
-        "training_state.pth", "text_adapter.pth", "image_adapter.pth",
-        "image_adapter_1.pth", "image_adapter_2.pth", "image_adapter_3.pth",
-    }  # fmt: skip
+        "training_state.pth",
+        "text_adapter.pth",
+        "image_adapter.pth",
+        "image_adapter_1.pth",
+        "image_adapter_2.pth",
+        "image_adapter_3.pth",
+    }
     log = (finished / "train.log").read_text(encoding="utf-8")
     assert "WEIGHT INITIALIZATION VERIFICATION" in log
     assert "Base text adapter loaded successfully!" in log
@@ -146,10 +174,22 @@ def test_evaluation_uses_cross_attention(world: Path, finished: Path, tmp_path: 
 
 def test_testing_may_ask_for_something_else_and_says_so(world: Path, finished: Path, tmp_path: Path) -> None:
     errors = run(
-        "inference.py", "--checkpoint", finished / "image_adapter.pth", "--dataset", world / "test",
-        "--text_conditioning", "none", "--text_context", "trained", "--num_workers", 0, "--device", "cpu",
-        "--output_dir", tmp_path,
-    )  # fmt: skip
+        "inference.py",
+        "--checkpoint",
+        finished / "image_adapter.pth",
+        "--dataset",
+        world / "test",
+        "--text_conditioning",
+        "none",
+        "--text_context",
+        "trained",
+        "--num_workers",
+        0,
+        "--device",
+        "cpu",
+        "--output_dir",
+        tmp_path,
+    )
     assert "was trained with text_conditioning image, now none" in errors
     assert "was trained with text_context frozen, now trained" in errors
     picture = world / "test" / "cork" / "test" / "spot" / "000.png"

@@ -101,7 +101,7 @@ def test_sound_files_are_used() -> None:
         (("image_optimizer", "param_groups", 0, "lr"), lambda _: "fast", "param_groups[0].lr is 'fast'"),
         (("image_optimizer", "param_groups", 0, "betas"), None, "image_optimizer.param_groups[0] has no 'betas'"),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_state_is_refused_with_its_key(
     path: tuple[Any, ...], change: Callable[[Any], Any] | None, words: str, tmp_path: Path
 ) -> None:

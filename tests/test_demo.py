@@ -18,13 +18,19 @@ def test_a_short_demo_trains_compares_and_draws(tmp_path: Path, monkeypatch: pyt
     draw_few(monkeypatch)  # most of the demo's time is their evaluation
     folder = tmp_path / "demo"
     base = replace(
-        CONFIG, training_mode="few_shot", shot=8, text_epoch=1, image_epoch=2, device="cpu", num_workers=0,
-        data_root=tmp_path / "data", save_path=folder / "base",
-    )  # fmt: skip
+        CONFIG,
+        training_mode="few_shot",
+        shot=8,
+        text_epoch=1,
+        image_epoch=2,
+        device="cpu",
+        num_workers=0,
+        data_root=tmp_path / "data",
+        save_path=folder / "base",
+    )
     feedback = feedback_from(
-        base, num_feedback_loops=2, text_epochs_per_loop=(1,), image_epochs_per_loop=(1,),
-        save_path=folder / "feedback",
-    )  # fmt: skip
+        base, num_feedback_loops=2, text_epochs_per_loop=(1,), image_epochs_per_loop=(1,), save_path=folder / "feedback"
+    )
     run_demo(base, feedback, folder)
     with (folder / "comparison.csv").open(encoding="utf-8", newline="") as file:
         averages = {row["model"]: row for row in csv.DictReader(file) if row["class"] == "average"}

@@ -392,8 +392,10 @@ python nothing.py
 def test_blocks_commands_and_marks() -> None:
     first, second = blocks("page.md", PAGE)
     assert (first.line, first.language, first.marks) == (
-        6, "", {"long": "--text_epoch 1 --image_epoch 1", "status": "1"},
-    )  # fmt: skip
+        6,
+        "",
+        {"long": "--text_epoch 1 --image_epoch 1", "status": "1"},
+    )
     train, inference = commands(first)
     assert train.words == ("python", "train.py", "--image_lr", "1e-3")
     assert shortened(train).words[4:] == ("--text_epoch", "1", "--image_epoch", "1")

@@ -137,8 +137,9 @@ def test_another_det_score_changes_image_scores_alone_and_says_so(
     module.write_csv([published, difference], tmp_path / "both.csv")
     with (tmp_path / "both.csv").open(encoding="utf-8", newline="") as file:
         assert {(row["model"], row["det_score"]) for row in csv.DictReader(file)} == {
-            ("model 1", "abnormal"), ("asked", "difference"),
-        }  # fmt: skip
+            ("model 1", "abnormal"),
+            ("asked", "difference"),
+        }
     with pytest.raises(UserError, match="--det_score nonsense: choose one of abnormal, difference"):
         Detector(detector.model, "asked", det_score="nonsense")
 

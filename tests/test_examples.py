@@ -20,9 +20,13 @@ from tests.documented import check_arguments
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 FILES = sorted(EXAMPLES.glob("*.sbatch"))
 SLURM = {
-    "SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4",
-    "SLURM_CPUS_PER_TASK": "32", "SLURM_ARRAY_TASK_ID": "3",
-}  # fmt: skip
+    "SLURM_JOB_ID": "4711",
+    "SLURM_JOB_NODELIST": "node[1-2]",
+    "SLURM_NNODES": "2",
+    "SLURM_GPUS_ON_NODE": "4",
+    "SLURM_CPUS_PER_TASK": "32",
+    "SLURM_ARRAY_TASK_ID": "3",
+}
 # Each starts its command on every node, with the number that Slurm would give.
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done

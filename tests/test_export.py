@@ -230,8 +230,14 @@ def test_the_example_runs_without_torch(calibrated: Path, tmp_path: Path) -> Non
     words = [calibrated / "model.onnx", *images, tmp_path / "broken.png", "--output_dir", tmp_path / "out"]
     done = subprocess.run(
         [sys.executable, "-I", "-c", REFUSING, str(ROOT / "examples/run_onnx.py"), *map(str, words)],
-        cwd=tmp_path, env=environment(), text=True, encoding="utf-8", capture_output=True, timeout=300, check=False,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment(),
+        text=True,
+        encoding="utf-8",
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert f"error: {tmp_path / 'broken.png'}" in done.stderr and f"for '{CLASS}'" in done.stderr
     model = load_model(calibrated / "base", device="cpu")
@@ -261,9 +267,10 @@ def test_the_example_reads_images_as_the_model_does(mode: str, tmp_path: Path) -
     grey = Image.fromarray(images_of(20, 30)[0]).convert("L")
     values = np.asarray(grey)
     image = {
-        "I": Image.fromarray(values.astype(np.int32)), "I;16": Image.fromarray(values.astype(np.uint16) * 257),
+        "I": Image.fromarray(values.astype(np.int32)),
+        "I;16": Image.fromarray(values.astype(np.uint16) * 257),
         "F": Image.fromarray(values.astype(np.float32) / 255),
-    }.get(mode)  # fmt: skip
+    }.get(mode)
     exif = Image.Exif()
     exif[0x0112] = 6
     (image or grey.convert(mode)).save(tmp_path / "image.tif", exif=exif)
@@ -311,9 +318,14 @@ def test_the_example_names_paths_that_a_terminal_has_no_letters_for(tmp_path: Pa
     Image.new("RGB", (9, 9)).save(tmp_path / "日.png")
     words = [str(ROOT / "examples/run_onnx.py"), write_graph(tmp_path / "model.onnx", **found), "日.png"]
     done = subprocess.run(
-        [sys.executable, *words], cwd=tmp_path, env={**environment(), "PYTHONIOENCODING": "ascii"}, text=True,
-        capture_output=True, timeout=300, check=False,
-    )  # fmt: skip
+        [sys.executable, *words],
+        cwd=tmp_path,
+        env={**environment(), "PYTHONIOENCODING": "ascii"},
+        text=True,
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
     assert (done.returncode, done.stdout) == (0, "\\u65e5.png\t0.2500\n"), done.stderr
 
 

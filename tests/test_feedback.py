@@ -88,10 +88,18 @@ def clip(world: Path) -> FrozenCLIP:
 def asked(world: Path, save_path: Path, preset: str = "v2", **changes: Any) -> FeedbackConfig:
     """Three loops of 2, 1, 1 epochs in each stage: 2 steps of text and 4 of image an epoch."""
     values = {
-        "model_name": f"local-dir:{world / 'clip'}", "dataset": str(world / "train"), "shot": 4, "text_batch_size": 4,
-        "num_workers": 0, "device": "cpu", "tracker": "none", "num_feedback_loops": 3, "text_epochs_per_loop": (2,),
-        "image_epochs_per_loop": (2,), "save_path": save_path,
-    }  # fmt: skip
+        "model_name": f"local-dir:{world / 'clip'}",
+        "dataset": str(world / "train"),
+        "shot": 4,
+        "text_batch_size": 4,
+        "num_workers": 0,
+        "device": "cpu",
+        "tracker": "none",
+        "num_feedback_loops": 3,
+        "text_epochs_per_loop": (2,),
+        "image_epochs_per_loop": (2,),
+        "save_path": save_path,
+    }
     return FeedbackConfig.of(preset=preset, **{**values, **changes})
 
 
@@ -368,16 +376,20 @@ def test_epochs_are_the_floor_of_what_decays_and_at_least_1(
     first: int, rate: float, loops: int, expected: list[int]
 ) -> None:
     config = parse(
-        "--num_feedback_loops", loops, "--text_epochs_per_loop", first, "--image_epochs_per_loop", first,
-        "--epochs_decay_rate", rate,
-    )  # fmt: skip
+        "--num_feedback_loops",
+        loops,
+        "--text_epochs_per_loop",
+        first,
+        "--image_epochs_per_loop",
+        first,
+        "--epochs_decay_rate",
+        rate,
+    )
     assert columns(config) == (expected, expected)
 
 
 def test_epochs_may_be_given_for_each_loop() -> None:
-    config = parse(
-        "--num_feedback_loops", 2, "--text_epochs_per_loop", 3, 4, 5, "--image_epochs_per_loop", 1, 9,
-    )  # fmt: skip
+    config = parse("--num_feedback_loops", 2, "--text_epochs_per_loop", 3, 4, 5, "--image_epochs_per_loop", 1, 9)
     assert columns(config) == ([3, 4], [1, 9])
 
 
@@ -641,9 +653,13 @@ def test_v1_resets_and_v2_does_not() -> None:
 def test_the_loops_learning_rates_are_those_of_the_plan(world: Path, tmp_path: Path) -> None:
     """The schedule of a loop starts from the loop's rate, whatever the loop before left in the optimizer."""
     config = asked(
-        world, tmp_path, num_feedback_loops=2, lr_schedule="constant", text_epochs_per_loop=(1,),
+        world,
+        tmp_path,
+        num_feedback_loops=2,
+        lr_schedule="constant",
+        text_epochs_per_loop=(1,),
         image_epochs_per_loop=(1,),
-    )  # fmt: skip
+    )
     train_feedback(config)
     rates = {(row["loop"], row["stage"]): row["lr"] for row in state(tmp_path)["history"]}
     plan = plan_loops(config)
@@ -716,9 +732,14 @@ def test_without_cross_attention_feedback_is_of_features_alone(world: Path, tmp_
 def test_the_files_of_a_run(finished: Finished) -> None:
     assert {path.name for path in finished.folder.iterdir()} == {
         *(f"loop_{loop}_{kind}.pth" for loop in (1, 2, 3) for kind in ("text_adapter", "image_adapter", "final")),
-        "final_model.pth", "training_state.pth", "training_curves.png", "train.log", "history.jsonl", "args.json",
+        "final_model.pth",
+        "training_state.pth",
+        "training_curves.png",
+        "train.log",
+        "history.jsonl",
+        "args.json",
         "warnings.jsonl",
-    }  # fmt: skip
+    }
     one, two = (
         torch.load(finished.folder / name, weights_only=True) for name in ("loop_3_final.pth", "final_model.pth")
     )
@@ -823,7 +844,7 @@ def mistakes(world: Path, folder: Path, tmp_path: Path) -> dict[str, tuple[dict[
         "test set": ({"eval_dataset": "Nowhere"}, "Nowhere"),
         "held out": ({"val_fraction": 0.5, "shot": 2}, "--val_fraction: .* has a single"),
         "loops": ({"num_feedback_loops": 11}, "--num_feedback_loops 11"),
-    }  # fmt: skip
+    }
 
 
 def test_mistakes_are_named_and_leave_nothing_behind(world: Path, finished: Finished, tmp_path: Path) -> None:

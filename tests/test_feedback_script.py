@@ -32,20 +32,46 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def common(world: Path) -> list[object]:
     return [
-        "--model_name", f"local-dir:{world / 'clip'}", "--dataset", world / "train", "--shot", 8,
-        "--text_batch_size", 4, "--num_workers", 0, "--device", "cpu", "--tracker", "none",
-    ]  # fmt: skip
+        "--model_name",
+        f"local-dir:{world / 'clip'}",
+        "--dataset",
+        world / "train",
+        "--shot",
+        8,
+        "--text_batch_size",
+        4,
+        "--num_workers",
+        0,
+        "--device",
+        "cpu",
+        "--tracker",
+        "none",
+    ]
 
 
 def three_loops(world: Path, save_path: Path, *more: object) -> list[object]:
     """From a base, with everything on that happens at the end of a loop."""
     base = world / "base"
     return [
-        *common(world), "--load_base_text_adapter", base / "text_adapter.pth", "--load_base_image_adapter",
-        base / "image_adapter.pth", "--num_feedback_loops", 3, "--text_epochs_per_loop", 3,
-        "--image_epochs_per_loop", 3, "--val_fraction", 0.25, "--eval_dataset", world / "test",
-        "--save_path", save_path, *more,
-    ]  # fmt: skip
+        *common(world),
+        "--load_base_text_adapter",
+        base / "text_adapter.pth",
+        "--load_base_image_adapter",
+        base / "image_adapter.pth",
+        "--num_feedback_loops",
+        3,
+        "--text_epochs_per_loop",
+        3,
+        "--image_epochs_per_loop",
+        3,
+        "--val_fraction",
+        0.25,
+        "--eval_dataset",
+        world / "test",
+        "--save_path",
+        save_path,
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -82,25 +108,40 @@ def test_files_log_and_events(finished: Path) -> None:
     files = {path.name for path in finished.iterdir() if path.is_file()}
     assert files == {
         *(f"loop_{loop}_{kind}.pth" for loop in (1, 2, 3) for kind in ("text_adapter", "image_adapter", "final")),
-        "final_model.pth", "training_state.pth", "training_curves.png", "train.log", "history.jsonl", "args.json",
-    }  # fmt: skip
+        "final_model.pth",
+        "training_state.pth",
+        "training_curves.png",
+        "train.log",
+        "history.jsonl",
+        "args.json",
+    }
     assert [path for path in finished.rglob("*tfevents*") if path.stat().st_size > 500]
     log = (finished / "train.log").read_text(encoding="utf-8")
     table = [line.split() for line in log.splitlines() if re.fullmatch(r"[123]\s.*\son", line)]
     assert table == [
-        ["1", "3", "3", "2e-05", "0.005", "on"], ["2", "2", "2", "1.6e-05", "0.004", "on"],
+        ["1", "3", "3", "2e-05", "0.005", "on"],
+        ["2", "2", "2", "1.6e-05", "0.004", "on"],
         ["3", "1", "1", "1.28e-05", "0.0032", "on"],
-    ]  # fmt: skip
+    ]
     for line in (
-        "Base text adapter loaded successfully!", "image optimizer: moments of 9 tensors taken from",
-        "Loop 3 - text loss: ", "Loop 3 - image loss: ", "Average Grad Norm: ", "Loop 2 on held-out training images",
-        "Loop 2 on test", "Summary", "Best loop by held-out training images: loop ", "Complete: 3 loops",
-    ):  # fmt: skip
+        "Base text adapter loaded successfully!",
+        "image optimizer: moments of 9 tensors taken from",
+        "Loop 3 - text loss: ",
+        "Loop 3 - image loss: ",
+        "Average Grad Norm: ",
+        "Loop 2 on held-out training images",
+        "Loop 2 on test",
+        "Summary",
+        "Best loop by held-out training images: loop ",
+        "Complete: 3 loops",
+    ):
         assert line in log, line
     assert [(row["loop"], row["stage"], row["epoch"]) for row in rows(finished)] == [
-        (loop, stage, epoch) for loop, epochs in ((1, 3), (2, 2), (3, 1)) for stage in ("text", "image")
+        (loop, stage, epoch)
+        for loop, epochs in ((1, 3), (2, 2), (3, 1))
+        for stage in ("text", "image")
         for epoch in range(1, epochs + 1)
-    ]  # fmt: skip
+    ]
 
 
 def test_killed_runs_end_with_the_same_weights(world: Path, finished: Path, tmp_path: Path) -> None:
@@ -143,9 +184,7 @@ def test_signals_finish_the_step_and_say_how_to_go_on(world: Path, finished: Pat
 def test_a_loss_that_is_not_finite_names_a_way_out_that_works(world: Path, tmp_path: Path) -> None:
     path, other = tmp_path / "exploding", tmp_path / "other"
     short = ["--num_feedback_loops", 1, "--text_epochs_per_loop", 1, "--image_epochs_per_loop", 1]
-    errors = run(
-        SCRIPT, *common(world), *short, "--image_lr", 1e30, "--grad_clip", 0, "--save_path", path, status=3
-    )  # fmt: skip
+    errors = run(SCRIPT, *common(world), *short, "--image_lr", 1e30, "--grad_clip", 0, "--save_path", path, status=3)
     assert "Traceback" not in errors
     last = errors.splitlines()[-1]
     assert last.startswith("error: loop 1, image epoch 1: ")
@@ -162,9 +201,18 @@ def test_a_loss_that_is_not_finite_names_a_way_out_that_works(world: Path, tmp_p
 
 def test_v1_by_the_name_of_older_notes(world: Path, tmp_path: Path) -> None:
     log = run(
-        "train_cross_attention_feedback.py", *common(world), "--num_feedback_loops", 2, "--image_epochs_per_loop", 2,
-        1, "--text_epochs_per_loop", 1, "--save_path", tmp_path,
-    )  # fmt: skip
+        "train_cross_attention_feedback.py",
+        *common(world),
+        "--num_feedback_loops",
+        2,
+        "--image_epochs_per_loop",
+        2,
+        1,
+        "--text_epochs_per_loop",
+        1,
+        "--save_path",
+        tmp_path,
+    )
     assert "2 feedback loops, preset v1" in log
     table = [line.split() for line in log.splitlines() if re.fullmatch(r"[12]\s.*\son", line)]
     assert table == [["1", "1", "2", "1e-05", "0.0005", "on"], ["2", "1", "1", "5e-06", "0.00025", "on"]]

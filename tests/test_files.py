@@ -19,15 +19,7 @@ import utils.files
 from model.checkpoint import save
 from utils.errors import UserError, WriteError
 from utils.figures import save_png
-from utils.files import (
-    NOT_REPLACED,
-    append_text,
-    check_folder,
-    remove_leftovers,
-    replacing,
-    write_text,
-    writing,
-)
+from utils.files import NOT_REPLACED, append_text, check_folder, remove_leftovers, replacing, write_text, writing
 from utils.heatmaps import save_image
 
 CODES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
@@ -233,9 +225,7 @@ def test_a_checkpoint_that_stays_held_open_is_not_called_saved(tmp_path: Path, m
 
 def test_leftovers_of_dead_processes_are_removed_and_no_others(tmp_path: Path) -> None:
     here, dead = socket.gethostname(), 2**22 - 7
-    left = {
-        f".a.pth.{dead}@{here}.tmp", f".a.pth.{dead}.tmp", f".a.pth.{os.getpid()}@{here}.tmp",
-    }  # fmt: skip
+    left = {f".a.pth.{dead}@{here}.tmp", f".a.pth.{dead}.tmp", f".a.pth.{os.getpid()}@{here}.tmp"}
     others = {f".a.pth.{os.getppid()}@{here}.tmp", f".a.pth.{dead}@elsewhere.tmp", ".notes.tmp", "a.tmp"}
     for name in left | others:
         (tmp_path / name).write_text("", encoding="utf-8")

@@ -212,9 +212,16 @@ def test_a_loop_before_cross_attention_starts_has_none(world: Path, tmp_path: Pa
 
 def test_sweep_and_components(world: Path, tmp_path: Path, measure: Callable[..., tuple[int, str]]) -> None:
     status, said = measure(
-        "--checkpoint", world / "feedback" / "final_model.pth", "--component", "--sweep", 0, 0.1, 1,
-        "--output_dir", tmp_path,
-    )  # fmt: skip
+        "--checkpoint",
+        world / "feedback" / "final_model.pth",
+        "--component",
+        "--sweep",
+        0,
+        0.1,
+        1,
+        "--output_dir",
+        tmp_path,
+    )
     assert status == 0
     assert said.count("[BY INTENT]") == 1, "the residual is the checkpoint's; at weights that a flag names it is judged"
     for line in ("Stage 1 (text):", "Stage 2 (image):", "  image_cross_attn: ", "weight 0.0", "weight 1.0"):

@@ -120,9 +120,13 @@ CHOICES = {
 @pytest.mark.parametrize("choices", CHOICES)
 @pytest.mark.parametrize("augment", ["none", "geometric", "full"])
 def test_samples_are_the_same_bits_with_and_without(
-    tmp_path: Path, records: list[Record], monkeypatch: pytest.MonkeyPatch, augment: str, choices: str,
+    tmp_path: Path,
+    records: list[Record],
+    monkeypatch: pytest.MonkeyPatch,
+    augment: str,
+    choices: str,
     threshold: float | str,
-) -> None:  # fmt: skip
+) -> None:
     how = (augment, CHOICES[choices], threshold)
     plain = loaded(samples(tmp_path, records, None, *how))
     assert all(sample["mask"].any() for sample in plain[1:]) or augment != "none"
@@ -137,8 +141,7 @@ def test_sizes_and_thresholds_have_squares_of_their_own(tmp_path: Path, records:
     for threshold in (HALF, 0.2, NONZERO, HALF):
         how = ("none", AS_USUAL, threshold)
         assert_same(
-            loaded(samples(tmp_path, records, None, *how)),
-            loaded(samples(tmp_path, records, kept_in(tmp_path), *how)),
+            loaded(samples(tmp_path, records, None, *how)), loaded(samples(tmp_path, records, kept_in(tmp_path), *how))
         )
     assert open_cache(tmp_path, records, 16, 1.0).folder != open_cache(tmp_path, records, SIZE, 1.0).folder
 
@@ -185,9 +188,12 @@ def test_a_damaged_square_is_not_believed_and_is_made_anew(tmp_path: Path, recor
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
 def test_where_nothing_can_be_written_images_are_decoded_and_it_is_said_once(
-    tmp_path: Path, records: list[Record], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    records: list[Record],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
     number: int,
-) -> None:  # fmt: skip
+) -> None:
     plain = loaded(samples(tmp_path, records))
 
     def half_a_file(path: Path, data: bytes) -> int:

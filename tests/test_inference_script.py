@@ -32,10 +32,30 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_world(tmp_path_factory.mktemp("world"), ("cork", "tile"))
     (folder / "test" / "tile" / "test" / "good").rename(folder / "no_normal_images")
     run(
-        "train.py", "--model_name", f"local-dir:{folder / 'clip'}", "--dataset", folder / "train", "--shot", 8,
-        "--text_epoch", 1, "--image_epoch", 10, "--text_batch_size", 4, "--image_lr", 0.01, "--num_workers", 0,
-        "--device", "cpu", "--tracker", "none", "--save_path", folder / "run",
-    )  # fmt: skip
+        "train.py",
+        "--model_name",
+        f"local-dir:{folder / 'clip'}",
+        "--dataset",
+        folder / "train",
+        "--shot",
+        8,
+        "--text_epoch",
+        1,
+        "--image_epoch",
+        10,
+        "--text_batch_size",
+        4,
+        "--image_lr",
+        0.01,
+        "--num_workers",
+        0,
+        "--device",
+        "cpu",
+        "--tracker",
+        "none",
+        "--save_path",
+        folder / "run",
+    )
     return folder
 
 
@@ -46,9 +66,19 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 def test_a_folder_means_all_its_epochs_in_numeric_order(world: Path, tmp_path: Path) -> None:
     errors = run(
-        "inference.py", "--checkpoint", world / "run", "--dataset", world / "test", "--output_dir", tmp_path,
-        "--device", "cpu", "--num_workers", 0, apart=True,
-    )  # fmt: skip
+        "inference.py",
+        "--checkpoint",
+        world / "run",
+        "--dataset",
+        world / "test",
+        "--output_dir",
+        tmp_path,
+        "--device",
+        "cpu",
+        "--num_workers",
+        0,
+        apart=True,
+    )
     rows = rows_of(tmp_path / "evaluation_test.csv")
     assert [row["model"] for row in rows[::3]] == [f"image_adapter_{epoch}" for epoch in range(1, 11)]
     assert "NOT ZERO-SHOT" not in errors
@@ -66,9 +96,18 @@ def test_a_folder_means_all_its_epochs_in_numeric_order(world: Path, tmp_path: P
 
 def test_unadapted_clip_is_scored_the_same_way(world: Path, tmp_path: Path) -> None:
     run(
-        "inference.py", "--checkpoint", "none", "--model_name", f"local-dir:{world / 'clip'}", "--dataset",
-        world / "test", "--output_dir", tmp_path, "--num_workers", 0,
-    )  # fmt: skip
+        "inference.py",
+        "--checkpoint",
+        "none",
+        "--model_name",
+        f"local-dir:{world / 'clip'}",
+        "--dataset",
+        world / "test",
+        "--output_dir",
+        tmp_path,
+        "--num_workers",
+        0,
+    )
     rows = rows_of(tmp_path / "unadapted_evaluation_test.csv")
     assert [row["class"] for row in rows] == ["cork", "tile", "average"]
 
@@ -109,9 +148,16 @@ def test_pictures_of_no_dataset_get_a_heatmap_and_a_score(world: Path, tmp_path:
     spotted[10:40, 20:60] += 130
     save(pictures / "spotted.png", spotted)
     run(
-        "inference.py", "--checkpoint", world / "run", "--image", pictures, "--class_name", "metal screw",
-        "--output_dir", tmp_path / "out",
-    )  # fmt: skip
+        "inference.py",
+        "--checkpoint",
+        world / "run",
+        "--image",
+        pictures,
+        "--class_name",
+        "metal screw",
+        "--output_dir",
+        tmp_path / "out",
+    )
     scores = {Path(row["path"]).stem: float(row["score"]) for row in rows_of(tmp_path / "out" / "scores.csv")}
     assert 0 <= scores["plain"] < scores["spotted"] <= 1
     with Image.open(tmp_path / "out" / "heatmaps" / "spotted_heatmap.png") as heatmap:

@@ -217,9 +217,14 @@ def test_undefined_metrics_are_none_and_all_anomalous_is_found():
 
 @settings(deadline=None, max_examples=40)
 @given(
-    st.sampled_from(KINDS), st.sampled_from(MASKS), st.integers(0, 2**32), st.booleans(), st.integers(1, 5),
-    st.integers(1, 200), st.integers(COARSE_BINS, COARSE_BINS + 3000),
-)  # fmt: skip
+    st.sampled_from(KINDS),
+    st.sampled_from(MASKS),
+    st.integers(0, 2**32),
+    st.booleans(),
+    st.integers(1, 5),
+    st.integers(1, 200),
+    st.integers(COARSE_BINS, COARSE_BINS + 3000),
+)
 def test_pixels_of_a_bin_are_ties(kind, what, seed, raised, batch, buffer, bins):
     """Nothing else is lost: with each score replaced by its bin the references agree."""
     maps, masks = case(kind, what, seed, raised=raised)

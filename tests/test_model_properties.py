@@ -19,15 +19,7 @@ from model.config import ModelConfig, check_depths, depth_defaults
 from model.frozen import ImageFeatures, UnadaptedCLIP, frozen_features
 from model.losses import dice_loss, focal_loss, stage1_losses, stage2_losses
 from model.text import Prompts
-from tests.helpers import (
-    adapted_clip,
-    assert_agrees,
-    config_for,
-    encode_prompts,
-    random_batch,
-    tiny_clip,
-    tiny_prompts,
-)
+from tests.helpers import adapted_clip, assert_agrees, config_for, encode_prompts, random_batch, tiny_clip, tiny_prompts
 from utils.errors import UserError
 
 EXACT = 1e-10  # float64; other batch sizes may take other kernels, which add up in another order

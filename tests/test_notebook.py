@@ -41,9 +41,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small toy_test in `data`, and in `run` one loop of feedback from scratch on some of it."""
     folder = tmp_path_factory.mktemp("world")
     base = replace(
-        CONFIG, dataset=TEST_DATASET, training_mode="few_shot", shot=2, device="cpu", num_workers=0, tracker="none",
-        data_root=folder / "data", save_path=folder / "base",
-    )  # fmt: skip
+        CONFIG,
+        dataset=TEST_DATASET,
+        training_mode="few_shot",
+        shot=2,
+        device="cpu",
+        num_workers=0,
+        tracker="none",
+        data_root=folder / "data",
+        save_path=folder / "base",
+    )
     loops = {"num_feedback_loops": 1, "text_epochs_per_loop": (1,), "image_epochs_per_loop": (1,)}
     scratch = {"load_base_text_adapter": None, "load_base_image_adapter": None}
     with pytest.MonkeyPatch.context() as patch:
@@ -72,8 +79,10 @@ def execute_with(cwd: Path, **parameters: str | int) -> NotebookNode:
     """Run the notebook with values for its parameters set in a cell after theirs, as papermill does."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     place = next(index for index, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ()))
-    values = [f"{name} = Path({value!r})" if name in ("RUN", "DATA_ROOT") else f"{name} = {value!r}"
-              for name, value in parameters.items()]  # fmt: skip
+    values = [
+        f"{name} = Path({value!r})" if name in ("RUN", "DATA_ROOT") else f"{name} = {value!r}"
+        for name, value in parameters.items()
+    ]
     # A kernel of another environment would test that one.
     own = f"assert sys.prefix == {sys.prefix!r}, sys.prefix"
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell("\n".join([own, *values])))

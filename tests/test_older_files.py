@@ -67,18 +67,30 @@ def test_cross_attention_without_config_is_built_as_what_it_was(
     assert detector.model.cross_config == OLD
     assert all(torch.equal(*pair) for pair in zip(outputs(detector.model), outputs(model), strict=True))
     for words in (
-        "weights 1 (text) and 1 (image)", "context_norm none", "text_context frozen", "text_conditioning image",
-        "8 heads", "cross_attn_residual add", "text_cross_attn_at first_block", "--image_cross_attn_weight",
-        "--context_norm", "--cross_attn_residual",
-    ):  # fmt: skip
+        "weights 1 (text) and 1 (image)",
+        "context_norm none",
+        "text_context frozen",
+        "text_conditioning image",
+        "8 heads",
+        "cross_attn_residual add",
+        "text_cross_attn_at first_block",
+        "--image_cross_attn_weight",
+        "--context_norm",
+        "--cross_attn_residual",
+    ):
         assert words in caplog.text
 
 
 def test_what_is_assumed_can_be_said_otherwise(tmp_path: Path) -> None:
     asked = {
-        "text_cross_attn_weight": 0.2, "image_cross_attn_weight": 0.1, "context_norm": "unit",
-        "text_conditioning": "none", "text_context": "trained", "cross_attn_heads": 4, "cross_attn_residual": "matched",
-    }  # fmt: skip
+        "text_cross_attn_weight": 0.2,
+        "image_cross_attn_weight": 0.1,
+        "context_norm": "unit",
+        "text_conditioning": "none",
+        "text_context": "trained",
+        "cross_attn_heads": 4,
+        "cross_attn_residual": "matched",
+    }
     detector = built(write(crossed(), tmp_path / "cross.pth"), **asked)
     assert detector.model.cross_config == replace(OLD, **asked)
     with pytest.raises(UserError, match=r"cross\.pth: --context_norm raw: choose one of unit, none"):

@@ -22,10 +22,32 @@ def test_names_that_are_fine_stay(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "../../evil", "..\\evil", "/etc/passwd", "C:\\x", "..", ".", "", " ", "a\0b", "two\nlines", "a:b", 'q"', "a?",
-        "end.", "end ", "CON", "con.png", "nul", "Aux.tar.gz", "COM1", "lpt9.txt", "CONIN$", "\udce9", "x" * 300,
+        "../../evil",
+        "..\\evil",
+        "/etc/passwd",
+        "C:\\x",
+        "..",
+        ".",
+        "",
+        " ",
+        "a\0b",
+        "two\nlines",
+        "a:b",
+        'q"',
+        "a?",
+        "end.",
+        "end ",
+        "CON",
+        "con.png",
+        "nul",
+        "Aux.tar.gz",
+        "COM1",
+        "lpt9.txt",
+        "CONIN$",
+        "\udce9",
+        "x" * 300,
     ],
-)  # fmt: skip
+)
 def test_names_that_are_not(name: str) -> None:
     assert safe_name(name) != name
     assert_is_one_name(safe_name(name))
@@ -64,8 +86,10 @@ def test_figures_stay_in_their_folder_and_apart(tmp_path: Path) -> None:
     )
     figures = [figure_path(tmp_path, image, ".png", taken) for image in images]
     assert [figure.relative_to(tmp_path).as_posix() for figure in figures[:3]] == [
-        "a/000.png", "a/000.jpg.png", "A/000.JPG_2.png",
-    ]  # fmt: skip
+        "a/000.png",
+        "a/000.jpg.png",
+        "A/000.JPG_2.png",
+    ]
     assert len({figure.as_posix().casefold() for figure in figures}) == len(images)
     for figure in figures:
         assert tmp_path in Path(os.path.normpath(figure)).parents

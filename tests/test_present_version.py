@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine import load_model
-from engine.evaluation.commands import training_command
+from engine.report.commands import training_command
 from engine.runtime.run_folder import STATE_FILE, find_latest
 from tests.data.present_version import make
 from tests.helpers import assert_agrees

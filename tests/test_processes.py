@@ -162,8 +162,10 @@ def test_each_process_loads_its_share_of_each_batch_and_all_take_as_many_steps()
     # One image for three processes: two compute it for nothing.
     assert [each[1] for each in batches] == [whole[1]] * 3
     assert [share.count for share in (SharedBatches(sampler, 6, process, 3).shares()[1] for process in range(3))] == [
-        1, 0, 0
-    ]  # fmt: skip
+        1,
+        0,
+        0,
+    ]
 
 
 def test_a_batch_that_processes_cannot_share_evenly_is_refused() -> None:

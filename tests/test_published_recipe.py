@@ -101,9 +101,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def published_run(world: Path, save_path: Path, **changes: Any) -> BaseConfig:
     given = {
-        "preset": "published", "model_name": f"local-dir:{world / 'clip'}", "dataset": "MPDD",
-        "data_root": world / "data", "num_workers": 0, "device": "cpu", "tracker": "none", "save_path": save_path,
-    }  # fmt: skip
+        "preset": "published",
+        "model_name": f"local-dir:{world / 'clip'}",
+        "dataset": "MPDD",
+        "data_root": world / "data",
+        "num_workers": 0,
+        "device": "cpu",
+        "tracker": "none",
+        "save_path": save_path,
+    }
     return BaseConfig.of(**{**given, **changes})
 
 
@@ -181,11 +187,16 @@ def check_step(
 @pytest.mark.parametrize(
     "change",
     [
-        {"surgery": "sequential"}, {"surgery": "dual"}, {"stage1_levels": "all"}, {"activation": "quick_gelu"},
-        {"class_names": "catalog"}, {"focal_smoothing": 0.0}, {"focal_smoothing": 1e-3},
+        {"surgery": "sequential"},
+        {"surgery": "dual"},
+        {"stage1_levels": "all"},
+        {"activation": "quick_gelu"},
+        {"class_names": "catalog"},
+        {"focal_smoothing": 0.0},
+        {"focal_smoothing": 1e-3},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_is_given_wins_and_makes_another_step(
     change: dict[str, Any], opening: Opening, world: Path, tmp_path: Path
 ) -> None:
@@ -203,13 +214,29 @@ def test_what_is_given_wins_and_makes_another_step(
 def test_what_the_preset_decides() -> None:
     config = BaseConfig.of(preset="published")
     expected = {
-        "adapter": "linear", "surgery": "batch_axis", "stage1_levels": "last", "focal_smoothing": 1e-5,
-        "activation": "gelu", "class_names": "published", "mask_threshold": "nonzero", "keep_label": True,
-        "jitter_first": True, "augment_moves": "separate", "augment_resampling": "nearest", "augment_fill": "mean",
-        "training_mode": "full_shot", "text_epoch": 5, "image_epoch": 20, "text_lr": 1e-5, "image_lr": 5e-4,
-        "text_batch_size": 16, "image_batch_size": 2, "text_norm_weight": 0.1, "relu": False,
+        "adapter": "linear",
+        "surgery": "batch_axis",
+        "stage1_levels": "last",
+        "focal_smoothing": 1e-5,
+        "activation": "gelu",
+        "class_names": "published",
+        "mask_threshold": "nonzero",
+        "keep_label": True,
+        "jitter_first": True,
+        "augment_moves": "separate",
+        "augment_resampling": "nearest",
+        "augment_fill": "mean",
+        "training_mode": "full_shot",
+        "text_epoch": 5,
+        "image_epoch": 20,
+        "text_lr": 1e-5,
+        "image_lr": 5e-4,
+        "text_batch_size": 16,
+        "image_batch_size": 2,
+        "text_norm_weight": 0.1,
+        "relu": False,
         "model_name": "ViT-L-14-336",
-    }  # fmt: skip
+    }
     assert {name: getattr(config, name) for name in expected} == expected
     assert BaseConfig.of() == BaseConfig() == BaseConfig.of(preset="recommended")
     assert BaseConfig().preset == "recommended"
@@ -296,9 +323,14 @@ def test_a_published_checkpoint_is_what_it_was_trained_as(
 
     def evaluated(**changes: Any) -> list[float]:
         found = evaluate_checkpoints(
-            str(file), "MPDD", data_root=world / "data", output_dir=tmp_path / "out", device="cpu", model_name=name,
+            str(file),
+            "MPDD",
+            data_root=world / "data",
+            output_dir=tmp_path / "out",
+            device="cpu",
+            model_name=name,
             **changes,
-        )  # fmt: skip
+        )
         return [score.score for result in found[0].classes for score in result.scores]
 
     default = evaluated()
@@ -332,10 +364,19 @@ def test_training_goes_on_from_a_published_base_as_it_was_trained(
 
     def started(**changes: Any) -> Opening:
         run = CrossAttentionRunConfig.of(
-            model_name=f"local-dir:{world / 'clip'}", dataset="MPDD", data_root=world / "data", shot=2, device="cpu",
-            tracker="none", num_workers=0, adapter="linear", save_path=tmp_path / "cross",
-            load_base_text_adapter=file.with_name("text_adapter.pth"), load_base_image_adapter=file, **changes,
-        )  # fmt: skip
+            model_name=f"local-dir:{world / 'clip'}",
+            dataset="MPDD",
+            data_root=world / "data",
+            shot=2,
+            device="cpu",
+            tracker="none",
+            num_workers=0,
+            adapter="linear",
+            save_path=tmp_path / "cross",
+            load_base_text_adapter=file.with_name("text_adapter.pth"),
+            load_base_image_adapter=file,
+            **changes,
+        )
         return prepare(run, "train_cross_attention.py", read_base(run))
 
     found = started()
@@ -384,9 +425,11 @@ def test_a_file_called_published_is_meant_by_its_path(tmp_path: Path, monkeypatc
     Path("published").write_text('{"tubes": "of the file"}', encoding="utf-8")
     spec, parse = CATALOG["MPDD"], make_parser(BaseConfig, None).parse_args
     for words, expected in (
-        ("published", "scattered metal objects"), ("./published", "of the file"), ("catalog", "metal tube"),
+        ("published", "scattered metal objects"),
+        ("./published", "of the file"),
+        ("catalog", "metal tube"),
         (str(tmp_path / "published"), "of the file"),
-    ):  # fmt: skip
+    ):
         config = BaseConfig.of(**vars(parse(["--class_names", words])))
         recorded = config.to_dict()["class_names"]
         assert class_display_names(spec, recorded)["tubes"] == expected, words

@@ -23,11 +23,11 @@ from engine.detector.calibration import read_calibration
 from engine.detector.detector import Detector, unadapted_detector
 from engine.detector.references import ReferenceChoice
 from engine.evaluation.calibrate import calibrate_images
-from engine.evaluation.compare import Setting, cache_keys
-from engine.evaluation.comparison import Row
 from engine.evaluation.evaluate import evaluate
 from engine.evaluation.inference import evaluate_checkpoints
 from engine.evaluation.own_images import score_images
+from engine.report.compare import Setting, cache_keys
+from engine.report.comparison import Row
 from engine.training.base import train_base
 from model.references import joined_anomaly_map, joined_calibrated_maps, nearest_distances, reference_maps
 from model.scoring import Outputs, anomaly_map, calibrated_maps, class_image_scores, det_scores, enlarge
@@ -177,9 +177,13 @@ def test_figures_with_other_references_are_not_taken_from_the_cache(world: Path,
         return cache_keys([Row("unadapted")], {}, setting)["unadapted"]
 
     choices = (
-        None, ReferenceChoice(shots=3), ReferenceChoice(shots=3, seed=1), ReferenceChoice(folder),
-        ReferenceChoice(folder, weight=0.3), ReferenceChoice(folder, features="frozen"),
-    )  # fmt: skip
+        None,
+        ReferenceChoice(shots=3),
+        ReferenceChoice(shots=3, seed=1),
+        ReferenceChoice(folder),
+        ReferenceChoice(folder, weight=0.3),
+        ReferenceChoice(folder, features="frozen"),
+    )
     assert len(set(map(key, choices))) == len(choices)
     # The same images are the same references, however they were asked for.
     assert key(ReferenceChoice(folder)) == key(ReferenceChoice(shots=10)) == key(ReferenceChoice(shots=10, seed=1))

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from engine.data.run_location import arguments_in, load_task_of_run
-from engine.evaluation.compare import compare_feedback_loops
 from engine.evaluation.inference import evaluate_checkpoints
+from engine.report.compare import compare_feedback_loops
 from engine.training.base import train_base
 from engine.training.feedback import train_feedback
 from tests.scripts import small_runs, write_dataset, write_world

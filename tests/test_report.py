@@ -20,11 +20,11 @@ from playwright.sync_api import Browser, Page
 
 from engine.config.feedback import FeedbackConfig
 from engine.config.training import BaseConfig, CrossAttentionRunConfig, RunConfig
-from engine.evaluation.commands import command_line, training_command
-from engine.evaluation.compare import compare_feedback_loops
-from engine.evaluation.comparison import Comparison, Row
 from engine.evaluation.evaluate import METRICS, ClassResult, Evaluation, ImageScore
-from engine.evaluation.report import (
+from engine.report.commands import command_line, training_command
+from engine.report.compare import compare_feedback_loops
+from engine.report.comparison import Comparison, Row
+from engine.report.page import (
     Log,
     best_of_columns,
     class_charts,
@@ -158,13 +158,18 @@ def test_the_page_says_what_was_run(world: Path, report: Path) -> None:
     assert text.count('class="example"') == 6
     commands = [line.strip() for line in re.findall(r"<pre>(.*?)</pre>", text, re.DOTALL)]
     assert [shlex.split(command)[1] for command in commands] == [
-        "train.py", "train_cross_attention_feedback_v2.py", "compare_feedback_loops.py",
-    ]  # fmt: skip
+        "train.py",
+        "train_cross_attention_feedback_v2.py",
+        "compare_feedback_loops.py",
+    ]
     parser = import_module("compare_feedback_loops").build_parser()
     again = parser.parse_args(shlex.split(commands[-1])[2:])
     assert (again.save_path, again.base_path, again.unadapted, again.report) == (
-        world / RUN, world / "base", True, True,
-    )  # fmt: skip
+        world / RUN,
+        world / "base",
+        True,
+        True,
+    )
 
 
 def test_a_report_without_history_and_of_nothing_readable(world: Path, tmp_path: Path) -> None:

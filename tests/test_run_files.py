@@ -53,9 +53,15 @@ def logging_as_before() -> Iterator[None]:
 
 def common(world: Path, save_path: Path) -> dict[str, Any]:
     return {
-        "model_name": f"local-dir:{world / 'clip'}", "dataset": str(world / "train"), "shot": 4, "text_batch_size": 4,
-        "num_workers": 0, "device": "cpu", "tracker": "none", "save_path": save_path,
-    }  # fmt: skip
+        "model_name": f"local-dir:{world / 'clip'}",
+        "dataset": str(world / "train"),
+        "shot": 4,
+        "text_batch_size": 4,
+        "num_workers": 0,
+        "device": "cpu",
+        "tracker": "none",
+        "save_path": save_path,
+    }
 
 
 def base_config(world: Path, save_path: Path, **changes: Any) -> BaseConfig:

@@ -59,12 +59,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_base(folder: Path, clip: FrozenCLIP) -> None:
     model = adapted_clip(clip, text_adapt_until=2, image_adapt_until=3)
     said = {
-        "dataset": "toy_train", "training_mode": "few_shot", "shot": 4,
+        "dataset": "toy_train",
+        "training_mode": "few_shot",
+        "shot": 4,
         "arguments": {
-            "dataset": "/home/me/secret/toy_train", "model_name": clip.model_name, "data_root": "/home/me/secret",
-            "save_path": "C:\\secret\\run", "clip_weights": "/home/me/secret/clip.pt", "class_names": "secret.json",
+            "dataset": "/home/me/secret/toy_train",
+            "model_name": clip.model_name,
+            "data_root": "/home/me/secret",
+            "save_path": "C:\\secret\\run",
+            "clip_weights": "/home/me/secret/clip.pt",
+            "class_names": "secret.json",
         },
-    }  # fmt: skip
+    }
     folder.mkdir()
     content = {**states_of(model), "epoch": 3, "config": config_of(model, **said), "image_optimizer": None}
     checkpoint.save(content, folder / "image_adapter.pth")
@@ -372,9 +378,11 @@ def test_a_push_that_fails_is_one_line_and_leaves_the_folder(
 
     monkeypatch.setattr(stand_in, "upload_folder", refused)
     arguments = SharingArguments.of(
-        checkpoint=str(world / "base"), output=tmp_path / "model", push="org/name",
+        checkpoint=str(world / "base"),
+        output=tmp_path / "model",
+        push="org/name",
         model_name=f"local-dir:{world / 'clip'}",
-    )  # fmt: skip
+    )
     with pytest.raises(UserError, match="401 Unauthorized") as caught:
         share.share(arguments)
     assert "\n" not in str(caught.value) and (tmp_path / "model" / "model.safetensors").is_file()

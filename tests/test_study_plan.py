@@ -44,9 +44,20 @@ def test_cells_and_their_commands(tmp_path: Path) -> None:
     plain = f"runs/nowhere/world/cells/{cells['plain'].folder.name}"
     better = f"runs/nowhere/world/cells/{cells['better'].folder.name}"
     assert train == (
-        f"{tmp_path.as_posix()}/train.py", "--epochs", "2", "--gain", "1.0", "--start", f"{plain}/run/model.json",
-        "--dataset", "a", "--seed", "1", "--save_path", f"{better}/run",
-    )  # fmt: skip
+        f"{tmp_path.as_posix()}/train.py",
+        "--epochs",
+        "2",
+        "--gain",
+        "1.0",
+        "--start",
+        f"{plain}/run/model.json",
+        "--dataset",
+        "a",
+        "--seed",
+        "1",
+        "--save_path",
+        f"{better}/run",
+    )
     assert test[:5] == (f"{tmp_path.as_posix()}/test.py", "--checkpoint", f"{better}/run/model.json", "--dataset", "b")
     assert "none" in cells["untrained"].steps[0].words
     # What is only tested tests the run of the arm it starts from, with arguments of its own.
@@ -77,8 +88,15 @@ def test_what_changed_is_another_cell_and_nothing_else_is(tmp_path: Path) -> Non
 
 def test_arguments_are_typed_and_their_order_means_nothing(tmp_path: Path) -> None:
     assert words_of({"flag": True, "off": False, "list": [1, 2], "text": "a b", "number": 0.5}) == [
-        "--flag", "--list", "1", "2", "--text", "a b", "--number", "0.5",
-    ]  # fmt: skip
+        "--flag",
+        "--list",
+        "1",
+        "2",
+        "--text",
+        "a b",
+        "--number",
+        "0.5",
+    ]
     one = folders(plan_of(write_world(tmp_path, **{"study.arguments": {"epochs": 2, "delay": 0.0}})))
     other = folders(plan_of(write_world(tmp_path, **{"study.arguments": {"delay": 0.0, "epochs": 2, "fail": False}})))
     assert one == other
@@ -87,10 +105,7 @@ def test_arguments_are_typed_and_their_order_means_nothing(tmp_path: Path) -> No
 def test_settings_pairs_and_launchers(tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "study.settings": {"short": {"arguments": {"epochs": 1}}, "long": {"arguments": {"epochs": 9}}},
-        "study.pairs": [
-            {"train": "a", "test": ["b"]},
-            {"train": "b", "test": ["a", "c"], "arguments": {"delay": 0.5}},
-        ],
+        "study.pairs": [{"train": "a", "test": ["b"]}, {"train": "b", "test": ["a", "c"], "arguments": {"delay": 0.5}}],
         "arms.plain.launch": ["-m", "accelerate.commands.launch", "--num_processes", "2"],
         "arms.plain.gpus": 2,
         "study.flags": {"seed": "--random-seed", "dataset": ""},
@@ -99,9 +114,7 @@ def test_settings_pairs_and_launchers(tmp_path: Path) -> None:
     assert len(plan.cells) == 1 + 3 * 2 * 2 * 2
     words = plan.by_key["long", "plain", 1, 1].training.words
     assert words[:4] == ("-m", "accelerate.commands.launch", "--num_processes", "2")
-    assert words[5:] == (
-        "--epochs", "9", "--delay", "0.5", "--random-seed", "1", "--save_path", words[-1],
-    )  # fmt: skip
+    assert words[5:] == ("--epochs", "9", "--delay", "0.5", "--random-seed", "1", "--save_path", words[-1])
     untrained = next(cell for cell in plan.cells if cell.arm_name == "untrained")
     assert [step.test for step in untrained.steps] == ["b", "a", "c"]
 

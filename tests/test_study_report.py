@@ -101,8 +101,16 @@ def test_the_figures_are_means_over_classes_datasets_and_pairs(plan: Plan) -> No
 
 def test_the_page_and_the_text_say_the_same(files: dict[str, str]) -> None:
     for text in (files["md"], files["html"]):
-        for said in ("Pixel AP: better, +", "95 % interval", "What the arms", "Reported elsewhere", "a table, page 3",
-                     "Somebody (reported elsewhere)", "optimizer steps, only", "12 against 6"):  # fmt: skip
+        for said in (
+            "Pixel AP: better, +",
+            "95 % interval",
+            "What the arms",
+            "Reported elsewhere",
+            "a table, page 3",
+            "Somebody (reported elsewhere)",
+            "optimizer steps, only",
+            "12 against 6",
+        ):
             assert said in text, said
         assert "Nobody" not in text
     page = files["html"]
@@ -154,9 +162,12 @@ def test_a_checkpoint_is_asked_first(tmp_path: Path) -> None:
     config = {"dataset": "A", "shot": 4, "metadata_digest": "abc", "seed": 9}
     torch.save({"config": config, "steps": {"text": 7, "image": None}}, cell.folder / "run" / "model.json")
     assert read_facts(cell) == {
-        "training data": "A", "images of each class": "4", "digest of the image list": "abc", "seed": "9",
+        "training data": "A",
+        "images of each class": "4",
+        "digest of the image list": "abc",
+        "seed": "9",
         "optimizer steps, text": "7",
-    }  # fmt: skip
+    }
 
 
 def test_arguments_that_differ(plan: Plan) -> None:
@@ -174,8 +185,9 @@ def test_losses_go_on_where_the_start_ended(plan: Plan) -> None:
     panels = loss_panels(results, results.settings[0])
     assert list(panels) == ["only"]
     assert {name: (first, losses.shape) for name, (first, losses) in panels["only"].items()} == {
-        "plain": (1, (12, 2)), "better": (3, (12, 2)),
-    }  # fmt: skip
+        "plain": (1, (12, 2)),
+        "better": (3, (12, 2)),
+    }
 
 
 def test_a_partial_study_is_reported(tmp_path: Path) -> None:
@@ -247,8 +259,14 @@ def test_settings_are_studies_of_their_own(tmp_path: Path) -> None:
 
 
 def test_a_csv_of_several_models_means_the_last(tmp_path: Path) -> None:
-    lines = ["model,dataset,class,images,anomalous,x", "epoch 1,d,cup,4,2,1.0", "epoch 1,d,average,4,2,1.0",
-             "epoch 2,d,cup,4,2,3.5", "epoch 2,d,nut,4,2,n/a", "epoch 2,d,average,4,2,9.0"]  # fmt: skip
+    lines = [
+        "model,dataset,class,images,anomalous,x",
+        "epoch 1,d,cup,4,2,1.0",
+        "epoch 1,d,average,4,2,1.0",
+        "epoch 2,d,cup,4,2,3.5",
+        "epoch 2,d,nut,4,2,n/a",
+        "epoch 2,d,average,4,2,9.0",
+    ]
     (tmp_path / "a.csv").write_text("\n".join(lines), encoding="utf-8")
     cup, nut = read_figures(tmp_path)
     assert (cup.class_name, cup.values, cup.counts) == ("cup", {"x": 3.5}, ("4", "2"))
@@ -265,8 +283,11 @@ def test_literature_that_is_not_there(tmp_path: Path) -> None:
 
 def test_names_and_colours() -> None:
     assert [readable(name) for name in ("pixel_auroc", "aupro", "image_f1_max", "some_thing")] == [
-        "Pixel AUROC", "AUPRO", "Image F1-max", "Some thing",
-    ]  # fmt: skip
+        "Pixel AUROC",
+        "AUPRO",
+        "Image F1-max",
+        "Some thing",
+    ]
     assert heat(math.nan, 1.0) == heat(1.0, 0.0) == "transparent"
     assert heat(-0.5, 1.0) == "rgba(218, 54, 51, 0.30)"
 

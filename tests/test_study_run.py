@@ -195,9 +195,16 @@ def test_a_keeper_ends_its_command_when_its_study_is_gone(tmp_path: Path) -> Non
 def test_two_keepers_of_one_marker_wait_for_one_another(tmp_path: Path) -> None:
     code = "import time, sys; open(sys.argv[1], 'a').write('x'); time.sleep(0.5)"
     words = [
-        sys.executable, "-I", keeper.__file__, str(tmp_path / "x.done"), str(tmp_path / "x.log"),
-        sys.executable, "-c", code, str(tmp_path / "count"),
-    ]  # fmt: skip
+        sys.executable,
+        "-I",
+        keeper.__file__,
+        str(tmp_path / "x.done"),
+        str(tmp_path / "x.log"),
+        sys.executable,
+        "-c",
+        code,
+        str(tmp_path / "count"),
+    ]
     both = [subprocess.Popen(words, stdin=subprocess.PIPE) for _ in range(2)]
     assert [process.wait(60) for process in both] == [0, 0]
     assert (tmp_path / "count").read_text() == "x"

@@ -27,10 +27,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(world: Path, save_path: Path, **changes: object) -> list[object]:
     values: dict[str, object] = {
-        "model_name": f"local-dir:{world / 'clip'}", "dataset": world / "train", "shot": 8, "text_epoch": 3,
-        "image_epoch": 3, "text_batch_size": 4, "image_lr": 0.005, "num_workers": 0, "device": "cpu",
-        "tracker": "none", "save_path": save_path,
-    }  # fmt: skip
+        "model_name": f"local-dir:{world / 'clip'}",
+        "dataset": world / "train",
+        "shot": 8,
+        "text_epoch": 3,
+        "image_epoch": 3,
+        "text_batch_size": 4,
+        "image_lr": 0.005,
+        "num_workers": 0,
+        "device": "cpu",
+        "tracker": "none",
+        "save_path": save_path,
+    }
     return [part for name, value in {**values, **changes}.items() for part in (f"--{name}", value)]
 
 
@@ -53,9 +61,16 @@ def test_files_and_log(finished: Path) -> None:
     files = {path.name for path in finished.iterdir()}
     log = (finished / "train.log").read_text(encoding="utf-8")
     assert files == {
-        "args.json", "history.jsonl", "train.log", "training_state.pth", "text_adapter.pth", "image_adapter.pth",
-        "image_adapter_1.pth", "image_adapter_2.pth", "image_adapter_3.pth",
-    }, log  # fmt: skip
+        "args.json",
+        "history.jsonl",
+        "train.log",
+        "training_state.pth",
+        "text_adapter.pth",
+        "image_adapter.pth",
+        "image_adapter_1.pth",
+        "image_adapter_2.pth",
+        "image_adapter_3.pth",
+    }, log
     for line in ("Loop 1 - text loss: ", "Loop 1 - image loss: ", "Average Grad Norm: ", "p_abnormal"):
         assert log.count(line) >= 3, line
     rows = [json.loads(line) for line in (finished / "history.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -29,9 +29,15 @@ from utils.errors import NotFiniteError, Stopped, UserError
 
 def epoch(**changes: Any) -> dict[str, Any]:
     return {
-        "stage": "image", "loss": 2.0, "opening_loss": 3.0, "steps": 200, "grad_norm/total": 0.1,
-        "abnormal_inside": 0.6, "abnormal_outside": 0.1, **changes,
-    }  # fmt: skip
+        "stage": "image",
+        "loss": 2.0,
+        "opening_loss": 3.0,
+        "steps": 200,
+        "grad_norm/total": 0.1,
+        "abnormal_inside": 0.6,
+        "abnormal_outside": 0.1,
+        **changes,
+    }
 
 
 def test_a_healthy_epoch_is_not_warned_of() -> None:

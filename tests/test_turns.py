@@ -143,10 +143,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def asked(world: Path, save_path: Path, **changes: Any) -> FeedbackConfig:
     values = {
-        "model_name": f"local-dir:{world / 'clip'}", "dataset": str(world / "train"), "shot": 4, "text_batch_size": 4,
-        "num_workers": 0, "device": "cpu", "tracker": "none", "num_feedback_loops": 2, "text_epochs_per_loop": (1, 2),
-        "image_epochs_per_loop": (2, 2), "save_path": save_path, "order": "turns",
-    }  # fmt: skip
+        "model_name": f"local-dir:{world / 'clip'}",
+        "dataset": str(world / "train"),
+        "shot": 4,
+        "text_batch_size": 4,
+        "num_workers": 0,
+        "device": "cpu",
+        "tracker": "none",
+        "num_feedback_loops": 2,
+        "text_epochs_per_loop": (1, 2),
+        "image_epochs_per_loop": (2, 2),
+        "save_path": save_path,
+        "order": "turns",
+    }
     return FeedbackConfig.of(**{**values, **changes})
 
 

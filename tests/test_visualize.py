@@ -145,8 +145,13 @@ def test_a_class_name_is_no_way_out_of_the_folder(world: Path, tmp_path: Path) -
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     folder = tmp_path / "a" / "b" / "out"
     (figure,) = visualize_comparison(
-        "../../evil", Choice((0,)), str(world / "test"), metadata=file, base_path=world / "base", output_dir=folder,
+        "../../evil",
+        Choice((0,)),
+        str(world / "test"),
+        metadata=file,
+        base_path=world / "base",
+        output_dir=folder,
         device="cpu",
-    )  # fmt: skip
+    )
     assert figure.parent == folder and len(list(folder.iterdir())) == 2
     assert {path.name for path in tmp_path.iterdir()} == {"list.jsonl", "a"}

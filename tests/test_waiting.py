@@ -39,9 +39,25 @@ MODELS: dict[str, CrossAttentionConfig | None] = {
 LOOPS = {"first": LoopForward("frozen", True), "later": LoopForward("trained", True)}
 # What fetches a value from the device, or needs one to know the shape of its result.
 FETCHING = {
-    "item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "__contains__", "nonzero",
-    "argwhere", "unique", "unique_consecutive", "masked_select", "bincount", "equal", "allclose", "is_nonzero",
-}  # fmt: skip
+    "item",
+    "tolist",
+    "cpu",
+    "numpy",
+    "__bool__",
+    "__int__",
+    "__float__",
+    "__index__",
+    "__contains__",
+    "nonzero",
+    "argwhere",
+    "unique",
+    "unique_consecutive",
+    "masked_select",
+    "bincount",
+    "equal",
+    "allclose",
+    "is_nonzero",
+}
 
 
 OPERATIONS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
@@ -97,9 +113,11 @@ def make_stage(side: str, kind: str, loop: str, device: str = "cpu") -> Stage:
 def make_batch(device: str = "cpu") -> dict[str, Any]:
     batch = random_batch(SIZE)
     return {
-        "image": batch.images.to(device), "mask": batch.masks[:, None].to(device), "label": batch.labels.to(device),
+        "image": batch.images.to(device),
+        "mask": batch.masks[:, None].to(device),
+        "label": batch.labels.to(device),
         "class_name": [CLASSES[row] for row in batch.rows.tolist()],
-    }  # fmt: skip
+    }
 
 
 COMBINATIONS = [

@@ -15,10 +15,10 @@ import torch
 from dataset.metadata import kept_file
 from engine.config.training import BaseConfig, CrossAttentionRunConfig
 from engine.data.task import load_task, load_two_folders, mask_notes
-from engine.evaluation.compare import compare_feedback_loops
 from engine.evaluation.evaluate import Evaluation
 from engine.evaluation.image_heatmaps import read_picture
 from engine.evaluation.inference import TwoFolders, evaluate_checkpoints
+from engine.report.compare import compare_feedback_loops
 from engine.training.base import train_base
 from engine.training.cross_attention import train_cross_attention
 from engine.training.feedback import train_feedback
@@ -165,8 +165,10 @@ def test_the_image_loss_trains_what_it_reaches_and_says_what_that_costs(config: 
     assert changed == {"layer_adapters", "det_proj"}
     row = json.loads(log_of(config.save_path, "history.jsonl").splitlines()[0])
     assert {name for name in row if name.startswith("grad_norm/")} == {
-        "grad_norm/layer_adapters", "grad_norm/det_proj", "grad_norm/total",
-    }  # fmt: skip
+        "grad_norm/layer_adapters",
+        "grad_norm/det_proj",
+        "grad_norm/total",
+    }
     saved = torch.load(config.save_path / "image_adapter.pth", weights_only=True)["config"]
     assert saved["arguments"]["image_loss_only"] is True and not saved["model"]["text_adapted"]
     with pytest.raises(UserError, match="image_loss_only was True, now False"):
@@ -179,10 +181,7 @@ def test_cross_attention_may_start_from_a_base(world: Path, config: BaseConfig) 
     set_up_logging()
     train_cross_attention(CrossAttentionRunConfig.of(**values, **sides))
     assert "the projectors of the maps stay those of the base" in log_of(config.save_path)
-    before, after = (
-        weights(world / "base/image_adapter.pth"),
-        weights(config.save_path / "image_adapter.pth"),
-    )
+    before, after = (weights(world / "base/image_adapter.pth"), weights(config.save_path / "image_adapter.pth"))
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"layer_adapters", "det_proj"}
 

@@ -14,9 +14,19 @@ from utils.schema import type_hints
 
 # The groups of `--help`, in their order.
 GROUPS = (
-    "what to do", "references", "model", "adapters", "cross-attention", "base", "feedback", "data", "training",
-    "schedule", "machine", "output",
-)  # fmt: skip
+    "what to do",
+    "references",
+    "model",
+    "adapters",
+    "cross-attention",
+    "base",
+    "feedback",
+    "data",
+    "training",
+    "schedule",
+    "machine",
+    "output",
+)
 
 Config = TypeVar("Config", bound="Arguments")
 

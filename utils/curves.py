@@ -101,9 +101,14 @@ def mark_loops(axes: Sequence[Axes], spans: Sequence[Span]) -> None:
                 axis.axvline(rows[0] - 0.5, color="grey", linewidth=0.8)
         middle = (rows[0] + rows[-1]) / 2
         axes[0].annotate(
-            f"{loop}" if many and loop > 1 else f"loop {loop}", (middle, 1), xycoords=("data", "axes fraction"),
-            xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8,
-        )  # fmt: skip
+            f"{loop}" if many and loop > 1 else f"loop {loop}",
+            (middle, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
 
 
 def stage_legend(figure: Figure, history: Sequence[Mapping[str, Any]]) -> None:
@@ -190,7 +195,13 @@ def _label_lines(axis: Axes, values: Mapping[str, float], colours: Mapping[str, 
         places[index] = min(places[index], above)
     for name, place in zip(names, places, strict=True):
         axis.annotate(
-            f"{name} {values[name]:.2f}", (1, values[name]), xycoords=("axes fraction", "data"), xytext=(1.06, place),
-            textcoords="axes fraction", va="center", fontsize=8, color=colours[name],
+            f"{name} {values[name]:.2f}",
+            (1, values[name]),
+            xycoords=("axes fraction", "data"),
+            xytext=(1.06, place),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8,
+            color=colours[name],
             arrowprops={"arrowstyle": "-", "color": colours[name], "linewidth": 0.8, "relpos": (0, 0.5)},
-        )  # fmt: skip
+        )

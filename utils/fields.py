@@ -34,10 +34,20 @@ def setting(
     flag. kept: where it is not given, a run that goes on keeps what it began with.
     """
     metadata = {
-        "help": help, "group": group, "between": between, "choices": choices, "free": free, "unset": unset,
-        "several": several, "kind": kind, "alone": alone,
-        "under": dict(under or {}), "before": before, "word": word, "kept": kept,
-    }  # fmt: skip
+        "help": help,
+        "group": group,
+        "between": between,
+        "choices": choices,
+        "free": free,
+        "unset": unset,
+        "several": several,
+        "kind": kind,
+        "alone": alone,
+        "under": dict(under or {}),
+        "before": before,
+        "word": word,
+        "kept": kept,
+    }
     return field(default=default, metadata=metadata)
 
 

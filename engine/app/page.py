@@ -10,15 +10,7 @@ from typing import Any
 import gradio as gr
 
 from engine.app.drawing import result, said, thumbnails
-from engine.app.dropped import (
-    ENDINGS,
-    MOST_BYTES,
-    MOST_IMAGES,
-    MOST_NORMAL,
-    MOST_PIXELS,
-    MOST_REFERENCES,
-    dropped,
-)
+from engine.app.dropped import ENDINGS, MOST_BYTES, MOST_IMAGES, MOST_NORMAL, MOST_PIXELS, MOST_REFERENCES, dropped
 from engine.app.examples import Example
 from engine.app.session import Progress, Session, Thresholds
 from engine.detector.detector import Detector
@@ -68,9 +60,12 @@ def build_page(
             with gr.Column(scale=2, min_width=280):
                 files = _files("Images", "images")
                 class_name = gr.Textbox(
-                    label="What they show", placeholder="object", max_length=200, elem_id="class_name",
+                    label="What they show",
+                    placeholder="object",
+                    max_length=200,
+                    elem_id="class_name",
                     info="In the words of the prompts, such as: metal screw",
-                )  # fmt: skip
+                )
                 model = gr.Dropdown(names, value=names[-1], label="Model", elem_id="model", filterable=False)
                 look = gr.Button("Look", variant="primary", elem_id="look")
                 gr.Markdown(LIMITS)
@@ -88,16 +83,25 @@ def build_page(
                     )
                     normals = _files("Normal images for thresholds", "normals")
                     rate = gr.Dropdown(
-                        list(RATES), value=list(RATES)[1], label="Normal images that may be called anomalous",
+                        list(RATES),
+                        value=list(RATES)[1],
+                        label="Normal images that may be called anomalous",
                         filterable=False,
-                    )  # fmt: skip
+                    )
                     calibrate = gr.Button("Find thresholds", elem_id="calibrate")
             with gr.Column(scale=5, min_width=280):
                 status = gr.HTML(said(["Nothing dropped yet: try one of the examples below."]), elem_id="status")
                 overview = gr.Gallery(
-                    visible=False, show_label=False, columns=4, height="auto", allow_preview=False, interactive=False,
-                    buttons=[], elem_id="overview", object_fit="contain",
-                )  # fmt: skip
+                    visible=False,
+                    show_label=False,
+                    columns=4,
+                    height="auto",
+                    allow_preview=False,
+                    interactive=False,
+                    buttons=[],
+                    elem_id="overview",
+                    object_fit="contain",
+                )
                 with gr.Row(visible=False) as controls:
                     image_threshold = _slider("Image threshold", THRESHOLD, "image_threshold")
                     pixel_threshold = _slider("Pixel threshold", THRESHOLD, "pixel_threshold")
@@ -108,9 +112,15 @@ def build_page(
                 archive = gr.DownloadButton(visible="hidden", elem_id="zip")
                 gr.Markdown("### Examples of the toy world")
                 tried = gr.Gallery(
-                    [(example.image.read(), example.caption) for example in examples], show_label=False, columns=8,
-                    height="auto", allow_preview=False, interactive=False, buttons=[], elem_id="examples",
-                )  # fmt: skip
+                    [(example.image.read(), example.caption) for example in examples],
+                    show_label=False,
+                    columns=8,
+                    height="auto",
+                    allow_preview=False,
+                    interactive=False,
+                    buttons=[],
+                    elem_id="examples",
+                )
         results = [state, status, overview, controls, image_threshold, pixel_threshold, shown, save]
 
         def of(session: Session | None) -> Session:
@@ -181,9 +191,7 @@ def build_page(
         private = {"api_visibility": "private"}
         asked = [state, model, class_name]
         files.change(take, [state, files], state, **private).success(look_at, asked, results, **model_work, **private)
-        gr.on(
-            [look.click, class_name.submit, model.input], look_at, asked, results, **model_work, **private
-        )  # fmt: skip
+        gr.on([look.click, class_name.submit, model.input], look_at, asked, results, **model_work, **private)
         tried.select(try_example, state, [state, class_name], **private).success(
             look_at, asked, results, **model_work, **private
         )

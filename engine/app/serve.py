@@ -44,11 +44,24 @@ def page_served(models: Mapping[str, Detector], host: str, port: int, domain: st
 
         try:
             _, address, _ = page.launch(
-                server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, share=False, show_error=False,
-                max_file_size=MOST_BYTES, state_session_capacity=MOST_VISITORS, footer_links=[], run_history=False,
-                ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False, strict_cors=True,
-                theme=THEME, css_paths=[CSS],
-            )  # fmt: skip
+                server_name=host,
+                server_port=port,
+                prevent_thread_lock=True,
+                quiet=True,
+                share=False,
+                show_error=False,
+                max_file_size=MOST_BYTES,
+                state_session_capacity=MOST_VISITORS,
+                footer_links=[],
+                run_history=False,
+                ssr_mode=False,
+                pwa=False,
+                mcp_server=False,
+                enable_monitoring=False,
+                strict_cors=True,
+                theme=THEME,
+                css_paths=[CSS],
+            )
             yield address
         finally:
             page.close(verbose=False)
@@ -58,6 +71,4 @@ def _settle(folder: Path) -> None:
     """Take Gradio's settings from nowhere but here: no statistics, no look for newer versions, no other folders."""
     for name in [name for name in os.environ if name.startswith("GRADIO_")]:
         del os.environ[name]
-    os.environ |= {
-        "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder), "HF_HUB_DISABLE_TELEMETRY": "1",
-    }  # fmt: skip
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder), "HF_HUB_DISABLE_TELEMETRY": "1"}

@@ -19,14 +19,7 @@ from dataset.images import content_digest
 from dataset.prompts import build_prompts
 from engine.app.dropped import Dropped
 from engine.config.evaluation import DEFAULT_CLASS
-from engine.detector.calibration import (
-    ANOMALOUS,
-    CALIBRATION_FILE,
-    NORMAL,
-    Entry,
-    add_entry,
-    check_enough,
-)
+from engine.detector.calibration import ANOMALOUS, CALIBRATION_FILE, NORMAL, Entry, add_entry, check_enough
 from engine.detector.detector import Detector, Prediction
 from engine.evaluation.calibrate import calibrate_detector, numbers_of
 from engine.evaluation.image_heatmaps import attention_heatmaps
@@ -192,10 +185,15 @@ class Session:
                 prediction = seen.prediction
                 findings.append(
                     Finding(
-                        Path(seen.name), seen.class_name, prediction.score, found.worst, found.decision,
-                        prediction.rank, regions,
+                        Path(seen.name),
+                        seen.class_name,
+                        prediction.score,
+                        found.worst,
+                        found.decision,
+                        prediction.rank,
+                        regions,
                     )
-                )  # fmt: skip
+                )
                 picture = overlay(seen.image, prediction.anomaly_map, opacity=opacity)
                 save_image(picture, figure_path(folder / "heatmaps", seen.name, "_heatmap.png", taken))
             write_scores(findings, folder / "scores.csv")
@@ -244,6 +242,14 @@ class Session:
         shown = pixels.copy()
         shown.thumbnail((SIDE, SIDE))
         return Seen(
-            image.name, shown, pixels.size, class_name, detector.name, prediction, region, entry, attention,
+            image.name,
+            shown,
+            pixels.size,
+            class_name,
+            detector.name,
+            prediction,
+            region,
+            entry,
+            attention,
             len(references),
-        )  # fmt: skip
+        )

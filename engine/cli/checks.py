@@ -42,7 +42,7 @@ from engine.runtime.run_folder import (
     demo_checkpoints,
     find_latest,
     find_loops,
-)  # fmt: skip
+)
 from utils.errors import UserError
 from utils.files import check_folder
 from utils.paths import is_file, is_folder

@@ -13,8 +13,8 @@ from engine.config.feedback import FeedbackConfig
 from engine.config.training import BaseConfig
 from engine.data.task import TaskData, load_task
 from engine.detector.detector import UNADAPTED, Detector, build_detector, unadapted_detector
-from engine.evaluation.compare import compare_feedback_loops
 from engine.evaluation.image_heatmaps import look, read_picture
+from engine.report.compare import compare_feedback_loops
 from engine.runtime.device import check_device
 from engine.runtime.run_folder import CURVES_FILE, DEMO_FOLDER, FINAL_FILE, REPORT_FILE, loop_file, side_file
 from engine.training.base import train_base

@@ -16,9 +16,12 @@ class AppArguments(Arguments):
     """Which models can be chosen on the page, and where it is served."""
 
     checkpoint: tuple[str, ...] | None = setting(
-        None, "what can be chosen: files, folders (all epochs or loops), models on the hub, none for unadapted CLIP",
-        "what to do", several=True, unset="the demo's models",
-    )  # fmt: skip
+        None,
+        "what can be chosen: files, folders (all epochs or loops), models on the hub, none for unadapted CLIP",
+        "what to do",
+        several=True,
+        unset="the demo's models",
+    )
     domain: str = changed(InferenceArguments, "domain", help="how images are scored")
     det_score: str | None = changed(TestingArguments, "det_score")
     model_name: str | None = changed(TestingArguments, "model_name")
@@ -29,7 +32,8 @@ class AppArguments(Arguments):
     surgery_until_layer: int | None = changed(TestingArguments, "surgery_until_layer")
     device: str = changed(MachineArguments, "device", "cpu")
     host: str = setting(
-        "127.0.0.1", "address to listen on; 0.0.0.0 lets in everyone who can reach this machine, without a password",
+        "127.0.0.1",
+        "address to listen on; 0.0.0.0 lets in everyone who can reach this machine, without a password",
         "machine",
-    )  # fmt: skip
+    )
     port: int = setting(PORT, "port to listen on", "machine", between=(1, 65535))

@@ -22,9 +22,12 @@ class ModelArguments(Arguments):
 
     model_name: str = changed(ModelConfig, "model_name", "ViT-L-14-336")
     clip_weights: str | None = setting(
-        None, "weights file in any format open_clip reads, or one of its tags", "model", free=True,
+        None,
+        "weights file in any format open_clip reads, or one of its tags",
+        "model",
+        free=True,
         unset="OpenAI's from the hub",
-    )  # fmt: skip
+    )
     img_size: int | None = changed(ModelConfig, "img_size", None, unset="518 for ViT-L-14-336, else the model's own")
     activation: str | None = changed(ModelConfig, "activation", None, unset="the one that the weights need")
     surgery: str = changed(ModelConfig, "surgery")
@@ -45,12 +48,19 @@ class DataArguments(Arguments):
     class_names: str | None = setting(
         None,
         'names in prompts: catalog, published (those of AA-CLIP\'s code), or a JSON file {"class": "readable name"}',
-        "data", kind=names_or_file, free=True, unset="the catalog's", under={"published": "published"},
-    )  # fmt: skip
+        "data",
+        kind=names_or_file,
+        free=True,
+        unset="the catalog's",
+        under={"published": "published"},
+    )
     mask_threshold: str | float = setting(
-        HALF, "share of a mask's largest value from which on a pixel is anomalous, or nonzero: every one but 0", "data",
-        kind=share_or_nonzero, under={"published": "nonzero"},
-    )  # fmt: skip
+        HALF,
+        "share of a mask's largest value from which on a pixel is anomalous, or nonzero: every one but 0",
+        "data",
+        kind=share_or_nonzero,
+        under={"published": "nonzero"},
+    )
     skip_bad_images: bool = setting(False, "leave out images that cannot be read, and say which", "data", free=True)
 
 
@@ -60,18 +70,29 @@ class MachineArguments(Arguments):
 
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", "machine", free=True)
     precision: str = setting(
-        "auto", "precision of the matrix products; auto is bf16 on a GPU that has it, else fp32",
-        "machine", choices=PRECISIONS, before="fp32", kept=True,
-    )  # fmt: skip
+        "auto",
+        "precision of the matrix products; auto is bf16 on a GPU that has it, else fp32",
+        "machine",
+        choices=PRECISIONS,
+        before="fp32",
+        kept=True,
+    )
     tf32: str = setting(
-        "on", "whether a GPU may take TF32 for fp32's products in the encoders", "machine", choices=("on", "off"),
-        before="off", kept=True,
-    )  # fmt: skip
+        "on",
+        "whether a GPU may take TF32 for fp32's products in the encoders",
+        "machine",
+        choices=("on", "off"),
+        before="off",
+        kept=True,
+    )
     compile: bool = setting(
         False, "compile the encoders' blocks with torch.compile for batches of the size asked for", "machine", free=True
     )
     num_workers: int = setting(2, "processes that load images", "machine", between=(0, 512), free=True)
     cache_images: float = setting(
-        20.0, "GiB that resized images may take, kept below the dataset's folder where they fit; 0 keeps none",
-        "machine", between=(0, 1_000_000), free=True,
-    )  # fmt: skip
+        20.0,
+        "GiB that resized images may take, kept below the dataset's folder where they fit; 0 keeps none",
+        "machine",
+        between=(0, 1_000_000),
+        free=True,
+    )

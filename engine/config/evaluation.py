@@ -72,16 +72,22 @@ class TestingArguments(MachineArguments, DataArguments, ModelArguments):
     surgery: str | None = changed(ModelArguments, "surgery", None, unset=TRAINED)
     surgery_until_layer: int | None = changed(ModelArguments, "surgery_until_layer", unset=TRAINED)
     dataset: str | None = changed(
-        DataArguments, "dataset", None, unset="the one trained on, which is not zero-shot",
+        DataArguments,
+        "dataset",
+        None,
+        unset="the one trained on, which is not zero-shot",
         help="dataset to test on: a catalog name, or a folder in MVTec's layout",
-    )  # fmt: skip
+    )
     data_root: Path | None = changed(
         DataArguments, "data_root", unset="the run's own while it is there, $ANOMALY_DATA_ROOT, else data"
     )
     det_score: str | None = setting(
-        None, "in image scores: likeness to the abnormal anchor, or its difference from that to the normal one",
-        "what to do", choices=DET_SCORES, unset=f"{DET_SCORES[0]}, as published",
-    )  # fmt: skip
+        None,
+        "in image scores: likeness to the abnormal anchor, or its difference from that to the normal one",
+        "what to do",
+        choices=DET_SCORES,
+        unset=f"{DET_SCORES[0]}, as published",
+    )
     class_names: str | None = changed(DataArguments, "class_names", unset=f"{TRAINED}, else the catalog's")
     batch_size: int = setting(8, "images in a forward", "machine", between=(1, 100_000))
 
@@ -91,22 +97,32 @@ class ReferenceArguments(TestingArguments):
     """Options of testing with normal references (`engine.detector.references.ReferenceChoice`)."""
 
     references: Path | None = setting(
-        None, "folder of a few normal images to compare with; of several classes, a folder of each", "references",
+        None,
+        "folder of a few normal images to compare with; of several classes, a folder of each",
+        "references",
         unset="none",
-    )  # fmt: skip
+    )
     reference_shots: int | None = setting(
-        None, "how many of these images of each class; without --references, of the dataset's train/good", "references",
-        between=(1, 100_000), unset="all of --references",
-    )  # fmt: skip
+        None,
+        "how many of these images of each class; without --references, of the dataset's train/good",
+        "references",
+        between=(1, 100_000),
+        unset="all of --references",
+    )
     reference_seed: int = setting(0, "which of them --reference_shots takes", "references", between=(0, 2**31))
     reference_weight: float = setting(
-        REFERENCE_WEIGHT, "share of the distance to references in the map, the rest is the words'", "references",
+        REFERENCE_WEIGHT,
+        "share of the distance to references in the map, the rest is the words'",
+        "references",
         between=(0, 1),
-    )  # fmt: skip
+    )
     reference_features: str = setting(
-        REFERENCE_FEATURES[0], "patches compared by the features that words are, by the frozen CLIP's, or by both; the "
-        "last two take a second pass", "references", choices=REFERENCE_FEATURES,
-    )  # fmt: skip
+        REFERENCE_FEATURES[0],
+        "patches compared by the features that words are, by the frozen CLIP's, or by both; the "
+        "last two take a second pass",
+        "references",
+        choices=REFERENCE_FEATURES,
+    )
 
     def check_references(self) -> None:
         """Refuse what is said of references where there are none."""
@@ -125,17 +141,24 @@ class InferenceArguments(ReferenceArguments):
         None, "image, or folder of images in any layout, to score in place of a dataset", "what to do", unset="none"
     )
     calibrate: Path | None = setting(
-        None, "folder of normal images that decides from which score on an image is anomalous", "what to do",
+        None,
+        "folder of normal images that decides from which score on an image is anomalous",
+        "what to do",
         unset="none",
-    )  # fmt: skip
+    )
     false_alarms: float | None = setting(
-        None, "share of normal images that may be called anomalous; --calibrate needs 99 images for 0.01, 19 for 0.05",
-        "what to do", between=(0.0001, 0.5), unset="0.01",
-    )  # fmt: skip
+        None,
+        "share of normal images that may be called anomalous; --calibrate needs 99 images for 0.01, 19 for 0.05",
+        "what to do",
+        between=(0.0001, 0.5),
+        unset="0.01",
+    )
     calibration: Path | None = setting(
-        None, "file of thresholds; one that is given must hold some of this model and class", "what to do",
+        None,
+        "file of thresholds; one that is given must hold some of this model and class",
+        "what to do",
         unset="calibration.json beside the checkpoint",
-    )  # fmt: skip
+    )
     normal: Path | None = setting(
         None, "folder of normal images, to test on with --anomalous in place of a dataset", "what to do", unset="none"
     )
@@ -150,9 +173,13 @@ class InferenceArguments(ReferenceArguments):
     )
     domain: str = setting("industrial", "how these images are scored", "what to do", choices=("industrial", "medical"))
     visualize: str | int | None = setting(
-        None, "draw N images of each class with their heatmaps, or all; of several checkpoints, as the last sees them",
-        "what to do", kind=all_or_number, alone=ALL, unset="none",
-    )  # fmt: skip
+        None,
+        "draw N images of each class with their heatmaps, or all; of several checkpoints, as the last sees them",
+        "what to do",
+        kind=all_or_number,
+        alone=ALL,
+        unset="none",
+    )
     output_dir: Path | None = setting(None, "folder of the results", "output", unset="results beside the checkpoint")
     text_conditioning: str | None = changed(CrossAttentionConfig, "text_conditioning", None, unset=TRAINED)
     text_context: str | None = changed(CrossAttentionConfig, "text_context", None, unset=TRAINED)
@@ -207,13 +234,19 @@ class VisualizationArguments(Arguments):
 
     class_name: str = setting(MISSING, "class of the dataset", "what to do")
     image_idx: tuple[str | int, ...] = setting(
-        (0,), "which of the class's anomalous images, counted from 0, or all", "what to do", several=True,
+        (0,),
+        "which of the class's anomalous images, counted from 0, or all",
+        "what to do",
+        several=True,
         kind=image_numbers,
-    )  # fmt: skip
+    )
     worst: int | None = setting(
-        None, "the N images that the last of the models gives the lowest scores", "what to do", between=(1, 1_000_000),
+        None,
+        "the N images that the last of the models gives the lowest scores",
+        "what to do",
+        between=(1, 1_000_000),
         unset="those of --image_idx",
-    )  # fmt: skip
+    )
     list_images: bool = setting(False, "list the class's anomalous images, and stop", "what to do")
     attention: bool = setting(False, "add what the cross-attentions look at", "what to do")
     base_path: Path | None = changed(ComparisonArguments, "base_path", group="model")

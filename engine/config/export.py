@@ -26,18 +26,25 @@ class ExportArguments(Arguments):
         MISSING, "file, folder (its latest counts), model on the hub, or none for unadapted CLIP", "what to do"
     )
     class_name: tuple[str, ...] = setting(
-        (DEFAULT_CLASS,), 'what images show, such as "metal screw"; of several names, each gets a file', "what to do",
+        (DEFAULT_CLASS,),
+        'what images show, such as "metal screw"; of several names, each gets a file',
+        "what to do",
         several=True,
-    )  # fmt: skip
+    )
     format: str = setting(ONNX, "ONNX, or a program of torch.export", "what to do", choices=tuple(ENDINGS))
     precision: str = setting(
         "fp32", "of weights and matrix products; fp16 halves the file", "what to do", choices=("fp32", "fp16")
     )
     domain: str = changed(InferenceArguments, "domain")
     det_score: str | None = changed(TestingArguments, "det_score")
-    class_names: str | None = changed(TestingArguments, "class_names", choices=NAMES, kind=None,
-        help="names in prompts: catalog, or published (those of AA-CLIP's code)", group="what to do",
-    )  # fmt: skip
+    class_names: str | None = changed(
+        TestingArguments,
+        "class_names",
+        choices=NAMES,
+        kind=None,
+        help="names in prompts: catalog, or published (those of AA-CLIP's code)",
+        group="what to do",
+    )
     references: Path | None = changed(InferenceArguments, "references")
     reference_shots: int | None = changed(
         InferenceArguments, "reference_shots", help="how many of --references, the same for all classes"
@@ -53,9 +60,11 @@ class ExportArguments(Arguments):
     img_size: int | None = changed(TestingArguments, "img_size")
     activation: str | None = changed(TestingArguments, "activation")
     output: Path | None = setting(
-        None, "file to write, where there is one class", "output",
+        None,
+        "file to write, where there is one class",
+        "output",
         unset="CHECKPOINT_CLASS.onnx or .pt2 in the checkpoint's folder",
-    )  # fmt: skip
+    )
 
 
 def check_export(arguments: ExportArguments) -> None:

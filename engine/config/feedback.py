@@ -39,21 +39,34 @@ class FeedbackConfig(CrossAttentionArguments):
         "v2", "defaults of the arguments that name it", "feedback", choices=("v3", "v2", "v1", "v1_original"), free=True
     )
     num_feedback_loops: int = setting(
-        5, "loops of Stage 1 and Stage 2", "feedback", between=(1, MOST_LOOPS), free=True,
-        under=presets(3, v3=3),
-    )  # fmt: skip
+        5, "loops of Stage 1 and Stage 2", "feedback", between=(1, MOST_LOOPS), free=True, under=presets(3, v3=3)
+    )
     text_epochs_per_loop: tuple[int, ...] = setting(
-        (5,), "epochs of Stage 1 in loop 1, which decay, or one number for each loop", "feedback",
-        between=(1, MOST_EPOCHS), several=True, free=True, under=presets((5, 3, 2), v3=(2,)),
-    )  # fmt: skip
+        (5,),
+        "epochs of Stage 1 in loop 1, which decay, or one number for each loop",
+        "feedback",
+        between=(1, MOST_EPOCHS),
+        several=True,
+        free=True,
+        under=presets((5, 3, 2), v3=(2,)),
+    )
     image_epochs_per_loop: tuple[int, ...] = setting(
-        (15,), "epochs of Stage 2 in loop 1, which decay, or one number for each loop", "feedback",
-        between=(1, MOST_EPOCHS), several=True, free=True, under=presets((20, 10, 5), v3=(7,)),
-    )  # fmt: skip
+        (15,),
+        "epochs of Stage 2 in loop 1, which decay, or one number for each loop",
+        "feedback",
+        between=(1, MOST_EPOCHS),
+        several=True,
+        free=True,
+        under=presets((20, 10, 5), v3=(7,)),
+    )
     epochs_decay_rate: float = setting(
-        0.8, "r: loop k has floor(first * r^(k - 1)) epochs, at least 1", "feedback", between=(1e-6, 1), free=True,
+        0.8,
+        "r: loop k has floor(first * r^(k - 1)) epochs, at least 1",
+        "feedback",
+        between=(1e-6, 1),
+        free=True,
         under=presets(0.5, v3=1.0),
-    )  # fmt: skip
+    )
     text_cross_attn_weight: float = changed(CrossAttentionArguments, "text_cross_attn_weight", under={"v3": 0.0})
     image_cross_attn_weight: float = changed(CrossAttentionArguments, "image_cross_attn_weight", under={"v3": 1.0})
     context_norm: str = changed(CrossAttentionArguments, "context_norm", "layer")
@@ -65,14 +78,19 @@ class FeedbackConfig(CrossAttentionArguments):
         1, "first loop with cross-attention; both are off before", "feedback", between=(1, MOST_LOOPS)
     )
     feedback_features: str = setting(
-        "branch", "what Stage 1 sees from loop 2 on: the trained image branch, or its projectors on frozen tokens",
-        "feedback", choices=("branch", "projectors"),
-    )  # fmt: skip
+        "branch",
+        "what Stage 1 sees from loop 2 on: the trained image branch, or its projectors on frozen tokens",
+        "feedback",
+        choices=("branch", "projectors"),
+    )
     order: str = setting(
-        "stages", "in a loop: Stage 1's epochs, then Stage 2's; or steps of both spread evenly, each side against the "
-        "other as it stands (turns). With joint_stages and joint Stage 2 trains the text side too", "feedback",
-        choices=ORDERS, under={"v3": "joint_stages"},
-    )  # fmt: skip
+        "stages",
+        "in a loop: Stage 1's epochs, then Stage 2's; or steps of both spread evenly, each side against the "
+        "other as it stands (turns). With joint_stages and joint Stage 2 trains the text side too",
+        "feedback",
+        choices=ORDERS,
+        under={"v3": "joint_stages"},
+    )
     init_from: Path | None = setting(
         None, "checkpoint to take all components from, in place of a base", "base", free=True, unset="none"
     )
@@ -80,10 +98,14 @@ class FeedbackConfig(CrossAttentionArguments):
         None, "dataset to test on after each loop, to watch and not to choose by", "feedback", free=True, unset="none"
     )
     det_score: str = changed(
-        TestingArguments, "det_score", DET_SCORES[0], unset=None, group="feedback",
+        TestingArguments,
+        "det_score",
+        DET_SCORES[0],
+        unset=None,
+        group="feedback",
         help="in the image scores of these tests: likeness to the abnormal anchor, or its difference from that to the "
         "normal one",
-    )  # fmt: skip
+    )
     val_fraction: float = setting(
         0.0, "share of the training images held out to choose a loop by", "feedback", between=(0, 0.99)
     )
@@ -94,31 +116,41 @@ class FeedbackConfig(CrossAttentionArguments):
         RunConfig, "image_lr", 5e-3, help="learning rate of Stage 2 in loop 1", under=presets(5e-4, v3=5e-4)
     )
     lr_decay_per_loop: float = setting(
-        0.8, "factor of both rates from loop to loop", "schedule", between=(1e-6, 1),
-        under=presets(0.5, v3=1.0),
-    )  # fmt: skip
+        0.8, "factor of both rates from loop to loop", "schedule", between=(1e-6, 1), under=presets(0.5, v3=1.0)
+    )
     lr_schedule: str = setting(
-        "cosine", "in each loop: warm-up then cosine to 0; the image rate halved at 50 % and 80 %; or constant",
-        "schedule", choices=("cosine", "multistep", "constant"), under=presets("multistep", v3="constant"),
-    )  # fmt: skip
+        "cosine",
+        "in each loop: warm-up then cosine to 0; the image rate halved at 50 % and 80 %; or constant",
+        "schedule",
+        choices=("cosine", "multistep", "constant"),
+        under=presets("multistep", v3="constant"),
+    )
     warmup_epochs: int = setting(
-        2, "epochs of warm-up of cosine, at most half the stage", "schedule", between=(0, MOST_EPOCHS),
+        2,
+        "epochs of warm-up of cosine, at most half the stage",
+        "schedule",
+        between=(0, MOST_EPOCHS),
         under=presets(0, v3=0),
-    )  # fmt: skip
+    )
     grad_clip: float = setting(
         1.0, "largest norm of the gradient; 0 is off", "schedule", between=(0, 1e6), under=presets(0.0, v3=0.0)
     )
     optimizer: str = setting(
-        "adamw", "betas 0.9, 0.999 (adamw) or 0.5, 0.999 (adam)", "schedule", choices=("adam", "adamw"),
+        "adamw",
+        "betas 0.9, 0.999 (adamw) or 0.5, 0.999 (adam)",
+        "schedule",
+        choices=("adam", "adamw"),
         under=presets("adam", v3="adam"),
-    )  # fmt: skip
+    )
     weight_decay: float = setting(
         WEIGHT_DECAY["adamw"], "weight decay of the optimizer; 0 for adam unless given", "schedule", between=(0, 10)
     )
     reset_optimizers: bool = setting(
-        False, "forget the optimizers' moments at the start of each loop, as earlier code did", "schedule",
+        False,
+        "forget the optimizers' moments at the start of each loop, as earlier code did",
+        "schedule",
         under=presets(True),
-    )  # fmt: skip
+    )
     save_path: Path = changed(RunConfig, "save_path", Path("ckpt/feedback"))
 
     @classmethod

@@ -30,9 +30,13 @@ class GradientTest(Arguments):
         None, "trained model, a base or one with cross-attention", "model", unset="none, fresh weights"
     )
     preset: str | None = changed(
-        FeedbackConfig, "preset", None, help="feedback preset whose cross-attention is measured", unset="none",
+        FeedbackConfig,
+        "preset",
+        None,
+        help="feedback preset whose cross-attention is measured",
+        unset="none",
         group="cross-attention",
-    )  # fmt: skip
+    )
     image_cross_attn_weight: float | None = changed(
         CrossAttentionArguments, "image_cross_attn_weight", None, unset=f"{TRAINED}, else {DEFAULT_WEIGHT}"
     )
@@ -54,9 +58,12 @@ class GradientTest(Arguments):
     device: str = changed(MachineArguments, "device")
     component: bool = setting(False, "list every component's gradient norm in both stages", "what to do")
     sweep: tuple[float, ...] = setting(
-        (), "weights of the image side to measure as well, for a plot and a CSV", "what to do", between=(0, 1e6),
+        (),
+        "weights of the image side to measure as well, for a plot and a CSV",
+        "what to do",
+        between=(0, 1e6),
         several=True,
-    )  # fmt: skip
+    )
     output_dir: Path = setting(Path("runs/gradients"), "folder of plot and CSV", "output")
 
     def given(self, *names: str) -> dict[str, Any]:

@@ -22,11 +22,18 @@ class StudyArguments(Arguments):
     report_only: bool = setting(False, "run nothing: report what is there", "what to do")
     dry_run: bool = setting(False, "run nothing: list the commands, what is missing, and the hours", "what to do")
     jobs: int | None = setting(
-        None, "cells at a time, each on GPUs of its own where there are some", "machine", between=(1, 4096),
+        None,
+        "cells at a time, each on GPUs of its own where there are some",
+        "machine",
+        between=(1, 4096),
         unset="1; with Slurm as many as it gives",
-    )  # fmt: skip
+    )
     slurm: str | None = setting(
-        None, "submit to Slurm through submitit, to this partition or the default one; where there is no Slurm, "
-        "submitit runs the jobs on this machine", "machine", alone=DEFAULT_PARTITION, unset="run here",
-    )  # fmt: skip
+        None,
+        "submit to Slurm through submitit, to this partition or the default one; where there is no Slurm, "
+        "submitit runs the jobs on this machine",
+        "machine",
+        alone=DEFAULT_PARTITION,
+        unset="run here",
+    )
     save_path: Path = setting(Path("runs/studies"), "folder of all studies, in which each has its own", "output")

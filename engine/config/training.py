@@ -45,13 +45,18 @@ class RunConfig(MachineArguments, DataArguments, ModelArguments):
         DataArguments, "dataset", help="dataset to train on: a catalog name, or a folder in MVTec's layout"
     )
     training_mode: str = setting(
-        "few_shot", "some images of each class, or all", "training", choices=("few_shot", "full_shot"),
+        "few_shot",
+        "some images of each class, or all",
+        "training",
+        choices=("few_shot", "full_shot"),
         under={"toy": "full_shot", "published": "full_shot"},
-    )  # fmt: skip
+    )
     shot: int = setting(
-        32, "images of each class in few_shot, half of them anomalous, the odd one too", "training",
+        32,
+        "images of each class in few_shot, half of them anomalous, the odd one too",
+        "training",
         between=(1, MOST_IMAGES),
-    )  # fmt: skip
+    )
     text_batch_size: int = setting(
         16, "images in a step of Stage 1, over all processes", "training", between=(1, MOST_IMAGES)
     )
@@ -62,9 +67,11 @@ class RunConfig(MachineArguments, DataArguments, ModelArguments):
         1, "batches whose gradients make one optimizer step", "training", between=(1, MOST_IMAGES)
     )
     checkpoint_blocks: bool = setting(
-        False, "keep less of each block for the backward pass, and compute it again: less memory, more time", "machine",
+        False,
+        "keep less of each block for the backward pass, and compute it again: less memory, more time",
+        "machine",
         free=True,
-    )  # fmt: skip
+    )
     text_norm_weight: float = setting(
         0.1, "weight of the anchors' overlap in Stage 1's loss", "training", between=(0, 1000), under={"toy": 3.0}
     )
@@ -74,13 +81,19 @@ class RunConfig(MachineArguments, DataArguments, ModelArguments):
     jitter_first: bool = changed(AugmentationConfig, "jitter_first")
     keep_label: bool = changed(AugmentationConfig, "keep_label")
     stage1_levels: str = setting(
-        "all", "levels that count in Stage 1's loss; last is what earlier code did by mistake", "training",
-        choices=("all", "last"), under={"published": "last"},
-    )  # fmt: skip
+        "all",
+        "levels that count in Stage 1's loss; last is what earlier code did by mistake",
+        "training",
+        choices=("all", "last"),
+        under={"published": "last"},
+    )
     focal_smoothing: float = setting(
-        0.0, "smoothing of the focal loss, which caps it for confident errors; 0 is exact", "training",
-        between=(0, 0.4), under={"published": 1e-5},
-    )  # fmt: skip
+        0.0,
+        "smoothing of the focal loss, which caps it for confident errors; 0 is exact",
+        "training",
+        between=(0, 0.4),
+        under={"published": 1e-5},
+    )
     seed: int = setting(
         0, "seed of weights, few-shot choice, order and augmentation", "training", between=(-(2**63), 2**63 - 1)
     )
@@ -92,9 +105,12 @@ class RunConfig(MachineArguments, DataArguments, ModelArguments):
     )
     save_path: Path = setting(Path("ckpt/base"), "folder of this run", "output", free=True)
     resume: str = setting(
-        "auto", "auto goes on with the run that is there; never begins one, in a new folder only", "output",
-        choices=("auto", "never"), free=True,
-    )  # fmt: skip
+        "auto",
+        "auto goes on with the run that is there; never begins one, in a new folder only",
+        "output",
+        choices=("auto", "never"),
+        free=True,
+    )
     tracker: str = setting(
         "tensorboard", "where curves go", "output", choices=("tensorboard", "wandb", "none"), free=True
     )
@@ -139,17 +155,22 @@ class BaseConfig(RunConfig):
     """Arguments of `train.py`."""
 
     preset: str = setting(
-        "recommended", "defaults of the arguments that name it; published is AA-CLIP's code with all its defects",
-        "training", choices=("recommended", "published"), free=True,
-    )  # fmt: skip
+        "recommended",
+        "defaults of the arguments that name it; published is AA-CLIP's code with all its defects",
+        "training",
+        choices=("recommended", "published"),
+        free=True,
+    )
     text_epoch: int = setting(
         5, "epochs of Stage 1; 0 keeps CLIP's own text embeddings", "schedule", between=(0, MOST_EPOCHS), free=True
     )
     image_epoch: int = setting(20, "epochs of Stage 2", "schedule", between=(0, MOST_EPOCHS), free=True)
     image_loss_only: bool = setting(
-        False, "Stage 2's classification of whole images alone, without Stage 1: needs no masks, and leaves the maps "
-        "untrained", "training",
-    )  # fmt: skip
+        False,
+        "Stage 2's classification of whole images alone, without Stage 1: needs no masks, and leaves the maps "
+        "untrained",
+        "training",
+    )
 
     @classmethod
     def of(cls: type[Config], **given: Any) -> Config:

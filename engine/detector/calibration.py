@@ -126,9 +126,7 @@ def make_entry(
     scores, peaks = sorted(scores), sorted(peaks)
     k = order_of_threshold(len(scores), false_alarms)
     interval = false_alarm_interval(len(scores), false_alarms)
-    return Entry(
-        *subject, model, len(scores), false_alarms, scores[k - 1], peaks[k - 1], interval, scores, peaks
-    )  # fmt: skip
+    return Entry(*subject, model, len(scores), false_alarms, scores[k - 1], peaks[k - 1], interval, scores, peaks)
 
 
 def read_calibration(path: Path) -> list[Entry]:

@@ -22,15 +22,7 @@ from dataset.images import content_digest, read_image, to_rgb
 from dataset.options import PUBLISHED_NAMES
 from dataset.prompts import build_prompts
 from dataset.samples import image_tensor
-from engine.detector.calibration import (
-    ANOMALOUS,
-    NORMAL,
-    Entry,
-    Subject,
-    find_entry,
-    read_calibration,
-    why_none,
-)  # fmt: skip
+from engine.detector.calibration import ANOMALOUS, NORMAL, Entry, Subject, find_entry, read_calibration, why_none
 from engine.detector.hub import calibration_files, local_path
 from engine.detector.references import References
 from engine.detector.sharing import save_pretrained
@@ -41,24 +33,10 @@ from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention, Attenti
 from model.checkpoint import Checkpoint, infer_choices, load_component, read_checkpoint
 from model.clip import FrozenCLIP
 from model.clip_loading import is_tag, load_clip
-from model.config import (
-    REFERENCE_FEATURES,
-    REFERENCE_WEIGHT,
-    CrossAttentionConfig,
-    LoopForward,
-    ModelConfig,
-)
+from model.config import REFERENCE_FEATURES, REFERENCE_WEIGHT, CrossAttentionConfig, LoopForward, ModelConfig
 from model.frozen import UnadaptedCLIP, frozen_patches
 from model.references import joined_calibrated_maps
-from model.scoring import (
-    DET_SCORES,
-    DOMAINS,
-    Outputs,
-    calibrated_maps,
-    calibrated_scores,
-    decisions,
-    ranks,
-)
+from model.scoring import DET_SCORES, DOMAINS, Outputs, calibrated_maps, calibrated_scores, decisions, ranks
 from model.text import Prompts
 from utils.errors import UserError
 from utils.paths import is_file
@@ -75,9 +53,15 @@ MODEL_OVERRIDES = ("model_name", "img_size", "activation", "surgery", "surgery_u
 UNADAPTED = "unadapted"
 # What may be asked of a checkpoint with cross-attention in place of what it was trained with.
 CROSS_ATTENTION_OVERRIDES = (
-    "text_cross_attn_weight", "image_cross_attn_weight", "context_norm", "cross_attn_residual", "text_cross_attn_at",
-    "text_conditioning", "text_context", "cross_attn_heads",
-)  # fmt: skip
+    "text_cross_attn_weight",
+    "image_cross_attn_weight",
+    "context_norm",
+    "cross_attn_residual",
+    "text_cross_attn_at",
+    "text_conditioning",
+    "text_context",
+    "cross_attn_heads",
+)
 
 
 @dataclass(frozen=True)
@@ -191,11 +175,7 @@ class Detector(nn.Module):
         return (published_name(class_name) if published else None) or readable_name(class_name)
 
     def subject(
-        self,
-        class_name: str,
-        domain: str = "industrial",
-        det_score: str | None = None,
-        class_names: str | None = None,
+        self, class_name: str, domain: str = "industrial", det_score: str | None = None, class_names: str | None = None
     ) -> Subject:
         """What a calibration must be of for this model and its references; arguments as for `predict`."""
         name, references = self.name_in_prompts(class_name, class_names), self.references.get(readable_name(class_name))
@@ -440,10 +420,7 @@ def load_clip_for(checkpoint: Checkpoint, clip_weights: str | Path | None = None
     if clip_weights is None and recorded and (Path(recorded).is_file() or is_tag(name, recorded)):
         clip_weights = recorded
     return load_clip(
-        name,
-        clip_weights,
-        asked.get("img_size", config.img_size),
-        asked.get("activation", config.activation),
+        name, clip_weights, asked.get("img_size", config.img_size), asked.get("activation", config.activation)
     )
 
 
@@ -540,9 +517,15 @@ def cross_attention_choices(checkpoint: Checkpoint, **overrides: Any) -> CrossAt
             "earlier code did; --text_cross_attn_weight, --image_cross_attn_weight, --context_norm, "
             "--cross_attn_residual, --text_cross_attn_at, --text_context, --text_conditioning and --cross_attn_heads "
             "say otherwise",
-            checkpoint.path, weights, chosen.context_norm, chosen.cross_attn_residual, chosen.text_cross_attn_at,
-            chosen.text_context, chosen.text_conditioning, chosen.cross_attn_heads,
-        )  # fmt: skip
+            checkpoint.path,
+            weights,
+            chosen.context_norm,
+            chosen.cross_attn_residual,
+            chosen.text_cross_attn_at,
+            chosen.text_context,
+            chosen.text_conditioning,
+            chosen.cross_attn_heads,
+        )
         return chosen
     for name, value in asked.items():
         if value != getattr(trained, name):

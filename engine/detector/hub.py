@@ -89,9 +89,11 @@ def fetch(address: Address) -> Path:
 
     def snapshot(local_files_only: bool) -> Path:
         found = huggingface_hub.snapshot_download(
-            address.repository, revision=address.revision, allow_patterns=list(SHARED_FILES),
+            address.repository,
+            revision=address.revision,
+            allow_patterns=list(SHARED_FILES),
             local_files_only=local_files_only,
-        )  # fmt: skip
+        )
         return Path(found)
 
     shown = f"{HUB}{address.repository}{f'@{address.revision}' if address.revision else ''}"

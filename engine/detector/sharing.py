@@ -28,9 +28,22 @@ logger = logging.getLogger(__name__)
 
 # The hub knows these by name; any other is given to it as "other", with its name.
 HUB_LICENCES = (
-    "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "agpl-3.0", "lgpl-3.0", "mpl-2.0", "cc0-1.0",
-    "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "openrail", "unknown",
-)  # fmt: skip
+    "apache-2.0",
+    "mit",
+    "bsd-2-clause",
+    "bsd-3-clause",
+    "gpl-3.0",
+    "agpl-3.0",
+    "lgpl-3.0",
+    "mpl-2.0",
+    "cc0-1.0",
+    "cc-by-4.0",
+    "cc-by-sa-4.0",
+    "cc-by-nc-4.0",
+    "cc-by-nc-sa-4.0",
+    "openrail",
+    "unknown",
+)
 NOT_STATED = "not stated"
 # CLIP models that OpenAI trained: its code, and the weights with it, are under MIT.
 OPENAI_MODELS = ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336")
@@ -146,22 +159,36 @@ def card(detector: Detector, metrics: Sequence[Mapping[str, str]], licence: str 
     else:
         trained += "; the file that it came from does not say on what"
     lines = [
-        "---", *head, "---", "",
-        f"# {detector.name}", "",
-        f"Zero-shot anomaly detection: {kind} for a frozen CLIP. This folder holds what was trained, not CLIP.", "",
-        "## How to load it", "",
-        "In a checkout of the code that made it:", "",
+        "---",
+        *head,
+        "---",
+        "",
+        f"# {detector.name}",
+        "",
+        f"Zero-shot anomaly detection: {kind} for a frozen CLIP. This folder holds what was trained, not CLIP.",
+        "",
+        "## How to load it",
+        "",
+        "In a checkout of the code that made it:",
+        "",
         "```python",
-        "from engine import load_model", "",
+        "from engine import load_model",
+        "",
         f"model = load_model({json.dumps(address)})",
         'anomaly_map, score, level_maps = model.predict("image.png", class_name="metal screw")',
-        "```", "",
+        "```",
+        "",
         f"CLIP's weights are loaded by name: {clip_name} at {model.img_size} px under {model.activation}, digest "
         f'`{clip.weights_digest}`. `load_model(..., clip_weights="FILE")` takes them from a file; other weights than '
-        "these are refused.", "",
-        "## Training", "", f"{trained[0].upper()}{trained[1:]}.", "",
-        "## Metrics", "",
-    ]  # fmt: skip
+        "these are refused.",
+        "",
+        "## Training",
+        "",
+        f"{trained[0].upper()}{trained[1:]}.",
+        "",
+        "## Metrics",
+        "",
+    ]
     if metrics:
         seen = without_folders(config["dataset"]) if config else None
         columns = list(metrics[0])
@@ -174,9 +201,12 @@ def card(detector: Detector, metrics: Sequence[Mapping[str, str]], licence: str 
         lines += ["None were measured where this was saved."]
     weights = (config.get("arguments") or {}).get("clip_weights")
     lines += [
-        "", "## Licence", "",
-        f"Trained components: {licence or NOT_STATED}. CLIP's weights: {clip_licence(clip_name, weights)}.", "",
-    ]  # fmt: skip
+        "",
+        "## Licence",
+        "",
+        f"Trained components: {licence or NOT_STATED}. CLIP's weights: {clip_licence(clip_name, weights)}.",
+        "",
+    ]
     return "\n".join(lines)
 
 

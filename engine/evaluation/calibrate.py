@@ -90,9 +90,7 @@ def calibrate_images(
         predictions[name].append(numbers_of(detector, pixels, name, path, domain, class_names))
     for name in by_class:
         check_enough(len(predictions[name]), rate, f"--calibrate {calibrate}: '{name}'")
-    entries = [
-        calibrate_detector(detector, predictions[name], name, rate, domain, class_names) for name in by_class
-    ]  # fmt: skip
+    entries = [calibrate_detector(detector, predictions[name], name, rate, domain, class_names) for name in by_class]
     for name, entry in zip(by_class, entries, strict=True):
         add_entry(file, entry)
         logger.info("%s, %s: anomalous %s", detector.name, name, in_words(entry))

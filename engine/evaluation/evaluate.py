@@ -263,11 +263,16 @@ def csv_rows(evaluation: Evaluation) -> list[list[object]]:
     e = evaluation
     rows = [
         [
-            e.model, e.dataset, r.class_name, r.images, r.anomalous, e.det_score,
+            e.model,
+            e.dataset,
+            r.class_name,
+            r.images,
+            r.anomalous,
+            e.det_score,
             *(format_exact(r.values[m]) for m in METRICS),
         ]
         for r in e.classes
-    ]  # fmt: skip
+    ]
     images, anomalous = (sum(getattr(result, name) for result in e.classes) for name in ("images", "anomalous"))
     averages = [format_exact(e.average(metric)[0]) for metric in METRICS]
     return [*rows, [e.model, e.dataset, "average", images, anomalous, e.det_score, *averages]]

@@ -157,9 +157,8 @@ def evaluate_checkpoints(
         return evaluations
     for evaluation in evaluations:
         logger.info(
-            "\n%s on %s, in percent%s\n\n%s\n",
-            evaluation.model, evaluation.dataset, said, evaluation_table(evaluation),
-        )  # fmt: skip
+            "\n%s on %s, in percent%s\n\n%s\n", evaluation.model, evaluation.dataset, said, evaluation_table(evaluation)
+        )
     if len(evaluations) > 1:
         logger.info("Averages%s\n\n%s\n", said, summary_table(evaluations))
     # Not before: an evaluation that is stopped leaves nothing.

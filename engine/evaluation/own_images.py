@@ -40,8 +40,14 @@ logger = logging.getLogger(__name__)
 
 SCORES, REPORT, HEATMAPS = "scores", "report", "heatmaps"
 CSV_COLUMNS = (
-    "path", "class_name", "score", "decision", "rank", "regions", *(f"region_{name}" for name in Region._fields),
-)  # fmt: skip
+    "path",
+    "class_name",
+    "score",
+    "decision",
+    "rank",
+    "regions",
+    *(f"region_{name}" for name in Region._fields),
+)
 # Of the scores, how many the log lists.
 MOST_LISTED = 20
 
@@ -296,6 +302,9 @@ def summarise(
     left_out += [f"{others} files of no known image format"] if others else []
     logger.info(
         "%d images scored by %s%s; %s in %s",
-        len(findings), detector.name, f", left out: {' and '.join(left_out)}" if left_out else "",
-        ", ".join(path.name for path in written), written[0].parent,
-    )  # fmt: skip
+        len(findings),
+        detector.name,
+        f", left out: {' and '.join(left_out)}" if left_out else "",
+        ", ".join(path.name for path in written),
+        written[0].parent,
+    )

@@ -64,9 +64,13 @@ def visualize_comparison(
     checkpoints = find_checkpoints_of(base_path, cross_path, feedback_path, feedback_loop)
     models = list(checkpoints.values())
     data = load_task_of_run(
-        arguments_of(models[0]), dataset or training_dataset(models), data_root, metadata, class_names,
+        arguments_of(models[0]),
+        dataset or training_dataset(models),
+        data_root,
+        metadata,
+        class_names,
         mask_threshold=mask_threshold,
-    )  # fmt: skip
+    )
     records = anomalous_records(data, class_name)
     indices = check_indices(choice, records, class_name)
     clip = load_clip_for(next(iter(checkpoints.values())), clip_weights)

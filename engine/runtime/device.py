@@ -59,8 +59,12 @@ def check_device(device: str, precision: str = "fp32", tf32: str = "off") -> str
         logger.warning("accelerate launch --cpu starts one process; with --multi_gpu several share the CPU")
     logger.info(
         "Device: %s (%s), precision %s, torch %s, CUDA %s",
-        device, device_name(device), precision, torch.__version__, torch.version.cuda or "none",
-    )  # fmt: skip
+        device,
+        device_name(device),
+        precision,
+        torch.__version__,
+        torch.version.cuda or "none",
+    )
     return device
 
 
@@ -113,8 +117,10 @@ def warn_of_unused_gpu(device: torch.device, model: nn.Module) -> None:
         "Install a build that fits the driver, with the command that https://pytorch.org/get-started/locally names "
         "(such as: pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cu126),"
         " or with: python run.py --torch-index URL demo",
-        size // 1_000_000, torch.__version__, why,
-    )  # fmt: skip
+        size // 1_000_000,
+        torch.__version__,
+        why,
+    )
 
 
 def make_accelerator(

@@ -76,10 +76,7 @@ class Running:
 
 
 def run_cell(
-    cell: Cell,
-    environment: Mapping[str, str],
-    running: Running,
-    finished: Callable[[Step], None] = lambda step: None,
+    cell: Cell, environment: Mapping[str, str], running: Running, finished: Callable[[Step], None] = lambda step: None
 ) -> Outcome:
     """Run what is left of a cell; `finished` is called with each step that came to a good end."""
     if cell.start is not None and not cell.start.trained:

@@ -43,9 +43,14 @@ def forest_charts(results: Results, setting: SettingResult) -> list[Chart]:
                 axis.plot(verdict.differences, [row + 0.16] * len(verdict.differences), "|", color=colour, markersize=5)
                 axis.plot(verdict.gain, row, "o", color=colour, markersize=6)
                 axis.annotate(
-                    _label(name), (0, row - 0.2), xycoords=("axes fraction", "data"), xytext=(2, 0),
-                    textcoords="offset points", fontsize=8, va="bottom",
-                )  # fmt: skip
+                    _label(name),
+                    (0, row - 0.2),
+                    xycoords=("axes fraction", "data"),
+                    xytext=(2, 0),
+                    textcoords="offset points",
+                    fontsize=8,
+                    va="bottom",
+                )
             axis.set_yticks([])
             axis.set_ylim(len(arms) - 0.5, -0.75)
             axis.set_xlabel(literal(f"points from {_short(against)}"), fontsize=8)
@@ -69,8 +74,10 @@ def loss_chart(results: Results, setting: SettingResult) -> Chart | None:
         return None
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     colours = matplotlib.colormaps["tab10"].colors + matplotlib.colormaps["Dark2"].colors
-    styles = {name: {"color": colours[i % len(colours)], "linestyle": ("-", "--", ":")[i // len(colours) % 3]}
-              for i, name in enumerate(names)}  # fmt: skip
+    styles = {
+        name: {"color": colours[i % len(colours)], "linestyle": ("-", "--", ":")[i // len(colours) % 3]}
+        for i, name in enumerate(names)
+    }
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
@@ -90,9 +97,16 @@ def loss_chart(results: Results, setting: SettingResult) -> Chart | None:
             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
                 handles.setdefault(label, handle)
         figure.legend(
-            handles.values(), handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False,
-            handlelength=1.4, columnspacing=1.1, handletextpad=0.5,
-        )  # fmt: skip
+            handles.values(),
+            handles,
+            loc="outside lower center",
+            ncols=columns,
+            fontsize=8,
+            frameon=False,
+            handlelength=1.4,
+            columnspacing=1.1,
+            handletextpad=0.5,
+        )
 
     columns = max(1, min(3, LINE // max(len(_short(name)) for name in names)))
     height = 0.7 + 1.8 * len(panels) + 0.17 * math.ceil(len(names) / columns)

@@ -155,9 +155,12 @@ def run_locally(plan: Plan, jobs: int, run: Callable[..., Outcome] = run_cell) -
                         cell, taken = found
                         waiting.remove(cell)
                         job = pool.submit(
-                            run, cell, cell_environment(taken, jobs), running,
+                            run,
+                            cell,
+                            cell_environment(taken, jobs),
+                            running,
                             lambda step, cell=cell: progress.finished(cell, step),
-                        )  # fmt: skip
+                        )
                         at_work[job] = found
                     ended, _ = wait(at_work, timeout=1.0, return_when=FIRST_COMPLETED)
                     for job in ended:

@@ -152,15 +152,18 @@ def _make_cell(study: Study, folder: Path, setting: str, name: str, seed: int, p
     given: Arguments = {}
     identity: dict[str, Any] = {"start": run.folder.name.rpartition("_")[2] if run else None}
     if arm.script:
-        given = {
-            **study.arguments, **study.settings[setting].arguments, **pair.arguments, **arm.arguments,
-        }  # fmt: skip
+        given = {**study.arguments, **study.settings[setting].arguments, **pair.arguments, **arm.arguments}
         given = {key: value for key, value in given.items() if value is not False}
         files = arm.start.arguments if arm.start else {}
         identity |= {
-            "script": arm.script, "launch": list(arm.launch), "arguments": given, "files": files, "seed": seed,
-            "dataset": pair.train, "flags": [flags.seed, flags.dataset],
-        }  # fmt: skip
+            "script": arm.script,
+            "launch": list(arm.launch),
+            "arguments": given,
+            "files": files,
+            "seed": seed,
+            "dataset": pair.train,
+            "flags": [flags.seed, flags.dataset],
+        }
     elif run is None:
         identity |= {"checkpoint": arm.checkpoint, "arm": name}
     trained = [slug(setting), slug(pair.train), f"seed{seed}"] if arm.script or run else []
@@ -170,15 +173,26 @@ def _make_cell(study: Study, folder: Path, setting: str, name: str, seed: int, p
         saved = run_folder(cell_folder)
         files = {key: shown(run_folder(run.folder) / file) for key, file in files.items()} if run else {}
         words = [
-            *arm.launch, arm.script, *words_of({**given, **files}),
-            *_filled(flags.dataset, pair.train), *_filled(flags.seed, seed), *_filled(flags.save, shown(saved)),
-        ]  # fmt: skip
+            *arm.launch,
+            arm.script,
+            *words_of({**given, **files}),
+            *_filled(flags.dataset, pair.train),
+            *_filled(flags.seed, seed),
+            *_filled(flags.save, shown(saved)),
+        ]
         steps.append(Step("train", cell_folder / "train", tuple(words)))
     is_trained = bool(arm.script or run)
     bare = Cell(
-        name, arm, setting if is_trained else "", seed if is_trained else None, pair, start, given, cell_folder,
+        name,
+        arm,
+        setting if is_trained else "",
+        seed if is_trained else None,
+        pair,
+        start,
+        given,
+        cell_folder,
         tuple(steps),
-    )  # fmt: skip
+    )
     steps += [_test_step(study, bare, test) for test in pair.test]
     return replace(bare, steps=tuple(steps))
 
@@ -187,14 +201,20 @@ def _test_step(study: Study, cell: Cell, test: str) -> Step:
     flags = study.flags
     given = {**study.test_arguments, **cell.arm.test_arguments}
     identity = {
-        "script": study.test_script, "arguments": given, "dataset": test,
-        "checkpoint": cell.arm.checkpoint, "flags": [flags.checkpoint, flags.dataset],
-    }  # fmt: skip
+        "script": study.test_script,
+        "arguments": given,
+        "dataset": test,
+        "checkpoint": cell.arm.checkpoint,
+        "flags": [flags.checkpoint, flags.dataset],
+    }
     place = cell.folder / f"test_{slug(test)}_{digest(identity)}"
     words = [
-        study.test_script, *words_of(given), *_filled(flags.checkpoint, cell.checkpoint),
-        *_filled(flags.dataset, test), *_filled(flags.output, shown(place)),
-    ]  # fmt: skip
+        study.test_script,
+        *words_of(given),
+        *_filled(flags.checkpoint, cell.checkpoint),
+        *_filled(flags.dataset, test),
+        *_filled(flags.output, shown(place)),
+    ]
     return Step("test", place, tuple(words), test)
 
 

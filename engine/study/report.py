@@ -161,9 +161,15 @@ def verdict_cells(verdict: Verdict) -> list[str]:
     chance = UNDEFINED if math.isnan(verdict.chance) else f"{100 * verdict.chance:.0f} %"
     smallest = "none" if math.isnan(verdict.smallest) else figure(verdict.smallest)
     return [
-        str(len(verdict.seeds)), figure(verdict.gain, True), interval, p, corrected, chance, smallest,
+        str(len(verdict.seeds)),
+        figure(verdict.gain, True),
+        interval,
+        p,
+        corrected,
+        chance,
+        smallest,
         verdict.word + (f": {verdict.reason}" if verdict.reason else ""),
-    ]  # fmt: skip
+    ]
 
 
 def heat_table(results: Results, setting: SettingResult, metric: str) -> HeatTable:

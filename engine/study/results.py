@@ -325,8 +325,13 @@ def dataset_means(arm: ArmResult) -> dict[tuple[str, str], np.ndarray]:
     found = {}
     for train, test in dict.fromkeys((train, test) for train, test, _ in arm.table.columns):
         columns = [index for index, column in enumerate(arm.table.columns) if column[:2] == (train, test)]
-        values = np.stack([Groups((tuple(range(len(columns))),), (1.0,)).mean(arm.table.values[:, columns, index])
-                           for index in range(len(arm.table.metrics))], axis=-1)  # fmt: skip
+        values = np.stack(
+            [
+                Groups((tuple(range(len(columns))),), (1.0,)).mean(arm.table.values[:, columns, index])
+                for index in range(len(arm.table.metrics))
+            ],
+            axis=-1,
+        )
         known = ~np.isnan(values).all(axis=1)
         found[train, test] = values[known].mean(0) if known.any() else np.full(values.shape[1], np.nan)
     return found

@@ -100,9 +100,14 @@ def sign_flip_test(differences: np.ndarray) -> np.ndarray:
     Exact while there are at most `PERMUTATIONS` patterns, else by as many drawn ones, always the same.
     """
     found = stats.permutation_test(
-        (differences,), _mean_over, permutation_type="samples", vectorized=True, axis=-1, n_resamples=PERMUTATIONS,
+        (differences,),
+        _mean_over,
+        permutation_type="samples",
+        vectorized=True,
+        axis=-1,
+        n_resamples=PERMUTATIONS,
         random_state=np.random.default_rng(0),
-    )  # fmt: skip
+    )
     return found.pvalue
 
 
@@ -280,9 +285,19 @@ def _judge_one(
     smallest = math.nan if effect is None else effect * spread
     word, reason = _word_and_reason(gain, spread, low, high, p_holm, level, count, family, margin)
     return Verdict(
-        contrast.metric, contrast.seeds, tuple(means.tolist()), gain, low, high, p, p_holm, probability_of_gain(means),
-        smallest, word, reason,
-    )  # fmt: skip
+        contrast.metric,
+        contrast.seeds,
+        tuple(means.tolist()),
+        gain,
+        low,
+        high,
+        p,
+        p_holm,
+        probability_of_gain(means),
+        smallest,
+        word,
+        reason,
+    )
 
 
 def _word_and_reason(
@@ -311,10 +326,12 @@ def _word_and_reason(
     # The estimate is from few seeds; what it says that this many would have shown, chance has kept from showing.
     more = [
         (max(needed - count, 1), what)
-        for needed, what in ((show, "would show this gain" if gain > 0 else "would show this loss"),
-                             (exclude, f"would show that it is not more than {margin:g} points"))
+        for needed, what in (
+            (show, "would show this gain" if gain > 0 else "would show this loss"),
+            (exclude, f"would show that it is not more than {margin:g} points"),
+        )
         if needed is not None
-    ]  # fmt: skip
+    ]
     if more:
         needed, what = min(more)
         reasons.append(f"about {needed} more seed{'' if needed == 1 else 's'} {what}, if it stays as it is")

@@ -53,11 +53,25 @@ def two_phases(config: BaseConfig, run: TrainingRun, data: TaskData) -> list[Pha
     text_stage, image_stage = (partial(stage, model, prompts, classes, config) for stage in kinds)
     return [
         Phase(
-            1, "text", config.text_epoch, config.text_lr, halved_at(()), text_stage,
-            *loader("geometric", config.text_batch_size, stage=1), text_files, text_parts,
+            1,
+            "text",
+            config.text_epoch,
+            config.text_lr,
+            halved_at(()),
+            text_stage,
+            *loader("geometric", config.text_batch_size, stage=1),
+            text_files,
+            text_parts,
         ),
         Phase(
-            1, "image", config.image_epoch, config.image_lr, halved_at(IMAGE_MILESTONES), image_stage,
-            *loader("full", config.image_batch_size, stage=2), image_files, [*carried, *image_parts],
+            1,
+            "image",
+            config.image_epoch,
+            config.image_lr,
+            halved_at(IMAGE_MILESTONES),
+            image_stage,
+            *loader("full", config.image_batch_size, stage=2),
+            image_files,
+            [*carried, *image_parts],
         ),
-    ]  # fmt: skip
+    ]

@@ -93,18 +93,27 @@ def feedback_phases(config: FeedbackConfig, plan: list[LoopPlan], run: TrainingR
     def phase_of_both(loop: LoopPlan) -> Phase:
         """Both stages in the same epochs: loaders of its own, since each loop spreads its own number of steps."""
         text, image = (
-            loader("geometric", config.text_batch_size, stage=1), loader("full", config.image_batch_size, stage=2)
-        )  # fmt: skip
+            loader("geometric", config.text_batch_size, stage=1),
+            loader("full", config.image_batch_size, stage=2),
+        )
         joint = config.order == "joint"
         turns = Turns(text[0], image[0], (text[1], image[1]), loop.text_epochs, loop.image_epochs, joint)
         forward = loop_forward(config, loop.loop)
         return Phase(
-            loop.loop, BothStage.name, loop.image_epochs, {"text": loop.text_lr, "image": loop.image_lr},
+            loop.loop,
+            BothStage.name,
+            loop.image_epochs,
+            {"text": loop.text_lr, "image": loop.image_lr},
             rate_factor(config, "image", loop.image_epochs, len(turns)),
             partial(BothStage, model, prompts, data.classes, config, forward, joint),
-            turns, turns, lambda _: [], list(model.components), max_norm=config.grad_clip or None,
-            grows=False, fresh_optimizer=config.reset_optimizers and loop.loop > 1,
-        )  # fmt: skip
+            turns,
+            turns,
+            lambda _: [],
+            list(model.components),
+            max_norm=config.grad_clip or None,
+            grows=False,
+            fresh_optimizer=config.reset_optimizers and loop.loop > 1,
+        )
 
     if config.order in TOGETHER:
         return [phase_of_both(loop) for loop in plan]
@@ -127,11 +136,20 @@ def feedback_phases(config: FeedbackConfig, plan: list[LoopPlan], run: TrainingR
         images, sampler = loaders[side]
         factor = rate_factor(config, side, epochs, -(-len(images) // config.accumulate))
         return Phase(
-            loop.loop, name, epochs, rates, factor, make_stage, images, sampler, files, list(model.components),
+            loop.loop,
+            name,
+            epochs,
+            rates,
+            factor,
+            make_stage,
+            images,
+            sampler,
+            files,
+            list(model.components),
             max_norm=config.grad_clip or None,
             grows=config.lr_schedule == "constant" or (config.lr_schedule == "multistep" and side == "text"),
             fresh_optimizer=config.reset_optimizers and loop.loop > 1,
-        )  # fmt: skip
+        )
 
     return [
         phase(loop, side, epochs, rate)
@@ -147,11 +165,7 @@ class LoopFinisher:
     """What is done at the end of a loop: its checkpoint, the curves, and evaluations where they are asked for."""
 
     def __init__(
-        self,
-        run: TrainingRun,
-        config: FeedbackConfig,
-        validation: TaskData | None,
-        tested: TaskData | None,
+        self, run: TrainingRun, config: FeedbackConfig, validation: TaskData | None, tested: TaskData | None
     ) -> None:
         self.run = run
         self.config = config
@@ -178,9 +192,11 @@ class LoopFinisher:
                 what += said_of_det_score(detector.det_score)
                 logger.info("Loop %d on %s\n\n%s\n", loop, what, summary_table(list(evaluation.values())))
         logger.info(
-            "Loop %d of %d is finished: %s", loop, self.config.num_feedback_loops,
+            "Loop %d of %d is finished: %s",
+            loop,
+            self.config.num_feedback_loops,
             self.config.save_path / loop_file(loop),
-        )  # fmt: skip
+        )
         return found
 
 

@@ -192,9 +192,17 @@ def make_run(
         return {**described, "cross_attention": {**model.cross_config.to_dict(), **decided}}
 
     return TrainingRun(
-        model, optimizers, accelerator, config.save_path, config.seed, opening.signature, describe,
-        begin_log, opening.start.steps(), feedback=loop_forward is not None,
-    )  # fmt: skip
+        model,
+        optimizers,
+        accelerator,
+        config.save_path,
+        config.seed,
+        opening.signature,
+        describe,
+        begin_log,
+        opening.start.steps(),
+        feedback=loop_forward is not None,
+    )
 
 
 def make_optimizer(model: AdaptedCLIP, side: str, config: RunConfig) -> torch.optim.Optimizer:

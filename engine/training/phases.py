@@ -70,6 +70,12 @@ def loaders_of(
 ) -> Callable[..., tuple[DataLoader, SeededSampler]]:
     """`training_loader` as a run asks for it; what a stage decides is left: augmentation, batch size and number."""
     return partial(
-        training_loader, data, clip, seed=config.seed, num_workers=config.num_workers, choices=config.augmentation(),
-        process=accelerator.process_index, processes=accelerator.num_processes,
-    )  # fmt: skip
+        training_loader,
+        data,
+        clip,
+        seed=config.seed,
+        num_workers=config.num_workers,
+        choices=config.augmentation(),
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )

@@ -17,14 +17,7 @@ from torch.utils.data import DataLoader
 
 from engine.runtime.device import warn_of_unused_gpu
 from engine.runtime.distributed import from_first, stopping_with_others
-from engine.runtime.run_folder import (
-    ARGUMENTS_FILE,
-    EVENTS_FOLDER,
-    HISTORY_FILE,
-    LOCK_FILE,
-    STATE_FILE,
-    is_there,
-)
+from engine.runtime.run_folder import ARGUMENTS_FILE, EVENTS_FOLDER, HISTORY_FILE, LOCK_FILE, STATE_FILE, is_there
 from engine.training.advice import after_not_finite
 from engine.training.phases import Phase, RunState
 from engine.training.restart import continued, describe_progress, still_finished
@@ -239,9 +232,17 @@ class TrainingRun:
             shares = phase.loader.batch_sampler.shares() if self.accelerator.num_processes > 1 else None
             try:
                 row = train_epoch(
-                    prepared, stage.trained, loader, optimizer, schedule, self.accelerator, description,
-                    phase.max_norm, lambda: stop.signal_number is not None, shares,
-                )  # fmt: skip
+                    prepared,
+                    stage.trained,
+                    loader,
+                    optimizer,
+                    schedule,
+                    self.accelerator,
+                    description,
+                    phase.max_norm,
+                    lambda: stop.signal_number is not None,
+                    shares,
+                )
             except NotFiniteError as error:
                 raise NotFiniteError(
                     f"{error}. {after_not_finite(self.save_path / STATE_FILE, phase.side, self.feedback)}"
@@ -289,9 +290,13 @@ class TrainingRun:
             # As if it were alone: it loads this process's share already.
             accelerator = self.accelerator
             self._loaders[id(loader)] = prepare_data_loader(
-                loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True,
+                loader,
+                accelerator.device,
+                num_processes=1,
+                process_index=0,
+                put_on_device=True,
                 non_blocking=accelerator.non_blocking,
-            )  # fmt: skip
+            )
         return self._loaders[id(loader)]
 
     def _track(self, row: dict[str, Any]) -> None:

@@ -140,9 +140,11 @@ def check_start(start: Start, model: ModelConfig, run: CrossAttentionArguments, 
     for checkpoint in {checkpoint.path: checkpoint for checkpoint in (start.text, start.image) if checkpoint}.values():
         if checkpoint.config is None:
             logger.info(
-                "%s has no config: assumed trained on these weights of %s at %d px", checkpoint.path, model.model_name,
+                "%s has no config: assumed trained on these weights of %s at %d px",
+                checkpoint.path,
+                model.model_name,
                 model.img_size,
-            )  # fmt: skip
+            )
             log_activation(checkpoint, model.activation, given=run.activation is not None)
         else:
             _warn_of_other_names(checkpoint, names)
@@ -211,9 +213,14 @@ def _check_cross_attention(checkpoint: Checkpoint, now: CrossAttentionConfig) ->
         logger.warning(
             "%s has cross-attention and no config: assumed trained as earlier code did, with text_cross_attn_weight "
             "%g, image_cross_attn_weight %g, context_norm %s, cross_attn_residual %s, text_cross_attn_at %s, %d heads",
-            checkpoint.path, was.text_cross_attn_weight, was.image_cross_attn_weight, was.context_norm,
-            was.cross_attn_residual, was.text_cross_attn_at, was.cross_attn_heads,
-        )  # fmt: skip
+            checkpoint.path,
+            was.text_cross_attn_weight,
+            was.image_cross_attn_weight,
+            was.context_norm,
+            was.cross_attn_residual,
+            was.text_cross_attn_at,
+            was.cross_attn_heads,
+        )
     for name in ("cross_attn_heads", "cross_attn_scale", "text_cross_attn_at"):
         if getattr(was, name) != getattr(now, name) and (name != "cross_attn_heads" or checkpoint.config is not None):
             raise UserError(
@@ -221,8 +228,12 @@ def _check_cross_attention(checkpoint: Checkpoint, now: CrossAttentionConfig) ->
                 f"{getattr(now, name)}; set --{name} to match"
             )
     for name in (
-        "text_cross_attn_weight", "image_cross_attn_weight", "context_norm", "cross_attn_residual", "text_conditioning"
-    ):  # fmt: skip
+        "text_cross_attn_weight",
+        "image_cross_attn_weight",
+        "context_norm",
+        "cross_attn_residual",
+        "text_conditioning",
+    ):
         if getattr(was, name) != getattr(now, name):
             logger.warning(
                 "%s was trained with %s %s, now %s", checkpoint.path, name, getattr(was, name), getattr(now, name)

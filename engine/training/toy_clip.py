@@ -314,8 +314,12 @@ class _Run:
                 speed = (number + 1) * config.batch_size / (time.monotonic() - started)
                 logger.info(
                     "epoch %d step %d/%d loss %.3f, %.0f drawings/s",
-                    self.epoch + 1, number + 1, per_epoch, total / (number + 1), speed,
-                )  # fmt: skip
+                    self.epoch + 1,
+                    number + 1,
+                    per_epoch,
+                    total / (number + 1),
+                    speed,
+                )
         self.epoch += 1
         return total / per_epoch
 
@@ -363,6 +367,10 @@ def pretrain_toy_clip(config: PretrainConfig, output: Path, work: Path, device: 
         accuracy = held_out_accuracy(run.model, held_out, run.device)
         logger.info(
             "epoch %d/%d loss %.3f; held out: class %.1f %%, caption among 100 %.1f %%",
-            run.epoch, config.epochs, loss, 100 * accuracy["class"], 100 * accuracy["retrieval"],
-        )  # fmt: skip
+            run.epoch,
+            config.epochs,
+            loss,
+            100 * accuracy["class"],
+            100 * accuracy["retrieval"],
+        )
     return held_out_accuracy(run.model, held_out, run.device)

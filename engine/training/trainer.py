@@ -227,14 +227,18 @@ def log_epoch(row: Mapping[str, Any], epochs: int) -> None:
     stage: str = row["stage"]
     parts = [name for name in ("focal", "dice_normal", "dice_abnormal", "classification", "overlap") if name in row]
     logger.info(
-        "Loop %d - %s loss: %.4f  (%s)", row["loop"], stage, row["loss"],
+        "Loop %d - %s loss: %.4f  (%s)",
+        row["loop"],
+        stage,
+        row["loss"],
         ", ".join(f"{name} {row[name]:.4f}" for name in parts),
-    )  # fmt: skip
+    )
     each = [name for name in row if name.startswith("grad_norm/") and name != "grad_norm/total"]
     logger.info(
-        "  Average Grad Norm: %.4f  (%s)", row["grad_norm/total"],
+        "  Average Grad Norm: %.4f  (%s)",
+        row["grad_norm/total"],
         ", ".join(f"{name.removeprefix('grad_norm/')} {row[name]:.4f}" for name in each),
-    )  # fmt: skip
+    )
     left = (epochs - row["epoch"]) * row["seconds"]
     # Not there where no masks are looked at.
     inside, outside = row["abnormal_inside"], row["abnormal_outside"]
@@ -242,8 +246,14 @@ def log_epoch(row: Mapping[str, Any], epochs: int) -> None:
     watched = "" if nothing else f"p_abnormal {inside:.3f} inside masks and {outside:.3f} outside, "
     logger.info(
         "  epoch %d of %d, lr %.3g, %s%.1f images/s, %.2f GiB, %s left",
-        row["epoch"], epochs, row["lr"], watched, row["images_per_second"], row["memory_gib"], readable_time(left),
-    )  # fmt: skip
+        row["epoch"],
+        epochs,
+        row["lr"],
+        watched,
+        row["images_per_second"],
+        row["memory_gib"],
+        readable_time(left),
+    )
     if "compile_seconds" in row:
         logger.info("  compiling took %s of %s", *map(readable_time, (row["compile_seconds"], row["seconds"])))
     for warning in epoch_warnings(row):

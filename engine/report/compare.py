@@ -19,8 +19,11 @@ from engine.data.run_location import arguments_in, load_task_of_run
 from engine.data.task import TaskData, mask_notes
 from engine.detector.detector import UNADAPTED, Detector, build_detector, load_clip_for, unadapted_detector
 from engine.detector.references import ReferenceChoice
-from engine.evaluation.commands import command_line
-from engine.evaluation.comparison import (
+from engine.evaluation.evaluate import Evaluation, evaluate
+from engine.evaluation.inference import zero_shot_notes
+from engine.evaluation.references import choose_for_dataset, remember_for_dataset
+from engine.report.commands import command_line
+from engine.report.comparison import (
     BASE,
     CROSS_ATTENTION,
     Comparison,
@@ -29,11 +32,8 @@ from engine.evaluation.comparison import (
     unfair_notes,
     write_comparison,
 )
-from engine.evaluation.comparison_cache import read_cache, write_cache
-from engine.evaluation.evaluate import Evaluation, evaluate
-from engine.evaluation.inference import zero_shot_notes
-from engine.evaluation.references import choose_for_dataset, remember_for_dataset
-from engine.evaluation.report import shown_rows, write_report
+from engine.report.comparison_cache import read_cache, write_cache
+from engine.report.page import shown_rows, write_report
 from engine.runtime.device import check_compiler, choose_precision
 from engine.runtime.distributed import from_first, join_launch, main_first
 from engine.runtime.run_folder import REPORT_FILE, find_latest, find_loops, loop_file
@@ -161,14 +161,24 @@ def compare_feedback_loops(
         if shown := {row.name: row for row in shown_rows(comparison)}:
             models, _ = build_detectors(shown, clip.get(), setting)
         asked = {
-            "save_path": save_path, "dataset": dataset, "base_path": base_path, "cross_path": cross_path,
-            "unadapted": unadapted, "output_dir": output_dir, "data_root": data_root, "metadata": metadata,
-            "class_names": class_names, "skip_bad_images": skip_bad_images, "clip_weights": clip_weights, **overrides,
-            "precision": None if precision == "auto" else precision, "tf32": None if tf32 == "on" else tf32,
+            "save_path": save_path,
+            "dataset": dataset,
+            "base_path": base_path,
+            "cross_path": cross_path,
+            "unadapted": unadapted,
+            "output_dir": output_dir,
+            "data_root": data_root,
+            "metadata": metadata,
+            "class_names": class_names,
+            "skip_bad_images": skip_bad_images,
+            "clip_weights": clip_weights,
+            **overrides,
+            "precision": None if precision == "auto" else precision,
+            "tf32": None if tf32 == "on" else tf32,
             "report": True,
             "mask_threshold": None if mask_threshold == HALF else mask_threshold,
             **(references.arguments if references else {}),
-        }  # fmt: skip
+        }
         command = command_line("compare_feedback_loops.py", asked)
         write_report(comparison, models, data, save_path, folder / comparison.file(REPORT_FILE), command)
     return status_of(rows)

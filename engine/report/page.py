@@ -23,8 +23,11 @@ from PIL import Image
 
 from engine.data.task import TaskData
 from engine.detector.detector import Detector
-from engine.evaluation.commands import given_arguments, training_command
-from engine.evaluation.comparison import (
+from engine.evaluation.evaluate import METRICS, UNDEFINED, ImageScore, format_value
+from engine.evaluation.image_heatmaps import Picture, look, read_picture
+from engine.evaluation.pages import render_page
+from engine.report.commands import given_arguments, training_command
+from engine.report.comparison import (
     COLUMNS,
     DATA,
     PANELS,
@@ -38,9 +41,6 @@ from engine.evaluation.comparison import (
     table_cells,
     training,
 )
-from engine.evaluation.evaluate import METRICS, UNDEFINED, ImageScore, format_value
-from engine.evaluation.image_heatmaps import Picture, look, read_picture
-from engine.evaluation.pages import render_page
 from engine.runtime.run_folder import HISTORY_FILE, LOG_FILE, WARNINGS_FILE
 from engine.training.trainer import readable_time
 from engine.training.verdicts import advice, summary_cells
@@ -51,7 +51,7 @@ from utils.svg_charts import Chart, class_chart, data_uri, loop_chart, training_
 
 logger = logging.getLogger(__name__)
 
-TEMPLATE = Path(__file__).with_name("templates") / "report.html"
+TEMPLATE = Path(__file__).with_name("report.html")
 CLASS_METRICS = ("pixel_auroc", "aupro", "image_auroc")
 # Of each kind of example, and at most one of a class.
 EXAMPLES = 3
@@ -89,12 +89,7 @@ class Run:
 
 
 def write_report(
-    comparison: Comparison,
-    models: Mapping[str, Detector],
-    data: TaskData,
-    save_path: Path,
-    path: Path,
-    command: str,
+    comparison: Comparison, models: Mapping[str, Detector], data: TaskData, save_path: Path, path: Path, command: str
 ) -> None:
     """Write the page of a comparison.
 

@@ -1,0 +1,1 @@
+"""Comparison of a feedback run's loops with other models, and its report on one page."""
