@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable
 from functools import cache
@@ -11,14 +10,12 @@ from pathlib import Path
 from dataset.catalog import CATALOG, DatasetSpec, readable_name
 from dataset.options import CATALOG_NAMES, PUBLISHED_NAMES
 from utils.errors import UserError
-from utils.reading import parse_user_json, read_user_text, shown
+from utils.reading import MIB, read_json, short_repr
 
 logger = logging.getLogger(__name__)
 
 # By dataset and class, as that code has them.
 _PUBLISHED_FILE = Path(__file__).with_name("published_class_names.json")
-# Bytes: a name for each of ten thousand classes fits.
-_LARGEST_FILE = 2**20
 
 
 def class_display_names(
@@ -41,7 +38,7 @@ def class_display_names(
     unknown = [name for name in replaced if known and name not in known and spec.known_class(name) is None]
     if unknown:
         raise UserError(
-            f"{source}: {spec.name} has no class {', '.join(map(shown, unknown[:5]))}; "
+            f"{source}: {spec.name} has no class {', '.join(map(short_repr, unknown[:5]))}; "
             f"its classes are {', '.join(known)}"
         )
     # A class goes by the name it has there before any other.
@@ -68,7 +65,9 @@ def _published_names(spec: DatasetSpec, classes: Iterable[str]) -> dict[str, str
     names = _of_classes(spec)
     without = [name for name in classes if spec.known_class(name) not in names]
     if without:
-        which = ", ".join(map(shown, without[:5])) + (", ..." if len(without) > 5 else "") if names else "its classes"
+        which = (
+            ", ".join(map(short_repr, without[:5])) + (", ..." if len(without) > 5 else "") if names else "its classes"
+        )
         logger.warning("%s: there are no published names of %s, the catalog's are taken", spec.name, which)
     return names
 
@@ -81,18 +80,18 @@ def _of_classes(spec: DatasetSpec) -> dict[str, str]:
 
 @cache
 def _published() -> dict[str, dict[str, str]]:
-    return json.loads(_PUBLISHED_FILE.read_text(encoding="utf-8"))
+    return read_json(_PUBLISHED_FILE)
 
 
 def read_class_names(path: Path) -> dict[str, str]:
     """What a file calls its classes; UserError where it cannot be read or is no such object."""
-    names = parse_user_json(read_user_text(path, "--class_names", _LARGEST_FILE), f"--class_names {path}")
+    names = read_json(path, name="--class_names", max_bytes=MIB)
     if not isinstance(names, dict):
         raise UserError(f'--class_names {path} must hold one JSON object of the form {{"class": "readable name"}}')
     for class_name, name in names.items():
         if not isinstance(name, str) or not name.strip():
             raise UserError(
-                f"--class_names {path}: {shown(class_name)} must be a text that is not empty, as in one JSON "
-                f'object of the form {{"class": "readable name"}}, not {shown(name)}'
+                f"--class_names {path}: {short_repr(class_name)} must be a non-empty text, as in one JSON "
+                f'object of the form {{"class": "readable name"}}, not {short_repr(name)}'
             )
     return {class_name: " ".join(name.split()) for class_name, name in names.items()}

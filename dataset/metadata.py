@@ -23,15 +23,13 @@ from dataset.records import Record, natural_key, path_within
 from utils.errors import UserError
 from utils.files import write_text
 from utils.paths import is_file, safe_name
-from utils.reading import parse_user_json, read_user_text, shown
+from utils.reading import read_json_lines, short_repr
 
 logger = logging.getLogger(__name__)
 
 # Kept by earlier versions, without a tie; two datasets in one folder would share it.
 UNTIED_FILE = "metadata_test.jsonl"
 SCHEMA = 1
-# Bytes: a million images.
-_LARGEST_FILE = 2**28
 
 _LABELS = {0: 0, 1: 1, "0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 
@@ -64,7 +62,7 @@ def load_records(located: LocatedDataset, metadata_file: Path | None = None) -> 
         tie, records = read_list(Path(metadata_file))
         if tie is not None and tie.dataset != located.spec.name:
             raise UserError(
-                f"the metadata {metadata_file} lists images of {shown(tie.dataset)}, not of {located.spec.name}"
+                f"the metadata {metadata_file} lists images of {short_repr(tie.dataset)}, not of {located.spec.name}"
             )
         return records
     layout, classes = located.layout()
@@ -119,9 +117,7 @@ def build_metadata(located: LocatedDataset) -> list[Record]:
 
 def read_list(path: Path) -> tuple[Tie | None, list[Record]]:
     """A list of images, and whose it is where it says so; UserError for a bad line, with file, number and key."""
-    text = read_user_text(path, "the metadata", _LARGEST_FILE)
-    lines = [(f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    rows = [(where, parse_user_json(line, where)) for where, line in lines]
+    rows = list(read_json_lines(path, name="the metadata"))
     tie = None
     if rows and isinstance(rows[0][1], dict) and "schema" in rows[0][1]:
         tie = _parse_tie(rows[0][1], rows[0][0])
@@ -171,10 +167,10 @@ def _row(record: Record) -> dict[str, Any]:
 
 def _parse_tie(row: dict[str, Any], where: str) -> Tie:
     if row["schema"] != SCHEMA or isinstance(row["schema"], bool):
-        raise UserError(f"{where}: schema must be {SCHEMA}, not {shown(row['schema'])}")
+        raise UserError(f"{where}: schema must be {SCHEMA}, not {short_repr(row['schema'])}")
     classes = row.get("classes")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise UserError(f"{where}: classes must be a list of names, not {shown(classes)}")
+        raise UserError(f"{where}: classes must be a list of names, not {short_repr(classes)}")
     return Tie(_text(row, "dataset", where), _text(row, "layout", where), tuple(classes))
 
 
@@ -199,7 +195,7 @@ def _parse_row(row: Any, where: str, as_written: bool) -> Record:
 def _text(row: dict[str, Any], key: str, where: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: {key} must be a text that is not empty, not {shown(value)}")
+        raise UserError(f"{where}: {key} must be a non-empty text, not {short_repr(value)}")
     return value
 
 
@@ -208,5 +204,5 @@ def parse_label(value: object, where: str) -> int:
     key = value.strip().lower() if isinstance(value, str) else value
     # True and 1.0 are found under 1; lists and objects cannot be looked up.
     if not isinstance(key, str | int | float) or key not in _LABELS:
-        raise UserError(f"{where}: label must be 0 (normal) or 1 (anomalous), not {shown(value)}")
+        raise UserError(f"{where}: label must be 0 (normal) or 1 (anomalous), not {short_repr(value)}")
     return _LABELS[key]

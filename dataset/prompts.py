@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from utils.errors import UserError
-from utils.reading import shown
+from utils.reading import short_repr
 
 NORMAL_STATES = ("{}", "a {}", "the {}")
 ABNORMAL_STATES = ("a damaged {}", "a broken {}", "a {} with flaw", "a {} with defect", "a {} with damage")
@@ -22,7 +22,7 @@ def build_prompts(readable_name: str) -> tuple[list[str], list[str]]:
     if not name.strip():
         raise UserError("a class needs a name for its prompts, such as 'metal screw': see --class_name, --class_names")
     if len(name) > LONGEST_NAME:
-        raise UserError(f"the class name {shown(name)} has {len(name)} characters; at most {LONGEST_NAME} fit a prompt")
+        raise UserError(f"the class name {short_repr(name)} has {len(name)} characters; the limit is {LONGEST_NAME}")
     return _fill(NORMAL_STATES, name), _fill(ABNORMAL_STATES, name)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import PurePath, PurePosixPath
 
 from utils.errors import UserError
-from utils.reading import shown
+from utils.reading import short_repr
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def path_within(path: str, where: str, key: str) -> str:
         lowest = min(lowest, depth)
     if PurePosixPath(path).anchor or PurePath(path).anchor or lowest < 0 or depth < 1 or not _is_a_name(path):
         raise UserError(
-            f"{where}: {key} must be the path of a file below the dataset's folder, not {shown(path)} "
+            f"{where}: {key} must be the path of a file below the dataset's folder, not {short_repr(path)} "
             "(a symbolic link in that folder may lead elsewhere)"
         )
     return path

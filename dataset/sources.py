@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,13 +17,11 @@ from dataset.layouts import visa_classes, visa_records
 from dataset.metadata import parse_label
 from utils.errors import UserError
 from utils.paths import is_file, is_folder
-from utils.reading import parse_user_json, read_user_text, shown
+from utils.reading import parse_json, read_json_lines, read_text, short_repr
 from utils.schema import MayHoldMore, check
 
 logger = logging.getLogger(__name__)
 
-# Bytes: a million images.
-_LARGEST_FILE = 2**28
 NORMAL_NAMES = ("good", "ok", "normal")
 _MASK_NAMES = ("mask", "masks", "ground_truth", "label", "labels")
 # What a defect is called that has no name.
@@ -124,10 +121,9 @@ def read_source(source: Path, asked: Asked) -> tuple[str, list[Item]]:
 def _read_file(source: Path, asked: Asked) -> tuple[str, list[Item]]:
     if asked.normal or asked.anomalous:
         raise UserError("--normal and --anomalous are for a folder of folders: leave them out")
-    text = read_user_text(source, "the list", _LARGEST_FILE)
     try:
-        whole = json.loads(text)
-    except (ValueError, RecursionError):
+        whole = parse_json(read_text(source, "the list"), source)
+    except UserError:
         whole = None  # JSON lines, or damaged: then the first bad line is named
     root = asked.images or source.parent
     if isinstance(whole, dict) and "images" in whole:
@@ -137,8 +133,7 @@ def _read_file(source: Path, asked: Asked) -> tuple[str, list[Item]]:
     elif isinstance(whole, list):
         rows = ((f"{source}: image {number}", row) for number, row in enumerate(whole, start=1))
     else:
-        lines = ((f"{source}:{number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
-        rows = ((where, parse_user_json(line, where)) for where, line in lines)
+        rows = read_json_lines(source, name="the list")
     return "a list", [_item(row, where, root, asked.class_name) for where, row in rows if not _is_tie(row)]
 
 
@@ -152,7 +147,7 @@ def _rows_of_meta(whole: Mapping[str, Any], source: Path) -> Iterator[tuple[str,
     for split, classes in whole.items():
         for class_name, rows in classes.items():
             if not isinstance(rows, list):
-                raise UserError(f"{source}: {shown(split)}, {shown(class_name)} must be a list of images")
+                raise UserError(f"{source}: {short_repr(split)}, {short_repr(class_name)} must be a list of images")
             for number, row in enumerate(rows, start=1):
                 where = f"{source}: {split}, {class_name}, image {number}"
                 yield where, {"split": split, "class_name": class_name, **row} if isinstance(row, dict) else row
@@ -167,7 +162,7 @@ def _item(row: Any, where: str, root: Path, class_name: str | None) -> Item:
     label = _LABEL_WORDS[word] if word in _LABEL_WORDS else parse_label(found["label"], where)
     named = found["class"] if found["class"] is not None else class_name
     if not isinstance(named, str) or not named.strip():
-        raise UserError(f"{where}: class_name must be a text that is not empty, not {shown(named)} (or --class_name)")
+        raise UserError(f"{where}: class_name must be a non-empty text, not {short_repr(named)} (or --class_name)")
     mask = _file(found["mask"], where, "mask_path", root) if label and found["mask"] not in (None, "") else None
     split = "train" if str(found["split"]).lower() == "train" else "test"
     kind = found["kind"] if isinstance(found["kind"], str) else _kind_by_folder(str(found["image"]))
@@ -182,7 +177,7 @@ def _kind_by_folder(path: str) -> str:
 
 def _file(value: Any, where: str, key: str, root: Path) -> Path:
     if not isinstance(value, str) or not value.strip() or "\0" in value:
-        raise UserError(f"{where}: {key} must be the path of a file, not {shown(value)}")
+        raise UserError(f"{where}: {key} must be the path of a file, not {short_repr(value)}")
     path = root / value.strip().replace("\\", "/")
     if not is_file(path):
         raise UserError(f"{where}: {key}: {path} is not there (--images gives the folder that paths are relative to)")
@@ -227,7 +222,9 @@ def _coco(whole: Mapping[str, Any], source: Path, root: Path, class_name: str | 
         raise UserError(f"{source}: two of its images have the same id")
     for number, annotation in enumerate(whole["annotations"]):
         if annotation["image_id"] not in annotations:
-            raise UserError(f"{source}: annotations[{number}].image_id {shown(annotation['image_id'])} is of no image")
+            raise UserError(
+                f"{source}: annotations[{number}].image_id {short_repr(annotation['image_id'])} names no image"
+            )
         annotations[annotation["image_id"]].append({**annotation, "where": f"{source}: annotations[{number}]"})
     items = []
     for number, image in enumerate(whole["images"]):

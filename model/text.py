@@ -13,7 +13,7 @@ from model.adapter_modules import blend
 from model.blocks import full_precision, run_block, take_tokens, unit
 from model.clip import FrozenCLIP
 from utils.errors import UserError
-from utils.reading import shown
+from utils.reading import short_repr
 
 
 class PromptTree(NamedTuple):
@@ -91,7 +91,7 @@ class Prompts:
         if tokens.shape[1] == longest:
             (row, *_) = tokens[:, -1].nonzero()[:, 0].tolist()
             raise UserError(
-                f"the prompt {shown(prompts[row])} fills CLIP's {longest} tokens: give a shorter class name"
+                f"the prompt {short_repr(prompts[row])} fills CLIP's {longest} tokens: give a shorter class name"
             )
         return cls(tokens.reshape(len(texts), normal + abnormal, -1), normal)
 

@@ -300,17 +300,17 @@ def test_class_names_of_classes_that_only_the_metadata_knows(tmp_path):
     ("text", "expected"),
     [
         ('{"candel": "candle"}', "'candel'; its classes are candle, "),
-        ('{"candle": ', "no valid JSON"),
+        ('{"candle": ', "not valid JSON"),
         ('["candle"]', "one JSON object"),
         ('{"candle": 3}', "one JSON object"),
         ('{"candle": " "}', "one JSON object"),
         (None, "cannot be read"),
         ("[" * 100_000, "nested too deeply"),
         ('{"candle": ' * 50_000, "nested too deeply"),
-        (b'{"candle": "\xff"}', "no UTF-8"),
+        (b'{"candle": "\xff"}', "not UTF-8"),
         (b" " * 2_000_000, "larger than 1 MiB"),
-        ('{"candle": 1' + "0" * 5000 + "}", "no valid JSON"),
-        ('{"candle": {"a": [[[[[[[[1]]]]]]]]}}', "'candle' must be a text"),
+        ('{"candle": 1' + "0" * 5000 + "}", "not valid JSON"),
+        ('{"candle": {"a": [[[[[[[[1]]]]]]]]}}', "'candle' must be a non-empty text"),
     ],
 )
 def test_bad_class_names_file(tmp_path, text, expected):

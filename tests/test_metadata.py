@@ -430,7 +430,7 @@ def test_file_made_elsewhere(tmp_path):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ('{"image_path": ', "no valid JSON"),
+        ('{"image_path": ', "not valid JSON"),
         ("[1]", "JSON object"),
         ('{"label": 0, "class_name": "a"}', "image_path"),
         ('{"image_path": "x.png", "label": 0, "class_name": 1}', "class_name"),
@@ -444,7 +444,7 @@ def test_file_made_elsewhere(tmp_path):
         ('{"image_path": "x.png", "class_name": "a", "label": NaN}', "label"),
         ('{"image_path": "x.png", "class_name": "a", "label": 1e999}', "label"),
         ('{"image_path": "x.png", "class_name": "a", "label": null}', "label"),
-        ('{"image_path": "x.png", "class_name": "a", "label": 1' + "0" * 5000 + "}", "no valid JSON"),
+        ('{"image_path": "x.png", "class_name": "a", "label": 1' + "0" * 5000 + "}", "not valid JSON"),
         ('{"image_path": "x.png", "class_name": "' + "a" * 201 + '", "label": 0}', "at most 200 characters"),
         ("[" * 100_000, "nested too deeply"),
         ('{"class_name": "a", "label": 0, "image_path": ' + "[" * 500 + "]" * 500 + "}", "image_path"),
@@ -489,8 +489,8 @@ def test_digest_is_of_the_records(mvtec, tmp_path):
         ({"schema": 2}, "schema must be 1, not 2"),
         ({"schema": True}, "schema must be 1, not True"),
         ({"schema": 1, "dataset": "VisA", "layout": "visa"}, "classes must be a list of names"),
-        ({"schema": 1, "dataset": 3, "layout": "visa", "classes": []}, "dataset must be a text"),
-        ({"schema": 1, "dataset": "VisA", "layout": "", "classes": []}, "layout must be a text"),
+        ({"schema": 1, "dataset": 3, "layout": "visa", "classes": []}, "dataset must be a non-empty text"),
+        ({"schema": 1, "dataset": "VisA", "layout": "", "classes": []}, "layout must be a non-empty text"),
     ],
 )
 def test_bad_first_line_is_named(tmp_path, row, expected):

@@ -1,48 +1,101 @@
-"""Text and JSON from files that somebody else made: read whole, or refused in one line."""
+"""Read text, JSON and TOML files that users or other programs wrote; every problem is a one-line `UserError`."""
 
 from __future__ import annotations
 
 import json
 import reprlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
 from utils.paths import is_no_file
+from utils.schema import check
 
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = 100
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+MIB = 2**20
+# A list of a million images takes about 200 MiB.
+MAX_BYTES = 256 * MIB
+
+_short = reprlib.Repr()
+_short.maxstring = 100
 
 
-def read_user_text(path: Path, what: str, most_bytes: int) -> str:
-    """The UTF-8 text of a file, without a byte order mark; `what` says in errors what the file is.
+def read_text(path: Path, name: str = "", max_bytes: int = MAX_BYTES) -> str:
+    """Return the UTF-8 text of a file without its byte order mark.
 
-    Raises UserError for what is no regular file, cannot be read, is larger than `most_bytes`, or is no UTF-8.
+    Args:
+        path: The file.
+        name: What the file is, such as the option that names it; error messages begin with it.
+        max_bytes: The largest size that is read.
+
+    Returns:
+        The text, with the line ends of the file.
+
+    Raises:
+        UserError: The path is not a regular file, cannot be read, is too large, or is not UTF-8.
     """
+    source = _source(path, name)
     if is_no_file(path):
-        raise UserError(f"{what} {path} cannot be read: it is no file")
+        raise UserError(f"{source} cannot be read: it is not a regular file")
     try:
         with path.open("rb") as file:
-            content = file.read(most_bytes + 1)
-        if len(content) > most_bytes:
-            raise UserError(f"{what} {path} cannot be read: it is larger than {most_bytes // 2**20} MiB")
+            content = file.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            raise UserError(f"{source} cannot be read: it is larger than {max_bytes // MIB} MiB")
         return content.decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{what} {path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{what} {path} cannot be read: it is no UTF-8 text ({error.reason})") from error
+        raise UserError(f"{source} cannot be read: it is not UTF-8 text ({error.reason})") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def parse_user_json(text: str, where: str) -> Any:
-    """What a JSON text says; UserError for one that is damaged or nested too deeply, which begins with `where`."""
+def parse_json(text: str, source: object, schema: Any = Any) -> Any:
+    """Return the value of a JSON text, checked against `schema` (`utils.schema.check`); errors begin with `source`."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except ValueError as error:
-        raise UserError(f"{where}: no valid JSON ({' '.join(str(error).split())})") from error
+        raise UserError(f"{source}: not valid JSON ({' '.join(str(error).split())})") from error
     except RecursionError as error:
-        raise UserError(f"{where}: no valid JSON (nested too deeply)") from error
+        raise UserError(f"{source}: not valid JSON (nested too deeply)") from error
+    check(value, schema, source)
+    return value
 
 
-def shown(value: object) -> str:
-    """A value of a file as an error message shows it: as in Python, cut where it is long or deep."""
-    return _SHORT.repr(value)
+def read_json(path: Path, schema: Any = Any, name: str = "", max_bytes: int = MAX_BYTES) -> Any:
+    """Return the value in a JSON file, checked against `schema`; see `read_text` for the other arguments."""
+    return parse_json(read_text(path, name, max_bytes), _source(path, name), schema)
+
+
+def read_json_lines(path: Path, schema: Any = Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values in a file of JSON lines, each with its "file:line" for error messages; blank lines are skipped.
+
+    Only line feeds end a line: JSON allows other separators inside a text.
+    """
+    for number, line in enumerate(read_text(path, name).split("\n"), start=1):
+        if line.strip():
+            source = f"{path}:{number}"
+            yield source, parse_json(line, source, schema)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the tables of a TOML file."""
+    text = read_text(path)
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not valid TOML ({error})") from error
+
+
+def short_repr(value: object) -> str:
+    """`repr` of a value for an error message, shortened if it is long or deeply nested."""
+    return _short.repr(value)
+
+
+def _source(path: Path, name: str) -> str:
+    return f"{name} {path}" if name else str(path)

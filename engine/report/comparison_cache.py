@@ -9,7 +9,7 @@ from typing import Any
 from engine.evaluation.evaluate import METRICS, ClassResult, ImageScore
 from utils.errors import UserError
 from utils.files import write_json
-from utils.reading import parse_user_json, read_user_text, shown
+from utils.reading import read_json, short_repr
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def read_cache(path: Path) -> Results:
     if not path.exists():
         return {}
     try:
-        content = parse_user_json(read_user_text(path, "the cache", LARGEST_CACHE), "its text")
+        content = read_json(path, max_bytes=LARGEST_CACHE)
         results = _results_of(content)
         return {key: [_class_result(item, key) for item in classes] for key, classes in results.items()}
     except UserError as error:
@@ -37,10 +37,10 @@ def _results_of(content: Any) -> dict[str, list[Any]]:
     """The results of a cache, each a list of classes; raises `UserError` for anything else."""
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != CACHE_SCHEMA:
-        raise UserError(f"schema must be {CACHE_SCHEMA}, not {shown(schema)}")
+        raise UserError(f"schema must be {CACHE_SCHEMA}, not {short_repr(schema)}")
     results = content.get("results")
     if not isinstance(results, dict) or not all(isinstance(item, list) and item for item in results.values()):
-        raise UserError(f"results must hold lists of classes, not {shown(results)}")
+        raise UserError(f"results must hold lists of classes, not {short_repr(results)}")
     return results
 
 
@@ -65,7 +65,7 @@ def _class_result(item: Any, where: str) -> ClassResult:
 def _number(value: Any, most: float, what: str) -> float:
     # One ten-thousandth for rounding.
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e-4 <= value <= most + 1e-4:
-        raise UserError(f"{what} must be a number from 0 to {most}, not {shown(value)}")
+        raise UserError(f"{what} must be a number from 0 to {most}, not {short_repr(value)}")
     return float(value)
 
 
