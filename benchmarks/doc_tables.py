@@ -1,14 +1,13 @@
-"""Tables of the documentation that come from studies.
+"""Tables in the documentation that show the gains of a study.
 
     python -m benchmarks.doc_tables [FOLDER ...]
 
-takes what studies have found (`runs/studies/NAME`) into `docs/results`: `NAME.md` as the study wrote it (and
-`NAME_against_ARM.md`), `NAME.csv` with every seed's means over classes. Then every table in a page that
-stands below a line such as
+reads finished studies (`runs/studies/NAME`) and writes two files each to `docs/results`: `NAME.csv`, every seed's means
+over classes, and `NAME_verdicts.csv`, the comparisons of arms. Then it updates every table that follows a line such as
 
-    <!-- study: base, Means: Pixel AUROC, Image AUROC -->
+    <!-- study: confirmation, compared with base continued: pixel_ap, image_auroc -->
 
-(the study, the heading of a table in its file, the columns; all where none are named) is made anew.
+(the study, the arm that the others are compared with, the metrics).
 """
 
 from __future__ import annotations
@@ -21,19 +20,21 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from engine.study.report import gain_cell
+from engine.study.results import metric_title
 from utils.errors import UserError
 from utils.files import write_text
 from utils.tables import markdown_table
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BLOCK = re.compile(
-    r"<!-- study: (?P<study>\w+), (?P<heading>[^:>]+?)(: (?P<columns>[^>]+?))? -->\n(?P<table>(\|.*\n)*)"
+    r"(?P<mark><!-- study: (?P<study>\w+), compared with (?P<arm>[^:>]+): (?P<metrics>[\w, ]+) -->)\n(\|.*\n)*"
 )
 KEYS = ("setting", "arm", "seed", "train", "test")
 
 
-def means_of_seeds(study_csv: Path) -> str:
-    """A study's figures as text of a CSV file: a row for each arm, seed and pair, the means over classes."""
+def seed_means(study_csv: Path) -> str:
+    """The metrics of a study as CSV: a row for each arm, seed and pair of datasets, the means over classes."""
     with study_csv.open(encoding="utf-8", newline="") as lines:
         reader = csv.DictReader(lines)
         metrics = [name for name in reader.fieldnames or () if name not in (*KEYS, "class")]
@@ -48,45 +49,43 @@ def means_of_seeds(study_csv: Path) -> str:
     return text.getvalue()
 
 
-def table_under(heading: str, page: str) -> list[list[str]]:
-    """The cells of the first table below a heading of the second level."""
-    below = page.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    lines = [line for line in below.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not set(line) <= set("|-: ")]
+def gains_table(verdicts_csv: Path, compared_with: str, metrics: Sequence[str]) -> str:
+    """A Markdown table of the gains of all arms over one arm, with their intervals, from a study's verdicts."""
+    arms: dict[str, dict[str, str]] = defaultdict(dict)
+    if verdicts_csv.is_file():
+        with verdicts_csv.open(encoding="utf-8", newline="") as lines:
+            for row in csv.DictReader(lines):
+                if row["compared_with"] == compared_with:
+                    numbers = (float(row[name] or "nan") for name in ("gain", "low", "high"))
+                    arms[row["arm"]][row["metric"]] = gain_cell(*numbers)
+    missing = set(metrics) - set().union(*arms.values())
+    if missing:
+        raise UserError(f"{verdicts_csv}: no gains over {compared_with!r} in {', '.join(sorted(missing))}")
+    return markdown_table(
+        ["Arm", *map(metric_title, metrics)], [[arm, *map(cells.__getitem__, metrics)] for arm, cells in arms.items()]
+    )
 
 
-def made_anew(page: str, results: Path) -> str:
-    """A page's text with its tables as the studies in `results` have them."""
+def updated(page: str, results: Path) -> str:
+    """The text of a page, with its tables made from the studies in `results`."""
 
-    def fill(found: re.Match[str]) -> str:
-        file = results / f"{found['study']}.md"
-        cells = table_under(found["heading"], file.read_text(encoding="utf-8")) if file.is_file() else []
-        if not cells:
-            raise UserError(f"{file} holds no table under {found['heading']!r}")
-        header, *rows = cells
-        wanted = found["columns"].split(", ") if found["columns"] else header[1:]
-        unknown = [name for name in wanted if name not in header]
-        if unknown:
-            raise UserError(f"{file}: the table under {found['heading']!r} has no column {unknown[0]!r}")
-        places = [0, *(header.index(name) for name in wanted)]
-        first = found[0].partition("\n")[0]
-        chosen = [[row[place] for place in places] for row in (header, *rows)]
-        return f"{first}\n{markdown_table(chosen[0], chosen[1:])}\n"
+    def fill(match: re.Match[str]) -> str:
+        file = results / f"{match['study']}_verdicts.csv"
+        return f"{match['mark']}\n{gains_table(file, match['arm'], match['metrics'].split(', '))}\n"
 
     return BLOCK.sub(fill, page)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", type=Path, nargs="*", metavar="FOLDER", help="of finished studies")
+    parser.add_argument("folders", type=Path, nargs="*", metavar="FOLDER", help="folders of finished studies")
     for folder in parser.parse_args(arguments).folders:
-        for page in sorted(folder.glob("study*.md")):
-            name = folder.name + page.stem.removeprefix("study")
-            write_text(DOCS / "results" / f"{name}.md", page.read_text(encoding="utf-8"))
-        write_text(DOCS / "results" / f"{folder.name}.csv", means_of_seeds(folder / "study.csv"))
+        verdicts = (folder / "study_verdicts.csv").read_text(encoding="utf-8")
+        write_text(DOCS / "results" / f"{folder.name}.csv", seed_means(folder / "study.csv"))
+        write_text(DOCS / "results" / f"{folder.name}_verdicts.csv", verdicts)
     for file in sorted([DOCS.parent / "README.md", *DOCS.glob("*.md")]):
         text = file.read_text(encoding="utf-8")
-        if (now := made_anew(text, DOCS / "results")) != text:
+        if (now := updated(text, DOCS / "results")) != text:
             write_text(file, now)
 
 

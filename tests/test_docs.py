@@ -227,7 +227,7 @@ def results() -> dict[str, dict[str, dict[str, float]]]:
         with file.open(encoding="utf-8", newline="") as lines:
             for row in csv.DictReader(lines):
                 # What the literature reports has neither arms nor seeds; studies' figures have tests of their own.
-                if "arm" not in row or "train" in row:
+                if "arm" not in row or "train" in row or "verdict" in row:
                     continue
                 arm, seed = row.pop("arm"), row.pop("seed")
                 assert seed not in found[arm], f"{file}: {arm}, seed {seed} stands twice"

@@ -18,7 +18,7 @@ from engine.study.figures import read_facts, read_figures
 from engine.study.local import run_locally
 from engine.study.plan import Plan, make_plan
 from engine.study.report import write_study_report
-from engine.study.results import argument_differences, check_fairness, read_results, readable
+from engine.study.results import argument_differences, check_fairness, metric_title, read_results
 from engine.study.run import run_study
 from engine.study.study import read_study
 from tests.study_world import write_world
@@ -282,7 +282,7 @@ def test_literature_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_names_and_colours() -> None:
-    assert [readable(name) for name in ("pixel_auroc", "aupro", "image_f1_max", "some_thing")] == [
+    assert [metric_title(name) for name in ("pixel_auroc", "aupro", "image_f1_max", "some_thing")] == [
         "Pixel AUROC",
         "AUPRO",
         "Image F1-max",

@@ -176,7 +176,7 @@ def test_few_seeds_cannot_show_anything() -> None:
     assert verdict.word == "not decided"
     assert "3 seeds cannot show anything" in verdict.reason
     assert "about 3 more seeds would show this gain" in verdict.reason
-    assert math.isnan(verdict.smallest)
+    assert math.isnan(verdict.detectable_gain)
 
 
 def test_one_seed_or_none_is_no_study() -> None:
@@ -189,7 +189,7 @@ def test_one_seed_or_none_is_no_study() -> None:
 def test_the_same_figures_are_no_difference() -> None:
     (verdict,) = judge([Contrast("m", tuple(range(6)), np.zeros((6, CLASSES)), GROUPS)], 0.5)
     assert verdict.word == "no difference of more than 0.5 points"
-    assert (verdict.p, verdict.chance, verdict.smallest) == (1.0, 0.5, 0.0)
+    assert (verdict.p, verdict.probability_of_gain, verdict.detectable_gain) == (1.0, 0.5, 0.0)
 
 
 def test_a_gain_that_is_sure_and_small_is_said_to_be_small() -> None:

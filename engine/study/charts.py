@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from engine.study.figures import read_history
 from engine.study.plan import Cell
-from engine.study.results import Results, SettingResult, cells_of, readable
+from engine.study.results import Results, SettingResult, cells_of, metric_title
 from engine.study.statistics import BETTER, WORSE
 from utils.figures import literal
 from utils.svg_charts import Chart, make_chart
@@ -57,7 +57,7 @@ def forest_charts(results: Results, setting: SettingResult) -> list[Chart]:
             axis.grid(axis="x", alpha=0.25)
             axis.tick_params(labelsize=8)
 
-        title = readable(metric)
+        title = metric_title(metric)
         alternative = f"{title}: difference of each arm from {against} in points, with its 95 % interval"
         charts.append(make_chart(title, alternative, draw, 0.8 + 0.46 * len(arms)))
     return charts

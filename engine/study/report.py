@@ -26,9 +26,9 @@ from engine.study.results import (
     argument_differences,
     check_fairness,
     dataset_means,
+    metric_title,
     read_literature,
     read_results,
-    readable,
 )
 from engine.study.statistics import LEVEL, Verdict
 from engine.study.study import Study
@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("study.html")
 UNDEFINED = "n/a"
+VERDICT_NUMBERS = ("gain", "low", "high", "p", "p_holm", "probability_of_gain", "detectable_gain")
 VERDICT_COLUMNS = ("Seeds", "Gain", "95 % interval", "p", "p, Holm", "New seed gains", "Shown from", "Verdict")
 ELSEWHERE = "Reported elsewhere, under protocols of their own; not run here"
 
@@ -73,20 +74,20 @@ def write_study_report(plan: Plan, command: Sequence[str]) -> Results:
     command: the words that run it again.
     """
     study = plan.study
-    results = read_results(plan)
-    write_text(plan.folder / "study.csv", csv_text(results))
-    files = ["study.csv"]
-    for name in dict.fromkeys((study.compare_with, *study.also_compare_with)):
-        against = results
-        if name != study.compare_with:
-            against = read_results(replace(plan, study=replace(study, compare_with=name)))
-        fairness = check_fairness(against)
-        stem = report_name(study, name)
-        write_text(plan.folder / f"{stem}.md", markdown(against, fairness, command))
-        write_text(plan.folder / f"{stem}.html", page(against, fairness, command))
-        files += [f"{stem}.md", f"{stem}.html"]
+    reports = [
+        read_results(replace(plan, study=replace(study, compare_with=name)))
+        for name in dict.fromkeys((study.compare_with, *study.also_compare_with))
+    ]
+    files = {"study.csv": csv_text(reports[0]), "study_verdicts.csv": verdicts_csv(reports)}
+    for results in reports:
+        fairness = check_fairness(results)
+        stem = report_name(study, results.plan.study.compare_with)
+        files[f"{stem}.md"] = markdown(results, fairness, command)
+        files[f"{stem}.html"] = page(results, fairness, command)
+    for name, text in files.items():
+        write_text(plan.folder / name, text)
     logger.info("Report: %s", ", ".join(shown(plan.folder / name) for name in files))
-    return results
+    return reports[0]
 
 
 def report_name(study: Study, compared_with: str) -> str:
@@ -109,6 +110,22 @@ def csv_text(results: Results) -> str:
     return text.getvalue()
 
 
+def verdicts_csv(reports: Sequence[Results]) -> str:
+    """Every verdict, a row for each comparison, setting, arm and metric; undefined values are empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["compared_with", "setting", "arm", "metric", "seeds", *VERDICT_NUMBERS, "verdict", "reason"])
+    for results in reports:
+        for setting in results.settings:
+            for arm in setting.arms:
+                for metric, verdict in arm.verdicts.items():
+                    numbers = [getattr(verdict, name) for name in VERDICT_NUMBERS]
+                    cells = ["" if math.isnan(value) else f"{value:.6g}" for value in numbers]
+                    start = [results.plan.study.compare_with, setting.name, arm.name, metric, len(verdict.seeds)]
+                    writer.writerow([*start, *cells, verdict.word, verdict.reason])
+    return text.getvalue()
+
+
 def figure(value: float, signed: bool = False) -> str:
     """A figure in percent or points with two decimals; without one, as tables say it."""
     # Adding 0 takes the sign from a zero that was negative before it was rounded.
@@ -122,31 +139,29 @@ def means_table(results: Results, setting: SettingResult) -> tuple[list[str], li
         found = [arm.mean(metric) for metric in results.metrics]
         cells = [figure(mean) + ("" if math.isnan(spread) else f" ± {spread:.2f}") for mean, spread, _ in found]
         rows.append([arm.name, str(max((count for *_, count in found), default=0)), *cells])
-    return ["Arm", "Seeds", *map(readable, results.metrics)], rows
+    return ["Arm", "Seeds", *map(metric_title, results.metrics)], rows
 
 
 def gains_table(results: Results, setting: SettingResult) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the arms' gains over the one compared with, each with its interval."""
     rows = [
-        [arm.name, *(gain_cell(arm.verdicts.get(metric)) for metric in results.metrics)]
+        [arm.name, *(gain_cell(v.gain, v.low, v.high) for v in arm.verdicts.values())]
         for arm in setting.arms
         if arm.verdicts
     ]
-    return ["Arm", *map(readable, results.metrics)], rows
+    return ["Arm", *map(metric_title, results.metrics)], rows
 
 
-def gain_cell(verdict: Verdict | None) -> str:
+def gain_cell(gain: float, low: float, high: float) -> str:
     """A gain and its interval in one cell."""
-    if verdict is None or math.isnan(verdict.gain):
-        return UNDEFINED
-    interval = "" if math.isnan(verdict.low) else f" ({figure(verdict.low, True)} to {figure(verdict.high, True)})"
-    return figure(verdict.gain, True) + interval
+    interval = "" if math.isnan(low) else f" ({figure(low, True)} to {figure(high, True)})"
+    return figure(gain, True) + interval
 
 
 def differences_table(results: Results, setting: SettingResult) -> tuple[list[str], list[list[str]]]:
     """Header and rows of every verdict: the gain, its interval, the test, and what follows."""
     rows = [
-        [arm.name, readable(metric), *verdict_cells(verdict)]
+        [arm.name, metric_title(metric), *verdict_cells(verdict)]
         for metric in results.metrics
         for arm in setting.arms
         if (verdict := arm.verdicts.get(metric))
@@ -158,8 +173,8 @@ def verdict_cells(verdict: Verdict) -> list[str]:
     """A verdict in the cells of a row; where a gain of any size could not be shown, its cell says so."""
     interval = UNDEFINED if math.isnan(verdict.low) else f"{figure(verdict.low, True)} to {figure(verdict.high, True)}"
     p, corrected = (UNDEFINED if math.isnan(value) else f"{value:.2g}" for value in (verdict.p, verdict.p_holm))
-    chance = UNDEFINED if math.isnan(verdict.chance) else f"{100 * verdict.chance:.0f} %"
-    smallest = "none" if math.isnan(verdict.smallest) else figure(verdict.smallest)
+    chance = UNDEFINED if math.isnan(verdict.probability_of_gain) else f"{100 * verdict.probability_of_gain:.0f} %"
+    smallest = "none" if math.isnan(verdict.detectable_gain) else figure(verdict.detectable_gain)
     return [
         str(len(verdict.seeds)),
         figure(verdict.gain, True),
@@ -188,7 +203,7 @@ def heat_table(results: Results, setting: SettingResult, metric: str) -> HeatTab
         name = f"{train} → {test}: {class_name}" if several else class_name
         cells = [(figure(means[a][place]), heat(differences[a][place], largest)) for a in means]
         rows.append((name, cells))
-    return HeatTable(readable(metric), list(means), figure(largest), rows)
+    return HeatTable(metric_title(metric), list(means), figure(largest), rows)
 
 
 def _mean_over_seeds(values: np.ndarray) -> np.ndarray:
@@ -213,7 +228,7 @@ def literature_table(results: Results) -> tuple[list[str], list[list[str]]]:
         for name, means in ours:
             if pair in means:
                 rows.append([name, *pair, *(figure(value) for value in means[pair]), "this study"])
-    return ["Method", "Trained on", "Tested on", *map(readable, results.metrics), "Source"], rows
+    return ["Method", "Trained on", "Tested on", *map(metric_title, results.metrics), "Source"], rows
 
 
 def facts_of_study(results: Results) -> list[tuple[str, str]]:
@@ -227,7 +242,7 @@ def facts_of_study(results: Results) -> list[tuple[str, str]]:
         ("Seeds", ", ".join(map(str, study.seeds))),
         ("Compared with", study.compare_with),
         ("In reports of their own", "; ".join(also)),
-        ("Verdict on", ", ".join(map(readable, results.verdict_metrics))),
+        ("Verdict on", ", ".join(map(metric_title, results.verdict_metrics))),
         ("Differences that do not matter", f"up to {study.margin:g} points"),
         ("Complete", f"{done} of {len(results.plan.cells)} cells"),
     ]

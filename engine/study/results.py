@@ -125,17 +125,17 @@ def _summary(verdicts: Mapping[str, Verdict], metrics: Sequence[str]) -> str:
     if not known:
         return ""
     if len(known) == 1:
-        return f"{readable(known[0].metric)}: {known[0].sentence}"
+        return f"{metric_title(known[0].metric)}: {known[0].sentence}"
     by_word: dict[str, list[str]] = {}
     for verdict in known:
-        by_word.setdefault(verdict.word, []).append(readable(verdict.metric))
+        by_word.setdefault(verdict.word, []).append(metric_title(verdict.metric))
     said = "; ".join(f"{word} in {', '.join(names)}" for word, names in by_word.items())
     # Better is better somewhere and worse nowhere.
     decided = [word for word in (BETTER, WORSE) if word in by_word]
     return said if len(by_word) == 1 else f"{' and '.join(decided) or NOT_DECIDED}: {said}"
 
 
-def readable(metric: str) -> str:
+def metric_title(metric: str) -> str:
     """A metric's name in words; what everybody writes in capitals is so written."""
     capitals = {"auroc": "AUROC", "aupro": "AUPRO", "ap": "AP", "f1": "F1", "max": "max"}
     said = " ".join(capitals.get(word, word) for word in metric.split("_")).replace("F1 max", "F1-max")

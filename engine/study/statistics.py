@@ -214,7 +214,8 @@ class Verdict:
     """One arm against the arm to compare with, in one metric; percent and points.
 
     seeds: those that both have completely; gain: the mean difference; p: of the test alone, p_holm: corrected;
-    smallest: the gain that would have been found; chance: that a new seed shows one. What cannot be said is NaN.
+    detectable_gain: the gain that this many seeds would have detected; probability_of_gain: that a new seed shows one.
+    Undefined values are NaN.
     """
 
     metric: str
@@ -225,8 +226,8 @@ class Verdict:
     high: float
     p: float
     p_holm: float
-    chance: float
-    smallest: float
+    probability_of_gain: float
+    detectable_gain: float
     word: str
     reason: str
 
@@ -275,7 +276,7 @@ def _judge_one(
     if count < 2:
         gain = float(means[0]) if count else math.nan
         why = f"{count} seed{'' if count == 1 else 's'} in both arms, and a spread takes two"
-        unknown = dict.fromkeys(("low", "high", "p", "p_holm", "chance", "smallest"), math.nan)
+        unknown = dict.fromkeys(("low", "high", "p", "p_holm", "probability_of_gain", "detectable_gain"), math.nan)
         return Verdict(
             contrast.metric, contrast.seeds, tuple(means.tolist()), gain, **unknown, word=NOT_DECIDED, reason=why
         )
