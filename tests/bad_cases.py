@@ -15,7 +15,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -38,9 +38,8 @@ from engine.config.training import BaseConfig, CrossAttentionRunConfig
 from engine.runtime.run_folder import LOCK_FILE
 from tests.bad_inputs import CASE, Case
 from tests.damage import damage, nested, sound
-from tests.helpers import RunsCode
+from tests.helpers import RunsCode, write_lock
 from utils.arguments import _bare
-from utils.locks import Holder
 
 Values = Mapping[str, Any]
 
@@ -1002,8 +1001,8 @@ def copy_run(run: str, change: Callable[[], object]) -> None:
 
 
 def held_by_another() -> None:
-    """A lock whose holder lives: this process, which did not take it."""
-    (CASE / "run" / LOCK_FILE).write_text(json.dumps(asdict(Holder.this_process())), encoding="utf-8")
+    """A lock of a run on another machine."""
+    write_lock(CASE / "run" / LOCK_FILE)
 
 
 def save_paths() -> Iterator[Case]:

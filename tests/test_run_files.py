@@ -7,7 +7,6 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ from engine.config.training import BaseConfig
 from engine.training.base import train_base
 from engine.training.feedback import train_feedback
 from engine.training.run import TrainingRun
+from tests.helpers import write_lock
 from tests.scripts import write_clip, write_dataset
 from utils.errors import Stopped, UserError, WriteError
-from utils.locks import Holder
 from utils.logging import set_up_logging
 
 LOOPS = 3
@@ -149,11 +148,10 @@ def test_a_run_of_an_earlier_version_keeps_its_names(world: Path, tmp_path: Path
 
 def test_two_runs_at_once_on_one_folder(world: Path, tmp_path: Path) -> None:
     """The second is refused and leaves no trace, in a used folder and in a new one."""
-    other = replace(Holder.this_process(), host="elsewhere", process=7, token="x")
     used, new = copy_without(world / "base", tmp_path / "used"), tmp_path / "new"
     new.mkdir()
     for run in (used, new):
-        (run / ".run.lock").write_text(json.dumps(asdict(other)), encoding="utf-8")
+        write_lock(run / ".run.lock")
         before = {path.name: path.read_bytes() for path in run.iterdir()}
         with pytest.raises(UserError, match=r"is being written by another run .process 7 on elsewhere"):
             train_base(base_config(world, run, image_epoch=9))
@@ -178,12 +176,11 @@ def test_a_run_that_was_taken_over_writes_nothing_more(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    other = replace(Holder.this_process(), host="elsewhere", process=7, token="x")
     track = TrainingRun._track
 
     def taken_over(self: TrainingRun, row: dict[str, Any]) -> None:
         track(self, row)
-        (run / ".run.lock").write_text(json.dumps(asdict(other)), encoding="utf-8")
+        write_lock(run / ".run.lock")
 
     monkeypatch.setattr(TrainingRun, "_track", taken_over)
     with pytest.raises(UserError, match="taken over by another run"):

@@ -108,13 +108,15 @@ def replacing(path: Path, essential: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def folder_for(path: Path) -> Iterator[None]:
-    """Make the folder of `path`; where the block fails, no empty folder is left that was made for it."""
-    made = [folder for folder in path.parents if not folder.exists()]
+    """Create the folder of `path`; if the block fails, remove the empty folders that were created."""
+    created: list[Path] = []
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            created += (folder for folder in path.parents if not folder.exists())
+            path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
-        for folder in made:
+        for folder in created:
             with suppress(OSError):
                 folder.rmdir()
         raise
