@@ -6,7 +6,7 @@ from utils.script import importing, run_script
 
 from engine.cli.checks import check_testing
 from engine.config.common import make_parser
-from engine.config.evaluation import LESS_MEMORY, REFERENCES, ComparisonArguments
+from engine.config.evaluation import LESS_MEMORY, ComparisonArguments
 from utils.cli import Parser
 from utils.logging import set_up_logging
 
@@ -21,11 +21,9 @@ def main() -> int:
     check_testing(arguments)
     # torch takes seconds: arguments come first
     with importing():
-        from engine.detector.references import ReferenceChoice
         from engine.report.compare import compare_feedback_loops
 
-    values = {name: value for name, value in vars(arguments).items() if name not in REFERENCES}
-    return compare_feedback_loops(**values, references=ReferenceChoice.of(arguments))
+    return compare_feedback_loops(arguments)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ def main() -> None:
     check_testing(arguments)
     # torch takes seconds: arguments come first
     with importing():
-        from engine.evaluation.side_by_side import run_visualization
+        from engine.evaluation.side_by_side import visualize_comparison
 
-    run_visualization(dict(vars(arguments)))
+    visualize_comparison(arguments)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,10 @@ from torch import Tensor, nn
 import engine.training.trainer as trainer
 from engine.config.feedback import FeedbackConfig
 from engine.config.training import BaseConfig, CrossAttentionRunConfig
-from engine.evaluation.inference import evaluate_checkpoints
-from engine.report.compare import compare_feedback_loops
 from engine.training.base import train_base
 from engine.training.cross_attention import train_cross_attention
 from engine.training.feedback import train_feedback
+from tests.evaluating import compare_feedback_loops, evaluate_checkpoints
 from utils.errors import Stopped
 from utils.metrics import COARSE_BINS, FPR_LIMIT, PixelCounter
 from utils.processes import is_main_process, process_count, process_index

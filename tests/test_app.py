@@ -35,6 +35,7 @@ from engine.detector.calibration import read_calibration
 from engine.detector.detector import Detector
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from tests.browser import browser  # noqa: F401
+from tests.evaluating import calibrate_images
 from tests.scripts import train_small_runs
 from tests.test_inference_script import published_form
 from utils.errors import UserError
@@ -203,7 +204,6 @@ def test_thresholds_are_a_visitors_own_and_hold_for_what_they_were_found_for(
 
 
 def test_thresholds_beside_the_checkpoint_decide(world: Path, images: list[Path], normals: list[Path]) -> None:
-    from engine.evaluation.calibrate import calibrate_images
 
     file = world / "base" / "image_adapter.pth"
     calibrate_images(str(file), normals[0].parent, "cork", false_alarms=0.05, device="cpu")

@@ -37,12 +37,12 @@ from engine.detector.calibration import (
     why_none,
 )
 from engine.detector.detector import Detector, unadapted_detector
-from engine.evaluation.calibrate import calibrate_images, numbers_of
-from engine.evaluation.own_images import score_images
+from engine.evaluation.calibrate import numbers_of
 from engine.training.base import train_base
 from model.clip_loading import load_clip
 from model.scoring import decisions, ranks
 from tests.browser import browser  # noqa: F401
+from tests.evaluating import calibrate_images, score_images
 from tests.helpers import adapted_clip, tiny_clip
 from tests.scripts import SIZE, error_line, save, small_runs, write_world
 from utils.errors import UserError
@@ -203,8 +203,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def calibrated(world: Path, **more: Any) -> list[Entry]:
-    asked = {"false_alarms": 0.05, "class_name": "cork", "device": "cpu", **more}
-    return calibrate_images(str(world / "base"), more.pop("folder", world / "normal" / "cork"), **asked)
+    folder = more.pop("folder", world / "normal" / "cork")
+    return calibrate_images(world / "base", folder, **{"false_alarms": 0.05, "class_name": "cork", **more})
 
 
 @pytest.fixture

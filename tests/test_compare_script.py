@@ -20,8 +20,7 @@ from safetensors.torch import load_file
 
 from engine.detector.references import ReferenceChoice
 from engine.evaluation.evaluate import METRICS
-from engine.evaluation.inference import evaluate_checkpoints
-from engine.report.compare import compare_feedback_loops
+from tests.evaluating import compare_feedback_loops, evaluate_checkpoints
 from tests.scripts import SIZE, error_line, run, save, write_world
 from utils import curves
 from utils.errors import UserError

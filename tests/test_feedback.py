@@ -31,7 +31,6 @@ from engine.config.feedback import FeedbackConfig, loop_forward, plan_loops, pla
 from engine.data.loaders import hold_out
 from engine.data.task import load_task
 from engine.detector.detector import Detector
-from engine.evaluation.inference import evaluate_checkpoints
 from engine.training.feedback import rate_factor, say_best_loop, train_feedback
 from engine.training.opening import make_optimizer
 from engine.training.restart import still_finished
@@ -44,6 +43,7 @@ from model.clip import FrozenCLIP
 from model.clip_loading import load_clip
 from model.config import LoopForward
 from model.text import Prompts
+from tests.evaluating import evaluate_checkpoints
 from tests.helpers import config_for, random_batch, tiny_clip, tiny_prompts
 from tests.scripts import write_world
 from train_cross_attention_feedback_v2 import build_parser

@@ -19,9 +19,8 @@ from dataset.folders import find_images
 from dataset.images import read_image
 from engine import load_model
 from engine.config.evaluation import ALL
-from engine.evaluation.calibrate import calibrate_images
-from engine.evaluation.inference import evaluate_checkpoints
-from engine.evaluation.own_images import Finding, score_images
+from engine.evaluation.own_images import Finding
+from tests.evaluating import calibrate_images, evaluate_checkpoints, score_images
 from tests.scripts import error_line, run, save, write_world
 from utils.errors import UserError
 from utils.logging import set_up_logging

@@ -25,8 +25,9 @@ from engine.config.evaluation import InferenceArguments
 from engine.detector.detector import Prediction, as_image
 from engine.evaluation import gallery as module
 from engine.evaluation.gallery import Gallery, scale_of
-from engine.evaluation.own_images import CSV_COLUMNS, Finding, class_of, score_images
+from engine.evaluation.own_images import CSV_COLUMNS, Finding, class_of
 from tests.browser import browser  # noqa: F401
+from tests.evaluating import score_images
 from tests.scripts import save, write_clip
 from utils.errors import UserError
 from utils.heatmaps import OPACITY, overlay

@@ -29,7 +29,6 @@ from engine.config.training import BaseConfig, CrossAttentionRunConfig
 from engine.data.loaders import make_dataset, training_loader
 from engine.data.run_location import load_task_of_run
 from engine.evaluation.image_heatmaps import read_picture
-from engine.evaluation.inference import evaluate_checkpoints
 from engine.training.base import train_base
 from engine.training.opening import Opening, prepare
 from engine.training.stage1 import TextStage
@@ -39,6 +38,7 @@ from model.adapter import AdaptedCLIP
 from model.losses import focal_loss, segmentation_loss
 from model.scoring import similarities
 from tests import reference
+from tests.evaluating import evaluate_checkpoints
 from tests.helpers import (
     Batch,
     assert_agrees,

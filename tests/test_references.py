@@ -16,21 +16,19 @@ from dataset.locate import locate_dataset
 from dataset.normals import choose_normals, normals_of_classes, training_normals
 from dataset.toy_world import GOOD_IMAGES, write_toy_normals
 from engine import load_model
-from engine.config.evaluation import InferenceArguments
+from engine.config.evaluation import ComparisonArguments, InferenceArguments
 from engine.data.loaders import make_dataset
 from engine.data.task import load_task
 from engine.detector.calibration import read_calibration
 from engine.detector.detector import Detector, unadapted_detector
 from engine.detector.references import ReferenceChoice
-from engine.evaluation.calibrate import calibrate_images
 from engine.evaluation.evaluate import evaluate
-from engine.evaluation.inference import evaluate_checkpoints
-from engine.evaluation.own_images import score_images
 from engine.report.compare import Setting, cache_keys
 from engine.report.comparison import Row
 from engine.training.base import train_base
 from model.references import joined_anomaly_map, joined_calibrated_maps, nearest_distances, reference_maps
 from model.scoring import Outputs, anomaly_map, calibrated_maps, class_image_scores, det_scores, enlarge
+from tests.evaluating import calibrate_images, evaluate_checkpoints, score_images
 from tests.scripts import SIZE, error_line, run, save, small_runs, write_world
 from utils.errors import UserError
 
@@ -173,7 +171,8 @@ def test_figures_with_other_references_are_not_taken_from_the_cache(world: Path,
     folder = shutil.copytree(world / "normal", tmp_path / "normal")
 
     def key(choice: ReferenceChoice | None) -> str:
-        setting = Setting(load_task(str(world / "test")), "cpu", "fp32", "on", False, 8, 0, None, {}, choice)
+        arguments = ComparisonArguments(save_path=tmp_path, **(choice.arguments if choice else {}))
+        setting = Setting(arguments, load_task(str(world / "test")), "cpu", "fp32")
         return cache_keys([Row("unadapted")], {}, setting)["unadapted"]
 
     choices = (

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from engine.data.run_location import arguments_in, load_task_of_run
-from engine.evaluation.inference import evaluate_checkpoints
-from engine.report.compare import compare_feedback_loops
 from engine.training.base import train_base
 from engine.training.feedback import train_feedback
+from tests.evaluating import compare_feedback_loops, evaluate_checkpoints
 from tests.scripts import small_runs, write_dataset, write_world
 from utils.errors import UserError
 

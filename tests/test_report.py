@@ -22,7 +22,6 @@ from engine.config.feedback import FeedbackConfig
 from engine.config.training import BaseConfig, CrossAttentionRunConfig, RunConfig
 from engine.evaluation.evaluate import METRICS, ClassResult, Evaluation, ImageScore
 from engine.report.commands import command_line, training_command
-from engine.report.compare import compare_feedback_loops
 from engine.report.comparison import Comparison, Row
 from engine.report.page import (
     Log,
@@ -38,6 +37,7 @@ from engine.report.page import (
 )
 from model.checkpoint import Checkpoint
 from tests.browser import browser  # noqa: F401
+from tests.evaluating import compare_feedback_loops
 from tests.scripts import train_small_runs
 from utils import svg_charts
 from utils.svg_charts import class_chart, loop_chart, training_charts

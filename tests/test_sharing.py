@@ -28,13 +28,13 @@ from engine.detector.calibration import add_entry, make_entry, read_calibration
 from engine.detector.detector import Detector, unadapted_detector
 from engine.detector.hub import read_address
 from engine.evaluation.inference import load_detectors
-from engine.evaluation.own_images import score_images
 from engine.runtime.run_folder import find_latest
 from model import checkpoint, clip_loading
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.clip import FrozenCLIP
 from model.clip_loading import load_clip
 from model.config import CrossAttentionConfig
+from tests.evaluating import score_images
 from tests.helpers import adapted_clip, config_for, fill_with_noise
 from tests.scripts import write_clip
 from tests.test_checkpoint import config_of, published_states, states_of, write_pair

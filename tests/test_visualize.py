@@ -16,9 +16,11 @@ from sklearn.metrics import roc_auc_score
 from dataset.prompts import build_prompts
 from dataset.records import Record
 from engine import load_model
+from engine.config.evaluation import VisualizationArguments
 from engine.data.task import load_task
 from engine.evaluation.image_heatmaps import look, read_picture
-from engine.evaluation.side_by_side import Choice, anomalous_records, choose, list_images, visualize_comparison
+from engine.evaluation.side_by_side import anomalous_records, list_images
+from tests.evaluating import visualize_comparison
 from tests.scripts import error_line, save, train_small_runs
 from utils.errors import UserError
 
@@ -28,38 +30,36 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_small_runs(tmp_path_factory.mktemp("world"))
 
 
-def draw(world: Path, folder: Path, choice: Choice, **runs: object) -> list[str]:
+def draw(world: Path, folder: Path, image_idx: tuple[int | str, ...] = (0,), **runs: object) -> list[str]:
     """Names of the figures that were drawn of cork."""
-    figures = visualize_comparison("cork", choice, str(world / "test"), output_dir=folder, device="cpu", **runs)
+    figures = visualize_comparison("cork", image_idx, world / "test", output_dir=folder, **runs)
     return [figure.name for figure in figures]
 
 
 def test_a_figure_and_a_stacked_picture_per_model(world: Path, tmp_path: Path) -> None:
     runs = {"base_path": world / "base", "feedback_path": world / "feedback", "attention": True}
-    assert draw(world, tmp_path, Choice((2, 0)), **runs) == ["cork_002.png", "cork_000.png"]
+    assert draw(world, tmp_path, (2, 0), **runs) == ["cork_002.png", "cork_000.png"]
     stacked = {f"cork_{index}_{model}.png" for index in ("000", "002") for model in ("base", "feedback_loop_2")}
     assert {path.name for path in tmp_path.iterdir()} == {"cork_000.png", "cork_002.png", *stacked}
     with Image.open(tmp_path / "cork_000.png") as with_attention:
         height = with_attention.height
-    assert draw(world, tmp_path, Choice((0,)), base_path=world / "base") == ["cork_000.png"]
+    assert draw(world, tmp_path, base_path=world / "base") == ["cork_000.png"]
     with Image.open(tmp_path / "cork_000.png") as without:
         assert without.height < height / 2
 
 
 def test_all_and_the_worst_by_score(world: Path, tmp_path: Path) -> None:
-    assert draw(world, tmp_path, Choice(), base_path=world / "base") == [f"cork_00{index}.png" for index in range(3)]
+    assert draw(world, tmp_path, ("all",), base_path=world / "base") == [f"cork_00{index}.png" for index in range(3)]
     model = load_model(world / "base" / "image_adapter.pth", device="cpu")
     records = anomalous_records(load_task(str(world / "test")), "cork")
     scores = [model.predict(world / "test" / record.image_path, "cork").score for record in records]
     worst = [f"cork_{index:03d}.png" for index in np.argsort(scores)[:2]]
-    assert draw(world, tmp_path, Choice(worst=2), base_path=world / "base") == worst
+    assert draw(world, tmp_path, worst=2, base_path=world / "base") == worst
 
 
 def test_indices_count_the_anomalous_images_in_metadata_order(world: Path) -> None:
-    lines = list_images("reed", str(world / "test"))
+    lines = list_images(VisualizationArguments(class_name="reed", dataset=str(world / "test")))
     assert [line.split() for line in lines] == [[str(n), f"reed/test/spot/{n:03d}.png"] for n in range(3)]
-    assert choose(["all"], None) == Choice()
-    assert choose([3, 1], None) == Choice((3, 1))
 
 
 def test_attention_is_relative_to_even_attention(world: Path) -> None:
@@ -119,18 +119,18 @@ def test_the_caption_is_the_score_and_this_images_pixel_auroc(world: Path) -> No
 
 def test_mistakes_are_named(world: Path, tmp_path: Path) -> None:
     base = {"base_path": world / "base"}
-    for choice, runs, words in (
-        (Choice((3,)), base, "3 anomalous images"),
-        (Choice((0,)), {}, "at least one of --base_path"),
-        (Choice((0,)), {"feedback_path": world / "feedback", "feedback_loop": 3}, "has loops 1, 2"),
-        (Choice((0,)), {"cross_path": world / "base"}, "--cross_path"),
+    for image_idx, runs, words in (
+        ((3,), base, "3 anomalous images"),
+        ((0,), {}, "at least one of --base_path"),
+        ((0,), {"feedback_path": world / "feedback", "feedback_loop": 3}, "has loops 1, 2"),
+        ((0,), {"cross_path": world / "base"}, "--cross_path"),
     ):
         with pytest.raises(UserError, match=words):
-            draw(world, tmp_path, choice, **runs)
+            draw(world, tmp_path, image_idx, **runs)
     with pytest.raises(UserError, match="no such class, but cork, reed"):
-        list_images("nail", str(world / "test"))
+        list_images(VisualizationArguments(class_name="nail", dataset=str(world / "test")))
     with pytest.raises(UserError, match="--image_idx 1 all"):
-        choose([1, "all"], None)
+        draw(world, tmp_path, (1, "all"), **base)
     arguments = ["--class_name", "nail", "--dataset", world / "test", "--list_images"]
     assert "no such class" in error_line("visualize_comparison.py", *arguments)
 
@@ -145,13 +145,7 @@ def test_a_class_name_is_no_way_out_of_the_folder(world: Path, tmp_path: Path) -
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     folder = tmp_path / "a" / "b" / "out"
     (figure,) = visualize_comparison(
-        "../../evil",
-        Choice((0,)),
-        str(world / "test"),
-        metadata=file,
-        base_path=world / "base",
-        output_dir=folder,
-        device="cpu",
+        "../../evil", (0,), world / "test", metadata=file, base_path=world / "base", output_dir=folder
     )
     assert figure.parent == folder and len(list(folder.iterdir())) == 2
     assert {path.name for path in tmp_path.iterdir()} == {"list.jsonl", "a"}

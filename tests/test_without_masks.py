@@ -17,11 +17,10 @@ from engine.config.training import BaseConfig, CrossAttentionRunConfig
 from engine.data.task import load_task, load_two_folders, mask_notes
 from engine.evaluation.evaluate import Evaluation
 from engine.evaluation.image_heatmaps import read_picture
-from engine.evaluation.inference import TwoFolders, evaluate_checkpoints
-from engine.report.compare import compare_feedback_loops
 from engine.training.base import train_base
 from engine.training.cross_attention import train_cross_attention
 from engine.training.feedback import train_feedback
+from tests.evaluating import compare_feedback_loops, evaluate_checkpoints
 from tests.scripts import small_runs, train_small_runs
 from utils.errors import UserError
 from utils.logging import set_up_logging
@@ -91,8 +90,8 @@ def test_masks_that_come_later_are_found(world: Path, tmp_path: Path) -> None:
 
 def test_two_folders_are_tested_like_a_class(world: Path, tmp_path: Path) -> None:
     test = world / "test" / "cork" / "test"
-    folders = TwoFolders(test / "good", test / "spot", "cork", "industrial")
-    (found,) = evaluated(world, None, tmp_path, two_folders=folders, visualize=1).classes
+    folders = {"normal": test / "good", "anomalous": test / "spot", "class_name": "cork"}
+    (found,) = evaluated(world, None, tmp_path, **folders, visualize=1).classes
     expected = evaluated(world, "none", tmp_path).classes[0]
     assert found.values == expected.values and found.class_name == "cork"
     assert (found.images, found.anomalous) == (6, 3)

@@ -55,6 +55,11 @@ class Arguments:
         defaults = {item.name: item.default for item in fields(self)}
         return [name for name in names if getattr(self, name) != defaults[name]]
 
+    def changed(self, exclude: Collection[str] = ()) -> dict[str, Any]:
+        """The values that differ from the defaults."""
+        names = [item.name for item in fields(self) if item.name not in exclude]
+        return {name: getattr(self, name) for name in self.not_default(names)}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `args.json` holds them."""
         return {item.name: plain(getattr(self, item.name)) for item in fields(self)}

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from dataset.records import Record
+from engine.config.evaluation import ComparisonArguments
 from engine.config.feedback import FeedbackConfig
 from engine.config.training import BaseConfig
 from engine.data.task import TaskData, load_task
@@ -62,17 +63,20 @@ def run_demo(base: BaseConfig, feedback: FeedbackConfig, folder: Path) -> None:
     train_feedback(feedback)
     logger.info("\n3 of 4: comparing on %s, whose classes training has not seen\n", TEST_DATASET)
     compare_feedback_loops(
-        feedback.save_path,
-        TEST_DATASET,
-        base_path=base.save_path,
-        unadapted=True,
-        output_dir=folder,
-        data_root=base.data_root,
-        batch_size=32,
-        device=base.device,
-        cache_images=base.cache_images,
-        report=True,
-        det_score=DET_SCORE,
+        ComparisonArguments(
+            save_path=feedback.save_path,
+            dataset=TEST_DATASET,
+            base_path=base.save_path,
+            unadapted=True,
+            output_dir=folder,
+            data_root=base.data_root,
+            batch_size=32,
+            num_workers=0,
+            device=base.device,
+            cache_images=base.cache_images,
+            report=True,
+            det_score=DET_SCORE,
+        )
     )
     logger.info("\n4 of 4: drawing examples\n")
     models = demo_models(base, feedback)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from dataset.options import NAMES
 from engine.config.common import Arguments, DataArguments, MachineArguments, ModelArguments
@@ -44,6 +45,23 @@ _OUT_OF_PLACE = {
         "domain": "a dataset has a domain of its own",
     },
 }
+# What replaces a choice that a checkpoint was trained with.
+OVERRIDES = (
+    "model_name",
+    "img_size",
+    "activation",
+    "surgery",
+    "surgery_until_layer",
+    "det_score",
+    "text_conditioning",
+    "text_context",
+    "text_cross_attn_weight",
+    "image_cross_attn_weight",
+    "context_norm",
+    "cross_attn_residual",
+    "text_cross_attn_at",
+    "cross_attn_heads",
+)
 # Which normal images are compared with.
 REFERENCES = ("references", "reference_shots", "reference_seed", "reference_weight", "reference_features")
 # What images show of which nothing is said.
@@ -90,6 +108,15 @@ class TestingArguments(MachineArguments, DataArguments, ModelArguments):
     )
     class_names: str | None = changed(DataArguments, "class_names", unset=f"{TRAINED}, else the catalog's")
     batch_size: int = setting(8, "images in a forward", "machine", between=(1, 100_000))
+
+    def overrides(self) -> dict[str, Any]:
+        """What is asked of a model in place of what it was trained with, as `load_model` takes it."""
+        names = (item.name for item in fields(self))
+        return {name: value for name in names if name in OVERRIDES and (value := getattr(self, name)) is not None}
+
+    def image_choices(self) -> tuple[Path | None, Path | None, str | None, bool, str | float]:
+        """How images are located and read, as `load_task` takes it."""
+        return self.data_root, self.metadata, self.class_names, self.skip_bad_images, self.mask_threshold
 
 
 @dataclass(frozen=True, kw_only=True)

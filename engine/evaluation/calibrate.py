@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from dataset.catalog import readable_name
 from dataset.images import content_digest
+from engine.config.evaluation import InferenceArguments
 from engine.detector.calibration import (
     FALSE_ALARMS,
     Entry,
@@ -25,7 +25,7 @@ from engine.detector.calibration import (
 from engine.detector.detector import Detector
 from engine.detector.hub import calibration_files
 from engine.detector.references import ReferenceChoice
-from engine.evaluation.own_images import find_own_images, load_last_detector
+from engine.evaluation.own_images import OwnImages, find_own_images, load_last_detector
 from engine.evaluation.references import remember_for_images
 from engine.runtime.device import check_device
 from utils.errors import UserError
@@ -34,47 +34,54 @@ from utils.files import check_folder
 logger = logging.getLogger(__name__)
 
 
-def calibrate_images(
-    checkpoint: str,
-    calibrate: Path,
-    class_name: str | None = None,
-    *,
-    false_alarms: float | None = None,
-    calibration: Path | None = None,
-    class_from_folder: bool = False,
-    domain: str = "industrial",
-    class_names: str | None = None,
-    references: ReferenceChoice | None = None,
-    device: str = "auto",
-    clip_weights: str | None = None,
-    **overrides: Any,
-) -> list[Entry]:
-    """Find the thresholds of a model on a folder of normal images, and keep them in `calibration.json` beside it.
+def calibrate_images(arguments: InferenceArguments) -> list[Entry]:
+    """Find the thresholds of a model on a folder of normal images, and add them to `calibration.json`.
 
-    false_alarms: the share of normal images that may be called anomalous, 0.01 unless given; calibration: another file
-    for the thresholds; references: normal images to compare with, none of which may be calibrated on. With
-    `class_from_folder` each class gets its own. The rest as for `score_images`. Raises `UserError` for too few images
-    of a class, with the number that is needed, before anything is written.
+    Args:
+        arguments: The arguments of `inference.py`, with `calibrate`. With `class_from_folder` each class gets its own
+            thresholds.
+
+    Returns:
+        One entry for each class.
+
+    Raises:
+        UserError: Before anything is written, for too few images of a class, with the number that is needed.
     """
-    rate = FALSE_ALARMS if false_alarms is None else false_alarms
-    device = check_device(device, "fp32")
-    file = calibration or calibration_files(checkpoint)[0]
+    folder, class_names = arguments.calibrate, arguments.class_names
+    rate = FALSE_ALARMS if arguments.false_alarms is None else arguments.false_alarms
+    device = check_device(arguments.device, "fp32")
+    file = arguments.calibration or calibration_files(arguments.checkpoint)[0]
     check_folder(file.parent, "--calibration")
     if file.exists():
         # One that cannot be added to is refused before the images are looked at.
         read_calibration(file)
-    images = find_own_images(calibrate, "--calibrate", class_name, class_from_folder)
-    by_class: dict[str, list[Path]] = defaultdict(list)
-    for path, name in images.names.items():
-        by_class[name].append(path)
-    for name, paths in by_class.items():
-        check_enough(len(paths), rate, f"--calibrate {calibrate}: '{name}'")
-    detector = load_last_detector(checkpoint, clip_weights, device, **overrides)
+    images = find_own_images(folder, "--calibrate", arguments.class_name, arguments.class_from_folder)
+    counts = Counter(images.names.values())
+    for name, count in counts.items():
+        check_enough(count, rate, f"--calibrate {folder}: '{name}'")
+    detector = load_last_detector(arguments.checkpoint, arguments.clip_weights, device, **arguments.overrides())
     images.check_prompts(detector)
+    references = ReferenceChoice.of(arguments)
     if references is not None:
-        remember_for_images(detector, images.classes, references, class_from_folder, class_names)
+        remember_for_images(detector, images.classes, references, arguments.class_from_folder, class_names)
+    numbers: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for path, name, pixels in different_images(images, detector):
+        numbers[name].append(numbers_of(detector, pixels, name, path, arguments.domain, class_names))
+    for name in counts:
+        check_enough(len(numbers[name]), rate, f"--calibrate {folder}: '{name}'")
+    entries = [
+        calibrate_detector(detector, numbers[name], name, rate, arguments.domain, class_names) for name in counts
+    ]
+    for name, entry in zip(counts, entries, strict=True):
+        add_entry(file, entry)
+        logger.info("%s, %s: anomalous %s", detector.name, name, in_words(entry))
+    logger.info("Written to %s", file)
+    return entries
+
+
+def different_images(images: OwnImages, detector: Detector) -> Iterator[tuple[Path, str, Image.Image]]:
+    """Each image once, with its class; `UserError` for one that is among the references."""
     seen: dict[tuple[str, str], Path] = {}
-    predictions: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for path, name, pixels in images.read("calibrating"):
         # An image that counts twice would promise more than there is to see.
         digest = content_digest(pixels)
@@ -87,15 +94,7 @@ def calibrate_images(
         if first != path:
             logger.warning("left out: %s is the same image as %s", path, first)
             continue
-        predictions[name].append(numbers_of(detector, pixels, name, path, domain, class_names))
-    for name in by_class:
-        check_enough(len(predictions[name]), rate, f"--calibrate {calibrate}: '{name}'")
-    entries = [calibrate_detector(detector, predictions[name], name, rate, domain, class_names) for name in by_class]
-    for name, entry in zip(by_class, entries, strict=True):
-        add_entry(file, entry)
-        logger.info("%s, %s: anomalous %s", detector.name, name, in_words(entry))
-    logger.info("Written to %s", file)
-    return entries
+        yield path, name, pixels
 
 
 def numbers_of(

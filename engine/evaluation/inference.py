@@ -6,10 +6,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from dataset.options import HALF
-from engine.config.evaluation import ALL, NO_CHECKPOINT
+from engine.config.evaluation import ALL, DEFAULT_CLASS, NO_CHECKPOINT, InferenceArguments
 from engine.data.run_location import load_task_of_run
 from engine.data.task import TaskData, load_two_folders, mask_notes
 from engine.detector.detector import Detector, build_detector, load_clip_for, unadapted_detector
@@ -39,15 +38,6 @@ from utils.paths import safe_name
 from utils.processes import is_main_process
 
 logger = logging.getLogger(__name__)
-
-
-class TwoFolders(NamedTuple):
-    """Images of one class that are normal, others that are anomalous, and how they are scored."""
-
-    normal: Path
-    anomalous: Path
-    class_name: str
-    domain: str
 
 
 def load_detectors(checkpoint: str, clip_weights: str | None, device: str, **overrides: Any) -> list[Detector]:
@@ -98,63 +88,65 @@ def zero_shot_notes(configs: Mapping[str, Mapping[str, Any] | None], data: TaskD
     ]
 
 
-def evaluate_checkpoints(
-    checkpoint: str,
-    dataset: str | None,
-    *,
-    data_root: Path | None = None,
-    metadata: Path | None = None,
-    class_names: str | Path | None = None,
-    mask_threshold: str | float = HALF,
-    skip_bad_images: bool = False,
-    output_dir: Path | None = None,
-    batch_size: int = 8,
-    num_workers: int = 0,
-    cache_images: float = 0.0,
-    device: str = "auto",
-    precision: str = "auto",
-    tf32: str = "on",
-    compile: bool = False,
-    clip_weights: str | None = None,
-    visualize: int | str | None = None,
-    two_folders: TwoFolders | None = None,
-    references: ReferenceChoice | None = None,
-    **overrides: Any,
-) -> list[Evaluation]:
-    """Evaluate what `--checkpoint` means on a dataset: tables to the log, rows to `evaluation_DATASET.csv`.
+def evaluate_checkpoints(arguments: InferenceArguments) -> list[Evaluation]:
+    """Evaluate checkpoints on a dataset, or on two folders: tables to the log, rows to `evaluation_DATASET.csv`.
 
-    With another det score than the published one, files have it in their names.
-    visualize: also draw this many images of each class, or `ALL`, as the last of the models sees them. two_folders: in
-    place of a dataset. references: normal images of each class to compare with, which files then have in their names.
-    Raises `UserError` for files, datasets and devices that are not there or do not fit.
+    File names contain the det score if it is not the published one, and the number of normal references.
+
+    Args:
+        arguments: The arguments of `inference.py`.
+
+    Returns:
+        One evaluation for each checkpoint.
+
+    Raises:
+        UserError: For files, datasets and devices that do not exist or do not fit.
     """
     set_up_logging()
-    device = join_launch(device, precision, tf32)
-    folder = output_folder(checkpoint, output_dir)
+    device = join_launch(arguments.device, arguments.precision, arguments.tf32)
+    folder = output_folder(arguments.checkpoint, arguments.output_dir)
     check_folder(folder, "--output_dir")
-    if compile:
+    if arguments.compile:
         check_compiler(device)
-    detectors = load_detectors(checkpoint, clip_weights, device, **overrides)
-    detectors[0].clip.run = BlockRunner(compiled=(batch_size,) if compile else ())
-    run = detectors[0].arguments
+    detectors = load_detectors(arguments.checkpoint, arguments.clip_weights, device, **arguments.overrides())
+    detectors[0].clip.run = BlockRunner(compiled=(arguments.batch_size,) if arguments.compile else ())
     with main_first():
-        if two_folders is not None:
-            data = load_two_folders(*two_folders, skip_bad_images)
-        else:
-            asked = dataset or training_dataset(detectors)
-            data = load_task_of_run(run, asked, data_root, metadata, class_names, skip_bad_images, mask_threshold)
-            data = replace(data, cache_gib=cache_images)
+        data = load_images(arguments, detectors)
     for note in [*zero_shot_notes({d.name: d.config for d in detectors}, data), *mask_notes(data)]:
         logger.warning("%s", note)
-    said = said_of_det_score(detectors[0].det_score) + said_of_references(references)
-    kind = det_score_suffix(detectors[0].det_score)
+    references = ReferenceChoice.of(arguments)
     if references is not None:
         remember_for_dataset(detectors, data, references)
-        kind += references.suffix
     models = {detector.name: detector for detector in detectors}
-    evaluations = list(evaluate(models, data, device, batch_size, num_workers, precision).values())
-    if not is_main_process():
-        return evaluations
+    evaluations = list(
+        evaluate(models, data, device, arguments.batch_size, arguments.num_workers, arguments.precision).values()
+    )
+    if is_main_process():
+        write_results(arguments, detectors, data, evaluations, folder)
+    return evaluations
+
+
+def load_images(arguments: InferenceArguments, detectors: Sequence[Detector]) -> TaskData:
+    """The images to test on: two folders, the dataset of the arguments, or the dataset that was trained on."""
+    if arguments.normal is not None and arguments.anomalous is not None:
+        class_name = DEFAULT_CLASS if arguments.class_name is None else arguments.class_name
+        folders = (arguments.normal, arguments.anomalous)
+        return load_two_folders(*folders, class_name, arguments.domain, arguments.skip_bad_images)
+    dataset = arguments.dataset or training_dataset(detectors)
+    data = load_task_of_run(detectors[0].arguments, dataset, *arguments.image_choices())
+    return replace(data, cache_gib=arguments.cache_images)
+
+
+def write_results(
+    arguments: InferenceArguments,
+    detectors: Sequence[Detector],
+    data: TaskData,
+    evaluations: Sequence[Evaluation],
+    folder: Path,
+) -> None:
+    """Log the tables, write the CSV file, and draw the images of `--visualize`."""
+    references = ReferenceChoice.of(arguments)
+    said = said_of_det_score(detectors[0].det_score) + said_of_references(references)
     for evaluation in evaluations:
         logger.info(
             "\n%s on %s, in percent%s\n\n%s\n", evaluation.model, evaluation.dataset, said, evaluation_table(evaluation)
@@ -163,13 +155,14 @@ def evaluate_checkpoints(
         logger.info("Averages%s\n\n%s\n", said, summary_table(evaluations))
     # Not before: an evaluation that is stopped leaves nothing.
     set_up_logging(folder / "inference.log")
-    name = "unadapted_" if checkpoint == NO_CHECKPOINT else ""
+    name = "unadapted_" if arguments.checkpoint == NO_CHECKPOINT else ""
+    kind = det_score_suffix(detectors[0].det_score) + (references.suffix if references else "")
     tested = safe_name(data.located.spec.name) + kind
     path = folder / f"{name}evaluation_{tested}.csv"
     write_csv(evaluations, path)
     logger.info("Written to %s", path)
-    if visualize is not None:
+    if arguments.visualize is not None:
         drawn, last = folder / f"{name}pictures_{tested}", detectors[-1]
-        figures = draw_overlays(last, data, None if visualize == ALL else int(visualize), drawn)
+        most = None if arguments.visualize == ALL else int(arguments.visualize)
+        figures = draw_overlays(last, data, most, drawn)
         logger.info("%d images as %s sees them, in %s", len(figures), last.name, drawn)
-    return evaluations

@@ -17,7 +17,7 @@ from dataset.catalog import readable_name
 from dataset.folders import FoundImages, find_images
 from dataset.images import content_digest, read_image
 from dataset.prompts import build_prompts
-from engine.config.evaluation import DEFAULT_CLASS, NO_CHECKPOINT
+from engine.config.evaluation import DEFAULT_CLASS, NO_CHECKPOINT, InferenceArguments
 from engine.detector.calibration import ANOMALOUS, CALIBRATION_FILE, Entry, in_words, why_none
 from engine.detector.detector import Detector, Prediction
 from engine.detector.hub import local_path
@@ -135,63 +135,40 @@ def load_last_detector(checkpoint: str, clip_weights: str | None, device: str, *
     return load_detectors(checkpoint, clip_weights, device, **overrides)[0]
 
 
-def score_images(
-    checkpoint: str,
-    image: Path,
-    class_name: str | None = None,
-    *,
-    class_from_folder: bool = False,
-    domain: str = "industrial",
-    class_names: str | None = None,
-    output_dir: Path | None = None,
-    calibration: Path | None = None,
-    references: ReferenceChoice | None = None,
-    device: str = "auto",
-    clip_weights: str | None = None,
-    **overrides: Any,
-) -> list[Finding]:
+def score_images(arguments: InferenceArguments) -> list[Finding]:
     """Score an image, or all images in a folder and below: heatmaps, `scores.csv`, and `report.html`.
 
-    class_name, class_from_folder: as for `find_own_images`; class_names: as for `Detector.predict`. Of several
-    checkpoints in a folder the last one is used. calibration: a file whose thresholds decide, and must be this model's;
-    without it the one beside the checkpoint does, where it has any for model and class. references: normal images to
-    compare with, which files have in their names, too. With another det score than the
-    published one, files have it in their names. A file of a folder that cannot be read is left out, with a line; raises
-    `UserError` where none can, and as `evaluate_checkpoints` does.
+    Of several checkpoints in a folder the last one is used. File names contain the det score if it is not the published
+    one, and the number of normal references. A file of a folder that cannot be read is left out, with a line.
+
+    Args:
+        arguments: The arguments of `inference.py`, with `image`.
+
+    Returns:
+        One finding for each image.
+
+    Raises:
+        UserError: If no image can be read, and as `evaluate_checkpoints` does.
     """
-    device = check_device(device, "fp32")
-    folder = output_folder(checkpoint, output_dir)
+    device, class_names = check_device(arguments.device, "fp32"), arguments.class_names
+    folder, image = output_folder(arguments.checkpoint, arguments.output_dir), arguments.image
     earlier = (folder, *folder.glob(f"{HEATMAPS}*"))
-    images = find_own_images(image, "--image", class_name, class_from_folder, earlier)
+    images = find_own_images(image, "--image", arguments.class_name, arguments.class_from_folder, earlier)
     check_folder(folder, "--output_dir")
-    detector = load_last_detector(checkpoint, clip_weights, device, **overrides)
+    detector = load_last_detector(arguments.checkpoint, arguments.clip_weights, device, **arguments.overrides())
     images.check_prompts(detector)
+    references = ReferenceChoice.of(arguments)
+    suffix = references.suffix if references else ""
     if references is not None:
-        remember_for_images(detector, images.classes, references, class_from_folder, class_names)
-    detector.find_calibration(checkpoint, calibration)
-    entries = thresholds_of(detector, images.classes, domain, class_names)
-    heatmaps = folder / f"{HEATMAPS}{references.suffix if references else ''}"
-    findings: list[Finding] = []
-    taken: set[str] = set()
-    known = {digest for remembered in detector.references.values() for digest in remembered.images}
-    themselves = 0
+        remember_for_images(detector, images.classes, references, arguments.class_from_folder, class_names)
+    detector.find_calibration(arguments.checkpoint, arguments.calibration)
+    entries = thresholds_of(detector, images.classes, arguments.domain, class_names)
+    kind = det_score_suffix(detector.det_score) + suffix
+    scores, report, heatmaps = folder / f"{SCORES}{kind}.csv", folder / f"{REPORT}{kind}.html", f"{HEATMAPS}{suffix}"
     with Gallery() as gallery:
-        for path, name, pixels in images.read("scoring"):
-            prediction = detector.predict(pixels, name, domain, class_names=class_names)
-            finding = judge(path, name, pixels, prediction)
-            themselves += bool(known) and content_digest(pixels) in known
-            below = path.name if path == image else path.relative_to(image).as_posix()
-            drawn = overlay(pixels, prediction.anomaly_map)
-            save_image(drawn, figure_path(heatmaps, below, "_heatmap.png", taken))
-            judged = (finding.region, finding.decision, finding.rank)
-            gallery.add(pixels, prediction.anomaly_map, below, name, finding.score, *judged)
-            findings.append(finding)
-        if not findings:
-            raise UserError(f"--image {image}: none of its {len(images.problems)} images can be read")
-        kind = det_score_suffix(detector.det_score) + (references.suffix if references else "")
-        scores, report = folder / f"{SCORES}{kind}.csv", folder / f"{REPORT}{kind}.html"
+        findings = score_each(arguments, images, detector, gallery, folder / heatmaps)
         write_scores(findings, scores)
-        facts = facts_of(image, detector, domain, findings, images.problems)
+        facts = facts_of(image, detector, arguments.domain, findings, images.problems)
         facts += facts_of_references(detector)
         for name, entry in entries.items():
             facts.append(("Decision" if len(entries) == 1 else f"Decision, {name}", f"anomalous {in_words(entry)}"))
@@ -199,9 +176,32 @@ def score_images(
         common = {entry.image_threshold for entry in entries.values()} if len(images.classes) == 1 else set()
         start = next(iter(common), None)
         gallery.write(report, f"Images of {image.resolve().name or image}", facts, images.problems, start)
+    summarise(findings, images.problems, images.others, detector, (report, scores, folder / heatmaps))
+    return findings
+
+
+def score_each(
+    arguments: InferenceArguments, images: OwnImages, detector: Detector, gallery: Gallery, heatmaps: Path
+) -> list[Finding]:
+    """Score each image, write its heatmap, and add it to the gallery; `UserError` if none can be read."""
+    findings: list[Finding] = []
+    taken: set[str] = set()
+    known = {digest for remembered in detector.references.values() for digest in remembered.images}
+    themselves = 0
+    for path, name, pixels in images.read("scoring"):
+        prediction = detector.predict(pixels, name, arguments.domain, class_names=arguments.class_names)
+        finding = judge(path, name, pixels, prediction)
+        themselves += bool(known) and content_digest(pixels) in known
+        below = path.name if path == images.place else path.relative_to(images.place).as_posix()
+        drawn = overlay(pixels, prediction.anomaly_map)
+        save_image(drawn, figure_path(heatmaps, below, "_heatmap.png", taken))
+        judged = (finding.region, finding.decision, finding.rank)
+        gallery.add(pixels, prediction.anomaly_map, below, name, finding.score, *judged)
+        findings.append(finding)
+    if not findings:
+        raise UserError(f"--image {images.place}: none of its {len(images.problems)} images can be read")
     if themselves:
         logger.warning("%d of these images are references, compared with themselves: take others", themselves)
-    summarise(findings, images.problems, images.others, detector, (report, scores, heatmaps))
     return findings
 
 

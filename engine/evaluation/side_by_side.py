@@ -6,11 +6,10 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from dataset.options import CATALOG_NAMES, HALF
+from dataset.options import CATALOG_NAMES
 from dataset.records import Record
-from engine.config.evaluation import ALL
+from engine.config.evaluation import ALL, VisualizationArguments
 from engine.data.run_location import load_task_of_run
 from engine.data.task import TaskData, load_task
 from engine.detector.detector import Detector, arguments_of, build_detector, load_clip_for
@@ -36,87 +35,76 @@ class Choice:
     worst: int | None = None
 
 
-def visualize_comparison(
-    class_name: str,
-    choice: Choice,
-    dataset: str | None = None,
-    *,
-    base_path: Path | None = None,
-    cross_path: Path | None = None,
-    feedback_path: Path | None = None,
-    feedback_loop: int | None = None,
-    attention: bool = False,
-    output_dir: Path | None = None,
-    data_root: Path | None = None,
-    metadata: Path | None = None,
-    class_names: str | Path | None = None,
-    mask_threshold: str | float = HALF,
-    device: str = "auto",
-    clip_weights: str | None = None,
-) -> list[Path]:
-    """Draw each chosen image: one figure with all models, and one per model, from top to bottom. Returns the figures.
+def visualize_comparison(arguments: VisualizationArguments) -> list[Path]:
+    """Draw each chosen image: one figure with all models, and one per model, from top to bottom.
 
-    Raises `UserError` for a class, index, run or loop that is not there, and where no run is given.
+    Args:
+        arguments: The arguments of `visualize_comparison.py`; with `list_images` the images are listed, not drawn.
+
+    Returns:
+        The figures with all models.
+
+    Raises:
+        UserError: For a class, index, run or loop that does not exist, and if no run is given.
     """
-    folder = output_dir or Path("results") / "visualize"
+    choice = choose(arguments.image_idx, arguments.worst)
+    if arguments.list_images:
+        logger.info("%s", "\n".join(list_images(arguments)))
+        return []
+    folder = arguments.output_dir or Path("results") / "visualize"
     check_folder(folder, "--output_dir")
-    device = check_device(device, "fp32")
-    checkpoints = find_checkpoints_of(base_path, cross_path, feedback_path, feedback_loop)
-    models = list(checkpoints.values())
+    device = check_device(arguments.device, "fp32")
+    checkpoints = find_checkpoints_of(arguments)
+    host, *_ = trained = list(checkpoints.values())
     data = load_task_of_run(
-        arguments_of(models[0]),
-        dataset or training_dataset(models),
-        data_root,
-        metadata,
-        class_names,
-        mask_threshold=mask_threshold,
+        arguments_of(host),
+        arguments.dataset or training_dataset(trained),
+        arguments.data_root,
+        arguments.metadata,
+        arguments.class_names,
+        mask_threshold=arguments.mask_threshold,
     )
-    records = anomalous_records(data, class_name)
-    indices = check_indices(choice, records, class_name)
-    clip = load_clip_for(next(iter(checkpoints.values())), clip_weights)
+    records = anomalous_records(data, arguments.class_name)
+    indices = check_indices(choice, records, arguments.class_name)
+    clip = load_clip_for(host, arguments.clip_weights)
     models = {name: build_detector(checkpoint, clip).to(device) for name, checkpoint in checkpoints.items()}
     if choice.worst is not None:
         indices = worst_indices(list(models.values())[-1], data, records, choice.worst)
     figures = []
     bar = progress_bar(len(indices), "drawing")
     for index in indices:
-        figures.append(draw(models, read_picture(data, records[index]), index, folder, attention))
+        figures.append(draw(models, read_picture(data, records[index]), index, folder, arguments.attention))
         logger.info("%s  %s", figures[-1], records[index].image_path)
         bar.update()
     bar.close()
+    logger.info("%d figures, each with one more for every model", len(figures))
     return figures
 
 
-def list_images(
-    class_name: str,
-    dataset: str | None,
-    *,
-    data_root: Path | None = None,
-    metadata: Path | None = None,
-    class_names: str | Path | None = None,
-) -> list[str]:
+def list_images(arguments: VisualizationArguments) -> list[str]:
     """The class's anomalous images with their index, a line each."""
-    if dataset is None:
+    if arguments.dataset is None:
         raise UserError("--list_images needs --dataset")
-    records = anomalous_records(load_task(dataset, data_root, metadata, class_names), class_name)
+    data = load_task(arguments.dataset, arguments.data_root, arguments.metadata, arguments.class_names)
+    records = anomalous_records(data, arguments.class_name)
     return [f"{index:4d}  {record.image_path}" for index, record in enumerate(records)]
 
 
-def find_checkpoints_of(
-    base_path: Path | None, cross_path: Path | None, feedback_path: Path | None, feedback_loop: int | None
-) -> dict[str, Checkpoint]:
+def find_checkpoints_of(arguments: VisualizationArguments) -> dict[str, Checkpoint]:
     """The checkpoints of the runs that are given, by the name of their column."""
     found = {}
-    for name, flag, path in (("Base", "--base_path", base_path), ("Cross-attention", "--cross_path", cross_path)):
+    runs = (("Base", "--base_path", arguments.base_path), ("Cross-attention", "--cross_path", arguments.cross_path))
+    for name, flag, path in runs:
         if path is not None:
             found[name] = read_checkpoint(find_latest(path, flag))
             if flag == "--cross_path" and not (found[name].config or {}).get("cross_attention"):
                 raise UserError(f"--cross_path {path}: holds no cross-attention; give a base as --base_path")
-    if feedback_path is not None:
-        loops = find_loops(feedback_path)
-        loop = max(loops) if feedback_loop is None else feedback_loop
+    if arguments.feedback_path is not None:
+        loops = find_loops(arguments.feedback_path)
+        loop = max(loops) if arguments.feedback_loop is None else arguments.feedback_loop
         if loop not in loops:
-            raise UserError(f"--feedback_loop {loop}: {feedback_path} has loops {', '.join(map(str, loops))}")
+            numbers = ", ".join(map(str, loops))
+            raise UserError(f"--feedback_loop {loop}: {arguments.feedback_path} has loops {numbers}")
         found[f"Feedback (loop {loop})"] = read_checkpoint(loops[loop])
     if not found:
         raise UserError("give at least one of --base_path, --cross_path and --feedback_path")
@@ -178,16 +166,3 @@ def choose(image_idx: Sequence[str | int], worst: int | None) -> Choice:
     if len(image_idx) > 1:
         raise UserError(f"--image_idx {' '.join(map(str, image_idx))}: give indices, or {ALL}")
     return Choice()
-
-
-def run_visualization(arguments: dict[str, Any]) -> None:
-    """What the script does with its arguments."""
-    listing = arguments.pop("list_images")
-    image_idx, worst = arguments.pop("image_idx"), arguments.pop("worst")
-    if listing:
-        names = ("class_name", "dataset", "data_root", "metadata", "class_names")
-        lines = list_images(**{name: arguments[name] for name in names})
-        logger.info("\n".join(lines))
-        return
-    figures = visualize_comparison(choice=choose(image_idx, worst), **arguments)
-    logger.info("%d figures, and one per model beside each", len(figures))

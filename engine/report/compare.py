@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from dataset.options import HALF
 from dataset.records import metadata_digest
+from engine.config.evaluation import ComparisonArguments
 from engine.config.feedback import MOST_LOOPS
 from engine.data.run_location import arguments_in, load_task_of_run
 from engine.data.task import TaskData, mask_notes
@@ -51,96 +53,60 @@ logger = logging.getLogger(__name__)
 
 CLIP_SETTINGS = ("model_name", "weights_digest", "img_size", "activation")
 CACHE_FILE = "comparison_cache.json"
+# Arguments that do not change the results.
+NOT_IN_COMMAND = ("device", "batch_size", "num_workers", "cache_images", "compile")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all rows are evaluated with; overrides: of the model, as `load_model` takes them."""
+    """What all rows are evaluated with."""
 
+    arguments: ComparisonArguments
     data: TaskData
     device: str
     precision: str
-    tf32: str
-    compile: bool
-    batch_size: int
-    num_workers: int
-    clip_weights: str | None
-    overrides: Mapping[str, Any]
-    references: ReferenceChoice | None = None
 
     @property
     def det_score(self) -> str:
-        return self.overrides.get("det_score") or DET_SCORES[0]
+        return self.arguments.det_score or DET_SCORES[0]
+
+    @cached_property
+    def references(self) -> ReferenceChoice | None:
+        return ReferenceChoice.of(self.arguments)
 
 
-def compare_feedback_loops(
-    save_path: Path,
-    dataset: str | None,
-    *,
-    base_path: Path | None = None,
-    cross_path: Path | None = None,
-    unadapted: bool = False,
-    output_dir: Path | None = None,
-    data_root: Path | None = None,
-    metadata: Path | None = None,
-    class_names: str | Path | None = None,
-    mask_threshold: str | float = HALF,
-    skip_bad_images: bool = False,
-    batch_size: int = 8,
-    num_workers: int = 0,
-    cache_images: float = 0.0,
-    device: str = "auto",
-    precision: str = "auto",
-    tf32: str = "on",
-    compile: bool = False,
-    clip_weights: str | None = None,
-    report: bool = False,
-    references: ReferenceChoice | None = None,
-    **overrides: Any,
-) -> int:
-    """Evaluate every loop of a run, and what it is compared with, on the same images: table, `comparison.*` files.
+def compare_feedback_loops(arguments: ComparisonArguments) -> int:
+    """Evaluate every loop of a run and what it is compared with on the same images; write `comparison.*` files.
 
-    report: also write `report.html`. references: normal images of each class to compare with, which files then have in
-    their names. What `comparison_cache.json` holds of the same checkpoint, images and references is not evaluated
-    again. Returns the exit status: 1 where a loop's file cannot be read, else 0. Raises `UserError` for a
-    folder without loops, for a base or cross-attention run that cannot be read, and for data, weights and devices that
-    are not there or do not fit.
+    Results that `comparison_cache.json` holds for the same checkpoint, images and references are not computed again.
+
+    Args:
+        arguments: The arguments of `compare_feedback_loops.py`.
+
+    Returns:
+        The exit status: 1 if a loop's file cannot be read, else 0.
+
+    Raises:
+        UserError: For a folder without loops, a base or cross-attention run that cannot be read, and data, weights and
+            devices that do not exist or do not fit.
     """
-    if dataset is None:
+    if arguments.dataset is None:
         raise UserError("--dataset is needed: the dataset to test on, other than the one trained on")
     set_up_logging()
-    folder = output_dir or save_path
+    save_path, folder = arguments.save_path, arguments.output_dir or arguments.save_path
     files = find_loops(save_path)
     check_folder(folder, "--output_dir")
-    device = join_launch(device, precision, tf32)
-    if compile:
+    device = join_launch(arguments.device, arguments.precision, arguments.tf32)
+    if arguments.compile:
         check_compiler(device)
-    others = [
-        Row(name, checkpoint=read_weights(find_latest(path, flag)))
-        for name, flag, path in ((BASE, "--base_path", base_path), (CROSS_ATTENTION, "--cross_path", cross_path))
-        if path is not None
-    ]
-    for row in others:
-        if row.name == CROSS_ATTENTION and not (row.config or {}).get("cross_attention"):
-            raise UserError(f"--cross_path {row.checkpoint.path}: holds no cross-attention; give a base as --base_path")
+    others = read_others(arguments)
     loops = [read_loop(number, file) for number, file in files.items()]
-    rows = [*([Row(UNADAPTED)] if unadapted else []), *others, *loops]
+    rows = [*([Row(UNADAPTED)] if arguments.unadapted else []), *others, *loops]
     run = next((row.config["arguments"] for row in reversed(rows) if row.config), {})
     with main_first():
-        data = load_task_of_run(run, dataset, data_root, metadata, class_names, skip_bad_images, mask_threshold)
-    data = replace(data, cache_gib=cache_images)
-    setting = Setting(
-        data,
-        device,
-        choose_precision(device, precision),
-        tf32,
-        compile,
-        batch_size,
-        num_workers,
-        clip_weights,
-        overrides,
-        references,
-    )
+        data = load_task_of_run(run, arguments.dataset, *arguments.image_choices())
+    data = replace(data, cache_gib=arguments.cache_images)
+    setting = Setting(arguments, data, device, choose_precision(device, arguments.precision))
     clip = share_clip(rows, setting)
     if clip is None:
         logger.warning("No loop can be read, and nothing else says on which CLIP to compare: there are no figures")
@@ -148,40 +114,39 @@ def compare_feedback_loops(
     else:
         rows, evaluations = evaluate_rows(rows, clip, setting, folder / CACHE_FILE)
         notes = [*unfair_notes(rows), *setting_notes(rows, clip.settings)]
-    if not is_main_process():
-        return status_of(rows)
-    trained = {row.name: row.config for row in rows}
-    notes = [*zero_shot_notes(trained, data), *mask_notes(data), *broken_notes(save_path, rows), *notes]
-    comparison = Comparison(data.located.spec.name, rows, evaluations, notes, setting.det_score, references)
-    # Not before: a comparison that is stopped leaves nothing but what it need not evaluate again.
-    set_up_logging(folder / "comparison.log")
-    write_comparison(comparison, save_path, folder)
-    if report:
-        models: dict[str, Detector] = {}
-        if shown := {row.name: row for row in shown_rows(comparison)}:
-            models, _ = build_detectors(shown, clip.get(), setting)
-        asked = {
-            "save_path": save_path,
-            "dataset": dataset,
-            "base_path": base_path,
-            "cross_path": cross_path,
-            "unadapted": unadapted,
-            "output_dir": output_dir,
-            "data_root": data_root,
-            "metadata": metadata,
-            "class_names": class_names,
-            "skip_bad_images": skip_bad_images,
-            "clip_weights": clip_weights,
-            **overrides,
-            "precision": None if precision == "auto" else precision,
-            "tf32": None if tf32 == "on" else tf32,
-            "report": True,
-            "mask_threshold": None if mask_threshold == HALF else mask_threshold,
-            **(references.arguments if references else {}),
-        }
-        command = command_line("compare_feedback_loops.py", asked)
-        write_report(comparison, models, data, save_path, folder / comparison.file(REPORT_FILE), command)
+    if is_main_process():
+        trained = {row.name: row.config for row in rows}
+        notes = [*zero_shot_notes(trained, data), *mask_notes(data), *broken_notes(save_path, rows), *notes]
+        comparison = Comparison(data.located.spec.name, rows, evaluations, notes, setting.det_score, setting.references)
+        # Not before: a comparison that is stopped leaves nothing but what it need not evaluate again.
+        set_up_logging(folder / "comparison.log")
+        write_comparison(comparison, save_path, folder)
+        if arguments.report:
+            report(comparison, clip, setting, folder / comparison.file(REPORT_FILE))
     return status_of(rows)
+
+
+def read_others(arguments: ComparisonArguments) -> list[Row]:
+    """The base and cross-attention runs that the loops are compared with."""
+    paths = ((BASE, "--base_path", arguments.base_path), (CROSS_ATTENTION, "--cross_path", arguments.cross_path))
+    rows = [
+        Row(name, checkpoint=read_weights(find_latest(path, flag))) for name, flag, path in paths if path is not None
+    ]
+    for row in rows:
+        if row.name == CROSS_ATTENTION and not (row.config or {}).get("cross_attention"):
+            raise UserError(f"--cross_path {row.checkpoint.path}: holds no cross-attention; give a base as --base_path")
+    return rows
+
+
+def report(comparison: Comparison, clip: SharedClip | None, setting: Setting, path: Path) -> None:
+    """Write `report.html`, with example heatmaps if any row can be read."""
+    models: dict[str, Detector] = {}
+    shown = {row.name: row for row in shown_rows(comparison)}
+    if clip is not None and shown:
+        models, _ = build_detectors(shown, clip.get(), setting)
+    arguments = setting.arguments
+    command = command_line("compare_feedback_loops.py", arguments.changed(exclude=NOT_IN_COMMAND))
+    write_report(comparison, models, setting.data, arguments.save_path, path, command)
 
 
 def status_of(rows: Sequence[Row]) -> int:
@@ -223,13 +188,15 @@ class SharedClip:
             self.settings = {name: getattr(self.get(), name) for name in CLIP_SETTINGS}
         else:
             trained = host.model_config()
-            asked = {name: setting.overrides.get(name) for name in ("img_size", "activation")}
+            asked = {"img_size": setting.arguments.img_size, "activation": setting.arguments.activation}
             self.settings = {name: asked.get(name) or getattr(trained, name) for name in CLIP_SETTINGS}
 
     def get(self) -> FrozenCLIP:
         """The CLIP; `UserError` where it cannot be had, or is not the one that the host was trained on."""
         if self._clip is None:
-            self._clip = load_clip_for(self.host, self._setting.clip_weights, **self._setting.overrides)
+            self._clip = load_clip_for(
+                self.host, self._setting.arguments.clip_weights, **self._setting.arguments.overrides()
+            )
             if self.host.config is not None:
                 advice = "give the file it was trained on with --clip_weights"
                 check_weights(self.host, self._clip.weights_digest, "those loaded", advice)
@@ -279,15 +246,16 @@ def evaluate_rows(
     # By key, so that content which two rows share is evaluated once.
     pending = {keys[row.name]: row for row in rows if not row.problem and keys[row.name] not in cache}
     if pending:
-        clip.get().run = BlockRunner(compiled=(setting.batch_size,) if setting.compile else ())
+        clip.get().run = BlockRunner(compiled=(setting.arguments.batch_size,) if setting.arguments.compile else ())
         detectors, problems = build_detectors(pending, clip.get(), setting)
         rows = [
             replace(row, checkpoint=None, problem=problems[keys[row.name]]) if keys.get(row.name) in problems else row
             for row in rows
         ]
         if detectors:
+            arguments = setting.arguments
             found = evaluate(
-                detectors, setting.data, setting.device, setting.batch_size, setting.num_workers, setting.precision
+                detectors, setting.data, setting.device, arguments.batch_size, arguments.num_workers, setting.precision
             )
             cache |= {key: evaluation.classes for key, evaluation in found.items()}
             if is_main_process():
@@ -311,7 +279,7 @@ def build_detectors(
             detectors[key] = unadapted_detector(clip, setting.det_score).to(setting.device)
             continue
         try:
-            detectors[key] = build_detector(row.checkpoint, clip, **setting.overrides).to(setting.device)
+            detectors[key] = build_detector(row.checkpoint, clip, **setting.arguments.overrides()).to(setting.device)
         except UserError as error:
             if row.loop is None:
                 raise
@@ -331,11 +299,9 @@ def cache_keys(rows: Sequence[Row], clip_settings: Mapping[str, Any], setting: S
         "prompt_names": setting.data.names,
         "domain": setting.data.located.spec.domain,
         "precision": setting.precision,
-        **({} if torch.device(setting.device).type == "cpu" else {"tf32": setting.tf32}),
+        **({} if torch.device(setting.device).type == "cpu" else {"tf32": setting.arguments.tf32}),
         "overrides": {
-            name: value
-            for name, value in setting.overrides.items()
-            if value is not None and name not in in_clip_settings
+            name: value for name, value in setting.arguments.overrides().items() if name not in in_clip_settings
         },
         **reference_key(setting),
     }
