@@ -14,9 +14,7 @@ from model.clip import FrozenCLIP
 from model.config import COMPONENTS, LoopForward, ModelConfig, check_depths
 from model.frozen import ImageFeatures, SharedStreams, frozen_features
 from model.scoring import Outputs, compare
-from model.steps import ALONE
 from model.text import Prompts, encode_classes, pair_anchors
-from utils.processes import Share
 
 
 class AdaptedCLIP(nn.Module):
@@ -112,17 +110,11 @@ class AdaptedCLIP(nn.Module):
         return ImageFeatures(features, det, context)
 
     def batch_anchors(
-        self,
-        prompts: Prompts,
-        rows: Tensor,
-        features: ImageFeatures,
-        loop: LoopForward | None = None,
-        share: Share = ALONE,
+        self, prompts: Prompts, rows: Tensor, features: ImageFeatures, loop: LoopForward | None = None
     ) -> Tensor:
         """Anchors of each image of a batch, (B, D, 2), for Stage 1; rows (B,): each image's class in `prompts`.
 
-        `features` are those that the batch is compared with, `share` says which images of the step these are; here
-        anchors depend on neither.
+        `features` are the image features of Stage 1, on which the anchors of this model do not depend.
         """
         return self.anchors(prompts)[rows]
 

@@ -10,22 +10,21 @@ from torch import Tensor
 
 from model.adapter import AdaptedCLIP
 from model.adapter_modules import blend
-from model.blocks import run_block, take_tokens, unit
+from model.blocks import run_block, take_tokens
 from model.clip import FrozenCLIP
 from model.config import CrossAttentionConfig, LoopForward, ModelConfig, check_cross_attention
 from model.cross_attention import CrossAttention, prepare_context
 from model.frozen import ImageFeatures, SharedStreams, frozen_features, projected_features
 from model.scoring import Outputs, compare
-from model.steps import ALONE, step_mean
 from model.text import Prompts, begin_prompts, finish_classes, finish_prompts, pair_anchors
-from utils.processes import Share
 
 
 class TextSide(NamedTuple):
-    """What a forward needs of the text side, the same for all images, and what a feedback loop decides of the forward.
+    """The text side of a forward, shared by all images.
 
-    prompts: of C classes; stream: after the first text block, (C, P, T, D_t); context, mask: what image tokens attend
-    to, (C, P * T, D_t) and (C, P * T); anchors: (C, D, 2) before they see an image, None where the prompts see it.
+    prompts: of C classes; stream: after the first text block, (C, P, T, D_t); context, mask: the context of the image
+    tokens, (C, P * T, D_t) and (C, P * T); anchors: (C, D, 2), None if they are conditioned on each image; loop: the
+    choices of the feedback loop.
     """
 
     prompts: Prompts
@@ -37,13 +36,11 @@ class TextSide(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """Attention weights, without dropout; each row over the last axes sums to 1.
+    """Attention weights without dropout; each row over the context axes sums to 1.
 
-    text: (B, heads, P, T, N), which patches each token of each prompt looks at, or with `text_cross_attn_at` "anchors"
-    (B, heads, 2, N), which patches each anchor looks at; None where text sees no image.
-    image: (B, heads, 1 + N, P, T), which words each image token looks at, class token first; None where it sees none.
-    words: (B, P, T) bool, the padding mask: True where a token is real. At padding, text has weights that mean nothing,
-    image has none.
+    text: (B, heads, P, T, N), from each prompt token to the patches; None if text is not conditioned on images.
+    image: (B, heads, 1 + N, P, T), from each image token to the words, class token first; None if that side is off.
+    words: (B, P, T) bool, True for real tokens. The text weights of padding have no meaning, its image weights are 0.
     """
 
     text: Tensor | None
@@ -52,12 +49,19 @@ class Attention(NamedTuple):
 
 
 class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
-    """An `AdaptedCLIP` with `text_cross_attn` and `image_cross_attn`, scaled residuals after the first blocks.
+    """An `AdaptedCLIP` with `text_cross_attn` and `image_cross_attn` after the first blocks (docs/method.md).
 
-    With `text_cross_attn_at` "anchors" the text side's stands behind the encoder instead, where the anchors are.
-    cross: all choices at once, the two weights among them, in place of the two arguments.
-    At weight 0 a branch, and the expansion of prompts to each image, is skipped: with both at 0 the outputs are the
-    base's, bit for bit. Raises `UserError` for choices that do not exist or do not go together.
+    A branch of weight 0 is skipped. With both at 0 the outputs equal those of `AdaptedCLIP`, bit for bit.
+
+    Args:
+        clip: the frozen CLIP.
+        config: choices of the adapted model.
+        text_cross_attn_weight: weight of the text side's residual.
+        image_cross_attn_weight: weight of the image side's residual.
+        cross: all choices of cross-attention, including both weights; replaces the two arguments above.
+
+    Raises:
+        UserError: for invalid or conflicting choices.
     """
 
     def __init__(
@@ -70,48 +74,36 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
     ) -> None:
         super().__init__(clip, config)
         self.cross_config = cross or CrossAttentionConfig(text_cross_attn_weight, image_cross_attn_weight)
-        check_cross_attention(self.cross_config, clip.text_width, clip.embed_dim)
+        check_cross_attention(self.cross_config, clip.text_width)
         d_t, d_v, d = clip.text_width, clip.vision_width, clip.embed_dim
         chosen = self.cross_config
-        same = (
-            chosen.cross_attn_heads,
-            chosen.cross_attn_dropout,
-            chosen.cross_attn_init,
-            chosen.cross_attn_scale,
-            chosen.context_norm,
-        )
-        words = d if self.anchors_attend else d_t
-        self.text_cross_attn = CrossAttention(words, d, words, chosen.text_cross_attn_weight, *same)
-        self.image_cross_attn = CrossAttention(d_v, d_t, d_t, chosen.image_cross_attn_weight, *same)
+        shared = (chosen.cross_attn_heads, chosen.cross_attn_dropout, chosen.cross_attn_init, chosen.context_norm)
+        self.text_cross_attn = CrossAttention(d_t, d, d_t, chosen.text_cross_attn_weight, *shared)
+        self.image_cross_attn = CrossAttention(d_v, d_t, d_t, chosen.image_cross_attn_weight, *shared)
 
     @property
-    def t_ca_w(self) -> float | Tensor:
+    def t_ca_w(self) -> float:
         """Weight of the text side's residual."""
-        return self.text_cross_attn.scale
+        return self.text_cross_attn.weight
 
     @property
-    def i_ca_w(self) -> float | Tensor:
+    def i_ca_w(self) -> float:
         """Weight of the image side's residual."""
-        return self.image_cross_attn.scale
-
-    @property
-    def anchors_attend(self) -> bool:
-        """Whether the anchors look at the image, where otherwise the words of the prompts do."""
-        return self.cross_config.text_cross_attn_at == "anchors"
+        return self.image_cross_attn.weight
 
     @property
     def loop(self) -> LoopForward:
-        """What a feedback loop decides of the forward, where no loop is given: as in `cross_config`."""
+        """The loop's choices of `cross_config`, used if no loop is passed."""
         return LoopForward(self.cross_config.text_context, self.cross_config.cross_attn_active)
 
     def text_sees_image(self, loop: LoopForward | None = None) -> bool:
         """Whether anchors depend on the image."""
-        on = (loop or self.loop).cross_attn_active and self.text_cross_attn.is_on
+        on = (loop or self.loop).cross_attn_active and self.t_ca_w != 0
         return on and self.cross_config.text_conditioning != "none" and self.config.text_adapted
 
     def image_sees_text(self, loop: LoopForward | None = None) -> bool:
         """Whether image features depend on the class's words."""
-        return (loop or self.loop).cross_attn_active and self.image_cross_attn.is_on
+        return (loop or self.loop).cross_attn_active and self.i_ca_w != 0
 
     def trained_components(self, side: str, loop: LoopForward | None = None) -> tuple[str, ...]:
         on = self.text_sees_image(loop) if side == "text" else self.image_sees_text(loop)
@@ -120,12 +112,10 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
     @torch.no_grad()
     def text_side(self, prompts: Prompts, loop: LoopForward | None = None) -> TextSide:
         words = self._words(prompts, loop or self.loop)
-        if self.text_sees_image(words.loop) and not self.anchors_attend:
-            return words
-        return words._replace(anchors=self.anchors(prompts))
+        return words if self.text_sees_image(words.loop) else words._replace(anchors=self.anchors(prompts))
 
     def _words(self, prompts: Prompts, loop: LoopForward) -> TextSide:
-        """The text side as far as image tokens see it, without anchors."""
+        """The text side without anchors."""
         classes, count, length = prompts.tokens.shape
         tokens = prompts.tokens.flatten(0, 1)
         stream = begin_prompts(self.clip, tokens)  # (C * P, T, D_t)
@@ -141,9 +131,9 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
     def stage1_features(
         self, images: Tensor, prompts: Prompts, rows: Tensor, loop: LoopForward | None = None
     ) -> ImageFeatures:
-        """Frozen features, or from loop 2 of a feedback run on what Stage 2 has learned (docs/method.md, "Feedback").
+        """Frozen features, or those that Stage 2 has trained if the loop says so (docs/method.md, "Feedback").
 
-        The trained branch sees the words as `text_adapter` makes them now, so that it is the branch of Stage 2.
+        The trained branch sees the words of the current `text_adapter`, as in Stage 2.
         """
         loop = loop or self.loop
         if loop.text_context == "trained":
@@ -158,11 +148,11 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
         return frozen_features(self.clip, images, self.config, levels, shared)
 
     def text_context(self, features: ImageFeatures) -> Tensor:
-        """What text tokens attend to: the level-0 features with the class embedding in them, (B, N, D)."""
+        """The context of text tokens: first-level features plus the class embedding, (B, N, D)."""
         return prepare_context(features.context, self.cross_config.context_norm)
 
     def attend_to_image(self, stream: Tensor, context: Tensor) -> Tensor:
-        """Text tokens (B, P * T, D_t) after the first block see the patches of their own image, (B, N, D)."""
+        """Text tokens (B, P * T, D_t) after the first block attend to their image's patches, (B, N, D)."""
         cross_out = self.text_cross_attn(stream, context)
         if self.cross_config.cross_attn_residual == "matched":
             return blend(stream, cross_out, self.t_ca_w)
@@ -170,60 +160,38 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
         return stream + cross_out_scaled
 
     def attend_to_text(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
-        """Image tokens (B, 1 + N, D_v) after the first block see the words of their own class, (B, P * T, D_t)."""
+        """Image tokens (B, 1 + N, D_v) after the first block attend to their class's words, (B, P * T, D_t)."""
         cross_out = self.image_cross_attn(x, context, mask)
         if self.cross_config.cross_attn_residual == "matched":
             return blend(x, cross_out, self.i_ca_w)
         cross_out_scaled = self.i_ca_w * cross_out
         return x + cross_out_scaled
 
-    def anchors_see_image(self, anchors: Tensor, context: Tensor) -> Tensor:
-        """Anchors (B, D, 2) see the patches of their own image, (B, N, D), in the joint space; unit again."""
-        queries = anchors.transpose(1, 2)
-        return unit(blend(queries, self.text_cross_attn(queries, context), self.t_ca_w)).transpose(1, 2)
+    def conditioned_anchors(self, prompts: Prompts, stream: Tensor, rows: Tensor, context: Tensor) -> Tensor:
+        """Anchors of B images, (B, D, 2), from one text pass for each image.
 
-    def conditioned_anchors(self, prompts: Prompts, start: Tensor, rows: Tensor, context: Tensor) -> Tensor:
-        """Anchors of B images, (B, D, 2); from one text pass for each image where its prompts see it.
-
-        start: what sees images, the stream of C classes after the first block (C, P, T, D_t), or their anchors
-        (C, D, 2); rows: (B,), each image's class; context: (B, N, D), each image's.
+        stream: of C classes after the first block, (C, P, T, D_t); rows: (B,), each image's class; context: (B, N, D).
         """
-        if self.anchors_attend:
-            return self.anchors_see_image(start[rows], context)
         if not (self.text_cross_attn.training and self.text_cross_attn.dropout):
-            stream = take_tokens(start.flatten(1, 2), prompts.tree.taken)  # (C, U, D_t)
+            stream = take_tokens(stream.flatten(1, 2), prompts.tree.taken)  # (C, U, D_t)
             x = self.attend_to_image(stream[rows], context)
             features = finish_classes(self.clip, x, prompts.tree.of(rows), **self.text_modules)
             return pair_anchors(features, prompts.normal)
-        # Dropout lets each prompt see the image in its own way, also where prompts begin alike.
+        # Dropout differs between prompts, so their shared prefixes differ too.
         tokens = prompts.tokens[rows]  # (B, P, T)
-        x = self.attend_to_image(start[rows].flatten(1, 2), context)  # (B, P * T, D_t)
+        x = self.attend_to_image(stream[rows].flatten(1, 2), context)  # (B, P * T, D_t)
         x = x.unflatten(1, tokens.shape[1:]).flatten(0, 1)  # (B * P, T, D_t)
         features = finish_prompts(self.clip, x, tokens.flatten(0, 1), **self.text_modules)
         return pair_anchors(features.unflatten(0, tokens.shape[:2]), prompts.normal)
 
     def batch_anchors(
-        self,
-        prompts: Prompts,
-        rows: Tensor,
-        features: ImageFeatures,
-        loop: LoopForward | None = None,
-        share: Share = ALONE,
+        self, prompts: Prompts, rows: Tensor, features: ImageFeatures, loop: LoopForward | None = None
     ) -> Tensor:
-        """Anchors of each image of a batch, (B, D, 2), conditioned as `text_conditioning` says (Stage 1)."""
+        """Anchors of each image of a batch, (B, D, 2), conditioned on its `features` (Stage 1)."""
         if not self.text_sees_image(loop):
             return self.anchors(prompts)[rows]
-        if self.anchors_attend:
-            start = self.anchors(prompts)
-        else:
-            start = begin_prompts(self.clip, prompts.tokens.flatten(0, 1)).unflatten(0, prompts.tokens.shape[:2])
-        context = self.text_context(features)
-        if self.cross_config.text_conditioning == "image":
-            return self.conditioned_anchors(prompts, start, rows, context)
-        mean = step_mean(context.mean(dim=0, keepdim=True), share)
-        mean = prepare_context(mean, self.cross_config.context_norm)
-        classes = torch.arange(len(start), device=rows.device)
-        return self.conditioned_anchors(prompts, start, classes, mean.expand(len(start), -1, -1))[rows]
+        stream = begin_prompts(self.clip, prompts.tokens.flatten(0, 1)).unflatten(0, prompts.tokens.shape[:2])
+        return self.conditioned_anchors(prompts, stream, rows, self.text_context(features))
 
     def image_features(self, images: Tensor, text_side: TextSide, rows: Tensor) -> ImageFeatures:
         """The adapted image branch, whose tokens see the words of their class; shapes as in `AdaptedCLIP`."""
@@ -237,31 +205,30 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
     def context_features(
         self, images: Tensor, features: ImageFeatures, loop: LoopForward, shared: SharedStreams | None = None
     ) -> ImageFeatures:
-        """`features`, those of the trained branch, with what text sees as its `context`: theirs, or frozen ones'."""
+        """`features` of the trained branch with the `context` that the loop asks for, trained or frozen."""
         if loop.text_context == "trained":
             return features
         levels = self.config.levels[:1]
         if self.config.surgery != "batch_axis":
             return features._replace(context=self._features_on_frozen_tokens(images, loop, levels, shared).context)
-        # Alone: what anchors see in testing must not depend on the batch that an image is in.
-        found = [self._features_on_frozen_tokens(batch, loop, levels) for batch in images.split(1)]
-        return features._replace(context=torch.cat([one.context for one in found]))
+        # One by one: scores must not depend on the batch that an image is in.
+        alone = [self._features_on_frozen_tokens(image, loop, levels) for image in images.split(1)]
+        return features._replace(context=torch.cat([one.context for one in alone]))
 
     def forward(
         self, images: Tensor, text_side: TextSide, rows: Tensor, shared: SharedStreams | None = None
     ) -> Outputs:
-        """As `AdaptedCLIP.forward`, against anchors that each image conditions; no gradient reaches the text side."""
+        """As `AdaptedCLIP.forward`, with anchors conditioned on each image; the text side receives no gradient."""
         features = self.image_features(images, text_side, rows)
         if not self.text_sees_image(text_side.loop):
             return compare(features.levels, features.det, text_side.anchors[rows])
         with torch.no_grad():
             context = self.text_context(self.context_features(images, features, text_side.loop, shared))
-            start = text_side.anchors if self.anchors_attend else text_side.stream
-            anchors = self.conditioned_anchors(text_side.prompts, start, rows, context)
+            anchors = self.conditioned_anchors(text_side.prompts, text_side.stream, rows, context)
         return compare(features.levels, features.det, anchors)
 
     def joint_forward(self, images: Tensor, prompts: Prompts, rows: Tensor, loop: LoopForward | None = None) -> Outputs:
-        """`forward` with gradient in both sides; rows: (B,), each image's class in `prompts`."""
+        """`forward` with gradients on both sides; rows: (B,), each image's class in `prompts`."""
         words = self._words(prompts, loop or self.loop)
         features = self.image_features(images, words, rows)
         seen = self.context_features(images, features, words.loop) if self.text_sees_image(words.loop) else features
@@ -269,19 +236,16 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
 
     @torch.no_grad()
     def attention(self, images: Tensor, text_side: TextSide, rows: Tensor) -> Attention:
-        """The weights of both cross-attentions for B images, per head; see `Attention`. For a model in eval mode."""
+        """Weights of both cross-attentions for B images, per head (see `Attention`). For a model in eval mode."""
         text = image = None
         prompt_shape = text_side.prompts.tokens.shape[1:]  # (P, T)
         if self.text_sees_image(text_side.loop):
             features = self.image_features(images, text_side, rows)
             context = self.text_context(self.context_features(images, features, text_side.loop))
-            if self.anchors_attend:
-                text = self.text_cross_attn.weights(text_side.anchors[rows].transpose(1, 2), context)
-            else:
-                weights = self.text_cross_attn.weights(text_side.stream[rows].flatten(1, 2), context)
-                text = weights.unflatten(2, prompt_shape)
+            weights = self.text_cross_attn.attention_weights(text_side.stream[rows].flatten(1, 2), context)
+            text = weights.unflatten(2, prompt_shape)
         if self.image_sees_text(text_side.loop):
             x = run_block(self.clip.clip.visual.transformer.resblocks[0], self.clip.embed_image(images))
-            weights = self.image_cross_attn.weights(x, text_side.context[rows], text_side.mask[rows])
+            weights = self.image_cross_attn.attention_weights(x, text_side.context[rows], text_side.mask[rows])
             image = weights.unflatten(3, prompt_shape)
         return Attention(text, image, text_side.mask[rows].unflatten(1, prompt_shape))

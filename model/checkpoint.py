@@ -193,13 +193,9 @@ class Checkpoint:
         crossed = {side: self.components.get(f"{side}_cross_attn") for side in SIDES}
         if not any(crossed.values()):
             return None
-        learned = {side for side, state in crossed.items() if state and "scale" in state}
-        if learned and any(state and side not in learned for side, state in crossed.items()):
-            raise UserError(f"{self.path}: only its {learned.pop()}_cross_attn has a 'scale', so it is damaged")
         return CrossAttentionConfig(
             **{f"{side}_cross_attn_weight": 1.0 if state else 0.0 for side, state in crossed.items()},
             context_norm="none",
-            cross_attn_scale="learned" if learned else "fixed",
         )
 
 
@@ -430,8 +426,6 @@ def load_component(module: nn.Module, state: Mapping[str, Tensor], name: str, so
 
 
 def _likely_cause(key: str, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    if key == "scale":
-        return "it does not agree with its config's cross_attn_scale, so it is damaged"
     if key.startswith(("seg_proj", "det_proj")):
         return "its projectors are of the other kind (check --relu and --levels)"
     if any(part.endswith("fc1.weight") for part in state) != any(part.endswith("fc1.weight") for part in expected):

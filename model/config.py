@@ -20,9 +20,7 @@ ACTIVATIONS = ("gelu", "quick_gelu")
 CONTEXT_NORMS = ("unit", "none", "layer")
 CROSS_ATTN_RESIDUALS = ("add", "matched")
 CROSS_ATTN_INITS = ("xavier", "zero")
-CROSS_ATTN_SCALES = ("fixed", "learned")
-TEXT_CROSS_ATTN_PLACES = ("first_block", "anchors")
-TEXT_CONDITIONINGS = ("image", "batch_mean", "none")
+TEXT_CONDITIONINGS = ("image", "none")
 # What the det score compares with in testing: the abnormal anchor, or its difference from the normal one.
 DET_SCORES = ("abnormal", "difference")
 TEXT_CONTEXTS = ("frozen", "trained", "projectors")
@@ -149,20 +147,8 @@ class CrossAttentionConfig:
         "cross-attention",
         choices=CROSS_ATTN_INITS,
     )
-    cross_attn_scale: str = setting(
-        "fixed", "the two weights as they are, or learned from there", "cross-attention", choices=CROSS_ATTN_SCALES
-    )
-    text_cross_attn_at: str = setting(
-        "first_block",
-        "what looks at the image: the words after the first text block, or the two anchors, always matched",
-        "cross-attention",
-        choices=TEXT_CROSS_ATTN_PLACES,
-    )
     text_conditioning: str = setting(
-        "image",
-        "what anchors see: each image, in Stage 1 the mean of the batch, or no image",
-        "cross-attention",
-        choices=TEXT_CONDITIONINGS,
+        "image", "what conditions the anchors: each image, or no image", "cross-attention", choices=TEXT_CONDITIONINGS
     )
     text_context: str = setting(
         "frozen",
@@ -174,22 +160,13 @@ class CrossAttentionConfig:
 
     @property
     def on(self) -> bool:
-        """Whether either branch can have an effect: both fixed at weight 0 are left out of the forward."""
-        weights = (self.text_cross_attn_weight, self.image_cross_attn_weight)
-        return self.cross_attn_scale == "learned" or any(weights)
+        """Whether either branch has a weight; a branch of weight 0 is skipped in the forward."""
+        return bool(self.sides)
 
     @property
     def sides(self) -> set[str]:
         """The sides whose branch has a weight."""
         return {side for side in SIDES if getattr(self, f"{side}_cross_attn_weight")}
-
-    @property
-    def matched(self) -> dict[str, str]:
-        """Of these, those whose branch is brought to the stream's length, with the argument that says so."""
-        found = dict.fromkeys(SIDES, "--cross_attn_residual matched") if self.cross_attn_residual == "matched" else {}
-        if self.text_cross_attn_at == "anchors":
-            found["text"] = "--text_cross_attn_at anchors"
-        return {side: flag for side, flag in found.items() if side in self.sides}
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -202,29 +179,22 @@ class LoopForward(NamedTuple):
     cross_attn_active: bool
 
 
-def check_cross_attention(config: CrossAttentionConfig, text_width: int, joint_width: int) -> None:
-    """Raise `UserError` for choices that do not exist or do not go together, or heads that do not divide a width."""
+def check_cross_attention(config: CrossAttentionConfig, text_width: int) -> None:
+    """Raise `UserError` for invalid or conflicting choices, or heads that do not divide the text width."""
     check_settings(config)
-    anchors = config.text_cross_attn_at == "anchors"
-    for name, width in (("text", text_width), *([("joint", joint_width)] if anchors else [])):
-        if width % config.cross_attn_heads:
-            raise UserError(f"--cross_attn_heads {config.cross_attn_heads}: must divide the {name} width, {width}")
-    for side in SIDES:
-        weight, learned = getattr(config, f"{side}_cross_attn_weight"), config.cross_attn_scale == "learned"
-        if config.cross_attn_init == "zero" and learned and not weight:
-            raise UserError(
-                f"--{side}_cross_attn_weight 0: learned from there it stays 0 with --cross_attn_init zero; give it "
-                "another weight, or --cross_attn_init xavier"
-            )
-    for side, matched in config.matched.items():
+    if text_width % config.cross_attn_heads:
+        raise UserError(f"--cross_attn_heads {config.cross_attn_heads}: must divide the text width, {text_width}")
+    if config.cross_attn_residual != "matched":
+        return
+    for side in config.sides:
         weight = getattr(config, f"{side}_cross_attn_weight")
         if weight > 1:
-            raise UserError(f"--{side}_cross_attn_weight {weight:g}: is a share with {matched}, 0 to 1")
-        if config.cross_attn_init == "zero":
-            raise UserError(
-                f"--cross_attn_init zero does not go with {matched}: an output of length 0 has no direction that could "
-                f"be brought to another length; give --cross_attn_init xavier, or leave {matched} out"
-            )
+            raise UserError(f"--{side}_cross_attn_weight {weight:g}: 0 to 1 with --cross_attn_residual matched")
+    if config.on and config.cross_attn_init == "zero":
+        raise UserError(
+            "--cross_attn_init zero does not go with --cross_attn_residual matched: an output of length 0 has no "
+            "direction to rescale; use --cross_attn_init xavier or --cross_attn_residual add"
+        )
 
 
 def check_settings(config: Any) -> None:

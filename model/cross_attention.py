@@ -1,8 +1,7 @@
-"""Multi-head cross-attention, the branch that AdaptedCLIPWithCrossAttention adds to both streams (docs/method.md)."""
+"""Multi-head cross-attention, the branch that `AdaptedCLIPWithCrossAttention` adds to both streams (docs/method.md)."""
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,11 +10,19 @@ from model.blocks import full_precision, linear_2d, unit
 
 
 class CrossAttention(nn.Module):
-    """Queries of one modality attend to tokens of the other; the output has the queries' width.
+    """Multi-head attention from the tokens of one modality to those of the other (docs/method.md, "Cross-attention").
 
-    The projections have biases. `init="zero"` starts the output projection at zero, so that the branch starts silent.
-    `scale="learned"` makes the weight of the residual a trainable number, from `weight`. `norm="layer"`: queries are
-    layer-normalised; the context comes as `prepare_context` makes it.
+    All four projections have biases.
+
+    Args:
+        query_width: width of the queries and of the output.
+        context_width: width of the context tokens.
+        inner_width: width of all heads together.
+        weight: weight of the output in the residual, kept as an attribute for the caller. At 0 the branch is skipped.
+        heads: attention heads, which must divide `inner_width`.
+        dropout: dropout of the attention weights in train mode.
+        init: "xavier", or "zero" for an output projection that starts at zero.
+        norm: "layer" layer-normalises the queries. The caller prepares the context with `prepare_context`.
     """
 
     def __init__(
@@ -27,10 +34,10 @@ class CrossAttention(nn.Module):
         heads: int = 8,
         dropout: float = 0.1,
         init: str = "xavier",
-        scale: str = "fixed",
         norm: str = "unit",
     ) -> None:
         super().__init__()
+        self.weight = float(weight)
         self.heads = heads
         self.dropout = dropout
         self.norm = norm
@@ -41,15 +48,6 @@ class CrossAttention(nn.Module):
         xavier(self)
         if init == "zero":
             nn.init.zeros_(self.out_proj.weight)
-        if scale == "learned":
-            self.scale = nn.Parameter(torch.tensor(float(weight)))
-        else:
-            self.scale = float(weight)
-
-    @property
-    def is_on(self) -> bool:
-        """A branch of fixed weight 0 contributes nothing and is skipped."""
-        return isinstance(self.scale, nn.Parameter) or self.scale != 0
 
     def _heads(self, projection: nn.Linear, tokens: Tensor) -> Tensor:
         projected = linear_2d(tokens, projection.weight, projection.bias)
@@ -59,7 +57,16 @@ class CrossAttention(nn.Module):
         return self._heads(self.q_proj, layer_normalised(queries) if self.norm == "layer" else queries)
 
     def forward(self, queries: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """queries (B, T, C_q) and context (B, M, C_c) -> (B, T, C_q); mask (B, M) is True where a token is real."""
+        """Attend from queries to context.
+
+        Args:
+            queries: (B, T, C_q).
+            context: (B, M, C_c).
+            mask: (B, M) bool, True for real tokens; None if all are real.
+
+        Returns:
+            The output projection, (B, T, C_q), not yet weighted.
+        """
         q, k, v = (self._queries(queries), self._heads(self.k_proj, context), self._heads(self.v_proj, context))
         attended = F.scaled_dot_product_attention(
             q,
@@ -70,8 +77,8 @@ class CrossAttention(nn.Module):
         )
         return linear_2d(attended.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
 
-    def weights(self, queries: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The attention weights, without dropout, (B, heads, T, M); each row sums to 1."""
+    def attention_weights(self, queries: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attention weights without dropout, (B, heads, T, M); each row sums to 1. Arguments as for `forward`."""
         q, k = self._queries(queries), self._heads(self.k_proj, context)
         scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
         if mask is not None:
@@ -80,7 +87,7 @@ class CrossAttention(nn.Module):
 
 
 def prepare_context(tokens: Tensor, norm: str) -> Tensor:
-    """Context as attention sees it: never with gradient; tokens unit, layer-normalised, or raw (the old behaviour)."""
+    """Detach context tokens (..., C) and make them "unit" or "layer"-normalised; "none" leaves them as they are."""
     tokens = tokens.detach()
     if norm == "unit":
         return unit(tokens)

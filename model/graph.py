@@ -61,7 +61,7 @@ class ScoringGraph(nn.Module):
     ) -> None:
         super().__init__()
         sees_image = hasattr(model, "text_sees_image") and model.text_sees_image(text_side.loop)
-        self.model = _without(model, _WORDS_FIRST if sees_image and not model.anchors_attend else _WORDS)
+        self.model = _without(model, _WORDS_FIRST if sees_image else _WORDS)
         self.text_side = text_side
         self.half_precision = half
         if half:

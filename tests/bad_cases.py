@@ -790,7 +790,6 @@ OF_CROSSED: list[Damage] = [
     *at(("config", "cross_attention", "context_norm"), "nonsense", None, 3),
     *at(("config", "cross_attention", "text_context"), "nonsense"),
     *at(("config", "cross_attention", "image_cross_attn_weight"), float("inf"), -1.0, "0.1", 1e300),
-    *at(("config", "cross_attention", "cross_attn_scale"), "learned", 3, says="cross_attn"),
 ]
 
 # What reads a checkpoint, and the flag that names it; a base takes no cross-attention.
@@ -1158,34 +1157,13 @@ def combinations() -> Iterator[Case]:
         (CROSS, "heads", {"cross_attn_heads": 7}),
         (V2, "cross_attn_residual", {"cross_attn_init": "zero"}),
         (V2, "text_cross_attn_weight", {"text_cross_attn_weight": 1.5}),
-        (
-            CROSS,
-            "text_cross_attn_at",
-            {
-                "cross_attn_init": "zero",
-                "text_cross_attn_at": "anchors",
-                "text_cross_attn_weight": 0.1,
-                "cross_attn_heads": 4,
-            },
-        ),
-        (
-            V2,
-            "text_cross_attn_at",
-            {"init_from": "feedback/loop_1_final.pth", "text_cross_attn_at": "anchors", **dict.fromkeys(_BASE)},
-        ),
         (TEST, "det_score", {"det_score": "nonsense"}),
-        (TEST, "text_cross_attn_at", {"text_cross_attn_at": "anchors"}),
         (V2, "activation", {"activation": "gelu"}),
         (CROSS, "adapter", {"adapter": "linear"}),
         (CROSS, "relu", {"relu": True}),
         (V2, "levels", {"levels": ["1", "2"]}),
         (V2, "img_size", {"img_size": 32}),
         (V2, "--init_from", {"init_from": "base/text_adapter.pth", **dict.fromkeys(_BASE)}),
-        (
-            V2,
-            "cross_attn_scale",
-            {"init_from": "feedback/loop_1_final.pth", "cross_attn_scale": "learned", **dict.fromkeys(_BASE)},
-        ),
         (
             V2,
             "cross_attn_heads",

@@ -32,18 +32,20 @@ from utils.processes import is_main_process, process_count, process_index
 # 14 images: steps of 6, 6 and 2, of which one of three processes has none.
 COMMON = {"shot": 7, "text_batch_size": 6, "image_batch_size": 6, "num_workers": 0, "device": "cpu", "tracker": "none"}
 EPOCHS = {"text_epoch": 1, "image_epoch": 1}
-# Dropout is drawn for classes there, not for images.
-BATCH_MEAN = {
-    "text_conditioning": "batch_mean",
-    "cross_attn_dropout": 0.0,
-    "text_cross_attn_weight": 0.1,
-    "image_cross_attn_weight": 0.1,
-    "cross_attn_init": "xavier",
+# Each process draws its own dropout.
+NO_DROPOUT = {"cross_attn_dropout": 0.0}
+BOTH_SIDES = {"text_cross_attn_weight": 0.1, "image_cross_attn_weight": 0.1, "cross_attn_init": "xavier"}
+LOOPS = {
+    **NO_DROPOUT,
+    "num_feedback_loops": 2,
+    "text_epochs_per_loop": (1,),
+    "image_epochs_per_loop": (1,),
+    "val_fraction": 0.2,
 }
-LOOPS = {"num_feedback_loops": 2, "text_epochs_per_loop": (1,), "image_epochs_per_loop": (1,), "val_fraction": 0.2}
 
 # Steps with a text batch, of 12 and of 2 images, and without one.
 JOINT = {
+    **NO_DROPOUT,
     "preset": "v3",
     "order": "joint",
     "num_feedback_loops": 1,
@@ -65,10 +67,10 @@ def base_config(folder: Path, save_path: Path) -> BaseConfig:
 def run_all(folder: Path, output: Path) -> None:
     """Train all kinds on the dataset `train` of `folder`, and test the `small_runs` there, below `output`."""
     common = common_arguments(folder)
-    cross = CrossAttentionRunConfig.of(**common, **EPOCHS, **BATCH_MEAN, save_path=output / "batch_mean")
+    cross = CrossAttentionRunConfig.of(**common, **EPOCHS, **NO_DROPOUT, **BOTH_SIDES, save_path=output / "cross")
     runs = {
         "base": (train_base, base_config(folder, output / "base")),
-        "batch_mean": (train_cross_attention, cross),
+        "cross": (train_cross_attention, cross),
         "feedback": (train_feedback, FeedbackConfig.of(**common, **LOOPS, save_path=output / "feedback")),
         "joint": (train_feedback, FeedbackConfig.of(**{**common, **JOINT}, save_path=output / "joint")),
     }

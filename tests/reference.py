@@ -134,14 +134,8 @@ def cross_attention(ref: Reference, name: str, queries: Tensor, context: Tensor)
 def cross_residual(ref: Reference, side: str, x: Tensor, context: Tensor) -> Tensor:
     """x + w_ca * cross_attn(x, context), or both blended as an adapter is; `side` is "text" or "image"."""
     attended = cross_attention(ref, f"{side}_cross_attn", x, context)
-    weight = cross_weight(ref, side)
+    weight = getattr(ref.cross, f"{side}_cross_attn_weight")
     return blend(x, attended, weight) if ref.cross.cross_attn_residual == "matched" else x + weight * attended
-
-
-def cross_weight(ref: Reference, side: str) -> Tensor | float:
-    """w_ca of a side, the learned one where there is one."""
-    name = f"{side}_cross_attn"
-    return ref.weights.get(f"{name}.scale", getattr(ref.cross, f"{name}_weight"))
 
 
 def layer_normalised(x: Tensor) -> Tensor:
@@ -188,11 +182,6 @@ def projected_patches(ref: Reference, image: Tensor) -> Tensor:
     return as_context(ref, levels[0] + class_embedding)
 
 
-def averaged_patches(ref: Reference, contexts: Sequence[Tensor]) -> Tensor:
-    """One context for a whole batch: each patch of the grid averaged over the images and normalised again, (N, D)."""
-    return as_context(ref, sum(contexts) / len(contexts))
-
-
 def prompt_feature(ref: Reference, tokens: Tensor, patches: Tensor | None = None) -> Tensor:
     """One prompt's token ids, of any length up to 77, -> its unit feature (D,), computed on the full 77 tokens.
 
@@ -220,15 +209,10 @@ def anchor_pair(
     ref: Reference, normal: Sequence[Tensor], abnormal: Sequence[Tensor], patches: Tensor | None = None
 ) -> Tensor:
     """Token ids of a class's normal and abnormal prompts -> its anchors (D, 2), conditioned on `patches` (M, D)."""
-    at_anchors = patches is not None and ref.cross.text_cross_attn_at == "anchors"
     columns = []
     for group in (normal, abnormal):
-        features = [prompt_feature(ref, tokens, None if at_anchors else patches) for tokens in group]
+        features = [prompt_feature(ref, tokens, patches) for tokens in group]
         columns.append(unit(sum(features) / len(features)))
-    if at_anchors:
-        anchors = torch.stack(columns)
-        attended = cross_attention(ref, "text_cross_attn", anchors, patches)
-        columns = list(unit(blend(anchors, attended, cross_weight(ref, "text"))))
     return torch.stack(columns, dim=1)
 
 

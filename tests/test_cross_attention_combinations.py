@@ -68,8 +68,7 @@ def outputs_of(model: AdaptedCLIPWithCrossAttention) -> list[Tensor]:
         }
     )
 )
-@example(choices={"context_norm": "layer", "cross_attn_residual": "matched", "text_cross_attn_at": "anchors"})
-@example(choices={"cross_attn_scale": "learned", "text_cross_attn_at": "anchors", "text_context": "trained"})
+@example(choices={"context_norm": "layer", "cross_attn_residual": "matched", "text_context": "trained"})
 def test_any_choices_train_and_predict_from_their_checkpoint(choices: dict[str, Any]) -> None:
     """Gradients are finite and reach each side's own components; the file alone predicts what the model did."""
     cross = CrossAttentionConfig(cross_attn_heads=4, **choices)
@@ -77,9 +76,7 @@ def test_any_choices_train_and_predict_from_their_checkpoint(choices: dict[str, 
     try:
         model = AdaptedCLIPWithCrossAttention(clip(), config_for(clip()), cross=cross).train()
     except UserError as error:
-        assert cross.cross_attn_init == "zero"
-        reasons = ("--cross_attn_residual matched", "--text_cross_attn_at anchors", "learned from there it stays 0")
-        assert any(reason in str(error) for reason in reasons)
+        assert cross.cross_attn_init == "zero" and "--cross_attn_residual matched" in str(error)
         return
     for side, loss in zip(("text", "image"), losses_of(model), strict=True):
         model.zero_grad()
@@ -114,8 +111,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "asked",
     [
-        {"text_cross_attn_at": "anchors", "feedback_features": "projectors", "cross_attn_scale": "learned"},
-        {"text_cross_attn_at": "anchors", "text_conditioning": "batch_mean", "cross_attn_start_loop": 2},
+        {"feedback_features": "projectors", "cross_attn_start_loop": 2},
         {"freeze_base": True, "context_norm": "layer", "cross_attn_residual": "add", "cross_attn_init": "zero"},
     ],
     ids=lambda asked: "-".join(map(str, asked.values())),

@@ -120,7 +120,7 @@ def test_the_image_sees_words_by_default_and_begins_as_if_it_did_not(world: Path
     assert (begun.predict(picture, "cork").anomaly_map == base.predict(picture, "cork").anomaly_map).all()
     found, attention = trained.predict(picture, "cork", return_attention=True)
     assert attention.text is None and attention.image is not None
-    trained.image_cross_attn.scale = 0.0
+    trained.image_cross_attn.weight = 0.0
     assert abs(trained.predict(picture, "cork").anomaly_map - found.anomaly_map).max() > 1e-4
 
 
@@ -130,13 +130,6 @@ def test_what_is_matched_in_length_begins_at_random(world: Path) -> None:
         expected = (*weight.values(), 0.1)[0]
         assert (matched.cross_attn_init, matched.image_cross_attn_weight) == ("xavier", expected)
         assert (matched.text_cross_attn_weight, CrossAttentionRunConfig.of().cross_attn_init) == (0.0, "zero")
-    anchors = {"text_cross_attn_at": "anchors", "text_cross_attn_weight": 0.1}
-    assert CrossAttentionRunConfig.of(**anchors, image_cross_attn_weight=0.0).cross_attn_init == "xavier"
-    # With the text side off nothing of it is matched; with both on, one of them is not.
-    assert CrossAttentionRunConfig.of(text_cross_attn_at="anchors").cross_attn_init == "zero"
-    assert "give --cross_attn_init xavier" in error_line(
-        *from_base(world, world / "unused", "--text_cross_attn_at", "anchors", "--text_cross_attn_weight", 0.1)
-    )
     assert FeedbackConfig.of(preset="v3", cross_attn_residual="matched").cross_attn_init == "xavier"
     assert "--cross_attn_init zero does not go with" in error_line(
         *from_base(world, world / "unused", "--cross_attn_residual", "matched", "--cross_attn_init", "zero")
@@ -168,7 +161,7 @@ def test_evaluation_uses_cross_attention(world: Path, finished: Path, tmp_path: 
     torch.testing.assert_close(attention.text.sum(-1), torch.ones(attention.text.shape[:-1]))
     torch.testing.assert_close(attention.image.sum((-1, -2)), torch.ones(attention.image.shape[:-2]))
     assert (model.predict(picture, "cork").anomaly_map == trained.anomaly_map).all()
-    model.image_cross_attn.scale = model.text_cross_attn.scale = 0.0
+    model.image_cross_attn.weight = model.text_cross_attn.weight = 0.0
     assert abs(model.predict(picture, "cork").anomaly_map - trained.anomaly_map).max() > 1e-4
 
 
@@ -245,17 +238,12 @@ def test_from_scratch_is_said_to_be_unfair(world: Path, tmp_path: Path) -> None:
     assert "from scratch" in errors
 
 
-def test_frozen_base_and_learned_scale(world: Path, tmp_path: Path) -> None:
-    run(
-        *from_base(
-            world, tmp_path, "--freeze_base", "--cross_attn_scale", "learned", *BOTH_SIDES, "--cross_attn_init", "zero"
-        )
-    )
+def test_frozen_base(world: Path, tmp_path: Path) -> None:
+    run(*from_base(world, tmp_path, "--freeze_base", *BOTH_SIDES, "--cross_attn_init", "zero"))
     trained = torch.load(tmp_path / "image_adapter.pth", weights_only=True)
     base = torch.load(world / "base" / "image_adapter.pth", weights_only=True)
     assert all(torch.equal(value, base["image_adapter"][key]) for key, value in trained["image_adapter"].items())
     assert trained["image_cross_attn"]["out_proj.weight"].abs().max() > 0
-    assert trained["image_cross_attn"]["scale"] != 0.1
 
 
 def test_collecting_the_root_does_not_run_the_gradient_test() -> None:

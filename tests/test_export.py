@@ -55,9 +55,7 @@ CLASS = "metal screw"
 SUBJECT = export.Subject(CLASS)
 CROSS = {
     "cross": CrossAttentionConfig(0.8, 0.4, text_context="trained"),
-    "anchors": CrossAttentionConfig(
-        0.8, 0.4, cross_attn_residual="matched", text_cross_attn_at="anchors", text_context="frozen"
-    ),
+    "matched": CrossAttentionConfig(0.8, 0.4, cross_attn_residual="matched", text_context="frozen"),
     "image side": CrossAttentionConfig(0.0, 1.0, context_norm="layer"),
 }
 

@@ -314,14 +314,14 @@ def test_v1_original_is_its_column_of_the_table() -> None:
 
 def test_v2_matches_the_residual_of_layer_normalised_tokens_and_v1_adds_what_raw_ones_give() -> None:
     for preset, expected in (
-        ("v2", (0.1, 0.1, "layer", "matched", "first_block")),
-        ("v1", (0.1, 0.1, "none", "add", "first_block")),
-        ("v1_original", (1.0, 1.0, "none", "add", "first_block")),
-        ("v3", (0.0, 1.0, "layer", "add", "first_block")),
+        ("v2", (0.1, 0.1, "layer", "matched")),
+        ("v1", (0.1, 0.1, "none", "add")),
+        ("v1_original", (1.0, 1.0, "none", "add")),
+        ("v3", (0.0, 1.0, "layer", "add")),
     ):
         cross = parse("--preset", preset).cross_attention()
         found = (cross.text_cross_attn_weight, cross.image_cross_attn_weight, cross.context_norm)
-        assert (*found, cross.cross_attn_residual, cross.text_cross_attn_at) == expected
+        assert (*found, cross.cross_attn_residual) == expected
 
 
 def test_v1_is_the_original_with_both_weights_mended() -> None:
@@ -449,12 +449,6 @@ def test_the_plan_is_shown_as_a_table() -> None:
     ]
     assert lines[2].split() == ["1", "5", "15", "2e-05", "0.005", "off"]
     assert lines[3].split() == ["2", "4", "12", "1.6e-05", "0.004", "on"]
-
-
-@pytest.mark.parametrize(("scale", "on"), [("fixed", False), ("learned", True)])
-def test_the_table_says_on_where_a_weight_of_0_can_grow(scale: str, on: bool) -> None:
-    zero = {"text_cross_attn_weight": 0.0, "image_cross_attn_weight": 0.0, "cross_attn_scale": scale}
-    assert {loop.cross_attention for loop in plan_loops(FeedbackConfig.of(preset="v2", **zero))} == {on}
 
 
 def test_rates_within_a_loop() -> None:
@@ -838,7 +832,6 @@ def mistakes(world: Path, folder: Path, tmp_path: Path) -> dict[str, tuple[dict[
         "other levels": ({"init_from": final, "levels": (1, 4, 6, 8)}, "set --levels to match"),
         "shape": ({"init_from": unfit}, r"unfit.pth: image_cross_attn 'q_proj.weight' is \(8, 8\) .*\(32, 48\)"),
         "other heads": ({"init_from": final, "cross_attn_heads": 4}, "set --cross_attn_heads to match"),
-        "other scale": ({"init_from": final, "cross_attn_scale": "learned"}, "set --cross_attn_scale to match"),
         "heads": ({"cross_attn_heads": 7}, "--cross_attn_heads 7"),
         "dataset": ({"dataset": "Nowhere"}, "Nowhere"),
         "test set": ({"eval_dataset": "Nowhere"}, "Nowhere"),

@@ -13,7 +13,7 @@ import torch
 
 import test_stage2_gradients as script
 from engine.config.gradients import GradientTest
-from engine.training.gradients import Bench, Measurement, verdict, weight_of
+from engine.training.gradients import Bench, Measurement, verdict
 from model.config import CrossAttentionConfig
 from tests.scripts import train_small_runs
 from utils.errors import UserError
@@ -50,13 +50,8 @@ def figure(said: str, name: str) -> float:
 
 
 def changed(source: Path, target: Path, **choices: Any) -> Path:
-    """A checkpoint of a run with other choices of cross-attention; a learned scale is given as `scale`."""
+    """A checkpoint of a run with other choices of cross-attention."""
     content = torch.load(source, weights_only=True)
-    scale = choices.pop("scale", None)
-    if scale is not None:
-        choices["cross_attn_scale"] = "learned"
-        for side in ("text", "image"):
-            content[f"{side}_cross_attn"]["scale"] = torch.tensor(scale)
     content["config"]["cross_attention"].update(choices)
     torch.save(content, target)
     return target
@@ -131,8 +126,6 @@ def test_a_matched_branch_adds_exactly_its_weight(measure: Callable[..., tuple[i
     assert "Setting: image weight 0.3, text weight 0.1, context layer, residual matched" in said
     assert figure(said, "|x|") == pytest.approx(0.3, abs=1e-6)
     assert (status, said.splitlines()[-1].split()[0]) == (1, "[CAUTION]"), "asked for by flag, it is judged"
-    at_anchors = measure("--text_cross_attn_at", "anchors", "--component")[1]
-    assert "text at the anchors" in at_anchors and "  text_cross_attn: " in at_anchors
 
 
 def bench(world: Path, **asked: Any) -> Bench:
@@ -141,7 +134,7 @@ def bench(world: Path, **asked: Any) -> Bench:
 
 def setting(measured: Bench) -> tuple[float, float, str]:
     model = measured.model
-    return weight_of(model.image_cross_attn), weight_of(model.text_cross_attn), model.cross_config.context_norm
+    return model.i_ca_w, model.t_ca_w, model.cross_config.context_norm
 
 
 def test_a_checkpoint_is_measured_as_what_it_is(world: Path, tmp_path: Path) -> None:
@@ -159,15 +152,8 @@ def test_a_checkpoint_is_measured_as_what_it_is(world: Path, tmp_path: Path) -> 
     assert setting(measured) == (0.7, 0.3, "none")
     assert measured.chosen_by == str(larger)
     assert measured.measure(measured.weight).weight == 0.7
-
-    learned = changed(final, tmp_path / "learned.pth", scale=-0.4)
-    measured = bench(world, checkpoint=learned)
-    assert setting(measured) == (pytest.approx(-0.4), pytest.approx(-0.4), "layer")
-    assert measured.chosen_by == str(learned)
-    assert bench(world, checkpoint=changed(final, tmp_path / "still.pth", scale=0.1)).chosen_by is None
-    before = measured.model.image_cross_attn.scale
     assert measured.measure(0.0).cosine == [pytest.approx(1)]
-    assert measured.weight == pytest.approx(-0.4) and measured.model.image_cross_attn.scale is before
+    assert measured.weight == 0.7
 
 
 def test_flags_that_are_given_win(world: Path, tmp_path: Path) -> None:
@@ -179,9 +165,8 @@ def test_flags_that_are_given_win(world: Path, tmp_path: Path) -> None:
     assert measured.chosen_by is None
     # A flag with the checkpoint's own value is a flag.
     assert bench(world, checkpoint=larger, image_cross_attn_weight=0.7).chosen_by is None
-    learned = changed(final, tmp_path / "learned.pth", scale=0.4)
-    measured = bench(world, checkpoint=learned, image_cross_attn_weight=0.2, text_cross_attn_weight=0.0)
-    assert setting(measured) == (pytest.approx(0.2), 0.0, "layer")
+    measured = bench(world, checkpoint=final, image_cross_attn_weight=0.2, text_cross_attn_weight=0.0)
+    assert setting(measured) == (0.2, 0.0, "layer")
     with pytest.raises(UserError, match="was trained on"):
         bench(world, checkpoint=final, model_name="toy")
     with pytest.raises(UserError, match=r"--preset v2: .* has cross-attention of its own"):

@@ -73,7 +73,6 @@ def test_cross_attention_without_config_is_built_as_what_it_was(
         "text_conditioning image",
         "8 heads",
         "cross_attn_residual add",
-        "text_cross_attn_at first_block",
         "--image_cross_attn_weight",
         "--context_norm",
         "--cross_attn_residual",
@@ -123,31 +122,15 @@ def test_a_branch_that_is_not_there_is_off(side: str, tmp_path: Path) -> None:
         built(checkpoint, **{f"{side}_cross_attn_weight": 0.1})
 
 
-def test_learned_weights_are_those_of_the_file(tmp_path: Path) -> None:
-    model = crossed(replace(OLD, cross_attn_scale="learned", image_cross_attn_weight=0.7))
-    checkpoint = write(model, tmp_path / "cross.pth")
-    detector = built(checkpoint)
-    assert detector.model.i_ca_w == pytest.approx(0.7)
-    assert all(torch.equal(*pair) for pair in zip(outputs(detector.model), outputs(model), strict=True))
-    with pytest.raises(UserError, match="leave --image_cross_attn_weight out"):
-        built(checkpoint, image_cross_attn_weight=0.1)
-    del checkpoint.components["text_cross_attn"]["scale"]
-    with pytest.raises(UserError, match=r"cross\.pth: only its image_cross_attn has a 'scale'"):
-        built(checkpoint)
-
-
 def test_weights_asked_of_a_base_are_refused(tmp_path: Path) -> None:
     checkpoint = write(adapted_clip(clip()), tmp_path / "base.pth")
     with pytest.raises(UserError, match="has no cross-attention, so --image_cross_attn_weight asks for nothing"):
         built(checkpoint, image_cross_attn_weight=0.1)
 
 
-@pytest.mark.parametrize("scale", ["fixed", "learned"])
-def test_the_gradient_test_measures_such_a_file_as_what_it_was(
-    scale: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_gradient_test_measures_such_a_file_as_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.training.gradients.load_clip_for", lambda *_, **__: clip())
-    model = crossed(replace(OLD, cross_attn_scale=scale))
+    model = crossed()
     checkpoint = write(model, tmp_path / "cross.pth")
     measured = build_model(GradientTest(checkpoint=tmp_path / "cross.pth"), checkpoint)
     assert measured.cross_config == model.cross_config
@@ -235,9 +218,3 @@ def test_init_from_a_file_without_config(tmp_path: Path, caplog: pytest.LogCaptu
     ):
         check_start(read_whole(tmp_path / "cross.pth"), config_for(clip()), CrossAttentionRunConfig(**asked), NAMES)
         assert words in caplog.text
-    at_anchors = CrossAttentionRunConfig(text_cross_attn_at="anchors")
-    with pytest.raises(UserError, match="text_cross_attn_at first_block, not anchors; set --text_cross_attn_at"):
-        check_start(read_whole(tmp_path / "cross.pth"), config_for(clip()), at_anchors, NAMES)
-    write(crossed(replace(OLD, cross_attn_scale="learned")), tmp_path / "cross.pth")
-    with pytest.raises(UserError, match="was trained with cross_attn_scale learned, not fixed; set --cross_attn_scale"):
-        start_from(read_whole(tmp_path / "cross.pth"))

@@ -25,7 +25,7 @@ from tests.scripts import error_line, fork, launch, run, train_small_runs, wait_
 from utils.errors import UserError
 from utils.processes import Share, another_ended, speaks_first
 
-RUNS = ("base", "batch_mean", "feedback", "joint")
+RUNS = ("base", "cross", "feedback", "joint")
 WHY_NOT = "torch's launcher starts no processes on Windows"
 TIMED = ("seconds", "images_per_second", "memory_gib")
 

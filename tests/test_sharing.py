@@ -49,8 +49,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shared")
     clip = load_clip(f"local-dir:{write_clip(folder / 'clip')}")
     write_base(folder / "base", clip)
-    for scale in ("fixed", "learned"):
-        write_cross(folder / f"cross_{scale}", clip, CrossAttentionConfig(0.5, 0.2, cross_attn_scale=scale))
+    write_cross(folder / "cross", clip, CrossAttentionConfig(0.5, 0.2))
     (folder / "published").mkdir()
     write_pair(folder / "published", published_states(relu=False))
     return folder
@@ -88,9 +87,8 @@ def write_cross(folder: Path, clip: FrozenCLIP, cross: CrossAttentionConfig) -> 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "base": ("base", {}),
     "base, otherwise": ("base", {"img_size": 48, "surgery": "sequential", "det_score": "difference"}),
-    "cross": ("cross_fixed", {}),
-    "cross, otherwise": ("cross_fixed", {"text_cross_attn_weight": 0.9, "context_norm": "none"}),
-    "cross, learned": ("cross_learned", {}),
+    "cross": ("cross", {}),
+    "cross, otherwise": ("cross", {"text_cross_attn_weight": 0.9, "context_norm": "none"}),
     "published": ("published", {"model_name": "clip"}),
     "published, otherwise": ("published", {"model_name": "clip", "activation": "quick_gelu", "surgery": "dual"}),
 }
@@ -302,7 +300,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandI
 def test_to_the_hub_and_back(world: Path, tmp_path: Path, stand_in: StandInHub) -> None:
     name = f"local-dir:{world / 'clip'}"
     arguments = SharingArguments.of(
-        checkpoint=str(world / "cross_fixed"), output=tmp_path / "model", push="org/name", model_name=name
+        checkpoint=str(world / "cross"), output=tmp_path / "model", push="org/name", model_name=name
     )
     share.share(arguments)
     share.share(arguments)

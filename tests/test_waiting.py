@@ -32,9 +32,7 @@ STAGES = {"text": TextStage, "image": ImageStage}
 MODELS: dict[str, CrossAttentionConfig | None] = {
     "base": None,
     "words": CrossAttentionConfig(),
-    "batch mean": CrossAttentionConfig(text_conditioning="batch_mean"),
-    "anchors": CrossAttentionConfig(text_cross_attn_at="anchors"),
-    "learned weights": CrossAttentionConfig(cross_attn_scale="learned", cross_attn_residual="matched"),
+    "matched": CrossAttentionConfig(cross_attn_residual="matched"),
 }
 LOOPS = {"first": LoopForward("frozen", True), "later": LoopForward("trained", True)}
 # What fetches a value from the device, or needs one to know the shape of its result.

@@ -216,9 +216,6 @@ class InferenceArguments(ReferenceArguments):
     cross_attn_residual: str | None = changed(
         CrossAttentionConfig, "cross_attn_residual", None, unset=f"{TRAINED}, else add"
     )
-    text_cross_attn_at: str | None = changed(
-        CrossAttentionConfig, "text_cross_attn_at", None, unset=f"{TRAINED}, else first_block"
-    )
     cross_attn_heads: int | None = changed(CrossAttentionConfig, "cross_attn_heads", None, unset=f"{TRAINED}, else 8")
 
     def mode(self) -> str:

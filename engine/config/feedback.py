@@ -166,10 +166,10 @@ class FeedbackConfig(CrossAttentionArguments):
         if self.order == "turns":
             # A side that has no batch in a step has no gradient there, which processes would wait for.
             raise UserError("--order turns trains in one process: leave accelerate launch out")
-        if self.text_cross_attn_weight or self.cross_attn_scale == "learned":
+        if self.text_cross_attn_weight:
             raise UserError(
                 f"--order {self.order} with words that see images trains in one process: leave accelerate launch out, "
-                "or give --text_cross_attn_weight 0 --cross_attn_scale fixed"
+                "or give --text_cross_attn_weight 0"
             )
 
 

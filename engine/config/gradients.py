@@ -47,9 +47,6 @@ class GradientTest(Arguments):
     cross_attn_residual: str | None = changed(
         CrossAttentionArguments, "cross_attn_residual", None, unset=f"{TRAINED}, else add"
     )
-    text_cross_attn_at: str | None = changed(
-        CrossAttentionArguments, "text_cross_attn_at", None, unset=f"{TRAINED}, else first_block"
-    )
     dataset: str = changed(DataArguments, "dataset", "toy_train")
     data_root: Path | None = changed(DataArguments, "data_root")
     batches: int = setting(1, "batches to average over", "data", between=(1, 1_000_000))

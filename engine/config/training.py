@@ -191,9 +191,7 @@ class CrossAttentionArguments(RunConfig):
     cross_attn_dropout: float = changed(CrossAttentionConfig, "cross_attn_dropout")
     context_norm: str = changed(CrossAttentionConfig, "context_norm")
     cross_attn_residual: str = changed(CrossAttentionConfig, "cross_attn_residual")
-    text_cross_attn_at: str = changed(CrossAttentionConfig, "text_cross_attn_at")
     cross_attn_init: str = changed(CrossAttentionConfig, "cross_attn_init")
-    cross_attn_scale: str = changed(CrossAttentionConfig, "cross_attn_scale")
     text_conditioning: str = changed(CrossAttentionConfig, "text_conditioning")
     load_base_text_adapter: Path | None = setting(
         None, "text_adapter.pth of a trained base", "base", free=True, unset="from scratch"
@@ -207,12 +205,12 @@ class CrossAttentionArguments(RunConfig):
 
     @classmethod
     def of(cls: type[Config], **given: Any) -> Config:
-        """As `Arguments.of`; branches whose length is matched begin at random, and small, unless that is given."""
+        """As `Arguments.of`; matched branches start at Xavier weights with weight 0.1 unless others are given."""
         asked = super().of(**given)
-        cross = asked.cross_attention()
-        if asked.cross_attn_init != "zero" or not cross.matched or cross.matched.keys() != cross.sides:
+        sides = asked.cross_attention().sides
+        if asked.cross_attn_init != "zero" or asked.cross_attn_residual != "matched" or not sides:
             return asked
-        names = ("cross_attn_init", *(f"{side}_cross_attn_weight" for side in cross.sides))
+        names = ("cross_attn_init", *(f"{side}_cross_attn_weight" for side in sides))
         return super().of(**{**{name: getattr(CrossAttentionConfig, name) for name in names}, **given})
 
     def cross_attention(self) -> CrossAttentionConfig:

@@ -57,7 +57,6 @@ CROSS_ATTENTION_OVERRIDES = (
     "image_cross_attn_weight",
     "context_norm",
     "cross_attn_residual",
-    "text_cross_attn_at",
     "text_conditioning",
     "text_context",
     "cross_attn_heads",
@@ -490,7 +489,7 @@ def cross_attention_choices(checkpoint: Checkpoint, **overrides: Any) -> CrossAt
     """What cross-attention a checkpoint was trained with, changed where `overrides` ask for something else; or None.
 
     Of a file without config it is an assumption, which is logged. Raises `UserError` where something is asked of a
-    checkpoint without cross-attention, and for the weight of a branch that is learned or not there.
+    checkpoint without cross-attention, and for the weight of a branch that is not there.
     """
     asked = _of(CROSS_ATTENTION_OVERRIDES, _asked(checkpoint, overrides))
     trained = checkpoint.cross_attention()
@@ -502,26 +501,18 @@ def cross_attention_choices(checkpoint: Checkpoint, **overrides: Any) -> CrossAt
         name = f"{side}_cross_attn_weight"
         if name in asked and f"{side}_cross_attn" not in checkpoint.components:
             raise UserError(f"{checkpoint.path}: has no {side}_cross_attn, so --{name} asks for nothing")
-        if name in asked and trained.cross_attn_scale == "learned":
-            raise UserError(f"{checkpoint.path}: its weights are learned, and it holds them; leave --{name} out")
     chosen = replace(trained, **asked)
     if checkpoint.config is None:
-        weights = (
-            "weights that it has learned"
-            if chosen.cross_attn_scale == "learned"
-            else f"weights {chosen.text_cross_attn_weight:g} (text) and {chosen.image_cross_attn_weight:g} (image)"
-        )
         logger.warning(
-            "%s has cross-attention and no config: assumed that its output is added with %s, from context_norm %s, "
-            "cross_attn_residual %s, text_cross_attn_at %s, text_context %s, text_conditioning %s, %d heads, as "
-            "earlier code did; --text_cross_attn_weight, --image_cross_attn_weight, --context_norm, "
-            "--cross_attn_residual, --text_cross_attn_at, --text_context, --text_conditioning and --cross_attn_heads "
-            "say otherwise",
+            "%s has cross-attention and no config: assumed weights %g (text) and %g (image), context_norm %s, "
+            "cross_attn_residual %s, text_context %s, text_conditioning %s, %d heads; change these with "
+            "--text_cross_attn_weight, --image_cross_attn_weight, --context_norm, --cross_attn_residual, "
+            "--text_context, --text_conditioning and --cross_attn_heads",
             checkpoint.path,
-            weights,
+            chosen.text_cross_attn_weight,
+            chosen.image_cross_attn_weight,
             chosen.context_norm,
             chosen.cross_attn_residual,
-            chosen.text_cross_attn_at,
             chosen.text_context,
             chosen.text_conditioning,
             chosen.cross_attn_heads,

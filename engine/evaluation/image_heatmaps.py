@@ -75,16 +75,12 @@ def look(detector: Detector, picture: Picture, name: str, attention: bool = Fals
 def attention_heatmaps(attention: Attention, normal: int) -> dict[str, np.ndarray]:
     """Maps on the patch grid, mean over heads, relative to even attention: 1 is what a patch gets by chance.
 
-    Where the anchors look at the image, it is "Abnormal anchor looks at" in place of the prompts.
     "Abnormal prompts look at": from the words of the abnormal prompts to each patch. "Looks at abnormal words": the
     weight that each patch gives to the abnormal prompts. normal: how many of the prompts are normal; they come first.
     """
     maps = {}
     words = attention.words[0]  # (P, T)
-    if attention.text is not None and attention.text.ndim == 4:
-        looked_at = attention.text[0].mean(dim=0)[1]  # (N,)
-        maps["Abnormal anchor looks at"] = on_grid(looked_at * looked_at.numel())
-    elif attention.text is not None:
+    if attention.text is not None:
         looked_at = attention.text[0].mean(dim=0)[normal:][words[normal:]].mean(dim=0)  # (N,)
         maps["Abnormal prompts look at"] = on_grid(looked_at * looked_at.numel())
     if attention.image is not None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.config.feedback import FeedbackConfig
 from engine.config.gradients import DEFAULT_WEIGHT, GradientTest
@@ -32,7 +32,6 @@ from model.blocks import run_block
 from model.checkpoint import Checkpoint, load_component, read_checkpoint
 from model.clip_loading import load_clip
 from model.config import CrossAttentionConfig
-from model.cross_attention import CrossAttention
 from model.text import Prompts
 from utils.errors import UserError
 from utils.figures import save_png
@@ -91,7 +90,7 @@ class Bench:
     @property
     def weight(self) -> float:
         """The model's own weight of the image side's residual."""
-        return weight_of(self.model.image_cross_attn)
+        return self.model.i_ca_w
 
     def stage2(self) -> ImageStage:
         return ImageStage(self.model, self.prompts, self.classes, RunConfig())
@@ -120,12 +119,12 @@ class Bench:
         for batch in self.batches:
             gradients = []
             for value, norms in ((0.0, found.without), (weight, found.with_)):
-                set_weight(self.model.image_cross_attn, value)
+                self.model.image_cross_attn.weight = value
                 gradients.append(self.image_gradient(batch))
                 norms.append(gradients[-1].norm().item())
             found.cosine.append(torch.cosine_similarity(*gradients, dim=0).item())
             found.contribution.append(contribution(self.model, self.prompts, batch, self.classes))
-        set_weight(self.model.image_cross_attn, own)
+        self.model.image_cross_attn.weight = own
         return found
 
 
@@ -141,9 +140,7 @@ def build_model(test: GradientTest, checkpoint: Checkpoint | None) -> AdaptedCLI
     else:
         clip = load_clip_for(checkpoint, test.clip_weights, **test.given("model_name", "img_size", "activation"))
         config = checkpoint_config(checkpoint, clip)
-    asked = test.given(
-        "image_cross_attn_weight", "text_cross_attn_weight", "context_norm", "cross_attn_residual", "text_cross_attn_at"
-    )
+    asked = test.given("image_cross_attn_weight", "text_cross_attn_weight", "context_norm", "cross_attn_residual")
     cross = replace(own_setting(test, checkpoint), **asked)
     if "image_cross_attn_weight" in asked:
         # In a feedback run's loops before its cross-attention starts.
@@ -152,10 +149,6 @@ def build_model(test: GradientTest, checkpoint: Checkpoint | None) -> AdaptedCLI
     for name, part in model.components.items():
         if checkpoint is not None and name in checkpoint.components:
             load_component(part, checkpoint.components[name], name, checkpoint.path)
-    # A learned weight has come with the others.
-    for side in ("image", "text"):
-        if f"{side}_cross_attn_weight" in asked:
-            set_weight(getattr(model, f"{side}_cross_attn"), asked[f"{side}_cross_attn_weight"])
     return model
 
 
@@ -169,24 +162,9 @@ def own_setting(test: GradientTest, checkpoint: Checkpoint | None) -> CrossAtten
     return FeedbackConfig.of(preset=test.preset).cross_attention() if test.preset else CrossAttentionConfig()
 
 
-def weight_of(branch: CrossAttention) -> float:
-    """The weight of a branch's residual, learned or not."""
-    return branch.scale.item() if isinstance(branch.scale, nn.Parameter) else branch.scale
-
-
-def set_weight(branch: CrossAttention, value: float) -> None:
-    """Change what `weight_of` says."""
-    if isinstance(branch.scale, nn.Parameter):
-        with torch.no_grad():
-            branch.scale.fill_(value)
-    else:
-        branch.scale = value
-
-
 def who_chose_more(model: AdaptedCLIPWithCrossAttention, test: GradientTest) -> str | None:
     """Who set a larger weight than the default: the checkpoint or the preset, None for the command line or nobody."""
-    # A learned weight that stayed at the default is the nearest float32 number to it.
-    weight = round(abs(weight_of(model.image_cross_attn)), 6) if model.image_sees_text() else 0.0
+    weight = model.i_ca_w if model.image_sees_text() else 0.0
     if weight <= DEFAULT_WEIGHT or test.image_cross_attn_weight is not None:
         return None
     return f"preset {test.preset}" if test.preset else str(test.checkpoint)
@@ -208,12 +186,10 @@ def describe(model: AdaptedCLIPWithCrossAttention, test: GradientTest, checkpoin
         what = f"{checkpoint.path}, with its own cross-attention"
     else:
         what = f"{checkpoint.path}, with a fresh cross-attention on top"
-    image, text = weight_of(model.image_cross_attn), weight_of(model.text_cross_attn)
+    image, text = model.i_ca_w, model.t_ca_w
     how = f"context {model.cross_config.context_norm}"
     if model.cross_config.cross_attn_residual == "matched":
         how += ", residual matched"
-    if model.anchors_attend:
-        how += ", text at the anchors"
     off = "" if model.image_sees_text() else "; image cross-attention is off"
     return f"Model: {what}\nSetting: image weight {image:g}, text weight {text:g}, {how}{off}"
 
@@ -252,7 +228,7 @@ def contribution(
     out = model.image_cross_attn(x, side.context[rows], side.mask[rows])
     if model.cross_config.cross_attn_residual == "matched":
         out = match_length(out, x)
-    added: Tensor = model.i_ca_w * out
+    added = model.i_ca_w * out
     return (added.norm(dim=-1) / x.norm(dim=-1)).mean().item()
 
 

@@ -222,9 +222,9 @@ class TrainingRun:
         )
         for epoch in range(self.state.done[index] + 1, phase.epochs + 1):
             phase.sampler.set_position(phase.loop, epoch)
-            # On the CPU all processes draw for the whole step (`model.steps.StepDropout`).
-            stream = 0 if self.accelerator.device.type == "cpu" else self.accelerator.process_index
-            torch.manual_seed(derive_seed(self.seed, stage.number, phase.loop, epoch, stream))
+            # Each rank draws its own dropout.
+            rank = self.accelerator.process_index
+            torch.manual_seed(derive_seed(self.seed, stage.number, phase.loop, epoch, rank))
             # A draw that iterators once took from this stream; without it the figures in docs/ would be other ones.
             torch.empty((), dtype=torch.int64).random_()
             description = stage_name(stage, phase.loop, epoch)

@@ -39,7 +39,7 @@ class TextStage(Stage):
         prompts = self.prompts.of_classes(present)
         features = self.model.stage1_features(batch["image"], prompts, rows, self.loop)
         share = batch.get("share", ALONE)
-        anchors = self.model.batch_anchors(prompts, rows, features, self.loop, share)  # (B, D, 2)
+        anchors = self.model.batch_anchors(prompts, rows, features, self.loop)  # (B, D, 2)
         levels, config = similarities(features.levels, anchors), self.config
         losses, abnormal = stage1_losses(
             levels, anchors, mask, config.text_norm_weight, config.stage1_levels, config.focal_smoothing, share

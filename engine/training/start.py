@@ -212,21 +212,19 @@ def _check_cross_attention(checkpoint: Checkpoint, now: CrossAttentionConfig) ->
     if checkpoint.config is None:
         logger.warning(
             "%s has cross-attention and no config: assumed trained as earlier code did, with text_cross_attn_weight "
-            "%g, image_cross_attn_weight %g, context_norm %s, cross_attn_residual %s, text_cross_attn_at %s, %d heads",
+            "%g, image_cross_attn_weight %g, context_norm %s, cross_attn_residual %s, %d heads",
             checkpoint.path,
             was.text_cross_attn_weight,
             was.image_cross_attn_weight,
             was.context_norm,
             was.cross_attn_residual,
-            was.text_cross_attn_at,
             was.cross_attn_heads,
         )
-    for name in ("cross_attn_heads", "cross_attn_scale", "text_cross_attn_at"):
-        if getattr(was, name) != getattr(now, name) and (name != "cross_attn_heads" or checkpoint.config is not None):
-            raise UserError(
-                f"--init_from {checkpoint.path}: was trained with {name} {getattr(was, name)}, not "
-                f"{getattr(now, name)}; set --{name} to match"
-            )
+    if checkpoint.config is not None and was.cross_attn_heads != now.cross_attn_heads:
+        raise UserError(
+            f"--init_from {checkpoint.path}: was trained with cross_attn_heads {was.cross_attn_heads}, not "
+            f"{now.cross_attn_heads}; set --cross_attn_heads to match"
+        )
     for name in (
         "text_cross_attn_weight",
         "image_cross_attn_weight",

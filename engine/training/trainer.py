@@ -12,7 +12,6 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from types import FrameType
 from typing import Any
 
@@ -27,7 +26,6 @@ from torch.utils.data import DataLoader
 from engine.training.schedules import Together
 from engine.training.stages import Stage, StageOutput
 from engine.training.verdicts import epoch_warnings
-from model.steps import StepDropout
 from utils.errors import NotFiniteError
 from utils.logging import progress_bar
 from utils.processes import Share
@@ -143,8 +141,7 @@ def _share_of_step(stage: nn.Module, batch: dict[str, Any], share: Share) -> Sta
     """A stage's output for this process's images, so weighed that the mean over processes is that of the whole step."""
     if share.processes == 1:
         return stage(batch)
-    with StepDropout(share) if batch["image"].device.type == "cpu" else nullcontext():
-        output = stage({**batch, "share": share})
+    output = stage({**batch, "share": share})
     weight = 1.0 if output.weighed else share.weight
     return StageOutput(
         {name: weight * value for name, value in output.losses.items()},
