@@ -1,9 +1,7 @@
-"""Images per second that one process reads and resizes: decoded each time, and kept as squares (`--cache_images`).
+"""Images per second that one process reads and resizes, each with its mask, for several kinds of files.
 
-Pictures are smooth noise with some grain, whose files have about the size of photographs. Four figures for each kind of
-file, in one run, interleaved image by image, medians: reading and resizing alone, which the cache is for, and whole
-samples without augmentation, with the normalisation that both sides share. Of reading and resizing processor time is
-given beside the clock's, since other work on the machine disturbs it less; files lie in the system's memory.
+The pictures are smooth noise with some grain; their files have about the size of photographs. Processor time is
+measured, since other work on the machine disturbs it less than elapsed time.
 """
 
 from __future__ import annotations
@@ -12,90 +10,56 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import open_clip
-import torch
 from PIL import Image
 from scipy import ndimage
 
-from dataset.image_cache import ImageCache, open_cache, square_pair
+from dataset.images import read_pair, resize_image, resize_mask
 from dataset.records import Record
-from dataset.samples import AnomalyDataset
 from engine.runtime.device import device_name
 
 SIZES = ((1500, 1000), (900, 900))
-ENDINGS = {"jpg": {"quality": 92}, "png": {}}
-CLOCKS = {"clock": time.perf_counter, "processor": time.process_time}
+ENDINGS: dict[str, dict[str, int]] = {"jpg": {"quality": 92}, "png": {}}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--images", type=int, default=8, help="different images of each kind, half of them with a mask")
-    parser.add_argument("--repeats", type=int, default=5, help="times that each image is read in each way")
-    parser.add_argument("--img_size", type=int, default=518, help="side of the squares in pixels")
-    parser.add_argument("--folder", type=Path, help="where to write the images; a temporary folder without it")
+    parser.add_argument("--repeats", type=int, default=5, help="times that each image is read")
+    parser.add_argument("--img_size", type=int, default=518, help="side of the resized images in pixels")
+    parser.add_argument("--folder", type=Path, help="where to write the images; default: a temporary folder")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    torch.set_num_threads(1)
-    print(f"{device_name('cpu')}, squares of {arguments.img_size}, Pillow's and torch's work on one thread\n")
-    print("| file | MB | what | time | decoded, images/s | kept, images/s | ratio |")
-    print(f"|---|---:|---|---|{'---:|' * 3}")
+    print(f"{device_name('cpu')}, {arguments.img_size} px\n")
+    print("| file | MB | images/s |\n|---|---:|---:|")
     with writable_folder(arguments.folder) as folder:
         for size in SIZES:
             for ending in ENDINGS:
-                place = folder / f"{size[0]}x{size[1]}_{ending}"
-                records = write_images(place, size, ending, arguments.images)
-                megabytes = statistics.mean((place / record.image_path).stat().st_size for record in records) / 1e6
-                kept = open_cache(place, records, arguments.img_size, 1e6)
-                if kept is None:
-                    raise SystemExit(f"{place}: there is no room for the squares")
-                for what, ways in (
-                    ("reading, resizing", reading(place, records, arguments.img_size, kept)),
-                    ("sample", samples(place, records, arguments.img_size, kept)),
-                ):
-                    seconds = timed(ways, len(records), arguments.repeats)
-                    for clock in CLOCKS:
-                        decoded, squares = (statistics.median(way[clock]) for way in seconds)
-                        row = [f"{size[0]} x {size[1]} {ending.upper()}", f"{megabytes:.2f}", what, clock]
-                        row += [f"{1 / decoded:.0f}", f"{1 / squares:.0f}", f"{decoded / squares:.1f}"]
-                        print(f"| {' | '.join(row)} |", flush=True)
+                subfolder = folder / f"{size[0]}x{size[1]}_{ending}"
+                records = write_images(subfolder, size, ending, arguments.images)
+                megabytes = statistics.mean((subfolder / record.image_path).stat().st_size for record in records) / 1e6
+                seconds = statistics.median(timed(subfolder, records, arguments.img_size, arguments.repeats))
+                print(f"| {size[0]} x {size[1]} {ending.upper()} | {megabytes:.2f} | {1 / seconds:.0f} |", flush=True)
 
 
-Ways = tuple[Callable[[int], object], Callable[[int], object]]
-
-
-def reading(root: Path, records: list[Record], img_size: int, kept: ImageCache) -> Ways:
-    """An image and its mask as squares, by index: decoded, and kept."""
-    return (
-        lambda index: square_pair(root, records[index], img_size),
-        lambda index: square_pair(root, records[index], img_size, kept=kept),
-    )
-
-
-def samples(root: Path, records: list[Record], img_size: int, kept: ImageCache) -> Ways:
-    """Whole samples without augmentation, by index: decoded, and kept."""
-    how = (root, records, img_size, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-    return AnomalyDataset(*how).__getitem__, AnomalyDataset(*how, kept=kept).__getitem__
-
-
-def timed(ways: Ways, count: int, repeats: int) -> list[dict[str, list[float]]]:
-    """Seconds of each call of each way by clock, once every image has been read in both."""
-    seconds = [{clock: [] for clock in CLOCKS} for _ in ways]
+def timed(root: Path, records: list[Record], img_size: int, repeats: int) -> list[float]:
+    """Seconds of processor time for each record, after every image has been read once."""
+    seconds = []
     for repeat in range(repeats + 1):
-        for index in range(count):
-            for way, found in zip(ways, seconds, strict=True):
-                start = {name: clock() for name, clock in CLOCKS.items()}
-                way(index)
-                for name, clock in CLOCKS.items():
-                    if repeat:
-                        found[name].append(clock() - start[name])
+        for record in records:
+            start = time.process_time()
+            image, mask = read_pair(root, record)
+            resize_image(image, (img_size, img_size))
+            resize_mask(mask, (img_size, img_size))
+            if repeat:
+                seconds.append(time.process_time() - start)
     return seconds
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from dataset.options import AS_USUAL, AugmentationConfig
+from dataset.options import DEFAULT_AUGMENTATION, AugmentationConfig
 
 Picture = TypeVar("Picture", Image.Image, Tensor)
 
@@ -49,7 +49,7 @@ def move_pair(
     image: Picture,
     mask: Picture,
     parameters: Augmentation,
-    choices: AugmentationConfig = AS_USUAL,
+    choices: AugmentationConfig = DEFAULT_AUGMENTATION,
     fill: Sequence[float] = (0, 0, 0),
 ) -> tuple[Picture, Picture, bool]:
     """Image and mask moved together, as `choices` says; and whether the anomaly left the image.

@@ -1,4 +1,4 @@
-"""Reading images and masks of any kind, from files that anybody made."""
+"""Read and resize images and masks of any format (docs/datasets.md)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from dataset.options import HALF, NONZERO
@@ -21,7 +22,7 @@ from utils.paths import is_no_file
 
 logger = logging.getLogger(__name__)
 
-# What Pillow raises for a damaged file, beside the OSError of most formats.
+# What Pillow raises for damaged files; for most formats it is an OSError.
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -47,26 +48,45 @@ _TRANSPOSE_OF_ORIENTATION = {
     8: Image.Transpose.ROTATE_90,
 }
 # A mask whose largest value is below this holds class indices, not grey levels.
-_MOST_CLASS_INDICES = 32
+_CLASS_INDICES = 32
 
 
 def read_image(
-    path: Path, content: bytes | None = None, formats: Sequence[str] | None = None, most_pixels: int | None = None
+    path: Path, content: bytes | None = None, formats: Sequence[str] | None = None, max_pixels: int | None = None
 ) -> Image.Image:
-    """Read an image of any kind as 8-bit RGB, turned as its EXIF tag says; from the file's `content` where it is given.
+    """Read an image of any kind as 8-bit RGB (`to_rgb`), rotated as its EXIF tag says.
 
-    formats: those of Pillow's that are let in, None for all; most_pixels: a larger image is refused undecoded. The
-    colours: as for `to_rgb`. Raises UserError, with the path, for what cannot be read.
+    Args:
+        path: The file; error messages name it.
+        content: The bytes of the file, if they were read already.
+        formats: Names of the Pillow formats to accept. Default: all.
+        max_pixels: Images with more pixels are rejected before they are decoded. Default: no limit.
+
+    Returns:
+        The image, mode "RGB".
+
+    Raises:
+        UserError: The image cannot be read.
     """
-    return to_rgb(_open(path, content, formats, most_pixels), path)
+    return to_rgb(_open(path, content, formats, max_pixels), path)
 
 
 def to_rgb(image: Image.Image, path: Path | str = "this image") -> Image.Image:
-    """An image of any kind as 8-bit RGB; `UserError`, which begins with `path`, for values that mean no colours.
+    """Convert an image of any mode to 8-bit RGB.
 
-    Values beyond 255 mean the range 0 to 65535 and are divided by 257, the same for every image: stretching each to
-    its own range would make its brightness depend on its brightest defect. Floats up to 1 mean the range 0 to 1.
-    Transparency is dropped, not blended with a background.
+    Values above 255 are divided by 257, whatever the image's own range: stretching each image to its range would make
+    its brightness depend on its brightest defect. Floats up to 1 are multiplied by 255. Transparency is dropped, not
+    blended with a background.
+
+    Args:
+        image: An image of any mode.
+        path: What error messages begin with.
+
+    Returns:
+        The image, mode "RGB".
+
+    Raises:
+        UserError: The values are outside of 0 to 65535, or the mode has no conversion to RGB.
     """
     if image.mode in ("F", "I") or image.mode.startswith("I;"):
         return Image.fromarray(_eight_bits(np.asarray(image), path)).convert("RGB")
@@ -74,120 +94,145 @@ def to_rgb(image: Image.Image, path: Path | str = "this image") -> Image.Image:
         if image.mode in ("P", "PA"):
             image = image.convert("RGBA")
         return image.convert("RGB")
-    except ValueError as error:  # a kind of colours that Pillow reads and cannot convert, such as Lab
+    except ValueError as error:  # a colour space that Pillow reads and cannot convert, such as Lab
         raise UserError(f"{path} cannot be read as an image: {error}") from error
 
 
 def content_digest(image: Image.Image) -> str:
-    """A hex digest of an RGB image's size and pixels, the same whatever file they came from."""
+    """SHA-256 (hexadecimal) of an RGB image's size and pixels; the file format does not matter."""
     return hashlib.sha256(repr(image.size).encode("ascii") + image.tobytes()).hexdigest()
 
 
-def read_mask(path: Path, threshold: float | str = HALF, content: bytes | None = None) -> Image.Image:
-    """Read a mask as mode "L": 255 where the image is anomalous, 0 elsewhere; turned as its own EXIF tag says.
+def read_mask(path: Path, threshold: float | str = HALF) -> Image.Image:
+    """Read a mask, rotated as its own EXIF tag says.
 
-    threshold: a share of the mask's largest value, or `NONZERO`, as in AA-CLIP's published code. content: the file's,
-    where it has been read.
+    - Class indices (whole numbers below 32: 0/1 masks, several defect types): every index but 0 is anomalous.
+    - Palette masks with colours: every colour but black is anomalous.
+    - Everything else is a grey level, the strongest colour channel times opacity: anomalous if it is at least
+      `threshold` of the mask's largest value. The default removes the noise of lossy compression and the fringe of
+      smoothed outlines.
 
-    - Class indices (whole numbers below 32: 0/1 masks, several defect types): all but 0 are anomalous.
-    - Palette masks with colours in them: all but black is anomalous.
-    - Everything else is a grey level, of the strongest colour channel times opacity: anomalous from `threshold` of the
-      mask's largest value on; half of it cuts the noise of lossy compression and the fringe of smoothed outlines.
+    Args:
+        path: The file.
+        threshold: A share of the mask's largest value, or `NONZERO` as in AA-CLIP's published code.
 
-    Raises UserError, with the path, for what cannot be read.
+    Returns:
+        The mask, mode "L": 255 where the image is anomalous, 0 elsewhere.
+
+    Raises:
+        UserError: The mask cannot be read.
     """
-    image = _open(path, content)
+    image = _open(path)
     if image.mode == "P" and _has_colours(image):
         anomalous = np.asarray(image.convert("RGB")).any(axis=2)
     else:
         values = _mask_values(image)
         if not np.isfinite(values).all():
-            raise UserError(f"{path} cannot be read as a mask: it holds values that are no numbers")
-        anomalous = _above_background(values, threshold)
+            raise UserError(f"{path} cannot be read as a mask: some of its values are not finite")
+        anomalous = _above_threshold(values, threshold)
     return Image.fromarray(anomalous.astype(np.uint8) * 255)
 
 
-def read_pair(root: Path, record: Record, mask_threshold: float | str = HALF) -> tuple[Image.Image, Image.Image | None]:
-    """A record's image and its mask, None for a normal image; raises UserError where the two have different sizes.
+def read_pair(root: Path, record: Record, mask_threshold: float | str = HALF) -> tuple[Image.Image, Image.Image]:
+    """Read the image and the mask of a record.
 
-    mask_threshold: as for `read_mask`.
+    Args:
+        root: The folder that the record's paths are relative to.
+        record: The record; without a mask path, the mask is empty.
+        mask_threshold: As for `read_mask`.
+
+    Returns:
+        The image (mode "RGB") and the mask (mode "L", 255 where anomalous), of the same size.
+
+    Raises:
+        UserError: One of them cannot be read, or their sizes differ.
     """
     image = read_image(root / record.image_path)
     if record.mask_path is None:
-        return image, None
+        return image, Image.new("L", image.size)
     mask = read_mask(root / record.mask_path, mask_threshold)
-    check_sizes(root, record, image.size, mask.size)
+    if mask.size != image.size:
+        raise UserError(
+            f"the image {root / record.image_path} is {image.width} x {image.height} but its mask "
+            f"{root / record.mask_path} is {mask.width} x {mask.height}: both must have the same size"
+        )
     return image, mask
 
 
-def check_sizes(root: Path, record: Record, image_size: tuple[int, int], mask_size: tuple[int, int]) -> None:
-    """Raise UserError where a record's image and mask, as they were read, have different sizes (width, height)."""
-    if image_size != mask_size:
-        (width, height), (mask_width, mask_height) = image_size, mask_size
-        raise UserError(
-            f"the image {root / record.image_path} is {width} x {height} but its mask {root / record.mask_path} is "
-            f"{mask_width} x {mask_height}: both must have one size"
-        )
+def resize_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize an image to (width, height), bicubic as CLIP's own preprocessing."""
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def resize_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize a mask to (width, height), nearest neighbour."""
+    return mask.resize(size, Image.Resampling.NEAREST)
 
 
 def find_bad_images(root: Path, records: Sequence[Record]) -> list[tuple[Record, str]]:
-    """Read every image and mask once; those that raise a UserError, each with its message, in the records' order."""
+    """Read every image and mask once; return the records that cannot be read, each with its error message."""
 
-    def check(record: Record) -> str | None:
+    def problem(record: Record) -> str | None:
         try:
-            read_pair(Path(root), record)
+            read_pair(root, record)
         except UserError as error:
             return str(error)
         return None
 
     with ThreadPoolExecutor() as pool:
-        messages = pool.map(check, records)
+        messages = pool.map(problem, records)
         return [(record, message) for record, message in zip(records, messages, strict=True) if message is not None]
 
 
-def drop_bad_images(root: Path, records: Sequence[Record]) -> tuple[list[Record], int]:
-    """The records that can be read, and how many cannot (`--skip_bad_images`); each of those is logged as a warning."""
+def drop_bad_images(root: Path, records: Sequence[Record]) -> list[Record]:
+    """Return the records that can be read, and log a warning for each of the others (`--skip_bad_images`)."""
     bad = find_bad_images(root, records)
     for _, message in bad:
         logger.warning("skipped: %s", message)
     skipped = {record for record, _ in bad}
-    return [record for record in records if record not in skipped], len(bad)
+    return [record for record in records if record not in skipped]
+
+
+def exif_transpose(path: Path) -> Image.Transpose | None:
+    """The transposition that the EXIF tag of an image asks for; `read_image` has applied it."""
+    with Image.open(path) as image:
+        return _transpose(image)
 
 
 def _open(
-    path: Path, content: bytes | None = None, formats: Sequence[str] | None = None, most_pixels: int | None = None
+    path: Path, content: bytes | None = None, formats: Sequence[str] | None = None, max_pixels: int | None = None
 ) -> Image.Image:
-    # Anything else that can be opened, such as a pipe, may never end.
+    # Reading from a pipe or a device may never end.
     if content is None and is_no_file(path):
-        raise UserError(f"{path} cannot be read as an image: it is no file")
+        raise UserError(f"{path} cannot be read as an image: it is not a regular file")
     try:
-        # An open file, not its name: Pillow maps a named TIFF into memory and mixes up the sides of one that is turned.
-        opened = Path(path).open("rb") if content is None else io.BytesIO(content)  # noqa: SIM115
+        # An open file, not its name: Pillow maps a named TIFF into memory and swaps the sides of a rotated one.
+        opened = path.open("rb") if content is None else io.BytesIO(content)
         with opened as file, Image.open(file, formats=formats) as image:
-            if most_pixels is not None and image.width * image.height > most_pixels:
-                raise UserError(f"{path} has {image.width} x {image.height} pixels: {most_pixels:,} are the most")
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise UserError(f"{path} has {image.width} x {image.height} pixels; the limit is {max_pixels:,}")
             image.load()
-            turn = _TRANSPOSE_OF_ORIENTATION.get(_orientation(image))
-            return image.copy() if turn is None else image.transpose(turn)
+            transpose = _transpose(image)
+            return image.copy() if transpose is None else image.transpose(transpose)
     except FileNotFoundError as error:
         raise UserError(
-            f"{path} is not there; if the dataset's folder has changed, delete its metadata_test*.jsonl"
+            f"{path} does not exist; if the dataset's folder has changed, delete its metadata_test*.jsonl"
         ) from error
     except UnidentifiedImageError as error:
-        raise UserError(f"{path} cannot be read as an image: it is of no format that is known") from error
+        raise UserError(f"{path} cannot be read as an image: unknown format") from error
     except _DECODE_ERRORS as error:
         raise UserError(f"{path} cannot be read as an image: {' '.join(str(error).split())}") from error
 
 
-def _orientation(image: Image.Image) -> int | None:
+def _transpose(image: Image.Image) -> Image.Transpose | None:
     try:
-        return image.getexif().get(_ORIENTATION_TAG)
+        return _TRANSPOSE_OF_ORIENTATION.get(image.getexif().get(_ORIENTATION_TAG))
     except _DECODE_ERRORS:
-        # Damaged tags are no damaged image: it is taken as it lies.
+        # Damaged tags do not make the image unusable.
         return None
 
 
-def _eight_bits(values: np.ndarray, path: Path | str) -> np.ndarray:
+def _eight_bits(values: NDArray, path: Path | str) -> NDArray[np.uint8]:
     """Scale (H, W) values of more than 8 bits, or floats, to uint8."""
     lowest, highest = float(values.min()), float(values.max())
     if not (lowest >= 0 and highest <= 65535):
@@ -202,12 +247,12 @@ def _eight_bits(values: np.ndarray, path: Path | str) -> np.ndarray:
 
 
 def _has_colours(image: Image.Image) -> bool:
-    used = np.asarray(image.convert("RGB")).astype(np.int16)
-    return bool((used.max(axis=2) != used.min(axis=2)).any())
+    rgb = np.asarray(image.convert("RGB")).astype(np.int16)
+    return bool((rgb.max(axis=2) != rgb.min(axis=2)).any())
 
 
-def _mask_values(image: Image.Image) -> np.ndarray:
-    """One number per pixel (H, W) of a mask of any mode, 0 where there is nothing."""
+def _mask_values(image: Image.Image) -> NDArray:
+    """The grey level of each pixel (H, W) of a mask of any mode."""
     if image.mode in ("L", "F", "I") or image.mode.startswith("I;"):
         return np.asarray(image)
     if image.mode == "1":
@@ -217,10 +262,10 @@ def _mask_values(image: Image.Image) -> np.ndarray:
     return np.rint(strongest * rgba[..., 3] / 255)
 
 
-def _above_background(values: np.ndarray, threshold: float | str) -> np.ndarray:
+def _above_threshold(values: NDArray, threshold: float | str) -> NDArray[np.bool_]:
     if threshold == NONZERO:
         return values != 0
     largest = values.max()
-    if largest < _MOST_CLASS_INDICES and (values == np.rint(values)).all():
+    if largest < _CLASS_INDICES and (values == np.rint(values)).all():
         return values > 0
     return values >= largest * float(threshold)

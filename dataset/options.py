@@ -47,7 +47,7 @@ class AugmentationConfig:
     )
 
 
-AS_USUAL = AugmentationConfig()
+DEFAULT_AUGMENTATION = AugmentationConfig()
 
 
 def names_or_file(text: str) -> str:

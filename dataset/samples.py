@@ -1,4 +1,4 @@
-"""From a record to tensors, in an order that depends on nothing but the run's position."""
+"""Records as tensors, in an order that depends on the seed and the position in the run alone."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import BatchSampler, Dataset, Sampler
 from torchvision.transforms.v2 import functional as F
 
 from dataset.augmentation import Augmentation, change_colours, draw_augmentation, move_pair
-from dataset.image_cache import ImageCache, empty_mask, square_pair
-from dataset.images import read_pair
-from dataset.options import AS_USUAL, HALF, AugmentationConfig
+from dataset.images import read_pair, resize_image, resize_mask
+from dataset.options import DEFAULT_AUGMENTATION, HALF, AugmentationConfig
 from dataset.records import Record
 from utils.processes import Share
 from utils.seeding import derive_seed
@@ -24,20 +24,16 @@ from utils.seeding import derive_seed
 AUGMENTATIONS = ("none", "geometric", "full")
 
 
-def image_tensor(image: Image.Image, img_size: int, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """An RGB image as a model takes it: square (bicubic), normalised, float32 (3, S, S)."""
-    return _normalised(_square(image, img_size), _per_channel(mean), _per_channel(std))
+def image_tensor(image: Image.Image, img_size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Turn an RGB image into a model's input: resized to a square (bicubic), normalised, float32 (3, S, S)."""
+    return _normalised(resize_image(image, (img_size, img_size)), _per_channel(mean), _per_channel(std))
 
 
-def _square(image: Image.Image, img_size: int) -> Image.Image:
-    return image.resize((img_size, img_size), Image.Resampling.BICUBIC)
-
-
-def _per_channel(values: Sequence[float]) -> torch.Tensor:
+def _per_channel(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
 
 
-def _normalised(image: Image.Image, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+def _normalised(image: Image.Image, mean: Tensor, std: Tensor) -> Tensor:
     return (F.pil_to_tensor(image).float() / 255 - mean) / std
 
 
@@ -49,24 +45,28 @@ class SampleKey:
     seed: int
 
 
-class AnomalyDataset(Dataset):
-    """Records as samples: a dict with
+class AnomalyDataset(Dataset[dict[str, Any]]):
+    """Records as samples.
 
-    - `image`: float32 (3, S, S), resized to a square (bicubic) and normalised with `mean` and `std`;
-    - `mask`: float32 (1, S, S), 1 where anomalous (nearest neighbour), all 0 for normal images; `mask_threshold` says
-      which pixels of a file are (`dataset.images.read_mask`);
-    - `label`: 0 normal, 1 anomalous; `class_name`; `image_path`; `index`: the record's position.
+    A sample is a dict with `image` (float32 (3, S, S), normalised), `mask` (float32 (1, S, S), 1 where anomalous),
+    `label` (0 normal, 1 anomalous), `class_name`, `image_path` and `index` (the record's position).
 
-    `augment`: "geometric" turns, shifts and flips image and mask together, "full" also changes brightness,
-    contrast and saturation. The parameters come from `SampleKey.seed` alone; a plain index is for `augment="none"`,
-    with anything else it raises ValueError; `choices` says how. An anomaly that was moved out of the image entirely
-    leaves a normal image, label 0, but under `keep_label`; an anomalous image whose mask is empty from the start keeps
-    its label.
+    With augmentation, samples are taken by `SampleKey`, whose seed alone decides the parameters; a plain index raises
+    ValueError. An anomaly that was moved out of the image leaves a normal image, label 0, unless `choices.keep_label`.
 
-    `kept`: squares of images and masks that were decoded before, and a place for others; samples are the same with it
-    and without. It is of no use to colours that change before the resize (`jitter_first`).
+    Args:
+        root: The dataset's folder.
+        records: The images.
+        img_size: Side S of the square images, pixels; images are resized bicubic, masks to the nearest pixel.
+        mean: Of each channel, for the normalisation.
+        std: Of each channel.
+        augment: "none"; "geometric" rotates, shifts and flips image and mask together; "full" also changes brightness,
+            contrast and saturation.
+        choices: Details of the augmentation.
+        mask_threshold: As for `dataset.images.read_mask`.
 
-    Raises UserError for a file that cannot be read and for a mask of another size than its image.
+    Raises:
+        UserError: From taking a sample, if a file cannot be read or a mask's size is not that of its image.
     """
 
     def __init__(
@@ -77,9 +77,8 @@ class AnomalyDataset(Dataset):
         mean: Sequence[float],
         std: Sequence[float],
         augment: str = "none",
-        choices: AugmentationConfig = AS_USUAL,
+        choices: AugmentationConfig = DEFAULT_AUGMENTATION,
         mask_threshold: float | str = HALF,
-        kept: ImageCache | None = None,
     ) -> None:
         if augment not in AUGMENTATIONS:
             raise ValueError(f"augment must be one of {', '.join(AUGMENTATIONS)}, not {augment!r}")
@@ -89,12 +88,11 @@ class AnomalyDataset(Dataset):
         self.augment = augment
         self.choices = choices
         self.mask_threshold = mask_threshold
-        self.kept = kept
         self.mean, self.std = _per_channel(mean), _per_channel(std)
-        uncovered = torch.zeros(3, 1, 1) + (self.mean if choices.augment_fill == "mean" else 0)
+        colour = torch.zeros(3, 1, 1) + (self.mean if choices.augment_fill == "mean" else 0)
         # In the values of what is moved: the normalised image, or 8-bit RGB.
         separate = choices.augment_moves == "separate"
-        fill = (uncovered - self.mean) / self.std if separate else (255 * uncovered).round().int()
+        fill = (colour - self.mean) / self.std if separate else (255 * colour).round().int()
         self.fill = fill.flatten().tolist()
 
     def __len__(self) -> int:
@@ -105,47 +103,56 @@ class AnomalyDataset(Dataset):
         record = self.records[index]
         label = record.label
         if self.augment == "none":
-            pixels, marks = self._tensors(*self._squares(record))
+            pixels, mask = self._tensors(*self._resized(*self._read(record)))
         elif isinstance(key, SampleKey):
-            pixels, marks, gone = self._augmented(record, draw_augmentation(key.seed))
-            label = 0 if gone and not self.choices.keep_label else label
+            pixels, mask, lost = self._augmented(record, draw_augmentation(key.seed))
+            label = 0 if lost and not self.choices.keep_label else label
         else:
             raise ValueError("augmentation needs a SampleKey: give the loader a SeededSampler")
         return {
             "image": pixels,
-            "mask": (marks > 0).float(),
+            "mask": (mask > 0).float(),
             "label": label,
             "class_name": record.class_name,
             "image_path": record.image_path,
             "index": index,
         }
 
-    def _squares(self, record: Record) -> tuple[Image.Image, Image.Image]:
-        return square_pair(self.root, record, self.img_size, self.mask_threshold, self.kept)
+    def _read(self, record: Record) -> tuple[Image.Image, Image.Image]:
+        return read_pair(self.root, record, self.mask_threshold)
 
-    def _tensors(self, image: Image.Image, mask: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
+    def _resized(self, image: Image.Image, mask: Image.Image) -> tuple[Image.Image, Image.Image]:
+        size = (self.img_size, self.img_size)
+        return resize_image(image, size), resize_mask(mask, size)
+
+    def _tensors(self, image: Image.Image, mask: Image.Image) -> tuple[Tensor, Tensor]:
         return _normalised(image, self.mean, self.std), F.pil_to_tensor(mask)
 
-    def _augmented(self, record: Record, parameters: Augmentation) -> tuple[torch.Tensor, torch.Tensor, bool]:
-        """A record's image and mask, moved and recoloured, as tensors; and whether the anomaly was moved out."""
-        choices, size = self.choices, self.img_size
-        if self.augment == "full" and choices.jitter_first:
-            image, mask = read_pair(self.root, record, self.mask_threshold)
-            image = _square(change_colours(image, parameters), size)
-            mask = empty_mask(size) if mask is None else mask.resize((size, size), Image.Resampling.NEAREST)
-        else:
-            image, mask = self._squares(record)
-            image = change_colours(image, parameters) if self.augment == "full" else image
-        if choices.augment_moves == "separate":
-            return move_pair(*self._tensors(image, mask), parameters, choices, self.fill)
-        image, mask, gone = move_pair(image, mask, parameters, choices, self.fill)
-        return *self._tensors(image, mask), gone
+    def _augmented(self, record: Record, parameters: Augmentation) -> tuple[Tensor, Tensor, bool]:
+        """Image and mask of a record after augmentation, and whether its anomaly was moved out of the image."""
+        image, mask = self._read(record)
+        recolour = self.augment == "full"
+        if recolour and self.choices.jitter_first:
+            image = change_colours(image, parameters)
+        image, mask = self._resized(image, mask)
+        if recolour and not self.choices.jitter_first:
+            image = change_colours(image, parameters)
+        if self.choices.augment_moves == "separate":
+            return move_pair(*self._tensors(image, mask), parameters, self.choices, self.fill)
+        image, mask, lost = move_pair(image, mask, parameters, self.choices, self.fill)
+        return *self._tensors(image, mask), lost
 
 
 class SeededSampler(Sampler[SampleKey]):
-    """Every index once, as SampleKeys, in an order and with seeds that follow from (seed, stage, loop, epoch).
+    """Every index once, in an order and with seeds that follow from (seed, stage, loop, epoch) alone.
 
-    `set_position` before each epoch; iterating twice at one position gives the same keys.
+    Call `set_position` before each epoch; iterating twice at one position gives the same keys.
+
+    Args:
+        length: How many indices there are.
+        seed: The run's seed.
+        stage: The number of the training stage.
+        shuffle: Whether the order is random.
     """
 
     def __init__(self, length: int, seed: int, stage: int, shuffle: bool = True) -> None:
@@ -159,7 +166,7 @@ class SeededSampler(Sampler[SampleKey]):
         self.position = (self.seed, self.stage, loop, epoch)
 
     def __iter__(self) -> Iterator[SampleKey]:
-        order = range(self.length)
+        order = list(range(self.length))
         if self.shuffle:
             order = np.random.default_rng(derive_seed(*self.position)).permutation(self.length).tolist()
         for index in order:
@@ -170,20 +177,21 @@ class SeededSampler(Sampler[SampleKey]):
 
 
 class SharedBatches(BatchSampler):
-    """Batches of `batch_size` keys, and the last of what is left, of which each process loads its share.
+    """Batches of keys, of which each process of a data-parallel run loads its share; the last batch may be smaller.
 
-    A process that none are left for loads the first one, so that all take the same steps.
+    A process without a share of a batch loads the first key, so that all processes take the same steps.
     """
 
-    def __init__(self, sampler: SeededSampler, batch_size: int, process: int = 0, processes: int = 1) -> None:
+    def __init__(self, sampler: SeededSampler, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(sampler, batch_size, drop_last=False)
-        self.process = process
-        self.processes = processes
+        self.count = len(sampler)
+        self.rank = rank
+        self.world_size = world_size
 
     def shares(self) -> list[Share]:
-        """This process's share of each batch."""
-        left = range(len(self.sampler), 0, -self.batch_size)
-        return [Share.of(min(count, self.batch_size), self.process, self.processes) for count in left]
+        """The share of this process in each batch."""
+        remaining = range(self.count, 0, -self.batch_size)
+        return [Share.of(min(count, self.batch_size), self.rank, self.world_size) for count in remaining]
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         for keys, share in zip(super().__iter__(), self.shares(), strict=True):

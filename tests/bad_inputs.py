@@ -33,7 +33,7 @@ SOON = 5.0
 # Below the current folder; what a case prepares is there alone.
 CASE = Path("case")
 # What datasets keep by design as soon as they have been listed.
-KEPT = re.compile(r"metadata_test\w*\.jsonl|\.image_cache")
+KEPT = re.compile(r"metadata_test\w*\.jsonl")
 # The files of a run, but for temporary ones and its lock.
 WHOLE = re.compile(r"here/new(/\w[\w.]*)?")
 _NOT_OURS = re.compile(r"\w*(Error|Exception|Warning)\b|usage:|\S+: error:")

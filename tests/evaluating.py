@@ -45,4 +45,4 @@ def _inference(checkpoint: object, **values: Any) -> InferenceArguments:
 def _values(values: dict[str, Any]) -> dict[str, Any]:
     references: ReferenceChoice | None = values.pop("references", None)
     chosen = references.arguments if references else {}
-    return {"device": "cpu", "num_workers": 0, "cache_images": 0.0, **values, **chosen}
+    return {"device": "cpu", "num_workers": 0, **values, **chosen}

@@ -198,7 +198,7 @@ def test_what_is_no_image_file_is_left_out_of_a_folder(tmp_path: Path) -> None:
     assert found.problems == [f"{tmp_path / name} is no file" for name in ("pipe.png", "socket.png")]
     with pytest.raises(UserError, match="neither a file nor a folder"):
         find_images(tmp_path / "pipe.png", "--image")
-    with pytest.raises(UserError, match="cannot be read as an image: it is no file"):
+    with pytest.raises(UserError, match="cannot be read as an image: it is not a regular file"):
         read_image(tmp_path / "pipe.png")
 
 
@@ -241,7 +241,7 @@ def test_any_class_name_makes_prompts(score_folder: Callable[..., object], tmp_p
     [
         ("", "a class needs a name"),
         ("_ \n", "a class needs a name"),
-        ("x" * 100_000, "has 100000 characters; at most 200"),
+        ("x" * 100_000, "has 100000 characters; the limit is 200"),
         ("q1 " * 60, "fills CLIP's 77 tokens"),
     ],
 )

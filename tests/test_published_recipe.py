@@ -120,7 +120,8 @@ def opening(world: Path, tmp_path: Path) -> Opening:
 
 def first_batch(opening: Opening, augment: str, size: int, stage: int) -> dict[str, Any]:
     choices = opening.config.augmentation()
-    loader, _ = training_loader(opening.data, opening.model.clip, augment, size, stage, 0, 0, choices)
+    samples = make_dataset(opening.data, opening.model.clip, augment, choices)
+    loader, _ = training_loader(samples, size, stage, 0)
     return next(iter(loader))
 
 

@@ -172,7 +172,7 @@ def test_a_bad_image_ends_in_one_line_also_in_a_worker(world: Path, tmp_path: Pa
     asked = arguments(world, tmp_path / "run", dataset=data, shot=12, num_workers=1)
     assert str(bad) in error_line("train.py", *asked)
     errors = run("train.py", *asked, "--skip_bad_images", "--shot", "10", "--save_path", tmp_path / "other")
-    assert "1 images that cannot be read are left out" in errors
+    assert "1 images cannot be read and are left out" in errors
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(world: Path, tmp_path: Path) -> None:

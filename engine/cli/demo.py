@@ -73,7 +73,6 @@ def run_demo(base: BaseConfig, feedback: FeedbackConfig, folder: Path) -> None:
             batch_size=32,
             num_workers=0,
             device=base.device,
-            cache_images=base.cache_images,
             report=True,
             det_score=DET_SCORE,
         )

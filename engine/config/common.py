@@ -89,10 +89,3 @@ class MachineArguments(Arguments):
         False, "compile the encoders' blocks with torch.compile for batches of the size asked for", "machine", free=True
     )
     num_workers: int = setting(2, "processes that load images", "machine", between=(0, 512), free=True)
-    cache_images: float = setting(
-        20.0,
-        "GiB that resized images may take, kept below the dataset's folder where they fit; 0 keeps none",
-        "machine",
-        between=(0, 1_000_000),
-        free=True,
-    )

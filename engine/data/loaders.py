@@ -1,4 +1,4 @@
-"""From the records of a task to samples and loaders."""
+"""Samples and loaders of a task."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from itertools import groupby
 import torch
 from torch.utils.data import DataLoader
 
-from dataset.image_cache import open_cache
 from dataset.images import find_bad_images
-from dataset.options import AS_USUAL, AugmentationConfig
+from dataset.options import DEFAULT_AUGMENTATION, AugmentationConfig
 from dataset.records import Record
 from dataset.samples import AnomalyDataset, SeededSampler, SharedBatches
 from engine.data.task import TaskData
@@ -23,40 +22,37 @@ logger = logging.getLogger(__name__)
 
 
 def make_dataset(
-    data: TaskData, clip: FrozenCLIP, augment: str = "none", choices: AugmentationConfig = AS_USUAL
+    data: TaskData, clip: FrozenCLIP, augment: str = "none", choices: AugmentationConfig = DEFAULT_AUGMENTATION
 ) -> AnomalyDataset:
     """Samples at the CLIP model's size and normalisation, in class order."""
     order = {name: row for row, name in enumerate(data.classes)}
     records = sorted(data.records, key=lambda record: order[record.class_name])
-    root, size = data.located.root, clip.img_size
-    kept = open_cache(root, records, size, data.cache_gib)
-    return AnomalyDataset(root, records, size, clip.mean, clip.std, augment, choices, data.mask_threshold, kept)
+    return AnomalyDataset(
+        data.located.root, records, clip.img_size, clip.mean, clip.std, augment, choices, data.mask_threshold
+    )
 
 
 def training_loader(
-    data: TaskData,
-    clip: FrozenCLIP,
-    augment: str,
+    samples: AnomalyDataset,
     batch_size: int,
     stage: int,
     seed: int,
-    num_workers: int,
-    choices: AugmentationConfig = AS_USUAL,
-    process: int = 0,
-    processes: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> tuple[DataLoader, SeededSampler]:
-    """Augmented batches in an order and with augmentations that follow from (seed, stage, loop, epoch, index) alone.
+    """Batches whose order and augmentation follow from (seed, stage, loop, epoch, index) alone, and their sampler.
 
-    process, processes: which of how many this is that share the images of each batch.
+    Each of the `world_size` processes loads its share of every batch.
     """
-    samples = make_dataset(data, clip, augment, choices)
     sampler = SeededSampler(len(samples), seed, stage)
     loader = DataLoader(
         samples,
-        batch_sampler=SharedBatches(sampler, batch_size, process, processes),
+        batch_sampler=SharedBatches(sampler, batch_size, rank, world_size),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        pin_memory=next(clip.parameters()).is_cuda,
+        pin_memory=pin_memory,
     )
     return loader, sampler
 
@@ -64,21 +60,18 @@ def training_loader(
 def evaluation_loader(
     samples: AnomalyDataset,
     batch_size: int,
-    num_workers: int,
+    num_workers: int = 0,
     pin_memory: bool = False,
-    process: int = 0,
-    processes: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> DataLoader:
-    """Batches in the records' order, none of which holds images of two classes; pinned for copies to a GPU.
-
-    process, processes: which of how many this is that take the batches in turn.
-    """
-    batches = batches_of_classes(samples, batch_size)[process::processes]
+    """Batches of one class each, in the records' order; each of the `world_size` processes loads every n-th batch."""
+    batches = batches_of_classes(samples, batch_size)[rank::world_size]
     return DataLoader(samples, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory)
 
 
 def batches_of_classes(samples: AnomalyDataset, batch_size: int) -> list[list[int]]:
-    """The samples' positions in their order, in batches of one class each."""
+    """Positions of the samples, in order, in batches of one class each."""
     batches = []
     for _, positions in groupby(range(len(samples)), key=lambda position: samples.records[position].class_name):
         chosen = list(positions)
@@ -87,13 +80,20 @@ def batches_of_classes(samples: AnomalyDataset, batch_size: int) -> list[list[in
 
 
 def hold_out(data: TaskData, fraction: float, seed: int) -> tuple[TaskData, TaskData]:
-    """Split off a share of the images of each class and label: (to train on, held out).
+    """Split off a share of the images of each class and label, but at least one and not all.
 
-    At least one image of each stays on both sides. The images held out are read once, since a bad one would stop the
-    run only when epochs have been trained, and without it the split is another one. Raises `UserError` for a bad one,
-    and where a class has a single image of a kind.
+    Args:
+        data: The images.
+        fraction: The share to hold out, 0 to 1.
+        seed: Decides which images are held out.
+
+    Returns:
+        The images to train on, and those held out.
+
+    Raises:
+        UserError: A class has a single image of a label, or a held-out image cannot be read.
     """
-    kept, held = [], []
+    training, validation = [], []
     groups: dict[tuple[str, int], list[Record]] = {}
     for record in data.records:
         groups.setdefault((record.class_name, record.label), []).append(record)
@@ -101,12 +101,13 @@ def hold_out(data: TaskData, fraction: float, seed: int) -> tuple[TaskData, Task
         kind = "anomalous" if label else "normal"
         if len(records) < 2:
             raise UserError(f"--val_fraction: class {class_name!r} has a single {kind} image, none can be held out")
-        generator = torch.Generator().manual_seed(derive_seed(seed, len(held)))
+        generator = torch.Generator().manual_seed(derive_seed(seed, len(validation)))
         order = torch.randperm(len(records), generator=generator).tolist()
         count = min(max(1, round(fraction * len(records))), len(records) - 1)
-        held += [records[index] for index in order[:count]]
-        kept += [records[index] for index in sorted(order[count:])]
-    for _, problem in find_bad_images(data.located.root, held)[:1]:
-        raise UserError(f"{problem} (held out by --val_fraction; --skip_bad_images goes on without it)")
-    logger.info("Held out for validation: %d of %d images", len(held), len(data.records))
-    return replace(data, records=kept), replace(data, records=held)
+        validation += [records[index] for index in order[:count]]
+        training += [records[index] for index in sorted(order[count:])]
+    # Read now: a bad image would stop the run after its first epochs, and restarting without it changes the split.
+    for _, problem in find_bad_images(data.located.root, validation)[:1]:
+        raise UserError(f"{problem} (held out by --val_fraction; --skip_bad_images leaves it out)")
+    logger.info("Held out for validation: %d of %d images", len(validation), len(data.records))
+    return replace(data, records=training), replace(data, records=validation)

@@ -32,8 +32,7 @@ logger = logging.getLogger(__name__)
 class TaskData:
     """The images of a task: where they are, their records, and each class's name in the prompts, in class order.
 
-    mask_threshold: which pixels of a mask are anomalous (`dataset.images.read_mask`). cache_gib: the most that resized
-    images may take that are kept below the dataset's folder (`dataset.image_cache.open_cache`).
+    mask_threshold: which pixels of a mask are anomalous (`dataset.images.read_mask`).
     """
 
     located: LocatedDataset
@@ -41,7 +40,6 @@ class TaskData:
     names: dict[str, str]
     digest: str
     mask_threshold: str | float = HALF
-    cache_gib: float = 0.0
 
     @property
     def classes(self) -> list[str]:
@@ -111,10 +109,11 @@ def _make_task(
 ) -> TaskData:
     digest = metadata_digest(records)
     if skip_bad_images:
-        records, dropped = drop_bad_images(located.root, records)
-        logger.info("%s: %d images that cannot be read are left out", located.spec.name, dropped)
-        if not records:
-            raise UserError(f"{located.spec.name}: none of its {dropped} images in {located.root} can be read")
+        readable = drop_bad_images(located.root, records)
+        logger.info("%s: %d images cannot be read and are left out", located.spec.name, len(records) - len(readable))
+        if not readable:
+            raise UserError(f"{located.spec.name}: none of its {len(records)} images in {located.root} can be read")
+        records = readable
     present = {record.class_name for record in records}
     display = class_display_names(located.spec, class_names, dict.fromkeys(record.class_name for record in records))
     names = {name: text for name, text in display.items() if name in present}

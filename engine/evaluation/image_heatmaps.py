@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dataset.catalog import readable_name
-from dataset.images import read_pair
+from dataset.images import read_pair, resize_mask
 from dataset.options import CATALOG_NAMES
 from dataset.prompts import build_prompts
 from dataset.records import Record
@@ -48,9 +48,8 @@ class Picture:
 
 def read_picture(data: TaskData, record: Record) -> Picture:
     """An image with its ground truth; `UserError` for a file that cannot be read, and a mask of another size."""
-    image, found = read_pair(data.located.root, record, data.mask_threshold)
-    mask = np.zeros((image.height, image.width), bool) if found is None else np.asarray(found) > 0
-    return Picture(record, image, mask, data.names[record.class_name], data.located.spec.domain)
+    image, mask = read_pair(data.located.root, record, data.mask_threshold)
+    return Picture(record, image, np.asarray(mask) > 0, data.names[record.class_name], data.located.spec.domain)
 
 
 def look(detector: Detector, picture: Picture, name: str, attention: bool = False) -> Heatmap:
@@ -66,7 +65,7 @@ def look(detector: Detector, picture: Picture, name: str, attention: bool = Fals
     else:
         prediction = predict()
     found = prediction.anomaly_map
-    truth = Image.fromarray(picture.mask).resize(found.shape[::-1], Image.Resampling.NEAREST)
+    truth = resize_mask(Image.fromarray(picture.mask), found.shape[::-1])
     pixels = PixelCounter()
     pixels.update(torch.from_numpy(found)[None], torch.from_numpy(np.array(truth))[None], [picture.record.image_path])
     return Heatmap(name, found, prediction.score, pixels.result()["pixel_auroc"], maps)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +132,7 @@ def load_images(arguments: InferenceArguments, detectors: Sequence[Detector]) ->
         folders = (arguments.normal, arguments.anomalous)
         return load_two_folders(*folders, class_name, arguments.domain, arguments.skip_bad_images)
     dataset = arguments.dataset or training_dataset(detectors)
-    data = load_task_of_run(detectors[0].arguments, dataset, *arguments.image_choices())
-    return replace(data, cache_gib=arguments.cache_images)
+    return load_task_of_run(detectors[0].arguments, dataset, *arguments.image_choices())
 
 
 def write_results(

@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 CLIP_SETTINGS = ("model_name", "weights_digest", "img_size", "activation")
 CACHE_FILE = "comparison_cache.json"
 # Arguments that do not change the results.
-NOT_IN_COMMAND = ("device", "batch_size", "num_workers", "cache_images", "compile")
+NOT_IN_COMMAND = ("device", "batch_size", "num_workers", "compile")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,6 @@ def compare_feedback_loops(arguments: ComparisonArguments) -> int:
     run = next((row.config["arguments"] for row in reversed(rows) if row.config), {})
     with main_first():
         data = load_task_of_run(run, arguments.dataset, *arguments.image_choices())
-    data = replace(data, cache_gib=arguments.cache_images)
     setting = Setting(arguments, data, device, choose_precision(device, arguments.precision))
     clip = share_clip(rows, setting)
     if clip is None:

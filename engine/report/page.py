@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dataset.images import resize_image, resize_mask
 from engine.data.task import TaskData
 from engine.detector.detector import Detector
 from engine.evaluation.evaluate import METRICS, UNDEFINED, ImageScore, format_value
@@ -258,9 +259,8 @@ def fitted(picture: Picture) -> Picture:
     """The picture at the size that the page shows, its longer side `SIDE` pixels."""
     scale = SIDE / max(picture.image.size)
     size = tuple(max(1, round(scale * side)) for side in picture.image.size)
-    mask = Image.fromarray(picture.mask).resize(size, Image.Resampling.NEAREST)
-    image = picture.image.resize(size, Image.Resampling.BICUBIC)
-    return replace(picture, image=image, mask=np.array(mask))
+    mask = resize_mask(Image.fromarray(picture.mask), size)
+    return replace(picture, image=resize_image(picture.image, size), mask=np.array(mask))
 
 
 def picture_uri(image: Image.Image) -> str:

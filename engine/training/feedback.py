@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -49,7 +48,6 @@ def train_feedback(config: FeedbackConfig) -> None:
     if config.eval_dataset:
         asked = config.to_dict()
         tested = load_task_of_run(asked, config.eval_dataset, mask_threshold=config.mask_threshold)
-        tested = replace(tested, cache_gib=config.cache_images)
     for loop in plan:
         for side in ("text", "image"):
             remedy, forward = f"loop {loop.loop} has no cross-attention there", loop_forward(config, loop.loop)

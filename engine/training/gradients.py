@@ -18,7 +18,7 @@ from torch import Tensor
 from engine.config.feedback import FeedbackConfig
 from engine.config.gradients import DEFAULT_WEIGHT, GradientTest
 from engine.config.training import RunConfig
-from engine.data.loaders import training_loader
+from engine.data.loaders import make_dataset, training_loader
 from engine.data.task import TaskData, check_masks, choose_training_images, load_task
 from engine.detector.detector import checkpoint_config, cross_attention_choices, load_clip_for
 from engine.runtime.device import check_device
@@ -198,7 +198,7 @@ def take_batches(
     data: TaskData, model: AdaptedCLIPWithCrossAttention, test: GradientTest, device: str
 ) -> list[dict[str, Any]]:
     """The first batches that Stage 2 would train on."""
-    loader, sampler = training_loader(data, model.clip, "full", test.batch_size, 2, test.seed, 0)
+    loader, sampler = training_loader(make_dataset(data, model.clip, "full"), test.batch_size, 2, test.seed)
     if test.batches > len(loader):
         raise UserError(
             f"--batches {test.batches}: {data.located.spec.name} has {len(loader)} of {test.batch_size} images"

@@ -82,7 +82,6 @@ def prepare(config: RunConfig, script: str, start: Start | None = None, text_ada
             config.mask_threshold,
         )
     check_labels(config, data)
-    data = replace(data, cache_gib=config.cache_images)
     data = choose_training_images(data, config.training_mode, config.shot, config.seed)
     activation = config.activation or start.activation
     if config.compile:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
@@ -12,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from dataset.samples import SeededSampler
 from engine.config.training import RunConfig
-from engine.data.loaders import training_loader
+from engine.data.loaders import make_dataset, training_loader
 from engine.data.task import TaskData
 from engine.training.schedules import Factor
 from engine.training.stages import Stage
@@ -68,14 +67,18 @@ class RunState:
 def loaders_of(
     config: RunConfig, data: TaskData, clip: FrozenCLIP, accelerator: Accelerator
 ) -> Callable[..., tuple[DataLoader, SeededSampler]]:
-    """`training_loader` as a run asks for it; what a stage decides is left: augmentation, batch size and number."""
-    return partial(
-        training_loader,
-        data,
-        clip,
-        seed=config.seed,
-        num_workers=config.num_workers,
-        choices=config.augmentation(),
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
-    )
+    """Makes the training loader of a stage from its augmentation, batch size and number."""
+
+    def make(augment: str, batch_size: int, stage: int) -> tuple[DataLoader, SeededSampler]:
+        return training_loader(
+            make_dataset(data, clip, augment, config.augmentation()),
+            batch_size,
+            stage,
+            config.seed,
+            config.num_workers,
+            accelerator.device.type == "cuda",
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+
+    return make
