@@ -9,8 +9,6 @@ class, so that testing takes seconds. Exit status 1 if any command failed, else 
 
 from __future__ import annotations
 
-from utils.script import run_script
-
 import argparse
 import json
 import os
@@ -43,6 +41,7 @@ from tests.documented import (
 )
 from utils.errors import UserError
 from utils.files import write_text
+from utils.script import run_script
 from utils.tables import format_table
 
 AS_WRITTEN, SHORTENED, ARGUMENTS = "as written", "shortened", "arguments only"
