@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,22 @@ import dataset.toy_world
 from dataset.toy_world import write_toy_dataset
 from tests.helpers import draw_few
 from tests.in_process import ROOT
-from tests.scripts import start
 from utils.errors import NotFiniteError, Stopped, UserError
 from utils.script import run_script
+
+IMPORTS = """
+from utils.script import run_script
+
+
+def main():
+    print("importing", flush=True)
+    import engine.training.base
+
+    print("imported", flush=True)
+
+
+run_script(main)
+"""
 
 needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send")
 BOTH_SIGNALS = pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -34,6 +48,11 @@ def signals_as_before() -> Iterator[None]:
     threading.excepthook = threading.__excepthook__
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def start_code(code: str, **options: Any) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **pipes, **options)
 
 
 def end_of(main: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> tuple[object, list[str]]:
@@ -108,8 +127,9 @@ def test_a_signal_ends_a_script_in_one_line_after_cleaning_up(
 @needs_signals
 @BOTH_SIGNALS
 def test_a_signal_while_libraries_are_imported(number: int, status: int) -> None:
-    process = start("inference.py", "--checkpoint", "none", "--model_name", "nosuch", "--dataset", "toy_test")
-    time.sleep(0.9)
+    process = start_code(IMPORTS)
+    assert process.stdout is not None and process.stdout.readline() == "importing\n"
+    time.sleep(0.3)
     process.send_signal(number)
     assert process.communicate(timeout=60) == ("", "stopped\n")
     assert process.returncode == status
@@ -140,18 +160,8 @@ if __name__ == "__main__":
 
 @needs_signals
 @BOTH_SIGNALS
-def test_worker_processes_end_quietly_when_the_signal_reaches_them_too(
-    number: int, status: int, tmp_path: Path
-) -> None:
-    (tmp_path / "script.py").write_text(WORKERS, encoding="utf-8")
-    process = subprocess.Popen(
-        [sys.executable, str(tmp_path / "script.py")],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
+def test_worker_processes_end_quietly_when_the_signal_reaches_them_too(number: int, status: int) -> None:
+    process = start_code(WORKERS, start_new_session=True)
     assert process.stdout is not None and process.stdout.readline() == "loaded\n"
     os.killpg(process.pid, number)
     assert process.communicate(timeout=60)[1] == "stopped\n"
@@ -161,11 +171,11 @@ def test_worker_processes_end_quietly_when_the_signal_reaches_them_too(
 @needs_signals
 def test_output_that_nobody_reads_any_more() -> None:
     code = "from utils.script import run_script; run_script(lambda: [print('line') for _ in range(10**6)] and None)"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = start_code(code)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.readline()
     process.stdout.close()
-    assert process.stderr.read() == b""
+    assert process.stderr.read() == ""
     process.stderr.close()
     assert process.wait(60) == 1
 
