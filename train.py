@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from utils.script import importing, run_script
+
 from engine.cli.checks import check_training
 from engine.config.common import make_parser
 from engine.config.training import BaseConfig
 from engine.training.advice import LESS_MEMORY
 from utils.cli import Parser
 from utils.logging import set_up_logging
-from utils.script import run_script
 
 
 def build_parser() -> Parser:
@@ -20,7 +21,8 @@ def main() -> None:
     set_up_logging()
     check_training(config)
     # torch takes seconds: arguments come first
-    from engine.training.base import train_base
+    with importing():
+        from engine.training.base import train_base
 
     train_base(config)
 

@@ -5,9 +5,9 @@
 reads finished studies (`runs/studies/NAME`) and writes two files each to `docs/results`: `NAME.csv`, every seed's means
 over classes, and `NAME_verdicts.csv`, the comparisons of arms. Then it updates every table that follows a line such as
 
-    <!-- study: confirmation, compared with base continued: pixel_ap, image_auroc -->
+    <!-- study: confirmation, compared with base continued: pixel_ap, image_auroc; arms: joint; feedback -->
 
-(the study, the arm that the others are compared with, the metrics).
+(the study, the arm that the others are compared with, the metrics; optionally the arms, otherwise all).
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from utils.tables import markdown_table
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BLOCK = re.compile(
-    r"(?P<mark><!-- study: (?P<study>\w+), compared with (?P<arm>[^:>]+): (?P<metrics>[\w, ]+) -->)\n(\|.*\n)*"
+    r"(?P<mark><!-- study: (?P<study>\w+), compared with (?P<arm>[^:>]+): (?P<metrics>[\w, ]+)"
+    r"(; arms: (?P<arms>[^>]+))? -->)\n(\|.*\n)*"
 )
 KEYS = ("setting", "arm", "seed", "train", "test")
 
@@ -49,8 +50,8 @@ def seed_means(study_csv: Path) -> str:
     return text.getvalue()
 
 
-def gains_table(verdicts_csv: Path, compared_with: str, metrics: Sequence[str]) -> str:
-    """A Markdown table of the gains of all arms over one arm, with their intervals, from a study's verdicts."""
+def gains_table(verdicts_csv: Path, compared_with: str, metrics: Sequence[str], names: Sequence[str] = ()) -> str:
+    """A Markdown table of gains over one arm, of all or the named arms, with intervals, from a study's verdicts."""
     arms: dict[str, dict[str, str]] = defaultdict(dict)
     if verdicts_csv.is_file():
         with verdicts_csv.open(encoding="utf-8", newline="") as lines:
@@ -58,12 +59,11 @@ def gains_table(verdicts_csv: Path, compared_with: str, metrics: Sequence[str]) 
                 if row["compared_with"] == compared_with:
                     numbers = (float(row[name] or "nan") for name in ("gain", "low", "high"))
                     arms[row["arm"]][row["metric"]] = gain_cell(*numbers)
-    missing = set(metrics) - set().union(*arms.values())
+    missing = {*metrics} - set().union(*arms.values()) | {*names} - {*arms}
     if missing:
         raise UserError(f"{verdicts_csv}: no gains over {compared_with!r} in {', '.join(sorted(missing))}")
-    return markdown_table(
-        ["Arm", *map(metric_title, metrics)], [[arm, *map(cells.__getitem__, metrics)] for arm, cells in arms.items()]
-    )
+    rows = [[arm, *map(arms[arm].__getitem__, metrics)] for arm in names or arms]
+    return markdown_table(["Arm", *map(metric_title, metrics)], rows)
 
 
 def updated(page: str, results: Path) -> str:
@@ -71,7 +71,8 @@ def updated(page: str, results: Path) -> str:
 
     def fill(match: re.Match[str]) -> str:
         file = results / f"{match['study']}_verdicts.csv"
-        return f"{match['mark']}\n{gains_table(file, match['arm'], match['metrics'].split(', '))}\n"
+        names = match["arms"].split("; ") if match["arms"] else ()
+        return f"{match['mark']}\n{gains_table(file, match['arm'], match['metrics'].split(', '), names)}\n"
 
     return BLOCK.sub(fill, page)
 

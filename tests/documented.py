@@ -1,19 +1,17 @@
-"""What the documentation says that can be checked: its pages, fenced blocks, commands, links and headings.
+"""The documentation as data: pages, fenced blocks, commands, links and tables.
 
-Pages are `README.md`, then `docs/README.md`, then the pages of `docs/` in the order in which that index links to them.
+Pages are `README.md`, `CONTRIBUTING.md`, then `docs/README.md` and the pages of `docs/` in the order of its links.
 
-A fenced block without a language holds commands, a line each, which may end in a comment. `python` blocks are run too,
-`json` blocks are read line by line, `diff` blocks are applied by `tests/test_extending.py`, `text` blocks are left
-alone; no other language is known.
+A fenced block without a language contains commands, one per line. `python` blocks are run too, `json` blocks are parsed
+line by line, `diff` blocks are applied by `tests/test_extending.py`, and `text` blocks are ignored. HTML comments on
+the lines before a block mark it:
 
-Marks are HTML comments on the lines right before a block:
+    <!-- long: ARGUMENTS -->   `tests/check_commands.py` appends these arguments, which shorten the command, if its
+                               script has them (argparse uses the last value)
+    <!-- needs: WHAT -->       requires data or hardware: only the arguments are checked
+    <!-- status: NUMBER -->    the expected exit status
 
-    <!-- long: ARGUMENTS -->   it takes long: `tests/check_commands.py` appends these arguments to each command of the
-                               block whose script has these flags (argparse lets the last one win)
-    <!-- needs: WHAT -->       it cannot run without that, such as data or a GPU: its arguments alone are checked
-    <!-- status: NUMBER -->    its commands end with that exit status by design
-
-`<!-- study: ... -->` stands before a table that `benchmarks/doc_tables.py` makes.
+`<!-- study: ... -->` precedes a table that `benchmarks/doc_tables.py` writes.
 """
 
 from __future__ import annotations
@@ -36,30 +34,28 @@ from utils.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 INDEX = "docs/README.md"
 
-FENCE = re.compile(r"\s*(`{3,}|~{3,})\s*(\S*)\s*")
-MARK = re.compile(r"\s*<!--\s*(\w+):\s*(.*?)\s*-->\s*")
-CODE_SPAN = re.compile(r"(`+)(.+?)\1", re.DOTALL)
-LINK = re.compile(r"\[[^\[\]]*\]\(\s*([^()\s]+)[^()]*\)|<(?:a|img)\s[^>]*?(?:href|src)=\"([^\"]+)\"")
-HEADING = re.compile(r"#{1,6}\s+(.*?)\s*#*\s*")
-MARKS = ("long", "needs", "status")
+FENCE = re.compile(r"\s*(`{3,})\s*(\S*)\s*")
+MARK = re.compile(r"<!-- (long|needs|status): (.+) -->")
+CODE_SPAN = re.compile(r"`([^`]+)`")
+LINK = re.compile(r"\[[^\[\]]*\]\(([^()\s]+)\)")
+HEADING = re.compile(r"#{1,6} (.*)")
 COMMANDS, PYTHON, JSON, TEXT, DIFF = "", "python", "json", "text", "diff"
 LANGUAGES = (COMMANDS, PYTHON, JSON, TEXT, DIFF)
 
-# The script that parses the arguments of one without a parser of its own, and what it puts before them.
+# The script that parses the arguments of one without a parser of its own, and the words that it adds.
 PARSED_BY = {"train_cross_attention_feedback": ("train_cross_attention_feedback_v2", ("--preset", "v1"))}
-# Commands whose arguments are checked and that the check does not run, by how they begin, and why.
+# Commands that are not run, by their first words, with the reason.
 NOT_RUN = {
-    ("python", "run.py"): "makes an environment of its own: to be tried by hand; tests/test_demo.py runs a short demo",
-    ("python", "-m", "tests.check_commands"): "is what runs the others",
+    ("python", "run.py"): "creates an environment of its own",
+    ("python", "-m", "tests.check_commands"): "runs the others",
     ("python", "app.py"): "is a server; tests/test_app.py uses it",
     ("tensorboard",): "is a server",
-    ("source",): "changes a shell",
 }
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its page relative to the repository, the number of its first line, its lines and marks."""
+    """A fenced block of a page: the number of its first line, its lines and marks."""
 
     page: str
     line: int
@@ -67,14 +63,10 @@ class Block:
     lines: tuple[str, ...]
     marks: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def text(self) -> str:
-        return "\n".join(self.lines) + "\n"
-
 
 @dataclass(frozen=True)
 class Command:
-    """A command line of a block, in words as a shell would split it."""
+    """A command line of a block, split into words as a shell does."""
 
     page: str
     line: int
@@ -89,46 +81,37 @@ class Command:
         return f"{self.page}:{self.line}"
 
 
-def pages(root: Path = ROOT) -> list[str]:
-    """All pages, in the order in which their commands are run; pages without a link in the index come last."""
-    index = root / INDEX
-    linked = [(index.parent / target.partition("#")[0]).resolve() for target in links(index.read_text("utf-8"))]
-    order = {path: number for number, path in reversed(list(enumerate(linked)))}
-    found = sorted((root / "docs").glob("*.md"), key=lambda path: (order.get(path.resolve(), len(order)), path.name))
-    others = [path.relative_to(root).as_posix() for path in found if path != index]
-    return ["README.md", INDEX, *others]
+def pages() -> list[str]:
+    """All pages, in the order in which their commands are run."""
+    linked = [f"docs/{target.partition('#')[0]}" for target in links(read_page(INDEX)) if not target.startswith(".")]
+    existing = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
+    order = [page for page in dict.fromkeys(linked) if page in existing]
+    return ["README.md", "CONTRIBUTING.md", INDEX, *order, *(page for page in existing if page not in (*order, INDEX))]
 
 
-def read_page(page: str, root: Path = ROOT) -> str:
-    return (root / page).read_text(encoding="utf-8")
+def read_page(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
 def blocks(page: str, text: str) -> list[Block]:
-    """The fenced blocks of a page. Raises `ValueError` for a mark that is not known or stands before no block."""
-    found: list[Block] = []
+    """The fenced blocks of a page. Raises `ValueError` for an unknown mark and for one without a block."""
+    result: list[Block] = []
     marks: dict[str, str] = {}
-    fence, language, start, inside = "", "", 0, []
+    language, start, inside = "", 0, []
     for number, line in enumerate(text.splitlines(), start=1):
         match = FENCE.fullmatch(line)
-        if fence:
-            if match and match.group(1).startswith(fence) and not match.group(2):
-                found.append(Block(page, start, language, tuple(inside), marks))
-                fence, marks = "", {}
-            else:
-                inside.append(line)
+        if start and match:
+            result.append(Block(page, start, language, tuple(inside), marks))
+            start, marks = 0, {}
+        elif start:
+            inside.append(line)
         elif match:
-            fence, language, start, inside = match.group(1), match.group(2), number + 1, []
-        elif (mark := MARK.fullmatch(line)) and mark.group(1) in MARKS:
+            language, start, inside = match.group(2), number + 1, []
+        elif mark := MARK.fullmatch(line):
             marks[mark.group(1)] = mark.group(2)
-        elif mark and mark.group(1) == "study":
-            continue
-        elif line.strip().startswith("<!--"):
-            raise ValueError(f"{page}:{number}: not a mark ({', '.join(MARKS)}): {line.strip()}")
-        elif marks:
-            raise ValueError(f"{page}:{number}: the marks above stand before no block")
-    if fence:
-        raise ValueError(f"{page}:{start}: this block has no end")
-    return found
+        elif marks or (line.startswith("<!--") and not line.startswith("<!-- study: ")):
+            raise ValueError(f"{page}:{number}: an unknown mark, or a mark without a block")
+    return result
 
 
 def commands(block: Block) -> list[Command]:
@@ -143,139 +126,92 @@ def commands(block: Block) -> list[Command]:
 
 
 def prose(text: str) -> str:
-    """A page without its fenced blocks, with as many lines as before."""
-    lines, fence = [], ""
-    for line in text.splitlines():
-        match = FENCE.fullmatch(line)
-        if match and not fence:
-            fence = match.group(1)
-        elif match and match.group(1).startswith(fence) and not match.group(2):
-            fence = ""
-        elif not fence:
-            lines.append(line)
-            continue
-        lines.append("")
-    return "\n".join(lines)
+    """A page without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def code_spans(text: str) -> list[str]:
-    """What stands between backticks in a page's prose."""
-    return [match.group(2).strip() for match in CODE_SPAN.finditer(prose(text))]
+    return CODE_SPAN.findall(prose(text))
 
 
 def links(text: str) -> list[str]:
     """Targets of all links and images of a page."""
-    plain = CODE_SPAN.sub("", prose(text))
-    found = []
-    while match := LINK.search(plain):
-        found.append(match.group(1) or match.group(2))
-        # An image may be the text of a link: without it, the link around it is found in the next round.
-        plain = plain[: match.start()] + plain[match.end() :]
-    return found
+    return LINK.findall(CODE_SPAN.sub("", prose(text)))
 
 
 def anchors(text: str) -> set[str]:
-    """What a link may name after `#`, by GitHub's rule: the heading in small letters, without punctuation."""
-    found: set[str] = set()
-    counts: dict[str, int] = {}
-    for line in prose(text).splitlines():
-        if not (match := HEADING.fullmatch(line)):
-            continue
-        heading = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", match.group(1))
-        slug = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
-        number = counts.get(slug, 0)
-        counts[slug] = number + 1
-        found.add(f"{slug}-{number}" if number else slug)
-    return found
+    """The anchors of a page by GitHub's rule: the heading in lower case without punctuation."""
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings(text)}
 
 
 def headings(text: str) -> set[str]:
-    """The headings of a page as they are written, without the signs of code and emphasis."""
-    found = (HEADING.fullmatch(line) for line in prose(text).splitlines())
-    return {re.sub(r"[`*]", "", match.group(1)) for match in found if match}
+    """The headings of a page without the signs of code."""
+    matches = (HEADING.fullmatch(line) for line in prose(text).splitlines())
+    return {match.group(1).replace("`", "") for match in matches if match}
 
 
 def tables(text: str) -> list[list[list[str]]]:
-    """The tables of a page as rows of cells, the header first and without the line of dashes."""
-    found: list[list[list[str]]] = []
-    inside = False
-    for line in prose(text).splitlines():
-        if is_row := line.startswith("|"):
-            if not inside:
-                found.append([])
-            found[-1].append([cell.strip() for cell in line.strip().strip("|").split("|")])
-        inside = is_row
-    return [[header, *rows] for header, _, *rows in found]
+    """The tables of a page as rows of cells, the header first, without the line of dashes."""
+    rows = re.findall(r"(?:^\|.*\|$\n?)+", prose(text), re.MULTILINE)
+    cells = [[[cell.strip() for cell in line[1:-1].split("|")] for line in table.splitlines()] for table in rows]
+    return [[header, *body] for header, _, *body in cells]
 
 
 def references(text: str) -> set[tuple[str, str]]:
-    """Pages of docs/ that code names, each with the section in quotation marks behind it, or ""; over line ends too."""
+    """Pages that code refers to, with the section in quotation marks or ""; also across line ends."""
     joined = re.sub(r"\s*\n\s*(?:#\s)?\s*", " ", text)
     return set(re.findall(r"(docs/[\w/]+\.md)(?:,\s\"([^\"]+)\")?", joined))
 
 
 def reason_not_run(words: Sequence[str]) -> str | None:
-    """Why the check does not run a command; None for one that it runs."""
+    """Why a command is not run; None for one that is."""
     return next((reason for start, reason in NOT_RUN.items() if tuple(words[: len(start)]) == start), None)
 
 
 def check_arguments(words: Sequence[str]) -> None:
-    """Let a command's own parser read its arguments, without running it; `ValueError` says what is wrong."""
+    """Parse a command's arguments with its own parser. Raises `ValueError` with the parser's message."""
     program, *rest = words
     if program == "python" and rest[:1] == ["-m"] and len(rest) > 1:
-        return check_module(rest[1], rest[2:])
-    if program == "python" and rest and rest[0].endswith(".py"):
-        return check_script(rest[0], rest[1:])
-    if program == "accelerate" and rest[:1] == ["launch"]:
-        return check_launch(rest[1:])
-    if program == "sbatch":
-        return check_job(rest)
-    if program == "tensorboard":
-        expected = len(rest) == 2 and rest[0] == "--logdir"
-    else:
-        expected = list(words) == ["source", ".venv/bin/activate"]
-    if not expected:
-        raise ValueError(f"no rule says how to check: {shlex.join(words)}")
-    return None
+        check_module(rest[1], rest[2:])
+    elif program == "python" and rest:
+        check_script(rest[0], rest[1:])
+    elif program == "accelerate" and rest[:1] == ["launch"]:
+        launch = importlib.import_module("accelerate.commands.launch")
+        with parsing():
+            parsed = launch.launch_command_parser().parse_args(rest[1:])
+        check_script(parsed.training_script, parsed.training_script_args)
+    elif program == "sbatch":
+        place = next((number for number, word in enumerate(rest) if word.endswith(".sbatch")), 0)
+        check_job(rest[place], rest[place + 1 :])
+    elif rest[:1] != ["--logdir"] or program != "tensorboard":
+        raise ValueError(f"no rule for checking: {shlex.join(words)}")
 
 
 def check_script(script: str, arguments: Sequence[str]) -> None:
-    if not (ROOT / script).is_file() or ("/" in script and not script.startswith("examples/")):
-        raise ValueError(f"{script}: no such script beside the README")
-    if script == "run.py":
-        known = importlib.import_module("run").COMMANDS
-        if len(arguments) != 1 or arguments[0] not in known:
-            raise ValueError(f"run.py takes one of {', '.join(known)}, not {shlex.join(arguments)}")
-        return
+    if not (ROOT / script).is_file():
+        raise ValueError(f"{script}: no such script")
     name = module_of(script)
     name, first = PARSED_BY.get(name, (name, ()))
-    check_module(name, [*first, *arguments])
+    if name != "run":
+        check_module(name, [*first, *arguments])
+    elif not set(arguments) & set(importlib.import_module("run").COMMANDS):
+        raise ValueError(f"run.py has no command {shlex.join(arguments)}")
 
 
 def module_of(script: str) -> str:
-    """A script's name as that of a module: examples lie in a folder."""
     return script.removesuffix(".py").replace("/", ".")
 
 
-def check_job(arguments: Sequence[str]) -> None:
-    """Let the script that a job file starts read what is handed to it."""
-    place = next((number for number, word in enumerate(arguments) if word.endswith(".sbatch")), len(arguments))
-    file = ROOT / "".join(arguments[place : place + 1])
-    if not file.is_file():
-        raise ValueError(f"sbatch {shlex.join(arguments)}: no such job file")
-    script = re.search(r"(\w+\.py) \"\$@\"", file.read_text(encoding="utf-8"))
-    check_script(script.group(1), arguments[place + 1 :])
-
-
-def check_launch(arguments: Sequence[str]) -> None:
-    launch = importlib.import_module("accelerate.commands.launch")
-    with parsing():
-        parsed = launch.launch_command_parser().parse_args(list(arguments))
-    check_script(parsed.training_script, parsed.training_script_args)
+def check_job(file: str, arguments: Sequence[str]) -> None:
+    """Parse the arguments of a Slurm job with the script that its file starts."""
+    script = re.search(r"(\w+\.py) \"\$@\"", read_page(file)) if (ROOT / file).is_file() else None
+    if script is None:
+        raise ValueError(f"{file}: no such job file")
+    check_script(script.group(1), arguments)
 
 
 def check_module(name: str, arguments: Sequence[str]) -> None:
-    """Let a module's `build_parser` or `parse_arguments` read arguments; one that has neither takes none."""
+    """Parse arguments with a module's `build_parser` or `parse_arguments`; a module without both takes none."""
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -291,62 +227,52 @@ def check_module(name: str, arguments: Sequence[str]) -> None:
 
 @cache
 def flags_of(name: str) -> set[str]:
-    """The flags that a module's help names; none for one without a parser."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-        module = importlib.import_module(name)
-        with mock.patch.object(sys, "argv", [name, "--help"]):
-            if hasattr(module, "build_parser"):
-                module.build_parser().parse_args()
-            elif hasattr(module, "parse_arguments"):
-                module.parse_arguments()
-    return set(re.findall(r"--\w[\w-]*", said.getvalue()))
+    """The flags in a module's help; none for a module without a parser."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.suppress(ValueError):
+        check_module(name, ["--help"])
+    return set(re.findall(r"--\w[\w-]*", output.getvalue()))
 
 
 @contextlib.contextmanager
 def parsing() -> Iterator[None]:
-    """Turn what a parser does on a mistake into `ValueError`; `--help` is none."""
-    said = io.StringIO()
+    """Turn a parser's error into `ValueError`; `--help` is none."""
+    message = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(message):
             yield
     except UserError as error:
         raise ValueError(str(error)) from error
     except SystemExit as error:
         if error.code:
-            raise ValueError(said.getvalue().strip()) from error
+            raise ValueError(message.getvalue().strip()) from error
 
 
 def shortened(command: Command) -> Command:
-    """The command with the arguments of its `long` mark, or as it is where its script has none of these flags.
+    """The command with the arguments of its `long` mark, or unchanged if its script has none of them.
 
-    Raises `ValueError` where the script has some of them and does not accept them: as it is, it would take long.
+    Raises `ValueError` if the script has only some of them: unchanged, the command would take long.
     """
     more = shlex.split(command.marks.get("long", ""))
-    if not flags_in(more) & flags_of_command(command.words):
+    if not {word for word in more if word.startswith("--")} & flags_of_command(command.words):
         return command
-    longer = (*command.words, *more)
-    check_arguments(longer)
-    return Command(command.page, command.line, longer, command.marks)
-
-
-def flags_in(words: Sequence[str]) -> set[str]:
-    return {word for word in words if word.startswith("--")}
+    words = (*command.words, *more)
+    check_arguments(words)
+    return Command(command.page, command.line, words, command.marks)
 
 
 def flags_of_command(words: Sequence[str]) -> set[str]:
-    """The flags that a command's script has, however it is started; none for one that is not of this project."""
     if tuple(words[:2]) == ("python", "-m"):
         return flags_of(words[2])
     scripts = [module_of(word) for word in words if word.endswith(".py") and word != "run.py"]
     return flags_of(PARSED_BY.get(scripts[0], scripts)[0]) if scripts else set()
 
 
-def repository_files(root: Path = ROOT) -> list[Path]:
-    """Tracked files and new ones that git does not ignore, relative to the root; `UserError` outside a checkout."""
+def repository_files() -> list[Path]:
+    """Tracked files and new ones that git does not ignore, relative to the root."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
-        done = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True, encoding="utf-8")
+        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, encoding="utf-8")
     except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"{root}: git cannot list its files; this needs a git checkout") from error
-    return [Path(name) for name in done.stdout.split("\0") if name and (root / name).is_file()]
+        raise UserError(f"{ROOT}: git cannot list its files; this needs a git checkout") from error
+    return [Path(name) for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]

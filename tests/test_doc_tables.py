@@ -47,10 +47,13 @@ def test_a_table_holds_the_arms_and_metrics_named(tmp_path: Path) -> None:
     page = "Text.\n\n<!-- study: mine, compared with base: pixel_ap -->\n| old |\n| --- |\n\nMore.\n"
     table = "| Arm | Pixel AP |\n| --- | ---: |\n| other | +6.33 (+1.50 to +9.00) |\n| one seed | -0.20 |\n\nMore.\n"
     assert updated(page, tmp_path) == f"{page.partition('| old')[0]}{table}"
+    chosen = "<!-- study: mine, compared with base: pixel_ap; arms: one seed -->\n"
+    assert updated(chosen, tmp_path) == f"{chosen}| Arm | Pixel AP |\n| --- | ---: |\n| one seed | -0.20 |\n"
     for block in (
         "yours, compared with base: pixel_ap",
         "mine, compared with x: pixel_ap",
         "mine, compared with base: x",
+        "mine, compared with base: pixel_ap; arms: x",
     ):
         with pytest.raises(UserError, match="no gains over"):
             updated(f"<!-- study: {block} -->\n", tmp_path)

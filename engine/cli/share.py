@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from utils.script import importing, run_script
+
 import logging
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -14,7 +16,6 @@ from utils.errors import UserError
 from utils.fields import changed, setting
 from utils.files import check_folder
 from utils.logging import set_up_logging
-from utils.script import run_script
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +71,8 @@ def main() -> None:
     if arguments.push is not None:
         check_repository(arguments.push)
     # torch takes seconds: arguments come first
-    import engine.detector.detector  # noqa: F401
-
+    with importing():
+        import engine.detector.detector  # noqa: F401
     share(arguments)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from utils.script import forget_children
+
 import logging
 import math
 import signal
@@ -27,7 +29,6 @@ from engine.training.verdicts import epoch_warnings
 from utils.errors import NotFiniteError
 from utils.logging import progress_bar
 from utils.processes import Share
-from utils.script import ignore_ended_workers
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class StopRequest:
         if self.signal_number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal_number = number
-        ignore_ended_workers()
+        forget_children()
 
 
 def gradient_norms(components: Mapping[str, nn.Module]) -> dict[str, Tensor]:
