@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from utils.script import importing, run_script
-
 from engine.cli.checks import check_page
 from engine.config.app import AppArguments
 from engine.config.common import make_parser
 from utils.cli import Parser
 from utils.logging import set_up_logging
+from utils.script import run_script
 
 
 def build_parser() -> Parser:
@@ -20,8 +19,7 @@ def main() -> None:
     set_up_logging()
     check_page(arguments)
     # torch and Gradio take seconds: arguments come first
-    with importing():
-        from engine.app.serve import serve
+    from engine.app.serve import serve
 
     serve(arguments)
 

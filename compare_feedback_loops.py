@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from utils.script import importing, run_script
-
 from engine.cli.checks import check_testing
 from engine.config.common import make_parser
 from engine.config.evaluation import LESS_MEMORY, ComparisonArguments
 from utils.cli import Parser
 from utils.logging import set_up_logging
+from utils.script import run_script
 
 
 def build_parser() -> Parser:
@@ -20,8 +19,7 @@ def main() -> int:
     set_up_logging()
     check_testing(arguments)
     # torch takes seconds: arguments come first
-    with importing():
-        from engine.report.compare import compare_feedback_loops
+    from engine.report.compare import compare_feedback_loops
 
     return compare_feedback_loops(arguments)
 

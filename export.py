@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from utils.script import importing, run_script
-
 from engine.cli.checks import check_exporting
 from engine.config.common import make_parser
 from engine.config.export import ExportArguments
 from utils.cli import Parser
 from utils.logging import set_up_logging
+from utils.script import run_script
 
 
 def build_parser() -> Parser:
@@ -20,8 +19,7 @@ def main() -> None:
     set_up_logging()
     check_exporting(arguments)
     # torch takes seconds: arguments come first
-    with importing():
-        from engine.export.export import export_checkpoint
+    from engine.export.export import export_checkpoint
 
     export_checkpoint(arguments)
 

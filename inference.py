@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from utils.script import importing, run_script
-
 from engine.cli.checks import check_testing
 from engine.config.common import make_parser
 from engine.config.evaluation import LESS_MEMORY, InferenceArguments
 from utils.cli import Parser
 from utils.logging import set_up_logging
 from utils.processes import check_alone
+from utils.script import run_script
 
 
 def build_parser() -> Parser:
@@ -24,10 +23,9 @@ def main() -> None:
         check_alone("--image")
     check_testing(arguments)
     # torch takes seconds: arguments come first
-    with importing():
-        from engine.evaluation.calibrate import calibrate_images
-        from engine.evaluation.inference import evaluate_checkpoints
-        from engine.evaluation.own_images import score_images
+    from engine.evaluation.calibrate import calibrate_images
+    from engine.evaluation.inference import evaluate_checkpoints
+    from engine.evaluation.own_images import score_images
 
     if mode == "image":
         score_images(arguments)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from utils.script import importing, run_script
-
 from engine.config.common import make_parser
 from engine.config.pretraining import PretrainArguments
 from utils.cli import Parser
 from utils.logging import set_up_logging
+from utils.script import run_script
 
 
 def build_parser() -> Parser:
@@ -18,11 +17,10 @@ def main() -> None:
     arguments = PretrainArguments.of(**vars(build_parser().parse_args()))
     set_up_logging()
     # torch takes seconds: arguments come first
-    with importing():
-        import torch
+    import torch
 
-        from engine.runtime.device import check_device
-        from engine.training.toy_clip import pretrain_toy_clip
+    from engine.runtime.device import check_device
+    from engine.training.toy_clip import pretrain_toy_clip
 
     device = check_device(arguments.device, "fp32")
     if arguments.threads:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from utils.script import importing, run_script
-
 from engine.config.common import make_parser
 from engine.config.study import StudyArguments
 from utils.cli import Parser, path
 from utils.logging import set_up_logging
+from utils.script import run_script
 
 
 def build_parser() -> Parser:
@@ -22,8 +21,7 @@ def main() -> int:
     study = given.pop("study")
     set_up_logging()
     # scipy and matplotlib take a second: arguments come first
-    with importing():
-        from engine.study.run import run_study
+    from engine.study.run import run_study
 
     return run_study(study, StudyArguments.of(**given))
 

@@ -6,8 +6,6 @@ or a cosine below 0.95. A larger weight than the default that a checkpoint or --
 
 from __future__ import annotations
 
-from utils.script import importing, run_script
-
 import sys
 
 from engine.cli.checks import check_data, check_there
@@ -16,6 +14,7 @@ from engine.config.gradients import GradientTest
 from utils.cli import Parser
 from utils.files import check_folder
 from utils.logging import set_up_logging
+from utils.script import run_script
 
 
 def build_parser() -> Parser:
@@ -32,8 +31,7 @@ def main() -> int:
     if test.sweep:
         check_folder(test.output_dir, "--output_dir")
     # torch takes seconds
-    with importing():
-        from engine.training.gradients import Bench, component_report, gradient_report, write_sweep
+    from engine.training.gradients import Bench, component_report, gradient_report, write_sweep
 
     bench = Bench(test)
     sys.stdout.write(f"{bench.subject}\n")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from utils.script import importing, run_script
-
 from engine.cli.checks import check_training
 from engine.config.common import make_parser
 from engine.config.training import BaseConfig
 from engine.training.advice import LESS_MEMORY
 from utils.cli import Parser
 from utils.logging import set_up_logging
+from utils.script import run_script
 
 
 def build_parser() -> Parser:
@@ -21,8 +20,7 @@ def main() -> None:
     set_up_logging()
     check_training(config)
     # torch takes seconds: arguments come first
-    with importing():
-        from engine.training.base import train_base
+    from engine.training.base import train_base
 
     train_base(config)
 

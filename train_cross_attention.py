@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from utils.script import importing, run_script
-
 from engine.cli.checks import check_training
 from engine.config.common import make_parser
 from engine.config.training import CrossAttentionRunConfig
@@ -11,6 +9,7 @@ from engine.data.run_location import forward_of_older_run
 from engine.training.advice import LESS_MEMORY
 from utils.cli import Parser
 from utils.logging import set_up_logging
+from utils.script import run_script
 
 
 def build_parser() -> Parser:
@@ -23,8 +22,7 @@ def main() -> None:
     set_up_logging()
     check_training(config)
     # torch takes seconds: arguments come first
-    with importing():
-        from engine.training.cross_attention import train_cross_attention
+    from engine.training.cross_attention import train_cross_attention
 
     train_cross_attention(config)
 

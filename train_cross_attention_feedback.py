@@ -5,12 +5,11 @@ The unmended V1, at full scale, is `--preset v1_original`.
 
 from __future__ import annotations
 
-from utils.script import run_script
-
 from functools import partial
 
 from engine.training.advice import LESS_MEMORY
 from train_cross_attention_feedback_v2 import main
+from utils.script import run_script
 
 if __name__ == "__main__":
     main_v1 = partial(main, preset="v1", image_cross_attn_weight=0.1, text_cross_attn_weight=0.1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from utils.script import importing, run_script
-
 from collections.abc import Sequence
 
 from engine.cli.checks import check_training
@@ -13,6 +11,7 @@ from engine.data.run_location import forward_of_older_run
 from engine.training.advice import LESS_MEMORY
 from utils.cli import Parser
 from utils.logging import set_up_logging
+from utils.script import run_script
 
 
 def build_parser() -> Parser:
@@ -27,8 +26,7 @@ def main(arguments: Sequence[str] | None = None, **defaults: object) -> None:
     set_up_logging()
     check_training(config)
     # torch takes seconds: arguments come first
-    with importing():
-        from engine.training.feedback import train_feedback
+    from engine.training.feedback import train_feedback
 
     train_feedback(config)
 

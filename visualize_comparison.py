@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from utils.script import importing, run_script
-
 from engine.cli.checks import check_testing
 from engine.config.common import make_parser
 from engine.config.evaluation import VisualizationArguments
 from utils.cli import Parser
 from utils.logging import set_up_logging
+from utils.script import run_script
 
 
 def build_parser() -> Parser:
@@ -20,8 +19,7 @@ def main() -> None:
     set_up_logging()
     check_testing(arguments)
     # torch takes seconds: arguments come first
-    with importing():
-        from engine.evaluation.side_by_side import visualize_comparison
+    from engine.evaluation.side_by_side import visualize_comparison
 
     visualize_comparison(arguments)
 

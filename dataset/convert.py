@@ -5,8 +5,6 @@ Nothing is overwritten, and nothing is written before all of SOURCE has been und
 
 from __future__ import annotations
 
-from utils.script import run_script
-
 import filecmp
 import io
 import logging
@@ -30,6 +28,7 @@ from utils.fields import setting
 from utils.files import check_folder, replacing
 from utils.logging import progress_bar, set_up_logging
 from utils.paths import safe_name
+from utils.script import run_script
 from utils.tables import format_table
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,6 @@ exit status is 1 if any command failed.
 
 from __future__ import annotations
 
-from utils.script import run_script
-
 import argparse
 import json
 import os
@@ -41,6 +39,7 @@ from tests.documented import (
 )
 from utils.errors import UserError
 from utils.files import write_text
+from utils.script import run_script
 
 # Images of each class of toy_test; one command shows the fourth anomalous one.
 TESTED_IMAGES = 8

@@ -8,6 +8,7 @@ import logging
 import runpy
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -47,6 +48,7 @@ def answer(script: str, arguments: Sequence[str]) -> Answer:
     status: object = None
     begun, root = time.process_time(), logging.getLogger()
     level, threads = root.level, torch.get_num_threads()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     # What earlier tests said, kept for a file of a run, is not this script's.
     reset_logging()
     with (
@@ -63,6 +65,9 @@ def answer(script: str, arguments: Sequence[str]) -> Answer:
         except (Exception, TooLate) as error:  # what a user would see as a traceback
             errors.write(f"Traceback: {type(error).__name__}: {error}\n")
         finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            threading.excepthook = threading.__excepthook__
             # accelerate's own memory, which a process of one script has no use for.
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()

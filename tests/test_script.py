@@ -1,96 +1,186 @@
-"""How scripts end: one line for what is not a programmer's mistake, and for a signal at any moment."""
+"""How scripts end: in one line for user errors and for signals at any moment."""
 
 from __future__ import annotations
 
-from utils.script import run_script
-
 import errno
-import logging
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import dataset.toy_world
 from dataset.toy_world import write_toy_dataset
-from tests.scripts import start
+from tests.helpers import draw_few
+from tests.in_process import ROOT
+from utils.errors import NotFiniteError, Stopped, UserError
+from utils.script import run_script
+
+IMPORTS = """
+from utils.script import run_script
 
 
-def end_of(main: Callable[[], int | None], capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
+def main():
+    print("importing", flush=True)
+    import engine.training.base
+
+    print("imported", flush=True)
+
+
+run_script(main)
+"""
+
+needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send")
+BOTH_SIGNALS = pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    threading.excepthook = threading.__excepthook__
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def start_code(code: str, **options: Any) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **pipes, **options)
+
+
+def end_of(main: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> tuple[object, list[str]]:
     """The exit status of a script, and its lines on standard error."""
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(SystemExit) as ended:
-        run_script(main)
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+        run_script(main, "--image_batch_size")
     return ended.value.code, capsys.readouterr().err.splitlines()
 
 
-def test_a_file_that_nobody_foresaw_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, lines = end_of(lambda: tmp_path.read_text(encoding="utf-8"), capsys)
-    assert (status, lines) == (2, [f"error: {tmp_path}: is a folder, not a file"])
-    status, lines = end_of(lambda: (tmp_path / "none").read_text(encoding="utf-8"), capsys)
-    assert (status, lines) == (2, [f"error: {tmp_path / 'none'}: no such file or folder"])
-
-    def full() -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    status, (line,) = end_of(full, capsys)
-    assert status == 2 and "the disk is full" in line
-
-    def other() -> None:
-        raise OSError("a mistake of the programmer's")
-
-    with pytest.raises(OSError, match="a mistake"):
-        run_script(other)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send")
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_a_script_in_a_line_with_all_cleared_away(
-    number: int, status: int, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UserError("no such\nfile"), 2, "error: no such file"),
+        (NotFiniteError("loss nan"), 3, "error: loss nan"),
+        (Stopped("stopped in epoch 2", 15), 143, "stopped in epoch 2"),
+        (torch.OutOfMemoryError("CUDA"), 2, "error: out of GPU memory; to need less: --image_batch_size"),
+        (KeyboardInterrupt(), 130, "stopped"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "x"), 2, "error: x: is a folder, not a file"),
+        (FileNotFoundError(errno.ENOENT, "No such file", b"x"), 2, "error: x: no such file or folder"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            2,
+            "error: a file or the output: the disk is full; make room and start the same command again",
+        ),
+    ],
+)
+def test_errors_end_in_one_line_and_their_status(
+    error: BaseException, status: int, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cleared = []
+    def main() -> None:
+        raise error
+
+    assert end_of(main, capsys) == (status, [line])
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("1 / 0"), OSError("not about a file")])
+def test_a_program_error_keeps_its_traceback(error: Exception) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        run_script(main)
+
+
+@needs_signals
+@BOTH_SIGNALS
+@pytest.mark.parametrize("library_error", [False, True])
+def test_a_signal_ends_a_script_in_one_line_after_cleaning_up(
+    number: int, status: int, library_error: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also if a library turns the interruption into an error of its own."""
+    cleaned = []
 
     def main() -> None:
         try:
             os.kill(os.getpid(), number)
             time.sleep(10)
+        except KeyboardInterrupt:
+            if library_error:
+                raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.") from None
+            raise
         finally:
             # What a launcher sends after it comes too late to disturb.
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
-            cleared.append(True)
+            cleaned.append(True)
 
     assert end_of(main, capsys) == (status, ["stopped"])
-    assert cleared == [True]
+    assert cleaned == [True]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send")
-def test_what_breaks_because_of_a_signal_is_not_complained_about(capsys: pytest.CaptureFixture[str]) -> None:
-    def main() -> None:
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(10)
-        except KeyboardInterrupt:
-            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.") from None
-
-    assert end_of(main, capsys) == (143, ["stopped"])
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send")
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@needs_signals
+@BOTH_SIGNALS
 def test_a_signal_while_libraries_are_imported(number: int, status: int) -> None:
-    process = start("inference.py", "--checkpoint", "none", "--model_name", "nosuch", "--dataset", "toy_test")
-    time.sleep(0.9)
+    process = start_code(IMPORTS)
+    assert process.stdout is not None and process.stdout.readline() == "importing\n"
+    time.sleep(0.3)
     process.send_signal(number)
     assert process.communicate(timeout=60) == ("", "stopped\n")
     assert process.returncode == status
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send")
+WORKERS = """
+import time
+
+from utils.script import run_script
+
+
+def main():
+    from torch.utils.data import DataLoader
+
+    for _ in DataLoader(range(8), num_workers=2, collate_fn=slowly):
+        print("loaded", flush=True)
+
+
+def slowly(batch):
+    time.sleep(0.5)
+    return batch
+
+
+if __name__ == "__main__":
+    run_script(main)
+"""
+
+
+@needs_signals
+@BOTH_SIGNALS
+def test_worker_processes_end_quietly_when_the_signal_reaches_them_too(number: int, status: int) -> None:
+    process = start_code(WORKERS, start_new_session=True)
+    assert process.stdout is not None and process.stdout.readline() == "loaded\n"
+    os.killpg(process.pid, number)
+    assert process.communicate(timeout=60)[1] == "stopped\n"
+    assert process.returncode == status
+
+
+@needs_signals
+def test_output_that_nobody_reads_any_more() -> None:
+    code = "from utils.script import run_script; run_script(lambda: [print('line') for _ in range(10**6)] and None)"
+    process = start_code(code)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(60) == 1
+
+
+@needs_signals
 def test_a_signal_while_the_toy_world_is_drawn_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,28 +193,24 @@ def test_a_signal_while_the_toy_world_is_drawn_leaves_nothing(
         return real(*arguments)
 
     real = dataset.toy_world.draw_toy_class
+    draw_few(monkeypatch)
     monkeypatch.setattr(dataset.toy_world, "draw_toy_class", draw)
     assert end_of(lambda: write_toy_dataset("toy_test", tmp_path / "toy_test"), capsys) == (130, ["stopped"])
     assert len(drawn) == 3
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_thread_that_ends_with_a_disk_error_leaves_the_word_to_who_writes_next(
-    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    import threading
-
+def test_a_thread_that_ends_with_a_disk_error_is_left_to_the_next_write(capsys: pytest.CaptureFixture[str]) -> None:
     def fail(error: Exception) -> None:
         raise error
 
     def main() -> None:
-        for error in (OSError(errno.ENOSPC, "No space left on device"), ValueError("a mistake")):
+        for error in (OSError(errno.ENOSPC, "No space left on device"), ValueError("a program error")):
             thread = threading.Thread(target=fail, args=(error,))
             thread.start()
             thread.join()
 
     status, lines = end_of(main, capsys)
     assert status == 0
-    assert "a mistake" in lines[-1]
+    assert "a program error" in lines[-1]
     assert not any("No space" in line for line in lines)
-    assert logging.getLogger().level is not None

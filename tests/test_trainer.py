@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from utils.script import run_script
-
 import math
 import zipfile
 from pathlib import Path
@@ -15,7 +13,7 @@ import torch
 from torch import nn
 
 from engine.runtime.run_folder import STATE_FILE, describe_differences
-from engine.training.advice import LESS_MEMORY, remedies_for
+from engine.training.advice import remedies_for
 from engine.training.restart import check_save_path, continued
 from engine.training.schedules import halved_at, make_schedule, warmup_cosine
 from engine.training.start import Start
@@ -24,7 +22,7 @@ from engine.training.trainer import gradient_norms, readable_time
 from engine.training.verdicts import Verdict, epoch_warnings, judge_run, judge_stage, run_summary
 from model.checkpoint import Checkpoint, save
 from tests.data.present_version import make
-from utils.errors import NotFiniteError, Stopped, UserError
+from utils.errors import UserError
 
 
 def epoch(**changes: Any) -> dict[str, Any]:
@@ -195,34 +193,6 @@ def test_a_stage_whose_rate_falls_to_its_end_cannot_grow_once_begun() -> None:
 
 def test_differences_are_named_with_both_values() -> None:
     assert describe_differences({"a": 1, "b": 2, "gone": 5}, {"a": 1, "b": 3}) == "b was 2, now 3"
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "words"),
-    [
-        (UserError("no such\nfile"), 2, "error: no such file"),
-        (NotFiniteError("loss nan"), 3, "error: loss nan"),
-        (Stopped("stopped in epoch 2", 15), 143, "stopped in epoch 2"),
-        (torch.OutOfMemoryError("CUDA out of memory"), 2, "--image_batch_size"),
-        (KeyboardInterrupt(), 130, "stopped"),
-    ],
-)
-def test_errors_end_in_one_line_and_their_status(
-    error: BaseException, status: int, words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def main() -> None:
-        raise error
-
-    with pytest.raises(SystemExit) as exit_:
-        run_script(main, LESS_MEMORY)
-    assert exit_.value.code == status
-    (line,) = capsys.readouterr().err.splitlines()
-    assert words in line
-
-
-def test_a_mistake_of_the_programmer_keeps_its_traceback() -> None:
-    with pytest.raises(ZeroDivisionError):
-        run_script(lambda: 1 // 0)
 
 
 def test_times_are_readable() -> None:

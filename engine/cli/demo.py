@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from utils.script import run_script
-
 import logging
 import time
 from pathlib import Path
@@ -26,6 +24,7 @@ from model.clip_loading import load_clip
 from model.config import SIDES
 from utils.heatmaps import Example, example_grid
 from utils.logging import set_up_logging
+from utils.script import run_script
 
 logger = logging.getLogger(__name__)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from utils.script import importing, run_script
-
 import logging
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from utils.errors import UserError
 from utils.fields import changed, setting
 from utils.files import check_folder
 from utils.logging import set_up_logging
+from utils.script import run_script
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +70,8 @@ def main() -> None:
     if arguments.push is not None:
         check_repository(arguments.push)
     # torch takes seconds: arguments come first
-    with importing():
-        import engine.detector.detector  # noqa: F401
+    import engine.detector.detector  # noqa: F401
+
     share(arguments)
 
 

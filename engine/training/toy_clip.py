@@ -9,8 +9,6 @@ model.
 
 from __future__ import annotations
 
-from utils.script import children_without_signals, ending_children
-
 import json
 import logging
 import math
@@ -72,19 +70,22 @@ def drawn_pairs(count: int, seed: int, stream: int, folder: Path) -> Drawings:
         context = multiprocessing.get_context("spawn")
         header = {"descr": "|u1", "fortran_order": False, "shape": (count, IMAGE_SIZE, IMAGE_SIZE, 3)}
         with replacing(images_file) as unfinished, ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-            with children_without_signals():
-                ranges = zip(starts, stops, strict=True)
-                drawn = [
-                    pool.submit(draw_pairs, (seed, stream), start, stop, IMAGE_SIZE, patch) for start, stop in ranges
-                ]
+            ranges = zip(starts, stops, strict=True)
+            drawn = [pool.submit(draw_pairs, (seed, stream), start, stop, IMAGE_SIZE, patch) for start, stop in ranges]
             # Written piece by piece: of a mapped file, a full disk would end the process without a word.
-            with unfinished.open("wb") as file, ending_children():
-                np.lib.format.write_array_header_1_0(file, header)
-                for part in drawn:
-                    chunk = part.result()
-                    file.write(chunk.images.tobytes())
-                    patches.append(chunk.patches)
-                    words += chunk.words
+            try:
+                with unfinished.open("wb") as file:
+                    np.lib.format.write_array_header_1_0(file, header)
+                    for part in drawn:
+                        chunk = part.result()
+                        file.write(chunk.images.tobytes())
+                        patches.append(chunk.patches)
+                        words += chunk.words
+            except BaseException:
+                # Leaving the pool would wait for all drawings.
+                for child in multiprocessing.active_children():
+                    child.terminate()
+                raise
         with replacing(patches_file) as unfinished, unfinished.open("wb") as file:
             np.save(file, np.concatenate(patches))
         write_json(words_file, words)

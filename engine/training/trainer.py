@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from utils.script import forget_children
-
 import logging
 import math
 import signal
@@ -29,6 +27,7 @@ from engine.training.verdicts import epoch_warnings
 from utils.errors import NotFiniteError
 from utils.logging import progress_bar
 from utils.processes import Share
+from utils.script import ignore_ended_workers
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +54,7 @@ class StopRequest:
         if self.signal_number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal_number = number
-        forget_children()
+        ignore_ended_workers()
 
 
 def gradient_norms(components: Mapping[str, nn.Module]) -> dict[str, Tensor]:
