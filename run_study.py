@@ -1,4 +1,4 @@
-"""Run a study, or go on with it: arms over seeds and datasets, compared with statistics (docs/studies.md)."""
+"""Run or resume a study: arms over seeds and datasets, compared with statistics (docs/studies.md)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from utils.script import run_script
 def build_parser() -> Parser:
     parser = make_parser(StudyArguments, __doc__)
     parser.usage = "%(prog)s STUDY.toml [--ARGUMENT VALUE ...]"
-    parser.add_argument("study", type=path, metavar="STUDY.toml", help="what is studied, such as studies/smoke.toml")
+    parser.add_argument("study", type=path, metavar="STUDY.toml", help="study file, such as studies/smoke.toml")
     return parser
 
 

@@ -14,11 +14,12 @@ import torch
 
 from engine.config.study import StudyArguments
 from engine.study.charts import heat, loss_panels
-from engine.study.figures import read_facts, read_figures
+from engine.study.evaluations import read_evaluation, read_facts
+from engine.study.fairness import argument_differences, check_fairness
 from engine.study.local import run_locally
 from engine.study.plan import Plan, make_plan
 from engine.study.report import write_study_report
-from engine.study.results import argument_differences, check_fairness, metric_title, read_results
+from engine.study.results import metric_title, read_results
 from engine.study.run import run_study
 from engine.study.study import read_study
 from tests.study_world import write_world
@@ -69,7 +70,7 @@ def test_the_csv_holds_every_seed_class_and_metric(plan: Plan, files: dict[str, 
         r for r in rows if (r["arm"], r["seed"], r["train"], r["test"], r["class"]) == ("better", "3", "a", "c", "felt")
     )
     step = next(step for step in plan.by_key["", "better", 3, 0].steps if step.test == "c")
-    assert float(row["pixel_ap"]) == pytest.approx(read_figures(step.place)[1].values["pixel_ap"], abs=1e-6)
+    assert float(row["pixel_ap"]) == pytest.approx(read_evaluation(step.path)[1].values["pixel_ap"], abs=1e-6)
     assert row["image_auroc"] == "n/a"
 
 
@@ -83,7 +84,7 @@ def test_the_figures_are_means_over_classes_datasets_and_pairs(plan: Plan) -> No
         for number, tests in ((0, ("b", "c")), (1, ("a",))):
             steps = plan.by_key["", "better", seed, number].steps
             of_tests = [
-                np.mean([row.values["pixel_ap"] for row in read_figures(step.place)])
+                np.mean([row.values["pixel_ap"] for row in read_evaluation(step.path)])
                 for step in steps
                 if step.test in tests
             ]
@@ -93,7 +94,7 @@ def test_the_figures_are_means_over_classes_datasets_and_pairs(plan: Plan) -> No
     assert (mean, spread, count) == (pytest.approx(np.mean(by_hand)), pytest.approx(np.std(by_hand, ddof=1)), 6)
     # One class has no image AUROC: the mean is over the other.
     assert better.mean("image_auroc")[2] == 6
-    assert better.verdicts["pixel_ap"].word == "better"
+    assert better.verdicts["pixel_ap"].outcome == "better"
     assert better.verdicts["pixel_ap"].p == 2 / 2**6
     assert better.summary.startswith("Pixel AP: better, +")
     assert not next(arm for arm in setting.arms if arm.name == "plain").verdicts
@@ -104,12 +105,11 @@ def test_the_page_and_the_text_say_the_same(files: dict[str, str]) -> None:
         for said in (
             "Pixel AP: better, +",
             "95 % interval",
-            "What the arms",
             "Reported elsewhere",
             "a table, page 3",
             "Somebody (reported elsewhere)",
             "optimizer steps, only",
-            "12 against 6",
+            "12 compared with 6",
         ):
             assert said in text, said
         assert "Nobody" not in text
@@ -140,7 +140,7 @@ def test_one_verdict_on_several_metrics(plan: Plan) -> None:
     # Three arms and two metrics are one family of six: with six seeds nothing can be shown.
     assert arms["better"].verdicts["pixel_ap"].p_holm == pytest.approx(6 * 2 / 2**6)
     assert arms["better"].summary == "not decided in Pixel AP, Image AUROC"
-    assert "of 6 comparisons" in arms["better"].verdicts["pixel_ap"].reason
+    assert "for 6 comparisons" in arms["better"].verdicts["pixel_ap"].reason
 
 
 def test_fairness_is_looked_at_by_machine(plan: Plan) -> None:
@@ -148,11 +148,11 @@ def test_fairness_is_looked_at_by_machine(plan: Plan) -> None:
     rows = {arm: dict(zip(fairness.facts, found, strict=True)) for arm, found in fairness.rows}
     assert rows["better"]["seed"] == "same"
     assert rows["better"]["training data"] == "same"
-    assert rows["better"]["optimizer steps, only"] == "12 against 6", "those of the run it started from count"
+    assert rows["better"]["optimizer steps, only"] == "12 compared with 6", "those of the run it started from count"
     assert rows["better"]["evaluation"] == "same"
     assert rows["tested"]["evaluation"] == "other arguments: --bonus 1"
     assert rows["untrained"]["training data"] == "not trained"
-    assert fairness.unfair == ["better differs in optimizer steps, only: 12 against 6"], "the others are only shown"
+    assert fairness.unfair == ["better differs in optimizer steps, only: 12 compared with 6"]
 
 
 def test_a_checkpoint_is_asked_first(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_a_partial_study_is_reported(tmp_path: Path) -> None:
     write_world(tmp_path, **{"study.seeds": [0, 1, 2]})
     assert run_study(file, asked) == 1
     text = (page.with_suffix(".md")).read_text(encoding="utf-8")
-    assert "better: no figures for seed 1: b; seed 2: b" in text
+    assert "better: no results for seed 1: b; seed 2: b" in text
     results = read_results(make_plan(read_study(file), plan.folder))
     arms = {arm.name: arm for arm in results.settings[0].arms}
     assert arms["better"].verdicts["pixel_ap"].seeds == (0,)
@@ -228,24 +228,22 @@ def test_every_arm_to_compare_with_has_a_report(tmp_path: Path) -> None:
     )
     results = write_study_report(plan, ["python"])
     assert results.plan.study.compare_with == "plain"
-    page = (plan.folder / "study_against_better.html").read_text(encoding="utf-8")
     text = (plan.folder / "study_against_better.md").read_text(encoding="utf-8")
-    for said in ("**plain**: Pixel AP: worse, -", "Compared with: better", "difference from better"):
+    for said in ("**plain**: Pixel AP: worse, -", "Compared with: better", "Over better, in percentage points"):
         assert said in text, said
-    assert "difference from better" in page
+    rows = list(csv.DictReader((plan.folder / "study_verdicts.csv").read_text(encoding="utf-8").splitlines()))
+    verdicts = {(row["arm"], row["compared_with"]): row for row in rows if row["metric"] == "pixel_ap"}
+    assert set(verdicts) == {("better", "plain"), ("plain", "better")}
+    assert [row["verdict"] for row in verdicts.values()] == ["better", "worse"]
+    gains = [float(row["gain"]) for row in verdicts.values()]
+    assert gains[0] == pytest.approx(-gains[1]) and gains[0] > 1
     first = (plan.folder / "study.md").read_text(encoding="utf-8")
     assert "**better**: Pixel AP: better, +" in first
     assert "study_against_better.html" in first
 
 
 def test_settings_are_studies_of_their_own(tmp_path: Path) -> None:
-    plan = run(
-        tmp_path,
-        **{
-            "study.settings": {"short": {"arguments": {"epochs": 1}}, "long": {"arguments": {"epochs": 3}}},
-            "study.arguments": {},
-        },
-    )
+    plan = run(tmp_path, **{"study.settings": {"short": {"epochs": 1}, "long": {"epochs": 3}}, "study.arguments": {}})
     results = write_study_report(plan, ["python"])
     assert [setting.name for setting in results.settings] == ["short", "long"]
     means = [
@@ -268,11 +266,11 @@ def test_a_csv_of_several_models_means_the_last(tmp_path: Path) -> None:
         "epoch 2,d,average,4,2,9.0",
     ]
     (tmp_path / "a.csv").write_text("\n".join(lines), encoding="utf-8")
-    cup, nut = read_figures(tmp_path)
+    cup, nut = read_evaluation(tmp_path)
     assert (cup.class_name, cup.values, cup.counts) == ("cup", {"x": 3.5}, ("4", "2"))
     assert math.isnan(nut.values["x"])
     (tmp_path / "a.csv").write_text("image,score\n", encoding="utf-8")
-    assert read_figures(tmp_path) == []
+    assert read_evaluation(tmp_path) == []
 
 
 def test_literature_that_is_not_there(tmp_path: Path) -> None:

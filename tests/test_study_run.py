@@ -22,7 +22,7 @@ import pytest
 
 from engine.config.study import StudyArguments
 from engine.study import keeper, local, slurm
-from engine.study.local import Devices, cell_environment, visible_gpus
+from engine.study.local import GpuPool, cell_environment, visible_gpus
 from engine.study.plan import Plan, make_plan
 from engine.study.run import run_study
 from engine.study.study import read_study
@@ -30,7 +30,7 @@ from tests.study_world import write_world
 from utils.errors import Stopped, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("study.csv", "study.md", "study.html")
+FILES = ("study.csv", "study_verdicts.csv", "study.md", "study.html")
 needs_submitit = pytest.mark.skipif(
     os.name == "nt" or importlib.util.find_spec("submitit") is None,
     reason="submitit needs signals, and to be installed",
@@ -114,7 +114,7 @@ def test_a_failure_is_named_and_stops_no_other(tmp_path: Path, said: pytest.LogC
     assert "error: the disk is full" in (ROOT / log).read_text(encoding="utf-8")
     assert sum("tested, on a, seed" in line and "skipped" in line for line in lines) == 2
     assert "plain,0" in figures(tmp_path), "the others went on"
-    assert "missing: better: no figures for seed 0: b; seed 1: b" in said.text
+    assert "missing: better: no results for seed 0: b; seed 1: b" in said.text
     # Mended, it is another cell, and what is there stays.
     said.clear()
     assert run_study(write_world(tmp_path), arguments(tmp_path)) == 0
@@ -124,7 +124,7 @@ def test_a_failure_is_named_and_stops_no_other(tmp_path: Path, said: pytest.LogC
 def test_an_evaluation_without_figures_is_a_failure(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     file = write_world(tmp_path, **{"arms.tested.test_arguments": {"silent": 1}})
     assert run_study(file, arguments(tmp_path)) == 1
-    assert "test on b left no CSV file" in said.text
+    assert "test on b wrote no CSV file" in said.text
     assert not plan_in(tmp_path).by_key["", "tested", 0, 0].done
 
 
@@ -224,7 +224,7 @@ def test_a_study_that_is_stopped_says_how_to_go_on(tmp_path: Path) -> None:
     # Ignored where a shell has put the tests into the background.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     thread.start()
-    with pytest.raises(Stopped, match="the same command goes on"):
+    with pytest.raises(Stopped, match="the same command resumes the study"):
         run_study(tmp_path / "world.toml", arguments(tmp_path, jobs=2))
     thread.join()
     signal.signal(signal.SIGINT, before)
@@ -247,16 +247,16 @@ def test_gpus_are_those_that_are_visible(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    devices = Devices(["0", "1"], jobs=3)
+    devices = GpuPool(["0", "1"], jobs=3)
     assert [devices.take(1) for _ in range(3)] == [["0"], ["1"], ["0"]]
-    devices.give_back(["0"])
+    devices.release(["0"])
     assert devices.take(1) == ["0"]
-    alone = Devices(["0", "1", "2"], jobs=1)
+    alone = GpuPool(["0", "1", "2"], jobs=1)
     assert alone.take(2) == ["0", "1"]
     assert alone.take(2) is None, "one is free, two are wanted"
-    alone.give_back(["0", "1"])
+    alone.release(["0", "1"])
     assert alone.take(2) == ["0", "1"]
-    assert Devices([], jobs=2).take(1) == []
+    assert GpuPool([], jobs=2).take(1) == []
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
     environment = cell_environment(["1"], 3)
@@ -281,7 +281,7 @@ def test_cells_see_their_gpus_and_more_than_there_are_is_a_mistake(
     assert run_study(file, arguments(tmp_path, jobs=2)) == 0
     logs = [path.read_text(encoding="utf-8") for path in tmp_path.rglob("train.log")]
     assert {re.search(r"sees (\S+)", log).group(1) for log in logs} <= {"4", "6"}
-    with pytest.raises(UserError, match="gpus = 3, and there are 2"):
+    with pytest.raises(UserError, match="gpus = 3, but this machine has 2"):
         run_study(write_world(tmp_path, **{"arms.better.gpus": 3, "study.seeds": [7]}), arguments(tmp_path))
 
 
@@ -354,7 +354,7 @@ def test_a_job_that_is_killed_is_named_and_goes_on_with_the_same_command(
     thread = signal_jobs(signal.SIGKILL, tmp_path)
     assert run_study(file, arguments(tmp_path, slurm="default")) == 1
     thread.join()
-    assert "ended without a result; the same command goes on" in said.text
+    assert "ended without a result; the same command resumes it" in said.text
     assert run_study(file, arguments(tmp_path, slurm="default")) == 0
     assert epochs(tmp_path) == [1, 2]
 

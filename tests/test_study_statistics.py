@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from engine.study import statistics
 from engine.study.statistics import (
     LEVEL,
-    Contrast,
+    Comparison,
     Groups,
     bootstrap_interval,
     detectable,
@@ -20,8 +19,10 @@ from engine.study.statistics import (
     probability_of_gain,
     seeds_to_exclude,
     seeds_to_show,
+    sign_flip_power,
     sign_flip_test,
     smallest_p,
+    t_test_power,
 )
 
 STUDIES, ARMS, SEEDS, CLASSES = 1000, 3, 8, 8
@@ -101,10 +102,10 @@ def test_verdicts_are_those_of_the_test() -> None:
     found = decided(differences)
     words = []
     for study in range(6):
-        contrasts = [Contrast("m", tuple(range(SEEDS)), differences[arm, study], GROUPS) for arm in range(ARMS)]
+        contrasts = [Comparison("m", tuple(range(SEEDS)), differences[arm, study], GROUPS) for arm in range(ARMS)]
         verdicts = judge(contrasts, 0.5)
-        assert [verdict.word in ("better", "worse") for verdict in verdicts] == found[:, study].tolist()
-        words += [verdict.word for verdict in verdicts]
+        assert [verdict.outcome in ("better", "worse") for verdict in verdicts] == found[:, study].tolist()
+        words += [verdict.outcome for verdict in verdicts]
     assert {"better", "worse", "not decided"} <= set(words)
 
 
@@ -114,7 +115,7 @@ def test_no_difference_is_seldom_said_of_one_that_matters() -> None:
     for gain, least, most in ((0.5, 0.0, LEVEL), (0.0, 0.8, 1.0)):
         differences = gain + quiet * (simulate(gains=(0.0,), studies=100)[0])
         said = [
-            judge([Contrast("m", tuple(range(SEEDS)), of_study, GROUPS)], 0.5)[0].word.startswith("no difference")
+            judge([Comparison("m", tuple(range(SEEDS)), of_study, GROUPS)], 0.5)[0].outcome.startswith("no difference")
             for of_study in differences
         ]
         assert least <= np.mean(said) <= most
@@ -159,10 +160,10 @@ def test_the_simulated_test_is_the_test() -> None:
     """Power is that of scipy's permutation test, which gives the p values."""
     drawn = np.random.default_rng(2).standard_normal((400, 7)) + 0.6
     for level in (0.05, 0.05 / 3):
-        assert statistics._power_of_signs(drawn, level) == (sign_flip_test(drawn) <= level).mean()
+        assert sign_flip_power(drawn, level) == (sign_flip_test(drawn) <= level).mean()
     # Beyond the exact test, the t test's power joins it without a step.
     effect = detectable(13, LEVEL)
-    assert statistics._power_of_t(effect, 13, LEVEL) == pytest.approx(0.8, abs=0.02)
+    assert t_test_power(effect, 13, LEVEL) == pytest.approx(0.8, abs=0.02)
     assert detectable(14, LEVEL) < effect
 
 
@@ -172,37 +173,37 @@ def test_few_seeds_cannot_show_anything() -> None:
     assert detectable(5, LEVEL) is None
     assert detectable(6, LEVEL) is not None
     assert detectable(6, LEVEL / 2) is None
-    (verdict,) = judge([Contrast("m", (0, 1, 2), np.full((3, CLASSES), 9.0) + np.eye(3, CLASSES), GROUPS)], 0.5)
-    assert verdict.word == "not decided"
-    assert "3 seeds cannot show anything" in verdict.reason
+    (verdict,) = judge([Comparison("m", (0, 1, 2), np.full((3, CLASSES), 9.0) + np.eye(3, CLASSES), GROUPS)], 0.5)
+    assert verdict.outcome == "not decided"
+    assert "3 seeds cannot show a difference" in verdict.reason
     assert "about 3 more seeds would show this gain" in verdict.reason
     assert math.isnan(verdict.detectable_gain)
 
 
 def test_one_seed_or_none_is_no_study() -> None:
-    verdicts = judge([Contrast("m", (0,) * n, np.ones((n, CLASSES)), GROUPS) for n in (0, 1)], 0.5)
-    assert [verdict.word for verdict in verdicts] == ["not decided"] * 2
+    verdicts = judge([Comparison("m", (0,) * n, np.ones((n, CLASSES)), GROUPS) for n in (0, 1)], 0.5)
+    assert [verdict.outcome for verdict in verdicts] == ["not decided"] * 2
     assert math.isnan(verdicts[0].gain)
     assert verdicts[1].gain == 1.0
 
 
 def test_the_same_figures_are_no_difference() -> None:
-    (verdict,) = judge([Contrast("m", tuple(range(6)), np.zeros((6, CLASSES)), GROUPS)], 0.5)
-    assert verdict.word == "no difference of more than 0.5 points"
+    (verdict,) = judge([Comparison("m", tuple(range(6)), np.zeros((6, CLASSES)), GROUPS)], 0.5)
+    assert verdict.outcome == "no difference of more than 0.5 percentage points"
     assert (verdict.p, verdict.probability_of_gain, verdict.detectable_gain) == (1.0, 0.5, 0.0)
 
 
 def test_a_gain_that_is_sure_and_small_is_said_to_be_small() -> None:
     differences = 0.1 + np.random.default_rng(0).standard_normal((8, CLASSES)) / 100
-    (verdict,) = judge([Contrast("m", tuple(range(8)), differences, GROUPS)], 0.5)
-    assert (verdict.word, verdict.reason) == ("better", "though by less than 0.5 points")
+    (verdict,) = judge([Comparison("m", tuple(range(8)), differences, GROUPS)], 0.5)
+    assert (verdict.outcome, verdict.reason) == ("better", "but by less than 0.5 percentage points")
 
 
 def test_a_gain_on_these_classes_alone_is_said_to_be_one() -> None:
     effects = np.array([9.0, -7.0, 8.0, -6.5, 1.0, 0.5, -0.5, 0.1])
     differences = effects + np.random.default_rng(0).standard_normal((8, 1)) / 20
-    (verdict,) = judge([Contrast("m", tuple(range(8)), differences, GROUPS)], 0.5)
-    assert verdict.word == "better"
+    (verdict,) = judge([Comparison("m", tuple(range(8)), differences, GROUPS)], 0.5)
+    assert verdict.outcome == "better"
     assert verdict.low < 0 < verdict.high
     assert "on these classes" in verdict.reason
 
@@ -231,7 +232,7 @@ def test_how_many_seeds_it_would_take() -> None:
     assert seeds_to_exclude(0.0, 0.5, 0.5) < seeds_to_exclude(0.2, 0.5, 0.5)
     assert seeds_to_exclude(0.6, 0.1, 0.5) is None
     differences = np.random.default_rng(1).standard_normal((8, CLASSES))
-    (verdict,) = judge([Contrast("m", tuple(range(8)), differences, GROUPS)], 0.05)
-    assert verdict.word == "not decided"
-    (hopeless,) = judge([Contrast("m", tuple(range(8)), 0.06 + 9 * (differences - differences.mean()), GROUPS)], 0.05)
-    assert "even 100 seeds would not settle" in hopeless.reason
+    (verdict,) = judge([Comparison("m", tuple(range(8)), differences, GROUPS)], 0.05)
+    assert verdict.outcome == "not decided"
+    (hopeless,) = judge([Comparison("m", tuple(range(8)), 0.06 + 9 * (differences - differences.mean()), GROUPS)], 0.05)
+    assert "even 100 seeds would not decide" in hopeless.reason

@@ -1,1 +1,1 @@
-"""Studies: arms of training scripts over seeds and datasets, run to their end, compared with statistics, reported."""
+"""Studies: run arms over seeds and datasets, compare them with statistics, and report."""

@@ -1,4 +1,4 @@
-"""Running a cell: each of its steps in a process of its own, through a keeper that ends it when we are gone."""
+"""Run a cell: each step in its own process, under a keeper that ends the process when the study ends."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.study import keeper
-from engine.study.figures import read_figures
-from engine.study.plan import ROOT, Cell, Step, shown
+from engine.study.evaluations import read_evaluation
+from engine.study.plan import ROOT, Cell, Step, path_from_root
 
 logger = logging.getLogger(__name__)
 
@@ -23,14 +23,14 @@ KEEPER = Path(keeper.__file__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a cell ended: its problems in words, none where it is complete."""
+    """The problems of a cell that was run; none if it is complete."""
 
     cell: Cell
     problems: tuple[str, ...] = ()
 
 
-class Running:
-    """The keepers at work, so that all of them can be ended at once, from any thread."""
+class StepRunner:
+    """Runs steps, and can stop all of them from any thread."""
 
     def __init__(self) -> None:
         self.stopping = False
@@ -38,28 +38,30 @@ class Running:
         self._lock = threading.Lock()
 
     def run(self, step: Step, environment: Mapping[str, str]) -> int | None:
-        """Run a step to its end and return its exit status; None where it was stopped, or never begun."""
-        words = [sys.executable, "-I", str(KEEPER), str(step.marker), str(step.log), sys.executable, *step.words]
-        # In a group of its own, so that Ctrl-C reaches us alone, who end it in order.
-        group = (
-            {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
-        )
+        """Run a step and return its exit status; None if it was stopped or not started."""
+        command = [sys.executable, "-I", str(KEEPER), str(step.marker), str(step.log), sys.executable, *step.command]
         with self._lock:
             if self.stopping:
                 return None
             process = subprocess.Popen(
-                words, cwd=ROOT, env={**os.environ, **environment}, stdin=subprocess.PIPE, **group
+                command,
+                cwd=ROOT,
+                env={**os.environ, **environment},
+                stdin=subprocess.PIPE,
+                # A process group of its own: Ctrl-C reaches only this process, which ends the steps in order.
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+                start_new_session=os.name != "nt",
             )
             self._keepers.add(process)
         try:
             status = process.wait()
         finally:
-            # In a Slurm job an exception may come here: the step is ended, and has time for it.
+            # A Slurm job may raise an exception here; the step then gets time to end.
             self._end([process])
         return None if self.stopping and status else status
 
     def stop(self) -> None:
-        """End all steps, and begin no more."""
+        """End all steps and start no more."""
         with self._lock:
             self.stopping = True
             keepers = list(self._keepers)
@@ -68,7 +70,8 @@ class Running:
     def _end(self, keepers: list[subprocess.Popen[bytes]]) -> None:
         for process in keepers:
             with suppress(OSError):
-                process.stdin.close()
+                if process.stdin:
+                    process.stdin.close()
         for process in keepers:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(keeper.GRACE + 10)
@@ -76,35 +79,37 @@ class Running:
 
 
 def run_cell(
-    cell: Cell, environment: Mapping[str, str], running: Running, finished: Callable[[Step], None] = lambda step: None
+    cell: Cell, environment: Mapping[str, str], runner: StepRunner, finished: Callable[[Step], None] = lambda step: None
 ) -> Outcome:
-    """Run what is left of a cell; `finished` is called with each step that came to a good end."""
+    """Run the remaining steps of a cell; `finished` is called after each successful step."""
     if cell.start is not None and not cell.start.trained:
         return Outcome(cell, (f"skipped: it starts from {cell.start}, which is not trained",))
-    problems = []
+    problems: list[str] = []
     for step in cell.steps:
         if step.done:
             continue
-        status = running.run(step, environment)
+        status = runner.run(step, environment)
         if status is None:
             return Outcome(cell, (*problems, "stopped"))
-        what = "training" if step.kind == "train" else f"test on {step.test}"
+        name = f"test on {step.test}" if step.test else "training"
         if status:
-            problems.append(f"{what} ended with status {status}: {_last_line(step.log)} (log: {shown(step.log)})")
-            if step.kind == "train":
+            problems.append(
+                f"{name} ended with status {status}: {_last_line(step.log)} (log: {path_from_root(step.log)})"
+            )
+            if not step.test:
                 break
-        elif step.kind == "test" and not read_figures(step.place):
+        elif step.test and not read_evaluation(step.path):
             step.marker.unlink()
-            problems.append(f"{what} left no CSV file with a column class in {shown(step.place)}")
+            problems.append(f"{name} wrote no CSV file with a column class to {path_from_root(step.path)}")
         else:
             finished(step)
     return Outcome(cell, tuple(problems))
 
 
 def _last_line(log: Path) -> str:
-    """The last line that a process said, which for a mistake is the error."""
+    """The last line of a log, which is the error of a failed process."""
     with suppress(OSError):
-        lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-        found = [line.split("\r")[-1].strip() for line in lines if line.strip()]
-        return found[-1][:300] if found else "it said nothing"
+        text = log.read_text(encoding="utf-8", errors="replace")
+        lines = [line.split("\r")[-1].strip() for line in text.split("\n") if line.strip()]
+        return lines[-1][:300] if lines else "no output"
     return "no log"

@@ -1,9 +1,8 @@
-"""Runs one command for a study, and ends it when the study is gone: `keeper.py MARKER LOG WORD...`.
+"""Run one command of a study, and end it when the study ends: `keeper.py MARKER LOG COMMAND...`.
 
-Standard input is a pipe that whoever started this holds open; its end, however it comes about, ends the command. One
-keeper at a time works for a marker, so that a study which is started again waits for what the one before left behind.
-The marker is written last, and only for a command that ended well. Needs the standard library alone, so that it starts
-at once.
+The process that starts this one holds a pipe to standard input; when the pipe closes for any reason, the command ends.
+Only one keeper per marker runs at a time, so a restarted study waits for the processes of the previous one. The marker
+is written last, and only if the command succeeded. Only the standard library is imported, for a fast start.
 """
 
 from __future__ import annotations
@@ -18,47 +17,47 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-# Seconds that a command has to end by itself once it is asked to.
+# Seconds that a terminated command has before it is killed.
 GRACE = 30.0
 
 
-def main(marker: Path, log: Path, words: list[str]) -> int:
-    """The command's exit status; that of a marker that is there already is 0."""
+def main(marker: Path, log: Path, command: list[str]) -> int:
+    """Run the command unless the marker exists, and return its exit status."""
     marker.parent.mkdir(parents=True, exist_ok=True)
     with marker.with_suffix(".lock").open("a+b") as lock:
         wait_for_lock(lock)
         if marker.is_file():
             return 0
-        begun = time.time()
+        start = time.time()
         with log.open("ab") as output:
-            output.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {json.dumps(words)}\n".encode())
+            output.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {json.dumps(command)}\n".encode())
             output.flush()
-            command = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
-            threading.Thread(target=end_when_alone, args=(command,), daemon=True).start()
-            status = command.wait()
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+            threading.Thread(target=end_with_stdin, args=(process,), daemon=True).start()
+            status = process.wait()
         if status == 0:
             temporary = marker.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"seconds": round(time.time() - begun, 1)}) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps({"seconds": round(time.time() - start, 1)}) + "\n", encoding="utf-8")
             temporary.replace(marker)
-        # A command that a signal ended has a negative status, which no process can leave with.
+        # A process ended by a signal has a negative status, which cannot be an exit status.
         return status if status >= 0 else 128 - status
 
 
-def end_when_alone(command: subprocess.Popen[bytes]) -> None:
-    """End the command once standard input does."""
+def end_with_stdin(process: subprocess.Popen[bytes]) -> None:
+    """End a process when standard input closes."""
     with suppress(OSError):
         while os.read(0, 1):
             pass
-    command.terminate()
+    process.terminate()
     try:
-        command.wait(GRACE)
+        process.wait(GRACE)
     except subprocess.TimeoutExpired:
-        command.kill()
+        process.kill()
 
 
 def wait_for_lock(file: IO[bytes]) -> None:
-    """Hold the file's lock, which the system gives back however this process ends."""
-    if os.name == "nt":
+    """Lock a file; the system releases the lock when this process ends."""
+    if sys.platform == "win32":
         import msvcrt
 
         while True:
@@ -66,9 +65,10 @@ def wait_for_lock(file: IO[bytes]) -> None:
                 msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
                 return
             time.sleep(0.2)
-    import fcntl
+    else:
+        import fcntl
 
-    fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 if __name__ == "__main__":

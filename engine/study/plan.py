@@ -1,4 +1,4 @@
-"""The cells of a study: what is run for each arm, seed and training dataset, where, and after what."""
+"""The cells of a study: training and tests of each arm, seed and training dataset, with folders and commands."""
 
 from __future__ import annotations
 
@@ -13,29 +13,31 @@ from typing import Any
 
 from engine.study.study import Arguments, Arm, Pair, Study
 
-# Where every process runs: the repository's root.
+# The repository: working directory of all processes.
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One process: its words after `python`, and the path beside which its marker and log lie.
+    """One process: a training, or the test on one dataset.
 
-    kind: "train" or "test"; test: the dataset tested on. marker: written last, by the keeper.
+    Attributes:
+        path: The marker `path.done` and the log `path.log` are next to it; a test writes its results into it.
+        command: The arguments after `python`.
+        test: The test dataset; empty for a training.
     """
 
-    kind: str
-    place: Path
-    words: tuple[str, ...]
+    path: Path
+    command: tuple[str, ...]
     test: str = ""
 
     @property
     def marker(self) -> Path:
-        return self.place.with_name(f"{self.place.name}.done")
+        return self.path.with_name(f"{self.path.name}.done")
 
     @property
     def log(self) -> Path:
-        return self.place.with_name(f"{self.place.name}.log")
+        return self.path.with_name(f"{self.path.name}.log")
 
     @property
     def done(self) -> bool:
@@ -43,15 +45,18 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        """How long it took, once it is done."""
+        """Duration of a finished step."""
         return json.loads(self.marker.read_text(encoding="utf-8"))["seconds"]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One arm, seed and training dataset in one setting: its training, if it has one, and its evaluations.
+    """One arm, seed and training dataset in one setting, with its training (if any) and its tests.
 
-    given: the training's arguments, as the study file has them; seed and pair are None where nothing is trained.
+    Attributes:
+        seed: None if nothing is trained.
+        start: The cell of the arm it starts from.
+        arguments: The arguments of the training, without those that the runner adds.
     """
 
     arm_name: str
@@ -60,7 +65,7 @@ class Cell:
     seed: int | None
     pair: Pair
     start: Cell | None
-    given: Arguments
+    arguments: Arguments
     folder: Path
     steps: tuple[Step, ...]
 
@@ -70,7 +75,7 @@ class Cell:
 
     @property
     def training(self) -> Step | None:
-        return next((step for step in self.steps if step.kind == "train"), None)
+        return next((step for step in self.steps if not step.test), None)
 
     @property
     def trained(self) -> bool:
@@ -82,32 +87,32 @@ class Cell:
         return all(step.done for step in self.steps)
 
     @property
-    def run(self) -> Cell | None:
-        """The cell whose training made what this one tests; None where nothing was trained."""
+    def source(self) -> Cell | None:
+        """The cell whose training produced the tested checkpoint; None for an untrained model."""
         return self if self.training else self.start
 
     @property
     def checkpoint(self) -> str:
-        """What its tests are told to test."""
-        if self.run is None:
+        """The `--checkpoint` of its tests."""
+        if self.source is None:
             return self.arm.checkpoint
-        return shown(run_folder(self.run.folder) / self.arm.checkpoint)
+        return path_from_root(training_folder(self.source.folder) / self.arm.checkpoint)
 
     @property
     def chain(self) -> list[Cell]:
-        """The cells whose trainings made its weights, the first of them first."""
-        run = self.run
-        return [] if run is None else [*(run.start.chain if run.start else []), run]
+        """The cells whose trainings produced its weights, in their order."""
+        source = self.source
+        return [] if source is None else [*(source.start.chain if source.start else []), source]
 
     @cached_property
     def level(self) -> int:
-        """How many cells must come before."""
+        """Number of cells that must run before it."""
         return 0 if self.start is None else 1 + self.start.level
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All cells of a study in the order in which they are run, by setting, arm, seed and number of the pair."""
+    """All cells of a study in their order, by setting, arm, seed and index of the pair."""
 
     study: Study
     folder: Path
@@ -115,140 +120,100 @@ class Plan:
 
     @cached_property
     def cells(self) -> list[Cell]:
-        """Each once: what does not depend on the seed, such as an untrained arm, is the same cell for all of them."""
-        found: dict[Path, Cell] = {}
+        """The distinct cells: one that does not depend on the seed, such as an untrained arm, has many keys."""
+        merged: dict[Path, Cell] = {}
         for cell in self.by_key.values():
-            if cell.folder in found:
-                known = found[cell.folder]
-                steps = {step.place: step for step in (*known.steps, *cell.steps)}
+            if cell.folder in merged:
+                known = merged[cell.folder]
+                steps = {step.path: step for step in (*known.steps, *cell.steps)}
                 cell = replace(known, steps=tuple(steps.values()))
-            found[cell.folder] = cell
-        return list(found.values())
+            merged[cell.folder] = cell
+        return list(merged.values())
 
 
 def make_plan(study: Study, folder: Path) -> Plan:
-    """The cells of a study under `folder`, seed by seed, so that what is finished early is whole seeds."""
-    found: dict[tuple[str, str, int, int], Cell] = {}
+    """Plan a study in `folder`, seed by seed, so that an interrupted study has complete seeds."""
+    cells: dict[tuple[str, str, int, int], Cell] = {}
 
-    def cell(setting: str, name: str, seed: int, number: int) -> Cell:
+    def add(setting: str, name: str, seed: int, number: int) -> Cell:
         key = (setting, name, seed, number)
-        if key not in found:
+        if key not in cells:
             start = study.arms[name].start
-            before = cell(setting, start.arm, seed, number) if start else None
-            found[key] = _make_cell(study, folder / "cells", setting, name, seed, study.pairs[number], before)
-        return found[key]
+            start_cell = add(setting, start.arm, seed, number) if start else None
+            cells[key] = _make_cell(study, folder / "cells", setting, name, seed, study.pairs[number], start_cell)
+        return cells[key]
 
     for seed in study.seeds:
         for setting in study.settings:
             for number in range(len(study.pairs)):
                 for name in study.arms:
-                    cell(setting, name, seed, number)
-    return Plan(study, folder, found)
+                    add(setting, name, seed, number)
+    return Plan(study, folder, cells)
 
 
 def _make_cell(study: Study, folder: Path, setting: str, name: str, seed: int, pair: Pair, start: Cell | None) -> Cell:
-    arm, flags = study.arms[name], study.flags
-    run = start.run if start else None
-    given: Arguments = {}
-    identity: dict[str, Any] = {"start": run.folder.name.rpartition("_")[2] if run else None}
+    arm = study.arms[name]
+    source = start.source if start else None
+    is_trained = bool(arm.script or source)
+    arguments: Arguments = {}
     if arm.script:
-        given = {**study.arguments, **study.settings[setting].arguments, **pair.arguments, **arm.arguments}
-        given = {key: value for key, value in given.items() if value is not False}
-        files = arm.start.arguments if arm.start else {}
-        identity |= {
-            "script": arm.script,
-            "launch": list(arm.launch),
-            "arguments": given,
-            "files": files,
-            "seed": seed,
-            "dataset": pair.train,
-            "flags": [flags.seed, flags.dataset],
-        }
-    elif run is None:
-        identity |= {"checkpoint": arm.checkpoint, "arm": name}
-    trained = [slug(setting), slug(pair.train), f"seed{seed}"] if arm.script or run else []
-    cell_folder = folder / "_".join(filter(None, [slug(name), *trained, digest(identity)]))
+        merged = {**study.arguments, **study.settings[setting], **pair.arguments, **arm.arguments}
+        arguments = {key: value for key, value in merged.items() if value is not False}
+    files = arm.start.arguments if arm.start else {}
+    identity: list[Any] = [arm.checkpoint]
+    if is_trained:
+        start_digest = source.folder.name.rpartition("_")[2] if source else None
+        identity = [start_digest, arm.script, arm.launch, arguments, files, seed, pair.train]
+    labels = [slug(setting), slug(pair.train), f"seed{seed}"] if is_trained else []
+    cell_folder = folder / "_".join(filter(None, [slug(name), *labels, digest(identity)]))
     steps = []
     if arm.script:
-        saved = run_folder(cell_folder)
-        files = {key: shown(run_folder(run.folder) / file) for key, file in files.items()} if run else {}
-        words = [
-            *arm.launch,
-            arm.script,
-            *words_of({**given, **files}),
-            *_filled(flags.dataset, pair.train),
-            *_filled(flags.seed, seed),
-            *_filled(flags.save, shown(saved)),
-        ]
-        steps.append(Step("train", cell_folder / "train", tuple(words)))
-    is_trained = bool(arm.script or run)
-    bare = Cell(
-        name,
-        arm,
-        setting if is_trained else "",
-        seed if is_trained else None,
-        pair,
-        start,
-        given,
-        cell_folder,
-        tuple(steps),
-    )
-    steps += [_test_step(study, bare, test) for test in pair.test]
-    return replace(bare, steps=tuple(steps))
+        if source:
+            run = training_folder(source.folder)
+            files = {key: path_from_root(run / file) for key, file in files.items()}
+        options = {**arguments, **files, "dataset": pair.train, "seed": seed}
+        options["save_path"] = path_from_root(training_folder(cell_folder))
+        steps.append(Step(cell_folder / "train", (*arm.launch, arm.script, *command_options(options))))
+    label, cell_seed = (setting, seed) if is_trained else ("", None)
+    cell = Cell(name, arm, label, cell_seed, pair, start, arguments, cell_folder, tuple(steps))
+    return replace(cell, steps=(*steps, *(_test_step(study, cell, test) for test in pair.test)))
 
 
 def _test_step(study: Study, cell: Cell, test: str) -> Step:
-    flags = study.flags
-    given = {**study.test_arguments, **cell.arm.test_arguments}
-    identity = {
-        "script": study.test_script,
-        "arguments": given,
-        "dataset": test,
-        "checkpoint": cell.arm.checkpoint,
-        "flags": [flags.checkpoint, flags.dataset],
-    }
-    place = cell.folder / f"test_{slug(test)}_{digest(identity)}"
-    words = [
-        study.test_script,
-        *words_of(given),
-        *_filled(flags.checkpoint, cell.checkpoint),
-        *_filled(flags.dataset, test),
-        *_filled(flags.output, shown(place)),
-    ]
-    return Step("test", place, tuple(words), test)
+    arguments = {**study.test_arguments, **cell.arm.test_arguments}
+    name = f"test_{slug(test)}_{digest([study.test_script, arguments, test, cell.arm.checkpoint])}"
+    path = cell.folder / name
+    options = {**arguments, "checkpoint": cell.checkpoint, "dataset": test, "output_dir": path_from_root(path)}
+    return Step(path, (study.test_script, *command_options(options)), test)
 
 
-def run_folder(cell_folder: Path) -> Path:
-    """Where a cell's training writes."""
+def training_folder(cell_folder: Path) -> Path:
+    """The `--save_path` of a cell's training."""
     return cell_folder / "run"
 
 
-def _filled(flag: str, value: object) -> list[str]:
-    return [flag, str(value)] if flag else []
-
-
-def words_of(arguments: Mapping[str, Any]) -> list[str]:
-    """Arguments as words: true is a flag alone, false is left out, a list is spread."""
-    words: list[str] = []
+def command_options(arguments: Mapping[str, Any]) -> list[str]:
+    """Arguments of a command: true is a flag, false is left out, a list has several values."""
+    options: list[str] = []
     for name, value in arguments.items():
         if value is False:
             continue
-        words.append(f"--{name}")
+        options.append(f"--{name}")
         if value is not True:
-            words += [str(item) for item in (value if isinstance(value, list) else [value])]
-    return words
+            options += [str(item) for item in (value if isinstance(value, list) else [value])]
+    return options
 
 
-def digest(identity: Mapping[str, Any]) -> str:
-    """A short name for everything that determines a cell; the order of arguments does not count."""
+def digest(identity: Any) -> str:
+    """A short digest of everything that determines a cell, independent of the order of arguments."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
 
 def slug(text: str) -> str:
-    """A name, or the last part of a path, as part of a file's name."""
+    """A name, or the last part of a path, as part of a file name."""
     return re.sub(r"[^\w.-]+", "_", Path(text).name if "/" in text else text).strip("_")[:40]
 
 
-def shown(path: Path) -> str:
-    """A path as a command names it: from the repository's root where it lies below."""
+def path_from_root(path: Path) -> str:
+    """A path relative to the repository if it is inside."""
     return (path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).as_posix()

@@ -1,4 +1,4 @@
-"""A study's files: `study.csv`, and `study.md` and `study.html` for each arm to compare with; of whatever is there."""
+"""Write the results of a study: CSV files, and a Markdown and an HTML report for each arm to compare with."""
 
 from __future__ import annotations
 
@@ -7,29 +7,18 @@ import io
 import logging
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from engine.evaluation.pages import render_page
 from engine.study.charts import forest_charts, heat, loss_chart
-from engine.study.plan import Plan, shown, slug
-from engine.study.results import (
-    ArmResult,
-    Fairness,
-    Results,
-    SettingResult,
-    argument_differences,
-    check_fairness,
-    dataset_means,
-    metric_title,
-    read_literature,
-    read_results,
-)
+from engine.study.fairness import Fairness, argument_differences, check_fairness
+from engine.study.plan import Plan, path_from_root, slug
+from engine.study.results import Results, SettingResult, dataset_means, metric_title, read_literature, read_results
 from engine.study.statistics import LEVEL, Verdict
 from engine.study.study import Study
 from utils.files import write_text
@@ -41,13 +30,24 @@ logger = logging.getLogger(__name__)
 TEMPLATE = Path(__file__).with_name("study.html")
 UNDEFINED = "n/a"
 VERDICT_NUMBERS = ("gain", "low", "high", "p", "p_holm", "probability_of_gain", "detectable_gain")
-VERDICT_COLUMNS = ("Seeds", "Gain", "95 % interval", "p", "p, Holm", "New seed gains", "Shown from", "Verdict")
-ELSEWHERE = "Reported elsewhere, under protocols of their own; not run here"
+VERDICT_COLUMNS = (
+    "Seeds",
+    "Gain",
+    "95 % interval",
+    "p",
+    "p, Holm",
+    "Probability of a gain",
+    "Detectable gain",
+    "Verdict",
+)
+REPORTED = "Reported elsewhere, under other protocols; not run here"
+# Header and rows.
+TextTable = tuple[list[str], list[list[str]]]
 
 
 @dataclass(frozen=True)
 class HeatTable:
-    """A metric of every class: the arms, and a row for each class of a text and a ground for each arm."""
+    """A metric of every class: a row for each class, with a text and a background colour for each arm."""
 
     title: str
     arms: list[str]
@@ -57,21 +57,26 @@ class HeatTable:
 
 @dataclass(frozen=True)
 class Section:
-    """What the page shows of one setting."""
+    """The part of the HTML report on one setting."""
 
     name: str
     verdicts: list[tuple[str, str]]
-    table: tuple[list[str], list[list[str]]]
-    differences: tuple[list[str], list[list[str]]]
+    table: TextTable
+    differences: TextTable
     forests: list[Chart]
     heat: list[HeatTable]
     losses: Chart | None
 
 
 def write_study_report(plan: Plan, command: Sequence[str]) -> Results:
-    """Write the files of what a study has found so far, for each arm to compare with; the results beside the first.
+    """Write the files of a study from its finished evaluations.
 
-    command: the words that run it again.
+    Args:
+        plan: The study.
+        command: The command that runs it again.
+
+    Returns:
+        The results, compared with the study's `compare_with`.
     """
     study = plan.study
     reports = [
@@ -86,24 +91,24 @@ def write_study_report(plan: Plan, command: Sequence[str]) -> Results:
         files[f"{stem}.html"] = page(results, fairness, command)
     for name, text in files.items():
         write_text(plan.folder / name, text)
-    logger.info("Report: %s", ", ".join(shown(plan.folder / name) for name in files))
+    logger.info("Report: %s", ", ".join(path_from_root(plan.folder / name) for name in files))
     return reports[0]
 
 
 def report_name(study: Study, compared_with: str) -> str:
-    """The stem of the report in which all arms are compared with this one."""
+    """The file name, without ending, of the report that compares all arms with this one."""
     return "study" if compared_with == study.compare_with else f"study_against_{slug(compared_with)}"
 
 
 def csv_text(results: Results) -> str:
-    """Every setting, arm, seed, dataset and class with its metrics in percent."""
+    """All metrics in percent, a row for each setting, arm, seed, pair of datasets and class."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["setting", "arm", "seed", "train", "test", "class", *results.metrics])
     for setting in results.settings:
         for arm in setting.arms:
-            for seed, figures in zip(arm.table.seeds, arm.table.values, strict=True):
-                for column, values in zip(arm.table.columns, figures, strict=True):
+            for seed, seed_values in zip(arm.table.seeds, arm.table.values, strict=True):
+                for column, values in zip(arm.table.columns, seed_values, strict=True):
                     if not np.isnan(values).all():
                         cells = [UNDEFINED if math.isnan(value) else f"{value:.6f}" for value in values]
                         writer.writerow([setting.name, arm.name, seed, *column, *cells])
@@ -122,30 +127,30 @@ def verdicts_csv(reports: Sequence[Results]) -> str:
                     numbers = [getattr(verdict, name) for name in VERDICT_NUMBERS]
                     cells = ["" if math.isnan(value) else f"{value:.6g}" for value in numbers]
                     start = [results.plan.study.compare_with, setting.name, arm.name, metric, len(verdict.seeds)]
-                    writer.writerow([*start, *cells, verdict.word, verdict.reason])
+                    writer.writerow([*start, *cells, verdict.outcome, verdict.reason])
     return text.getvalue()
 
 
-def figure(value: float, signed: bool = False) -> str:
-    """A figure in percent or points with two decimals; without one, as tables say it."""
-    # Adding 0 takes the sign from a zero that was negative before it was rounded.
+def number(value: float, signed: bool = False) -> str:
+    """A number with two decimals, or n/a."""
+    # Adding 0 removes the sign of a negative value that is rounded to zero.
     return UNDEFINED if math.isnan(value) else f"{round(value, 2) + 0:{'+' if signed else ''}.2f}"
 
 
-def means_table(results: Results, setting: SettingResult) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the arms' means over seeds, with their standard deviation."""
+def means_table(results: Results, setting: SettingResult) -> TextTable:
+    """The means over seeds of all arms, with their standard deviations."""
     rows = []
     for arm in setting.arms:
-        found = [arm.mean(metric) for metric in results.metrics]
-        cells = [figure(mean) + ("" if math.isnan(spread) else f" ± {spread:.2f}") for mean, spread, _ in found]
-        rows.append([arm.name, str(max((count for *_, count in found), default=0)), *cells])
+        means = [arm.mean(metric) for metric in results.metrics]
+        cells = [number(mean) + ("" if math.isnan(spread) else f" ± {spread:.2f}") for mean, spread, _ in means]
+        rows.append([arm.name, str(max((count for *_, count in means), default=0)), *cells])
     return ["Arm", "Seeds", *map(metric_title, results.metrics)], rows
 
 
-def gains_table(results: Results, setting: SettingResult) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the arms' gains over the one compared with, each with its interval."""
+def gains_table(results: Results, setting: SettingResult) -> TextTable:
+    """The gains of all arms over the arm to compare with, with their intervals."""
     rows = [
-        [arm.name, *(gain_cell(v.gain, v.low, v.high) for v in arm.verdicts.values())]
+        [arm.name, *(gain_cell(verdict.gain, verdict.low, verdict.high) for verdict in arm.verdicts.values())]
         for arm in setting.arms
         if arm.verdicts
     ]
@@ -154,12 +159,15 @@ def gains_table(results: Results, setting: SettingResult) -> tuple[list[str], li
 
 def gain_cell(gain: float, low: float, high: float) -> str:
     """A gain and its interval in one cell."""
-    interval = "" if math.isnan(low) else f" ({figure(low, True)} to {figure(high, True)})"
-    return figure(gain, True) + interval
+    return number(gain, True) + ("" if math.isnan(low) else f" ({interval(low, high)})")
 
 
-def differences_table(results: Results, setting: SettingResult) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of every verdict: the gain, its interval, the test, and what follows."""
+def interval(low: float, high: float) -> str:
+    return UNDEFINED if math.isnan(low) else f"{number(low, True)} to {number(high, True)}"
+
+
+def differences_table(results: Results, setting: SettingResult) -> TextTable:
+    """All numbers of every verdict."""
     rows = [
         [arm.name, metric_title(metric), *verdict_cells(verdict)]
         for metric in results.metrics
@@ -170,40 +178,36 @@ def differences_table(results: Results, setting: SettingResult) -> tuple[list[st
 
 
 def verdict_cells(verdict: Verdict) -> list[str]:
-    """A verdict in the cells of a row; where a gain of any size could not be shown, its cell says so."""
-    interval = UNDEFINED if math.isnan(verdict.low) else f"{figure(verdict.low, True)} to {figure(verdict.high, True)}"
     p, corrected = (UNDEFINED if math.isnan(value) else f"{value:.2g}" for value in (verdict.p, verdict.p_holm))
-    chance = UNDEFINED if math.isnan(verdict.probability_of_gain) else f"{100 * verdict.probability_of_gain:.0f} %"
-    smallest = "none" if math.isnan(verdict.detectable_gain) else figure(verdict.detectable_gain)
+    probability = verdict.probability_of_gain
     return [
         str(len(verdict.seeds)),
-        figure(verdict.gain, True),
-        interval,
+        number(verdict.gain, True),
+        interval(verdict.low, verdict.high),
         p,
         corrected,
-        chance,
-        smallest,
-        verdict.word + (f": {verdict.reason}" if verdict.reason else ""),
+        UNDEFINED if math.isnan(probability) else f"{100 * probability:.0f} %",
+        "none" if math.isnan(verdict.detectable_gain) else number(verdict.detectable_gain),
+        verdict.outcome + (f": {verdict.reason}" if verdict.reason else ""),
     ]
 
 
 def heat_table(results: Results, setting: SettingResult, metric: str) -> HeatTable:
-    """A metric of every class, the mean over seeds, on grounds that show the difference from the arm compared with."""
+    """The mean over seeds of a metric in every class, coloured by the difference from the arm to compare with."""
     index = results.metrics.index(metric)
     columns = setting.arms[0].table.columns
-    base = next((arm for arm in setting.arms if arm.name == results.plan.study.compare_with), None)
     means = {arm.name: _mean_over_seeds(arm.table.values[..., index]) for arm in setting.arms}
-    against = means[base.name] if base else np.full(len(columns), np.nan)
-    differences = {name: found - against for name, found in means.items()}
-    known = [abs(value) for found in differences.values() for value in found if not math.isnan(value)]
+    base = means.get(results.plan.study.compare_with, np.full(len(columns), np.nan))
+    differences = {name: values - base for name, values in means.items()}
+    known = [abs(value) for values in differences.values() for value in values if not math.isnan(value)]
     largest = max(known, default=0.0)
     several = len({column[:2] for column in columns}) > 1
     rows = []
     for place, (train, test, class_name) in enumerate(columns):
         name = f"{train} → {test}: {class_name}" if several else class_name
-        cells = [(figure(means[a][place]), heat(differences[a][place], largest)) for a in means]
+        cells = [(number(means[arm][place]), heat(differences[arm][place], largest)) for arm in means]
         rows.append((name, cells))
-    return HeatTable(metric_title(metric), list(means), figure(largest), rows)
+    return HeatTable(metric_title(metric), list(means), number(largest), rows)
 
 
 def _mean_over_seeds(values: np.ndarray) -> np.ndarray:
@@ -211,112 +215,103 @@ def _mean_over_seeds(values: np.ndarray) -> np.ndarray:
     return np.divide(np.nansum(values, 0), known, out=np.full(values.shape[1], np.nan), where=known > 0)
 
 
-def literature_table(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of what others report for the study's pairs beside our means, pair by pair; may be empty."""
+def literature_table(results: Results) -> TextTable:
+    """Published results for the study's pairs next to the means of the study, pair by pair; may be empty."""
     rows = []
-    reported = read_literature(results)
-    ours = [
+    published = read_literature(results)
+    own = [
         (", ".join(filter(None, [arm.name, setting.name])), dataset_means(arm))
         for setting in results.settings
         for arm in setting.arms
     ]
-    for pair in dict.fromkeys((row["train"], row["test"]) for row in reported):
-        for row in reported:
+    for pair in dict.fromkeys((row["train"], row["test"]) for row in published):
+        for row in published:
             if (row["train"], row["test"]) == pair:
                 cells = [row.get(metric) or "–" for metric in results.metrics]
                 rows.append([f"{row.get('method', '')} (reported elsewhere)", *pair, *cells, row.get("source", "")])
-        for name, means in ours:
+        for name, means in own:
             if pair in means:
-                rows.append([name, *pair, *(figure(value) for value in means[pair]), "this study"])
+                rows.append([name, *pair, *(number(value) for value in means[pair]), "this study"])
     return ["Method", "Trained on", "Tested on", *map(metric_title, results.metrics), "Source"], rows
 
 
-def facts_of_study(results: Results) -> list[tuple[str, str]]:
-    """What was studied, in words."""
+def study_facts(results: Results) -> list[tuple[str, str]]:
+    """What the study compares."""
     study = results.plan.study
     pairs = "; ".join(f"{pair.train} → {', '.join(pair.test)}" for pair in study.pairs)
-    also = [f"{name} ({report_name(study, name)}.html)" for name in study.also_compare_with]
+    other = [f"{name} ({report_name(study, name)}.html)" for name in study.also_compare_with]
     done = sum(cell.done for cell in results.plan.cells)
     facts = [
         ("Trained on → tested on", pairs),
         ("Seeds", ", ".join(map(str, study.seeds))),
         ("Compared with", study.compare_with),
-        ("In reports of their own", "; ".join(also)),
+        ("Other reports", "; ".join(other)),
         ("Verdict on", ", ".join(map(metric_title, results.verdict_metrics))),
-        ("Differences that do not matter", f"up to {study.margin:g} points"),
+        ("Margin", f"differences up to {study.margin:g} percentage points do not matter"),
         ("Complete", f"{done} of {len(results.plan.cells)} cells"),
     ]
     return [fact for fact in facts if fact[1]]
 
 
-def how_to_read(results: Results) -> str:
-    """What the columns of the differences mean, in a paragraph."""
+def explanation(results: Results) -> str:
+    """The columns of the differences."""
     study = results.plan.study
     family = "all arms" + (" and the metrics of the verdict" if len(results.verdict_metrics) > 1 else "")
     return (
-        f"Gain: mean over seeds of the difference from {study.compare_with}, in points. Interval: hierarchical "
-        "bootstrap over seeds and classes. p: sign-flip permutation test over seeds; Holm: corrected over "
-        f"{family}, and at most {LEVEL:g} for better or worse. New seed gains: probability that one more seed shows a "
-        "gain. Shown from: the smallest gain that so many seeds show in 80 % of studies; none: no gain, however large."
+        f"Gain: mean over seeds of the difference from {study.compare_with}, in percentage points. Interval: "
+        "hierarchical bootstrap over seeds and classes. p: sign-flip permutation test over seeds. p, Holm: corrected "
+        f"over {family}; at most {LEVEL:g} for better or worse. Probability of a gain: that one more seed shows a "
+        "gain. Detectable gain: the gain that this many seeds detect in 80 % of studies; none: they detect no gain."
     )
 
 
-def again(results: Results, command: Sequence[str]) -> list[str]:
-    """The commands that make all of this again: the study's, then those of its cells."""
-    lines = [shlex.join(command), ""]
-    for cell in results.plan.cells:
-        lines += [shlex.join(["python", *step.words]) for step in cell.steps]
-    return lines
+def all_commands(results: Results) -> list[str]:
+    """The commands of all cells."""
+    return [shlex.join(["python", *step.command]) for cell in results.plan.cells for step in cell.steps]
 
 
 def markdown(results: Results, fairness: Fairness, command: Sequence[str]) -> str:
-    """The study as a page of text."""
+    """The study as Markdown: verdicts, means and gains. The HTML report and the CSV files have everything else."""
     study = results.plan.study
-    parts = [f"# {study.title or study.name}", _bullets(f"{name}: {value}" for name, value in facts_of_study(results))]
+    parts = [f"# {study.title or study.name}", _bullets(f"{name}: {value}" for name, value in study_facts(results))]
     if results.missing:
-        parts += ["## Not there yet", _bullets(results.missing)]
+        parts += ["## Missing", _bullets(results.missing)]
     for setting in results.settings:
         if not setting.arms:
             continue
-        of = f": {setting.name}" if setting.name else ""
-        parts += [f"## Verdicts{of}", _bullets(f"**{arm.name}**: {arm.summary}" for arm in _judged(setting))]
-        parts += [f"## Means{of}", "In percent, over classes, then datasets; mean ± standard deviation over seeds."]
-        parts += [_table(means_table(results, setting)), f"## Gains{of}"]
-        parts += [f"Beside {study.compare_with}, in points: mean over seeds (95 % interval)."]
-        parts += [_table(gains_table(results, setting)), f"## Differences{of}", how_to_read(results)]
-        parts += [_table(differences_table(results, setting))]
-    if fairness.rows:
-        cells = [[name, *found] for name, found in fairness.rows]
-        parts += ["## Fairness", f"Beside {study.compare_with}:", _table((["Arm", *fairness.facts], cells))]
-    parts += ["## What the arms' arguments differ in", _table(argument_differences(results))]
-    header, rows = literature_table(results)
-    if rows:
-        parts += ["## In the literature", f"{ELSEWHERE}.", _table((header, rows))]
-    parts += ["## Again", "```\n" + shlex.join(command) + "\n```"]
+        suffix = f": {setting.name}" if setting.name else ""
+        verdicts = (f"**{arm.name}**: {arm.summary}" for arm in setting.arms if arm.summary)
+        parts += [f"## Verdicts{suffix}", _bullets(verdicts)]
+        parts += [f"## Means{suffix}", "In percent, over classes, then datasets; mean ± standard deviation over seeds."]
+        parts += [_table(means_table(results, setting)), f"## Gains{suffix}"]
+        parts += [f"Over {study.compare_with}, in percentage points: mean over seeds (95 % interval)."]
+        parts += [_table(gains_table(results, setting))]
+    if fairness.unfair:
+        parts += ["## Unfair comparisons", _bullets(fairness.unfair)]
+    literature = literature_table(results)
+    if literature[1]:
+        parts += ["## In the literature", f"{REPORTED}.", _table(literature)]
+    parts += ["## Command", "```\n" + shlex.join(command) + "\n```"]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _judged(setting: SettingResult) -> list[ArmResult]:
-    return [arm for arm in setting.arms if arm.summary]
-
-
-def _bullets(lines: Any) -> str:
+def _bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _table(cells: tuple[list[str], list[list[str]]]) -> str:
-    header, rows = cells
+def _table(table: TextTable) -> str:
+    header, rows = table
     escaped = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
     return markdown_table(escaped[0], escaped[1:]) if rows else ""
 
 
 def page(results: Results, fairness: Fairness, command: Sequence[str]) -> str:
-    """The study as a page in one file, which loads nothing and runs no script."""
+    """The study as one HTML file without scripts and external files."""
     study = results.plan.study
     sections = [
         Section(
             setting.name,
-            [(arm.name, arm.summary) for arm in _judged(setting)],
+            [(arm.name, arm.summary) for arm in setting.arms if arm.summary],
             means_table(results, setting),
             differences_table(results, setting),
             forest_charts(results, setting),
@@ -330,16 +325,17 @@ def page(results: Results, fairness: Fairness, command: Sequence[str]) -> str:
         TEMPLATE,
         title=study.title or study.name,
         written=f"{datetime.now():%Y-%m-%d %H:%M}",
-        facts_of_study=facts_of_study(results),
+        study_facts=study_facts(results),
         missing=results.missing,
         sections=sections,
-        how_to_read=how_to_read(results),
+        explanation=explanation(results),
         compare_with=study.compare_with,
         margin=f"{study.margin:g}",
         fairness=fairness,
         arguments=argument_differences(results),
         notes=[(name, arm.note) for name, arm in study.arms.items() if arm.note],
         literature=literature_table(results),
-        elsewhere=ELSEWHERE,
-        commands=again(results, command),
+        reported=REPORTED,
+        command=shlex.join(command),
+        all_commands=all_commands(results),
     )

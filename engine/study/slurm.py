@@ -1,4 +1,4 @@
-"""The same cells through submitit: as Slurm jobs, or on this machine where there is no Slurm."""
+"""Run the cells of a study through submitit: as Slurm jobs, or on this machine if there is no Slurm."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.study.cell import Outcome, Running, run_cell
+from engine.study.cell import Outcome, StepRunner, run_cell
 from engine.study.local import run_locally
-from engine.study.plan import ROOT, Cell, Plan, Step, shown
+from engine.study.plan import ROOT, Cell, Plan, Step, path_from_root
 from utils.errors import UserError
 from utils.logging import set_up_logging
 
@@ -23,32 +23,41 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Minutes of a job where the study file does not say, and how often one may run out of them: each goes on where the one
-# before was ended.
-TIMEOUT_MIN, TIMEOUTS = 24 * 60, 100
+# The default time limit of a job, and how often a job may reach it: each time, the next one resumes.
+TIMEOUT_MIN, MAX_TIMEOUTS = 24 * 60, 100
 
 
 class Job:
-    """A cell as a job. submitit requeues it when its time is over or it is preempted, as its `checkpoint` says."""
+    """A cell as a job; submitit calls `checkpoint` to requeue it at its time limit or when it is preempted."""
 
     def __call__(self, cell: Cell, environment: Mapping[str, str]) -> Outcome:
         set_up_logging()
-        outcome = run_cell(cell, environment, Running())
+        outcome = run_cell(cell, environment, StepRunner())
         for problem in outcome.problems:
             logger.error("%s: %s", cell, problem)
         return outcome
 
     def checkpoint(self, *arguments: Any) -> submitit.helpers.DelayedSubmission:
-        """The same again: what is done is not done again, and a training goes on by its own restart."""
+        """The same job again: it skips finished steps, and its training resumes."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, *arguments)
 
 
-def run_through_submitit(plan: Plan, partition: str, jobs: int | None, report: Callable[[], None]) -> bool:
-    """Submit what is left of a study, or run it where there is no Slurm; whether it is all over when this returns.
+def run_through_submitit(plan: Plan, partition: str, jobs: int | None, report: Callable[[], object]) -> bool:
+    """Submit the remaining cells of a study, or run them if there is no Slurm.
 
-    report: what a last job does after all others. Raises `UserError` where submitit is not installed.
+    Args:
+        plan: The study.
+        partition: The Slurm partition; empty for the default one.
+        jobs: Number of jobs that run at the same time.
+        report: The work of a last job after all others.
+
+    Returns:
+        Whether the cells have ended.
+
+    Raises:
+        UserError: submitit is not installed, or rejects the study's parameters.
     """
     if importlib.util.find_spec("submitit") is None:
         raise UserError("--slurm needs submitit: pip install -r requirements-study.txt")
@@ -64,32 +73,32 @@ def run_through_submitit(plan: Plan, partition: str, jobs: int | None, report: C
 
 
 def make_executor(folder: Path) -> submitit.AutoExecutor:
-    """Slurm's executor, or the local one where there is no Slurm."""
+    """An executor for Slurm, or for this machine if there is no Slurm."""
     import submitit
 
-    limits = {f"{cluster}_max_num_timeout": TIMEOUTS for cluster in ("slurm", "local")}
+    limits: dict[str, Any] = {f"{cluster}_max_num_timeout": MAX_TIMEOUTS for cluster in ("slurm", "local")}
     return submitit.AutoExecutor(folder, **limits)
 
 
 def parameters(plan: Plan) -> dict[str, Any]:
-    """What all jobs ask for: the study file's words, in submitit's names."""
+    """The parameters of all jobs, as submitit names them."""
     return {"name": plan.study.name, "timeout_min": TIMEOUT_MIN, **plan.study.slurm}
 
 
-def ask_for(executor: submitit.AutoExecutor, given: Mapping[str, Any]) -> None:
-    """Say what the next jobs need; `UserError` for words of the study file that submitit does not know."""
+def set_parameters(executor: submitit.AutoExecutor, values: Mapping[str, Any]) -> None:
+    """Set the parameters of the next jobs; `UserError` if submitit rejects those of the study file."""
     try:
-        executor.update_parameters(**given)
+        executor.update_parameters(**values)
     except (NameError, AssertionError) as error:
         raise UserError(f"[study.slurm]: {' '.join(str(error).split())}") from error
 
 
 def submit(
-    plan: Plan, executor: submitit.AutoExecutor, partition: str, jobs: int | None, report: Callable[[], None]
+    plan: Plan, executor: submitit.AutoExecutor, partition: str, jobs: int | None, report: Callable[[], object]
 ) -> None:
     """Submit an array for each level of dependency (and number of GPUs), then a job that writes the report.
 
-    An array waits for the end of those before it, good or bad: each cell looks for itself whether its start is there.
+    An array waits until the previous ones have ended, successfully or not; each cell checks its own start.
     """
     common = parameters(plan) | ({"slurm_partition": partition} if partition else {})
     levels: dict[int, dict[int, list[Cell]]] = defaultdict(lambda: defaultdict(list))
@@ -102,54 +111,56 @@ def submit(
         for level in sorted(levels):
             submitted = []
             for gpus, cells in levels[level].items():
-                ask_for(executor, {"gpus_per_node": gpus, **common, **after, **limit})
+                set_parameters(executor, {"gpus_per_node": gpus, **common, **after, **limit})
                 with executor.batch():
-                    sent = [executor.submit(Job(), cell, {}) for cell in cells]
-                submitted.append(sent[0].job_id.partition("_")[0])
+                    array = [executor.submit(Job(), cell, {}) for cell in cells]
+                submitted.append(array[0].job_id.partition("_")[0])
                 logger.info("Level %d: %d cells in job %s", level, len(cells), submitted[-1])
             after = {"slurm_dependency": f"afterany:{':'.join(submitted)}"}
-        ask_for(executor, {**common, **after, "gpus_per_node": 0})
+        set_parameters(executor, {**common, **after, "gpus_per_node": 0})
         last = executor.submit(report)
-    logger.info("Job %s writes the report after them; logs are in %s", last.job_id, shown(plan.folder / "slurm"))
+    logger.info(
+        "Job %s writes the report after them; logs are in %s", last.job_id, path_from_root(plan.folder / "slurm")
+    )
 
 
 class LocalJobs:
-    """Runs a cell as a job on this machine, in the place of `run_cell`."""
+    """Runs cells as jobs on this machine; used in place of `run_cell`."""
 
-    def __init__(self, executor: submitit.AutoExecutor, given: Mapping[str, Any]) -> None:
+    def __init__(self, executor: submitit.AutoExecutor, values: Mapping[str, Any]) -> None:
         self.executor = executor
         self._submitting = threading.Lock()
-        # GPUs are handed out here, not by the executor.
-        ask_for(executor, {**given, "gpus_per_node": 0})
+        # `run_locally` assigns the GPUs, not the executor.
+        set_parameters(executor, {**values, "gpus_per_node": 0})
 
     def __call__(
-        self, cell: Cell, environment: Mapping[str, str], running: Running, finished: Callable[[Step], None]
+        self, cell: Cell, environment: Mapping[str, str], runner: StepRunner, finished: Callable[[Step], None]
     ) -> Outcome:
         from submitit.core.utils import FailedJobError, UncompletedJobError
 
-        open_steps = [step for step in cell.steps if not step.done]
+        remaining = [step for step in cell.steps if not step.done]
         with self._submitting, importable():
             job = self.executor.submit(Job(), cell, environment)
         cancelled = False
         while not job.done():
-            if running.stopping and not cancelled:
+            if runner.stopping and not cancelled:
                 job.cancel()
                 cancelled = True
             time.sleep(0.1)
-        for step in open_steps:
+        for step in remaining:
             if step.done:
                 finished(step)
         try:
             return job.result()
         except (FailedJobError, UncompletedJobError) as error:
-            if running.stopping:
+            if runner.stopping:
                 return Outcome(cell, ("stopped",))
-            why = " ".join(str(error).split())[-300:]
-            return Outcome(cell, (f"its job {job.job_id} ended without a result; the same command goes on ({why})",))
+            reason = " ".join(str(error).split())[-300:]
+            return Outcome(cell, (f"job {job.job_id} ended without a result; the same command resumes it ({reason})",))
 
 
 def importable() -> Any:
-    """A block in which jobs that are submitted find this project's modules, wherever it is called from."""
+    """A context in which submitted jobs can import this project's modules."""
     from submitit.helpers import environment_variables
 
     return environment_variables(

@@ -1,14 +1,14 @@
-"""Whether an arm differs from another: intervals, tests and verdicts over seeds (docs/studies.md).
+"""Intervals, tests and verdicts on the difference between two arms over seeds (docs/studies.md).
 
-The seed is the unit: of each, an arm has one figure for a metric, the mean over classes, test datasets and pairs. What
-is tested is the mean of the paired differences from the arm to compare with.
+The unit is the seed: for each seed, an arm has one value of a metric, the mean over classes, test datasets and pairs.
+Tested is the mean of the paired differences from the arm that is compared with.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -17,20 +17,21 @@ from scipy import stats
 LEVEL = 0.05
 POWER = 0.8
 RESAMPLES = 4000
-# Up to this many sign patterns the test is exact, which 13 seeds have.
+# Up to this many sign patterns (13 seeds) the test is exact.
 PERMUTATIONS = 9999
 SIMULATED = 3000
-# Beyond, a study is a matter of faith.
-MOST_SEEDS = 100
-# Smallest differences that are taken for any, in points: rounding in a file.
+MAX_SEEDS = 100
+# Smaller differences, in percentage points, are rounding errors of the files.
 ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Which columns of figures are classes of one test dataset, and how much each group counts.
+    """The columns of a metric table, grouped by pair and test dataset.
 
-    members: for each group its columns; weights: of the groups, which sum to 1.
+    Attributes:
+        members: The column indices of each group: the classes of one test dataset.
+        weights: The weights of the groups, with sum 1.
     """
 
     members: tuple[tuple[int, ...], ...]
@@ -38,9 +39,13 @@ class Groups:
 
     @classmethod
     def of(cls, columns: Sequence[tuple[str, str, str]]) -> Groups:
-        """Classes in test datasets, test datasets in training datasets: each level counts its members alike.
+        """Group columns (training dataset, test dataset, class), with equal weights on each level.
 
-        columns: (training dataset, test dataset, class).
+        Args:
+            columns: The columns of a `MetricTable`.
+
+        Returns:
+            Groups in which training datasets have equal weights, and so have the test datasets of each.
         """
         groups: dict[tuple[str, str], list[int]] = {}
         for index, (train, test, _) in enumerate(columns):
@@ -50,15 +55,21 @@ class Groups:
         return cls(tuple(map(tuple, groups.values())), tuple(weights))
 
     def mean(self, values: np.ndarray) -> np.ndarray:
-        """(..., columns) to (...): the mean over classes, datasets and pairs; NaN where a dataset has no figure.
+        """The mean over classes, test datasets and pairs.
 
-        A class without a figure, in which a metric is undefined, is left out.
+        Args:
+            values: (..., columns); NaN for classes in which the metric is undefined, which are left out.
+
+        Returns:
+            (...); NaN if a test dataset has no defined value.
         """
-        of_groups = [_mean_of_known(values[..., list(members)]) for members in self.members]
-        return sum(weight * found for weight, found in zip(self.weights, of_groups, strict=True))
+        total = np.zeros(values.shape[:-1])
+        for members, weight in zip(self.members, self.weights, strict=True):
+            total = total + weight * _nanmean(values[..., list(members)])
+        return total
 
 
-def _mean_of_known(values: np.ndarray) -> np.ndarray:
+def _nanmean(values: np.ndarray) -> np.ndarray:
     known = ~np.isnan(values)
     count = known.sum(-1)
     total = np.where(known, values, 0).sum(-1)
@@ -66,11 +77,18 @@ def _mean_of_known(values: np.ndarray) -> np.ndarray:
 
 
 def bootstrap_interval(differences: np.ndarray, groups: Groups, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """A 95 % interval of the mean difference by the hierarchical bootstrap: seeds, then classes within each.
+    """A 95 % interval of the mean difference by a hierarchical bootstrap: seeds, then classes within each seed.
 
-    differences: (seeds, columns). With few seeds the percentiles of a bootstrap lie too close together, by the factor
-    between the normal and the t distribution and by that between n and n - 1: they are taken further out by both.
-    Always the same resamples, so that a report can be made again.
+    With few seeds, bootstrap percentiles are too close together by two factors: normal instead of t distribution, and
+    n instead of n - 1. Both are corrected. The random resamples are always the same.
+
+    Args:
+        differences: (seeds, columns), in percentage points; NaN if undefined.
+        groups: The groups of the columns.
+        resamples: Number of bootstrap resamples.
+
+    Returns:
+        Lower and upper end; NaN if a seed has no value in a test dataset.
     """
     rng = np.random.default_rng(0)
     count = len(differences)
@@ -84,7 +102,7 @@ def bootstrap_interval(differences: np.ndarray, groups: Groups, resamples: int =
         table = np.zeros((count, sizes.max()), dtype=int)
         for row, columns in enumerate(known):
             table[row, : len(columns)] = columns
-        # (resamples, seeds, classes): which of the seed's classes are drawn, as many as it has.
+        # (resamples, seeds, classes): as many classes as the seed has, drawn with replacement.
         drawn = (rng.random((resamples, count, sizes.max())) * sizes[seeds][..., None]).astype(int)
         used = np.arange(sizes.max()) < sizes[seeds][..., None]
         chosen = differences[:, list(members)][seeds[..., None], table[seeds[..., None], drawn]]
@@ -95,33 +113,46 @@ def bootstrap_interval(differences: np.ndarray, groups: Groups, resamples: int =
 
 
 def sign_flip_test(differences: np.ndarray) -> np.ndarray:
-    """p of the mean (..., seeds) being 0: how many of the sign patterns give a mean as far from 0, both ways.
+    """Two-sided sign-flip permutation test of a mean of 0.
 
-    Exact while there are at most `PERMUTATIONS` patterns, else by as many drawn ones, always the same.
+    The test is exact for up to `PERMUTATIONS` sign patterns; otherwise it draws that many, always the same.
+
+    Args:
+        differences: (..., seeds).
+
+    Returns:
+        The p values (...).
     """
-    found = stats.permutation_test(
+    result = stats.permutation_test(
         (differences,),
-        _mean_over,
+        _mean_along,
         permutation_type="samples",
         vectorized=True,
         axis=-1,
         n_resamples=PERMUTATIONS,
         random_state=np.random.default_rng(0),
     )
-    return found.pvalue
+    return result.pvalue
 
 
-def _mean_over(values: np.ndarray, axis: int) -> np.ndarray:
+def _mean_along(values: np.ndarray, axis: int) -> np.ndarray:
     return values.mean(axis)
 
 
 def smallest_p(seeds: int) -> float:
-    """The smallest p that the sign-flip test of so many seeds can give."""
+    """The smallest p value that the sign-flip test can give with this many seeds."""
     return max(2.0 ** (1 - seeds), 2 / (PERMUTATIONS + 1)) if seeds else 1.0
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
-    """p corrected for several comparisons (..., comparisons) by Holm's steps; NaN is no comparison."""
+    """Correct p values for multiple comparisons with Holm's method.
+
+    Args:
+        p_values: (..., comparisons); NaN for no comparison.
+
+    Returns:
+        The corrected p values, in the same shape.
+    """
     order = np.argsort(p_values, axis=-1)
     count = (~np.isnan(p_values)).sum(-1, keepdims=True)
     factors = np.maximum(count - np.arange(p_values.shape[-1]), 1)
@@ -132,7 +163,14 @@ def holm(p_values: np.ndarray) -> np.ndarray:
 
 
 def probability_of_gain(differences: np.ndarray) -> float:
-    """That a new seed would differ to the good: from the t distribution that predicts one more Gaussian difference."""
+    """The probability that one more seed shows a gain, if differences are Gaussian (predictive t distribution).
+
+    Args:
+        differences: (seeds,), at least two.
+
+    Returns:
+        A probability from 0 to 1.
+    """
     count, mean, spread = len(differences), differences.mean(), _spread(differences)
     if spread == 0:
         return 0.5 if abs(mean) <= ROUNDING else float(mean > 0)
@@ -140,111 +178,107 @@ def probability_of_gain(differences: np.ndarray) -> float:
 
 
 def _spread(differences: np.ndarray) -> float:
-    """Standard deviation over seeds; 0 for one, and for rounding."""
+    """Standard deviation over seeds; 0 for one seed, and for rounding errors."""
     spread = float(differences.std(ddof=1)) if len(differences) > 1 else 0.0
     return 0.0 if spread <= ROUNDING else spread
 
 
 @lru_cache(maxsize=256)
 def detectable(seeds: int, level: float) -> float | None:
-    """The mean, in standard deviations of a seed's difference, that the sign-flip test finds with 80 % power.
+    """The effect that the sign-flip test detects with 80 % power, for Gaussian differences.
 
-    Of Gaussian differences, by simulating the very test while it is exact; with more seeds than that it is as good as
-    the t test, whose power is known. None where it cannot be found however large it is.
+    The power of the exact test is simulated; with more seeds, it equals that of the t test.
+
+    Args:
+        seeds: Number of seeds.
+        level: Significance level.
+
+    Returns:
+        The mean difference in standard deviations over seeds; None if no effect can be detected.
     """
     if smallest_p(seeds) > level:
         return None
     low, high = 0.0, 20.0
-    drawn = np.random.default_rng(0).standard_normal((SIMULATED, seeds))
+    samples = np.random.default_rng(0).standard_normal((SIMULATED, seeds))
     for _ in range(12):
         middle = (low + high) / 2
         exact = 2**seeds <= PERMUTATIONS
-        power = _power_of_signs(drawn + middle, level) if exact else _power_of_t(middle, seeds, level)
+        power = sign_flip_power(samples + middle, level) if exact else t_test_power(middle, seeds, level)
         low, high = (low, middle) if power >= POWER else (middle, high)
     return high
 
 
-def _power_of_signs(differences: np.ndarray, level: float) -> float:
-    """How often the exact sign-flip test of (studies, seeds) finds something."""
+def sign_flip_power(differences: np.ndarray, level: float) -> float:
+    """The share of studies (studies, seeds) in which the exact sign-flip test is significant."""
     seeds = differences.shape[-1]
-    # Half of the patterns, of which the others are the mirror.
+    # Half of the patterns; the other half is symmetric.
     patterns = 1 - 2 * ((np.arange(2 ** (seeds - 1))[:, None] >> np.arange(seeds)) & 1)
-    found = 0
+    significant = 0
     for rows in np.array_split(differences, max(1, differences.shape[0] * len(patterns) // 4_000_000)):
         means = np.abs(rows @ patterns.T.astype(float))
-        found += np.count_nonzero((means >= means[:, :1] * (1 - 1e-12)).mean(-1) <= level)
-    return found / len(differences)
+        significant += int(np.count_nonzero((means >= means[:, :1] * (1 - 1e-12)).mean(-1) <= level))
+    return significant / len(differences)
 
 
-def _power_of_t(effect: float, seeds: int, level: float) -> float:
+def t_test_power(effect: float, seeds: int, level: float) -> float:
+    """The power of the two-sided t test for an effect in standard deviations."""
     limit = stats.t.ppf(1 - level / 2, seeds - 1)
     return float(stats.nct.sf(limit, seeds - 1, effect * math.sqrt(seeds)))
 
 
 def seeds_to_show(mean: float, spread: float, level: float) -> int | None:
-    """How many seeds would show this mean at this spread with 80 % power; None where `MOST_SEEDS` would not."""
+    """The number of seeds that shows a difference with 80 % power.
+
+    Args:
+        mean: The mean difference.
+        spread: Its standard deviation over seeds.
+        level: Significance level.
+
+    Returns:
+        The number; None if `MAX_SEEDS` are too few.
+    """
     if spread == 0:
-        return None if mean == 0 else next(n for n in range(2, MOST_SEEDS) if smallest_p(n) <= level)
-    return _first(lambda seeds: (found := detectable(seeds, level)) is not None and found <= abs(mean) / spread)
+        return None if mean == 0 else next(n for n in range(2, MAX_SEEDS) if smallest_p(n) <= level)
+    effect = abs(mean) / spread
+    return _first(lambda seeds: (limit := detectable(seeds, level)) is not None and limit <= effect)
 
 
 def seeds_to_exclude(mean: float, spread: float, margin: float) -> int | None:
-    """How many seeds would bring the interval within the margin, at this mean and spread; None as above."""
-    return _first(
-        lambda seeds: (
-            smallest_p(seeds) <= LEVEL
-            and abs(mean) + stats.t.ppf(1 - LEVEL / 2, seeds - 1) * spread / math.sqrt(seeds) <= margin
-        )
-    )
+    """The number of seeds that brings the interval of a difference within the margin.
+
+    Args:
+        mean: The mean difference.
+        spread: Its standard deviation over seeds.
+        margin: The largest difference that does not matter.
+
+    Returns:
+        The number; None if `MAX_SEEDS` are too few.
+    """
+
+    def is_within(seeds: int) -> bool:
+        half_width = stats.t.ppf(1 - LEVEL / 2, seeds - 1) * spread / math.sqrt(seeds)
+        return smallest_p(seeds) <= LEVEL and abs(mean) + half_width <= margin
+
+    return _first(is_within)
 
 
-def _first(enough) -> int | None:
-    """The smallest number of seeds that is enough, by halving: what is enough stays enough."""
-    low, high = 1, MOST_SEEDS
-    if not enough(high):
+def _first(is_enough: Callable[[int], bool]) -> int | None:
+    """The smallest sufficient number of seeds, by bisection."""
+    low, high = 1, MAX_SEEDS
+    if not is_enough(high):
         return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
+        low, high = (low, middle) if is_enough(middle) else (middle, high)
     return high
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One arm against the arm to compare with, in one metric; percent and points.
-
-    seeds: those that both have completely; gain: the mean difference; p: of the test alone, p_holm: corrected;
-    detectable_gain: the gain that this many seeds would have detected; probability_of_gain: that a new seed shows one.
-    Undefined values are NaN.
-    """
-
-    metric: str
-    seeds: tuple[int, ...]
-    differences: tuple[float, ...]
-    gain: float
-    low: float
-    high: float
-    p: float
-    p_holm: float
-    probability_of_gain: float
-    detectable_gain: float
-    word: str
-    reason: str
-
-    @property
-    def sentence(self) -> str:
-        """The verdict with the gain, its interval, and what there is to say about it."""
-        said = self.word if math.isnan(self.gain) else f"{self.word}, {self.gain:+.2f} points"
-        interval = "" if math.isnan(self.low) else f" (95 % interval {self.low:+.2f} to {self.high:+.2f})"
-        return said + interval + (f": {self.reason}" if self.reason else "")
 
 
 BETTER, WORSE, NO_DIFFERENCE, NOT_DECIDED = "better", "worse", "no difference", "not decided"
 
 
 @dataclass(frozen=True)
-class Contrast:
-    """What a verdict is made from: the differences (seeds, columns) of one arm in one metric, and which seeds."""
+class Comparison:
+    """The differences (seeds, columns) of one arm from another in one metric, in percentage points."""
 
     metric: str
     seeds: tuple[int, ...]
@@ -252,90 +286,117 @@ class Contrast:
     groups: Groups
 
 
-def judge(contrasts: Sequence[Contrast], margin: float) -> list[Verdict]:
-    """Verdicts on contrasts that are corrected together: a family.
+@dataclass(frozen=True)
+class Verdict:
+    """The result of a comparison. Undefined numbers are NaN.
 
-    An arm is better or worse where the corrected p is at most 5 %; it makes no difference of more than `margin` points
-    where the interval lies within the margin and there are seeds enough for an interval of 95 %.
+    Attributes:
+        seeds: The seeds that are complete in both arms.
+        differences: The difference of each seed, in percentage points.
+        gain: Their mean.
+        low: Lower end of the 95 % interval.
+        high: Upper end of the 95 % interval.
+        p: p value of the sign-flip test.
+        p_holm: p value, corrected for the comparisons of the family.
+        probability_of_gain: Probability that one more seed shows a gain.
+        detectable_gain: Gain that this many seeds detect with 80 % power.
+        outcome: Better, worse, no difference of more than the margin, or not decided.
+        reason: A qualification of the outcome, or what would decide it.
     """
-    means = [contrast.groups.mean(contrast.differences) for contrast in contrasts]
-    p_values = np.array([float(sign_flip_test(found)) if len(found) > 1 else math.nan for found in means])
-    corrected = holm(p_values)
-    count = int((~np.isnan(p_values)).sum())
-    level = LEVEL / max(count, 1)
+
+    metric: str
+    seeds: tuple[int, ...]
+    differences: tuple[float, ...]
+    gain: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    p: float = math.nan
+    p_holm: float = math.nan
+    probability_of_gain: float = math.nan
+    detectable_gain: float = math.nan
+    outcome: str = NOT_DECIDED
+    reason: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """The outcome with the gain, its interval and the reason."""
+        text = self.outcome if math.isnan(self.gain) else f"{self.outcome}, {self.gain:+.2f} percentage points"
+        interval = "" if math.isnan(self.low) else f" (95 % interval {self.low:+.2f} to {self.high:+.2f})"
+        return text + interval + (f": {self.reason}" if self.reason else "")
+
+
+def judge(comparisons: Sequence[Comparison], margin: float) -> list[Verdict]:
+    """Judge a family of comparisons, with Holm's correction over the family.
+
+    An arm is better or worse if the corrected p value is at most 5 %. There is no difference of more than the margin
+    if the 95 % interval lies within the margin and the seeds are enough for such an interval.
+
+    Args:
+        comparisons: The family.
+        margin: The largest difference that does not matter, in percentage points.
+
+    Returns:
+        A verdict for each comparison.
+    """
+    means = [comparison.groups.mean(comparison.differences) for comparison in comparisons]
+    p_values = np.array([float(sign_flip_test(values)) if len(values) > 1 else math.nan for values in means])
+    family = max(int((~np.isnan(p_values)).sum()), 1)
     return [
-        _judge_one(contrast, found, float(p), float(p_holm), level, count, margin)
-        for contrast, found, p, p_holm in zip(contrasts, means, p_values, corrected, strict=True)
+        _judge_one(comparison, values, (float(p), float(p_holm)), family, margin)
+        for comparison, values, p, p_holm in zip(comparisons, means, p_values, holm(p_values), strict=True)
     ]
 
 
 def _judge_one(
-    contrast: Contrast, means: np.ndarray, p: float, p_holm: float, level: float, family: int, margin: float
+    comparison: Comparison, means: np.ndarray, p_values: tuple[float, float], family: int, margin: float
 ) -> Verdict:
     count = len(means)
+    verdict = Verdict(comparison.metric, comparison.seeds, tuple(means.tolist()))
     if count < 2:
         gain = float(means[0]) if count else math.nan
-        why = f"{count} seed{'' if count == 1 else 's'} in both arms, and a spread takes two"
-        unknown = dict.fromkeys(("low", "high", "p", "p_holm", "probability_of_gain", "detectable_gain"), math.nan)
-        return Verdict(
-            contrast.metric, contrast.seeds, tuple(means.tolist()), gain, **unknown, word=NOT_DECIDED, reason=why
-        )
-    gain, spread = float(means.mean()), _spread(means)
-    low, high = bootstrap_interval(contrast.differences, contrast.groups)
-    effect = detectable(count, level)
-    smallest = math.nan if effect is None else effect * spread
-    word, reason = _word_and_reason(gain, spread, low, high, p_holm, level, count, family, margin)
-    return Verdict(
-        contrast.metric,
-        contrast.seeds,
-        tuple(means.tolist()),
-        gain,
-        low,
-        high,
-        p,
-        p_holm,
-        probability_of_gain(means),
-        smallest,
-        word,
-        reason,
+        reason = f"{count} seed{'' if count == 1 else 's'} complete in both arms, but a spread needs 2"
+        return replace(verdict, gain=gain, reason=reason)
+    effect, spread = detectable(count, LEVEL / family), _spread(means)
+    low, high = bootstrap_interval(comparison.differences, comparison.groups)
+    verdict = replace(
+        verdict,
+        gain=float(means.mean()),
+        low=low,
+        high=high,
+        p=p_values[0],
+        p_holm=p_values[1],
+        probability_of_gain=probability_of_gain(means),
+        detectable_gain=math.nan if effect is None else effect * spread,
     )
+    outcome, reason = _decide(verdict, spread, family, margin)
+    return replace(verdict, outcome=outcome, reason=reason)
 
 
-def _word_and_reason(
-    gain: float,
-    spread: float,
-    low: float,
-    high: float,
-    p_holm: float,
-    level: float,
-    count: int,
-    family: int,
-    margin: float,
-) -> tuple[str, str]:
-    if p_holm <= LEVEL:
-        word = BETTER if gain > 0 else WORSE
+def _decide(verdict: Verdict, spread: float, family: int, margin: float) -> tuple[str, str]:
+    """The outcome of a verdict with its numbers, and the reason."""
+    gain, low, high, count = verdict.gain, verdict.low, verdict.high, len(verdict.seeds)
+    if verdict.p_holm <= LEVEL:
+        outcome = BETTER if gain > 0 else WORSE
         if low <= 0 <= high:
-            return word, "on these classes: the interval, which draws classes too, holds 0"
-        return word, f"though by less than {margin:g} points" if max(abs(low), abs(high)) < margin else ""
+            return outcome, "on these classes: the interval, which also resamples classes, contains 0"
+        small = max(abs(low), abs(high)) < margin
+        return outcome, f"but by less than {margin:g} percentage points" if small else ""
     if -margin < low and high < margin and smallest_p(count) <= LEVEL:
-        return f"{NO_DIFFERENCE} of more than {margin:g} points", ""
-    show, exclude = seeds_to_show(gain, spread, level), seeds_to_exclude(gain, spread, margin)
+        return f"{NO_DIFFERENCE} of more than {margin:g} percentage points", ""
+    level = LEVEL / family
     reasons = []
     if smallest_p(count) > level:
-        least, needed = smallest_p(count), f"{level:.2g}{f' of {family} comparisons' if family > 1 else ''}"
-        reasons.append(f"{count} seeds cannot show anything: the test's p is at least {least:.2g}, not {needed}")
-    # The estimate is from few seeds; what it says that this many would have shown, chance has kept from showing.
-    more = [
-        (max(needed - count, 1), what)
-        for needed, what in (
-            (show, "would show this gain" if gain > 0 else "would show this loss"),
-            (exclude, f"would show that it is not more than {margin:g} points"),
-        )
-        if needed is not None
+        needed = f"{level:.2g}{f' for {family} comparisons' if family > 1 else ''}"
+        reasons.append(f"{count} seeds cannot show a difference (p is at least {smallest_p(count):.2g}, not {needed})")
+    options = [
+        (seeds_to_show(gain, spread, level), "would show this gain" if gain > 0 else "would show this loss"),
+        (seeds_to_exclude(gain, spread, margin), f"would show that it is at most {margin:g} percentage points"),
     ]
+    # With few seeds the estimate can be smaller than the present number, although this one did not decide.
+    more = [(max(seeds - count, 1), result) for seeds, result in options if seeds is not None]
     if more:
-        needed, what = min(more)
-        reasons.append(f"about {needed} more seed{'' if needed == 1 else 's'} {what}, if it stays as it is")
+        seeds, result = min(more)
+        reasons.append(f"about {seeds} more seed{'' if seeds == 1 else 's'} {result} if mean and spread stay the same")
     else:
-        reasons.append(f"even {MOST_SEEDS} seeds would not settle a difference as small as this at this spread")
+        reasons.append(f"even {MAX_SEEDS} seeds would not decide, at this mean and spread")
     return NOT_DECIDED, "; ".join(reasons)
