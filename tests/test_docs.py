@@ -18,7 +18,7 @@ from engine.config.common import decided_by, make_parser
 from engine.config.feedback import FeedbackConfig, plan_loops
 from engine.config.training import BaseConfig, CrossAttentionRunConfig
 from engine.evaluation.evaluate import METRICS
-from engine.study.plan import words_of
+from engine.study.plan import command_options
 from engine.study.study import read_study
 from tests import check_commands
 from tests.documented import (
@@ -176,7 +176,7 @@ def test_the_flags_of_the_deviations_make_the_published_preset() -> None:
     assert decided_by(BaseConfig, "published") == vars(make_parser(BaseConfig, None).parse_args(flags))
     measured = [row[column].strip("`") for row in rows if not row[gain].startswith("n/a")]
     study = read_study(ROOT / "studies" / "deviations.toml")
-    arms = {" ".join(words_of(arm.arguments)) for arm in study.arms.values()}
+    arms = {" ".join(command_options(arm.arguments)) for arm in study.arms.values()}
     assert {*measured, "--preset published", ""} <= {words.replace("1e-05", "1e-5") for words in arms}
 
 
