@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from engine.config.common import make_parser
-from engine.config.pretraining import PretrainArguments
+from dataset.toy.options import PretrainArguments
+from utils.arguments import make_parser
 from utils.cli import Parser
 from utils.logging import set_up_logging
 from utils.script import run_script
@@ -19,13 +19,13 @@ def main() -> None:
     # torch takes seconds: arguments come first
     import torch
 
+    from dataset.toy.pretraining import pretrain_toy_clip
     from engine.runtime.device import check_device
-    from engine.training.toy_clip import pretrain_toy_clip
 
-    device = check_device(arguments.device, "fp32")
+    device = check_device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    pretrain_toy_clip(arguments.pretraining(), arguments.output, arguments.work, device)
+    pretrain_toy_clip(arguments, device)
 
 
 if __name__ == "__main__":

@@ -27,13 +27,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dataset.toy.options import PretrainArguments
 from engine.cli.share import SharingArguments
 from engine.config.common import Arguments
 from engine.config.evaluation import ComparisonArguments, InferenceArguments, VisualizationArguments
 from engine.config.export import ExportArguments
 from engine.config.feedback import FeedbackConfig
 from engine.config.gradients import GradientTest
-from engine.config.pretraining import PretrainArguments
 from engine.config.training import BaseConfig, CrossAttentionRunConfig
 from engine.runtime.run_folder import LOCK_FILE
 from tests.bad_inputs import CASE, Case
@@ -96,7 +96,7 @@ SCRIPTS = {
     EXPORT: Script(
         ExportArguments, {"checkpoint": "base/image_adapter.pth", "class_name": "felt", "output": "new.onnx"}
     ),
-    PRETRAIN: Script(PretrainArguments, {"drawings": 256, "epochs": 1, "output": "new", "work": "new_work"}),
+    PRETRAIN: Script(PretrainArguments, {"drawings": 256, "epochs": 1, "output": "new"}),
 }
 
 
@@ -387,7 +387,6 @@ def defaults_out() -> Iterator[Case]:
         (DRAW, "output_dir", "results/visualize"),
         (GRADIENTS, "output_dir", "runs"),
         (PRETRAIN, "output", "ckpt"),
-        (PRETRAIN, "work", "runs/toy_clip"),
     ):
         yield case(script, "paths out", path, {name: None}, prepare=partial(file_at, path))
     for checkpoint in ("case/base", "case/base/image_adapter.pth"):
@@ -1225,6 +1224,7 @@ def combinations() -> Iterator[Case]:
             for script in (TRAIN, V1, TEST, DRAW, GRADIENTS, PRETRAIN)
             for device in ("cuda", "mps")
         ),
+        (PRETRAIN, "--batch_size", {"drawings": 100}),
         *((script, "--recipe", {"recipe": "nosuch"}) for script in (TRAIN, V1)),
     ):
         more = {"stand_in": without_gpu} if says == "--device" else {}

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 from dataset import toy_world
-from dataset.toy.captions import UNTOLD, draw_pairs, random_captioned_scene
+from dataset.toy.captions import UNLABELLED, draw_pairs, random_captioned_scene
 from dataset.toy.defects import DEFECTS
 from dataset.toy.objects import OBJECTS, TEXTURES
+from dataset.toy.pretraining import region_loss
 from dataset.toy.scene import COLORS, Scene, Thing, draw, draw_with_mask
 from dataset.toy_world import TOY_DATASETS, draw_toy_class, toy_defects, write_toy_dataset
-from engine.training.toy_clip import region_loss
 from utils.errors import UserError
 
 
@@ -154,15 +154,15 @@ def test_pairs_do_not_depend_on_the_chunk():
     one, other = draw_pairs((5, 0), 3, 6, 48, 8), draw_pairs((5, 0), 0, 5, 48, 8)
     assert np.array_equal(one.images[:2], other.images[3:])
     assert np.array_equal(one.patches[:2], other.patches[3:])
-    assert one.words[:2] == other.words[3:]
+    assert one.descriptions[:2] == other.descriptions[3:]
 
 
 def test_patches_are_told_what_they_show_but_never_of_damage():
     drawn = draw_pairs((0, 0), 0, 400, 96, 8)
     damaged = np.array([random_captioned_scene((0, 0, i)).defect is not None for i in range(400)])
-    assert (drawn.patches[damaged] == UNTOLD).all()
+    assert (drawn.patches[damaged] == UNLABELLED).all()
     told = Counter()
-    for image, patches, words in zip(drawn.images, drawn.patches, drawn.words, strict=True):
+    for image, patches, words in zip(drawn.images, drawn.patches, drawn.descriptions, strict=True):
         cells = image.reshape(12, 8, 12, 8, 3).mean((1, 3)) / 255
         for number, name in enumerate(words.regions):
             where = patches == number

@@ -1,7 +1,7 @@
 """Random scenes with captions: what the toy CLIP learns from (docs/toy_world.md).
 
-Captions name colours, materials, backgrounds and the small marks with their places; a few mention damage, most damage
-goes unmentioned. Of sound drawings it is told which words belong to which patch; where damage is, is never told.
+Captions name colours, materials, backgrounds and the small marks with their places; most damage is not mentioned. The
+patches of intact drawings are labelled with words; damaged drawings have no patch labels.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataset.toy.objects import OBJECTS, TEXTURES
-from dataset.toy.scene import COLORS, MARKS, MATERIALS, Mark, Scene, Thing, draw_and_tell
+from dataset.toy.scene import COLORS, MARKS, MATERIALS, Mark, Scene, Thing, draw_with_regions
 
 DAMAGED_SHARE = 0.12
 DAMAGE_MENTIONED = 0.5  # of the damaged
 CARELESS_MENTIONS = 0.05  # of all
 CARELESS_REGIONS = 0.15  # of all things, as a region of a drawing
-UNTOLD = 255  # a patch of which nothing is told
-_SMALLEST_MARK, _SMALLEST_REGION = 0.12, 0.6  # share of a patch from which on it stands for the mark, or the rest
+UNLABELLED = 255  # a patch without words
+_SMALLEST_MARK, _SMALLEST_REGION = 0.12, 0.6  # smallest share of a patch that labels it
 
 _FRAMES = ("{}.", "a {}.", "the {}.", "a photo of {}.", "a photo of a {}.", "a photo of the {}.", "a picture of a {}.")
 _ANY_DAMAGE = ("damaged {}", "broken {}", "{} with flaw", "{} with defect", "{} with damage")
@@ -40,9 +40,9 @@ _COUNTS = {1: "a", 2: "two", 3: "three"}
 
 
 class Captioned(NamedTuple):
-    """A scene, its caption, and the defect of its first thing (None: sound).
+    """A scene, its caption, and the defect of its first thing (None: intact).
 
-    `careless_caption` says the same, but its words about damage stand anywhere, damaged or not.
+    `careless_caption` is the same caption, except that it mentions damage at random, damaged or not.
     """
 
     scene: Scene
@@ -51,9 +51,9 @@ class Captioned(NamedTuple):
     defect: str | None
 
 
-class Words(NamedTuple):
-    """What is said of a drawing: both captions, the kind of thing where it shows just one (otherwise None), and what
-    its regions are called: the ground, the things, the marks.
+class Description(NamedTuple):
+    """The words for a drawing: both captions, the kind of its thing (None if there are two), and the name of each
+    region: background, things, marks.
     """
 
     caption: str
@@ -152,8 +152,8 @@ def random_captioned_scene(seed: tuple[int, ...]) -> Captioned:
     return Captioned(scene, words.caption, words.around.format(remark.format(words.subject)), defect)
 
 
-class _Words(NamedTuple):
-    """A caption, its subject without any damage, and what stands around the subject (with "{}" in its place)."""
+class _Caption(NamedTuple):
+    """A caption, its subject without damage, and the caption with "{}" in place of the subject."""
 
     caption: str
     subject: str
@@ -162,7 +162,7 @@ class _Words(NamedTuple):
 
 def _put_in_words(
     scene: Scene, groups: list[list[Mark]], relation: str | None, defect: str | None, rng: np.random.Generator
-) -> _Words:
+) -> _Caption:
     subject = _name(scene.things[0], rng)
     state = "{}"
     if defect is not None and rng.random() < DAMAGE_MENTIONED:
@@ -176,11 +176,11 @@ def _put_in_words(
     if marks:
         rest += " and " + " and ".join(marks)
     around = _pick(rng, _FRAMES).format(rest)
-    return _Words(around.format(state.format(subject)), subject, around)
+    return _Caption(around.format(state.format(subject)), subject, around)
 
 
 def _region_names(scene: Scene) -> list[str]:
-    """What the ground, the things and the marks are called; words of damage stand anywhere, and so say nothing."""
+    """The names of background, things and marks; damage is mentioned at random, so that its words mean little."""
     careless = np.random.default_rng((*scene.seed, 6))
     names = [f"{scene.background} background"]
     for thing in scene.things:
@@ -190,42 +190,42 @@ def _region_names(scene: Scene) -> list[str]:
     return [*names, *(f"{mark.color} {mark.shape}" for mark in scene.marks)]
 
 
-def _told_patches(shows: NDArray[np.uint8], first_mark: int, regions: int, patch: int) -> NDArray[np.uint8]:
-    """The region that each patch belongs to, (G, G): a mark that covers some of it, else what covers most of it."""
-    grid = len(shows) // patch
-    cells = shows.reshape(grid, patch, grid, patch).swapaxes(1, 2).reshape(grid, grid, -1)
+def _label_patches(region_map: NDArray[np.uint8], first_mark: int, regions: int, patch: int) -> NDArray[np.uint8]:
+    """The region of each patch, (G, G): a mark that covers a part of it, otherwise what covers most of it."""
+    grid = len(region_map) // patch
+    cells = region_map.reshape(grid, patch, grid, patch).swapaxes(1, 2).reshape(grid, grid, -1)
     shares = np.stack([(cells == region).mean(axis=2) for region in range(regions)])
-    told = np.where(shares.max(axis=0) >= _SMALLEST_REGION, shares.argmax(axis=0), UNTOLD)
+    labels = np.where(shares.max(axis=0) >= _SMALLEST_REGION, shares.argmax(axis=0), UNLABELLED)
     marks = shares[first_mark:]
     if len(marks):
-        told = np.where(marks.max(axis=0) >= _SMALLEST_MARK, first_mark + marks.argmax(axis=0), told)
-    return told.astype(np.uint8)
+        labels = np.where(marks.max(axis=0) >= _SMALLEST_MARK, first_mark + marks.argmax(axis=0), labels)
+    return labels.astype(np.uint8)
 
 
 class Drawings(NamedTuple):
-    """Drawings (N x S x S x 3, uint8), the region of each patch (N x G x G, uint8), and what is said of them."""
+    """Drawings (N, S, S, 3), the region of each patch (N, G, G), and the words for each drawing."""
 
     images: NDArray[np.uint8]
     patches: NDArray[np.uint8]
-    words: list[Words]
+    descriptions: list[Description]
 
 
 def draw_pairs(seed: tuple[int, ...], start: int, stop: int, size: int, patch: int) -> Drawings:
     """Draw the pairs number `start` to `stop` of a seed, `size` pixels wide, in patches of `patch` pixels.
 
-    A patch's number is the place of its words in `Words.regions`; UNTOLD at borders, and everywhere in a damaged
-    drawing.
+    A patch's label is the index of its name in `Description.regions`; patches at borders and in damaged drawings are
+    UNLABELLED.
     """
     images = np.empty((stop - start, size, size, 3), np.uint8)
-    patches = np.full((stop - start, size // patch, size // patch), UNTOLD, np.uint8)
-    words: list[Words] = []
+    patches = np.full((stop - start, size // patch, size // patch), UNLABELLED, np.uint8)
+    descriptions = []
     for row, index in enumerate(range(start, stop)):
         sample = random_captioned_scene((*seed, index))
         scene = sample.scene
-        images[row], shows = draw_and_tell(scene, size, sample.defect)
+        images[row], region_map = draw_with_regions(scene, size, sample.defect)
         names = _region_names(scene)
         if sample.defect is None:
-            patches[row] = _told_patches(shows, 1 + len(scene.things), len(names), patch)
+            patches[row] = _label_patches(region_map, 1 + len(scene.things), len(names), patch)
         kind = scene.things[0].kind if len(scene.things) == 1 else None
-        words.append(Words(sample.caption, sample.careless_caption, kind, names))
-    return Drawings(images, patches, words)
+        descriptions.append(Description(sample.caption, sample.careless_caption, kind, names))
+    return Drawings(images, patches, descriptions)

@@ -56,7 +56,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a drawing shows, in words and numbers; `seed` settles what is left (proportions, grain, light)."""
+    """The content of a drawing; `seed` decides everything else (proportions, grain, light)."""
 
     things: tuple[Thing, ...]
     background: str
@@ -68,14 +68,14 @@ class Scene:
 class _Stage:
     """A drawing in the making: colours (size x size x 3), height for the shading, what is body, and its outline.
 
-    `shows` numbers what is seen at each pixel: 0 the ground, then the things, then the marks, in the scene's order.
+    `regions` holds the region of each pixel: 0 the background, then the things, then the marks, in the scene's order.
     """
 
     rgb: NDArray[np.float32]
     height: Field
     body: Field
     outline: Field
-    shows: NDArray[np.uint8]
+    regions: NDArray[np.uint8]
 
 
 _NOTHING = Change(np.zeros((1, 1), np.float32))
@@ -187,10 +187,10 @@ def _compose(scene: Scene, size: int, change: Change) -> _Stage:
     for number, thing in enumerate(scene.things, start=1):
         own = np.random.default_rng(rng.integers(2**32))
         draw = _draw_texture if thing.kind in TEXTURES else _draw_object
-        stage.shows[draw(stage, thing, own, x, y, change) > 0.5] = number
+        stage.regions[draw(stage, thing, own, x, y, change) > 0.5] = number
     own = np.random.default_rng(rng.integers(2**32))
     for number, mark in enumerate(scene.marks, start=1 + len(scene.things)):
-        stage.shows[_draw_mark(stage, mark, own) > 0.5] = number
+        stage.regions[_draw_mark(stage, mark, own) > 0.5] = number
     for alpha, color in change.paints:
         _paint(stage.rgb, alpha * stage.body, color)
     if change.height is not None:
@@ -245,16 +245,18 @@ def _place_defect(scene: Scene, stage: _Stage, defect: str, rng: np.random.Gener
 
 
 def draw(scene: Scene, size: int, defect: str | None = None) -> NDArray[np.uint8]:
-    """The picture of a scene, size x size x 3, its first thing damaged where a defect is named."""
-    return draw_and_tell(scene, size, defect)[0]
+    """The picture of a scene, size x size x 3; `defect` damages its first thing."""
+    return draw_with_regions(scene, size, defect)[0]
 
 
-def draw_and_tell(scene: Scene, size: int, defect: str | None = None) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """The picture of a scene, and what shows at each pixel: 0 the ground, then the things, then the marks."""
+def draw_with_regions(
+    scene: Scene, size: int, defect: str | None = None
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The picture of a scene and the region of each pixel: 0 is the background, then things, then marks."""
     stage = _compose(scene, size, _NOTHING)
     if defect is not None:
         stage = _compose(scene, size, _change(scene, stage, defect))
-    return _photograph(scene, stage), stage.shows
+    return _photograph(scene, stage), stage.regions
 
 
 def draw_with_mask(
