@@ -894,7 +894,7 @@ def folders_of_checkpoints() -> Iterator[Case]:
         (GRADIENTS, "checkpoint", "base", "base"),
         (GRADIENTS, "checkpoint", "base/text_adapter.pth", "text side only"),
         (CROSS, "load_base_image_adapter", "base/text_adapter.pth", "image_adapter"),
-        (CROSS, "load_base_text_adapter", "cross/text_adapter_cross_attn.pth", "not a base"),
+        (CROSS, "load_base_text_adapter", "cross/text_adapter.pth", "not a base"),
         (CROSS, "load_base_image_adapter", "feedback/loop_1_final.pth", "feedback checkpoint"),
         (CROSS, "load_base_text_adapter", "base", "base"),
         (V2, "load_base_text_adapter", "clip/nosuch", "no such"),
@@ -939,8 +939,8 @@ STATE = "training_state.pth"
 OF_STATES: list[Damage] = [
     *(
         damaged
-        for name in ("signature", "done", "planned", "history", "schedule", "loops", "schema")
-        for damaged in at((name,), ..., "text", 3, {0: 1}, [[1]])
+        for name in ("signature", "done", "planned", "history", "schedule_step", "loops", "schema")
+        for damaged in at((name,), ..., "text", -3, {0: 1}, [[1]])
     ),
     *at(("schema",), 99, "2", None, True, says="version"),
     *at(("done", 0), -1, "1", 1.5, None, True, 10**30, says="done"),
@@ -950,8 +950,6 @@ OF_STATES: list[Damage] = [
     *at(("history", 0, "loss"), ..., "x", None),
     *at(("history", 0, "steps"), ..., -1, "x"),
     *at(("history", 0, "grad_norm/total"), ..., "x"),
-    *at(("schedule", "last_epoch"), ..., "x"),
-    *at(("schedule", "_last_lr"), ..., ["x"], [float("inf")]),
     *at(("image_adapter",), ..., {}, "x"),
     *at(("image_adapter", KEY), *TENSORS),
     *at(("text_optimizer",), ..., {}, "x", None),
@@ -968,8 +966,6 @@ def states() -> Iterator[Case]:
         run = next(runs)
         if path[0] == "schema":
             says = "version"
-        if path[0] == "schedule" and change is None and len(path) == 1:
-            says = "schedule"
         prepare = partial(copy_run, run, partial(write_damaged, f"{run}/{STATE}", path, change, CASE / "run" / STATE))
         yield going_on(run, says, prepare)
     for content in (b"", b"text", b"PK\3\4", None):
@@ -988,8 +984,7 @@ def write_state(content: bytes | None) -> None:
 
 def going_on(run: str, says: str, prepare: Callable[[], object], **changes: Any) -> Case:
     script, values = RUNS[run]
-    # What the kept runs began with, before there was this argument.
-    changed = {**values, "augment_fill": "black", "save_path": "case/run", **changes}
+    changed = {**values, "save_path": "case/run", **changes}
     return Case(script, "states", words_of(changed), says, prepare)
 
 

@@ -1,42 +1,96 @@
-"""Sound files of the runs that are kept, and what damages them: for all tests of files that somebody else made."""
+"""Sound files of small runs, and what damages them: for all tests of files that somebody else made."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import logging
+import os
 import tempfile
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.data.present_version import make
+from engine.config.feedback import FeedbackConfig
+from engine.config.training import BaseConfig, CrossAttentionRunConfig
+from engine.training.base import train_base
+from engine.training.cross_attention import train_cross_attention
+from engine.training.feedback import train_feedback
+from engine.training.trainer import Trainer
+from tests.scripts import write_clip, write_dataset
 
-SOUND = (
-    "base/image_adapter.pth",
-    "base/training_state.pth",
-    "cross/image_adapter_cross_attn.pth",
-    "feedback/training_state.pth",
-)
+SOUND = ("base/image_adapter.pth", "base/training_state.pth", "cross/image_adapter.pth", "feedback/training_state.pth")
+COMMON: dict[str, Any] = {
+    "model_name": "local-dir:clip",
+    "dataset": "images",
+    "shot": 4,
+    "text_batch_size": 4,
+    "num_workers": 0,
+    "device": "cpu",
+    "tracker": "none",
+    "text_lr": 1e-3,
+    "image_lr": 1e-3,
+}
+EPOCHS = {"text_epoch": 1, "image_epoch": 3}
+BASE = {
+    "load_base_text_adapter": Path("base/text_adapter.pth"),
+    "load_base_image_adapter": Path("base/image_adapter_1.pth"),
+}
+
+
+class Halt(BaseException):
+    """Ends a run as a kill does."""
+
+
+@contextlib.contextmanager
+def halting_after(epochs: int) -> Iterator[None]:
+    """Training stops in the middle of an epoch, once so many are finished."""
+    train_epoch, started = Trainer.train_epoch, []
+
+    def count(*arguments: Any) -> Any:
+        started.append(arguments)
+        if len(started) > epochs:
+            raise Halt
+        return train_epoch(*arguments)
+
+    with mock.patch.object(Trainer, "train_epoch", count), contextlib.suppress(Halt):
+        yield
 
 
 @functools.cache
 def world() -> Path:
-    """A folder with `clip`, the dataset `images`, and the kept runs `base`, `cross` and `feedback`, made once."""
-    folder = Path(tempfile.mkdtemp(prefix="damaged"))
-    make.write_world(folder)
-    with zipfile.ZipFile(Path(make.__file__).with_name("runs.zip")) as archive:
-        archive.extractall(folder)
+    """A folder with `clip`, the dataset `images`, and the unfinished runs `base`, `cross` and `feedback`, made once."""
+    folder, before = Path(tempfile.mkdtemp(prefix="damaged")), Path.cwd()
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    os.chdir(folder)
+    try:
+        write_clip(folder / "clip")
+        write_dataset(folder / "images", count=4)
+        with halting_after(2):
+            train_base(BaseConfig.of(**COMMON, **EPOCHS, save_path=Path("base")))
+        with halting_after(2):
+            train_cross_attention(CrossAttentionRunConfig.of(**COMMON, **EPOCHS, **BASE, save_path=Path("cross")))
+        loops = {"num_feedback_loops": 2, "text_epochs_per_loop": (1,), "image_epochs_per_loop": (3,)}
+        with halting_after(6):
+            train_feedback(FeedbackConfig.of(**COMMON, **BASE, **loops, save_path=Path("feedback")))
+    finally:
+        os.chdir(before)
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        logging.captureWarnings(False)
     return folder
 
 
 @functools.cache
 def sound(name: str) -> dict[str, Any]:
-    """A kept file's content; with "without config" behind its name, as an older version would have written it."""
+    """A file's content; with "without config" behind its name, as an older version would have written it."""
     name, _, older = name.partition(" ")
     content = torch.load(world() / name, weights_only=True)
     return {key: value for key, value in content.items() if not older or key != "config"}
@@ -105,7 +159,7 @@ class Damaged(NamedTuple):
 
 @st.composite
 def damaged_files(draw: st.DrawFn) -> Damaged:
-    """A kept file in which something is another, each depth as likely, or is gone; some without a config."""
+    """A sound file in which something is another, each depth as likely, or is gone; some without a config."""
     name = draw(st.sampled_from([*SOUND, *(f"{name} without config" for name in SOUND)]))
     found = places(sound(name))
     depth = draw(st.sampled_from(sorted({len(path) for path in found})))

@@ -43,7 +43,6 @@ LOOPS = {
     "val_fraction": 0.2,
 }
 
-# Steps with a text batch, of 12 and of 2 images, and without one.
 JOINT = {
     **NO_DROPOUT,
     "preset": "v3",
@@ -51,7 +50,6 @@ JOINT = {
     "num_feedback_loops": 1,
     "text_epochs_per_loop": (1,),
     "image_epochs_per_loop": (2,),
-    "text_batch_size": 12,
     "cross_attn_init": "xavier",
 }
 

@@ -25,9 +25,9 @@ from engine.config.training import LOOP_BATCH, BaseConfig
 from engine.runtime.device import check_compiler
 from engine.training.advice import LESS_MEMORY
 from engine.training.base import train_base
-from engine.training.opening import compiled_sizes
+from engine.training.setup import compiled_sizes
 from engine.training.stages import Stage
-from engine.training.trainer import log_epoch
+from engine.training.verdicts import log_epoch
 from model import blocks
 from model.blocks import BlockRunner
 from model.frozen import SharedStreams, surgery_stream

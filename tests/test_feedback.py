@@ -31,11 +31,12 @@ from engine.config.feedback import FeedbackConfig, loop_forward, plan_loops, pla
 from engine.data.loaders import hold_out
 from engine.data.task import load_task
 from engine.detector.detector import Detector
-from engine.training.feedback import rate_factor, say_best_loop, train_feedback
-from engine.training.opening import make_optimizer
-from engine.training.restart import still_finished
+from engine.training.feedback import log_best_loop, rate_factor, train_feedback
+from engine.training.optimizers import make_optimizer
+from engine.training.restart import unchanged_loops
 from engine.training.run import TrainingRun
 from engine.training.stage1 import TextStage
+from engine.training.trainer import Trainer
 from model.adapter import AdaptedCLIP
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.checkpoint import read_checkpoint
@@ -48,6 +49,7 @@ from tests.helpers import config_for, random_batch, tiny_clip, tiny_prompts
 from tests.scripts import write_world
 from train_cross_attention_feedback_v2 import build_parser
 from utils.errors import NotFiniteError, UserError
+from utils.files import finite
 from utils.logging import set_up_logging
 
 SIDES = ("text", "image")
@@ -137,20 +139,20 @@ class Recorder:
     @contextmanager
     def watching(self) -> Iterator[Recorder]:
         with pytest.MonkeyPatch.context() as patch:
-            train_epoch, restore = engine.training.run.train_epoch, TrainingRun._restore
+            train_epoch, restore = Trainer.train_epoch, TrainingRun._restore
             evaluate, finish = engine.training.feedback.evaluate, engine.training.feedback.LoopFinisher.__call__
 
             def watched_restore(run: TrainingRun, phases: Any) -> None:
                 self.run = run
                 restore(run, phases)
 
-            def watched_epoch(stage: Any, components: Any, loader: Any, *rest: Any) -> Any:
-                self.starts.append(self.look(stage.model, loader, rest))
+            def watched_epoch(trainer: Trainer, description: str, *rest: Any) -> Any:
+                self.starts.append(self.look(trainer, description))
                 if self.halt_at_start:
                     raise Halt
-                row = train_epoch(stage, components, loader, *rest)
-                end = self.look(stage.model, loader, rest)
-                self.ends.append(end._replace(prediction=self.predict(stage.model, end.loop)))
+                row = train_epoch(trainer, description, *rest)
+                end = self.look(trainer, description)
+                self.ends.append(end._replace(prediction=self.predict(trainer.stage.model, end.loop)))
                 return row
 
             def watched_evaluate(models: Any, data: Any, *rest: Any) -> Any:
@@ -164,18 +166,19 @@ class Recorder:
                 return found
 
             patch.setattr(TrainingRun, "_restore", watched_restore)
-            patch.setattr(engine.training.run, "train_epoch", watched_epoch)
+            patch.setattr(Trainer, "train_epoch", watched_epoch)
             patch.setattr(engine.training.feedback, "evaluate", watched_evaluate)
             patch.setattr(engine.training.feedback.LoopFinisher, "__call__", watched_finish)
             yield self
 
-    def look(self, model: AdaptedCLIPWithCrossAttention, loader: Any, rest: tuple[Any, ...]) -> Moment:
-        description, max_norm = rest[3], rest[4]
+    def look(self, trainer: Trainer, description: str) -> Moment:
+        model = trainer.stage.model
         loop, side, epoch = re.fullmatch(r"loop (\d+), (\w+) epoch (\d+)", description).groups()
         weights = {name: weights_of(part) for name, part in model.components.items()}
         training = {name for name, part in model.components.items() if part.training}
-        moments = {side: moments_of(optimizer.optimizer) for side, optimizer in self.run.optimizers.items()}
-        return Moment(int(loop), side, int(epoch), weights, moments, training, set(loader.dataset.records), max_norm)
+        moments = {side: moments_of(optimizer) for side, optimizer in self.run.optimizers.items()}
+        records = set(trainer.loader.dataset.records)
+        return Moment(int(loop), side, int(epoch), weights, moments, training, records, trainer.max_norm)
 
     def predict(self, model: AdaptedCLIPWithCrossAttention, loop: int) -> np.ndarray | None:
         if self.picture is None:
@@ -241,7 +244,7 @@ def results(folder: Path) -> dict[str, Any]:
     saved = state(folder)
     rows = [{name: value for name, value in row.items() if name not in TIMED} for row in saved["history"]]
     written = [json.loads(line) for line in (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert written == saved["history"]
+    assert written == finite(saved["history"])
     # As text: a value that is not a number is not equal to itself.
     names = (*COMPONENTS, "text_optimizer", "image_optimizer", "epoch", "steps", "done", "loops")
     return {**{name: saved[name] for name in names}, "history": json.dumps(rows)}
@@ -859,8 +862,8 @@ def test_mistakes_are_named_and_leave_nothing_behind(world: Path, finished: Fini
         ({"feedback_features": "projectors"}, "feedback_features was branch, now projectors"),
         ({"seed": 1}, "seed was 0, now 1"),
         ({"num_feedback_loops": 2}, "holds a longer run"),
-        ({"text_epochs_per_loop": (2, 1, 3)}, "began with 1 epochs"),
-        ({"image_epochs_per_loop": (3,)}, "began with 2 epochs"),
+        ({"text_epochs_per_loop": (2, 1, 3)}, "was started with 1 epochs"),
+        ({"image_epochs_per_loop": (3,)}, "was started with 2 epochs"),
         ({"resume": "never"}, "is not empty"),
     ],
 )
@@ -938,12 +941,12 @@ def test_loops_that_need_not_be_finished_again() -> None:
         ]
 
     one, two = {"loop": 1}, {"loop": 2}
-    assert still_finished([one, two], 4, [1, 1, 1, 1], phases(1, 1, 1, 1)) == [one, two]
-    assert still_finished([one, two], 4, [1, 1, 1, 1, 0, 0], phases(1, 1, 1, 1, 1, 1)) == [one, two]
-    assert still_finished([one], 4, [1, 1, 1, 0], phases(1, 1, 1, 1)) == [one]
-    assert still_finished([one, two], 4, [1, 1, 1, 1], phases(1, 1, 1, 2)) == [one]
-    assert still_finished([one], 4, [1, 1], phases(1, 1)) == []
-    assert still_finished([], 2, [1, 1], phases(1, 1)) == []
+    assert unchanged_loops([one, two], 4, [1, 1, 1, 1], phases(1, 1, 1, 1)) == [one, two]
+    assert unchanged_loops([one, two], 4, [1, 1, 1, 1, 0, 0], phases(1, 1, 1, 1, 1, 1)) == [one, two]
+    assert unchanged_loops([one], 4, [1, 1, 1, 0], phases(1, 1, 1, 1)) == [one]
+    assert unchanged_loops([one, two], 4, [1, 1, 1, 1], phases(1, 1, 1, 2)) == [one]
+    assert unchanged_loops([one], 4, [1, 1], phases(1, 1)) == []
+    assert unchanged_loops([], 2, [1, 1], phases(1, 1)) == []
 
 
 @dataclass
@@ -964,11 +967,11 @@ class Killer:
     def armed(self, epochs: bool = False) -> Iterator[Killer]:
         """epochs: events are the ends of epochs' last steps alone."""
         with pytest.MonkeyPatch.context() as patch:
-            self.wrap(patch, engine.training.run, "train_epoch", "epoch", before=False)
+            self.wrap(patch, Trainer, "train_epoch", "epoch", before=False)
             if not epochs:
-                self.wrap(patch, engine.training.run, "train_epoch", "epoch start", after=False)
+                self.wrap(patch, Trainer, "train_epoch", "epoch start", after=False)
                 self.wrap(patch, engine.training.run, "save", "save")
-                self.wrap(patch, engine.training.run, "write_text", "history")
+                self.wrap(patch, engine.training.run, "write_json_lines", "history")
                 self.wrap(patch, engine.training.feedback, "training_curves", "curves")
                 self.wrap(patch, engine.training.feedback, "evaluate", "evaluation")
                 self.wrap(patch, engine.training.run, "log_epoch", "log", after=False)
@@ -1110,7 +1113,7 @@ def test_a_step_that_is_not_finite_is_not_taken(world: Path, tmp_path: Path, wha
             train_feedback(asked(world, tmp_path, num_feedback_loops=2))
     assert equal({name: state(tmp_path)[name] for name in COMPONENTS}, seen.ends[-1].weights)
     assert equal({name: weights_of(part) for name, part in seen.run.model.components.items()}, seen.ends[-1].weights)
-    assert equal(moments_of(seen.run.optimizers["text"].optimizer), seen.ends[-1].moments["text"])
+    assert equal(moments_of(seen.run.optimizers["text"]), seen.ends[-1].moments["text"])
     assert (tmp_path / "loop_1_final.pth").exists()
 
 
@@ -1191,12 +1194,12 @@ def test_the_best_loop_is_the_earliest_of_equals(caplog: pytest.LogCaptureFixtur
     def found(loop: int, pixel: float | None, image: float | None) -> dict[str, Any]:
         return {"loop": loop, "validation": {"pixel_auroc": pixel, "image_auroc": image}}
 
-    say_best_loop([found(1, 70, 60), found(2, 80, 60), found(3, 60, 80), found(4, None, None)])
+    log_best_loop([found(1, 70, 60), found(2, 80, 60), found(3, 60, 80), found(4, None, None)])
     assert "loop 2 (mean of pixel and image AUROC 70.00)" in caplog.messages[-1]
-    say_best_loop([found(1, None, 50), found(2, None, 51), {"loop": 3}])
+    log_best_loop([found(1, None, 50), found(2, None, 51), {"loop": 3}])
     assert "loop 2" in caplog.messages[-1]
     caplog.clear()
-    say_best_loop([{"loop": 1}])
+    log_best_loop([{"loop": 1}])
     assert not caplog.messages
 
 

@@ -156,7 +156,7 @@ def test_killed_runs_end_with_the_same_weights(world: Path, finished: Path, tmp_
         process.wait()
         assert len(rows(path)) < 12, "killed too late to show anything"
     errors = run(SCRIPT, *three_loops(world, path))
-    assert "Going on with the run" in errors
+    assert "Resuming the run" in errors
     assert_same_run(path, finished)
 
 
@@ -171,7 +171,7 @@ def test_signals_finish_the_step_and_say_how_to_go_on(world: Path, finished: Pat
         assert process.returncode == status, errors
         assert "Traceback" not in errors
         last = errors.splitlines()[-1]
-        assert "the same command goes on, and repeats this epoch" in last
+        assert "the same command resumes, and repeats this epoch" in last
         loop, side, epoch = re.search(r"stopped in loop (\d), (\w+) epoch (\d)", last).groups()
         done = [(str(row["loop"]), row["stage"], str(row["epoch"])) for row in rows(path)]
         expected = [(str(row["loop"]), row["stage"], str(row["epoch"])) for row in rows(finished)]

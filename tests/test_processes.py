@@ -94,7 +94,7 @@ def test_all_stop_at_the_step_at_which_one_is_told_to_and_go_on_to_the_same(
     one: Path, several: tuple[Path, str]
 ) -> None:
     lines = {file.read_text(encoding="utf-8") for file in several[0].glob("stopped_*.txt")}
-    assert lines == {"stopped in loop 1, image epoch 1: the same command goes on, and repeats this epoch"}
+    assert lines == {"stopped in loop 1, image epoch 1: the same command resumes, and repeats this epoch"}
     assert rows(several[0] / "stopped") == rows(several[0] / "base")
 
 

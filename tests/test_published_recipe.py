@@ -30,7 +30,7 @@ from engine.data.loaders import make_dataset, training_loader
 from engine.data.run_location import load_task_of_run
 from engine.evaluation.image_heatmaps import read_picture
 from engine.training.base import train_base
-from engine.training.opening import Opening, prepare
+from engine.training.setup import RunSetup, prepare
 from engine.training.stage1 import TextStage
 from engine.training.stage2 import ImageStage
 from engine.training.start import read_base
@@ -114,18 +114,18 @@ def published_run(world: Path, save_path: Path, **changes: Any) -> BaseConfig:
 
 
 @pytest.fixture
-def opening(world: Path, tmp_path: Path) -> Opening:
+def opening(world: Path, tmp_path: Path) -> RunSetup:
     return prepare(published_run(world, tmp_path / "run"), "train.py")
 
 
-def first_batch(opening: Opening, augment: str, size: int, stage: int) -> dict[str, Any]:
+def first_batch(opening: RunSetup, augment: str, size: int, stage: int) -> dict[str, Any]:
     choices = opening.config.augmentation()
     samples = make_dataset(opening.data, opening.model.clip, augment, choices)
     loader, _ = training_loader(samples, size, stage, 0)
     return next(iter(loader))
 
 
-def published_reference(opening: Opening) -> reference.Reference:
+def published_reference(opening: RunSetup) -> reference.Reference:
     """On the weights of a fresh start, under GELU."""
     clip = tiny_open_clip(quick_gelu=False)
     clip.load_state_dict(opening.model.clip.clip.state_dict())
@@ -133,7 +133,7 @@ def published_reference(opening: Opening) -> reference.Reference:
     return reference.Reference(clip.double(), weights, opening.model.config)
 
 
-def published_anchors(ref: reference.Reference, opening: Opening, classes: list[str]) -> list[Tensor]:
+def published_anchors(ref: reference.Reference, opening: RunSetup, classes: list[str]) -> list[Tensor]:
     """Of each image, by the published names of the classes."""
     pairs = {}
     for name in dict.fromkeys(classes):
@@ -143,7 +143,7 @@ def published_anchors(ref: reference.Reference, opening: Opening, classes: list[
     return [pairs[name] for name in classes]
 
 
-def test_a_step_of_stage_1_is_that_of_the_published_code(opening: Opening) -> None:
+def test_a_step_of_stage_1_is_that_of_the_published_code(opening: RunSetup) -> None:
     batch = first_batch(opening, "geometric", 6, 1)
     ref = published_reference(opening)
     anchors = published_anchors(ref, opening, batch["class_name"])
@@ -157,7 +157,7 @@ def test_a_step_of_stage_1_is_that_of_the_published_code(opening: Opening) -> No
     check_step(opening.model, batch, loss_of, expected, ref, "text_adapter")
 
 
-def test_a_step_of_stage_2_is_that_of_the_published_code(opening: Opening) -> None:
+def test_a_step_of_stage_2_is_that_of_the_published_code(opening: RunSetup) -> None:
     batch = first_batch(opening, "full", 4, 2)
     ref = published_reference(opening)
     anchors = published_anchors(ref, opening, batch["class_name"])
@@ -199,12 +199,12 @@ def check_step(
     ids=str,
 )
 def test_what_is_given_wins_and_makes_another_step(
-    change: dict[str, Any], opening: Opening, world: Path, tmp_path: Path
+    change: dict[str, Any], opening: RunSetup, world: Path, tmp_path: Path
 ) -> None:
     """None of the deviations is too small for the comparisons above."""
     batch = first_batch(opening, "geometric", 6, 1)
 
-    def loss_of(other: Opening) -> Tensor:
+    def loss_of(other: RunSetup) -> Tensor:
         prompts = other.data.prompts(other.model.clip)
         return TextStage(other.model, prompts, other.data.classes, other.config)(batch).losses["total"]
 
@@ -271,7 +271,7 @@ def test_a_published_run_to_its_end_where_there_are_no_published_names(
 # A checkpoint in the published form.
 
 
-def write_published_form(folder: Path, opening: Opening, adapter: str = "linear") -> Path:
+def write_published_form(folder: Path, opening: RunSetup, adapter: str = "linear") -> Path:
     """The weights of a fresh model as the published code writes them: a file for each side, and no config."""
     folder.mkdir(parents=True)
     torch.manual_seed(5)
@@ -282,7 +282,7 @@ def write_published_form(folder: Path, opening: Opening, adapter: str = "linear"
     return folder / "image_adapter_20.pth"
 
 
-def maps_by_hand(file: Path, opening: Opening, picture: Path, name: str, quick_gelu: bool) -> Tensor:
+def maps_by_hand(file: Path, opening: RunSetup, picture: Path, name: str, quick_gelu: bool) -> Tensor:
     """The calibrated map that the reference gives, with this name in the prompts and this activation, (S, S)."""
     clip = tiny_open_clip(quick_gelu)
     clip.load_state_dict(opening.model.clip.clip.state_dict())
@@ -303,7 +303,7 @@ def maps_by_hand(file: Path, opening: Opening, picture: Path, name: str, quick_g
 
 
 def test_a_published_checkpoint_is_what_it_was_trained_as(
-    opening: Opening, world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    opening: RunSetup, world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """GELU and the published names without a flag, in `predict` too; both can be asked otherwise."""
     caplog.set_level(logging.INFO)
@@ -342,7 +342,7 @@ def test_a_published_checkpoint_is_what_it_was_trained_as(
 
 
 def test_of_a_forks_file_it_is_said_what_is_assumed(
-    opening: Opening, world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    opening: RunSetup, world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = write_published_form(tmp_path / "fork", opening, adapter="bottleneck")
     name = f"local-dir:{world / 'clip'}"
@@ -359,11 +359,11 @@ def test_of_a_forks_file_it_is_said_what_is_assumed(
 
 
 def test_training_goes_on_from_a_published_base_as_it_was_trained(
-    opening: Opening, world: Path, tmp_path: Path
+    opening: RunSetup, world: Path, tmp_path: Path
 ) -> None:
     file = write_published_form(tmp_path / "published", opening)
 
-    def started(**changes: Any) -> Opening:
+    def started(**changes: Any) -> RunSetup:
         run = CrossAttentionRunConfig.of(
             model_name=f"local-dir:{world / 'clip'}",
             dataset="MPDD",
@@ -437,7 +437,7 @@ def test_a_file_called_published_is_meant_by_its_path(tmp_path: Path, monkeypatc
     assert class_display_names(spec, Path("published"))["tubes"] == "of the file"
 
 
-def test_masks_are_read_alike_wherever_a_task_is_used(opening: Opening, tmp_path: Path) -> None:
+def test_masks_are_read_alike_wherever_a_task_is_used(opening: RunSetup, tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "lossy", classes=("felt",), count=2)
     for file in folder.rglob("*_mask.png"):
         with Image.open(file) as image:

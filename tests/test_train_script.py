@@ -108,7 +108,7 @@ def test_killed_runs_end_with_the_same_weights(world: Path, finished: Path, tmp_
         process.wait()
         assert not (path / "image_adapter_3.pth").exists(), "killed too late to show anything"
     errors = run("train.py", *arguments(world, path, num_workers=1))
-    assert "Going on with the run" in errors
+    assert "Resuming the run" in errors
     assert same_weights(path / "image_adapter.pth", finished / "image_adapter.pth")
 
 
@@ -119,7 +119,7 @@ def test_sigterm_finishes_the_step_and_says_how_to_go_on(world: Path, finished: 
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143, errors
-    assert "the same command goes on" in errors.splitlines()[-1]
+    assert "the same command resumes" in errors.splitlines()[-1]
     assert "Traceback" not in errors
     run("train.py", *arguments(world, path))
     assert same_weights(path / "image_adapter.pth", finished / "image_adapter.pth")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,17 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from engine.runtime.run_folder import STATE_FILE, describe_differences
+from engine.runtime.run_folder import describe_differences
 from engine.training.advice import remedies_for
-from engine.training.restart import check_save_path, continued
-from engine.training.schedules import halved_at, make_schedule, warmup_cosine
+from engine.training.restart import check_phases
+from engine.training.schedules import Schedule, halved_at, warmup_cosine
 from engine.training.start import Start
-from engine.training.state import read_state
-from engine.training.trainer import gradient_norms, readable_time
-from engine.training.verdicts import Verdict, epoch_warnings, judge_run, judge_stage, run_summary
-from model.checkpoint import Checkpoint, save
-from tests.data.present_version import make
+from engine.training.trainer import gradient_norms
+from engine.training.verdicts import StageVerdict, epoch_warnings, judge_run, judge_stage, run_summary
+from model.checkpoint import Checkpoint
 from utils.errors import UserError
+from utils.tables import readable_time
 
 
 def epoch(**changes: Any) -> dict[str, Any]:
@@ -63,7 +61,7 @@ def test_an_epoch_without_anomalous_pixels_is_not_called_collapsed() -> None:
     assert epoch_warnings(epoch(abnormal_inside=math.nan, abnormal_outside=0.001)) == []
 
 
-def verdict(*rows: dict[str, Any], first: float = 3.0, feedback: bool = True) -> Verdict:
+def verdict(*rows: dict[str, Any], first: float = 3.0, feedback: bool = True) -> StageVerdict:
     return judge_stage(rows, first, remedies_for("image", feedback))
 
 
@@ -117,30 +115,25 @@ def test_gradient_norms_are_those_of_each_component_and_of_all() -> None:
     assert {name: value.item() for name, value in norms.items()} == {"a": 5.0, "b": 12.0, "total": 13.0}
 
 
-def rates(optimizer: Any, schedule: Any, count: int) -> list[float]:
-    found = []
+def rates(optimizer: torch.optim.Optimizer, schedule: Schedule, count: int) -> list[float]:
+    taken = []
     for _ in range(count):
-        found.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    return found
+        taken.append(optimizer.param_groups[0]["lr"])
+        schedule.advance()
+    return taken
 
 
 def one_weight() -> torch.optim.Optimizer:
     return torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=0.123)
 
 
-def test_the_base_schedule_halves_at_its_steps_and_survives_a_restart() -> None:
+def test_a_schedule_halves_at_its_steps_and_resumes_at_any() -> None:
     optimizer = one_weight()
-    assert rates(optimizer, make_schedule(optimizer, 1.0, halved_at((3, 5))), 7) == [1, 1, 1, 0.5, 0.5, 0.25, 0.25]
-    optimizer = one_weight()
-    schedule = make_schedule(optimizer, 1.0, halved_at((3, 5)))
-    rates(optimizer, schedule, 4)
+    assert rates(optimizer, Schedule({optimizer: 1.0}, halved_at((3, 5))), 7) == [1, 1, 1, 0.5, 0.5, 0.25, 0.25]
+    assert rates(optimizer, Schedule({optimizer: 1.0}, halved_at((3, 5)), step=4), 3) == [0.5, 0.25, 0.25]
     other = one_weight()
-    later = make_schedule(other, 1.0, halved_at((3, 5)))
-    later.load_state_dict(schedule.state_dict())
-    other.load_state_dict(optimizer.state_dict())
-    assert rates(other, later, 3) == [0.5, 0.25, 0.25]
+    rates(optimizer, Schedule({optimizer: 1.0, other: 0.1}, halved_at((1,))), 1)
+    assert (optimizer.param_groups[0]["lr"], other.param_groups[0]["lr"]) == (0.5, 0.05)
 
 
 def test_warm_up_rises_to_the_rate_and_the_cosine_falls_to_0() -> None:
@@ -159,36 +152,36 @@ def test_warm_up_takes_at_most_half_the_stage() -> None:
 
 def test_a_loop_starts_from_its_own_rate_not_from_where_the_last_ended() -> None:
     optimizer = one_weight()
-    rates(optimizer, make_schedule(optimizer, 1.0, warmup_cosine(4, 1)), 4)
-    assert rates(optimizer, make_schedule(optimizer, 0.5, warmup_cosine(4, 1)), 2) == [0.5, 0.5]
+    rates(optimizer, Schedule({optimizer: 1.0}, warmup_cosine(4, 1)), 4)
+    assert rates(optimizer, Schedule({optimizer: 0.5}, warmup_cosine(4, 1)), 2) == [0.5, 0.5]
 
 
-def phases(*epochs: int, grows: bool = True) -> list[Any]:
+def phases(*epochs: int, can_grow: bool = True) -> list[Any]:
     sides = ("text", "image", "text", "image")
     return [
-        SimpleNamespace(loop=1 + index // 2, side=side, epochs=count, grows=grows)
+        SimpleNamespace(loop=1 + index // 2, stage=side, epochs=count, can_grow=can_grow)
         for index, (side, count) in enumerate(zip(sides, epochs, strict=False))
     ]
 
 
 def test_a_run_may_grow_where_it_stands_and_nowhere_else() -> None:
     folder = Path("somewhere")
-    assert continued([3, 0], [5, 20], phases(5, 20), folder) == [3, 0]
-    assert continued([5, 20], [5, 20], phases(5, 30), folder) == [5, 20]
-    assert continued([5, 20], [5, 20], phases(5, 20, 4, 16), folder) == [5, 20, 0, 0]
+    assert check_phases([3, 0], [5, 20], phases(5, 20), folder) == [3, 0]
+    assert check_phases([5, 20], [5, 20], phases(5, 30), folder) == [5, 20]
+    assert check_phases([5, 20], [5, 20], phases(5, 20, 4, 16), folder) == [5, 20, 0, 0]
     for done, asked in (([5, 1], (6, 20)), ([5, 20], (5, 10)), ([5, 20, 4, 16], (5, 20))):
         with pytest.raises(UserError, match="save_path"):
-            continued(done, [5, 20, 4, 16], phases(*asked), folder)
+            check_phases(done, [5, 20, 4, 16], phases(*asked), folder)
 
 
 def test_a_stage_whose_rate_falls_to_its_end_cannot_grow_once_begun() -> None:
     folder = Path("somewhere")
-    with pytest.raises(UserError, match="began with 20 epochs"):
-        continued([5, 3], [5, 20], phases(5, 30, grows=False), folder)
-    with pytest.raises(UserError, match="began with 20 epochs"):
-        continued([5, 3], [5, 20], phases(5, 10, grows=False), folder)
-    assert continued([5, 0], [5, 20], phases(5, 30, grows=False), folder) == [5, 0]
-    assert continued([5, 20], [5, 20], phases(5, 20, 4, 16, grows=False), folder) == [5, 20, 0, 0]
+    with pytest.raises(UserError, match="was started with 20 epochs"):
+        check_phases([5, 3], [5, 20], phases(5, 30, can_grow=False), folder)
+    with pytest.raises(UserError, match="was started with 20 epochs"):
+        check_phases([5, 3], [5, 20], phases(5, 10, can_grow=False), folder)
+    assert check_phases([5, 0], [5, 20], phases(5, 30, can_grow=False), folder) == [5, 0]
+    assert check_phases([5, 20], [5, 20], phases(5, 20, 4, 16, can_grow=False), folder) == [5, 20, 0, 0]
 
 
 def test_differences_are_named_with_both_values() -> None:
@@ -197,28 +190,6 @@ def test_differences_are_named_with_both_values() -> None:
 
 def test_times_are_readable() -> None:
     assert [readable_time(seconds) for seconds in (12.4, 200, 7500)] == ["12 s", "3 min 20 s", "2 h 05 min"]
-
-
-def test_an_argument_that_came_after_a_run_began_meant_its_default(tmp_path: Path) -> None:
-    with zipfile.ZipFile(Path(make.__file__).with_name("runs.zip")) as archive:
-        archive.extractall(tmp_path)
-    folder = next(tmp_path.rglob(STATE_FILE)).parent
-    signature = read_state(folder / STATE_FILE)["signature"]
-    check_save_path(folder, "auto", {**signature, "newer": 0.5}, {"newer": 0.5})
-    with pytest.raises(UserError, match=r"newer was 0\.5, now 0\.7"):
-        check_save_path(folder, "auto", {**signature, "newer": 0.7}, {"newer": 0.5})
-
-
-def test_an_earlier_run_of_several_processes_with_a_batch_each_is_refused(tmp_path: Path) -> None:
-    with zipfile.ZipFile(Path(make.__file__).with_name("runs.zip")) as archive:
-        archive.extractall(tmp_path)
-    file = next(tmp_path.rglob(STATE_FILE))
-    state = read_state(file)
-    save({**state, "config": {**state["config"], "processes": 2}}, file)
-    with pytest.raises(UserError, match="2 processes with a batch each"):
-        check_save_path(file.parent, "auto", state["signature"], {})
-    save({**state, "config": {**state["config"], "processes": 2, "batch_of": "step"}}, file)
-    check_save_path(file.parent, "auto", state["signature"], {})
 
 
 def test_a_start_from_a_checkpoint_is_another_run_than_one_from_a_base_or_from_scratch(tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.config.training import BaseConfig
+from engine.training.schedules import Schedule, halved_at
 from engine.training.stage1 import TextStage
 from engine.training.stage2 import ImageStage
 from engine.training.stages import Stage, class_rows, present_classes, watch_abnormal
-from engine.training.trainer import gradient_norms, train_epoch
+from engine.training.trainer import Trainer, gradient_norms
 from model.adapter import AdaptedCLIP
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.config import CrossAttentionConfig, LoopForward
@@ -155,11 +156,9 @@ def epoch_of(stage: Stage, batches: Sequence[dict[str, Any]]) -> None:
     parameters = [parameter for part in stage.trained.values() for parameter in part.parameters()]
     # Adam counts its steps in tensors that stay on the CPU, whose values cost no waiting.
     optimizer = torch.optim.SGD(parameters, lr=1e-4)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     accelerator = Accelerator(cpu=batches[0]["image"].device.type == "cpu")
-    train_epoch(
-        stage, stage.trained, batches, accelerator.prepare(optimizer), schedule, accelerator, "epoch", max_norm=1.0
-    )
+    schedule = Schedule({optimizer: 1e-4}, halved_at(()))
+    Trainer(stage, stage.trained, batches, [optimizer], schedule, accelerator, max_norm=1.0).train_epoch("epoch")
 
 
 def counted(side: str, kind: str, steps: int) -> Counter[str]:

@@ -18,13 +18,13 @@ from engine.runtime.device import check_device
 from engine.runtime.run_folder import CURVES_FILE, DEMO_FOLDER, FINAL_FILE, REPORT_FILE, loop_file, side_file
 from engine.training.base import train_base
 from engine.training.feedback import train_feedback
-from engine.training.trainer import readable_time
 from model.checkpoint import read_checkpoint
 from model.clip_loading import load_clip
 from model.config import SIDES
 from utils.heatmaps import Example, example_grid
 from utils.logging import set_up_logging
 from utils.script import run_script
+from utils.tables import readable_time
 
 logger = logging.getLogger(__name__)
 

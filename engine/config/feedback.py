@@ -20,9 +20,7 @@ from utils.fields import changed, setting
 from utils.tables import format_table
 
 MOST_LOOPS = 10
-# Both stages in the same epochs.
-TOGETHER = ("turns", "joint")
-ORDERS = ("stages", "joint_stages", "turns", "joint")
+ORDERS = ("stages", "joint")
 WEIGHT_DECAY = {"adamw": 0.01, "adam": 0.0}
 
 
@@ -85,11 +83,10 @@ class FeedbackConfig(CrossAttentionArguments):
     )
     order: str = setting(
         "stages",
-        "in a loop: Stage 1's epochs, then Stage 2's; or steps of both spread evenly, each side against the "
-        "other as it stands (turns). With joint_stages and joint Stage 2 trains the text side too",
+        "stages: Stage 1 trains the text side, then Stage 2 the image side; joint: Stage 2 trains both sides",
         "feedback",
         choices=ORDERS,
-        under={"v3": "joint_stages"},
+        under={"v3": "joint"},
     )
     init_from: Path | None = setting(
         None, "checkpoint to take all components from, in place of a base", "base", free=True, unset="none"
@@ -163,13 +160,10 @@ class FeedbackConfig(CrossAttentionArguments):
         super().check_processes(processes)
         if processes == 1 or self.order == "stages":
             return
-        if self.order == "turns":
-            # A side that has no batch in a step has no gradient there, which processes would wait for.
-            raise UserError("--order turns trains in one process: leave accelerate launch out")
         if self.text_cross_attn_weight:
             raise UserError(
-                f"--order {self.order} with words that see images trains in one process: leave accelerate launch out, "
-                "or give --text_cross_attn_weight 0"
+                "--order joint with text cross-attention trains in one process: leave accelerate launch out, or give "
+                "--text_cross_attn_weight 0"
             )
 
 
@@ -193,8 +187,6 @@ def plan_loops(config: FeedbackConfig) -> list[LoopPlan]:
     text = epochs_of_loops("text", config.text_epochs_per_loop, config)
     image = epochs_of_loops("image", config.image_epochs_per_loop, config)
     on = config.cross_attention().on
-    if config.order != "stages":
-        check_order(config, text, image)
     return [
         LoopPlan(
             loop,
@@ -206,18 +198,6 @@ def plan_loops(config: FeedbackConfig) -> list[LoopPlan]:
         )
         for loop in range(1, count + 1)
     ]
-
-
-def check_order(config: FeedbackConfig, text: list[int], image: list[int]) -> None:
-    """`UserError` where the steps of both stages cannot be spread over the image epochs of a loop."""
-    if config.accumulate > 1:
-        raise UserError(f"--order {config.order} takes a step with each batch: leave --accumulate out")
-    for loop, (text_epochs, image_epochs) in enumerate(zip(text, image, strict=True), start=1):
-        if text_epochs > image_epochs and config.order in TOGETHER:
-            raise UserError(
-                f"--order {config.order}: loop {loop} has {text_epochs} text epochs and {image_epochs} image epochs; "
-                "the text steps are spread over the image epochs, of which there must be as many"
-            )
 
 
 def epochs_of_loops(side: str, epochs: tuple[int, ...], config: FeedbackConfig) -> list[int]:
@@ -239,10 +219,9 @@ def epochs_of_loops(side: str, epochs: tuple[int, ...], config: FeedbackConfig) 
 
 
 def loop_forward(config: FeedbackConfig, loop: int) -> LoopForward:
-    """What a loop decides of the forward: text sees what Stage 2 has learned, but for loop 1 of stages."""
+    """A loop's choices for the forward: from loop 2 on, Stage 1 sees the trained image branch."""
     later = {"branch": "trained", "projectors": "projectors"}[config.feedback_features]
-    first = loop == 1 and config.order not in TOGETHER
-    return LoopForward("frozen" if first else later, loop >= config.cross_attn_start_loop)
+    return LoopForward("frozen" if loop == 1 else later, loop >= config.cross_attn_start_loop)
 
 
 def plan_table(plan: list[LoopPlan]) -> str:

@@ -43,12 +43,12 @@ from engine.report.comparison import (
     training,
 )
 from engine.runtime.run_folder import HISTORY_FILE, LOG_FILE, WARNINGS_FILE
-from engine.training.trainer import readable_time
 from engine.training.verdicts import advice, summary_cells
 from model.checkpoint import Checkpoint
 from utils.files import write_text
 from utils.heatmaps import COLOURS, outlined, overlay
 from utils.svg_charts import Chart, class_chart, data_uri, loop_chart, training_charts
+from utils.tables import readable_time
 
 logger = logging.getLogger(__name__)
 

@@ -123,9 +123,7 @@ def warn_of_unused_gpu(device: torch.device, model: nn.Module) -> None:
     )
 
 
-def make_accelerator(
-    device: str, precision: str, tf32: str, accumulate: int, tracker: str, save_path: Path
-) -> tuple[Accelerator, str]:
+def make_accelerator(device: str, precision: str, tf32: str, tracker: str, save_path: Path) -> tuple[Accelerator, str]:
     """accelerate's Accelerator for the arguments of a run, and the precision that `auto` has come to.
 
     Raises `UserError` for a device or tracker that is not there.
@@ -139,7 +137,6 @@ def make_accelerator(
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision="no" if precision == "fp32" else precision,
-        gradient_accumulation_steps=accumulate,
         log_with=None if tracker == "none" else tracker,
         project_dir=str(save_path),
         # Batches lie in pinned memory then, and their copies need not be waited for.

@@ -40,12 +40,6 @@ def loop_file(loop: int, what: str = "final") -> str:
     return f"loop_{loop}_final.pth" if what == "final" else f"loop_{loop}_{what}_adapter.pth"
 
 
-def is_there(folder: Path, name: str) -> bool:
-    """Whether a run's checkpoint is in its folder, by its name or the one that earlier versions gave it."""
-    older = re.sub(rf"^{IMAGE_STEM}(?=[_.])", OLDER_IMAGE_STEM, name)
-    return (folder / name).is_file() or (folder / older).is_file()
-
-
 def find_checkpoints(path: Path) -> list[Path]:
     """The checkpoint files that `path` means: itself, or in a folder all epochs (or loops) in numeric order.
 

@@ -9,10 +9,10 @@ from engine.config.training import BaseConfig
 from engine.data.task import TaskData
 from engine.runtime.run_folder import side_file
 from engine.training.image_loss import ImageLossStage
-from engine.training.opening import open_run, prepare
-from engine.training.phases import Phase, loaders_of
+from engine.training.phases import Phase, loader_factory
 from engine.training.run import TrainingRun
 from engine.training.schedules import halved_at
+from engine.training.setup import open_run, prepare
 from engine.training.stage1 import TextStage
 from engine.training.stage2 import ImageStage
 
@@ -24,11 +24,14 @@ IMAGE_MILESTONES = (16000, 32000)
 def train_base(config: BaseConfig) -> None:
     """Train text adapters, then image adapters, and write a run's files to `config.save_path`.
 
-    Raises `UserError` for whatever the arguments ask for in vain, `NotFiniteError`, and `Stopped` on a signal.
+    Raises:
+        UserError: For arguments that cannot be satisfied.
+        NotFiniteError: For a loss or gradient that is not finite.
+        Stopped: On a signal.
     """
-    opening = prepare(config, "train.py", text_adapted=config.text_epoch > 0)
-    with open_run(opening) as run:
-        run.run(two_phases(config, run, opening.data))
+    setup = prepare(config, "train.py", text_adapted=config.text_epoch > 0)
+    with open_run(setup) as run:
+        run.run(two_phases(config, run, setup.data))
         logger.info(
             "Complete: %d text and %d image epochs, in %s", config.text_epoch, config.image_epoch, config.save_path
         )
@@ -38,40 +41,35 @@ def two_phases(config: BaseConfig, run: TrainingRun, data: TaskData) -> list[Pha
     """Stage 1 and Stage 2 as the phases of a run."""
     model, classes = run.model, data.classes
     prompts = data.prompts(model.clip).to(run.accelerator.device)
-    loader = loaders_of(config, data, model.clip, run.accelerator)
+    loader = loader_factory(config, data, model.clip, run.accelerator)
     text_parts = [name for name in model.components if name.startswith("text")]
     image_parts = [name for name in model.components if name.startswith("image")]
-    carried = text_parts if model.config.text_adapted else []
-
-    def text_files(_: int) -> list[str]:
-        return [side_file("text")]
 
     def image_files(epoch: int) -> list[str]:
         return [side_file("image", epoch), side_file("image")]
 
-    kinds = (TextStage, ImageLossStage if config.image_loss_only else ImageStage)
-    text_stage, image_stage = (partial(stage, model, prompts, classes, config) for stage in kinds)
+    image_stage = ImageLossStage if config.image_loss_only else ImageStage
     return [
         Phase(
-            1,
-            "text",
-            config.text_epoch,
-            config.text_lr,
-            halved_at(()),
-            text_stage,
-            *loader("geometric", config.text_batch_size, stage=1),
-            text_files,
-            text_parts,
+            loop=1,
+            stage=TextStage.name,
+            epochs=config.text_epoch,
+            rates={"text": config.text_lr},
+            factor=halved_at(()),
+            make_stage=partial(TextStage, model, prompts, classes, config),
+            loader=loader("geometric", config.text_batch_size, 1),
+            files=lambda _: [side_file("text")],
+            parts=text_parts,
         ),
         Phase(
-            1,
-            "image",
-            config.image_epoch,
-            config.image_lr,
-            halved_at(IMAGE_MILESTONES),
-            image_stage,
-            *loader("full", config.image_batch_size, stage=2),
-            image_files,
-            [*carried, *image_parts],
+            loop=1,
+            stage=ImageStage.name,
+            epochs=config.image_epoch,
+            rates={"image": config.image_lr},
+            factor=halved_at(IMAGE_MILESTONES),
+            make_stage=partial(image_stage, model, prompts, classes, config),
+            loader=loader("full", config.image_batch_size, 2),
+            files=image_files,
+            parts=[*(text_parts if model.config.text_adapted else []), *image_parts],
         ),
     ]

@@ -6,24 +6,21 @@ import logging
 
 from engine.config.training import CrossAttentionRunConfig
 from engine.training.base import two_phases
-from engine.training.opening import open_run, prepare
+from engine.training.setup import open_run, prepare
 from engine.training.start import check_something_to_train, read_base
 
 logger = logging.getLogger(__name__)
 
 
 def train_cross_attention(config: CrossAttentionRunConfig) -> None:
-    """Train both stages with cross-attention, from a trained base where one is given.
-
-    Raises `UserError` for whatever the arguments ask for in vain, `NotFiniteError`, and `Stopped` on a signal.
-    """
+    """Train both stages with cross-attention, on a trained base or from scratch; raises as `train_base` does."""
     start = read_base(config)
-    text_adapted = config.text_epoch > 0 or start.text is not None
-    opening = prepare(config, "train_cross_attention.py", start, text_adapted)
+    setup = prepare(config, "train_cross_attention.py", start, config.text_epoch > 0 or start.text is not None)
     for side, epochs in (("text", config.text_epoch), ("image", config.image_epoch)):
-        check_something_to_train(opening.model, side, config.frozen, epochs, f"give --{side}_epoch 0")
-    with open_run(opening) as run:
-        run.run(two_phases(config, run, opening.data))
+        if epochs:
+            check_something_to_train(setup.model, side, config.frozen, f"give --{side}_epoch 0")
+    with open_run(setup) as run:
+        run.run(two_phases(config, run, setup.data))
         logger.info(
             "Complete: %d text and %d image epochs, in %s", config.text_epoch, config.image_epoch, config.save_path
         )

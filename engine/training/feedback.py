@@ -1,12 +1,15 @@
-"""The feedback driver: N loops of Stage 1 and Stage 2 on one persistent model (docs/method.md, "Feedback")."""
+"""Feedback training: N loops of Stage 1 and Stage 2 on one model (docs/method.md, "Feedback")."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from engine.config.feedback import TOGETHER, FeedbackConfig, LoopPlan, loop_forward, plan_loops, plan_table
+from torch.utils.data import DataLoader
+
+from engine.config.feedback import FeedbackConfig, LoopPlan, loop_forward, plan_loops, plan_table
 from engine.config.training import LOOP_BATCH
 from engine.data.loaders import hold_out
 from engine.data.run_location import load_task_of_run
@@ -14,56 +17,59 @@ from engine.data.task import TaskData
 from engine.detector.detector import Detector
 from engine.evaluation.evaluate import METRICS, evaluate, said_of_det_score, summary_table
 from engine.runtime.run_folder import CURVES_FILE, FINAL_FILE, loop_file
-from engine.training.opening import open_run, prepare
-from engine.training.phases import Phase, loaders_of
+from engine.training.phases import Phase, loader_factory
 from engine.training.run import TrainingRun
 from engine.training.schedules import Factor, halved_at, warmup_cosine
+from engine.training.setup import open_run, prepare
 from engine.training.stage1 import TextStage
-from engine.training.stage2 import ImageStage
+from engine.training.stage2 import ImageStage, JointStage
+from engine.training.stages import Stage
 from engine.training.start import Start, check_something_to_train, read_base, read_whole
-from engine.training.turns import BothStage, Turns
 from engine.training.verdicts import run_summary
+from model.text import Prompts
 from utils.curves import training_curves
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 SCRIPT = "train_cross_attention_feedback_v2.py"
-# Of a loop's image stage: where `--lr_schedule multistep` halves the rate.
+# Shares of a loop's image stage after which `--lr_schedule multistep` halves the rate.
 MULTISTEP_AT = (0.5, 0.8)
 
 
 def train_feedback(config: FeedbackConfig) -> None:
     """Alternate text and image training for all loops, and write a run's files to `config.save_path`.
 
-    Raises `UserError` for whatever the arguments ask for in vain, `NotFiniteError`, and `Stopped` on a signal.
+    Raises:
+        UserError: For arguments that cannot be satisfied.
+        NotFiniteError: For a loss or gradient that is not finite.
+        Stopped: On a signal.
     """
     plan = plan_loops(config)
-    opening = prepare(config, SCRIPT, read_start(config))
-    config = opening.config
-    training, validation = opening.data, None
+    setup = prepare(config, SCRIPT, read_start(config))
+    config = setup.config
+    training, validation = setup.data, None
     if config.val_fraction:
         training, validation = hold_out(training, config.val_fraction, config.seed)
     tested = None
     if config.eval_dataset:
-        asked = config.to_dict()
-        tested = load_task_of_run(asked, config.eval_dataset, mask_threshold=config.mask_threshold)
+        tested = load_task_of_run(config.to_dict(), config.eval_dataset, mask_threshold=config.mask_threshold)
     for loop in plan:
         for side in ("text", "image"):
             remedy, forward = f"loop {loop.loop} has no cross-attention there", loop_forward(config, loop.loop)
-            check_something_to_train(opening.model, side, config.frozen, 1, remedy, forward)
+            check_something_to_train(setup.model, side, config.frozen, remedy, forward)
     logger.info("%d feedback loops, preset %s\n\n%s\n", len(plan), config.preset, plan_table(plan))
-    with open_run(opening, {"feedback": True}, partial(loop_forward, config)) as run:
-        finisher = LoopFinisher(run, config, validation, tested)
+    with open_run(setup, partial(loop_forward, config)) as run:
+        finisher = LoopFinisher(run, config, {"validation": validation, "eval_dataset": tested})
         results = run.run(feedback_phases(config, plan, run, training), finisher)
         logger.info("\nSummary\n\n%s\n", run_summary(run.history, feedback=True))
         if validation is not None:
-            say_best_loop(results)
+            log_best_loop(results)
         logger.info("Complete: %d loops, in %s", len(plan), config.save_path)
 
 
 def read_start(config: FeedbackConfig) -> Start:
-    """What the run starts from; `UserError` for both a base and a checkpoint."""
+    """The checkpoints to start from; `UserError` for both a base and a checkpoint."""
     if config.init_from is None:
         return read_base(config)
     if config.load_base_text_adapter or config.load_base_image_adapter:
@@ -72,7 +78,7 @@ def read_start(config: FeedbackConfig) -> Start:
 
 
 def rate_factor(config: FeedbackConfig, side: str, epochs: int, steps_per_epoch: int) -> Factor:
-    """How the rate goes over one stage of one loop (docs/method.md, "Training")."""
+    """The factor of the learning rate over one stage of one loop (docs/method.md, "Training")."""
     steps = epochs * steps_per_epoch
     if config.lr_schedule == "cosine":
         return warmup_cosine(steps, config.warmup_epochs * steps_per_epoch)
@@ -81,131 +87,100 @@ def rate_factor(config: FeedbackConfig, side: str, epochs: int, steps_per_epoch:
     return halved_at(())
 
 
-def feedback_phases(config: FeedbackConfig, plan: list[LoopPlan], run: TrainingRun, data: TaskData) -> list[Phase]:
-    """Stage 1 and Stage 2 of every loop as the phases of one run, or as one phase a loop where `order` says so."""
-    model, accelerator = run.model, run.accelerator
-    stages = {"text": TextStage, "image": ImageStage}
-    prompts = data.prompts(model.clip).to(accelerator.device)
-    loader = loaders_of(config, data, model.clip, accelerator)
-
-    def phase_of_both(loop: LoopPlan) -> Phase:
-        """Both stages in the same epochs: loaders of its own, since each loop spreads its own number of steps."""
-        text, image = (
-            loader("geometric", config.text_batch_size, stage=1),
-            loader("full", config.image_batch_size, stage=2),
-        )
-        joint = config.order == "joint"
-        turns = Turns(text[0], image[0], (text[1], image[1]), loop.text_epochs, loop.image_epochs, joint)
-        forward = loop_forward(config, loop.loop)
-        return Phase(
-            loop.loop,
-            BothStage.name,
-            loop.image_epochs,
-            {"text": loop.text_lr, "image": loop.image_lr},
-            rate_factor(config, "image", loop.image_epochs, len(turns)),
-            partial(BothStage, model, prompts, data.classes, config, forward, joint),
-            turns,
-            turns,
-            lambda _: [],
-            list(model.components),
-            max_norm=config.grad_clip or None,
-            grows=False,
-            fresh_optimizer=config.reset_optimizers and loop.loop > 1,
-        )
-
-    if config.order in TOGETHER:
-        return [phase_of_both(loop) for loop in plan]
+def feedback_phases(config: FeedbackConfig, plan: Sequence[LoopPlan], run: TrainingRun, data: TaskData) -> list[Phase]:
+    """Stage 1 and Stage 2 of every loop as the phases of one run."""
+    prompts = data.prompts(run.model.clip).to(run.accelerator.device)
+    make_loader = loader_factory(config, data, run.model.clip, run.accelerator)
     loaders = {
-        "text": loader("geometric", config.text_batch_size, stage=1),
-        "image": loader("full", config.image_batch_size, stage=2),
+        "text": make_loader("geometric", config.text_batch_size, 1),
+        "image": make_loader("full", config.image_batch_size, 2),
     }
-
-    def phase(loop: LoopPlan, side: str, epochs: int, rate: float) -> Phase:
-        forward = loop_forward(config, loop.loop)
-        make_stage = partial(stages[side], model, prompts, data.classes, config, forward)
-        name, rates = side, {side: rate}
-        if side == "image" and config.order == "joint_stages":
-            make_stage = partial(BothStage, model, prompts, data.classes, config, forward, True)
-            name, rates = BothStage.name, {"text": loop.text_lr, "image": rate}
-
-        def files(epoch: int) -> list[str]:
-            return [loop_file(loop.loop, side)] if epoch == epochs else []
-
-        images, sampler = loaders[side]
-        factor = rate_factor(config, side, epochs, -(-len(images) // config.accumulate))
-        return Phase(
-            loop.loop,
-            name,
-            epochs,
-            rates,
-            factor,
-            make_stage,
-            images,
-            sampler,
-            files,
-            list(model.components),
-            max_norm=config.grad_clip or None,
-            grows=config.lr_schedule == "constant" or (config.lr_schedule == "multistep" and side == "text"),
-            fresh_optimizer=config.reset_optimizers and loop.loop > 1,
-        )
-
+    image_stage = JointStage if config.order == "joint" else ImageStage
     return [
-        phase(loop, side, epochs, rate)
+        loop_phase(config, loop, side, stage, run, (prompts, data.classes), loaders[side])
         for loop in plan
-        for side, epochs, rate in (
-            ("text", loop.text_epochs, loop.text_lr),
-            ("image", loop.image_epochs, loop.image_lr),
-        )
+        for side, stage in (("text", TextStage), ("image", image_stage))
     ]
 
 
-class LoopFinisher:
-    """What is done at the end of a loop: its checkpoint, the curves, and evaluations where they are asked for."""
+def loop_phase(
+    config: FeedbackConfig,
+    loop: LoopPlan,
+    side: str,
+    stage: type[Stage],
+    run: TrainingRun,
+    prompts: tuple[Prompts, Sequence[str]],
+    loader: DataLoader,
+) -> Phase:
+    """The phase of a loop's text or image stage; prompts: with their classes."""
+    all_epochs = {"text": loop.text_epochs, "image": loop.image_epochs}
+    rates = {"text": loop.text_lr, "image": loop.image_lr}
+    epochs = all_epochs[side]
+    steps_per_epoch = -(-len(loader) // config.accumulate)
 
-    def __init__(
-        self, run: TrainingRun, config: FeedbackConfig, validation: TaskData | None, tested: TaskData | None
-    ) -> None:
+    def files(epoch: int) -> list[str]:
+        return [loop_file(loop.loop, side)] if epoch == epochs else []
+
+    return Phase(
+        loop=loop.loop,
+        stage=stage.name,
+        epochs=epochs,
+        rates=rates if stage is JointStage else {side: rates[side]},
+        factor=rate_factor(config, side, epochs, steps_per_epoch),
+        make_stage=partial(stage, run.model, *prompts, config, loop_forward(config, loop.loop)),
+        loader=loader,
+        files=files,
+        parts=list(run.model.components),
+        max_norm=config.grad_clip or None,
+        can_grow=config.lr_schedule == "constant" or (config.lr_schedule == "multistep" and side == "text"),
+        reset_optimizers=config.reset_optimizers and loop.loop > 1,
+    )
+
+
+class LoopFinisher:
+    """The end of a loop: its checkpoint, the curves, and the requested evaluations.
+
+    evaluated: the data to evaluate on by the result's name, None for those not requested.
+    """
+
+    def __init__(self, run: TrainingRun, config: FeedbackConfig, evaluated: dict[str, TaskData | None]) -> None:
         self.run = run
         self.config = config
         self.model = run.model
-        self.evaluated = {"validation": validation, "eval_dataset": tested}
+        self.evaluated = {name: data for name, data in evaluated.items() if data is not None}
 
     def files(self, loop: int) -> list[str]:
         """The names of the checkpoint after that loop."""
         return [loop_file(loop), *([FINAL_FILE] if loop == self.config.num_feedback_loops else [])]
 
     def __call__(self, loop: int) -> dict[str, Any]:
-        """Finish loop number `loop`; returns the metrics found, by what they were taken on."""
+        """Finish a loop; returns the metrics by the name of the data."""
         if self.run.accelerator.is_main_process:
             training_curves(self.run.history, self.config.save_path / CURVES_FILE)
-        found: dict[str, Any] = {}
+        results: dict[str, Any] = {}
         for name, data in self.evaluated.items():
-            if data is not None:
-                forward = loop_forward(self.config, loop)
-                detector = Detector(self.model, f"loop {loop}", None, forward, self.config.det_score)
-                device = self.run.accelerator.device
-                evaluation = evaluate({detector.name: detector}, data, device, LOOP_BATCH, 0, self.config.precision)
-                found[name] = {metric: evaluation[detector.name].average(metric)[0] for metric in METRICS}
-                what = "held-out training images" if name == "validation" else evaluation[detector.name].dataset
-                what += said_of_det_score(detector.det_score)
-                logger.info("Loop %d on %s\n\n%s\n", loop, what, summary_table(list(evaluation.values())))
+            forward = loop_forward(self.config, loop)
+            detector = Detector(self.model, f"loop {loop}", None, forward, self.config.det_score)
+            device = self.run.accelerator.device
+            evaluation = evaluate({detector.name: detector}, data, device, LOOP_BATCH, 0, self.config.precision)
+            results[name] = {metric: evaluation[detector.name].average(metric)[0] for metric in METRICS}
+            title = "held-out training images" if name == "validation" else evaluation[detector.name].dataset
+            title += said_of_det_score(detector.det_score)
+            logger.info("Loop %d on %s\n\n%s\n", loop, title, summary_table(list(evaluation.values())))
         logger.info(
-            "Loop %d of %d is finished: %s",
-            loop,
-            self.config.num_feedback_loops,
-            self.config.save_path / loop_file(loop),
+            "Loop %d of %d complete: %s", loop, self.config.num_feedback_loops, self.config.save_path / loop_file(loop)
         )
-        return found
+        return results
 
 
-def say_best_loop(results: list[dict[str, Any]]) -> None:
-    """Name the loop that is best on the held-out images, by the mean of pixel and image AUROC."""
-    scored = []
+def log_best_loop(results: list[dict[str, Any]]) -> None:
+    """Log the loop with the best mean of pixel and image AUROC on the held-out images."""
+    scores = []
     for result in results:
         values = [result.get("validation", {}).get(metric) for metric in ("pixel_auroc", "image_auroc")]
         known = [value for value in values if value is not None]
         if known:
-            scored.append((sum(known) / len(known), -result["loop"]))
-    if scored:
-        best, loop = max(scored)
+            scores.append((sum(known) / len(known), -result["loop"]))
+    if scores:
+        best, loop = max(scores)
         logger.info("Best loop by held-out training images: loop %d (mean of pixel and image AUROC %.2f)", -loop, best)

@@ -1,4 +1,4 @@
-"""Optimizer moments from one run to another, by parameter name (docs/method.md, "Training")."""
+"""The optimizers of a run, and their moments from one run to another (docs/method.md, "Training")."""
 
 from __future__ import annotations
 
@@ -7,6 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from engine.config.training import RunConfig
+from model.adapter import AdaptedCLIP
+
+ADAM_BETAS, ADAMW_BETAS = (0.5, 0.999), (0.9, 0.999)
+
+
+def make_optimizer(model: AdaptedCLIP, side: str, config: RunConfig) -> torch.optim.Optimizer:
+    """A side's one optimizer for the whole run, with a group for each component."""
+    parts = [part for name, part in model.components.items() if name.startswith(side)]
+    groups = [{"params": list(part.named_parameters())} for part in parts]
+    decay = getattr(config, "weight_decay", 0.0)
+    # `Schedule` sets the learning rate of every step.
+    if getattr(config, "optimizer", "adam") == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=ADAMW_BETAS, weight_decay=decay)
+    return torch.optim.Adam(groups, lr=0.0, betas=ADAM_BETAS, weight_decay=decay)
 
 
 def are_moments_of(parameter: Tensor, state: Mapping[str, Any]) -> bool:
@@ -18,10 +34,10 @@ def are_moments_of(parameter: Tensor, state: Mapping[str, Any]) -> bool:
 
 
 def transfer_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> int:
-    """Copy the moments of parameters that have the same name and shape into `optimizer`; returns how many.
+    """Copy the moments of parameters with the same name and shape into `optimizer`; returns their number.
 
-    saved: another optimizer's state dict whose groups carry `param_names`. Rates, betas and decay stay the new ones',
-    and parameters that `saved` does not know start fresh. A state without names transfers nothing.
+    saved: another optimizer's state dict whose groups carry `param_names`. Learning rates, betas and decay stay those
+    of `optimizer`, and other parameters start without moments.
     """
     moments = {
         name: saved["state"][index]
@@ -30,7 +46,7 @@ def transfer_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any])
         for name, index in zip(group["param_names"], group["params"], strict=True)
         if index in saved["state"]
     }
-    carried = 0
+    transferred = 0
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             state = moments.get(name)
@@ -40,5 +56,5 @@ def transfer_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any])
                 key: value.clone().to(parameter.device if value.dim() else "cpu") if torch.is_tensor(value) else value
                 for key, value in state.items()
             }
-            carried += 1
-    return carried
+            transferred += 1
+    return transferred

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 Factor = Callable[[int], float]
 
 
 def halved_at(milestones: Sequence[int]) -> Factor:
-    """Times 0.5 from each of these steps on; without any, constant."""
+    """Times 0.5 from each of these steps on; constant without any."""
     return lambda step: 0.5 ** sum(step >= milestone for milestone in milestones)
 
 
@@ -29,41 +27,24 @@ def warmup_cosine(steps: int, warmup: int) -> Factor:
     return factor
 
 
-class Together:
-    """Optimizers, or their schedules, that take every step together: one for each side that a stage trains."""
+class Schedule:
+    """The learning rates of one phase: each optimizer's rate times `factor` at the current step.
 
-    def __init__(self, members: Sequence[Any]) -> None:
-        self.members = list(members)
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return [group for member in self.members for group in member.param_groups]
-
-    @property
-    def step_was_skipped(self) -> bool:
-        return any(member.step_was_skipped for member in self.members)
-
-    def step(self) -> None:
-        for member in self.members:
-            member.step()
-
-    def zero_grad(self) -> None:
-        for member in self.members:
-            member.zero_grad()
-
-
-def make_schedule(
-    optimizer: torch.optim.Optimizer, rate: float, factor: Factor, saved: Mapping[str, Any] | None = None
-) -> LRScheduler:
-    """A schedule that starts at its first step, whatever rate an earlier one has left in `optimizer`.
-
-    saved: the state of a schedule of the same factor, to go on from its step.
+    Sets the rates at once, whatever an earlier phase has left in the optimizers.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] = rate
-    schedule = LambdaLR(optimizer, factor)
-    if saved is not None:
-        schedule.load_state_dict({**saved, "base_lrs": schedule.base_lrs})
-        for group in optimizer.param_groups:
-            group["lr"] = rate * factor(schedule.last_epoch)
-    return schedule
+
+    def __init__(self, rates: Mapping[torch.optim.Optimizer, float], factor: Factor, step: int = 0) -> None:
+        self.rates = rates
+        self.factor = factor
+        self.step = step
+        self._set_rates()
+
+    def advance(self) -> None:
+        """Set the rates of the next step."""
+        self.step += 1
+        self._set_rates()
+
+    def _set_rates(self) -> None:
+        for optimizer, rate in self.rates.items():
+            for group in optimizer.param_groups:
+                group["lr"] = rate * self.factor(self.step)

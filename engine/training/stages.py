@@ -1,4 +1,4 @@
-"""What a stage is to the training loop: a module that turns a batch into losses, and which components it trains."""
+"""The base class of the stages: a module that computes losses from a batch, and the components that it trains."""
 
 from __future__ import annotations
 
@@ -14,22 +14,17 @@ from model.config import LoopForward
 
 
 class StageOutput(NamedTuple):
-    """`losses`: named, "total" is the one to minimise; `watch`: sums and counts for the mean p_abnormal, detached.
-
-    weighed: whether the losses count by this process's share of the step's images already.
-    """
+    """The losses by name, of which "total" is minimised; and sums and counts for the mean p_abnormal."""
 
     losses: dict[str, Tensor]
     watch: dict[str, Tensor]
-    weighed: bool = False
 
 
 class Stage(nn.Module):
-    """A stage of training around the one persistent model.
+    """A stage of training on the run's one model.
 
-    classes: in the order of the prompts; config: what the run was asked for, with the weights of loss terms; loop: what
-    the feedback loop decides of the forward, None where the model alone does.
-    Only the components that it trains require gradients and are in train mode while it runs.
+    classes: in the order of the prompts; config: has the weights of the loss terms; loop: the feedback loop's choices
+    for the forward, None without loops. Only trained components require gradients and are in train mode.
     """
 
     name: str
@@ -55,7 +50,7 @@ class Stage(nn.Module):
         return {name: self.model.components[name] for name in names if name not in self.config.frozen}
 
     def begin(self) -> None:
-        """Let gradients reach the components of this stage and no others, and enter train mode."""
+        """Require gradients in the trained components alone, and enter train mode."""
         self.model.requires_grad_(False)
         for component in self.trained.values():
             component.requires_grad_(True)
@@ -70,10 +65,10 @@ class Stage(nn.Module):
 
 
 def watch_abnormal(abnormal: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Sums of p_abnormal (B, S, S) inside and outside the masks, and the pixels they are taken over."""
+    """Sums of p_abnormal (B, S, S) inside and outside the masks, with the numbers of pixels."""
     inside = mask > 0.5
     return {
-        # Choosing pixels by a mask would wait for the device, to learn how many they are.
+        # Boolean indexing would wait for the device.
         "inside_sum": abnormal.where(inside, 0).sum(),
         "inside_pixels": inside.sum().to(abnormal.dtype),
         "outside_sum": abnormal.where(~inside, 0).sum(),
@@ -94,12 +89,12 @@ def class_rows(batch: dict[str, Any], order: dict[str, int]) -> Tensor:
 def present_classes(batch: dict[str, Any], order: dict[str, int]) -> tuple[Tensor, Tensor]:
     """The classes that occur in a batch, as rows in ascending order (C,), and each image's among these (B,)."""
     present = sorted({order[name] for name in batch["class_name"]})
-    place = {row: index for index, row in enumerate(present)}
+    position = {row: index for index, row in enumerate(present)}
     device = batch["image"].device
-    return as_rows(present, device), as_rows([place[order[name]] for name in batch["class_name"]], device)
+    return as_rows(present, device), as_rows([position[order[name]] for name in batch["class_name"]], device)
 
 
 def as_rows(rows: Sequence[int], device: torch.device) -> Tensor:
-    """Numbers as a tensor on a device, from pinned memory to a GPU, which is then not waited for."""
+    """Numbers as a tensor on a device; pinned memory, so that the copy to a GPU need not be waited for."""
     numbers = torch.tensor(rows)
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)

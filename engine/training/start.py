@@ -1,4 +1,4 @@
-"""What a run with cross-attention starts from, checked and loaded: a trained base, any checkpoint, or nothing."""
+"""The start of a run with cross-attention, checked and loaded: a trained base, any checkpoint, or nothing."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ FEEDBACK_SCRIPT = "train_cross_attention_feedback_v2.py"
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoints that a run starts from, by side; None where a side starts fresh.
+    """The checkpoints that a run starts from, by side; None for a newly initialised side.
 
-    whole: one file of `--init_from`, whose cross-attentions are taken too where it has them; otherwise a base's.
+    whole: one file of `--init_from`, whose cross-attentions are loaded too; otherwise the files of a base.
     """
 
     text: Checkpoint | None = None
@@ -40,7 +40,7 @@ class Start:
         return self.text if name == "text" else self.image
 
     def source(self, component: str) -> Checkpoint | None:
-        """The checkpoint that a component comes from."""
+        """The checkpoint that a component is loaded from."""
         checkpoint = self.side(component.partition("_")[0])
         if checkpoint is None or component not in checkpoint.components:
             return None
@@ -48,17 +48,17 @@ class Start:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What the run that the image side, or else the text side, comes from was asked for."""
-        return next((found for side in (self.image, self.text) if side and (found := arguments_of(side))), {})
+        """The arguments of the run that the image side, or else the text side, comes from."""
+        return next((values for side in (self.image, self.text) if side and (values := arguments_of(side))), {})
 
     @property
     def activation(self) -> str | None:
-        """The activation that published files were trained under; None where the weights decide."""
+        """The activation that published files were trained with; None if the weights decide."""
         published = any(checkpoint.is_published for checkpoint in (self.text, self.image) if checkpoint)
         return PUBLISHED["activation"] if published else None
 
     def signature(self) -> dict[str, Any]:
-        """The contents of the files, so that a restart from others is noticed."""
+        """Digests of the files: a restart must start from the same ones."""
         digests = {side: file_digest(checkpoint.path) if (checkpoint := self.side(side)) else None for side in SIDES}
         return {
             f"{kind}_{side}": digest if (kind == "init") == self.whole else None
@@ -67,26 +67,22 @@ class Start:
         }
 
     def steps(self) -> dict[str, int | None]:
-        """Optimizer steps that each side has seen; None where its file does not say."""
-        found: dict[str, int | None] = {}
-        for side in SIDES:
-            checkpoint = self.side(side)
-            found[side] = 0 if checkpoint is None else (checkpoint.steps or {}).get(side)
-        return found
+        """Optimizer steps of each side so far; None if its file does not say."""
+        return {
+            side: 0 if (checkpoint := self.side(side)) is None else (checkpoint.steps or {}).get(side) for side in SIDES
+        }
 
-    def stories(self) -> dict[str, str | None]:
-        """Where each side comes from, in words."""
-        return {side: story(checkpoint) if (checkpoint := self.side(side)) else None for side in SIDES}
+    def descriptions(self) -> dict[str, str | None]:
+        """The origin of each side."""
+        return {side: describe_origin(checkpoint) if (checkpoint := self.side(side)) else None for side in SIDES}
 
 
 def read_base(config: CrossAttentionArguments) -> Start:
-    """The base files that the arguments name; `UserError` for one side only, unless that is asked for."""
+    """The base files that the arguments name; `UserError` for one side only, without `--allow_partial_base`."""
     files = (config.load_base_text_adapter, config.load_base_image_adapter)
     if len([file for file in files if file]) == 1 and not config.allow_partial_base:
         missing = "--load_base_image_adapter" if files[0] else "--load_base_text_adapter"
-        raise UserError(
-            f"only one side of a base is given: add {missing} FILE, or --allow_partial_base if that is meant"
-        )
+        raise UserError(f"only one side of a base is given: add {missing} FILE, or --allow_partial_base")
     checkpoints = [read_any(file) if file else None for file in files]
     for checkpoint, side in zip(checkpoints, SIDES, strict=True):
         if checkpoint is not None:
@@ -95,7 +91,7 @@ def read_base(config: CrossAttentionArguments) -> Start:
 
 
 def read_whole(file: Path) -> Start:
-    """The file of `--init_from`: a checkpoint of any script with an image side, or the state of a run."""
+    """The file of `--init_from`: a checkpoint with both sides, or the state of a run."""
     checkpoint = read_any(file)
     for name in ("text_adapter", "image_adapter"):
         if name not in checkpoint.components:
@@ -104,7 +100,7 @@ def read_whole(file: Path) -> Start:
 
 
 def _check_is_base(checkpoint: Checkpoint, side: str) -> None:
-    """`UserError` for a file that is no trained base of this side, with what it is instead."""
+    """`UserError` for a file that is not a trained base of this side."""
     flag = f"--load_base_{side}_adapter"
     if checkpoint.loop is not None or (checkpoint.config and checkpoint.config.get("feedback")):
         raise UserError(
@@ -125,9 +121,9 @@ def _check_is_base(checkpoint: Checkpoint, side: str) -> None:
 
 
 def check_start(start: Start, model: ModelConfig, run: CrossAttentionArguments, names: Mapping[str, str]) -> None:
-    """`UserError` where a checkpoint was trained as another model than the one now asked for.
+    """`UserError` if a checkpoint was trained with another model; other weights and class names are only warned of.
 
-    names: of the classes, in the prompts; others than those of the training are only said, as weights are.
+    names: the readable names of the classes.
     """
     for side in SIDES:
         checkpoint = start.side(side)
@@ -148,7 +144,7 @@ def check_start(start: Start, model: ModelConfig, run: CrossAttentionArguments, 
             log_activation(checkpoint, model.activation, given=run.activation is not None)
         else:
             _warn_of_other_names(checkpoint, names)
-    _warn_of_another_text_side(start)
+    _warn_of_other_text_side(start)
     if start.whole:
         _check_cross_attention(start.image, run.cross_attention())
 
@@ -158,7 +154,7 @@ def _check_by_config(checkpoint: Checkpoint, side: str, model: ModelConfig, run:
     if side == "image" and not before.text_adapted and not run.allow_partial_base:
         raise UserError(
             f"{checkpoint.path}: its text side was not trained (--text_epoch 0); train a base with both stages, "
-            "or give --allow_partial_base if that is meant"
+            "or give --allow_partial_base"
         )
     for name in ("weights_digest", "activation", "adapter", "relu", "levels", "img_size"):
         was, now = getattr(before, name), getattr(model, name)
@@ -173,33 +169,34 @@ def _check_by_config(checkpoint: Checkpoint, side: str, model: ModelConfig, run:
 
 
 def _check_by_keys(checkpoint: Checkpoint, side: str, model: ModelConfig) -> None:
-    """What a file without config tells by its keys; widths are compared when it is loaded."""
+    """Check a file without config by its keys; widths are compared when it is loaded."""
     name = f"{side}_adapter"
     for choice, was in infer_choices({name: checkpoint.components[name]}).items():
         now, flag = (len(model.levels), "levels") if choice == "n_levels" else (getattr(model, choice), choice)
         if was != now:
-            what = f"{was} levels, not {now}" if choice == "n_levels" else f"{choice} {was}, not {now}"
-            raise UserError(f"{checkpoint.path}: its {name} was trained with {what}; set --{flag} to match")
+            difference = f"{was} levels, not {now}" if choice == "n_levels" else f"{choice} {was}, not {now}"
+            raise UserError(f"{checkpoint.path}: its {name} was trained with {difference}; set --{flag} to match")
 
 
 def _warn_of_other_names(checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
     before = checkpoint.config["prompt_names"]
     changed = [name for name in names if before.get(name, names[name]) != names[name]]
     if changed:
-        shown = ", ".join(f"{name} was {before[name]!r}, now {names[name]!r}" for name in changed)
-        logger.warning("%s was trained with other names in its prompts: %s", checkpoint.path, shown)
+        differences = ", ".join(f"{name} was {before[name]!r}, now {names[name]!r}" for name in changed)
+        logger.warning("%s was trained with other names in its prompts: %s", checkpoint.path, differences)
 
 
-def _warn_of_another_text_side(start: Start) -> None:
-    """Say where the text side given is not the one that the image side was trained with."""
+def _warn_of_other_text_side(start: Start) -> None:
+    """Warn if the text side is not the one that the image side was trained with."""
     if start.text is None or start.image is None:
         return
-    given, inside = start.text.components["text_adapter"], start.image.components.get("text_adapter")
-    if inside is not None and (
-        given.keys() != inside.keys() or any(not torch.equal(value, inside[key]) for key, value in given.items())
+    text, trained_with = start.text.components["text_adapter"], start.image.components.get("text_adapter")
+    if trained_with is not None and (
+        text.keys() != trained_with.keys()
+        or any(not torch.equal(value, trained_with[key]) for key, value in text.items())
     ):
         logger.warning(
-            "%s is not the text side that %s was trained with and holds: the image side meets other anchors",
+            "%s is not the text side stored in %s: the image adapter was trained against different anchors",
             start.text.path,
             start.image.path,
         )
@@ -239,22 +236,22 @@ def _check_cross_attention(checkpoint: Checkpoint, now: CrossAttentionConfig) ->
 
 
 def load_start(model: AdaptedCLIPWithCrossAttention, start: Start) -> None:
-    """Load what the run starts from; `UserError` where it does not fit."""
+    """Load the components that the run starts from; `UserError` if they do not fit."""
     for name, part in model.components.items():
         checkpoint = start.source(name)
         if checkpoint is not None:
             load_component(part, checkpoint.components[name], name, checkpoint.path)
 
 
-def story(checkpoint: Checkpoint) -> str:
-    """A checkpoint's file, epochs and dataset, in words."""
+def describe_origin(checkpoint: Checkpoint) -> str:
+    """A checkpoint's file, epochs and dataset."""
     epochs = "an unknown number of" if checkpoint.epoch is None else checkpoint.epoch
     dataset = checkpoint.config["dataset"] if checkpoint.config else "an unknown dataset"
     return f"{checkpoint.path}, {epochs} epochs on {dataset}"
 
 
 def log_initialisation(components: dict[str, nn.Module], start: Start, from_base: bool = True) -> None:
-    """Say of every component where it comes from, with its size and mean weight, under the heading users look for.
+    """Log the origin, size and mean weight of every component.
 
     from_base: whether a base is expected, without which a comparison is unfair.
     """
@@ -264,7 +261,7 @@ def log_initialisation(components: dict[str, nn.Module], start: Start, from_base
         checkpoint = start.source(name)
         origin = FRESH
         if checkpoint is not None:
-            origin = f"from the {'checkpoint' if start.whole else 'base'}: {story(checkpoint)}"
+            origin = f"from the {'checkpoint' if start.whole else 'base'}: {describe_origin(checkpoint)}"
             kind = "" if start.whole else "Base "
             logger.info("%s loaded successfully!", f"{kind}{name.replace('_', ' ')}")
         logger.info(
@@ -281,23 +278,18 @@ def log_initialisation(components: dict[str, nn.Module], start: Start, from_base
 
 
 def carry_over_moments(optimizers: dict[str, torch.optim.Optimizer], start: Start) -> None:
-    """Take along the optimizer moments that the checkpoints have, for the components that come from them."""
+    """Load the checkpoints' optimizer moments of the components that come from them."""
     for side, optimizer in optimizers.items():
         checkpoint = start.side(side)
         saved = checkpoint.optimizers.get(f"{side}_optimizer") if checkpoint else None
         if saved:
             carried = transfer_moments(optimizer, saved)
-            logger.info("%s optimizer: moments of %d tensors taken from %s", side, carried, checkpoint.path)
+            logger.info("%s optimizer: moments of %d tensors loaded from %s", side, carried, checkpoint.path)
 
 
 def check_something_to_train(
-    model: AdaptedCLIPWithCrossAttention,
-    side: str,
-    frozen: Sequence[str],
-    epochs: int,
-    remedy: str,
-    loop: LoopForward | None = None,
+    model: AdaptedCLIPWithCrossAttention, side: str, frozen: Sequence[str], remedy: str, loop: LoopForward | None = None
 ) -> None:
-    """`UserError` where a stage with epochs has no component to train."""
-    if epochs and not set(model.trained_components(side, loop)) - set(frozen):
+    """`UserError` if a stage has no component to train."""
+    if not set(model.trained_components(side, loop)) - set(frozen):
         raise UserError(f"--freeze_base leaves the {side} stage nothing to train; {remedy}")

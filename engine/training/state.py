@@ -1,4 +1,4 @@
-"""What a restart goes on from: `training_state.pth`, checked before a run takes anything from it."""
+"""`training_state.pth`, from which a run resumes: checked before anything is taken from it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from model.config import SIDES
 from utils.errors import UserError
 from utils.schema import MayHoldMore, Measured, Plain, check
 
-STATE_SCHEMA = 2
+STATE_SCHEMA = 3
 TOTAL_NORM = "grad_norm/total"
 
 
 @dataclass(frozen=True)
 class _Row(MayHoldMore):
-    """Of an epoch's figures, those that every reader counts on."""
+    """The keys of an epoch that every reader needs."""
 
     more = Measured
     loop: int = field(metadata={"between": (1, 2**53)})
@@ -43,29 +43,20 @@ class _Loop(MayHoldMore):
 
 
 @dataclass(frozen=True)
-class _Schedule(MayHoldMore):
-    more = Plain
-    base_lrs: list[float]
-    last_epoch: int
-    _last_lr: list[float]
-    lr_lambdas: list[None]
-
-
-@dataclass(frozen=True)
 class _State(MayHoldMore):
-    """A checkpoint of all components and both optimizers, and where the run stands."""
+    """A checkpoint of all components and both optimizers, and the run's progress."""
 
     schema: int
     signature: dict[str, Plain]
     done: list[int] = field(metadata={"between": (0, 2**53)})
     planned: list[int] = field(metadata={"between": (0, 2**53)})
     history: list[_Row]
-    schedule: _Schedule | None
+    schedule_step: int = field(metadata={"between": (0, 2**53)})
     loops: list[_Loop]
 
 
 def read_state(file: Path) -> dict[str, Any]:
-    """What a run's state holds; `UserError`, naming file and key, where it is damaged or of another version."""
+    """The content of a run's state; `UserError`, naming file and key, if it is damaged or of another version."""
     content = load(file)
     schema = content.get("schema") if isinstance(content, dict) else None
     if type(schema) is not int or schema != STATE_SCHEMA:
@@ -81,7 +72,7 @@ def read_state(file: Path) -> dict[str, Any]:
 
 
 def signature_in(folder: Path) -> dict[str, Any]:
-    """What the run in a folder must agree in, by its state; nothing where no run is there."""
+    """The signature of the run in a folder, empty if there is no run."""
     file = folder / STATE_FILE
     return read_state(file)["signature"] if file.is_file() else {}
 
@@ -92,18 +83,17 @@ def restore(
     optimizers: Mapping[str, torch.optim.Optimizer],
     file: Path,
 ) -> None:
-    """Load the weights and moments of a state that `read_state` gave; `UserError` where they do not fit the run."""
+    """Load the weights and moments of a state from `read_state`; `UserError` if they do not fit the run."""
     for side, optimizer in optimizers.items():
         _check_optimizer(saved, f"{side}_optimizer", optimizer, file)
     for name, part in components.items():
         load_component(part, saved.get(name, {}), name, file)
     for side, optimizer in optimizers.items():
-        # torch puts moments beside their parameters, on whatever device those are.
         optimizer.load_state_dict(saved[f"{side}_optimizer"])
 
 
 def _check_optimizer(saved: Mapping[str, Any], name: str, optimizer: torch.optim.Optimizer, file: Path) -> None:
-    """`UserError` unless a saved optimizer has the settings of this one, and moments of its parameters' shapes."""
+    """`UserError` unless a saved optimizer has this one's settings, and moments of its parameters' shapes."""
     groups = (saved.get(name) or {}).get("param_groups", [])
     if [group.get("param_names") for group in groups] != [group["param_names"] for group in optimizer.param_groups]:
         raise UserError(f"{file}: {name} is not of this run's parameters, so it is damaged")
@@ -122,7 +112,7 @@ def _check_optimizer(saved: Mapping[str, Any], name: str, optimizer: torch.optim
 
 
 def _like(setting: Any) -> Any:
-    """The annotation of an optimizer's setting that is now this one; a switch that is left open may be on or off."""
+    """The annotation of an optimizer's setting, from its present value; an unset switch may be on or off."""
     if isinstance(setting, tuple):
         return tuple[(float,) * len(setting)]
     if isinstance(setting, (bool, float)):

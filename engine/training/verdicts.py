@@ -1,31 +1,35 @@
-"""What training says about itself in plain words: warnings of an epoch, the verdict on a stage, a run's summary."""
+"""The log of an epoch, warnings about it, the verdict on a stage, and a run's summary (docs/method.md, "Training")."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from engine.training.advice import remedies_for
-from utils.tables import format_table
+from utils.tables import format_table, readable_time
 
+logger = logging.getLogger(__name__)
+
+LOSS_PARTS = ("focal", "dice_normal", "dice_abnormal", "classification", "overlap")
 LOW_GRADIENT = 0.01
 VANISHING_GRADIENT = 0.001
 # Mean p_abnormal below this inside and outside the masks: the model calls everything normal.
 COLLAPSED_BELOW = 0.02
-# A loss that ends this much above the run's first is exploding.
+# A last loss of more than this times the run's first is exploding.
 EXPLODED_ABOVE = 1.5
-# "Not learning" is said of a stage of at least this many steps that ends within this share of the run's first loss.
+# A stage of at least this many steps whose loss fell by less than this share of the run's first is not learning.
 ENOUGH_STEPS = 100
 FLAT_WITHIN = 0.01
-# A mean p_abnormal higher by this inside the masks than outside: the maps show where the anomalies are.
+# If p_abnormal is higher by this inside the masks than outside, the maps show where the anomalies are.
 SEPARATES_BY = 0.1
 
 Row = Mapping[str, Any]
 
 
-class Verdict(NamedTuple):
-    """What became of a stage: `label`, what it rests on, and what to try."""
+class StageVerdict(NamedTuple):
+    """Whether a stage learned: the label, the reason for it, and what to try."""
 
     label: str
     reason: str
@@ -36,13 +40,41 @@ class Verdict(NamedTuple):
         return f"{self.label}: {self.reason}{advice}"
 
 
+def log_epoch(row: Row, epochs: int) -> None:
+    """Log an epoch's loss with its parts, gradient norms, speed, and warnings."""
+    parts = ", ".join(f"{name} {row[name]:.4f}" for name in LOSS_PARTS if name in row)
+    logger.info("Loop %d - %s loss: %.4f  (%s)", row["loop"], row["stage"], row["loss"], parts)
+    norms = {name.removeprefix("grad_norm/"): norm for name, norm in row.items() if name.startswith("grad_norm/")}
+    total = norms.pop("total")
+    each = ", ".join(f"{name} {norm:.4f}" for name, norm in norms.items())
+    logger.info("  Average Grad Norm: %.4f  (%s)", total, each)
+    inside, outside = row["abnormal_inside"], row["abnormal_outside"]
+    # Both are NaN if no masks are used.
+    unwatched = math.isnan(inside) and math.isnan(outside)
+    watched = "" if unwatched else f"p_abnormal {inside:.3f} inside masks and {outside:.3f} outside, "
+    logger.info(
+        "  epoch %d of %d, lr %.3g, %s%.1f images/s, %.2f GiB, %s left",
+        row["epoch"],
+        epochs,
+        row["lr"],
+        watched,
+        row["images_per_second"],
+        row["memory_gib"],
+        readable_time((epochs - row["epoch"]) * row["seconds"]),
+    )
+    if "compile_seconds" in row:
+        logger.info("  compiling took %s of %s", *map(readable_time, (row["compile_seconds"], row["seconds"])))
+    for warning in epoch_warnings(row):
+        logger.warning("  %s", warning)
+
+
 def is_collapsed(row: Row) -> bool:
-    """Whether an epoch called everything normal; an epoch without anomalous pixels tells nothing."""
+    """Whether an epoch called everything normal; False for an epoch without anomalous pixels (NaN)."""
     return row["abnormal_inside"] < COLLAPSED_BELOW and row["abnormal_outside"] < COLLAPSED_BELOW
 
 
 def epoch_warnings(row: Row) -> list[str]:
-    """What is unhealthy about an epoch, in plain words (docs/method.md, "Training")."""
+    """What is unhealthy about an epoch."""
     warnings = []
     norm = row["grad_norm/total"]
     if norm < VANISHING_GRADIENT:
@@ -57,45 +89,45 @@ def epoch_warnings(row: Row) -> list[str]:
     return warnings
 
 
-def judge_stage(rows: Sequence[Row], first_loss: float, remedies: Mapping[str, tuple[str, ...]]) -> Verdict:
+def judge_stage(rows: Sequence[Row], first_loss: float, remedies: Mapping[str, tuple[str, ...]]) -> StageVerdict:
     """The verdict on a stage of one loop, from the rows of its epochs.
 
-    first_loss: the run's first, of this stage in its first loop; remedies: by label, what this kind of run can change.
+    first_loss: the stage's first loss in the run; remedies: by label, the options to try.
     """
     last = rows[-1]
-    went = f"its loss went from {first_loss:.4f} to {last['loss']:.4f}"
+    change = f"its loss went from {first_loss:.4f} to {last['loss']:.4f}"
 
-    def verdict(label: str, reason: str) -> Verdict:
-        return Verdict(label, reason, remedies.get(label, ()))
+    def verdict(label: str, reason: str) -> StageVerdict:
+        return StageVerdict(label, reason, remedies.get(label, ()))
 
     if is_collapsed(last):
-        return verdict('collapsed to "all normal"', f"not learning, it calls every pixel normal; {went}")
+        return verdict('collapsed to "all normal"', f"not learning, it calls every pixel normal; {change}")
     if last["grad_norm/total"] < VANISHING_GRADIENT:
-        return verdict("vanishing", f"the gradient's norm is {last['grad_norm/total']:.2g}; {went}")
+        return verdict("vanishing", f"the gradient's norm is {last['grad_norm/total']:.2g}; {change}")
     if sum(row["steps"] for row in rows) < ENOUGH_STEPS:
-        return Verdict("too short to tell", went)
+        return StageVerdict("too short to tell", change)
     if last["loss"] > first_loss * EXPLODED_ABOVE:
-        return verdict("exploding", went)
+        return verdict("exploding", change)
     if last["loss"] > first_loss * (1 - FLAT_WITHIN):
         apart = last["abnormal_inside"] - last["abnormal_outside"]
         if apart > SEPARATES_BY:
-            went += (
-                f", but its maps do tell anomalies apart (p_abnormal {last['abnormal_inside']:.3f} inside masks, "
+            change += (
+                f", but its maps show the anomalies (p_abnormal {last['abnormal_inside']:.3f} inside masks, "
                 f"{last['abnormal_outside']:.3f} outside): a start from a trained model that has little left to gain"
             )
-        return verdict("not learning", went)
-    return Verdict("learning", went)
+        return verdict("not learning", change)
+    return StageVerdict("learning", change)
 
 
 def stage_rows(history: Sequence[Row]) -> dict[tuple[int, str], list[Row]]:
     """The epochs of each (loop, stage), in the order in which they were trained."""
-    found: dict[tuple[int, str], list[Row]] = {}
+    stages: dict[tuple[int, str], list[Row]] = {}
     for row in history:
-        found.setdefault((row["loop"], row["stage"]), []).append(row)
-    return found
+        stages.setdefault((row["loop"], row["stage"]), []).append(row)
+    return stages
 
 
-def judge_run(history: Sequence[Row], feedback: bool) -> dict[tuple[int, str], Verdict]:
+def judge_run(history: Sequence[Row], feedback: bool) -> dict[tuple[int, str], StageVerdict]:
     """The verdict on every stage of every loop."""
     first: dict[str, float] = {}
     verdicts = {}
@@ -106,7 +138,7 @@ def judge_run(history: Sequence[Row], feedback: bool) -> dict[tuple[int, str], V
 
 
 def summary_cells(history: Sequence[Row], feedback: bool) -> tuple[list[str], list[list[str]]]:
-    """The header and the rows of a run's summary, a row for each stage of each loop."""
+    """The header and rows of a run's summary, one row for each stage of each loop."""
     verdicts = judge_run(history, feedback)
     table = [
         [
@@ -124,11 +156,11 @@ def summary_cells(history: Sequence[Row], feedback: bool) -> tuple[list[str], li
 
 
 def advice(history: Sequence[Row], feedback: bool) -> list[str]:
-    """What to try for each stage with which something is wrong, a sentence each."""
+    """A sentence for each stage that needs a remedy."""
     verdicts = judge_run(history, feedback)
     return [f"Loop {loop}, {side}: {verdict}" for (loop, side), verdict in verdicts.items() if verdict.remedies]
 
 
 def run_summary(history: Sequence[Row], feedback: bool) -> str:
-    """A table with a row for each stage of each loop, and what to try where something is wrong."""
+    """A table with a row for each stage of each loop, and the advice."""
     return "\n".join([format_table(*summary_cells(history, feedback)), *advice(history, feedback)])

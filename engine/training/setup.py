@@ -1,0 +1,204 @@
+"""What all training scripts do before training: check everything, build the model, then lock the run's folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+
+from dataset.options import NAMES
+from engine.config.training import LOOP_BATCH, CrossAttentionArguments, RunConfig
+from engine.data.run_location import arguments_in, as_begun, load_task_of_run
+from engine.data.task import TaskData, choose_training_images
+from engine.runtime.device import check_compiler, make_accelerator
+from engine.runtime.run_folder import STATE_FILE
+from engine.training.image_loss import check_labels
+from engine.training.optimizers import make_optimizer
+from engine.training.restart import locked_folder
+from engine.training.run import TrainingRun
+from engine.training.start import Start, carry_over_moments, check_start, load_start, log_initialisation
+from engine.training.state import signature_in
+from model.adapter import AdaptedCLIP
+from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
+from model.blocks import BlockRunner
+from model.checkpoint import SCHEMA, check_config
+from model.clip import FrozenCLIP
+from model.clip_loading import load_clip
+from model.config import SIDES, LoopForward, ModelConfig
+from utils.seeding import derive_seed
+
+logger = logging.getLogger(__name__)
+
+LIBRARIES = ("torch", "torchvision", "open_clip_torch", "accelerate", "numpy")
+
+
+class RunSetup(NamedTuple):
+    """A checked run before anything is written.
+
+    signature: what a restart must equal; description: the `config` of checkpoints without a loop's choices.
+    """
+
+    config: RunConfig
+    start: Start
+    accelerator: Accelerator
+    data: TaskData
+    model: AdaptedCLIP
+    signature: dict[str, Any]
+    description: dict[str, Any]
+
+
+def prepare(config: RunConfig, script: str, start: Start | None = None, text_adapted: bool = True) -> RunSetup:
+    """Check the arguments, load data and CLIP, and build the model; writes nothing to the save path.
+
+    Args:
+        config: The script's arguments.
+        script: The script's name.
+        start: The checkpoints to start from; None for a base, whose model has no cross-attention.
+        text_adapted: Whether the text side is trained, now or before.
+
+    Raises:
+        UserError: For arguments that cannot be satisfied.
+    """
+    start = start or Start()
+    config, earlier = continue_settings(config, start)
+    accelerator, precision = make_accelerator(
+        config.device, config.precision, config.tf32, config.tracker, config.save_path
+    )
+    config = replace(config, precision=precision)
+    config.check_processes(accelerator.num_processes)
+    with accelerator.main_process_first():  # it writes the metadata, and draws the toy datasets, on first use
+        data = load_task_of_run(
+            earlier,
+            config.dataset,
+            config.data_root,
+            config.metadata,
+            config.class_names,
+            config.skip_bad_images,
+            config.mask_threshold,
+        )
+    check_labels(config, data)
+    data = choose_training_images(data, config.training_mode, config.shot, config.seed)
+    if config.compile:
+        check_compiler(str(accelerator.device))
+    clip = load_clip(config.model_name, config.clip_weights, config.img_size, config.activation or start.activation)
+    clip.run = BlockRunner(config.checkpoint_blocks, compiled_sizes(config, accelerator.num_processes))
+    chosen = resolve_model(config, clip, text_adapted)
+    torch.manual_seed(derive_seed(config.seed))
+    if isinstance(config, CrossAttentionArguments):
+        check_start(start, chosen, config, data.names)
+        model = AdaptedCLIPWithCrossAttention(clip, chosen, cross=config.cross_attention())
+        load_start(model, start)
+    else:
+        model = AdaptedCLIP(clip, chosen)
+    description = describe_run(config, script, accelerator, data, model)
+    check_config(description, "the config of this run's checkpoints")
+    signature = {
+        "script": script,
+        **config.signature(),
+        **chosen.to_dict(),
+        "metadata_digest": data.digest,
+        "prompt_names": data.names,
+        **(start.signature() if isinstance(config, CrossAttentionArguments) else {}),
+    }
+    del signature["text_adapted"]  # follows from the number of epochs, which is compared as such
+    return RunSetup(config, start, accelerator, data, model, signature, description)
+
+
+def continue_settings(config: RunConfig, start: Start) -> tuple[RunConfig, dict[str, Any]]:
+    """`config` with settings of the run that it resumes or starts from, and that run's arguments."""
+    own = arguments_in(config.save_path)
+    earlier = own or start.arguments
+    if config.class_names is None and earlier.get("class_names") in NAMES:
+        # Stored with this run, so that its checkpoints are tested with names of the same kind.
+        config = replace(config, class_names=earlier["class_names"])
+        logger.info("--class_names %s: taken from the earlier run", config.class_names)
+    return as_begun(config, own or signature_in(config.save_path)), earlier
+
+
+def compiled_sizes(config: RunConfig, processes: int) -> tuple[int, ...]:
+    """The batch sizes to compile a process's blocks for: its shares of a step, and those of testing."""
+    if not config.compile:
+        return ()
+    return config.text_batch_size // processes, config.image_batch_size // processes, LOOP_BATCH
+
+
+def resolve_model(config: RunConfig, clip: FrozenCLIP, text_adapted: bool = True) -> ModelConfig:
+    """The model's configuration, with unset depths filled in from the CLIP model."""
+    depths = ("levels", "text_adapt_until", "image_adapt_until", "surgery_until_layer")
+    names = ("text_adapt_weight", "image_adapt_weight", "adapter", "relu", "surgery")
+    choices = {name: getattr(config, name) for name in names}
+    choices |= {name: depth for name in depths if (depth := getattr(config, name)) is not None}
+    return clip.model_config(**choices, text_adapted=text_adapted)
+
+
+def describe_run(
+    config: RunConfig, script: str, accelerator: Accelerator, data: TaskData, model: AdaptedCLIP
+) -> dict[str, Any]:
+    """The `config` of a checkpoint: model, data, seed, library versions (docs/training.md, "Files")."""
+    return {
+        "schema": SCHEMA,
+        "script": script,
+        "model": model.config.to_dict(),
+        "cross_attention": None,
+        "dataset": data.located.spec.name,
+        "domain": data.located.spec.domain,
+        "metadata_digest": data.digest,
+        "prompt_names": dict(data.names),
+        "training_mode": config.training_mode,
+        "shot": config.shot if config.training_mode == "few_shot" else None,
+        "seed": config.seed,
+        "arguments": config.to_dict(),
+        "processes": accelerator.num_processes,
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+
+
+@contextmanager
+def open_run(setup: RunSetup, loop_forward: Callable[[int], LoopForward] | None = None) -> Iterator[TrainingRun]:
+    """Lock the save path and keep its log during the run that is yielded.
+
+    loop_forward: a feedback run's choices for the forward of each loop.
+    """
+    config = setup.config
+    with locked_folder(config.save_path, config.resume, setup.signature, setup.accelerator) as begin_log:
+        yield make_run(setup, begin_log, loop_forward)
+
+
+def make_run(
+    setup: RunSetup, begin_log: Callable[[], None], loop_forward: Callable[[int], LoopForward] | None
+) -> TrainingRun:
+    config, accelerator, model = setup.config, setup.accelerator, setup.model
+    log_initialisation(model.components, setup.start, isinstance(config, CrossAttentionArguments))
+    model.to(accelerator.device)
+    optimizers = {side: make_optimizer(model, side, config) for side in SIDES}
+    description = {**setup.description, **({"feedback": True} if loop_forward else {})}
+    if isinstance(config, CrossAttentionArguments):
+        description["base"] = setup.start.descriptions()
+        if not config.reset_base_optimizer and not (config.save_path / STATE_FILE).is_file():
+            carry_over_moments(optimizers, setup.start)
+
+    def describe(loop: int) -> dict[str, Any]:
+        if not isinstance(model, AdaptedCLIPWithCrossAttention):
+            return description
+        choices = loop_forward(loop)._asdict() if loop_forward else {}
+        return {**description, "cross_attention": {**model.cross_config.to_dict(), **choices}}
+
+    return TrainingRun(
+        model,
+        optimizers,
+        accelerator,
+        config.save_path,
+        config.seed,
+        config.accumulate,
+        setup.signature,
+        describe,
+        begin_log,
+        setup.start.steps(),
+        feedback=loop_forward is not None,
+    )
