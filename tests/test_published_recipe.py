@@ -383,7 +383,7 @@ def test_training_goes_on_from_a_published_base_as_it_was_trained(
     found = started()
     assert found.model.config.activation == "gelu"
     assert found.data.names["tubes"] == "scattered metal objects"
-    assert found.described["arguments"]["class_names"] == "published"
+    assert found.description["arguments"]["class_names"] == "published"
     found = started(activation="quick_gelu", class_names="catalog")
     assert found.model.config.activation == "quick_gelu"
     assert found.data.names["tubes"] == "metal tube"
