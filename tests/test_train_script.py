@@ -137,7 +137,7 @@ def test_more_image_epochs_go_on(world: Path, finished: Path, tmp_path: Path) ->
 def test_other_settings_on_the_same_path_are_refused_with_the_difference(world: Path, finished: Path) -> None:
     assert "image_lr was 0.005, now 0.1" in error_line("train.py", *arguments(world, finished, image_lr=0.1))
     assert "text stage ended after 3 epochs" in error_line("train.py", *arguments(world, finished, text_epoch=9))
-    assert "has 3 image epochs already" in error_line("train.py", *arguments(world, finished, image_epoch=1))
+    assert "has 3 image epochs, more than 1" in error_line("train.py", *arguments(world, finished, image_epoch=1))
     assert "is not empty" in error_line("train.py", *arguments(world, finished, resume="never"))
 
 
