@@ -51,7 +51,7 @@ GRADIENTS, PRETRAIN, RUN = "test_stage2_gradients.py", "pretrain_toy_clip.py", "
 EXPORT = "export.py"
 # As `python -m engine.cli.share` and `python -m dataset.convert`.
 SHARE = "engine/cli/share.py"
-CONVERT = "dataset/convert.py"
+CONVERT = "dataset/convert/__main__.py"
 
 _DATA = {"dataset": "images", "device": "cpu"}
 _TRAINING = {
@@ -534,7 +534,7 @@ SOURCES: list[tuple[Any, str]] = [
         )
     ),
     ({**COCO, "annotations": [{"image_id": 1, "bbox": [900, 900, 3, 3]}]}, "lie outside"),
-    ({**COCO, "annotations": [{"image_id": 7, "bbox": [1, 1, 3, 3]}]}, "is of no image"),
+    ({**COCO, "annotations": [{"image_id": 7, "bbox": [1, 1, 3, 3]}]}, "names no image"),
 ]
 
 

@@ -198,8 +198,8 @@ def test_images_are_linked_or_copied_and_nothing_is_made_twice(folder: Path, cap
 
     assert counts("linked") == {"linked": 2}
     assert (folder / "linked/nut/test/anomalous/1.png").samefile(folder / "raw/a/1.png")
-    assert counts("linked") == {"there already": 2}
-    assert "1 images from a list" in caplog.text and "2 there already" in caplog.text
+    assert counts("linked") == {"existing": 2}
+    assert "1 images from a list" in caplog.text and "2 existing" in caplog.text
     assert counts("copied", copy=True) == {"copied": 2}
     assert not (folder / "copied/nut/test/anomalous/1.png").samefile(folder / "raw/a/1.png")
 
@@ -223,7 +223,7 @@ def test_nothing_is_overwritten_and_then_nothing_is_written(folder: Path) -> Non
     rows = [{"image_path": f"raw/b/{name}.png", "label": 0, "class_name": "nut"} for name in (1, 3)]
     own = picture(folder / "new/nut/test/good/3.png", value=7)
     before = own.read_bytes()
-    with pytest.raises(UserError, match=r"3\.png is there already, with another content"):
+    with pytest.raises(UserError, match=r"3\.png exists already with another content"):
         convert(ConversionArguments(source=lines(folder / "list.jsonl", rows), target=folder / "new"))
     assert own.read_bytes() == before and [path.name for path in own.parent.iterdir()] == ["3.png"]
 

@@ -1,0 +1,49 @@
+"""Arguments of `python -m dataset.convert`."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+from utils.arguments import Arguments, make_parser
+from utils.cli import Parser
+from utils.fields import setting
+
+DESCRIPTION = """Convert images to MVTec's layout, from a list in JSON lines, COCO annotations, VisA's or two folders.
+
+Nothing is overwritten, and nothing is written before all of SOURCE has been read.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionArguments(Arguments):
+    """Arguments of `python -m dataset.convert`."""
+
+    source: Path = setting(
+        MISSING,
+        "list in JSON lines, meta.json, COCO file, VisA's folder, or folder of folders",
+        "what to do",
+        word=True,
+    )
+    target: Path = setting(
+        MISSING, "folder of the dataset in MVTec's layout; it may exist already", "what to do", word=True
+    )
+    images: Path | None = setting(
+        None, "folder that the paths in a list or COCO file are relative to", "data", unset="the file's own"
+    )
+    class_name: str | None = setting(
+        None, "class of the images if SOURCE names none", "data", unset="the folder's name, or object"
+    )
+    normal: Path | None = setting(
+        None, "folder in SOURCE with normal images", "data", unset="the one named good, ok or normal"
+    )
+    anomalous: Path | None = setting(
+        None, "folder in SOURCE with anomalous images", "data", unset="all others, each a kind of defect"
+    )
+    copy: bool = setting(False, "copy images instead of linking them, which takes no disk space", "output")
+
+
+def build_parser() -> Parser:
+    parser = make_parser(ConversionArguments, DESCRIPTION)
+    parser.prog = "python -m dataset.convert"
+    return parser
