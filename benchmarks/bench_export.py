@@ -17,7 +17,7 @@ from engine import load_model
 from engine.config.export import ONNX, TORCH
 from engine.export.export import Subject, export, pictures, run_of
 from utils.cli import number
-from utils.tables import markdown_table
+from utils.text import markdown_table
 
 CLASS = "object"
 PREDICT = "torch, `model.predict`"

@@ -36,7 +36,7 @@ from model.clip import FrozenCLIP
 from model.config import CrossAttentionConfig
 from model.scoring import anomaly_map
 from model.text import Prompts
-from utils.tables import format_table
+from utils.text import format_table
 
 MODEL, SIZE = "ViT-L-14-336", 518
 TINY = {

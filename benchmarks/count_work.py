@@ -26,7 +26,7 @@ from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.clip import FrozenCLIP
 from model.config import LoopForward
 from model.text import Prompts
-from utils.tables import format_table
+from utils.text import format_table
 
 MODEL = "ViT-L-14-336"
 NAMES = ("bottle", "cable", "capsule", "metal nut")

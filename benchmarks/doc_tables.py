@@ -24,7 +24,7 @@ from engine.study.report import gain_cell
 from engine.study.results import metric_title
 from utils.errors import UserError
 from utils.files import write_text
-from utils.tables import markdown_table
+from utils.text import markdown_table
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BLOCK = re.compile(

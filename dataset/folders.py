@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +12,7 @@ from PIL import Image
 
 from utils.errors import UserError
 from utils.paths import is_file, is_folder, is_no_file
+from utils.text import list_names
 
 IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 # Of what Pillow opens, formats that are no pictures or that other programs would have to be started for.
@@ -146,13 +147,8 @@ def describe_folder(folder: Path) -> str:
     """What a folder holds, in a few words for an error message."""
     folders = [entry.name for entry in subfolders(folder)]
     files = [entry.name for entry in listing(folder) if not is_folder(entry)]
-    found = [f"{kind} {_some(names)}" for kind, names in (("the folders", folders), ("the files", files)) if names]
+    found = [f"{kind} {list_names(names)}" for kind, names in (("the folders", folders), ("the files", files)) if names]
     return " and ".join(found) or "nothing"
-
-
-def _some(names: Sequence[str], most: int = 6) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _folded(name: str) -> str:

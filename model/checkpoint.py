@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -28,6 +27,7 @@ from model.config import (
 )
 from utils.errors import UserError
 from utils.files import replacing, write_json
+from utils.reading import read_json
 from utils.schema import MayHoldMore, Plain, check
 
 logger = logging.getLogger(__name__)
@@ -237,14 +237,10 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file: Any) -> str:
     digest = hashlib.sha256()
-    for chunk in iter(lambda: file.read(1 << 20), b""):
-        digest.update(chunk)
+    with path.open("rb") as file:
+        for chunk in iter(lambda: file.read(1 << 20), b""):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -307,8 +303,8 @@ def write_shared(folder: Path, checkpoint: Checkpoint) -> None:
 def is_shared(folder: Path) -> bool:
     """Whether `write_shared` has made a folder, and not another project with files of the same names."""
     try:
-        described = json.loads((folder / SHARED_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        described = read_json(folder / SHARED_CONFIG)
+    except UserError:
         return False
     return isinstance(described, dict) and {"format", "forward"} <= described.keys()
 
@@ -318,11 +314,11 @@ def read_shared(path: Path) -> Checkpoint:
     beside = path.with_name(SHARED_CONFIG)
     try:
         tensors = load_file(path)
-        described = json.loads(beside.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path if error.filename is None else error.filename}: no such file") from error
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path.parent}: damaged, or no model to share ({type(error).__name__})") from error
+        raise UserError(f"{path}: no such file") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged, or no model to share ({type(error).__name__})") from error
+    described = read_json(beside)
     if isinstance(described, dict) and described.get("format") != SHARED_FORMAT:
         raise UserError(f"{beside}: not a model of this project, or of another version (format {SHARED_FORMAT})")
     check(described, _SharedConfig, beside)

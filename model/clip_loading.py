@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import threading
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -24,13 +22,15 @@ from model.checkpoint import FloatTensor
 from model.clip import FrozenCLIP
 from model.config import ACTIVATIONS
 from utils.errors import UserError
+from utils.reading import read_json
 from utils.schema import MayHoldMore, Plain, check
+from utils.text import first_line
 
 logger = logging.getLogger(__name__)
 
 TOY_CLIP = Path(__file__).resolve().parent.parent / "ckpt" / "toy_clip"
 DEFAULT_TAG = "openai"
-HUB_PATIENCE = 8  # seconds
+HUB_TIMEOUT = 5.0  # seconds
 # Image sizes that differ from the model's own: the published method reads ViT-L-14-336 at 37 x 37 patches.
 DEFAULT_IMG_SIZES = {"ViT-L-14-336": 518}
 # Entries that OpenAI's own archives carry beside the weights; no other distribution has them.
@@ -141,7 +141,7 @@ def load_clip(
         with torch.device("meta"):  # where it takes no memory, whatever sizes a file asks for
             shapes = open_clip.CLIP(**model_cfg)
     except (TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError) as error:  # sizes that do not fit
-        raise UserError(f"{model_name}: only plain CLIP models can be adapted ({_first_line(error)})") from error
+        raise UserError(f"{model_name}: only plain CLIP models can be adapted ({first_line(error)})") from error
     state = _fitting_weights(shapes, source, model_name)
     clip = filled(shapes, state)
     logger.info("CLIP %s at %d px, %s, weights from %s", model_name, size, chosen, source.weights)
@@ -207,17 +207,8 @@ def _local_source(model_name: str, clip_weights: str | Path | None) -> _Source:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    """What an `open_clip_config.json` holds; `UserError`, naming file and key, where it describes no plain CLIP."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not an open_clip configuration ({_first_line(error)})") from error
-    check(config, _ClipFile, file)
-    return config
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:160]
+    """Read an `open_clip_config.json`; `UserError`, with the file and key, if it does not describe a plain CLIP."""
+    return read_json(file, _ClipFile)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -258,10 +249,9 @@ def _hub_source(model_name: str, model_cfg: dict[str, Any], tag: str) -> _Source
     try:
         weights = _cached_weights(hub) or (reach_hub() if hub else None) or download_pretrained(known)
     except Exception as error:  # the hub's client raises its own kinds for network, disk and proxy failures
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = " or ".join(part for part in (f"https://huggingface.co/{hub}" if hub else "", url) if part)
         raise UserError(
-            f"the {tag} weights of {model_name} cannot be had here ({reason[:160]}): download them from {where} "
+            f"the {tag} weights of {model_name} cannot be downloaded ({first_line(error)}): download them from {where} "
             "and give the file with --clip_weights FILE"
         ) from error
     return _Source(
@@ -285,23 +275,8 @@ def _cached_weights(hub: str) -> str | None:
 
 
 def reach_hub() -> None:
-    """Ask the hub for anything at all: its own client tries each file for a minute where there is no network."""
-    answers: list[object] = []
-
-    def ask() -> None:
-        try:
-            answers.append(get_session().head(huggingface_hub.constants.ENDPOINT, timeout=HUB_PATIENCE))
-        except Exception as error:  # the kinds differ between the clients that the hub's library has used
-            answers.append(error)
-
-    # Apart, since looking up a name cannot be given a time.
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(HUB_PATIENCE)
-    if not answers:
-        raise TimeoutError(f"no answer from the hub within {HUB_PATIENCE} s")
-    if isinstance(answers[0], Exception):
-        raise answers[0]
+    """Raise an error within seconds if the hub cannot be reached: its client retries each file for 20 seconds."""
+    get_session().head(huggingface_hub.constants.ENDPOINT, timeout=HUB_TIMEOUT)
 
 
 def _told_activation(model_name: str, file: Path, state: dict[str, Tensor]) -> str | None:

@@ -26,7 +26,7 @@ import matplotlib.font_manager  # noqa: F401  writes a list of fonts into the ho
 
 from tests.damage import world
 from tests.in_process import Answer, answer
-from utils.tables import format_table
+from utils.text import format_table
 
 # Seconds of the processor's time that a refusal may take.
 SOON = 5.0

@@ -22,7 +22,7 @@ import torch
 
 from tests.helpers import THREADS
 from tests.scripts import ROOT
-from utils.tables import format_table
+from utils.text import format_table
 
 # In ascending order: each CPU has all before its own.
 CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")

@@ -20,7 +20,7 @@ from engine.training.trainer import gradient_norms
 from engine.training.verdicts import StageVerdict, epoch_warnings, judge_run, judge_stage, run_summary
 from model.checkpoint import Checkpoint
 from utils.errors import UserError
-from utils.tables import readable_time
+from utils.text import readable_time
 
 
 def epoch(**changes: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from utils.errors import UserError
 from utils.files import check_folder, replacing
 from utils.logging import progress_bar
 from utils.paths import safe_name
-from utils.tables import format_table
+from utils.text import format_table
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from model.config import SIDES
 from utils.heatmaps import Example, example_grid
 from utils.logging import set_up_logging
 from utils.script import run_script
-from utils.tables import readable_time
+from utils.text import readable_time
 
 logger = logging.getLogger(__name__)
 

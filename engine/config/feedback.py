@@ -17,7 +17,7 @@ from engine.config.training import MOST_EPOCHS, CrossAttentionArguments, RunConf
 from model.config import DET_SCORES, LoopForward, check_settings
 from utils.errors import UserError
 from utils.fields import changed, setting
-from utils.tables import format_table
+from utils.text import format_table
 
 MOST_LOOPS = 10
 ORDERS = ("stages", "joint")

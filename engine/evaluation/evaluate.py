@@ -28,7 +28,7 @@ from model.scoring import Outputs, anomaly_map, class_image_scores, det_scores
 from utils.files import write_text
 from utils.logging import progress_bar
 from utils.metrics import PixelCounter, Pixels, image_metrics, pixels_of
-from utils.tables import format_table
+from utils.text import format_table
 
 logger = logging.getLogger(__name__)
 

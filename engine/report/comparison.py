@@ -24,7 +24,7 @@ from model.config import CrossAttentionConfig
 from model.scoring import DET_SCORES
 from utils.curves import Panel, loop_curves
 from utils.files import write_text
-from utils.tables import format_table, markdown_table
+from utils.text import format_table, markdown_table
 
 logger = logging.getLogger(__name__)
 

@@ -48,7 +48,7 @@ from model.checkpoint import Checkpoint
 from utils.files import write_text
 from utils.heatmaps import COLOURS, outlined, overlay
 from utils.svg_charts import Chart, class_chart, data_uri, loop_chart, training_charts
-from utils.tables import readable_time
+from utils.text import readable_time
 
 logger = logging.getLogger(__name__)
 

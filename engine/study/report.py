@@ -23,7 +23,7 @@ from engine.study.statistics import LEVEL, Verdict
 from engine.study.study import Study
 from utils.files import write_text
 from utils.svg_charts import Chart
-from utils.tables import markdown_table
+from utils.text import markdown_table
 
 logger = logging.getLogger(__name__)
 

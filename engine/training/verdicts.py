@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from engine.training.advice import remedies_for
-from utils.tables import format_table, readable_time
+from utils.text import format_table, readable_time
 
 logger = logging.getLogger(__name__)
 
