@@ -7,7 +7,7 @@ from engine.config.common import make_parser
 from engine.config.evaluation import LESS_MEMORY, InferenceArguments
 from utils.cli import Parser
 from utils.logging import set_up_logging
-from utils.processes import check_alone
+from utils.processes import check_single_process
 from utils.script import run_script
 
 
@@ -20,7 +20,7 @@ def main() -> None:
     set_up_logging()
     mode = arguments.mode()
     if mode == "image":
-        check_alone("--image")
+        check_single_process("--image")
     check_testing(arguments)
     # torch takes seconds: arguments come first
     from engine.evaluation.calibrate import calibrate_images

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.scoring import Outputs, pixel_logits
-from model.steps import ALONE, step_mean
-from utils.processes import Share
+from utils.processes import WHOLE_STEP, Share
 
 FOCAL_GAMMA = 2.0
 DICE_SMOOTH = 1.0
@@ -78,7 +77,7 @@ def stage1_losses(
     norm_weight: float,
     levels: str = "all",
     smoothing: float = 0.0,
-    share: Share = ALONE,
+    share: Share = WHOLE_STEP,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Stage 1: mean over levels of the segmentation losses, plus the anchors' overlap.
 
@@ -89,7 +88,7 @@ def stage1_losses(
     """
     counted = level_similarities[-1:] if levels == "last" else level_similarities
     parts = [segmentation_loss(similarity, mask, smoothing) for similarity in counted]
-    overlap = step_mean((anchors[..., 0] * anchors[..., 1]).sum(dim=-1).mean(), share) ** 2
+    overlap = share.step_mean((anchors[..., 0] * anchors[..., 1]).sum(dim=-1).mean()) ** 2
     losses = _mean_parts(parts, 1 / len(parts))
     losses["overlap"] = overlap
     losses["total"] = torch.stack([part.total for part in parts]).mean() + norm_weight * overlap

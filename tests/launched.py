@@ -27,7 +27,7 @@ from engine.training.feedback import train_feedback
 from tests.evaluating import compare_feedback_loops, evaluate_checkpoints
 from utils.errors import Stopped
 from utils.metrics import COARSE_BINS, FPR_LIMIT, PixelCounter
-from utils.processes import is_main_process, process_count, process_index
+from utils.processes import env_rank, env_world_size, is_main_process
 
 # 14 images: steps of 6, 6 and 2, of which one of three processes has none.
 COMMON = {"shot": 7, "text_batch_size": 6, "image_batch_size": 6, "num_workers": 0, "device": "cpu", "tracker": "none"}
@@ -113,7 +113,7 @@ def stop_one_and_go_on(config: BaseConfig) -> None:
     def look(components: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         nonlocal steps
         steps += "image_adapter" in components
-        if steps == 2 and process_index() == process_count() - 1:
+        if steps == 2 and env_rank() == env_world_size() - 1:
             signal.raise_signal(signal.SIGTERM)
         return gradient_norms(components)
 
@@ -121,7 +121,7 @@ def stop_one_and_go_on(config: BaseConfig) -> None:
         with mock.patch.object(trainer, "gradient_norms", look):
             train_base(config)
     except Stopped as stopped:
-        (config.save_path.parent / f"stopped_{process_index()}.txt").write_text(f"{stopped}", encoding="utf-8")
+        (config.save_path.parent / f"stopped_{env_rank()}.txt").write_text(f"{stopped}", encoding="utf-8")
     dist.barrier()
     train_base(config)
 

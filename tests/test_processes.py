@@ -23,7 +23,7 @@ from tests.helpers import relative_error
 from tests.launched import base_config, run_all
 from tests.scripts import error_line, fork, launch, run, train_small_runs, wait_for_rows
 from utils.errors import UserError
-from utils.processes import Share, another_ended, speaks_first
+from utils.processes import Share, another_process_ended, claim_message
 
 RUNS = ("base", "cross", "feedback", "joint")
 WHY_NOT = "torch's launcher starts no processes on Windows"
@@ -126,10 +126,10 @@ def test_machines_must_share_the_save_path_and_have_the_same_files(
 ) -> None:
     config = base_config(world, tmp_path / "run")
     with monkeypatch.context() as patch, pytest.raises(UserError, match="not the same folder on all machines"):
-        patch.setattr(engine.training.run, "from_first", lambda make: [1, 0])
+        patch.setattr(engine.training.run, "from_main_process", lambda make: [1, 0])
         train_base(config)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="metadata_digest was other, now"):
-        patch.setattr(engine.training.restart, "from_first", lambda make: {**make(), "metadata_digest": "other"})
+        patch.setattr(engine.training.restart, "from_main_process", lambda make: {**make(), "metadata_digest": "other"})
         train_base(config)
     assert not config.save_path.exists()
 
@@ -208,11 +208,11 @@ def test_what_processes_cannot_share_is_refused(words: tuple[str, ...], launched
 
 
 def test_the_first_to_end_speaks_and_the_others_know(launched: Path) -> None:
-    assert speaks_first()
-    assert not speaks_first()
-    assert another_ended()
+    assert claim_message()
+    assert not claim_message()
+    assert another_process_ended()
 
 
 def test_a_process_alone_speaks_and_waits_for_nobody() -> None:
-    assert speaks_first() and speaks_first()
-    assert not another_ended()
+    assert claim_message() and claim_message()
+    assert not another_process_ended()

@@ -1,7 +1,4 @@
-"""The processes of one launch (docs/scaling.md), told by what launchers leave in the environment; no torch here.
-
-Each process computes its share of a step's images, and one line of all of them says how the launch ends.
-"""
+"""The processes of one launch (docs/scaling.md), from what launchers leave in the environment; imports no torch."""
 
 from __future__ import annotations
 
@@ -9,18 +6,21 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from utils.errors import UserError
 
-# Seconds in which a launcher notices that a process has ended, and ends the others.
-NOTICED_AFTER = 10.0
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Seconds within which a launcher ends the other processes after one has ended.
+LAUNCHER_DELAY = 10.0
 
 
 class Share(NamedTuple):
-    """Which images of a step a process computes: `count` of `total`, from position `first` on.
+    """A process's share of a step's images: `count` of `total`, from position `first` on.
 
-    A process that none are left for has count 0, and computes the first image for nothing.
+    A process without a share has count 0 and computes the first image, whose loss has weight 0.
     """
 
     first: int
@@ -29,47 +29,60 @@ class Share(NamedTuple):
     processes: int
 
     @classmethod
-    def of(cls, total: int, process: int = 0, processes: int = 1) -> Share:
-        """The share of a process in `total` images; shares differ by one image at most."""
-        least, more = divmod(total, processes)
-        count = least + (process < more)
-        return cls(process * least + min(process, more) if count else 0, count, total, processes)
+    def of(cls, total: int, rank: int = 0, world_size: int = 1) -> Share:
+        """The share of a process in `total` images; shares differ by at most one image."""
+        least, more = divmod(total, world_size)
+        count = least + (rank < more)
+        return cls(rank * least + min(rank, more) if count else 0, count, total, world_size)
 
     @property
     def weight(self) -> float:
-        """What a mean over these images counts, so that the mean over processes is the one over the step's images."""
+        """The factor with which the mean over processes of this share's mean is the mean over the step's images."""
         return self.count * self.processes / self.total
 
+    def step_mean(self, own: Tensor) -> Tensor:
+        """The mean over all images of the step, from the mean `own` over this share; its gradient is that of `own`."""
+        if self.processes == 1:
+            return own
+        import torch.distributed
 
-def process_count() -> int:
-    """How many processes the launch has, on all its machines."""
+        total = self.weight * own.detach()
+        torch.distributed.all_reduce(total)
+        return total / self.processes + (own - own.detach())
+
+
+# One process has all images.
+WHOLE_STEP = Share.of(1)
+
+
+def env_world_size() -> int:
+    """The number of processes of the launch, on all its machines."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
-def process_index() -> int:
-    """Which of the launch's processes this is, from 0."""
+def env_rank() -> int:
     return int(os.environ.get("RANK") or 0)
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that talks: of several that a launcher started, the first."""
-    return process_index() == 0
+    """Whether this is the launch's first process, which logs and writes files."""
+    return env_rank() == 0
 
 
-def is_lonely() -> bool:
-    """Whether a launch that was to have several processes has one, as `accelerate launch --cpu` starts it."""
+def is_single_process_launch() -> bool:
+    """Whether `accelerate launch --cpu` started one process, although it was asked for several."""
     return "MASTER_ADDR" in os.environ and "ACCELERATE_USE_CPU" in os.environ and "RANK" not in os.environ
 
 
-def check_alone(what: str) -> None:
-    """Raise `UserError` where several processes would do what one does."""
-    if process_count() > 1:
+def check_single_process(what: str) -> None:
+    """Raise `UserError` if several processes would do the same work."""
+    if env_world_size() > 1:
         raise UserError(f"{what} works in one process: leave accelerate launch out")
 
 
-def speaks_first() -> bool:
-    """Whether this process is the first of the launch's on this machine to say how it ends: the others need not."""
-    file = _said_file()
+def claim_message() -> bool:
+    """Whether this process is the launch's first on this machine to end, and so prints the final message."""
+    file = _marker_file()
     if file is None:
         return True
     try:
@@ -81,26 +94,26 @@ def speaks_first() -> bool:
     return True
 
 
-def another_ended(is_told: Callable[[], bool] = lambda: False) -> bool:
-    """Whether another process of the launch has ended, which may be why this one cannot go on.
+def another_process_ended(is_stopping: Callable[[], bool] = lambda: False) -> bool:
+    """Whether another process of the launch has ended, which may be the cause of this one's error.
 
-    It has where it has said why, or where the launcher then ends this one too, which `is_told` may see. Waits for that.
+    Waits until that process has printed its final message, or the launcher's signal has arrived (`is_stopping`).
     """
-    if process_count() == 1:
+    if env_world_size() == 1:
         return False
-    deadline = time.monotonic() + NOTICED_AFTER
+    deadline = time.monotonic() + LAUNCHER_DELAY
     while time.monotonic() < deadline:
-        file = _said_file()
-        if is_told() or (file is not None and file.exists()):
+        file = _marker_file()
+        if is_stopping() or (file is not None and file.exists()):
             return True
         time.sleep(0.05)
     return False
 
 
-def _said_file() -> Path | None:
-    """A file that is there once a process of this launch on this machine has said how it ends; None where it is alone.
+def _marker_file() -> Path | None:
+    """A file that exists once a process of this launch on this machine has claimed the final message.
 
     torch's launcher gives each process a file for errors, in a folder of the launch's attempt.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    return Path(error_file).parent.parent / "said" if error_file and process_count() > 1 else None
+    return Path(error_file).parent.parent / "said" if error_file and env_world_size() > 1 else None

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from utils.errors import Interrupted, NotFiniteError, Stopped, UserError, original_message
-from utils.processes import another_ended, check_alone, speaks_first
+from utils.processes import another_process_ended, check_single_process, claim_message
 
 USER_ERROR = 2
 NOT_FINITE = 3
@@ -57,7 +57,7 @@ def run_script(main: Callable[[], int | None], less_memory: str = "smaller batch
 def _status_of(main: Callable[[], int | None], less_memory: str, shared: bool, received: list[int]) -> int:
     try:
         if not shared:
-            check_alone(Path(sys.argv[0]).name)
+            check_single_process(Path(sys.argv[0]).name)
         status = main() or 0
         sys.stdout.flush()
         return status
@@ -84,7 +84,7 @@ def _status_of(main: Callable[[], int | None], less_memory: str, shared: bool, r
 def _another_ended() -> bool:
     """Whether another process of the launch has ended, which libraries report as errors of their own."""
     try:
-        return another_ended() or not speaks_first()
+        return another_process_ended() or not claim_message()
     except KeyboardInterrupt:  # the launcher ends the others
         return True
 
@@ -121,7 +121,7 @@ def _file_name(filename: Any) -> str:
 
 def _print_end(message: str, status: int) -> int:
     words = (word if len(word) <= MAX_WORD else f"{word[:100]}...{word[-100:]}" for word in message.split())
-    if speaks_first():
+    if claim_message():
         sys.stderr.write(" ".join(words) + "\n")
     return status
 

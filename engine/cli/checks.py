@@ -46,12 +46,12 @@ from engine.runtime.run_folder import (
 from utils.errors import UserError
 from utils.files import check_folder
 from utils.paths import is_file, is_folder
-from utils.processes import process_count
+from utils.processes import env_world_size
 
 
 def check_training(config: RunConfig) -> None:
     """What a training script can say of its arguments: files, dataset, save path."""
-    config.check_processes(process_count())
+    config.check_processes(env_world_size())
     for name in ("init_from", "load_base_text_adapter", "load_base_image_adapter"):
         check_there(getattr(config, name, None))
     check_folder(config.save_path, "--save_path")

@@ -20,7 +20,7 @@ from engine.data.loaders import batches_of_classes, evaluation_loader, make_data
 from engine.data.task import TaskData
 from engine.detector.detector import Detector
 from engine.runtime.device import choose_precision
-from engine.runtime.distributed import from_first, in_turn, place, together
+from engine.runtime.distributed import from_main_process, gather_in_order, is_distributed, rank_and_world_size
 from model.config import DET_SCORES
 from model.frozen import SharedStreams
 from model.references import joined_anomaly_map
@@ -164,20 +164,24 @@ def evaluate(
     """
     results: dict[str, list[ClassResult]] = {name: [] for name in models}
     samples = make_dataset(data, next(iter(models.values())).clip)
-    loader = evaluation_loader(samples, batch_size, num_workers, torch.device(device).type == "cuda", *place())
+    loader = evaluation_loader(
+        samples, batch_size, num_workers, torch.device(device).type == "cuda", *rank_and_world_size()
+    )
     bar = progress_bar(len(samples), f"evaluating on {data.located.spec.name}")
-    batches = in_turn(_scored(models, data, loader, device, precision), len(batches_of_classes(samples, batch_size)))
+    batches = gather_in_order(
+        _scored(models, data, loader, device, precision), len(batches_of_classes(samples, batch_size))
+    )
     for class_name, of_class in groupby(batches, key=lambda batch: batch.class_name):
         scores = {name: _ClassScores(data.located.spec.domain) for name in models}
         for batch in of_class:
             for name, kept in scores.items():
                 found = batch.of_models[name]
-                kept.add(found.to(device) if together() else found, batch.paths, batch.labels)
+                kept.add(found.to(device) if is_distributed() else found, batch.paths, batch.labels)
             bar.update(len(batch.paths))
         for name, kept in scores.items():
             results[name].append(kept.result(class_name))
     bar.close()
-    results = from_first(lambda: results)
+    results = from_main_process(lambda: results)
     dataset = data.located.spec.name
     return {name: Evaluation(name, dataset, rows, models[name].det_score) for name, rows in results.items()}
 
@@ -213,7 +217,7 @@ def _scored(
             low, high = torch.aminmax(maps.flatten(1), dim=1)
             numbers = torch.stack([high, low, det_scores(outputs, detector.det_score).float()])
             scores = _BatchScores(pixels, numbers)
-            found[name] = scores.to("cpu") if together() else scores
+            found[name] = scores.to("cpu") if is_distributed() else scores
         yield _Batch(class_name, batch["image_path"], batch["label"], found)
 
 

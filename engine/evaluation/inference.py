@@ -25,7 +25,7 @@ from engine.evaluation.evaluate import (
 from engine.evaluation.image_heatmaps import draw_overlays
 from engine.evaluation.references import remember_for_dataset
 from engine.runtime.device import check_compiler
-from engine.runtime.distributed import join_launch, main_first
+from engine.runtime.distributed import join_launch, main_process_first
 from engine.runtime.run_folder import find_checkpoints
 from model.blocks import BlockRunner
 from model.checkpoint import Checkpoint, read_checkpoint
@@ -109,7 +109,7 @@ def evaluate_checkpoints(arguments: InferenceArguments) -> list[Evaluation]:
         check_compiler(device)
     detectors = load_detectors(arguments.checkpoint, arguments.clip_weights, device, **arguments.overrides())
     detectors[0].clip.run = BlockRunner(compiled=(arguments.batch_size,) if arguments.compile else ())
-    with main_first():
+    with main_process_first():
         data = load_images(arguments, detectors)
     for note in [*zero_shot_notes({d.name: d.config for d in detectors}, data), *mask_notes(data)]:
         logger.warning("%s", note)

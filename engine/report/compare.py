@@ -37,7 +37,7 @@ from engine.report.comparison import (
 from engine.report.comparison_cache import read_cache, write_cache
 from engine.report.page import shown_rows, write_report
 from engine.runtime.device import check_compiler, choose_precision
-from engine.runtime.distributed import from_first, join_launch, main_first
+from engine.runtime.distributed import from_main_process, join_launch, main_process_first
 from engine.runtime.run_folder import REPORT_FILE, find_latest, find_loops, loop_file
 from model.blocks import BlockRunner
 from model.checkpoint import TEXT_FILE, Checkpoint, file_digest, read_checkpoint
@@ -103,7 +103,7 @@ def compare_feedback_loops(arguments: ComparisonArguments) -> int:
     loops = [read_loop(number, file) for number, file in files.items()]
     rows = [*([Row(UNADAPTED)] if arguments.unadapted else []), *others, *loops]
     run = next((row.config["arguments"] for row in reversed(rows) if row.config), {})
-    with main_first():
+    with main_process_first():
         data = load_task_of_run(run, arguments.dataset, *arguments.image_choices())
     setting = Setting(arguments, data, device, choose_precision(device, arguments.precision))
     clip = share_clip(rows, setting)
@@ -239,7 +239,7 @@ def evaluate_rows(
     """
     keys = cache_keys(rows, clip.settings, setting)
     # All processes evaluate the same, whatever of it is on their disks.
-    cache = from_first(lambda: read_cache(cache_file))
+    cache = from_main_process(lambda: read_cache(cache_file))
     if cached := [name for name, key in keys.items() if key in cache]:
         logger.info("Taken from %s, not evaluated again: %s", cache_file, ", ".join(cached))
     # By key, so that content which two rows share is evaluated once.

@@ -1,22 +1,17 @@
-"""The device of a run, checked before anything is built, and accelerate on it."""
+"""The device of a run, checked before anything is built."""
 
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import shutil
-from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs
 from torch import nn
 
 from utils.errors import UserError
-from utils.processes import is_lonely, process_count
+from utils.processes import env_world_size, is_single_process_launch
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +19,6 @@ logger = logging.getLogger(__name__)
 LARGE = 250_000_000
 CPU_NAMES = Path("/proc/cpuinfo")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia")
-# How long processes wait for one another: the first alone draws and writes, and reads all images for --skip_bad_images.
-# The launcher sees that a process has ended, so nobody need give up soon.
-PATIENCE = timedelta(hours=6)
 
 
 def check_device(device: str, precision: str = "fp32", tf32: str = "off") -> str:
@@ -42,8 +34,8 @@ def check_device(device: str, precision: str = "fp32", tf32: str = "off") -> str
         raise UserError(f"--device {device}: choose auto, cpu, cuda, cuda:N or mps")
     if (name == "cuda" and not cuda) or (name == "mps" and not mps):
         raise UserError(f"--device {device}: there is none here; --device cpu runs anywhere")
-    if index and process_count() > 1:
-        raise UserError(f"--device {device}: each of {process_count()} processes has a GPU of its own; give cuda")
+    if index and env_world_size() > 1:
+        raise UserError(f"--device {device}: each of {env_world_size()} processes has a GPU of its own; give cuda")
     if index and int(index) >= torch.cuda.device_count():
         raise UserError(f"--device {device}: there are {torch.cuda.device_count()} here, counted from 0")
     precision = choose_precision(device, precision)
@@ -55,7 +47,7 @@ def check_device(device: str, precision: str = "fp32", tf32: str = "off") -> str
         torch.set_float32_matmul_precision("high" if faster else "highest")
         torch.backends.cudnn.allow_tf32 = False
         precision += f", TF32 {'on' if faster else 'off'}"
-    if is_lonely():
+    if is_single_process_launch():
         logger.warning("accelerate launch --cpu starts one process; with --multi_gpu several share the CPU")
     logger.info(
         "Device: %s (%s), precision %s, torch %s, CUDA %s",
@@ -121,26 +113,3 @@ def warn_of_unused_gpu(device: torch.device, model: nn.Module) -> None:
         torch.__version__,
         why,
     )
-
-
-def make_accelerator(device: str, precision: str, tf32: str, tracker: str, save_path: Path) -> tuple[Accelerator, str]:
-    """accelerate's Accelerator for the arguments of a run, and the precision that `auto` has come to.
-
-    Raises `UserError` for a device or tracker that is not there.
-    """
-    device = check_device(device, precision, tf32)
-    precision = choose_precision(device, precision)
-    if tracker == "wandb" and find_spec("wandb") is None:
-        raise UserError("--tracker wandb: wandb is not installed; pip install wandb, or take tensorboard")
-    if device.startswith("cuda:"):
-        os.environ["ACCELERATE_TORCH_DEVICE"] = device
-    accelerator = Accelerator(
-        cpu=device == "cpu",
-        mixed_precision="no" if precision == "fp32" else precision,
-        log_with=None if tracker == "none" else tracker,
-        project_dir=str(save_path),
-        # Batches lie in pinned memory then, and their copies need not be waited for.
-        dataloader_config=DataLoaderConfiguration(non_blocking=device.startswith("cuda")),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-    )
-    return accelerator, precision

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from engine.runtime.distributed import from_first
+from engine.runtime.distributed import from_main_process
 from engine.runtime.run_folder import (
     LOCK_FILE,
     LOG_FILE,
@@ -103,7 +103,7 @@ def locked_folder(
         if rejected[0]:
             # The first process has printed the reason.
             raise SystemExit(2)
-        if differences := describe_differences(from_first(lambda: signature), signature):
+        if differences := describe_differences(from_main_process(lambda: signature), signature):
             raise UserError(f"this machine's run is not the first one's ({differences}): give all the same files")
 
         def begin_log() -> None:

@@ -16,7 +16,7 @@ from accelerate.tracking import TensorBoardTracker
 from torch.utils.data import DataLoader
 
 from engine.runtime.device import warn_of_unused_gpu
-from engine.runtime.distributed import from_first, stopping_with_others
+from engine.runtime.distributed import from_main_process, interrupted_by_others
 from engine.runtime.run_folder import ARGUMENTS_FILE, EVENTS_FOLDER, HISTORY_FILE, LOCK_FILE, STATE_FILE
 from engine.training.advice import after_not_finite
 from engine.training.phases import Phase, RunState
@@ -32,7 +32,7 @@ from model.config import SIDES
 from utils.errors import Interrupted, NotFiniteError, Stopped, UserError
 from utils.files import remove_leftovers, write_json, write_json_lines, writing
 from utils.locks import check_ours
-from utils.processes import another_ended
+from utils.processes import another_process_ended
 from utils.seeding import derive_seed
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class TrainingRun:
         """
         warn_of_unused_gpu(self.accelerator.device, self.model)
         try:
-            with stopping_with_others():
+            with interrupted_by_others():
                 self._restore(phases)
                 lost = self._write_missing(phases, loop_end) if self.accelerator.is_main_process else []
                 trained = self.state.done != self.state.planned
@@ -169,7 +169,7 @@ class TrainingRun:
             raise NotFiniteError(f"{error}. {advice}") from error
         except RuntimeError:
             # A signal may end workers and other processes first, and torch then raises an error.
-            if not stop() and not another_ended(stop):
+            if not stop() and not another_process_ended(stop):
                 raise
             means = None
         if means is None:
@@ -313,7 +313,7 @@ class TrainingRun:
             self.state = RunState(done, planned, saved["history"], saved["schedule_step"], loops)
             restore(saved, self.model.components, self.optimizers, file)
             logger.info("Resuming the run in %s: %s", self.save_path, describe_progress(self.state.done, phases))
-        if from_first(lambda: self.state.done) != self.state.done:
+        if from_main_process(lambda: self.state.done) != self.state.done:
             raise UserError(f"--save_path {self.save_path}: not the same folder on all machines, which they must share")
         # Not before: a rejected command must not touch the log and the arguments of the run in this folder.
         self.begin_log()

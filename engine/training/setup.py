@@ -16,7 +16,8 @@ from dataset.options import NAMES
 from engine.config.training import LOOP_BATCH, CrossAttentionArguments, RunConfig
 from engine.data.run_location import arguments_in, as_begun, load_task_of_run
 from engine.data.task import TaskData, choose_training_images
-from engine.runtime.device import check_compiler, make_accelerator
+from engine.runtime.device import check_compiler
+from engine.runtime.distributed import make_accelerator
 from engine.runtime.run_folder import STATE_FILE
 from engine.training.image_loss import check_labels
 from engine.training.optimizers import make_optimizer

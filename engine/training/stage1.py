@@ -11,8 +11,8 @@ from model.adapter import AdaptedCLIP
 from model.config import LoopForward
 from model.losses import stage1_losses
 from model.scoring import similarities
-from model.steps import ALONE
 from model.text import Prompts
+from utils.processes import WHOLE_STEP
 
 
 class TextStage(Stage):
@@ -38,7 +38,7 @@ class TextStage(Stage):
         present, rows = present_classes(batch, self.order)
         prompts = self.prompts.of_classes(present)
         features = self.model.stage1_features(batch["image"], prompts, rows, self.loop)
-        share = batch.get("share", ALONE)
+        share = batch.get("share", WHOLE_STEP)
         anchors = self.model.batch_anchors(prompts, rows, features, self.loop)  # (B, D, 2)
         levels, config = similarities(features.levels, anchors), self.config
         losses, abnormal = stage1_losses(
