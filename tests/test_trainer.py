@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from accelerate import Accelerator
+from torch import Tensor, nn
 
 from engine.runtime.run_folder import describe_differences
 from engine.training.advice import remedies_for
 from engine.training.restart import check_phases
 from engine.training.schedules import Schedule, halved_at, warmup_cosine
+from engine.training.stages import StageOutput
 from engine.training.start import Start
-from engine.training.trainer import gradient_norms
+from engine.training.trainer import WATCHED, Trainer, gradient_norms
 from engine.training.verdicts import StageVerdict, epoch_warnings, judge_run, judge_stage, run_summary
 from model.checkpoint import Checkpoint
 from utils.errors import UserError
+from utils.files import write_json_lines
 from utils.text import readable_time
 
 
@@ -105,6 +110,16 @@ def test_later_loops_are_judged_by_the_first_loss_of_the_run() -> None:
     assert summary[2].split() == ["1", "image", "1", "3.0000", "2.0000", "0.1000", "learning"]
     assert summary[-1].startswith("Loop 3, image: not learning")
     assert len(summary) == 6
+
+
+def test_a_history_read_from_json_has_null_for_what_was_not_finite(tmp_path: Path) -> None:
+    history = [{**epoch(abnormal_inside=math.nan, loss=math.inf), "loop": 1, "epoch": 1}]
+    write_json_lines(tmp_path / "history.jsonl", history)
+    (line,) = (tmp_path / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    assert "NaN" not in line and "Infinity" not in line
+    read = [json.loads(line)]
+    assert read[0]["abnormal_inside"] is None
+    assert run_summary(read, feedback=False).splitlines()[2].split()[0] == "1"
 
 
 def test_gradient_norms_are_those_of_each_component_and_of_all() -> None:
@@ -200,3 +215,67 @@ def test_a_start_from_a_checkpoint_is_another_run_than_one_from_a_base_or_from_s
         for other in starts:
             same = not describe_differences(one.signature(), other.signature())
             assert same == (one is other)
+
+
+class OneWeight(nn.Module):
+    """A stage whose loss is the mean of weight * image: the gradient is the mean of the batch's images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(self.part.weight)
+
+    def forward(self, batch: dict[str, Tensor]) -> StageOutput:
+        loss = self.part(batch["image"][:, None]).mean()
+        watch = dict.fromkeys(WATCHED, torch.zeros(()))
+        return StageOutput({"total": loss}, watch)
+
+
+def train(
+    images: Sequence[float],
+    batch_size: int,
+    accumulate: int = 1,
+    scaler: torch.amp.GradScaler | None = None,
+    max_norm: float | None = None,
+) -> tuple[list[float], dict[str, float], Schedule]:
+    """One epoch of SGD at rate 1; the weight after each step, the epoch's row, and the schedule."""
+    stage = OneWeight()
+    batches = [{"image": part, "label": torch.zeros(len(part))} for part in torch.tensor(images).split(batch_size)]
+    optimizer = torch.optim.SGD(stage.parameters(), lr=0.0)
+    weights: list[float] = []
+    optimizer.register_step_post_hook(lambda *_: weights.append(stage.part.weight.item()))
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = scaler
+    schedule = Schedule({optimizer: 1.0}, halved_at(()))
+    trainer = Trainer(stage, {"part": stage.part}, batches, [optimizer], schedule, accelerator, accumulate, max_norm)
+    row = trainer.train_epoch("epoch")
+    assert row is not None
+    return weights, row, schedule
+
+
+def test_a_partial_step_at_the_end_is_the_mean_of_its_own_batches() -> None:
+    weights, row, _ = train([1.0] * 5, batch_size=1, accumulate=4)
+    assert weights == [-1.0, -2.0]
+    assert (row["grad_norm/total"], row["steps"], row["images"]) == (1.0, 2, 5)
+
+
+def test_accumulated_batches_are_one_large_batch() -> None:
+    images = torch.randn(40, generator=torch.Generator().manual_seed(0)).tolist()
+    small, small_row, _ = train(images, batch_size=8, accumulate=4)
+    large, large_row, _ = train(images, batch_size=32)
+    assert small == pytest.approx(large, rel=1e-6) and len(small) == 2
+    assert small_row["grad_norm/total"] == pytest.approx(large_row["grad_norm/total"], rel=1e-6)
+
+
+def test_a_step_that_the_gradient_scaler_skips_does_not_count() -> None:
+    """The scaler of fp16, on the CPU: its first scale lets the gradient overflow, the next ones do not."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=0.25)
+    weights, row, schedule = train([4.0] * 5, batch_size=1, scaler=scaler)
+    assert weights == [-4.0, -8.0, -12.0, -16.0]
+    assert (row["steps"], row["grad_norm/total"], row["lr"], schedule.step) == (4, 4.0, 1.0, 4)
+
+
+def test_a_gradient_is_clipped_and_its_norm_reported_as_it_was() -> None:
+    weights, row, _ = train([4.0, 0.25], batch_size=1, max_norm=1.0)
+    assert weights == pytest.approx([-1.0, -1.25], rel=1e-5)
+    assert row["grad_norm/total"] == pytest.approx((4.0 + 0.25) / 2)

@@ -120,9 +120,10 @@ def judge_stage(rows: Sequence[Row], first_loss: float, remedies: Mapping[str, t
 
 
 def stage_rows(history: Sequence[Row]) -> dict[tuple[int, str], list[Row]]:
-    """The epochs of each (loop, stage), in the order in which they were trained."""
+    """The epochs of each (loop, stage) in the order of training; null in JSON becomes NaN again."""
     stages: dict[tuple[int, str], list[Row]] = {}
     for row in history:
+        row = {name: math.nan if value is None else value for name, value in row.items()}
         stages.setdefault((row["loop"], row["stage"]), []).append(row)
     return stages
 
