@@ -1,1 +1,1 @@
-"""The page: images in, maps and decisions out, without files of the user's being read or written by name."""
+"""The page: upload images, get maps and decisions; no file of the user is read or written by name."""

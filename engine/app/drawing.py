@@ -1,4 +1,4 @@
-"""What the page shows of an image: HTML with its pictures inside, which the browser lays over one another."""
+"""The HTML of a result, with embedded pictures that the browser stacks."""
 
 from __future__ import annotations
 
@@ -12,125 +12,127 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from engine.app.session import Seen, Session, Thresholds, Verdict, verdict
+from engine.app.session import Decision, ImageResult, Session, Thresholds, decide
 from engine.detector.calibration import in_words
 from engine.evaluation.pages import render_page
 from utils.heatmaps import ATTENTION_COLOURS, COLOURS, on_scale, overlay
+from utils.regions import Region
 from utils.svg_charts import data_uri
 
 TEMPLATE = Path(__file__).with_name("result.html")
-# Longer side of the pictures from which one of several images is chosen, in pixels.
+# Longer side of the thumbnails, in pixels.
 THUMBNAIL = 240
-MOST_REGIONS = 10
+MAX_REGIONS = 10
 
 
 def thumbnails(session: Session) -> list[tuple[Image.Image, str]]:
-    """All images that were looked at, under their maps, with a caption."""
-    shown = []
-    for seen in session.seen:
-        small = seen.image.copy()
+    """All results as small heatmaps with captions."""
+    pictures = []
+    for result in session.results:
+        small = result.image.copy()
         small.thumbnail((THUMBNAIL, THUMBNAIL))
-        decision = verdict(seen, session.by_hand).decision
-        caption = f"{seen.prediction.score:.3f} {decision} {seen.name}"
-        shown.append((overlay(small, seen.prediction.anomaly_map), " ".join(caption.split())))
-    return shown
+        label = decide(result, session.manual).label
+        caption = f"{result.prediction.score:.3f} {label} {result.name}"
+        pictures.append((overlay(small, result.prediction.anomaly_map), " ".join(caption.split())))
+    return pictures
 
 
-def result(seen: Seen, by_hand: Thresholds | None) -> str:
-    """One image with all that a model says of it, as HTML."""
-    found, judged = seen.prediction, verdict(seen, by_hand)
+def result_html(result: ImageResult, manual: Thresholds | None) -> str:
+    """One image with its decision, maps and regions."""
+    prediction, decision = result.prediction, decide(result, manual)
+    has_outline = decision.mask is not None or decision.worst is not None
     return render_page(
         TEMPLATE,
-        name=seen.name,
-        size=seen.size,
-        decision=judged.decision,
-        score=found.score,
-        why=why(seen, by_hand),
-        ratio=f"{seen.image.width} / {seen.image.height}",
-        photo=_uri(seen.image, "JPEG"),
-        heat=_uri(coloured(found.anomaly_map)),
-        outline=_uri(outline(seen, judged)) if judged.mask is not None or judged.worst is not None else "",
-        outlined="White: above the threshold of pixels" if judged.mask is not None else "White: the worst region",
-        regions=shown_regions(judged),
-        said_of_regions=said_of_regions(judged),
-        levels=[_uri(coloured(level)) for level in found.level_maps],
-        said_of_levels="References are not in them." if seen.references else "",
+        name=result.name,
+        size=result.size,
+        decision=decision.label,
+        score=prediction.score,
+        explanation=explanation(result, manual),
+        ratio=f"{result.image.width} / {result.image.height}",
+        photo=_uri(result.image, "JPEG"),
+        heat=_uri(coloured(prediction.anomaly_map)),
+        outline=_uri(outline(result, decision)) if has_outline else "",
+        outline_note="White: above the pixel threshold" if decision.mask is not None else "White: the worst region",
+        regions=listed_regions(decision),
+        regions_note=regions_note(decision),
+        levels=[_uri(coloured(level)) for level in prediction.level_maps],
+        levels_note="They do not include the references." if result.references else "",
         attention=[
-            (title, _uri(coloured(values, ATTENTION_COLOURS, *around_one(values))), values.min(), values.max())
-            for title, values in seen.attention.items()
+            (title, _uri(coloured(values, ATTENTION_COLOURS, *range_around_one(values))), values.min(), values.max())
+            for title, values in result.attention.items()
         ],
     )
 
 
-def why(seen: Seen, by_hand: Thresholds | None) -> str:
-    """By what an image is called anomalous or normal, in words."""
-    compared = f", compared with {seen.references} normal images" if seen.references else ""
-    by = f"{seen.model} on '{seen.class_name}'{compared}. "
-    if by_hand is not None:
-        return by + f"By hand: anomalous above {by_hand.image:.4f} (pixels: {by_hand.pixel:.4f})."
-    if seen.entry is None:
-        return by + "Not calibrated for this: find thresholds from normal images, or set one by hand."
-    rank = seen.prediction.rank or 0.0
-    return by + f"Higher than {100 * rank:.1f} % of normal images. Anomalous {in_words(seen.entry)}."
+def explanation(result: ImageResult, manual: Thresholds | None) -> str:
+    """Model, class and thresholds of a decision."""
+    compared = f", compared with {result.references} normal images" if result.references else ""
+    text = f"{result.model} on '{result.class_name}'{compared}. "
+    if manual is not None:
+        return text + f"Manual thresholds: anomalous above {manual.image:.4f} (pixels: {manual.pixel:.4f})."
+    if result.entry is None:
+        return text + "No thresholds: find them with normal images, or set them with the sliders."
+    rank = result.prediction.rank or 0.0
+    return text + f"Higher than {100 * rank:.1f} % of normal images. Anomalous {in_words(result.entry)}."
 
 
-def shown_regions(judged: Verdict) -> Sequence[object]:
-    """The worst regions: of those above the threshold, else the one around the map's maximum."""
-    if judged.regions is not None:
-        return judged.regions[:MOST_REGIONS]
-    return [] if judged.worst is None else [judged.worst]
+def listed_regions(decision: Decision) -> Sequence[Region]:
+    """The worst regions above the threshold; without thresholds, the region around the maximum of the map."""
+    if decision.regions is not None:
+        return decision.regions[:MAX_REGIONS]
+    return [] if decision.worst is None else [decision.worst]
 
 
-def said_of_regions(judged: Verdict) -> str:
-    """Which regions these are, in words."""
-    if judged.regions is None:
-        found = "The worst region, around the map's maximum" if judged.worst else "Nothing stands out"
-        return f"{found}; in pixels of the image."
-    more = len(judged.regions) - MOST_REGIONS
-    if not judged.regions:
+def regions_note(decision: Decision) -> str:
+    if decision.regions is None:
+        region = "The worst region, around the maximum of the map" if decision.worst else "No region stands out"
+        return f"{region}; in pixels of the image."
+    if not decision.regions:
         return "No pixel is above its threshold."
+    more = len(decision.regions) - MAX_REGIONS
     return (f"And {more} more. " if more > 0 else "") + "The worst first, in pixels of the image."
 
 
-def outline(seen: Seen, judged: Verdict) -> Image.Image:
-    """White lines on nothing, at the size of the image that is shown: around the mask, else around the worst region."""
-    width, height = seen.image.size
+def outline(result: ImageResult, decision: Decision) -> Image.Image:
+    """White lines around the mask, or else around the worst region, on a transparent image."""
+    width, height = result.image.size
+    thickness = max(1, round(max(width, height) / 300))
     lines = np.zeros((height, width), bool)
-    if judged.mask is not None:
-        mask = np.asarray(Image.fromarray(judged.mask).resize(seen.image.size, Image.Resampling.NEAREST))
-        lines = ndimage.binary_dilation(mask, iterations=max(1, round(max(width, height) / 300))) & ~mask
-    elif judged.worst is not None:
-        scale = (width / seen.size[0], height / seen.size[1])
-        left, top, right, bottom = (value * scale[index % 2] for index, value in enumerate(judged.worst[:4]))
-        drawn = Image.fromarray(lines)
+    if decision.mask is not None:
+        mask = np.asarray(Image.fromarray(decision.mask).resize(result.image.size, Image.Resampling.NEAREST))
+        lines = ndimage.binary_dilation(mask, iterations=thickness) & ~mask
+    elif decision.worst is not None:
+        scale = (width / result.size[0], height / result.size[1])
+        left, top, right, bottom = (value * scale[index % 2] for index, value in enumerate(decision.worst[:4]))
+        drawing = Image.fromarray(lines)
         box = (left, top, max(left, right - 1), max(top, bottom - 1))
-        ImageDraw.Draw(drawn).rectangle(box, outline=True, width=max(1, round(max(width, height) / 300)))
-        lines = np.asarray(drawn)
+        ImageDraw.Draw(drawing).rectangle(box, outline=True, width=thickness)
+        lines = np.asarray(drawing)
     white = np.zeros((height, width, 4), np.uint8)
     white[lines] = 255
     return Image.fromarray(white)
 
 
 def coloured(values: np.ndarray, colours: str = COLOURS, low: float = 0.0, high: float = 1.0) -> Image.Image:
-    """A map (h, w) as a picture of its own size, coloured from `low` to `high`."""
+    """A map (H, W) as a picture of its size, coloured from `low` to `high`."""
     colour = matplotlib.colormaps[colours](on_scale(values, low, high))[..., :3]
     return Image.fromarray((colour * 255).astype(np.uint8))
 
 
-def around_one(values: np.ndarray) -> tuple[float, float]:
-    """A range of colours around 1, even attention, that holds all values."""
+def range_around_one(values: np.ndarray) -> tuple[float, float]:
+    """The smallest symmetric range around 1 (uniform attention) that contains all values."""
     reach = max(float(np.abs(values - 1).max()), 0.01)
     return 1 - reach, 1 + reach
 
 
-def said(lines: Sequence[str], problems: Sequence[str] = ()) -> str:
-    """Lines and problems as HTML; what users wrote in them is shown as it is."""
-    shown = [f'<p class="quiet">{html.escape(line)}</p>' for line in lines]
-    shown += [f'<p class="problem">{html.escape(line)}</p>' for line in problems]
-    return f'<div class="said">{"".join(shown)}</div>'
+def messages_html(lines: Sequence[str], problems: Sequence[str] = ()) -> str:
+    """Messages and problems, with the visitor's text escaped."""
+    paragraphs = [f'<p class="quiet">{html.escape(line)}</p>' for line in lines]
+    paragraphs += [f'<p class="problem">{html.escape(line)}</p>' for line in problems]
+    return f'<div class="messages">{"".join(paragraphs)}</div>'
 
 
 def _uri(picture: Image.Image, kind: str = "PNG") -> str:
     content = io.BytesIO()
-    picture.save(content, format=kind, **({"quality": 88} if kind == "JPEG" else {}))
+    picture.save(content, kind, quality=88)
     return data_uri(content.getvalue(), f"image/{kind.lower()}")

@@ -1,4 +1,4 @@
-"""Images of the toy world, to try the page with; drawn, not read."""
+"""Images of the toy dataset to try the page with."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from PIL import Image
 
 from dataset.toy.classes import CLASSES
 from dataset.toy_world import draw_toy_class
-from engine.app.dropped import Dropped
+from engine.app.uploads import Upload
 
 
 class Example(NamedTuple):
-    """An image and what it shows."""
+    """An image and its class."""
 
-    image: Dropped
+    image: Upload
     class_name: str
     caption: str
 
 
 def toy_examples(dataset: str = "toy_test", count: int = 8) -> list[Example]:
-    """A defect of each of the first classes, a different one from class to class, and a normal image of the first."""
+    """An image with a defect of each of the first classes, and a normal image of the first class."""
     examples = []
     for row, (folder, toy) in enumerate(list(CLASSES[dataset].items())[: count - 1]):
         defect = toy.defects[row % len(toy.defects)]
@@ -32,4 +32,4 @@ def toy_examples(dataset: str = "toy_test", count: int = 8) -> list[Example]:
 def _draw(dataset: str, folder: str, name: str, defect: str | None) -> Example:
     pixels, _ = draw_toy_class(dataset, folder, defect, 0)
     caption = f"{name}, {defect.replace('_', ' ') if defect else 'normal'}"
-    return Example(Dropped(f"{caption}.png", Image.fromarray(pixels)), name, caption)
+    return Example(Upload(f"{caption}.png", Image.fromarray(pixels)), name, caption)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def load_models(arguments: AppArguments) -> dict[str, Detector]:
         given = [checkpoint for checkpoint in arguments.checkpoint if checkpoint != NO_CHECKPOINT]
         for checkpoint in given:
             asked |= {path.absolute(): checkpoint for path in find_checkpoints(local_path(checkpoint))}
-        files = named(asked)
+        files = short_names(asked)
     clips: dict[Any, FrozenCLIP] = {}
     models = {}
     for name, path in files.items():
@@ -56,22 +56,19 @@ def load_models(arguments: AppArguments) -> dict[str, Detector]:
     return {UNADAPTED: unadapted, **models}
 
 
-def named(paths: Iterable[Path]) -> dict[str, Path]:
-    """Files by as much of the end of their paths as tells them apart, without their endings; a file counts once."""
+def short_names(paths: Iterable[Path]) -> dict[str, Path]:
+    """Files by the shortest distinct ends of their paths, without endings; each file counts once."""
     files = list(dict.fromkeys(path.absolute() for path in paths))
-    return {_told_apart(path, files): path for path in files}
+    names = {}
+    for path in files:
+        depths = range(1, len(path.parts))
+        depth = next((n for n in depths if [_end(other, n) for other in files].count(_end(path, n)) == 1), None)
+        names["/".join(_end(path, depth or len(path.parts)))] = path
+    return names
 
 
-def _told_apart(path: Path, files: Sequence[Path]) -> str:
-    for depth in range(1, len(path.parts) + 1):
-        alike = [other for other in files if _end_of(other, depth) == _end_of(path, depth)]
-        if len(alike) == 1:
-            break
-    return "/".join(_end_of(path, depth))
-
-
-def _end_of(path: Path, depth: int) -> tuple[str, ...]:
-    # An ending stays where it is none, as in `epoch_1.5`.
+def _end(path: Path, depth: int) -> tuple[str, ...]:
+    # Other suffixes are part of a name, as in `epoch_1.5`.
     return (path.with_suffix("") if path.suffix in (".pth", ".safetensors") else path).parts[-depth:]
 
 

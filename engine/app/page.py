@@ -1,4 +1,4 @@
-"""The page's layout, in Gradio, and what its controls do: all work is in `session.py` and `drawing.py`."""
+"""The page in Gradio: layout and events. `session.py` does the work, `drawing.py` makes the HTML."""
 
 from __future__ import annotations
 
@@ -9,249 +9,263 @@ from typing import Any
 
 import gradio as gr
 
-from engine.app.drawing import result, said, thumbnails
-from engine.app.dropped import ENDINGS, MOST_BYTES, MOST_IMAGES, MOST_NORMAL, MOST_PIXELS, MOST_REFERENCES, dropped
+from engine.app.drawing import messages_html, result_html, thumbnails
 from engine.app.examples import Example
 from engine.app.session import Progress, Session, Thresholds
+from engine.app.uploads import ENDINGS, MAX_BYTES, MAX_IMAGES, MAX_NORMAL, MAX_PIXELS, MAX_REFERENCES, make_uploads
 from engine.detector.detector import Detector
 from utils.errors import UserError
 
 CSS = Path(__file__).with_name("page.css")
 _FONTS = ["system-ui", "sans-serif"]
-# Fonts that every machine has: others would be asked for elsewhere.
+# Installed fonts: others would be loaded from the network.
 THEME = gr.themes.Default(font=_FONTS, font_mono=["ui-monospace", "monospace"], primary_hue="blue")
 RATES = {"1 % (99 images or more)": 0.01, "5 % (19 or more)": 0.05, "10 % (9 or more)": 0.1, "20 % (4 or more)": 0.2}
 OPACITY, THRESHOLD = 0.5, 0.5
-# Seconds for which a visitor's images are kept, and after which dropped files are deleted.
-KEPT = 6 * 3600
+# Seconds after which a visitor's state and uploads are deleted.
+EXPIRY = 6 * 3600
 LIMITS = (
-    f"Up to {MOST_IMAGES} images at once, each up to {MOST_BYTES // 2**20} MiB and {MOST_PIXELS // 10**6} megapixels. "
-    "They stay on this machine, and are deleted when the page ends."
+    f"Up to {MAX_IMAGES} images at once, each up to {MAX_BYTES // 2**20} MiB and {MAX_PIXELS // 10**6} megapixels. "
+    "They stay on this machine and are deleted when the server stops."
 )
+NO_IMAGES = "No images yet: upload some, or try one of the examples below."
 _SHOW_OPACITY = "value => { document.documentElement.style.setProperty('--heat', value); return []; }"
 _DOWNLOAD = "() => document.querySelector('#zip a, a#zip, #zip')?.click()"
+_PROGRESS = gr.Progress()
+# Arguments of all events, of those that run a model, and of quick ones. A model uses the whole machine, so only one
+# runs at a time, for all visitors; repeated clicks are merged.
+_PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+_MODEL: dict[str, Any] = {**_PRIVATE, "concurrency_id": "model", "concurrency_limit": 1, "trigger_mode": "always_last"}
+_QUICK: dict[str, Any] = {**_PRIVATE, "show_progress": "hidden", "trigger_mode": "always_last"}
+_GALLERY: dict[str, Any] = {
+    "show_label": False,
+    "height": "auto",
+    "allow_preview": False,
+    "interactive": False,
+    "buttons": [],
+}
 
 
 class _Page(gr.Blocks):
-    """A page that takes no address from a browser: Gradio would fetch what is there."""
+    """A page that rejects URLs from the browser, because Gradio would download them."""
 
-    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *rest: Any, **named: Any) -> list[Any]:
-        if _names_an_address(inputs):
-            raise gr.Error("This page takes files, no addresses.")
-        return await super().preprocess_data(block_fn, inputs, *rest, **named)
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        if _contains_url(inputs):
+            raise gr.Error("This page accepts files, not URLs.")
+        return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
 
 
-def _names_an_address(value: Any) -> bool:
-    """Whether there is a file in what a browser sent that lies elsewhere."""
+def _contains_url(value: Any) -> bool:
     if isinstance(value, dict):
-        return "://" in str(value.get("path", "")) or any(map(_names_an_address, value.values()))
-    return isinstance(value, list) and any(map(_names_an_address, value))
+        return "://" in str(value.get("path", "")) or any(map(_contains_url, value.values()))
+    return isinstance(value, list) and any(map(_contains_url, value))
 
 
 def build_page(
     models: Mapping[str, Detector], examples: Sequence[Example], folder: Path, domain: str = "industrial"
 ) -> gr.Blocks:
-    """The page; `models` by what they are called on it, the last chosen first; folder: for files to download."""
-    names = list(models)
-    with _Page(title="Anomaly detection", analytics_enabled=False, delete_cache=(3600, KEPT)) as page:
-        state = gr.State(None, time_to_live=KEPT)
-        gr.Markdown("# Where is it anomalous?\nDrop images, say what they show, and see where a model finds defects.")
-        with gr.Row():
-            with gr.Column(scale=2, min_width=280):
-                files = _files("Images", "images")
-                class_name = gr.Textbox(
-                    label="What they show",
-                    placeholder="object",
-                    max_length=200,
-                    elem_id="class_name",
-                    info="In the words of the prompts, such as: metal screw",
-                )
-                model = gr.Dropdown(names, value=names[-1], label="Model", elem_id="model", filterable=False)
-                look = gr.Button("Look", variant="primary", elem_id="look")
-                gr.Markdown(LIMITS)
-                with gr.Accordion("Compare with normal images", open=False, elem_id="references_of"):
-                    gr.Markdown(
-                        f"A few normal images, up to {MOST_REFERENCES}, of what is written above. Every image is then "
-                        "compared with their patches as well as with words. Without images: no longer."
-                    )
-                    references = _files("Normal images to compare with", "references")
-                    compare = gr.Button("Compare with these", elem_id="compare")
-                with gr.Accordion("Find thresholds", open=False, elem_id="calibration_of"):
-                    gr.Markdown(
-                        f"Other normal images, up to {MOST_NORMAL}, of what is written above: from their scores "
-                        "follows above which one an image is called anomalous, for the model that is chosen."
-                    )
-                    normals = _files("Normal images for thresholds", "normals")
-                    rate = gr.Dropdown(
-                        list(RATES),
-                        value=list(RATES)[1],
-                        label="Normal images that may be called anomalous",
-                        filterable=False,
-                    )
-                    calibrate = gr.Button("Find thresholds", elem_id="calibrate")
-            with gr.Column(scale=5, min_width=280):
-                status = gr.HTML(said(["Nothing dropped yet: try one of the examples below."]), elem_id="status")
-                overview = gr.Gallery(
-                    visible=False,
-                    show_label=False,
-                    columns=4,
-                    height="auto",
-                    allow_preview=False,
-                    interactive=False,
-                    buttons=[],
-                    elem_id="overview",
-                    object_fit="contain",
-                )
-                with gr.Row(visible=False) as controls:
-                    image_threshold = _slider("Image threshold", THRESHOLD, "image_threshold")
-                    pixel_threshold = _slider("Pixel threshold", THRESHOLD, "pixel_threshold")
-                    opacity = _slider("Opacity", OPACITY, "opacity", 0.01)
-                shown = gr.HTML(elem_id="result")
-                save = gr.Button("Download all results", visible=False, elem_id="save", size="sm")
-                # In the page, though not to be seen: the button above fills it and clicks on it.
-                archive = gr.DownloadButton(visible="hidden", elem_id="zip")
-                gr.Markdown("### Examples of the toy world")
-                tried = gr.Gallery(
-                    [(example.image.read(), example.caption) for example in examples],
-                    show_label=False,
-                    columns=8,
-                    height="auto",
-                    allow_preview=False,
-                    interactive=False,
-                    buttons=[],
-                    elem_id="examples",
-                )
-        results = [state, status, overview, controls, image_threshold, pixel_threshold, shown, save]
+    """Build the page.
 
-        def of(session: Session | None) -> Session:
-            return session or Session(models, domain)
-
-        def look_at(session: Session | None, chosen: str, name: str, progress: gr.Progress = _PROGRESS) -> list[Any]:
-            session = of(session)
-            return _shown(session, lambda: session.look(chosen, name, _steps(progress, "looking")))
-
-        def take(session: Session | None, found: list[str] | None) -> Session:
-            session = of(session)
-            try:
-                session.dropped = dropped(found, MOST_IMAGES)
-            except UserError as error:
-                session.dropped = ()
-                raise gr.Error(str(error)) from error
-            return session
-
-        def try_example(session: Session | None, event: gr.SelectData) -> tuple[Session, str]:
-            session, example = of(session), examples[_index(event, examples)]
-            session.dropped = [example.image]
-            return session, example.class_name
-
-        def compare_with(
-            session: Session | None, found: list[str] | None, chosen: str, name: str, progress: gr.Progress = _PROGRESS
-        ) -> list[Any]:
-            session = of(session)
-
-            def work() -> None:
-                session.compare_with(dropped(found, MOST_REFERENCES), chosen, name)
-                session.look(chosen, name, _steps(progress, "looking"))
-
-            return _shown(session, work)
-
-        def find_thresholds(
-            session: Session | None,
-            found: list[str] | None,
-            chosen: str,
-            name: str,
-            asked: str,
-            progress: gr.Progress = _PROGRESS,
-        ) -> list[Any]:
-            session = of(session)
-
-            def work() -> None:
-                images = dropped(found, MOST_NORMAL)
-                session.calibrate(images, chosen, name, RATES[asked], _steps(progress, "calibrating"))
-                session.look(chosen, name, _steps(progress, "looking"))
-
-            return _shown(session, work)
-
-        def by_hand(session: Session | None, image: float, pixel: float) -> tuple[Session, Any, str]:
-            session = of(session)
-            session.by_hand = Thresholds(image, pixel)
-            return session, thumbnails(session), _chosen(session)
-
-        def choose(session: Session | None, event: gr.SelectData) -> tuple[Session, str]:
-            session = of(session)
-            session.chosen = _index(event, session.seen)
-            return session, _chosen(session)
-
-        def write_zip(session: Session | None, heat: float) -> str:
-            place = Path(tempfile.mkdtemp(dir=folder)) / "results.zip"
-            return str(of(session).write_zip(place, heat))
-
-        # One at a time, for all visitors: the model takes all of the machine. Quick clicks become one.
-        model_work = {"concurrency_id": "model", "concurrency_limit": 1, "trigger_mode": "always_last"}
-        private = {"api_visibility": "private"}
-        asked = [state, model, class_name]
-        files.change(take, [state, files], state, **private).success(look_at, asked, results, **model_work, **private)
-        gr.on([look.click, class_name.submit, model.input], look_at, asked, results, **model_work, **private)
-        tried.select(try_example, state, [state, class_name], **private).success(
-            look_at, asked, results, **model_work, **private
-        )
-        compare.click(compare_with, [state, references, model, class_name], results, **model_work, **private)
-        calibrate.click(find_thresholds, [state, normals, model, class_name, rate], results, **model_work, **private)
-        quiet = {"show_progress": "hidden", "trigger_mode": "always_last", **private}
-        sliders = [image_threshold, pixel_threshold]
-        gr.on([one.input for one in sliders], by_hand, [state, *sliders], [state, overview, shown], **quiet)
-        overview.select(choose, state, [state, shown], **quiet)
-        opacity.input(None, opacity, None, js=_SHOW_OPACITY, **private)
-        save.click(write_zip, [state, opacity], archive, **private).success(None, None, None, js=_DOWNLOAD, **private)
+    Args:
+        models: The models by their names on the page; the last one is selected.
+        examples: Images to try.
+        folder: Folder for downloads.
+        domain: How images are scored.
+    """
+    with _Page(title="Anomaly detection", analytics_enabled=False, delete_cache=(3600, EXPIRY)) as page:
+        _Layout(list(models), examples).connect(_Handlers(models, examples, folder, domain))
     return page
 
 
-_PROGRESS = gr.Progress()
+class _Layout:
+    """The components of the page."""
+
+    def __init__(self, names: list[str], examples: Sequence[Example]) -> None:
+        self.state = gr.State(None, time_to_live=EXPIRY)
+        gr.Markdown("# Anomaly detection\nUpload images and name what they show; the model marks anomalous regions.")
+        with gr.Row():
+            with gr.Column(scale=2, min_width=280):
+                self._add_inputs(names)
+            with gr.Column(scale=5, min_width=280):
+                self._add_outputs(examples)
+
+    def _add_inputs(self, names: list[str]) -> None:
+        self.files = _files("Images", "images")
+        self.class_name = gr.Textbox(
+            label="Class name",
+            placeholder="object",
+            max_length=200,
+            elem_id="class_name",
+            info="What the images show, for example: metal screw",
+        )
+        self.model = gr.Dropdown(names, value=names[-1], label="Model", elem_id="model", filterable=False)
+        self.analyze = gr.Button("Analyze", variant="primary", elem_id="analyze")
+        gr.Markdown(LIMITS)
+        with gr.Accordion("Compare with normal images", open=False):
+            gr.Markdown(
+                f"Up to {MAX_REFERENCES} normal images of this class. All images are then also compared with their "
+                "patches. Click again without images to stop comparing."
+            )
+            self.references = _files("Normal images to compare with", "references")
+            self.compare = gr.Button("Compare", elem_id="compare")
+        with gr.Accordion("Find thresholds", open=False):
+            gr.Markdown(
+                f"Up to {MAX_NORMAL} other normal images of this class. Their scores set the threshold above which an "
+                "image is anomalous, for the selected model."
+            )
+            self.normals = _files("Normal images for thresholds", "normals")
+            self.rate = gr.Dropdown(list(RATES), value=list(RATES)[1], label="Accepted false alarms", filterable=False)
+            self.calibrate = gr.Button("Find thresholds", elem_id="calibrate")
+
+    def _add_outputs(self, examples: Sequence[Example]) -> None:
+        self.messages = gr.HTML(messages_html([NO_IMAGES]), elem_id="messages")
+        self.overview = gr.Gallery(visible=False, columns=4, elem_id="overview", object_fit="contain", **_GALLERY)
+        with gr.Row(visible=False) as self.controls:
+            self.thresholds = [_slider(f"{name} threshold", THRESHOLD) for name in ("Image", "Pixel")]
+            self.opacity = _slider("Opacity", OPACITY, 0.01)
+        self.result = gr.HTML(elem_id="result")
+        self.save = gr.Button("Download all results", visible=False, elem_id="save", size="sm")
+        # Hidden: the button above fills it and clicks on it.
+        self.archive = gr.DownloadButton(visible="hidden", elem_id="zip")
+        gr.Markdown("### Examples of the toy dataset")
+        pictures = [(example.image.read(), example.caption) for example in examples]
+        self.examples = gr.Gallery(pictures, columns=8, elem_id="examples", **_GALLERY)
+
+    def connect(self, handlers: _Handlers) -> None:
+        """Connect the events of the components to their handlers."""
+        state, images = self.state, [self.state, *self.thresholds]
+        request: list[Any] = [state, self.model, self.class_name]
+        results = [state, self.messages, self.overview, self.controls, *self.thresholds, self.result, self.save]
+        analysis: dict[str, Any] = {"fn": handlers.analyze, "inputs": request, "outputs": results, **_MODEL}
+        self.files.change(handlers.upload, [state, self.files], state, **_PRIVATE).success(**analysis)
+        gr.on([self.analyze.click, self.class_name.submit, self.model.input], **analysis)
+        self.examples.select(handlers.try_example, state, [state, self.class_name], **_PRIVATE).success(**analysis)
+        self.compare.click(handlers.compare_with, [*request, self.references], results, **_MODEL)
+        self.calibrate.click(handlers.find_thresholds, [*request, self.normals, self.rate], results, **_MODEL)
+        sliders = [slider.input for slider in self.thresholds]
+        gr.on(sliders, handlers.set_thresholds, images, [state, self.overview, self.result], **_QUICK)
+        self.overview.select(handlers.select, state, [state, self.result], **_QUICK)
+        self.opacity.input(None, self.opacity, None, js=_SHOW_OPACITY, **_PRIVATE)
+        download = self.save.click(handlers.write_zip, [state, self.opacity], self.archive, **_PRIVATE)
+        download.success(None, None, None, js=_DOWNLOAD, **_PRIVATE)
+
+
+class _Handlers:
+    """The handlers of the events. Each takes the visitor's session, which is None at first."""
+
+    def __init__(self, models: Mapping[str, Detector], examples: Sequence[Example], folder: Path, domain: str) -> None:
+        self.models, self.examples, self.folder, self.domain = models, examples, folder, domain
+
+    def _session(self, session: Session | None) -> Session:
+        return session or Session(self.models, self.domain)
+
+    def upload(self, session: Session | None, files: list[str] | None) -> Session:
+        session = self._session(session)
+        session.uploads = ()
+        try:
+            session.uploads = make_uploads(files, MAX_IMAGES)
+        except UserError as error:
+            raise gr.Error(str(error)) from error
+        return session
+
+    def try_example(self, session: Session | None, event: gr.SelectData) -> tuple[Session, str]:
+        session, example = self._session(session), self.examples[_index(event, self.examples)]
+        session.uploads = [example.image]
+        return session, example.class_name
+
+    def analyze(self, session: Session | None, model: str, name: str, progress: gr.Progress = _PROGRESS) -> list[Any]:
+        session = self._session(session)
+        return _results(session, lambda: session.analyze(model, name, _steps(progress)))
+
+    def compare_with(
+        self, session: Session | None, model: str, name: str, files: list[str], progress: gr.Progress = _PROGRESS
+    ) -> list[Any]:
+        session = self._session(session)
+
+        def work() -> None:
+            session.compare_with(make_uploads(files, MAX_REFERENCES), model, name)
+            session.analyze(model, name, _steps(progress))
+
+        return _results(session, work)
+
+    def find_thresholds(
+        self,
+        session: Session | None,
+        model: str,
+        name: str,
+        files: list[str] | None,
+        rate: str,
+        progress: gr.Progress = _PROGRESS,
+    ) -> list[Any]:
+        session = self._session(session)
+
+        def work() -> None:
+            session.calibrate(make_uploads(files, MAX_NORMAL), model, name, RATES[rate], _steps(progress))
+            session.analyze(model, name, _steps(progress))
+
+        return _results(session, work)
+
+    def set_thresholds(self, session: Session | None, image: float, pixel: float) -> tuple[Session, Any, str]:
+        session = self._session(session)
+        session.manual = Thresholds(image, pixel)
+        return session, thumbnails(session), _selected(session)
+
+    def select(self, session: Session | None, event: gr.SelectData) -> tuple[Session, str]:
+        session = self._session(session)
+        session.selected = _index(event, session.results)
+        return session, _selected(session)
+
+    def write_zip(self, session: Session | None, opacity: float) -> str:
+        path = Path(tempfile.mkdtemp(dir=self.folder)) / "results.zip"
+        self._session(session).write_zip(path, opacity)
+        return str(path)
 
 
 def _files(label: str, name: str) -> gr.File:
     return gr.File(label=label, file_count="multiple", file_types=ENDINGS, type="filepath", elem_id=name, height=150)
 
 
-def _slider(label: str, value: float, name: str, step: float = 0.001) -> gr.Slider:
+def _slider(label: str, value: float, step: float = 0.001) -> gr.Slider:
+    name = label.lower().replace(" ", "_")
     return gr.Slider(0, 1, value, step=step, label=label, elem_id=name, buttons=[], min_width=180)
 
 
-def _steps(progress: gr.Progress, doing: str) -> Progress:
-    return lambda done, total: progress((done, total), desc=doing, unit="images")
+def _steps(progress: gr.Progress) -> Progress:
+    return lambda done, total: progress((done, total), unit="images")
 
 
-def _index(event: gr.SelectData, things: Sequence[Any]) -> int:
-    """What was clicked on; the first where a browser says what cannot be."""
-    return event.index if isinstance(event.index, int) and 0 <= event.index < len(things) else 0
+def _index(event: gr.SelectData, items: Sequence[Any]) -> int:
+    """The index of the selected item; the first one if a browser sends an invalid index."""
+    return event.index if isinstance(event.index, int) and 0 <= event.index < len(items) else 0
 
 
-def _chosen(session: Session) -> str:
-    if not 0 <= session.chosen < len(session.seen):
+def _selected(session: Session) -> str:
+    if not 0 <= session.selected < len(session.results):
         return ""
-    return result(session.seen[session.chosen], session.by_hand)
+    return result_html(session.results[session.selected], session.manual)
 
 
-def _shown(session: Session, work: Callable[[], None]) -> list[Any]:
-    """Do the work, and give what the page shows afterwards: results, or the mistake in words beside the old ones."""
-    mistakes = []
+def _results(session: Session, work: Callable[[], None]) -> list[Any]:
+    """Do the work, and return what the page shows then: the results, or the previous ones with an error."""
+    problems = []
     try:
         work()
     except UserError as error:
-        mistakes = [str(error)]
-    seen = session.seen
-    entry = seen[0].entry if seen else None
-    several = len(seen) > 1
-    lines = [f"{len(seen)} images, the most anomalous first: choose one."] if several else []
-    if not seen and not session.problems and not mistakes:
-        lines = ["Nothing dropped yet: drop images, or try one of the examples below."]
+        problems = [str(error)]
+    results = session.results
+    problems += session.problems
+    several = len(results) > 1
+    lines = [f"{len(results)} images, the most anomalous first: select one."] if several else []
+    if not results and not problems:
+        lines = [NO_IMAGES]
+    entry = results[0].entry if results else None
     values = (THRESHOLD, THRESHOLD) if entry is None else (entry.image_threshold, entry.pixel_threshold)
     return [
         session,
-        said(lines, [*mistakes, *session.problems]),
+        messages_html(lines, problems),
         gr.Gallery(thumbnails(session) if several else None, visible=several, selected_index=0 if several else None),
-        gr.Row(visible=bool(seen)),
-        *(gr.Slider(value=round(value, 4)) if session.by_hand is None else gr.skip() for value in values),
-        _chosen(session),
-        gr.Button(visible=bool(seen)),
+        gr.Row(visible=bool(results)),
+        *(gr.Slider(value=round(value, 4)) if session.manual is None else gr.skip() for value in values),
+        _selected(session),
+        gr.Button(visible=bool(results)),
     ]

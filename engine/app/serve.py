@@ -1,4 +1,4 @@
-"""Serving the page: on this machine alone unless asked otherwise, with a queue, and without a word to anyone else."""
+"""Serve the page: by default on this machine only, with a queue, and without requests to other servers."""
 
 from __future__ import annotations
 
@@ -12,36 +12,35 @@ from pathlib import Path
 
 from engine.app.examples import toy_examples
 from engine.app.models import load_models
+from engine.app.uploads import MAX_BYTES
 from engine.config.app import AppArguments
 from engine.detector.detector import Detector
 
 logger = logging.getLogger(__name__)
 
-# Of clicks that wait for the model, from all visitors together, and of visitors whose images are kept.
-MOST_WAITING, MOST_VISITORS = 32, 32
+# Requests that wait for the model, of all visitors, and visitors whose images are kept.
+MAX_WAITING, MAX_VISITORS = 32, 32
 
 
 def serve(arguments: AppArguments) -> None:
-    """Load the models and serve the page until a signal comes. Raises `UserError` as `load_models` does."""
+    """Load the models and serve the page until a signal. Raises `UserError` as `load_models` does."""
     models = load_models(arguments)
     with page_served(models, arguments.host, arguments.port, arguments.domain) as address:
-        logger.info("%s: %s. Ctrl-C ends it", address, ", ".join(models))
+        logger.info("%s: %s. Press Ctrl-C to stop", address, ", ".join(models))
         if arguments.host not in ("127.0.0.1", "localhost", "::1"):
-            logger.warning("--host %s: who can reach this machine can use the page, without a password", arguments.host)
+            logger.warning("--host %s: everyone who can reach this machine can use the page", arguments.host)
         threading.Event().wait()
 
 
 @contextmanager
 def page_served(models: Mapping[str, Detector], host: str, port: int, domain: str = "industrial") -> Iterator[str]:
-    """Serve the page while the block runs; gives its address. What visitors drop is deleted at the end."""
+    """Serve the page in a context, and yield its address. Uploads are deleted at the end."""
     with tempfile.TemporaryDirectory(prefix="anomaly_page_") as folder:
-        _settle(Path(folder))
-        from engine.app.page import CSS, THEME, build_page  # Gradio reads its settings when it is imported
+        _configure_gradio(Path(folder))
+        from engine.app.page import CSS, THEME, build_page  # Gradio reads its settings at import
 
         page = build_page(models, toy_examples(), Path(folder), domain)
-        page.queue(max_size=MOST_WAITING, default_concurrency_limit=4, api_open=False)
-        from engine.app.dropped import MOST_BYTES
-
+        page.queue(max_size=MAX_WAITING, default_concurrency_limit=4, api_open=False)
         try:
             _, address, _ = page.launch(
                 server_name=host,
@@ -49,16 +48,12 @@ def page_served(models: Mapping[str, Detector], host: str, port: int, domain: st
                 prevent_thread_lock=True,
                 quiet=True,
                 share=False,
-                show_error=False,
-                max_file_size=MOST_BYTES,
-                state_session_capacity=MOST_VISITORS,
+                max_file_size=MAX_BYTES,
+                state_session_capacity=MAX_VISITORS,
                 footer_links=[],
                 run_history=False,
                 ssr_mode=False,
-                pwa=False,
-                mcp_server=False,
                 enable_monitoring=False,
-                strict_cors=True,
                 theme=THEME,
                 css_paths=[CSS],
             )
@@ -67,8 +62,8 @@ def page_served(models: Mapping[str, Detector], host: str, port: int, domain: st
             page.close(verbose=False)
 
 
-def _settle(folder: Path) -> None:
-    """Take Gradio's settings from nowhere but here: no statistics, no look for newer versions, no other folders."""
+def _configure_gradio(folder: Path) -> None:
+    """Ignore Gradio's environment variables; switch off its analytics and update check, and set its upload folder."""
     for name in [name for name in os.environ if name.startswith("GRADIO_")]:
         del os.environ[name]
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder), "HF_HUB_DISABLE_TELEMETRY": "1"}

@@ -1,4 +1,4 @@
-"""What one visitor of the page does with the models, in memory: no other visitor sees it, and no file is written."""
+"""The work of one visitor, in memory: other visitors cannot see it, and no files are written."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from PIL import Image
 from dataset.catalog import readable_name
 from dataset.images import content_digest
 from dataset.prompts import build_prompts
-from engine.app.dropped import Dropped
+from engine.app.uploads import Upload
 from engine.config.evaluation import DEFAULT_CLASS
 from engine.detector.calibration import ANOMALOUS, CALIBRATION_FILE, NORMAL, Entry, add_entry, check_enough
 from engine.detector.detector import Detector, Prediction
@@ -32,25 +32,34 @@ from utils.heatmaps import overlay, save_image
 from utils.paths import figure_path
 from utils.regions import Region, regions_of
 
-# Longer side of the images that are kept to be shown, in pixels; models get them as they were dropped.
-SIDE = 1280
+# Longer side of displayed images, in pixels; models get the uploaded size.
+MAX_SIDE = 1280
 
 Progress = Callable[[int, int], None]
 
 
+def no_progress(done: int, total: int) -> None:
+    """Show nothing."""
+
+
 class Thresholds(NamedTuple):
-    """From where on an image, and a pixel, is anomalous, where somebody has set it by hand."""
+    """Manual thresholds above which an image, and a pixel, is anomalous."""
 
     image: float
     pixel: float
 
 
 @dataclass(frozen=True)
-class Seen:
-    """An image as a model sees it: `image` at most `SIDE` pixels long, `size` the original's (width, height).
+class ImageResult:
+    """The result of a model on an image.
 
-    entry: the thresholds that it was calibrated to, if any; attention: maps by their title, 1 is even
-    (`attention_heatmaps`); references: how many normal images it was compared with.
+    Attributes:
+        image: The image, with at most `MAX_SIDE` pixels on its longer side.
+        size: Width and height of the uploaded image.
+        finding: Score, worst region, and the decision if the model is calibrated.
+        entry: The calibration, if any.
+        attention: Attention maps by title; 1 is uniform attention.
+        references: Number of normal images that the image was compared with.
     """
 
     name: str
@@ -59,177 +68,163 @@ class Seen:
     class_name: str
     model: str
     prediction: Prediction
-    region: Region | None
+    finding: Finding
     entry: Entry | None
     attention: Mapping[str, np.ndarray]
     references: int
 
 
-class Verdict(NamedTuple):
-    """What thresholds make of an image. decision: empty where there are none; mask, regions: None then.
+class Decision(NamedTuple):
+    """The decision on an image. Without thresholds, `label` is empty, and `mask` and `regions` are None.
 
-    worst: the region that counts most, also without thresholds.
+    `worst` is the most anomalous region, with or without thresholds.
     """
 
-    decision: str
+    label: str
     mask: np.ndarray | None
     regions: tuple[Region, ...] | None
     worst: Region | None
 
 
-def verdict(seen: Seen, by_hand: Thresholds | None = None) -> Verdict:
-    """The decision on an image: by thresholds that are set by hand, else by those that were calibrated, if any."""
-    found = seen.prediction
-    if by_hand is None:
-        return Verdict(found.decision or "", found.mask, found.regions, seen.region)
-    score, anomaly_map = torch.tensor([found.score]), torch.from_numpy(found.anomaly_map)[None]
-    anomalous, masks = decisions(score, anomaly_map, *by_hand)
-    regions = regions_of(masks[0].numpy(), found.anomaly_map, seen.size)
-    return Verdict(ANOMALOUS if anomalous else NORMAL, masks[0].numpy(), regions, regions[0] if regions else None)
+def decide(result: ImageResult, manual: Thresholds | None = None) -> Decision:
+    """Decide on an image with manual thresholds, or else with those of the calibration, if any."""
+    prediction = result.prediction
+    if manual is None:
+        return Decision(prediction.decision or "", prediction.mask, prediction.regions, result.finding.region)
+    score, anomaly_map = torch.tensor([prediction.score]), torch.from_numpy(prediction.anomaly_map)[None]
+    anomalous, masks = decisions(score, anomaly_map, *manual)
+    mask = masks[0].numpy()
+    regions = regions_of(mask, prediction.anomaly_map, result.size)
+    return Decision(ANOMALOUS if anomalous else NORMAL, mask, regions, regions[0] if regions else None)
 
 
 @dataclass
 class Session:
-    """A visitor's images, references and thresholds, for all `models`, which are shared and left as they are.
+    """A visitor's images, references and thresholds. The models are shared by all visitors and not changed.
 
-    dropped: the images to look at. seen: what was found, most anomalous first; problems: a line for each image that
-    was left out. normals: images to compare with, by class.
+    Attributes:
+        uploads: The images to analyze.
+        results: Their results, the most anomalous first.
+        problems: A message for each image without a result.
+        selected: Index of the displayed result.
+        manual: Manual thresholds.
+        normals: Normal images to compare with, by class.
     """
 
     models: Mapping[str, Detector]
     domain: str = "industrial"
-    dropped: Sequence[Dropped] = ()
-    seen: list[Seen] = field(default_factory=list)
+    uploads: Sequence[Upload] = ()
+    results: list[ImageResult] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    chosen: int = 0
-    by_hand: Thresholds | None = None
-    normals: dict[str, Sequence[Dropped]] = field(default_factory=dict)
-    _own: dict[str, Detector] = field(default_factory=dict)
-    _found: list[Entry] = field(default_factory=list)
+    selected: int = 0
+    manual: Thresholds | None = None
+    normals: dict[str, Sequence[Upload]] = field(default_factory=dict)
+    _detectors: dict[str, Detector] = field(default_factory=dict)
+    _entries: list[Entry] = field(default_factory=list)
 
-    def look(self, model: str, class_name: str, progress: Progress | None = None) -> None:
-        """Look at what was dropped; fills `seen` and `problems`. Raises `UserError` where nothing can be looked at."""
-        name = self._class(class_name)
-        detector = self._prepared(model, name)
-        self.seen, self.problems, self.chosen, self.by_hand = [], [], 0, None
-        for index, image in enumerate(self.dropped):
-            if progress is not None:
-                progress(index, len(self.dropped))
+    def analyze(self, model: str, class_name: str, progress: Progress = no_progress) -> None:
+        """Analyze the uploads, and set `results` and `problems`; `UserError` for an invalid class name."""
+        name = class_name.strip() or DEFAULT_CLASS
+        detector = self._prepare(model, name)
+        self.results, self.problems, self.selected, self.manual = [], [], 0, None
+        for index, upload in enumerate(self.uploads):
+            progress(index, len(self.uploads))
             try:
-                self.seen.append(self._see(detector, image, name))
+                self.results.append(self._analyze_one(detector, upload, name))
             except UserError as error:
                 self.problems.append(str(error))
-        self.seen.sort(key=lambda seen: -seen.prediction.score)
+        self.results.sort(key=lambda result: -result.prediction.score)
 
-    def compare_with(self, images: Sequence[Dropped], model: str, class_name: str) -> int:
-        """Compare images of a class with these normal ones from now on, with every model; with none, no longer.
+    def compare_with(self, images: Sequence[Upload], model: str, class_name: str) -> None:
+        """Compare images of a class with these normal images, with every model; without images, stop comparing.
 
-        Returns how many. Raises `UserError` for an image that cannot be read: all stays as it was.
+        Raises `UserError`, and changes nothing, if an image cannot be read.
         """
-        name = self._class(class_name)
-        key, before = readable_name(name), self.normals.get(readable_name(name))
-        self.normals.pop(key, None)
-        if images:
-            self.normals[key] = images
-        for detector in self._own.values():
-            detector.references.pop(key, None)
+        name = class_name.strip() or DEFAULT_CLASS
+        key = readable_name(name)
+        previous = self.normals.get(key, ())
+        self._set_normals(key, images)
         try:
-            self._prepared(model, name)
+            self._prepare(model, name)
         except UserError:
-            self.normals.pop(key, None)
-            if before:
-                self.normals[key] = before
+            self._set_normals(key, previous)
             raise
-        return len(images)
+
+    def _set_normals(self, key: str, images: Sequence[Upload]) -> None:
+        self.normals[key] = images
+        for detector in self._detectors.values():
+            detector.references.pop(key, None)
 
     def calibrate(
         self,
-        images: Sequence[Dropped],
+        images: Sequence[Upload],
         model: str,
         class_name: str,
         false_alarms: float,
-        progress: Progress | None = None,
+        progress: Progress = no_progress,
     ) -> Entry:
-        """Find thresholds for a model and a class from normal images, and decide by them from now on.
+        """Set the thresholds of a model and a class from normal images. Equal images count once.
 
-        An image that is there twice counts once. Raises `UserError` for too few, for one that cannot be read, and for
-        one that is a reference: compared with itself, it would look more normal than any other.
+        Raises `UserError` for too few images, for an image that cannot be read, and for a reference: compared with
+        itself, it would look more normal than other images.
         """
-        name = self._class(class_name)
+        name = class_name.strip() or DEFAULT_CLASS
         check_enough(len(images), false_alarms, f"'{name}'")
-        detector = self._prepared(model, name)
-        references = self._references(detector, name)
+        detector = self._prepare(model, name)
+        references = _reference_digests(detector, name)
         numbers: dict[str, tuple[float, float]] = {}
-        for index, image in enumerate(images):
-            if progress is not None:
-                progress(index, len(images))
-            pixels = image.read()
+        for index, upload in enumerate(images):
+            progress(index, len(images))
+            pixels = upload.read()
             digest = content_digest(pixels)
             if digest in references:
-                raise UserError(f"{image.name} is one of the normal images that are compared with: take others")
+                raise UserError(f"{upload.name} is one of the images to compare with: use other images")
             if digest not in numbers:
-                numbers[digest] = numbers_of(detector, pixels, name, Path(image.name), self.domain)
-        check_enough(len(numbers), false_alarms, f"'{name}', without those that are there twice")
+                numbers[digest] = numbers_of(detector, pixels, name, Path(upload.name), self.domain)
+        check_enough(len(numbers), false_alarms, f"'{name}', without duplicates")
         entry = calibrate_detector(detector, numbers.values(), name, false_alarms, self.domain)
-        self._found = [*(found for found in self._found if found.subject != entry.subject), entry]
+        self._entries = [*(other for other in self._entries if other.subject != entry.subject), entry]
         return entry
 
-    def write_zip(self, path: Path, opacity: float) -> Path:
-        """Scores, heatmaps and, where the visitor has found any, thresholds, in a file of the server's own."""
+    def write_zip(self, path: Path, opacity: float) -> None:
+        """Write scores, heatmaps and the visitor's thresholds to a file."""
         with tempfile.TemporaryDirectory() as temporary:
-            folder, taken = Path(temporary), set()
+            folder = Path(temporary)
+            taken: set[str] = set()
             findings = []
-            for seen in self.seen:
-                found = verdict(seen, self.by_hand)
-                regions = None if found.regions is None else len(found.regions)
-                prediction = seen.prediction
-                findings.append(
-                    Finding(
-                        Path(seen.name),
-                        seen.class_name,
-                        prediction.score,
-                        found.worst,
-                        found.decision,
-                        prediction.rank,
-                        regions,
-                    )
-                )
-                picture = overlay(seen.image, prediction.anomaly_map, opacity=opacity)
-                save_image(picture, figure_path(folder / "heatmaps", seen.name, "_heatmap.png", taken))
+            for result in self.results:
+                decision = decide(result, self.manual)
+                count = None if decision.regions is None else len(decision.regions)
+                finding = replace(result.finding, region=decision.worst, decision=decision.label, regions=count)
+                findings.append(finding)
+                picture = overlay(result.image, result.prediction.anomaly_map, opacity=opacity)
+                save_image(picture, figure_path(folder / "heatmaps", result.name, "_heatmap.png", taken))
             write_scores(findings, folder / "scores.csv")
-            for entry in self._found:
+            for entry in self._entries:
                 add_entry(folder / CALIBRATION_FILE, entry)
             with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
                 for file in sorted(folder.rglob("*")):
                     if file.is_file():
                         archive.write(file, file.relative_to(folder).as_posix())
-        return path
 
-    def _class(self, class_name: str) -> str:
-        return class_name.strip() or DEFAULT_CLASS
-
-    def _prepared(self, model: str, class_name: str) -> Detector:
-        """A model as this visitor has it, ready for a class; `UserError` for a name that no prompt can hold."""
-        if model not in self._own:
+    def _prepare(self, model: str, class_name: str) -> Detector:
+        """The visitor's copy of a model, with the references of a class; `UserError` for an invalid class name."""
+        if model not in self._detectors:
             detector = copy.copy(self.models[model])
             detector.references = {}
-            self._own[model] = detector
-        detector = self._own[model]
+            self._detectors[model] = detector
+        detector = self._detectors[model]
         Prompts.from_texts(detector.clip, [build_prompts(detector.name_in_prompts(class_name))])
         key = readable_name(class_name)
-        if key in self.normals and key not in detector.references:
-            detector.remember([image.read() for image in self.normals[key]], class_name)
+        if self.normals.get(key) and key not in detector.references:
+            detector.remember([upload.read() for upload in self.normals[key]], class_name)
         return detector
 
-    def _references(self, detector: Detector, class_name: str) -> Sequence[str]:
-        found = detector.references.get(readable_name(class_name))
-        return () if found is None else found.images
-
-    def _see(self, detector: Detector, image: Dropped, class_name: str) -> Seen:
-        pixels = image.read()
-        references = self._references(detector, class_name)
+    def _analyze_one(self, detector: Detector, upload: Upload, class_name: str) -> ImageResult:
+        pixels = upload.read()
+        references = _reference_digests(detector, class_name)
         if content_digest(pixels) in references:
-            raise UserError(f"{image.name} is one of the normal images that are compared with: no result")
+            raise UserError(f"{upload.name} is one of the images to compare with: no result")
         attention: Mapping[str, np.ndarray] = {}
         if isinstance(detector.model, AdaptedCLIPWithCrossAttention):
             prediction, weights = detector.predict(pixels, class_name, self.domain, return_attention=True)
@@ -237,19 +232,22 @@ class Session:
             attention = attention_heatmaps(weights, len(normal))
         else:
             prediction = detector.predict(pixels, class_name, self.domain)
-        region = judge(Path(image.name), class_name, pixels, prediction).region
-        entry = detector.thresholds(detector.subject(class_name, self.domain))
-        shown = pixels.copy()
-        shown.thumbnail((SIDE, SIDE))
-        return Seen(
-            image.name,
-            shown,
-            pixels.size,
-            class_name,
-            detector.name,
-            prediction,
-            region,
-            entry,
-            attention,
-            len(references),
+        thumbnail = pixels.copy()
+        thumbnail.thumbnail((MAX_SIDE, MAX_SIDE))
+        return ImageResult(
+            name=upload.name,
+            image=thumbnail,
+            size=pixels.size,
+            class_name=class_name,
+            model=detector.name,
+            prediction=prediction,
+            finding=judge(Path(upload.name), class_name, pixels, prediction),
+            entry=detector.thresholds(detector.subject(class_name, self.domain)),
+            attention=attention,
+            references=len(references),
         )
+
+
+def _reference_digests(detector: Detector, class_name: str) -> Sequence[str]:
+    references = detector.references.get(readable_name(class_name))
+    return () if references is None else references.images
