@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from dataset.catalog import CATALOG, DatasetSpec, same_words
+from dataset.catalog import CATALOG, DatasetSpec, mvtec_spec, readable_name
 from dataset.folders import describe_folder, find_folder, find_folders, subfolders
 from dataset.layouts import LAYOUTS
 from dataset.toy.classes import TOY_DATASETS
@@ -75,7 +75,7 @@ def _locate_own_folder(path: str) -> LocatedDataset:
         classes = [name]
     else:
         classes = [child.name for child in subfolders(root) if find_folder(child, "test")]
-    return LocatedDataset(DatasetSpec(name, "industrial", ("mvtec",), name, same_words(*classes)), root)
+    return LocatedDataset(mvtec_spec(name, {name: readable_name(name) for name in classes}), root)
 
 
 def _layout_in(spec: DatasetSpec, folder: Path) -> tuple[str, list[str]]:

@@ -227,7 +227,7 @@ def test_own_folder_with_many_classes_and_with_one(tmp_path):
     make_folders(tmp_path / "parts", "metal_screw/test/good", "bolt/test/good", "notes", "bolt/train", "__MACOSX/test")
     many = locate_dataset(str(tmp_path / "parts"))
     assert many.spec.class_names == {"bolt": "bolt", "metal_screw": "metal screw"}
-    assert (many.spec.layouts, many.spec.domain, many.spec.name) == (("mvtec",), "industrial", "parts")
+    assert (many.spec.layouts, many.spec.domain, many.spec.name) == (["mvtec"], "industrial", "parts")
     one = locate_dataset(str(tmp_path / "parts" / "metal_screw"))
     assert one.spec.class_names == {"metal_screw": "metal screw"}
     assert one.root == tmp_path / "parts" / "metal_screw"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dataset.catalog import CATALOG, DatasetSpec
+from dataset.catalog import CATALOG, mvtec_spec
 from dataset.class_names import class_display_names
 from dataset.few_shot import few_shot
 from dataset.images import read_pair
@@ -94,7 +94,7 @@ def test_own_folders_with_masks_named_like_the_images(tmp_path, caplog):
 def test_classes_keep_the_order_of_the_catalog(tmp_path):
     names = ("tile", "carpet", "bolt")
     root = draw(tmp_path, *(f"{name}/test/good/0.png" for name in names))
-    spec = DatasetSpec("own", "industrial", ("mvtec",), "own", {name: name for name in names})
+    spec = mvtec_spec("own", {name: name for name in names})
     assert [record.class_name for record in build_metadata(LocatedDataset(spec, root))] == list(names)
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from dataset.toy.classes import CLASSES
+from dataset.toy.classes import CLASSES, TOY_DATASETS
 from dataset.toy_world import draw_toy_class
 from engine.app.uploads import Upload
 
@@ -24,9 +24,9 @@ def toy_examples(dataset: str = "toy_test", count: int = 8) -> list[Example]:
     examples = []
     for row, (folder, toy) in enumerate(list(CLASSES[dataset].items())[: count - 1]):
         defect = toy.defects[row % len(toy.defects)]
-        examples.append(_draw(dataset, folder, toy.name, defect))
-    folder, toy = next(iter(CLASSES[dataset].items()))
-    return [*examples, _draw(dataset, folder, toy.name, None)]
+        examples.append(_draw(dataset, folder, TOY_DATASETS[dataset][folder], defect))
+    folder, name = next(iter(TOY_DATASETS[dataset].items()))
+    return [*examples, _draw(dataset, folder, name, None)]
 
 
 def _draw(dataset: str, folder: str, name: str, defect: str | None) -> Example:

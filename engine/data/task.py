@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dataset.catalog import DatasetSpec, readable_name
+from dataset.catalog import mvtec_spec, readable_name
 from dataset.class_names import class_display_names
 from dataset.few_shot import few_shot, split_shot
 from dataset.folders import find_images
@@ -90,7 +90,7 @@ def load_two_folders(
     except ValueError:  # on two drives of Windows
         root = Path(folders[0].anchor)
     name = f"{folders[0].name}_and_{folders[1].name}"
-    spec = DatasetSpec(name, domain, ("mvtec",), name, {class_name: readable_name(class_name)})
+    spec = mvtec_spec(name, {class_name: readable_name(class_name)}, domain)
     records = [
         Record((path.relative_to(root) if path.is_relative_to(root) else path).as_posix(), label, class_name)
         for label, each in enumerate(found)
