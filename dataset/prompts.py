@@ -8,7 +8,7 @@ from utils.reading import short_repr
 NORMAL_STATES = ("{}", "a {}", "the {}")
 ABNORMAL_STATES = ("a damaged {}", "a broken {}", "a {} with flaw", "a {} with defect", "a {} with damage")
 # Characters: more do not fit the 77 tokens of CLIP's prompts.
-LONGEST_NAME = 200
+MAX_NAME_LENGTH = 200
 TEMPLATES = ("{}.", "a photo of {}.")
 
 
@@ -21,8 +21,8 @@ def build_prompts(readable_name: str) -> tuple[list[str], list[str]]:
     name = readable_name.encode("utf-8", "replace").decode("utf-8")
     if not name.strip():
         raise UserError("a class needs a name for its prompts, such as 'metal screw': see --class_name, --class_names")
-    if len(name) > LONGEST_NAME:
-        raise UserError(f"the class name {short_repr(name)} has {len(name)} characters; the limit is {LONGEST_NAME}")
+    if len(name) > MAX_NAME_LENGTH:
+        raise UserError(f"the class name {short_repr(name)} has {len(name)} characters; the limit is {MAX_NAME_LENGTH}")
     return _fill(NORMAL_STATES, name), _fill(ABNORMAL_STATES, name)
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.few_shot import few_shot
-from dataset.metadata import kept_file
+from dataset.metadata import list_file
 from engine.data.task import load_task
 from tests.documented import (
     PYTHON,
@@ -139,7 +139,7 @@ def cut_test_images(data_root: Path) -> None:
     data_root.mkdir(exist_ok=True)
     data = load_task("toy_test", data_root)
     chosen = {record.image_path for record in few_shot(data.records, TESTED_IMAGES, 0)}
-    image_list = kept_file(data.located)
+    image_list = list_file(data.located)
     header, *lines = image_list.read_text(encoding="utf-8").splitlines()
     write_text(
         image_list, "\n".join([header, *(line for line in lines if json.loads(line)["image_path"] in chosen)]) + "\n"

@@ -17,7 +17,7 @@ from dataset.class_names import class_display_names
 from dataset.few_shot import few_shot
 from dataset.images import read_pair
 from dataset.locate import LocatedDataset, locate_dataset
-from dataset.metadata import UNTIED_FILE, build_metadata, kept_file, load_records
+from dataset.metadata import build_metadata, list_file, load_records
 from dataset.records import Record, metadata_digest, natural_key
 from utils.errors import UserError
 
@@ -227,7 +227,7 @@ def test_metadata_is_built_once_and_read_back(mvtec, monkeypatch):
     dataset = located("MVTec", mvtec)
     built = load_records(dataset)
     assert built == build_metadata(dataset)
-    lines = (kept_file(located("MVTec", mvtec))).read_bytes().decode("utf-8").split("\n")
+    lines = (list_file(located("MVTec", mvtec))).read_bytes().decode("utf-8").split("\n")
     assert lines[-1] == "" and len(lines) == len(built) + 2
     assert json.loads(lines[5]) == {"image_path": "bottle/test/good/1.png", "label": 0, "class_name": "bottle"}
     assert [path.name for path in mvtec.glob("*metadata*")] == ["metadata_test_MVTec.jsonl"]
@@ -250,55 +250,37 @@ def test_folder_that_cannot_be_written_keeps_nothing(mvtec, monkeypatch, caplog)
 
     monkeypatch.setattr("dataset.metadata.write_text", refuse)
     assert len(load_records(located("MVTec", mvtec))) == 10
-    assert not (kept_file(located("MVTec", mvtec))).exists()
-    assert "cannot be written" in caplog.text
+    assert not (list_file(located("MVTec", mvtec))).exists()
+    assert "cannot be saved" in caplog.text
 
 
-def test_kept_file_that_is_stale(mvtec):
+def test_list_file_that_is_stale(mvtec):
     load_records(located("MVTec", mvtec))
     (mvtec / "wood/test/hole/000.png").unlink()
     with pytest.raises(UserError) as error:
         load_records(located("MVTec", mvtec))
-    assert str(kept_file(located("MVTec", mvtec))) in str(error.value) and "delete" in str(error.value)
+    assert str(list_file(located("MVTec", mvtec))) in str(error.value) and "delete" in str(error.value)
 
 
-def untied(records: list[Record]) -> str:
-    """A list as earlier versions kept it."""
-    rows = ({key: value for key, value in vars(record).items() if value is not None} for record in records)
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def test_a_list_of_an_earlier_version_is_read_where_it_is_this_datasets(mvtec, monkeypatch):
+def test_a_list_of_another_dataset_or_layout_is_replaced(mvtec):
     dataset = located("MVTec", mvtec)
-    kept = build_metadata(dataset)[1:]
-    (mvtec / UNTIED_FILE).write_text(untied(kept), encoding="utf-8")
-    monkeypatch.setattr("dataset.metadata.build_metadata", None)
-    assert load_records(dataset) == kept
-    assert not kept_file(dataset).exists()
-
-
-def test_a_list_of_another_dataset_is_not_read(mvtec, caplog):
-    caplog.set_level(logging.INFO)
-    dataset = located("MVTec", mvtec)
-    built = build_metadata(dataset)
-    other = [replace(record, class_name="pcb1") for record in built]
-    (mvtec / UNTIED_FILE).write_text(untied(other), encoding="utf-8")
-    assert load_records(dataset) == built
-    assert f"{mvtec / UNTIED_FILE} is not read" in caplog.text
-    # Tied to another dataset, or to another layout of this one.
+    built = load_records(dataset)
+    header, *rows = list_file(dataset).read_text(encoding="utf-8").splitlines()
     for key in ("dataset", "layout"):
-        lines = kept_file(dataset).read_text(encoding="utf-8").splitlines()
-        lines[0] = json.dumps({**json.loads(lines[0]), key: "visa"})
-        kept_file(dataset).write_text("\n".join([lines[0], untied(other)]), encoding="utf-8")
+        changed = json.dumps({**json.loads(header), key: "visa"})
+        list_file(dataset).write_text("\n".join([changed, *rows[1:]]), encoding="utf-8")
         assert load_records(dataset) == built
+    list_file(dataset).write_text("\n".join(rows), encoding="utf-8")
+    with pytest.raises(UserError, match="pass own lists with --metadata; delete that file"):
+        load_records(dataset)
 
 
 def test_a_list_given_for_another_dataset_is_refused(mvtec):
     dataset = located("MVTec", mvtec)
     built = load_records(dataset)
-    assert load_records(dataset, kept_file(dataset)) == built
+    assert load_records(dataset, list_file(dataset)) == built
     with pytest.raises(UserError, match=r"lists images of 'MVTec', not of VisA"):
-        load_records(located("VisA", mvtec), kept_file(dataset))
+        load_records(located("VisA", mvtec), list_file(dataset))
 
 
 def test_classes_added_or_left_out_since_are_said_and_listed_anew(mvtec, caplog):
@@ -445,7 +427,7 @@ def test_file_made_elsewhere(tmp_path):
         ('{"image_path": "x.png", "class_name": "a", "label": 1e999}', "label"),
         ('{"image_path": "x.png", "class_name": "a", "label": null}', "label"),
         ('{"image_path": "x.png", "class_name": "a", "label": 1' + "0" * 5000 + "}", "not valid JSON"),
-        ('{"image_path": "x.png", "class_name": "' + "a" * 201 + '", "label": 0}', "at most 200 characters"),
+        ('{"image_path": "x.png", "class_name": "' + "a" * 201 + '", "label": 0}', "the limit is 200"),
         ("[" * 100_000, "nested too deeply"),
         ('{"class_name": "a", "label": 0, "image_path": ' + "[" * 500 + "]" * 500 + "}", "image_path"),
     ],
