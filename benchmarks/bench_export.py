@@ -1,4 +1,4 @@
-"""Time for an image by an exported file in onnxruntime, and by torch, on the CPU: medians, interleaved in one run."""
+"""Time per image on the CPU of a model, its ONNX file and its exported program: medians, measured in turn."""
 
 from __future__ import annotations
 
@@ -32,30 +32,30 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    asked = build_parser().parse_args(arguments)
-    model = load_model(asked.checkpoint, device="cpu")
-    image = np.asarray(Image.fromarray(pictures(model.clip.img_size)[0]).resize((asked.side, asked.side)))
+    options = build_parser().parse_args(arguments)
+    model = load_model(options.checkpoint, device="cpu")
+    image = np.asarray(Image.fromarray(pictures(model.clip.img_size)[0]).resize((options.side, options.side)))
     with tempfile.TemporaryDirectory() as folder:
-        ways: dict[str, Callable[[], object]] = {PREDICT: lambda: model.predict(image, CLASS)}
+        variants: dict[str, Callable[[], object]] = {PREDICT: lambda: model.predict(image, CLASS)}
         for kind, what in ((ONNX, "onnxruntime"), (TORCH, "torch, exported program")):
             file = Path(folder) / kind
             export(model, Subject(CLASS), file, kind)
             run = run_of(file, kind)
-            ways[what] = lambda run=run: run(image[None])
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+            variants[what] = lambda run=run: run(image[None])
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(3):  # warm
-        for way in ways.values():
-            way()
-    for _ in range(asked.rounds):
-        for name, way in ways.items():
+        for variant in variants.values():
+            variant()
+    for _ in range(options.rounds):
+        for name, variant in variants.items():
             start = time.perf_counter()
             with torch.inference_mode():
-                way()
+                variant()
             seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     rows = [[name, f"{1000 * value:.1f}", f"{value / medians[PREDICT]:.2f}"] for name, value in medians.items()]
-    print(f"{asked.checkpoint}, an image of {asked.side} x {asked.side}, {torch.get_num_threads()} threads")
-    print(markdown_table(["what", "ms", f"share of {PREDICT}"], rows))
+    print(f"{options.checkpoint}, an image of {options.side} x {options.side}, {torch.get_num_threads()} threads")
+    print(markdown_table(["variant", "ms", f"share of {PREDICT}"], rows))
 
 
 if __name__ == "__main__":

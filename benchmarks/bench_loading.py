@@ -10,8 +10,6 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +29,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=8, help="different images of each kind, half of them with a mask")
     parser.add_argument("--repeats", type=int, default=5, help="times that each image is read")
     parser.add_argument("--img_size", type=int, default=518, help="side of the resized images in pixels")
-    parser.add_argument("--folder", type=Path, help="where to write the images; default: a temporary folder")
     return parser.parse_args()
 
 
@@ -39,10 +36,10 @@ def main() -> None:
     arguments = parse_arguments()
     print(f"{device_name('cpu')}, {arguments.img_size} px\n")
     print("| file | MB | images/s |\n|---|---:|---:|")
-    with writable_folder(arguments.folder) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         for size in SIZES:
             for ending in ENDINGS:
-                subfolder = folder / f"{size[0]}x{size[1]}_{ending}"
+                subfolder = Path(folder) / f"{size[0]}x{size[1]}_{ending}"
                 records = write_images(subfolder, size, ending, arguments.images)
                 megabytes = statistics.mean((subfolder / record.image_path).stat().st_size for record in records) / 1e6
                 seconds = statistics.median(timed(subfolder, records, arguments.img_size, arguments.repeats))
@@ -63,24 +60,14 @@ def timed(root: Path, records: list[Record], img_size: int, repeats: int) -> lis
     return seconds
 
 
-@contextmanager
-def writable_folder(folder: Path | None) -> Iterator[Path]:
-    """The folder given, or one that is removed at the end."""
-    if folder is not None:
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        yield Path(temporary)
-
-
 def write_images(folder: Path, size: tuple[int, int], ending: str, count: int) -> list[Record]:
-    """`count` pictures of a size (width, height), every second one with the mask of a defect."""
+    """Write `count` images of a size (width, height), every second one with a mask."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     shapes, grain = (noise(rng, size, sigma) for sigma in (12, 1))
     records = []
     for index in range(count):
-        # One drawing, shifted: what takes time in decoding is its content, not its place.
+        # One image, shifted, because its content determines the decoding time.
         values = 128 + 40 * np.roll(shapes, 97 * index, axis=1) + 8 * np.roll(grain, 31 * index, axis=0)
         Image.fromarray(values.clip(0, 255).astype(np.uint8)).save(folder / f"{index}.{ending}", **ENDINGS[ending])
         if index % 2:

@@ -1,8 +1,8 @@
-"""A step of both stages and evaluation with ViT-L-14-336 at 518 px, in every way to run it, interleaved in one run.
+"""Time and memory of a training step of both stages, and of evaluation, with ViT-L-14-336, in several variants.
 
-CLIP's weights are random; speed and memory do not depend on their values. First the losses of `plain`, the published
-code's step in plain words (benchmarks/plain_step.py), are compared with those of the same forward here, on the same
-weights. Then every row takes a step in turn, `--repeats` times, after one that is not counted.
+CLIP's weights are random; time and memory do not depend on them. First the losses of `plain`, the step of the published
+code (benchmarks/plain_step.py), are compared with those of the same forward pass in this project, on the same weights.
+Then all variants take steps in turn, `--repeats` times, after a warm-up step in which the operations are counted.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,26 +46,29 @@ TINY = {
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 4},
 }
 STAGES = ("text", "image", "evaluation")
-# plain: the published code's step; same: its forward as this project computes it; the others: the default forward.
-WAYS = ("plain", "same", "fp32", "checkpointed", "compiled", "bf16", "bf16_compiled")
+# plain: the step of the published code; same: its forward pass in this project; the others: the default forward pass.
+VARIANTS = ("plain", "same", "fp32", "checkpointed", "compiled", "bf16", "bf16_compiled")
 CLASSES = ("candle", "capsules", "cashew", "chewing gum", "fryum", "macaroni", "circuit board", "pipe fryum")
-# As published, and so that no confident error is cut off in one of the two alone.
+# The published smoothing, so that both losses treat confident errors equally.
 CONFIG = BaseConfig(focal_smoothing=1e-5)
 PEAK_MEMORY, RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-# The side of the square matrices whose product tells what the device can do.
-PRODUCT = {"cpu": 2048, "cuda": 8192}
 
 
 @dataclass
 class Row:
-    """One way to take a step, and what was measured of it.
+    """A variant of a step and its measurements.
 
-    seconds: on the clock; processor: of all threads, which other work on the machine disturbs less; gib: the peak of
-    memory; flops: operations of a step as torch counts them, 0 where they were not counted.
+    Attributes:
+        cross: Whether the model has cross-attention.
+        batch: Images per step.
+        seconds: Elapsed time of each step.
+        processor: Processor time of all threads, which is less affected by other work on the machine.
+        gib: Peak memory.
+        flops: Operations of a step as torch counts them; 0 if they cannot be counted.
     """
 
     stage: str
-    way: str
+    variant: str
     cross: bool
     batch: int
     step: Callable[[], object]
@@ -73,13 +77,9 @@ class Row:
     gib: float = 0.0
     flops: int = 0
 
-    @property
-    def precision(self) -> str:
-        return "bf16" if self.way.startswith("bf16") else "fp32"
-
 
 class Bench:
-    """The two models, with and without cross-attention, on one CLIP, and the steps that they take."""
+    """A model with and one without cross-attention on the same CLIP, and their steps."""
 
     def __init__(self, device: str, tiny: bool, img_size: int = SIZE) -> None:
         torch.manual_seed(0)
@@ -96,7 +96,7 @@ class Bench:
         self.prompts = Prompts.from_texts(clip, texts).to(device)
 
     def batch(self, size: int) -> dict[str, Any]:
-        """Noise, half of it with a square as its anomaly; classes in turn."""
+        """Noise images; every second one has a square mask."""
         side, generator = self.clip.img_size, torch.Generator().manual_seed(size)
         masks = torch.zeros(size, 1, side, side)
         masks[::2, :, side // 4 : side // 2, side // 4 : side // 2] = 1
@@ -110,13 +110,13 @@ class Bench:
     def rows_of(self, batch: dict[str, Any]) -> Tensor:
         return torch.tensor([CLASSES.index(name) for name in batch["class_name"]], device=self.device)
 
-    def step(self, stage: str, way: str, cross: bool, size: int) -> Callable[[], Any]:
-        """A function that takes a step, without changing weights, and returns its loss (evaluation: the maps)."""
+    def step(self, stage: str, variant: str, cross: bool, size: int) -> Callable[[], Any]:
+        """A function that takes a step without changing weights, and returns the loss, or the maps in evaluation."""
         batch, model = self.batch(size), self.models[cross]
-        precision = "bf16" if way.startswith("bf16") else "fp32"
-        runner = BlockRunner(way == "checkpointed", (size,) if way.endswith("compiled") else ())
-        surgery = "sequential" if way in ("plain", "same") else "dual"
-        if way == "plain":
+        precision = "bf16" if variant.startswith("bf16") else "fp32"
+        runner = BlockRunner(variant == "checkpointed", (size,) if variant.endswith("compiled") else ())
+        surgery = "sequential" if variant in ("plain", "same") else "dual"
+        if variant == "plain":
             return self._plain_step(stage, batch)
         if stage == "evaluation":
             side, rows = model.text_side(self.prompts), self.rows_of(batch)
@@ -175,44 +175,23 @@ class Bench:
         return evaluate if stage == "evaluation" else train
 
     def check_losses(self) -> None:
-        """Raise `SystemExit` where the plain step has another loss than the same forward here."""
+        """Raise `SystemExit` if the losses of `plain` and `same` differ."""
         for stage in ("text", "image"):
-            plain, same = (self.step(stage, way, False, 1)() for way in ("plain", "same"))
-            print(f"loss of {stage}: plain {plain:.6f}, here {same:.6f}")
+            plain, same = (self.step(stage, variant, False, 1)() for variant in ("plain", "same"))
+            print(f"{stage} loss: plain {plain:.6f}, same {same:.6f}")
             if abs(plain - same) > 1e-4 * abs(plain):
-                raise SystemExit("the two do not compute the same")
-
-    def analytic_flops(self, stage: str, way: str, cross: bool, size: int) -> float:
-        """The multiplications and additions of a step of `size` images that blocks need (docs/benchmarks.md)."""
-        n, d, depth = 1 + self.clip.grid**2, self.clip.vision_width, self.clip.vision_layers
-        linear, attention = 24 * d * d * n, 4 * n * n * d
-        forward = depth * (linear + attention)
-        values = (self.models[cross].config.surgery_until_layer - 1) * (attention + 2 * d * d * n)
-        last = 20 * d * d * n + attention
-        if way == "plain":
-            # The backward pass of a linear is twice its forward where its weights have gradients.
-            whole = forward + depth * (2 * linear + 2 * attention)
-            return size * {"text": 2 * forward, "image": whole, "evaluation": forward}[stage]
-        frozen = forward + values - last if way != "same" else 2 * forward - last
-        if stage == "text":
-            return size * frozen
-        # Attention's backward pass computes its scores again; no gradient crosses the first block.
-        backward = (depth - 1) * (linear + 2.5 * attention)
-        if way == "checkpointed":
-            backward += (depth - 1) * linear * 8 / 12
-        context = forward - last + 1 / (depth - 1) * values if cross else 0
-        return size * (forward + context + (backward if stage == "image" else 0))
+                raise SystemExit("the losses differ")
 
 
 def measure(row: Row, device: str) -> None:
-    """Take a step, and keep its time and the peak of memory."""
+    """Take a step, and record its time and peak memory."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
     elif RESET_PEAK.exists():
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
-            trim(0)  # what earlier steps have freed counts no more
+            trim(0)  # return the memory that earlier steps have freed
         RESET_PEAK.write_text("5", encoding="ascii")
     start, processor = time.perf_counter(), time.process_time()
     row.step()
@@ -224,7 +203,7 @@ def measure(row: Row, device: str) -> None:
 
 
 def peak_memory(device: str) -> float:
-    """GiB since the last reset: of the GPU, or of the process where the system tells; else 0."""
+    """Peak memory in GiB since the last reset, of the GPU or the process; 0 if the system does not report it."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     if not PEAK_MEMORY.exists():
@@ -233,126 +212,72 @@ def peak_memory(device: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
 
 
-def product_speed(device: str, precision: str) -> float:
-    """Operations a second of one large matrix product, which a step cannot exceed; on the CPU of processor time."""
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    side = PRODUCT[device]
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a = torch.randn(side, side, device=device, dtype=dtype)
-    times = []
-    for _ in range(4):
-        start = clock()
-        (a @ a)[0, 0].item()
-        times.append(clock() - start)
-    return 2 * side**3 / min(times)
-
-
-def rows_asked_for(bench: Bench, arguments: argparse.Namespace) -> Iterator[Row]:
+def make_rows(bench: Bench, arguments: argparse.Namespace) -> Iterator[Row]:
     sizes = {
         "text": arguments.text_batch_sizes,
         "image": arguments.image_batch_sizes,
         "evaluation": arguments.eval_batch_sizes,
     }
-    for stage in arguments.stages:
-        for cross in (False, True) if arguments.cross_attention else (False,):
-            for way in arguments.ways:
-                # The published code has no cross-attention, Stage 1 alone has frozen features, evaluation no gradient.
-                if (way == "plain" and cross) or (way == "same" and stage != "text"):
-                    continue
-                if way == "checkpointed" and stage == "evaluation":
-                    continue
-                for size in sizes[stage]:
-                    yield Row(stage, way, cross, size, bench.step(stage, way, cross, size))
+    for stage, cross, variant in product(arguments.stages, (False, True), arguments.variants):
+        # The published code has no cross-attention, only Stage 1 has frozen features, evaluation has no gradient.
+        missing = {"plain": cross, "same": stage != "text", "checkpointed": stage == "evaluation"}
+        if missing.get(variant) or (cross and not arguments.cross_attention):
+            continue
+        for size in sizes[stage]:
+            yield Row(stage, variant, cross, size, bench.step(stage, variant, cross, size))
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:
-    """All rows asked for, measured."""
+    """Measure and print all rows."""
     device = check_device(arguments.device, "fp32", arguments.tf32).partition(":")[0]
-    if any(way.endswith("compiled") for way in arguments.ways):
+    if any(variant.endswith("compiled") for variant in arguments.variants):
         check_compiler(device)
     bench = Bench(device, arguments.tiny, arguments.img_size)
     bench.check_losses()
-    rows = list(rows_asked_for(bench, arguments))
-    for row in rows if arguments.warm_up else ():
-        with nullcontext() if row.way.endswith("compiled") else FlopCounterMode(display=False) as counter:
+    rows = list(make_rows(bench, arguments))
+    for row in rows:
+        with nullcontext() if row.variant.endswith("compiled") else FlopCounterMode(display=False) as counter:
             row.step()
         row.flops = counter.get_total_flops() if counter else 0
     for _ in range(arguments.repeats):
         for row in rows:
             measure(row, device)
-    print(f"{device_name(device)}, torch {torch.__version__}, median of {arguments.repeats}")
-    speeds = {name: product_speed(device, name) for name in sorted({row.precision for row in rows})}
-    said = ", ".join(f"{name} {speed / 1e12:.3f}" for name, speed in speeds.items())
-    print(f"a large matrix product, TFLOP/s: {said}\n")
-    print(table(bench, rows, speeds))
+    print(f"{device_name(device)}, torch {torch.__version__}, median of {arguments.repeats}\n")
+    print(table(rows, device))
     return rows
 
 
-def table(bench: Bench, rows: Sequence[Row], speeds: dict[str, float]) -> str:
-    """A row of figures for each way; the ratio is to the plain step of the same stage and batch.
-
-    On the CPU both shares are of processor time.
-    """
-    cpu = bench.device == "cpu"
-    cost = {id(row): statistics.median(row.processor if cpu else row.seconds) for row in rows}
-    plain = {(row.stage, row.batch): cost[id(row)] for row in rows if row.way == "plain"}
+def table(rows: Sequence[Row], device: str) -> str:
+    """The medians of all rows; "times plain" is the speed relative to `plain`, on a CPU in processor time."""
+    cost = {id(row): statistics.median(row.processor if device == "cpu" else row.seconds) for row in rows}
+    plain = {(row.stage, row.batch): cost[id(row)] for row in rows if row.variant == "plain"}
     lines = []
     for row in rows:
-        seconds = statistics.median(row.seconds)
-        analytic = bench.analytic_flops(row.stage, row.way, row.cross, row.batch)
-        whole = plain.get((row.stage, row.batch))
-        lines.append(
-            [
-                row.stage,
-                "on" if row.cross else "off",
-                row.way,
-                str(row.batch),
-                f"{seconds:.3f}",
-                f"{statistics.median(row.processor):.3f}",
-                f"{row.batch / seconds:.3f}",
-                f"{row.gib:.2f}",
-                f"{row.flops / 1e12:.3f}" if row.flops else "-",
-                f"{analytic / 1e12:.3f}",
-                f"{100 * analytic / cost[id(row)] / speeds[row.precision]:.0f} %",
-                f"{whole / cost[id(row)]:.2f}" if whole else "-",
-            ]
-        )
-    header = [
-        "Stage",
-        "Cross-attention",
-        "Way",
-        "Images",
-        "Seconds",
-        "Processor",
-        "Images/s",
-        "GiB",
-        "Counted TFLOP",
-        "Blocks' TFLOP",
-        "Share of product",
-        "Times plain",
-    ]
-    return format_table(header, lines)
+        seconds, processor = statistics.median(row.seconds), statistics.median(row.processor)
+        base = plain.get((row.stage, row.batch))
+        numbers = [f"{value:.3f}" for value in (seconds, processor, row.batch / seconds)]
+        flops = f"{row.flops / 1e12:.3f}" if row.flops else "-"
+        speed = f"{base / cost[id(row)]:.2f}" if base else "-"
+        attention = "on" if row.cross else "off"
+        lines.append([row.stage, attention, row.variant, str(row.batch), *numbers, f"{row.gib:.2f}", flops, speed])
+    measured = ["seconds", "processor s", "images/s", "GiB", "TFLOP", "times plain"]
+    return format_table(["stage", "cross-attention", "variant", "images", *measured], lines)
 
 
-def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--tf32", choices=("on", "off"), default="on", help="for fp32 on a GPU")
-    parser.add_argument("--img_size", type=int, default=SIZE, help="side of the square images, pixels")
+    parser.add_argument("--img_size", type=int, default=SIZE, help="side of the images in pixels")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS[:4])
-    parser.add_argument("--cross_attention", action="store_true", help="rows with cross-attention too")
-    parser.add_argument("--text_batch_sizes", nargs="+", type=int, default=[4], help="images in a step of Stage 1")
-    parser.add_argument("--image_batch_sizes", nargs="+", type=int, default=[2], help="images in a step of Stage 2")
-    parser.add_argument(
-        "--eval_batch_sizes", nargs="+", type=int, default=[1], help="images in a forward of evaluation"
-    )
-    parser.add_argument("--repeats", type=int, default=3, help="steps of each row that count")
-    parser.add_argument(
-        "--warm_up", action=argparse.BooleanOptionalAction, default=True, help="a step of each row before, not timed"
-    )
-    parser.add_argument("--tiny", action="store_true", help="a tiny CLIP, to try the benchmark itself")
-    return parser.parse_args(given)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS[:4])
+    parser.add_argument("--cross_attention", action="store_true", help="also measure the model with cross-attention")
+    parser.add_argument("--text_batch_sizes", nargs="+", type=int, default=[4], help="images per step of Stage 1")
+    parser.add_argument("--image_batch_sizes", nargs="+", type=int, default=[2], help="images per step of Stage 2")
+    parser.add_argument("--eval_batch_sizes", nargs="+", type=int, default=[1], help="images per evaluation step")
+    parser.add_argument("--repeats", type=int, default=3, help="measured steps of each variant")
+    parser.add_argument("--tiny", action="store_true", help="a tiny CLIP, to test the benchmark")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""How the work of ViT-L-14-336 grows with pixels, classes and prompts: TFLOP, counted without computing anything.
-
-Operations of the code itself, on tensors without values; a multiplication with its addition counts as two.
-"""
+"""TFLOP of ViT-L-14-336 for several image sizes, counted on tensors without values; a multiply-add counts as two."""
 
 from __future__ import annotations
 
@@ -46,24 +43,21 @@ def main() -> None:
         "testing",
         "Stage 1",
         "Stage 2",
-        "words see images: Stage 1",
+        "text attends to images: Stage 1",
         "Stage 2",
-        "loop 2 on: Stage 1",
+        "from loop 2 on: Stage 1",
         "Stage 2",
     ]
-    print(f"TFLOP of an image, all of one class\n\n{format_table(columns, [row_of(size) for size in sizes])}\n")
+    print(f"TFLOP per image, all of one class\n\n{format_table(columns, [row_of(size) for size in sizes])}\n")
     clip = empty_clip(sizes[0])
     one, four = (stage_of(clip, crossed=False, side="text", classes=NAMES[:count]) for count in (1, 4))
     names = [name for name in NAMES for _ in range(2)]
     added = len(names) * (work(four, names) - work(one, [NAMES[0]] * len(names))) / 3
-    print(f"Each further class in a step of Stage 1: {added:.3f}, of {prompts_of(clip, NAMES)[1]} prompts")
-    crossed = [stage_of(clip, crossed=True, side="text", classes=NAMES[:1], copies=copies) for copies in (1, 2)]
-    once, twice = (work(stage, [NAMES[0]]) for stage in crossed)
-    print(f"As many prompts again, where words see images: {twice - once:.3f} an image of Stage 1")
+    print(f"Each additional class in a step of Stage 1: {added:.3f} TFLOP")
 
 
 def row_of(size: int) -> list[str]:
-    """What an image costs at a size, in TFLOP."""
+    """TFLOP per image of a size."""
     clip = empty_clip(size)
     plain = {side: stage_of(clip, False, side) for side in ("text", "image")}
     cross = {side: stage_of(clip, True, side) for side in ("text", "image")}
@@ -73,12 +67,12 @@ def row_of(size: int) -> list[str]:
     model = plain["image"].model.eval()
     with torch.no_grad():
         tested = counted(lambda: model(images, plain["image"].text_side, torch.zeros(1, dtype=int, device="meta")))
-    found = [tested, *(work(stages[side], NAMES[:1]) for stages in (plain, cross, later) for side in ("text", "image"))]
-    return [str(size), str(tokens), *(f"{value:.2f}" for value in found)]
+    trained = [work(stages[side], NAMES[:1]) for stages in (plain, cross, later) for side in ("text", "image")]
+    return [str(size), str(tokens), *(f"{value:.2f}" for value in (tested, *trained))]
 
 
 def empty_clip(size: int) -> FrozenCLIP:
-    """The model without values, for images of `size` pixels."""
+    """CLIP without values, for images of `size` pixels."""
     architecture = open_clip.get_model_config(MODEL)
     architecture["vision_cfg"]["image_size"] = size
     with torch.device("meta"):
@@ -87,30 +81,20 @@ def empty_clip(size: int) -> FrozenCLIP:
         return FrozenCLIP(clip, MODEL, "quick_gelu")
 
 
-def prompts_of(clip: FrozenCLIP, classes: Sequence[str], copies: int = 1) -> tuple[Prompts, int]:
-    """The prompts of classes, each `copies` times, and how many a class has."""
-    texts = [tuple(list(group) * copies for group in build_prompts(name)) for name in classes]
-    return Prompts.from_texts(clip, texts).to("meta"), sum(map(len, texts[0]))
-
-
 def stage_of(
-    clip: FrozenCLIP,
-    crossed: bool,
-    side: str,
-    classes: Sequence[str] = NAMES[:1],
-    copies: int = 1,
-    loop: LoopForward | None = None,
+    clip: FrozenCLIP, crossed: bool, side: str, classes: Sequence[str] = NAMES[:1], loop: LoopForward | None = None
 ) -> Stage:
     kind = AdaptedCLIPWithCrossAttention if crossed else AdaptedCLIP
     model = kind(clip, clip.model_config()).to("meta")
     make = {"text": TextStage, "image": ImageStage}[side]
-    stage = make(model, prompts_of(clip, classes, copies)[0], classes, BaseConfig(), loop)
+    prompts = Prompts.from_texts(clip, [build_prompts(name) for name in classes]).to("meta")
+    stage = make(model, prompts, classes, BaseConfig(), loop)
     stage.begin()
     return stage
 
 
 def work(stage: Stage, names: Sequence[str]) -> float:
-    """TFLOP of a training step for one image; names: each image's class."""
+    """TFLOP of a training step per image; `names` are the classes of its images."""
     size = stage.model.clip.img_size
     batch: dict[str, Any] = {
         "image": torch.empty(len(names), 3, size, size, device="meta"),
@@ -128,9 +112,9 @@ def work(stage: Stage, names: Sequence[str]) -> float:
 
 
 def counted(run: Callable[[], object]) -> float:
-    # autocast knows no device without values.
-    without = mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext())
-    with without, FlopCounterMode(display=False) as counter:
+    # autocast does not support the meta device.
+    no_autocast = mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext())
+    with no_autocast, FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops() / 1e12
 

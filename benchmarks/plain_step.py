@@ -1,9 +1,9 @@
-"""Both stages as AA-CLIP's published code computes them, in plain words: what the benchmark compares with.
+"""Both stages as AA-CLIP's published code computes them; the benchmark compares with this.
 
-Every weight of CLIP requires a gradient, attention writes its weights down, prompts have all 77 tokens, Stage 1 passes
-images through the encoder twice, and targets of the focal loss are one-hot tensors that are made on the CPU. V-V
-attention runs over the tokens of each image, which is `--surgery sequential` here: the published form is a mistake
-(docs/method.md, "Image, frozen") that costs as much. On the same weights the losses are those of this project.
+Every weight of CLIP requires a gradient, attention weights are stored, prompts have all 77 tokens, Stage 1 runs the image
+encoder twice, and the one-hot targets of the focal loss are created on the CPU. V-V attention is over the tokens of each
+image (`--surgery sequential`): the published form is a defect (docs/method.md, "Image, frozen") of the same cost. With
+the same weights, the losses equal those of this project.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SMOOTHING = 1e-5
 
 
 class PlainModel:
-    """The published forward on the weights of a model; levels, depths and blend weights are the model's."""
+    """The published forward pass with the weights, levels, depths and blend weights of a model."""
 
     def __init__(self, model: AdaptedCLIP) -> None:
         self.model = model
@@ -65,7 +65,7 @@ class PlainModel:
 
     @torch.no_grad()
     def frozen_features(self, images: Tensor) -> list[Tensor]:
-        """Two passes: V-V attention for the patches, the encoder as it is for the class token."""
+        """Two passes: with V-V attention for the patches, and the unchanged encoder for the class token."""
         visual, blocks = self.clip.visual, self.clip.visual.transformer.resblocks
         first = len(blocks) - (self.config.surgery_until_layer - 1)
         x, streams = self.model.clip.embed_image(images), []
@@ -92,7 +92,7 @@ class PlainModel:
         return features, F.normalize(parts["det_proj"](found[-1]), dim=-1).mean(dim=1)
 
     def stage1_loss(self, images: Tensor, masks: Tensor, tokens: Tensor, rows: Tensor, normal: int) -> Tensor:
-        """tokens (C, P, 77): of the classes that occur; rows (B,): each image's."""
+        """tokens (C, P, 77) of the classes in the batch; rows (B,): the class of each image."""
         levels = self.frozen_features(images)
         anchors = self.anchors(tokens, normal)[rows]
         losses = [level_loss(level, anchors, masks) for level in levels]
@@ -100,7 +100,7 @@ class PlainModel:
         return torch.stack(losses).mean() + 0.1 * overlap
 
     def stage2_loss(self, images: Tensor, masks: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
-        """anchors (B, D, 2): each image's."""
+        """anchors (B, D, 2) of each image."""
         levels, det = self.image_features(images)
         classification = F.cross_entropy((det[:, None] @ anchors)[:, 0], labels)
         return classification + torch.stack([level_loss(level, anchors, masks) for level in levels]).sum()
@@ -127,10 +127,10 @@ def dice(p: Tensor, target: Tensor) -> Tensor:
 
 
 def full_length(tokens: Tensor, length: int) -> Tensor:
-    """Token ids padded to all of CLIP's, (..., T) -> (..., length)."""
+    """Pad token ids (..., T) to CLIP's context length, (..., length)."""
     return F.pad(tokens, (0, length - tokens.shape[-1]))
 
 
 def parameters_of(model: AdaptedCLIP, names: Sequence[str]) -> list[nn.Parameter]:
-    """All parameters of components."""
+    """All parameters of the components."""
     return [parameter for name in names for parameter in model.components[name].parameters()]
