@@ -19,7 +19,7 @@ from engine.export.export import Subject, export, pictures, run_of
 from utils.cli import number
 from utils.text import markdown_table
 
-CLASS = "object"
+CLASS, SIDE = "object", 512
 PREDICT = "torch, `model.predict`"
 
 
@@ -27,14 +27,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", default="runs/toy", help="file or folder (default: %(default)s)")
     parser.add_argument("--rounds", type=number(int, (1, 10_000)), default=30, help="of each (default: %(default)s)")
-    parser.add_argument("--side", type=number(int, (1, 10_000)), default=512, help="pixels (default: %(default)s)")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
     model = load_model(options.checkpoint, device="cpu")
-    image = np.asarray(Image.fromarray(pictures(model.clip.img_size)[0]).resize((options.side, options.side)))
+    image = np.asarray(Image.fromarray(pictures(model.clip.img_size)[0]).resize((SIDE, SIDE)))
     with tempfile.TemporaryDirectory() as folder:
         variants: dict[str, Callable[[], object]] = {PREDICT: lambda: model.predict(image, CLASS)}
         for kind, what in ((ONNX, "onnxruntime"), (TORCH, "torch, exported program")):
@@ -54,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     rows = [[name, f"{1000 * value:.1f}", f"{value / medians[PREDICT]:.2f}"] for name, value in medians.items()]
-    print(f"{options.checkpoint}, an image of {options.side} x {options.side}, {torch.get_num_threads()} threads")
+    print(f"{options.checkpoint}, an image of {SIDE} x {SIDE}, {torch.get_num_threads()} threads")
     print(markdown_table(["variant", "ms", f"share of {PREDICT}"], rows))
 
 

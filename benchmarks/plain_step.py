@@ -1,9 +1,9 @@
 """Both stages as AA-CLIP's published code computes them; the benchmark compares with this.
 
-Every weight of CLIP requires a gradient, attention weights are stored, prompts have all 77 tokens, Stage 1 runs the image
-encoder twice, and the one-hot targets of the focal loss are created on the CPU. V-V attention is over the tokens of each
-image (`--surgery sequential`): the published form is a defect (docs/method.md, "Image, frozen") of the same cost. With
-the same weights, the losses equal those of this project.
+Every weight of CLIP requires a gradient, attention weights are stored, prompts have all 77 tokens, Stage 1 runs the
+image encoder twice, and the one-hot targets of the focal loss are created on the CPU. V-V attention is over the tokens
+of each image (`--surgery sequential`): the published form is a defect (docs/method.md, "Image, frozen") of the same
+cost. With the same weights, the losses equal those of this project.
 """
 
 from __future__ import annotations
