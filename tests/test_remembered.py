@@ -93,7 +93,7 @@ def test_testing_comparing_and_going_on_find_the_data_again(
         (b"[" * 100_000, "cannot be read"),
         (b"[]", "it is a list"),
         (b"{}", "it has no 'dataset'"),
-        (b'{"dataset": "VisA", "data_root": 5}', "data_root is 5, where text is needed"),
+        (b'{"dataset": "VisA", "data_root": 5}', "data_root is 5, expected text"),
         (b'{"dataset": "VisA", "num_feedback_loops": NaN}', "nan"),
     ],
 )

@@ -57,7 +57,7 @@ def reason(error: BaseException) -> str | None:
     if isinstance(error, ValueError) and "null" in str(error):
         return "the name has a NUL character"
     if isinstance(error, OSError):
-        return REASONS.get(error.errno, error.strerror or str(error))
+        return REASONS.get(error.errno or 0, error.strerror or str(error))
     if found := re.search(r"\(os error (\d+)\)", str(error)):
         return REASONS.get(int(found.group(1)), str(error))
     wrapped = error.__cause__ or error.__context__

@@ -1,7 +1,7 @@
-"""Values read from files, checked against annotations before anything is built from them.
+"""Checks values from files against type annotations, before anything is built from them.
 
-A dataclass says which keys there are and of which types; under `between` and `choices`, the metadata of its fields says
-which values are allowed. So the frozen dataclasses that describe a model are the schema of the files that hold them.
+A dataclass defines the keys and their types; `between` and `choices` in the metadata of its fields limit the values. So
+the frozen dataclasses that describe a model are the schema of the files that contain them.
 """
 
 from __future__ import annotations
@@ -16,46 +16,50 @@ from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 from utils.errors import UserError
 
 type_hints = functools.cache(get_type_hints)
-DEEPEST = 8
-_WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", type(None): "nothing"}
+MAX_DEPTH = 8
+_NAMES = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", type(None): "nothing"}
 
 
 class MayHoldMore:
-    """Marks a dataclass whose table in a file may have keys that it does not name; `more` annotates their values."""
+    """Base of dataclasses whose table in a file may have other keys too; `more` is the annotation of their values."""
 
     more: ClassVar[Any] = Any
 
 
 class Plain:
-    """An annotation: text, finite numbers, true, false, nothing, and lists and tables of these, a few levels deep."""
+    """Annotation of text, finite numbers, true, false, nothing, and lists and tables of these, a few levels deep."""
 
     @staticmethod
-    def problem(value: Any, depth: int = DEEPEST) -> str | None:
-        """What is wrong with a value; None where it fits."""
+    def problem(value: Any, depth: int = MAX_DEPTH) -> str | None:
+        """Describe what is wrong with a value; None if it is valid."""
         if isinstance(value, (list, tuple, dict)):
             if not depth:
-                return f"is nested more than {DEEPEST} levels deep"
+                return f"is nested more than {MAX_DEPTH} levels deep"
             if isinstance(value, dict) and not all(_is(key, str) for key in value):
                 return "holds a table with a key that is not text"
             inside = value.values() if isinstance(value, dict) else value
             return next(filter(None, (Plain.problem(item, depth - 1) for item in inside)), None)
-        return None if any(_is(value, kind) for kind in _WORDS) else f"holds {_shown(value)}, which is not plain data"
+        return None if any(_is(value, kind) for kind in _NAMES) else f"holds {_shown(value)}, which is not plain data"
 
 
 class Measured:
-    """An annotation: a number that was measured, which need not be finite."""
+    """Annotation of a measured number, which need not be finite."""
 
     @staticmethod
     def problem(value: Any) -> str | None:
-        return None if type(value) is float or _is(value, int) else f"is {_shown(value)}, a number is needed"
+        return None if type(value) is float or _is(value, int) else f"is {_shown(value)}, expected a number"
 
 
 def check(value: Any, hint: Any, source: object, key: str = "", limits: Mapping[str, Any] | None = None) -> None:
-    """Raise `UserError`, one line with `source` and `key`, unless a value is what the annotation `hint` asks for.
+    """Raise a one-line `UserError` unless a value matches an annotation.
 
-    hint: a type of `_WORDS`, a list, tuple, table or union of annotations, a dataclass, or a class with a static method
-    `problem`, which says in words what is wrong. The error of a union is that of its last part. limits: a field's
-    `between` and `choices`, also of a list's items.
+    Args:
+        value: The value from a file.
+        hint: A type of `_NAMES`, a list, tuple, table or union of annotations, a dataclass, or a class with a static
+            method `problem` that describes what is wrong. The error of a union is that of its last part.
+        source: The file, for the message.
+        key: The place in the file, for the message.
+        limits: `between` and `choices` of a field; they also apply to the items of a list.
     """
     origin, parts = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -69,12 +73,12 @@ def check(value: Any, hint: Any, source: object, key: str = "", limits: Mapping[
     elif origin in (list, tuple):
         fixed = origin is tuple and parts[-1] is not ...
         if not isinstance(value, (list, tuple)) or (fixed and len(value) != len(parts)):
-            raise _refusal(source, key, value, f"a list{f' of {len(parts)}' if fixed else ''}")
+            raise _mismatch(source, key, value, f"a list{f' of {len(parts)}' if fixed else ''}")
         for index, item in enumerate(value):
             check(item, parts[index if fixed else 0], source, f"{key}[{index}]", limits)
     elif origin is dict:
         if not isinstance(value, dict):
-            raise _refusal(source, key, value, "a table of named values")
+            raise _mismatch(source, key, value, "a table of named values")
         for name, item in value.items():
             check(name, parts[0], source, f"a key of {key or 'it'}")
             check(item, parts[1], source, f"{key}[{_shown(name)}]", limits)
@@ -86,8 +90,8 @@ def check(value: Any, hint: Any, source: object, key: str = "", limits: Mapping[
         _check_scalar(value, type(None) if hint is None else hint, source, key, limits or {})
 
 
-def check_fields(values: Any, kind: type, source: object, key: str = "") -> None:
-    """Raise `UserError` unless `values` is a table with the fields of the dataclass `kind`, as `check` does."""
+def check_fields(values: Any, kind: Any, source: object, key: str = "") -> None:
+    """Raise `UserError`, as `check` does, unless `values` is a table with the fields of the dataclass `kind`."""
     check(values, dict[str, Any], source, key)
     known, hints = {item.name: item for item in fields(kind)}, type_hints(kind)
     for name, item in known.items():
@@ -124,31 +128,31 @@ def _check_union(
 def _check_scalar(value: Any, kind: type, source: object, key: str, limits: Mapping[str, Any]) -> None:
     if not _is(value, kind):
         unwritable = kind is str and type(value) is str
-        raise _refusal(source, key, value, "text in UTF-8 without NUL characters" if unwritable else _WORDS[kind])
+        raise _mismatch(source, key, value, "text in UTF-8 without NUL characters" if unwritable else _NAMES[kind])
     between, choices = limits.get("between"), limits.get("choices")
     if choices and value not in choices:
-        raise _refusal(source, key, value, f"one of {', '.join(map(str, choices))}")
+        raise _mismatch(source, key, value, f"one of {', '.join(map(str, choices))}")
     if between and kind in (int, float) and not between[0] <= value <= between[1]:
-        raise _refusal(source, key, value, f"{between[0]} to {between[1]}")
+        raise _mismatch(source, key, value, f"{between[0]} to {between[1]}")
 
 
 def _is(value: Any, kind: type) -> bool:
-    """Whether a value is of a plain type: no boolean is a number, numbers are finite, and text can be written."""
+    """Whether a value has a plain type: booleans are not numbers, numbers are finite, and text can be written."""
     if kind is float:
         return _is(value, int) or (type(value) is float and math.isfinite(value))
     if type(value) is not kind:
         return False
-    if kind is int:
-        return abs(value) < 2**63
-    return kind is not str or not any(sign == "\0" or "\ud800" <= sign <= "\udfff" for sign in value)
+    if isinstance(value, str):
+        return not any(sign == "\0" or "\ud800" <= sign <= "\udfff" for sign in value)
+    return not isinstance(value, int) or abs(value) < 2**63
 
 
-def _refusal(source: object, key: str, value: Any, needed: str) -> UserError:
-    return UserError(f"{source}: {key or 'it'} is {_shown(value)}, where {needed} is needed")
+def _mismatch(source: object, key: str, value: Any, expected: str) -> UserError:
+    return UserError(f"{source}: {key or 'it'} is {_shown(value)}, expected {expected}")
 
 
 def _shown(value: Any) -> str:
-    """A value in a few words on one line, however large it is."""
+    """A value as short text on one line, however large it is."""
     if isinstance(value, (int, float)) and abs(value) >= 1e30 and math.isfinite(value if type(value) is float else 0):
         return "a huge number"
     if value is None or isinstance(value, (int, float)):
