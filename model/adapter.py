@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,19 @@ from model.text import Prompts, encode_classes, pair_anchors
 
 
 class AdaptedCLIP(nn.Module):
-    """A frozen CLIP with `text_adapter` and `image_adapter`, the only trainable parts.
+    """A frozen CLIP with trainable adapters in both encoders.
 
-    text_adapter: ModuleList of the adapters after the first text blocks and, last, the projector that takes the place
-        of CLIP's text projection.
-    image_adapter: ModuleDict of `layer_adapters`, `seg_proj` (one per level) and `det_proj`.
+    Args:
+        clip: the frozen CLIP.
+        config: choices of the adapted model.
+
+    Attributes:
+        text_adapter: ModuleList of the adapters after the first text blocks and, last, the projector that replaces
+            CLIP's text projection.
+        image_adapter: ModuleDict of `layer_adapters`, `seg_proj` (one projector per level) and `det_proj`.
+
+    Raises:
+        UserError: `config` has depths that this CLIP does not have.
     """
 
     def __init__(self, clip: FrozenCLIP, config: ModelConfig) -> None:
@@ -31,17 +39,12 @@ class AdaptedCLIP(nn.Module):
         self.clip = clip
         self.config = config
         d_t, d_v, d = clip.text_width, clip.vision_width, clip.embed_dim
-        self.text_adapter = nn.ModuleList(
-            [
-                *(make_adapter(config.adapter, d_t) for _ in range(config.text_adapt_until)),
-                SimpleProj(d_t, d, relu=True),
-            ]
-        )
+        text_adapters = [make_adapter(config.adapter, d_t) for _ in range(config.text_adapt_until)]
+        self.text_adapter = nn.ModuleList([*text_adapters, SimpleProj(d_t, d, relu=True)])
+        image_adapters = [make_adapter(config.adapter, d_v) for _ in range(config.image_adapt_until)]
         self.image_adapter = nn.ModuleDict(
             {
-                "layer_adapters": nn.ModuleList(
-                    make_adapter(config.adapter, d_v) for _ in range(config.image_adapt_until)
-                ),
+                "layer_adapters": nn.ModuleList(image_adapters),
                 "seg_proj": nn.ModuleList(SimpleProj(d_v, d, config.relu) for _ in config.levels),
                 "det_proj": SimpleProj(d_v, d, config.relu),
             }
@@ -49,49 +52,56 @@ class AdaptedCLIP(nn.Module):
 
     @property
     def components(self) -> dict[str, nn.Module]:
-        """The trainable components by the names that checkpoints and logs use."""
+        """The trainable components by the names in checkpoints and logs."""
         return {name: getattr(self, name) for name in COMPONENTS if hasattr(self, name)}
 
     def trained_components(self, side: str, loop: LoopForward | None = None) -> tuple[str, ...]:
-        """The components that take part in the forward of a side, "text" or "image"."""
+        """Names of the components in the forward of a side, "text" or "image"."""
         return (f"{side}_adapter",)
 
     @property
+    def seg_proj(self) -> nn.ModuleList:
+        """The projectors of the levels."""
+        return cast(nn.ModuleList, self.image_adapter["seg_proj"])
+
+    @property
     def text_modules(self) -> dict[str, Any]:
-        """What the text pass takes beside CLIP: adapters, projector and blend weight; nothing where not adapted."""
+        """Adapters, projector and blend weight for the functions of `model.text`; empty without text adaptation."""
         if not self.config.text_adapted:
             return {}
         *adapters, projector = self.text_adapter
         return {"adapters": adapters, "projector": projector, "weight": self.config.text_adapt_weight}
 
     def anchors(self, prompts: Prompts) -> Tensor:
-        """Anchors of all classes from one text pass, (C, D, 2); CLIP's own where the text side is not adapted."""
+        """Anchors of all C classes from one text pass, (C, D, 2); CLIP's own without text adaptation."""
         return pair_anchors(encode_classes(self.clip, prompts, **self.text_modules), prompts.normal)
 
     def frozen_features(self, images: Tensor) -> ImageFeatures:
-        """What Stage 1 looks at: CLIP's own features by V-V attention, without gradient."""
+        """CLIP's own features by V-V attention, without gradient: the image features of Stage 1."""
         return frozen_features(self.clip, images, self.config)
 
     def stage1_features(
         self, images: Tensor, prompts: Prompts, rows: Tensor, loop: LoopForward | None = None
     ) -> ImageFeatures:
-        """The image features of Stage 1's loss and conditioning, without gradient; rows as in `batch_anchors`."""
+        """Image features of Stage 1, without gradient; arguments as for `batch_anchors`."""
         return self.frozen_features(images)
-
-    def image_features(self, images: Tensor) -> ImageFeatures:
-        """The adapted image branch: images (B, 3, S, S) -> unit patch features (B, N, D) per level, and det (B, D)."""
-        return self.encode_image(images)
 
     def encode_image(
         self, images: Tensor, after_first_block: Callable[[Tensor], Tensor] | None = None, with_context: bool = False
     ) -> ImageFeatures:
-        """`image_features`, with a change of the stream (B, 1 + N, D_v) between the first block and its adapter.
+        """The adapted image branch.
 
-        with_context: also what text attends to, whose class embedding takes the blocks behind the last level too.
+        Args:
+            images: (B, 3, S, S), normalised.
+            after_first_block: changes the stream (B, 1 + N, D_v) between the first block and its adapter.
+            with_context: also compute the context for text, which takes the blocks after the last level.
+
+        Returns:
+            Unit patch features (B, N, D) of each level, `det` (B, D), and the context (B, N, D) or None.
         """
         visual = self.clip.clip.visual
-        adapters = self.image_adapter["layer_adapters"]
-        projectors = dict(zip(self.config.levels, self.image_adapter["seg_proj"], strict=True))
+        adapters = cast(nn.ModuleList, self.image_adapter["layer_adapters"])
+        projectors = dict(zip(self.config.levels, self.seg_proj, strict=True))
         x = self.clip.embed_image(images)
         features, patches = [], x
         depth = self.clip.vision_layers if with_context else self.config.levels[-1]
@@ -112,22 +122,35 @@ class AdaptedCLIP(nn.Module):
     def batch_anchors(
         self, prompts: Prompts, rows: Tensor, features: ImageFeatures, loop: LoopForward | None = None
     ) -> Tensor:
-        """Anchors of each image of a batch, (B, D, 2), for Stage 1; rows (B,): each image's class in `prompts`.
+        """Anchors of each image of a Stage 1 batch.
 
-        `features` are the image features of Stage 1, on which the anchors of this model do not depend.
+        Args:
+            prompts: prompts of C classes.
+            rows: (B,), each image's class in `prompts`.
+            features: the image features of Stage 1, which only cross-attention uses.
+            loop: choices of the feedback loop, which only cross-attention uses.
+
+        Returns:
+            Anchors with gradient, (B, D, 2).
         """
         return self.anchors(prompts)[rows]
 
     @torch.no_grad()
-    def text_side(self, prompts: Prompts, loop: LoopForward | None = None) -> Tensor:
-        """What `forward` needs of the text side, computed once for all images: anchors (C, D, 2), without gradient."""
+    def text_side(self, prompts: Prompts, loop: LoopForward | None = None) -> Any:
+        """The text side of `forward`, computed once for all images: anchors (C, D, 2), without gradient."""
         return self.anchors(prompts)
 
-    def forward(self, images: Tensor, text_side: Tensor, rows: Tensor, shared: SharedStreams | None = None) -> Outputs:
-        """Similarities of B images to the anchors of their classes: the one forward of Stage 2 and of evaluation.
+    def forward(self, images: Tensor, text_side: Any, rows: Tensor, shared: SharedStreams | None = None) -> Outputs:
+        """Similarities of images to the anchors of their classes: the forward of Stage 2 and of evaluation.
 
-        images: (B, 3, S, S), normalised; text_side: as `text_side` gives it; rows: (B,), each image's class in it.
-        shared: what other models have computed of the same images.
+        Args:
+            images: (B, 3, S, S), normalised.
+            text_side: the result of `text_side`.
+            rows: (B,), each image's class in `text_side`.
+            shared: frozen streams of these images, shared between models.
+
+        Returns:
+            Similarities on the patch grid and of the whole images.
         """
-        features = self.image_features(images)
+        features = self.encode_image(images)
         return compare(features.levels, features.det, text_side[rows])

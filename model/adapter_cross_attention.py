@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -144,11 +144,12 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
         self, images: Tensor, loop: LoopForward, levels: Sequence[int], shared: SharedStreams | None = None
     ) -> ImageFeatures:
         if loop.text_context == "projectors":
-            return projected_features(self.clip, images, self.config, self.image_adapter["seg_proj"], levels, shared)
+            return projected_features(self.clip, images, self.config, self.seg_proj, levels, shared)
         return frozen_features(self.clip, images, self.config, levels, shared)
 
     def text_context(self, features: ImageFeatures) -> Tensor:
         """The context of text tokens: first-level features plus the class embedding, (B, N, D)."""
+        assert features.context is not None
         return prepare_context(features.context, self.cross_config.context_norm)
 
     def attend_to_image(self, stream: Tensor, context: Tensor) -> Tensor:
@@ -194,7 +195,7 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
         return self.conditioned_anchors(prompts, stream, rows, self.text_context(features))
 
     def image_features(self, images: Tensor, text_side: TextSide, rows: Tensor) -> ImageFeatures:
-        """The adapted image branch, whose tokens see the words of their class; shapes as in `AdaptedCLIP`."""
+        """`encode_image` with image tokens that attend to the words of their class; rows: (B,), each image's class."""
         loop = text_side.loop
         with_context = self.text_sees_image(loop) and loop.text_context == "trained"
         if not self.image_sees_text(loop):
@@ -213,14 +214,14 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
             return features._replace(context=self._features_on_frozen_tokens(images, loop, levels, shared).context)
         # One by one: scores must not depend on the batch that an image is in.
         alone = [self._features_on_frozen_tokens(image, loop, levels) for image in images.split(1)]
-        return features._replace(context=torch.cat([one.context for one in alone]))
+        return features._replace(context=torch.cat([cast(Tensor, one.context) for one in alone]))
 
     def forward(
         self, images: Tensor, text_side: TextSide, rows: Tensor, shared: SharedStreams | None = None
     ) -> Outputs:
         """As `AdaptedCLIP.forward`, with anchors conditioned on each image; the text side receives no gradient."""
         features = self.image_features(images, text_side, rows)
-        if not self.text_sees_image(text_side.loop):
+        if text_side.anchors is not None:
             return compare(features.levels, features.det, text_side.anchors[rows])
         with torch.no_grad():
             context = self.text_context(self.context_features(images, features, text_side.loop, shared))

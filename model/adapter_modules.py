@@ -1,4 +1,4 @@
-"""The small trainable modules: adapters inside the encoders, projectors behind them (docs/method.md; AA-CLIP, 2025)."""
+"""The small trainable modules: adapters inside the encoders, projectors after them (docs/method.md; AA-CLIP, 2025)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class SimpleAdapter(nn.Module):
 
 
 class LinearAdapter(nn.Module):
-    """The published AA-CLIP adapter: one Linear(c -> c) without bias, then LeakyReLU; (..., c) -> (..., c)."""
+    """The published AA-CLIP adapter: Linear(c -> c) without bias, LeakyReLU; (..., c) -> (..., c)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -30,11 +30,11 @@ class LinearAdapter(nn.Module):
         xavier(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc[1](linear_2d(x, self.fc[0].weight))
+        return self.fc[1](linear_2d(x, self.fc[0].get_parameter("weight")))
 
 
 class SimpleProj(nn.Module):
-    """Projector Linear(c_in -> c_out) without bias; with `relu` a LeakyReLU follows and the key is `fc.0`, not `fc`."""
+    """Projector Linear(c_in -> c_out) without bias, then LeakyReLU with `relu`; its key is `fc`, with `relu` `fc.0`."""
 
     def __init__(self, width_in: int, width_out: int, relu: bool) -> None:
         super().__init__()
@@ -45,11 +45,11 @@ class SimpleProj(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.fc, nn.Linear):
             return linear_2d(x, self.fc.weight)
-        return self.fc[1](linear_2d(x, self.fc[0].weight))
+        return self.fc[1](linear_2d(x, self.fc[0].get_parameter("weight")))
 
 
 def xavier(module: nn.Module) -> None:
-    """Xavier-uniform weights, zero biases, for every Linear in `module`."""
+    """Xavier-uniform weights and zero biases for every Linear in `module`."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)
@@ -58,18 +58,24 @@ def xavier(module: nn.Module) -> None:
 
 
 def make_adapter(kind: str, width: int) -> nn.Module:
-    """The adapter that `--adapter` names: `bottleneck` (SimpleAdapter) or `linear` (the published form)."""
+    """The adapter of `--adapter`: "bottleneck" (SimpleAdapter) or "linear" (LinearAdapter)."""
     return {"bottleneck": SimpleAdapter, "linear": LinearAdapter}[kind](width)
 
 
-def blend(x: Tensor, adapted: Tensor, weight: float | Tensor) -> Tensor:
-    """Adapter blend (docs/method.md): w a |x| / |a| + (1 - w) x, with norms per token; shapes (..., c).
+def blend(x: Tensor, adapted: Tensor, weight: float) -> Tensor:
+    """Blend an adapter's output into the stream, token by token (docs/method.md).
 
-    An adapter that gives exactly zero contributes zero instead of 0 / 0.
+    Args:
+        x: the stream, (..., c).
+        adapted: the adapter's output, (..., c). Tokens of zeros contribute zero.
+        weight: w in w a |x| / |a| + (1 - w) x.
+
+    Returns:
+        The blended stream, (..., c).
     """
     return weight * match_length(adapted, x) + (1 - weight) * x
 
 
 def match_length(adapted: Tensor, x: Tensor) -> Tensor:
-    """`adapted` with the length of `x`, token by token; shapes (..., c). What is exactly zero stays zero."""
+    """`adapted` with the length of `x`, token by token; shapes (..., c). Zeros stay zeros."""
     return adapted * (x.norm(dim=-1, keepdim=True) / adapted.norm(dim=-1, keepdim=True).clamp_min(1e-12))

@@ -1,9 +1,8 @@
 """CLIP's frozen residual attention blocks, run on packed 2-D projections (docs/method.md).
 
-open_clip's blocks hold the weights; the forward is written here because three things are needed that
-`nn.MultiheadAttention` does not give: V-V attention beside ordinary attention from one projection (CLIP-Surgery,
-arXiv:2304.05653), a stop between attention and adapter, and linears on 2-D tokens, which on the CPU avoid the batched
-matrix products that 3-D activations fall into in the backward pass.
+open_clip's blocks provide the weights. The forward is here, because `nn.MultiheadAttention` cannot return V-V attention
+(CLIP-Surgery, arXiv:2304.05653) and ordinary attention from one projection, and because linears on 2-D tokens avoid
+batched matrix products in the backward pass on the CPU.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 
 def linear_2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -27,11 +26,12 @@ def linear_2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def project_heads(attn: nn.MultiheadAttention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of `x` (B, T, C), each (B, heads, T, C / heads), from one packed projection."""
-    return _project(attn, x, 0, 3)
+    q, k, v = _project(attn, x, 0, 3)
+    return q, k, v
 
 
 def _project(attn: nn.MultiheadAttention, x: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
-    """Of queries (0), keys (1) and values (2) those from `first` to before `last`."""
+    """Queries (0), keys (1) and values (2) from `first` up to, but not including, `last`."""
     batch, tokens, width = x.shape
     rows = slice(first * width, last * width)
     packed = linear_2d(x, attn.in_proj_weight[rows], attn.in_proj_bias[rows])
@@ -52,14 +52,14 @@ def mlp_residual(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
 
 
 def run_block(block: ResidualAttentionBlock, x: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:
-    """A block as CLIP was trained with it: x (B, T, C) -> (B, T, C); mask (B, 1, T, T): what tokens attend to."""
+    """CLIP's own block: x (B, T, C) -> (B, T, C); mask: (B, 1, T, T) bool, True for tokens to attend to."""
     q, k, v = project_heads(block.attn, block.ln_1(x))
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return mlp_residual(block, x + block.ls_1(merge_heads(block.attn, attended)))
 
 
 def run_block_for_class(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
-    """The class token after a block, (B, 1, C), where nothing reads the others: x (B, T, C), class token first."""
+    """The class token after a block, (B, 1, C), if the others are not needed: x (B, T, C), class token first."""
     q, k, v = _project_for_class(block, x)
     cls = x[:, :1] + block.ls_1(merge_heads(block.attn, F.scaled_dot_product_attention(q, k, v)))
     return mlp_residual(block, cls)
@@ -67,7 +67,8 @@ def run_block_for_class(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
 
 def _project_for_class(block: ResidualAttentionBlock, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     normed = block.ln_1(x)
-    return *_project(block.attn, normed[:, :1], 0, 1), *_project(block.attn, normed, 1, 3)
+    (q,), (k, v) = _project(block.attn, normed[:, :1], 0, 1), _project(block.attn, normed, 1, 3)
+    return q, k, v
 
 
 def run_block_values(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
@@ -78,18 +79,15 @@ def run_block_values(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
 
 
 def run_block_batch_axis(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
-    """V-V attention over the batch: at each position the images attend to one another, `--surgery batch_axis`.
+    """V-V attention over the images of a batch at each position, x (B, T, C): `--surgery batch_axis`.
 
-    What the published code does for want of a transpose; x (B, T, C). MLP and layer norms see each token by itself.
+    The published code does so because a transpose is missing.
     """
     return run_block_values(block, x.transpose(0, 1)).transpose(0, 1)
 
 
 def run_block_dual(block: ResidualAttentionBlock, x: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
-    """A block that also adds its V-V attention to a side path without MLP: `--surgery dual`.
-
-    x and side (B, T, C) -> the original stream after the block, and the side path after it.
-    """
+    """A block that also adds its V-V attention to a side path without MLP: `--surgery dual`; x and side (B, T, C)."""
     q, k, v = project_heads(block.attn, block.ln_1(x))
     side = side + block.ls_1(merge_heads(block.attn, F.scaled_dot_product_attention(v, v, v)))
     x = x + block.ls_1(merge_heads(block.attn, F.scaled_dot_product_attention(q, k, v)))
@@ -97,7 +95,7 @@ def run_block_dual(block: ResidualAttentionBlock, x: Tensor, side: Tensor) -> tu
 
 
 def run_block_dual_for_class(block: ResidualAttentionBlock, x: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
-    """`run_block_dual` where of the original stream the class token alone is read: (B, 1, C), and the side path."""
+    """`run_block_dual` with only the class token of the original stream, (B, 1, C)."""
     q, k, v = _project_for_class(block, x)
     side = side + block.ls_1(merge_heads(block.attn, F.scaled_dot_product_attention(v, v, v)))
     cls = x[:, :1] + block.ls_1(merge_heads(block.attn, F.scaled_dot_product_attention(q, k, v)))
@@ -105,45 +103,46 @@ def run_block_dual_for_class(block: ResidualAttentionBlock, x: Tensor, side: Ten
 
 
 class BlockRunner:
-    """How blocks are run on this machine, which changes no result but for rounding.
+    """Runs blocks with activation checkpointing or `torch.compile`, which changes results by rounding only.
 
-    checkpointed: activations of a block that a gradient crosses are computed again in the backward pass, but for
-    attention's output (activation checkpointing, Chen et al. 2016, arXiv:1604.06174). compiled: the sizes of batches of
-    images whose blocks `torch.compile` compiles, one graph for all blocks of an encoder; text is compiled for any size.
-    Other batches, such as the last of an epoch, are run as they are: each size would be compiled anew.
+    Args:
+        checkpointed: recompute the activations of blocks with gradient in the backward pass, except the attention
+            output (activation checkpointing, Chen et al. 2016, arXiv:1604.06174).
+        compiled: batch sizes of images whose blocks are compiled. Other sizes, such as an epoch's last batch, would
+            need a compilation each and run eagerly. Text is compiled for any size.
     """
 
     def __init__(self, checkpointed: bool = False, compiled: Collection[int] = ()) -> None:
         self.checkpointed = checkpointed
         self.compiled = frozenset(compiled)
 
-    def __call__(self, function: Callable[..., Any], block: nn.Module, *streams: Tensor, **of_text: Any) -> Any:
-        """`function(block, *streams)`, one of the functions of this module; of_text: what is said of text alone."""
-        compiles = bool(self.compiled) and (bool(of_text) or len(streams[0]) in self.compiled)
+    def __call__(self, function: Callable[..., Any], block: nn.Module, *streams: Tensor, **text_options: Any) -> Any:
+        """`function(block, *streams, **text_options)` for a function of this module; only text has options."""
+        compiles = bool(self.compiled) and (bool(text_options) or len(streams[0]) in self.compiled)
         if compiles:
-            function = compiled(function, dynamic=bool(of_text))
+            function = compiled(function, dynamic=bool(text_options))
         if not (self.checkpointed and torch.is_grad_enabled() and streams[0].requires_grad):
-            return function(block, *streams, **of_text)
+            return function(block, *streams, **text_options)
         return checkpoint(
             function,
             block,
             *streams,
             use_reentrant=False,
             preserve_rng_state=False,
-            # A compiled block is one operation, of which no part can be kept.
-            **({} if compiles else {"context_fn": keeping_attention}),
-            **of_text,
+            # A compiled block is one operation, so its attention cannot be saved separately.
+            context_fn=noop_context_fn if compiles else save_attention,
+            **text_options,
         )
 
 
 @cache
 def compiled(function: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:
-    """A function of this module, compiled when it is first called, and again for each new shape unless dynamic."""
+    """A compiled function of this module; it is compiled again for each new shape unless `dynamic`."""
     return torch.compile(function, fullgraph=True, dynamic=dynamic)
 
 
-def keeping_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """For `checkpoint`: keep what attention gives, which costs more to compute than to keep."""
+def save_attention() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """For `checkpoint`: save the attention output, which is expensive to recompute."""
     names = (name for name in dir(torch.ops.aten) if name.startswith("_scaled_dot_product"))
     attention = [getattr(torch.ops.aten, name).default for name in names if not name.endswith("backward")]
     return create_selective_checkpoint_contexts(attention)
@@ -160,7 +159,7 @@ def full_precision(x: Tensor) -> Tensor:
 
 
 def full_product(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` in float32 or better, also where autocast or TF32 would have it shorter; broadcast as `@` does."""
+    """`a @ b` in float32 or better, also under autocast or TF32; broadcast as `@` does."""
     with torch.autocast(b.device.type, enabled=False):
         a, b = full_precision(a), full_precision(b)
         if torch.get_float32_matmul_precision() == "highest" or a.dtype == torch.float64:

@@ -18,11 +18,22 @@ from utils.errors import UserError
 
 
 class FrozenCLIP(nn.Module):
-    """An open_clip CLIP whose parameters never change: no gradients, always in eval mode.
+    """An open_clip CLIP without gradients, always in eval mode.
 
-    Attributes: `clip` (the open_clip model), `model_name`, `activation` ("gelu" or "quick_gelu"), `img_size` in pixels,
-    `mean` and `std` of the image normalisation, `weights_digest` (of all weights but the resized positions), `run` (how
-    its blocks are run on this machine).
+    Args:
+        clip: the open_clip model.
+        model_name: its name in errors and checkpoints.
+        activation: the activation of its MLPs, "gelu" or "quick_gelu".
+        mean: per channel, of the image normalisation.
+        std: per channel, of the image normalisation.
+
+    Attributes:
+        img_size: side of the square image, pixels.
+        weights_digest: digest of all weights except the positions, which are resized with the image.
+        run: runs its blocks (`BlockRunner`).
+
+    Raises:
+        UserError: `clip` is not a plain ViT with a causal text transformer.
     """
 
     def __init__(
@@ -45,7 +56,7 @@ class FrozenCLIP(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> FrozenCLIP:
-        """Stay in eval mode whatever is asked for: frozen means frozen."""
+        """Stay in eval mode."""
         return super().train(False)
 
     @property
@@ -79,11 +90,11 @@ class FrozenCLIP(nn.Module):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Levels and adapter depths that follow this model's depth (docs/method.md, "Depths")."""
+        """Default levels and adapter depths for this model's depth (docs/method.md, "Depths")."""
         return depth_defaults(self.vision_layers, self.text_layers)
 
     def model_config(self, **chosen: Any) -> ModelConfig:
-        """The forward of an adapted model on this CLIP: depths that are not chosen follow from its own."""
+        """The config of an adapted model on this CLIP, with the default depths unless others are chosen."""
         fixed = {name: getattr(self, name) for name in ("model_name", "weights_digest", "activation", "img_size")}
         return ModelConfig(**{**self.defaults, **fixed, **chosen})
 
@@ -109,23 +120,23 @@ class FrozenCLIP(nn.Module):
         return projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
 
     def tokenize(self, prompts: list[str]) -> Tensor:
-        """Prompts -> token ids (P, T), cut to the longest one: attention is causal, so nothing behind it can matter."""
+        """Prompts -> token ids (P, T), cut to the longest prompt; attention is causal, so padding has no effect."""
         return cut_to_length(self.tokenizer(prompts))
 
 
 @functools.cache
 def _tokenizer(context_length: int) -> SimpleTokenizer:
-    """CLIP's tokenizer, whose vocabulary takes longer to read than a small CLIP does."""
+    """CLIP's tokenizer, cached because its vocabulary is slow to read."""
     return SimpleTokenizer(context_length=context_length)
 
 
 def cut_to_length(tokens: Tensor) -> Tensor:
-    """Drop the columns behind the last end-of-text token, the largest id of a row: (P, 77) -> (P, T)."""
+    """Drop the columns after the last end-of-text token, the largest id of a row: (P, 77) -> (P, T)."""
     return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1]
 
 
 def digest_weights(clip: nn.Module) -> str:
-    """A hex digest of all weights but the visual position embedding, which depends on the image size."""
+    """A hex digest of all weights except the visual position embedding, which depends on the image size."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in sorted(clip.state_dict().items()):
         if name != "visual.positional_embedding":
@@ -135,15 +146,15 @@ def digest_weights(clip: nn.Module) -> str:
 
 
 def check_architecture(clip: nn.Module, model_name: str) -> None:
-    """Refuse towers that are not CLIP's plain ViT and causal text transformer."""
-    visual = getattr(clip, "visual", None)
-    blocks = (
-        [*clip.transformer.resblocks, *visual.transformer.resblocks] if isinstance(visual, VisionTransformer) else []
-    )
+    """`UserError` unless the towers are CLIP's plain ViT and causal text transformer."""
+    visual: Any = getattr(clip, "visual", None)
     if (
         not isinstance(clip, open_clip.CLIP)
-        or not blocks
-        or any(type(block) is not ResidualAttentionBlock for block in blocks)
+        or not isinstance(visual, VisionTransformer)
+        or any(
+            type(block) is not ResidualAttentionBlock
+            for block in (*clip.transformer.resblocks, *visual.transformer.resblocks)
+        )
         or visual.pool_type != "tok"
         or visual.attn_pool is not None
         or visual.proj is None

@@ -1,4 +1,4 @@
-"""Loading CLIP's weights in every form in use, with the activation that they need (docs/method.md, "Frozen CLIP")."""
+"""Load CLIP weights of any common form with the activation they need (docs/method.md, "Frozen CLIP")."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg, resize_pos_embed
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 from torch import Tensor
 
-from model.checkpoint import FloatTensor
+from model.checkpoint_schema import FloatTensor
 from model.clip import FrozenCLIP
 from model.config import ACTIVATIONS
 from utils.errors import UserError
@@ -31,9 +31,9 @@ logger = logging.getLogger(__name__)
 TOY_CLIP = Path(__file__).resolve().parent.parent / "ckpt" / "toy_clip"
 DEFAULT_TAG = "openai"
 HUB_TIMEOUT = 5.0  # seconds
-# Image sizes that differ from the model's own: the published method reads ViT-L-14-336 at 37 x 37 patches.
+# The published method uses ViT-L-14-336 at 37 x 37 patches.
 DEFAULT_IMG_SIZES = {"ViT-L-14-336": 518}
-# Entries that OpenAI's own archives carry beside the weights; no other distribution has them.
+# Additional entries of OpenAI's own archives; no other distribution has them.
 OPENAI_ENTRIES = ("input_resolution", "context_length", "vocab_size")
 
 
@@ -44,7 +44,7 @@ def _size(default: int, most: int = 2**20) -> int:
 
 @dataclass
 class _Vision(CLIPVisionCfg):
-    """open_clip's own fields, with the sizes of a plain, square ViT."""
+    """open_clip's own fields, with the limits of a plain, square ViT."""
 
     layers: int = _size(12, 1000)
     width: int = _size(768)
@@ -55,7 +55,7 @@ class _Vision(CLIPVisionCfg):
 
 @dataclass
 class _Text(CLIPTextCfg):
-    """open_clip's own fields, with sizes that there are."""
+    """open_clip's own fields, with limits."""
 
     context_length: int = _size(77)
     vocab_size: int = _size(49408)
@@ -90,7 +90,7 @@ class _ClipFile(MayHoldMore):
 
 @dataclass(frozen=True)
 class _Source:
-    """Weights and where they come from, with the activation that they are known to need (None: not told)."""
+    """Weights, their origin, and the activation they need (None: unknown)."""
 
     model_cfg: dict[str, Any]
     weights: Path
@@ -108,37 +108,25 @@ def load_clip(
 ) -> FrozenCLIP:
     """Build a frozen CLIP in float32 (docs/method.md, "Frozen CLIP").
 
-    model_name: a name that open_clip knows, `toy` (the shipped toy CLIP), or `local-dir:FOLDER`.
-    clip_weights: a weights file in any format that open_clip reads (OpenAI's archives too), or one of open_clip's tags
-        for the model; None takes OpenAI's weights from the hub, or those in the local folder.
-    img_size: pixels, a multiple of the patch size; None is 518 for ViT-L-14-336 and otherwise the model's own.
-    activation: "gelu" or "quick_gelu"; None follows the weights.
+    Args:
+        model_name: a name of open_clip, `toy` (the included toy CLIP), or `local-dir:FOLDER`.
+        clip_weights: a weights file in any format that open_clip reads (including OpenAI's archives), or one of
+            open_clip's tags for the model; None uses OpenAI's weights from the hub, or those in the local folder.
+        img_size: pixels, a multiple of the patch size; None is 518 for ViT-L-14-336 and otherwise the model's own.
+        activation: "gelu" or "quick_gelu"; None follows the weights.
 
-    Raises `UserError` for an unknown model, weights that cannot be had or do not fit, an activation that nothing tells,
-    and an image size that is not made of whole patches.
+    Raises:
+        UserError: the model is unknown, the weights are unavailable or do not fit, their activation is unknown, or the
+            image size is not a multiple of the patch size.
     """
-    if activation is not None and activation not in ACTIVATIONS:
-        raise UserError(f"--activation {activation}: choose one of {', '.join(ACTIVATIONS)}")
-    source = (
-        _local_source(model_name, clip_weights)
-        if _local_folder(model_name)
-        else _named_source(model_name, clip_weights)
-    )
-    if source.activation is None and activation is None:
-        raise UserError(
-            f"{source.weights}: nothing tells which activation these weights were trained with; "
-            "give --activation quick_gelu (OpenAI and its conversions) or --activation gelu (most others)"
-        )
-    if activation is not None and source.activation not in (None, activation):
-        logger.warning(
-            "%s needs %s but runs with %s, as asked for (--activation)", source.weights, source.activation, activation
-        )
-    chosen = activation or source.activation
+    folder = _local_folder(model_name)
+    source = _local_source(model_name, folder, clip_weights) if folder else _named_source(model_name, clip_weights)
+    chosen = _choose_activation(source, activation)
     size = check_image_size(model_name, source.model_cfg, img_size)
     model_cfg = {**source.model_cfg, "vision_cfg": {**source.model_cfg["vision_cfg"], "image_size": size}}
     model_cfg["quick_gelu"] = chosen == "quick_gelu"
     try:
-        with torch.device("meta"):  # where it takes no memory, whatever sizes a file asks for
+        with torch.device("meta"):  # needs no memory, whatever sizes the file has
             shapes = open_clip.CLIP(**model_cfg)
     except (TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError) as error:  # sizes that do not fit
         raise UserError(f"{model_name}: only plain CLIP models can be adapted ({first_line(error)})") from error
@@ -149,21 +137,21 @@ def load_clip(
 
 
 def filled(shapes: open_clip.CLIP, state: Mapping[str, Tensor]) -> open_clip.CLIP:
-    """A CLIP that has shapes alone (on "meta"), with weights; to draw random ones first takes ViT-L seconds."""
+    """A CLIP on "meta" with weights, without the seconds that random initialisation takes for ViT-L."""
     clip = shapes.to_empty(device="cpu")
     clip.load_state_dict(state)
-    if clip.attn_mask is not None:  # the one buffer that no file holds
+    if clip.attn_mask is not None:  # the only buffer that is in no file
         clip.attn_mask = torch.full(clip.attn_mask.shape, -torch.inf).triu(1)
     return clip
 
 
 def is_tag(model_name: str, clip_weights: str) -> bool:
-    """Whether `clip_weights` is one of open_clip's tags for a model, not a file."""
+    """Whether `clip_weights` is one of open_clip's tags for a model."""
     return clip_weights in list_pretrained_tags_by_model(model_name)
 
 
 def check_image_size(model_name: str, model_cfg: dict[str, Any], img_size: int | None) -> int:
-    """The image size to use; `UserError` unless it is made of at least two whole patches a side."""
+    """The image size to use; `UserError` unless it is a multiple of the patch size, at least two patches."""
     vision = CLIPVisionCfg(**model_cfg["vision_cfg"])
     size = (
         DEFAULT_IMG_SIZES.get(model_name.removesuffix("-quickgelu"), vision.image_size)
@@ -173,9 +161,7 @@ def check_image_size(model_name: str, model_cfg: dict[str, Any], img_size: int |
     patch = vision.patch_size
     if size % patch or size < 2 * patch:
         near = max(2, round(size / patch)) * patch
-        raise UserError(
-            f"--img_size {size}: {model_name} has patches of {patch} px, take a multiple of it such as {near}"
-        )
+        raise UserError(f"--img_size {size}: {model_name} has patches of {patch} px; choose a multiple, such as {near}")
     return size
 
 
@@ -185,30 +171,45 @@ def _local_folder(model_name: str) -> Path | None:
     return Path(model_name.removeprefix("local-dir:")) if model_name.startswith("local-dir:") else None
 
 
-def _local_source(model_name: str, clip_weights: str | Path | None) -> _Source:
-    folder = _local_folder(model_name)
+def _choose_activation(source: _Source, activation: str | None) -> str:
+    if activation is not None and activation not in ACTIVATIONS:
+        raise UserError(f"--activation {activation}: choose one of {', '.join(ACTIVATIONS)}")
+    chosen = activation or source.activation
+    if chosen is None:
+        raise UserError(
+            f"{source.weights}: the activation of these weights is unknown; "
+            "give --activation quick_gelu (OpenAI and its conversions) or --activation gelu (most others)"
+        )
+    if source.activation not in (None, chosen):
+        logger.warning(
+            "%s: runs with %s (--activation), although these weights were trained with %s",
+            source.weights,
+            chosen,
+            source.activation,
+        )
+    return chosen
+
+
+def _local_source(model_name: str, folder: Path, clip_weights: str | Path | None) -> _Source:
     config_file = folder / "open_clip_config.json"
     if not config_file.is_file():
-        raise UserError(f"--model_name {model_name}: {config_file} is not there; the folder must be an open_clip model")
-    config = _read_config(config_file)
+        raise UserError(
+            f"--model_name {model_name}: {config_file} does not exist; give the folder of an open_clip model"
+        )
+    config = read_json(config_file, _ClipFile)
     model_cfg, preprocess = config["model_cfg"], config.get("preprocess_cfg") or {}
     weights = Path(clip_weights) if clip_weights else next(iter(_weight_files(folder)), None)
     if weights is None or not weights.is_file():
-        raise UserError(f"{weights or folder}: no weights file (open_clip_model.safetensors) is there")
+        raise UserError(f"{weights or folder}: no weights file (open_clip_model.safetensors)")
     return _Source(
         model_cfg,
         weights,
         _read_state_dict(weights),
-        # In open_clip's own configuration files a missing entry means GELU.
+        # In open_clip's configuration files the default is GELU.
         "quick_gelu" if model_cfg.get("quick_gelu", False) else "gelu",
         tuple(preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN)),
         tuple(preprocess.get("std", open_clip.OPENAI_DATASET_STD)),
     )
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    """Read an `open_clip_config.json`; `UserError`, with the file and key, if it does not describe a plain CLIP."""
-    return read_json(file, _ClipFile)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -220,8 +221,8 @@ def _named_source(model_name: str, clip_weights: str | Path | None) -> _Source:
     model_cfg = None if ":" in model_name else open_clip.get_model_config(model_name)
     if model_cfg is None:
         raise UserError(
-            f"--model_name {model_name}: not known; take toy, local-dir:FOLDER, or a name that open_clip.list_models() "
-            "gives, such as ViT-L-14-336"
+            f"--model_name {model_name}: unknown; use toy, local-dir:FOLDER, or a name of open_clip.list_models(), "
+            "such as ViT-L-14-336"
         )
     vision = model_cfg["vision_cfg"]
     plain_vit = isinstance(vision.get("patch_size"), int) and "timm_model_name" not in vision
@@ -232,13 +233,13 @@ def _named_source(model_name: str, clip_weights: str | Path | None) -> _Source:
     file = Path(clip_weights) if clip_weights else None
     if file is not None and file.is_file():
         state = _read_state_dict(file)
-        return _Source(model_cfg, file, state, _told_activation(model_name, file, state))
+        return _Source(model_cfg, file, state, _infer_activation(model_name, file, state))
     tag = str(clip_weights or DEFAULT_TAG)
     tags = list_pretrained_tags_by_model(model_name)
     if tag not in tags:
-        what = f"--clip_weights {tag}: no such file, and" if clip_weights else "no --clip_weights given, and"
+        problem = f"--clip_weights {tag}: no such file, and" if clip_weights else "no --clip_weights, and"
         raise UserError(
-            f"{what} {model_name} has no weights of that tag (known: {', '.join(tags) or 'none'}); give a file"
+            f"{problem} {model_name} has no weights of that tag (known: {', '.join(tags) or 'none'}); give a file"
         )
     return _hub_source(model_name, model_cfg, tag)
 
@@ -247,12 +248,16 @@ def _hub_source(model_name: str, model_cfg: dict[str, Any], tag: str) -> _Source
     known = get_pretrained_cfg(model_name, tag)
     hub, url = known.get("hf_hub", "").rstrip("/"), known.get("url", "")
     try:
-        weights = _cached_weights(hub) or (reach_hub() if hub else None) or download_pretrained(known)
-    except Exception as error:  # the hub's client raises its own kinds for network, disk and proxy failures
-        where = " or ".join(part for part in (f"https://huggingface.co/{hub}" if hub else "", url) if part)
+        weights = _cached_weights(hub)
+        if weights is None:
+            if hub:
+                reach_hub()
+            weights = download_pretrained(known)
+    except Exception as error:  # the hub's client raises many kinds of network, disk and proxy errors
+        addresses = " or ".join(part for part in (f"https://huggingface.co/{hub}" if hub else "", url) if part)
         raise UserError(
-            f"the {tag} weights of {model_name} cannot be downloaded ({first_line(error)}): download them from {where} "
-            "and give the file with --clip_weights FILE"
+            f"the {tag} weights of {model_name} cannot be downloaded ({first_line(error)}): download them from "
+            f"{addresses} and give the file with --clip_weights FILE"
         ) from error
     return _Source(
         model_cfg,
@@ -265,13 +270,13 @@ def _hub_source(model_name: str, model_cfg: dict[str, Any], tag: str) -> _Source
 
 
 def _cached_weights(hub: str) -> str | None:
-    """The file of an earlier download, for which nobody need be asked; hub: ORG/MODEL, or ORG/MODEL/FILE."""
+    """The file of an earlier download, which needs no network; hub: ORG/MODEL, or ORG/MODEL/FILE."""
     repository, names = hub, ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
     if hub.count("/") == 2:
         repository, name = hub.rsplit("/", 1)
         names = (f"{Path(name).stem}.safetensors", name)
-    found = (huggingface_hub.try_to_load_from_cache(repository, file) for file in names) if repository else ()
-    return next((path for path in found if isinstance(path, str)), None)
+    cached = (huggingface_hub.try_to_load_from_cache(repository, file) for file in names) if repository else ()
+    return next((path for path in cached if isinstance(path, str)), None)
 
 
 def reach_hub() -> None:
@@ -279,15 +284,15 @@ def reach_hub() -> None:
     get_session().head(huggingface_hub.constants.ENDPOINT, timeout=HUB_TIMEOUT)
 
 
-def _told_activation(model_name: str, file: Path, state: dict[str, Tensor]) -> str | None:
-    """The activation that a weights file needs, where the file, its folder or the model's name tells; or None."""
+def _infer_activation(model_name: str, file: Path, state: dict[str, Tensor]) -> str | None:
+    """The activation of a weights file according to the file, its folder or the model's name; None if unknown."""
     if _is_torchscript(file) or any(entry in state for entry in OPENAI_ENTRIES):
         return "quick_gelu"
-    beside = file.parent / "open_clip_config.json"
-    if beside.is_file():
-        stated = _read_config(beside)["model_cfg"].get("quick_gelu")
-        if stated is not None:
-            return "quick_gelu" if stated else "gelu"
+    config_file = file.parent / "open_clip_config.json"
+    if config_file.is_file():
+        quick_gelu = read_json(config_file, _ClipFile)["model_cfg"].get("quick_gelu")
+        if quick_gelu is not None:
+            return "quick_gelu" if quick_gelu else "gelu"
     return "quick_gelu" if model_name.endswith("-quickgelu") else None
 
 
@@ -300,25 +305,25 @@ def _is_torchscript(file: Path) -> bool:
 
 
 def _read_state_dict(file: Path) -> dict[str, Tensor]:
-    """A state dict in any form that open_clip reads; OpenAI's archives as TorchScript, which runs no pickle."""
+    """A state dict in any form that open_clip reads, without unpickling code."""
     try:
         if _is_torchscript(file):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated, OpenAI's archives stay
+                warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated
                 return torch.jit.load(file, map_location="cpu").state_dict()
         return open_clip.factory.load_state_dict(str(file), device="cpu", weights_only=True)
-    except Exception as error:  # each format fails in its own way on a file that is damaged or is none of them
+    except Exception as error:  # each format raises its own errors for damaged files
         raise UserError(
             f"{file}: not a CLIP weights file that open_clip reads ({type(error).__name__}); "
-            "it takes safetensors, a state dict saved by torch, or OpenAI's archive"
+            "use safetensors, a state dict saved by torch, or OpenAI's archive"
         ) from error
 
 
 def _fitting_weights(clip: open_clip.CLIP, source: _Source, model_name: str) -> dict[str, Tensor]:
-    """The weights of `source` as `clip` takes them; `UserError` where a tensor is missing, odd or of another shape."""
+    """The weights of `source` for `clip`; `UserError` if a tensor is missing, invalid or of another shape."""
     state = {key: value for key, value in source.state.items() if key not in OPENAI_ENTRIES and key != "attn_mask"}
     check(state, dict[str, FloatTensor], source.weights)
-    # Float16 files (OpenAI's archives) are widened first: positions cannot be interpolated in half precision on a CPU.
+    # OpenAI's archives are float16, in which a CPU cannot interpolate the positions.
     state = {key: value.float() for key, value in state.items()}
     if "logit_scale" in state and state["logit_scale"].numel() == 1:  # a scalar in some files, a vector in others
         state["logit_scale"] = state["logit_scale"].reshape(clip.logit_scale.shape)
@@ -326,20 +331,18 @@ def _fitting_weights(clip: open_clip.CLIP, source: _Source, model_name: str) -> 
         resize_pos_embed(state, clip)
     except (IndexError, RuntimeError) as error:
         raise UserError(
-            f"{source.weights}: its 'visual.positional_embedding' belongs to no square image; check --model_name"
+            f"{source.weights}: 'visual.positional_embedding' does not fit a square image; check --model_name"
         ) from error
     expected = clip.state_dict()
     for key, value in expected.items():
         if key not in state:
-            raise UserError(
-                f"{source.weights}: no '{key}', so these are not weights of {model_name}; check --model_name"
-            )
+            raise UserError(f"{source.weights}: has no '{key}', which {model_name} needs; check --model_name")
         if state[key].shape != value.shape:
             raise UserError(
-                f"{source.weights}: '{key}' is {tuple(state[key].shape)} where {model_name} has {tuple(value.shape)}; "
+                f"{source.weights}: '{key}' is {tuple(state[key].shape)}, but {model_name} has {tuple(value.shape)}; "
                 "check --model_name"
             )
     unknown = sorted(set(state) - set(expected))
     if unknown:
-        raise UserError(f"{source.weights}: '{unknown[0]}' has no place in {model_name}; check --model_name")
+        raise UserError(f"{source.weights}: has '{unknown[0]}', which {model_name} does not have; check --model_name")
     return state

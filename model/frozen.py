@@ -1,4 +1,4 @@
-"""Frozen image features by V-V attention: what Stage 1 sees, and unadapted CLIP as the baseline (docs/method.md)."""
+"""Frozen image features by V-V attention for Stage 1, and unadapted CLIP as the baseline (docs/method.md)."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from model.text import Prompts, encode_classes, pair_anchors
 
 
 class ImageFeatures(NamedTuple):
-    """`levels`: patch features, (B, N, D) for each level; `det`: the image's own feature, (B, D).
+    """Features of B images.
 
-    `context`: what text attends to, before it is normalised: the level-0 patch features with the class embedding of the
-    same branch in them, (B, N, D); None where it was not asked for.
+    levels: patch features of each level, (B, N, D); det: the image's own feature, (B, D); context: for text
+    cross-attention, the first level's patch features plus the class embedding, not normalised, (B, N, D), or None.
     """
 
     levels: list[Tensor]
@@ -37,21 +37,21 @@ class ImageFeatures(NamedTuple):
 
 
 class SharedStreams:
-    """The frozen streams of one batch of images, computed once for all models that look at it on the same CLIP."""
+    """The frozen streams of one batch of images, computed once for all models on the same CLIP."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[str, int], tuple[dict[int, Tensor], Tensor]] = {}
+        self._cache: dict[tuple[str, int], tuple[dict[int, Tensor], Tensor]] = {}
 
     def get(
         self, clip: FrozenCLIP, images: Tensor, config: ModelConfig, levels: Sequence[int]
     ) -> tuple[list[Tensor], Tensor]:
-        """As `surgery_stream`, whose streams at a level do not depend on which other levels are asked for."""
+        """As `surgery_stream`, whose stream at a level does not depend on the other levels."""
         key = (config.surgery, config.surgery_until_layer)
-        if key not in self._kept or not self._kept[key][0].keys() >= set(levels):
+        if key not in self._cache or not self._cache[key][0].keys() >= set(levels):
             streams, cls = surgery_stream(clip, images, config, levels)
-            self._kept[key] = (dict(zip(levels, streams, strict=True)), cls)
-        of_levels, cls = self._kept[key]
-        return [of_levels[level] for level in levels], cls
+            self._cache[key] = (dict(zip(levels, streams, strict=True)), cls)
+        by_level, cls = self._cache[key]
+        return [by_level[level] for level in levels], cls
 
 
 def surgery_stream(
@@ -59,15 +59,15 @@ def surgery_stream(
 ) -> tuple[list[Tensor], Tensor]:
     """Token streams (B, 1 + N, D_v) at `levels`, and the class token (B, D_v) after the last block of the plain pass.
 
-    `dual` (CLIP-Surgery, arXiv:2304.05653): one pass; V-V attention of the original stream sums up on a side path.
-    `sequential` (AA-CLIP): V-V attention inside the blocks, so the class token takes a pass of its own. `batch_axis`
-    is `sequential` as the published code computes it, over the images of the batch.
+    `dual` (CLIP-Surgery, arXiv:2304.05653): one pass; V-V attention of the original stream is added to a side path.
+    `sequential` (AA-CLIP): V-V attention inside the blocks; the class token needs a pass of its own. `batch_axis`:
+    `sequential` over the images of the batch, as in the published code.
     """
     blocks = clip.clip.visual.transformer.resblocks
     first = len(blocks) - (config.surgery_until_layer - 1)
     x = clip.embed_image(images)
     run_values = run_block_batch_axis if config.surgery == "batch_axis" else run_block_values
-    # Of the plain pass the class token alone is read in the end, unless its patches are a level.
+    # Only the class token of the plain pass is needed after the last block, unless its patches are a level.
     patches_read = first == len(blocks) and levels[-1] == len(blocks)
     side: Tensor | None = None
     values: Tensor | None = None
@@ -97,10 +97,18 @@ def frozen_features(
     levels: Sequence[int] | None = None,
     shared: SharedStreams | None = None,
 ) -> ImageFeatures:
-    """Unit patch features plus the unit class embedding, not normalised again, at each level; det: class embedding.
+    """CLIP's own image features by V-V attention (docs/method.md).
 
-    images: (B, 3, S, S), normalised; levels: those of `config` unless fewer are enough; shared: of these images.
-    Features of an image do not depend on the batch that it is in, but for `batch_axis`.
+    Args:
+        clip: the frozen CLIP.
+        images: (B, 3, S, S), normalised.
+        config: the surgery and the levels.
+        levels: fewer levels than those of `config`.
+        shared: streams of these images, shared between models.
+
+    Returns:
+        Levels: unit patch features plus the unit class embedding, not normalised again; det: the class embedding. They
+        do not depend on the other images of the batch, except with `batch_axis`.
     """
     streams, cls = (shared or SharedStreams()).get(clip, images, config, levels or config.levels)
     embedding = unit(clip.project_image(cls))
@@ -110,7 +118,7 @@ def frozen_features(
 
 @torch.no_grad()
 def frozen_patches(clip: FrozenCLIP, images: Tensor, config: ModelConfig) -> list[Tensor]:
-    """Unit patch features of `dual`, (B, N, D) at each level, without the class embedding: what references compare."""
+    """Unit patch features of `dual` without the class embedding, (B, N, D) at each level, for normal references."""
     streams, _ = surgery_stream(clip, images, replace(config, surgery="dual"), config.levels)
     return [unit(clip.project_image(x[:, 1:])) for x in streams]
 
@@ -120,18 +128,18 @@ def projected_features(
     clip: FrozenCLIP,
     images: Tensor,
     config: ModelConfig,
-    projectors: Sequence[nn.Module],
+    projectors: nn.ModuleList,
     levels: Sequence[int] | None = None,
     shared: SharedStreams | None = None,
 ) -> ImageFeatures:
-    """The trained projectors on the frozen encoder's tokens: unit patch features at each level.
+    """Unit patch features of the trained projectors on the frozen encoder's tokens (`--feedback_features projectors`).
 
-    What feedback carried over in the idea's first form: `seg_proj` without the adapters. Shapes as `frozen_features`.
+    Arguments and shapes as for `frozen_features`.
     """
     streams, cls = (shared or SharedStreams()).get(clip, images, config, levels or config.levels)
     embedding = unit(clip.project_image(cls))
     ln_post = clip.clip.visual.ln_post
-    pairs = zip(streams, projectors[: len(streams)], strict=True)  # the first levels may be enough
+    pairs = zip(streams, projectors[: len(streams)], strict=True)
     features = [unit(projector(ln_post(x[:, 1:]))) for x, projector in pairs]
     return ImageFeatures(features, embedding, features[0] + embedding[:, None])
 
@@ -152,6 +160,6 @@ class UnadaptedCLIP(nn.Module):
     def forward(self, images: Tensor, text_side: Tensor, rows: Tensor, shared: SharedStreams | None = None) -> Outputs:
         """As `AdaptedCLIP.forward`."""
         features = frozen_features(self.clip, images, self.config, shared=shared)
-        # The embedding, which is the same for all patches of an image, is no feature of a patch.
+        # The class embedding is the same for all patches of an image.
         patches = [level - features.det[:, None] for level in features.levels]
         return compare(features.levels, features.det, text_side[rows])._replace(features=patches)

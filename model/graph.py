@@ -1,4 +1,4 @@
-"""A model as one graph for a class: from 8-bit images of any size to maps and scores, with nothing left outside."""
+"""A model for one class as one graph, from 8-bit images of any size to maps and scores."""
 
 from __future__ import annotations
 
@@ -9,31 +9,28 @@ import torch
 from torch import Tensor, nn
 
 from model.adapter import AdaptedCLIP
-from model.adapter_cross_attention import TextSide
+from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention, TextSide
 from model.frozen import UnadaptedCLIP, frozen_patches
 from model.references import joined_calibrated_maps, reference_maps
 from model.scoring import Outputs, calibrated_maps, calibrated_scores, decisions
 
-# Of Keys' cubic convolution, and the unit of its weights, as Pillow has them.
+# The parameter of Keys' cubic convolution and the unit of its weights, as in Pillow.
 CUBIC = -0.5
 FIXED_POINT = 2**22
-# What only prompts pass on their way to the first block, and what they need behind it.
-_WORDS_FIRST = ("token_embedding", "positional_embedding")
-_WORDS = (*_WORDS_FIRST, "transformer", "ln_final", "text_projection")
+# CLIP's modules for prompts up to the first block, and all of its text modules.
+_PROMPT_INPUT = ("token_embedding", "positional_embedding")
+_TEXT = (*_PROMPT_INPUT, "transformer", "ln_final", "text_projection")
 
 
 class Thresholds(NamedTuple):
-    """What an image's score, and a pixel of its map, must exceed to be called anomalous ."""
+    """Scores of images and values of pixels above these are anomalous."""
 
     image: float
     pixel: float
 
 
 class Memory(NamedTuple):
-    """Patch features of normal references, unit, (M, D) of each level and branch, and how their distances count.
-
-    As `engine.detector.references.References`, which says which images they are.
-    """
+    """Unit patch features of normal references, (M, D) of each level and branch; see `engine.detector.references`."""
 
     levels: tuple[Tensor, ...]
     weight: float
@@ -41,13 +38,20 @@ class Memory(NamedTuple):
 
 
 class ScoringGraph(nn.Module):
-    """uint8 RGB images (B, H, W, 3) -> maps and scores of one class, as `Detector.predict` makes them of each image.
+    """`Detector.predict` for one class as a module: uint8 RGB images (B, H, W, 3) -> maps and scores.
 
-    text_side: of one class, as the model gives it. domain, det_score: as for `predict`. thresholds: without them there
-    are no decisions. memory: the references that images are compared with, None for none. half: weights in float16, and
-    what `torch.autocast` computes in it. Parts of CLIP that the graph never passes are left out of it; the model itself
-    is not changed.
+    Args:
+        model: the model, which is not changed; the graph leaves out the modules that it does not need.
+        text_side: the model's text side of one class.
+        domain: as for `predict`.
+        det_score: as for `predict`.
+        thresholds: None for no decisions.
+        memory: normal references; None for none.
+        half: float16 weights and autocast.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -60,14 +64,14 @@ class ScoringGraph(nn.Module):
         half: bool = False,
     ) -> None:
         super().__init__()
-        sees_image = hasattr(model, "text_sees_image") and model.text_sees_image(text_side.loop)
-        self.model = _without(model, _WORDS_FIRST if sees_image else _WORDS)
+        conditioned = isinstance(model, AdaptedCLIPWithCrossAttention) and model.text_sees_image(text_side.loop)
+        self.model = _without(model, _PROMPT_INPUT if conditioned else _TEXT)
         self.text_side = text_side
         self.half_precision = half
         if half:
             self.model = copy.deepcopy(self.model).half()
             if isinstance(text_side, TextSide):
-                # Words that pass blocks meet their weights in one precision, which runtimes insist on.
+                # Runtimes require inputs and weights of a block in the same precision.
                 self.text_side = text_side._replace(stream=text_side.stream.half())
         self.domain = domain
         self.det_score = det_score
@@ -79,20 +83,20 @@ class ScoringGraph(nn.Module):
 
     @property
     def one_by_one(self) -> bool:
-        """Whether it takes one image at a time: where those of a batch would see one another (`batch_axis`)."""
+        """Whether images must be passed one at a time, because those of a batch interact (`batch_axis`)."""
         loop = getattr(self.text_side, "loop", None)
         frozen = loop is not None and self.model.text_sees_image(loop) and loop.text_context != "trained"
         return frozen and self.model.config.surgery == "batch_axis"
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the outputs are called, in their order: the names of anomalib's exports."""
+        """Names of the outputs in their order, as in anomalib's exports."""
         return ("anomaly_map", "pred_score") + (("pred_label", "pred_mask") if self.thresholds else ())
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """anomaly_map (B, 1, S, S) and pred_score (B,), float32 in [0, 1]; pred_label (B,), pred_mask (B, 1, S, S)."""
         pixels = (resize(images, self.size) / 255 - self.mean) / self.std
-        rows = torch.zeros_like(images[:, 0, 0, 0], dtype=torch.long)  # of the one class
+        rows = torch.zeros_like(images[:, 0, 0, 0], dtype=torch.long)
         with torch.autocast(pixels.device.type, torch.float16, enabled=self.half_precision):
             outputs = self.model(pixels, self.text_side, rows)
             features = self._compared(outputs, pixels)
@@ -100,7 +104,7 @@ class ScoringGraph(nn.Module):
             levels = calibrated_maps(outputs, self.size)
         else:
             distances = reference_maps(features, self.memory.levels, self.size, most=None)
-            distances = distances.unflatten(0, (-1, len(outputs.levels))).mean(dim=0)  # of two branches
+            distances = distances.unflatten(0, (-1, len(outputs.levels))).mean(dim=0)  # over branches
             levels = joined_calibrated_maps(outputs, distances, self.memory.weight)
         maps = levels.mean(dim=0)
         scores = calibrated_scores(maps, outputs, self.domain, self.det_score)
@@ -110,7 +114,7 @@ class ScoringGraph(nn.Module):
         return maps[:, None], scores, labels, masks[:, None]
 
     def _compared(self, outputs: Outputs, pixels: Tensor) -> list[Tensor]:
-        """The patch features that references are compared with, as `Detector.patch_features` has them."""
+        """The patch features to compare with references, as in `Detector.patch_features`."""
         which = self.memory.features if self.memory else "trained"
         if which == "trained" or isinstance(self.model, UnadaptedCLIP):
             return list(outputs.features)
@@ -121,8 +125,8 @@ class ScoringGraph(nn.Module):
 def resize(images: Tensor, size: int) -> Tensor:
     """Pillow's bicubic resize to a square: uint8 (B, H, W, 3) -> float32 (B, 3, size, size) of whole numbers.
 
-    Along the width first, then along the height, with 8-bit values between, as Pillow does it (of late in the other
-    order where it is less work). Sums of whole numbers, which float64 holds exactly: every runtime rounds alike.
+    First the width, then the height, with 8-bit values between, like Pillow (recent versions may use the other order).
+    The sums are whole numbers, exact in float64, so every runtime rounds alike.
     """
     x = images.permute(0, 3, 1, 2).double()  # (B, 3, H, W)
     x = _eight_bits(x @ cubic_weights(images.shape[2], size, images.device).T)
@@ -134,13 +138,13 @@ def _eight_bits(sums: Tensor) -> Tensor:
 
 
 def cubic_weights(length: int, size: int, device: torch.device) -> Tensor:
-    """What each of `length` pixels adds to each of `size` ones, (size, length): float64, in units of `FIXED_POINT`.
+    """Weights of `length` pixels in each of `size` pixels, (size, length), float64 in units of `FIXED_POINT`.
 
-    A pixel's distance from the new pixel's centre, in units of the wider of both, is a fraction of whole numbers.
+    Distances between pixel centres are in units of the larger of the two pixels.
     """
     old = 2 * torch.arange(length, device=device) + 1
     new = 2 * torch.arange(size, device=device) + 1
-    distance = ((old * size)[None] - (new * length)[:, None]).abs().double() / (2 * torch.sym_max(length, size))
+    distance = ((old * size)[None] - (new * length)[:, None]).abs().double().div(2 * torch.sym_max(length, size))
     near = ((CUBIC + 2) * distance - (CUBIC + 3)) * distance**2 + 1
     far = CUBIC * (((distance - 5) * distance + 8) * distance - 4)
     weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
@@ -148,12 +152,12 @@ def cubic_weights(length: int, size: int, device: torch.device) -> Tensor:
 
 
 def _without(model: Any, names: tuple[str, ...]) -> Any:
-    """A model without these parts of CLIP, on the same weights; `model` itself keeps them."""
-    kept = copy.copy(model)
-    kept._modules = dict(model._modules)
-    clip = kept.clip = copy.copy(model.clip)
+    """A copy of a model on the same weights, without these modules of CLIP."""
+    reduced = copy.copy(model)
+    reduced._modules = dict(model._modules)
+    clip = reduced.clip = copy.copy(model.clip)
     clip._modules = dict(clip._modules)
     clip.clip = copy.copy(clip.clip)
     for table in ("_modules", "_parameters", "_buffers"):
         setattr(clip.clip, table, {k: v for k, v in getattr(clip.clip, table).items() if k not in names})
-    return kept
+    return reduced

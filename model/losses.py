@@ -17,7 +17,7 @@ DICE_SMOOTH = 1.0
 
 
 class Segmentation(NamedTuple):
-    """Parts of one level's loss, and p_abnormal on the pixels (B, S, S), detached, for watching."""
+    """The loss terms of one level, and p_abnormal on the pixels (B, S, S), detached, for monitoring."""
 
     focal: Tensor
     dice_normal: Tensor
@@ -30,10 +30,17 @@ class Segmentation(NamedTuple):
 
 
 def focal_loss(logits: Tensor, mask: Tensor, gamma: float = FOCAL_GAMMA, smoothing: float = 0.0) -> Tensor:
-    """Mean over pixels of -(1 - p_t)^gamma log p_t; logits (B, 2, S, S), mask (B, S, S) in {0, 1}.
+    """Focal loss (Lin et al. 2017): mean over pixels of -(1 - p_t)^gamma log p_t.
 
-    smoothing: targets are kept that far from 0 and 1, and it is added to p_t, as AA-CLIP's published code does with
-    1e-5: that caps the loss of a confident error, near 10.8, and takes its gradient away. 0 is exact.
+    Args:
+        logits: (B, 2, S, S).
+        mask: (B, S, S) in {0, 1}.
+        gamma: the focusing exponent.
+        smoothing: distance of the targets from 0 and 1, also added to p_t. AA-CLIP's published code uses 1e-5, which
+            limits the loss of confident errors to 10.8 and removes their gradient. 0 is the exact loss.
+
+    Returns:
+        A scalar.
     """
     anomalous = mask > 0.5
     if smoothing == 0:
@@ -47,14 +54,23 @@ def focal_loss(logits: Tensor, mask: Tensor, gamma: float = FOCAL_GAMMA, smoothi
 
 
 def dice_loss(p: Tensor, target: Tensor, smooth: float = DICE_SMOOTH) -> Tensor:
-    """1 - Dice of each image, mean over the batch; p and target (B, S, S)."""
+    """Dice loss (Milletari et al. 2016): 1 - Dice of each image, mean over the batch; p and target (B, S, S)."""
     p, target = p.flatten(1), target.flatten(1)
     dice = (2 * (p * target).sum(dim=1) + smooth) / (p.sum(dim=1) + target.sum(dim=1) + smooth)
     return (1 - dice).mean()
 
 
 def segmentation_loss(similarity: Tensor, mask: Tensor, smoothing: float = 0.0) -> Segmentation:
-    """One level's loss: similarity (B, N, 2) on the patch grid, mask (B, S, S) in {0, 1}; as `focal_loss`."""
+    """The loss terms of one level.
+
+    Args:
+        similarity: (B, N, 2) on the patch grid.
+        mask: (B, S, S) in {0, 1}.
+        smoothing: as for `focal_loss`.
+
+    Returns:
+        Focal loss and the Dice losses of the normal and the abnormal pixels.
+    """
     logits = pixel_logits(similarity, mask.shape[-1])
     p = logits.softmax(dim=1)
     return Segmentation(
@@ -79,12 +95,19 @@ def stage1_losses(
     smoothing: float = 0.0,
     share: Share = WHOLE_STEP,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Stage 1: mean over levels of the segmentation losses, plus the anchors' overlap.
+    """Losses of Stage 1: mean over levels of the segmentation losses, plus the overlap of the anchors.
 
-    level_similarities: (B, N, 2) each; anchors: (B, D, 2), each image's own; mask: (B, S, S).
-    levels: "all", or "last", which counts the last level alone, as earlier code did by mistake; smoothing: as
-    `focal_loss`; share: which images of the step these are, where processes share them.
-    Returns the named losses with "total" among them, and p_abnormal (B, S, S).
+    Args:
+        level_similarities: (B, N, 2) of each level.
+        anchors: (B, D, 2), of each image.
+        mask: (B, S, S) in {0, 1}.
+        norm_weight: weight of the overlap, the squared mean cosine of the two anchors.
+        levels: "all", or "last" for the last level only, as in AA-CLIP's published code.
+        smoothing: as for `focal_loss`.
+        share: this process's share of a data-parallel step.
+
+    Returns:
+        The named losses including "total", and the mean of p_abnormal over levels, (B, S, S).
     """
     counted = level_similarities[-1:] if levels == "last" else level_similarities
     parts = [segmentation_loss(similarity, mask, smoothing) for similarity in counted]
@@ -98,9 +121,16 @@ def stage1_losses(
 def stage2_losses(
     outputs: Outputs, mask: Tensor, label: Tensor, smoothing: float = 0.0
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Stage 2: cross-entropy of det . anchors against the image label, plus the sum over levels.
+    """Losses of Stage 2: cross-entropy of det . anchors with the image label, plus the sum over levels.
 
-    mask: (B, S, S); label: (B,), 1 for anomalous; smoothing: as `focal_loss`. Returns as `stage1_losses`.
+    Args:
+        outputs: the model's forward.
+        mask: (B, S, S) in {0, 1}.
+        label: (B,), 1 for anomalous images.
+        smoothing: as for `focal_loss`.
+
+    Returns:
+        The named losses including "total", and the mean of p_abnormal over levels, (B, S, S).
     """
     parts = [segmentation_loss(similarity, mask, smoothing) for similarity in outputs.levels]
     losses = _mean_parts(parts, 1.0)

@@ -19,9 +19,10 @@ TEMPERATURE = 100.0
 
 
 class Outputs(NamedTuple):
-    """`levels`: similarities s = 100 f . anchors on the patch grid, (B, N, 2) each; `det`: det . anchors, (B, 2).
+    """The forward of B images.
 
-    `features`: the unit patch features f that were compared, (B, N, D) of each level, for what else looks at them.
+    levels: similarities s = 100 f . anchors on the patch grid, (B, N, 2) of each level; det: det . anchors, (B, 2);
+    features: the unit patch features f, (B, N, D) of each level, for normal references.
     """
 
     levels: list[Tensor]
@@ -31,7 +32,7 @@ class Outputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Domain:
-    """How a kind of images is scored: blur on the patch grid, and whether the det score takes part."""
+    """Scoring of a kind of images: blur on the patch grid, and whether image scores include the det score."""
 
     kernel: int
     sigma: float
@@ -47,7 +48,7 @@ def similarities(levels: Sequence[Tensor], anchors: Tensor) -> list[Tensor]:
 
 
 def compare(levels: Sequence[Tensor], det: Tensor, anchors: Tensor) -> Outputs:
-    """Features of B images against each image's own anchors (B, D, 2)."""
+    """Similarities of features to the anchors of each image, (B, D, 2)."""
     return Outputs(similarities(levels, anchors), full_product(det[:, None], anchors)[:, 0], levels)
 
 
@@ -68,13 +69,22 @@ def pixel_logits(similarity: Tensor, size: int) -> Tensor:
 
 
 def level_maps(outputs: Outputs, size: int, domain: str) -> Tensor:
-    """Anomaly map of each level, (levels, B, size, size): (s_abnormal + 1 - s_normal) / 2, blurred, enlarged."""
+    """Published anomaly map of each level: (s_abnormal + 1 - s_normal) / 2, blurred on the grid, enlarged.
+
+    Args:
+        outputs: the forward of B images.
+        size: side of the maps, pixels.
+        domain: "industrial" or "medical", which differ in the blur.
+
+    Returns:
+        Maps without fixed range, (levels, B, size, size).
+    """
     rule = DOMAINS[domain]
     maps = []
     for similarity in outputs.levels:
         normal, abnormal = to_grid(similarity).split(1, dim=1)
         grid = (abnormal + 1 - normal) / 2
-        # Reflection needs a border narrower than the grid; only grids below 5 x 5 patches come to this.
+        # Reflection needs a border narrower than the grid, which matters for grids below 5 x 5 patches.
         kernel = min(rule.kernel, 2 * grid.shape[-1] - 1)
         with torch.autocast(grid.device.type, enabled=False):
             maps.append(enlarge(gaussian_blur(grid, [kernel, kernel], [rule.sigma, rule.sigma]), size)[:, 0])
@@ -82,31 +92,42 @@ def level_maps(outputs: Outputs, size: int, domain: str) -> Tensor:
 
 
 def anomaly_map(outputs: Outputs, size: int, domain: str) -> Tensor:
-    """The anomaly map of each image, (B, size, size): the levels' maps summed, as published."""
+    """Published anomaly map of each image, (B, size, size): the sum of `level_maps`."""
     return level_maps(outputs, size, domain).sum(dim=0)
 
 
 def det_scores(outputs: Outputs, kind: str = DET_SCORES[0]) -> Tensor:
-    """The det score of each image, (B,), in [0, 1].
+    """Scores of the whole images.
 
-    kind: "abnormal", as published, (det . abnormal + 1) / 2; "difference", (det . (abnormal - normal) + 2) / 4, which
-    is the same where the two anchors are opposite.
+    Args:
+        outputs: the forward of B images.
+        kind: "abnormal", (det . abnormal + 1) / 2, as published; or "difference", (det . (abnormal - normal) + 2) / 4,
+            which is equal for opposite anchors.
+
+    Returns:
+        Scores in [0, 1], (B,).
     """
     normal, abnormal = outputs.det.unbind(dim=1)
     return (abnormal - normal + 2) / 4 if kind == "difference" else (abnormal + 1) / 2
 
 
 def min_max(values: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
-    """Normalise to [0, 1] by the given extremes; where they are equal, to 0."""
+    """Normalise to [0, 1] by the extremes `low` and `high`; zeros if they are equal."""
     span = high - low
     return (values - low) / span if span > 0 else torch.zeros_like(values)
 
 
 def class_image_scores(map_maxima: Tensor, map_minima: Tensor, det: Tensor, domain: str) -> Tensor:
-    """Image scores of all images of one class, (n,), as published.
+    """Published image scores of all n images of a class.
 
-    map_maxima, map_minima: (n,), extremes of each image's anomaly map: the maps themselves are not needed, because
-    min-max normalisation per class keeps their order. det: (n,), as `det_scores` gives it.
+    Args:
+        map_maxima: maximum of each image's anomaly map, (n,).
+        map_minima: minimum of each image's anomaly map, (n,).
+        det: `det_scores`, (n,).
+        domain: "industrial" or "medical"; medical scores are without `det`.
+
+    Returns:
+        Scores in [0, 1], normalised over the class, (n,).
     """
     maps = min_max(map_maxima, map_minima.min(), map_maxima.max())
     if not DOMAINS[domain].uses_det:
@@ -115,12 +136,22 @@ def class_image_scores(map_maxima: Tensor, map_minima: Tensor, det: Tensor, doma
 
 
 def calibrated_maps(outputs: Outputs, size: int) -> Tensor:
-    """p_abnormal of each level on the pixels, (levels, B, size, size), in [0, 1]: needs no statistics of a class."""
+    """p_abnormal of each level on the pixels, (levels, B, size, size), in [0, 1], without statistics of a class."""
     return torch.stack([pixel_logits(similarity, size).softmax(dim=1)[:, 1] for similarity in outputs.levels])
 
 
 def calibrated_scores(maps: Tensor, outputs: Outputs, domain: str, kind: str = DET_SCORES[0]) -> Tensor:
-    """Image scores (B,) in [0, 1] from calibrated maps averaged over levels (B, S, S); kind: as in `det_scores`."""
+    """Image scores without statistics of a class.
+
+    Args:
+        maps: calibrated maps, mean over levels, (B, S, S).
+        outputs: the forward of the same images.
+        domain: "industrial": half the map's maximum plus half the det score; "medical": the maximum.
+        kind: as for `det_scores`.
+
+    Returns:
+        Scores in [0, 1], (B,).
+    """
     peaks = maps.flatten(1).amax(dim=1)
     return 0.5 * peaks + 0.5 * det_scores(outputs, kind) if DOMAINS[domain].uses_det else peaks
 
@@ -128,19 +159,28 @@ def calibrated_scores(maps: Tensor, outputs: Outputs, domain: str, kind: str = D
 def decisions(
     scores: Tensor, maps: Tensor, image_threshold: float | Tensor, pixel_threshold: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Which images and which pixels lie above calibrated thresholds (docs/method.md, "Calibration").
+    """Compare scores and maps with calibrated thresholds (docs/method.md, "Calibration").
 
-    scores (B,) and maps (B, S, S) of single images, as `calibrated_scores` takes and gives them; thresholds as
-    `engine.detector.calibration.Entry` holds them, which were found on the same scores and maps. Returns bool (B,), the
-    decision, and bool (B, S, S), the mask; an image with any pixel in its mask is a pixel alarm.
+    Args:
+        scores: `calibrated_scores`, (B,).
+        maps: calibrated maps, mean over levels, (B, S, S).
+        image_threshold: of the scores.
+        pixel_threshold: of the maps.
+
+    Returns:
+        Anomalous images, bool (B,), and anomalous pixels, bool (B, S, S).
     """
     return scores > image_threshold, maps > pixel_threshold
 
 
 def ranks(scores: Tensor, normal: Tensor) -> Tensor:
-    """The share of normal images that score below each of `scores` (B,), in [0, n / (n + 1)].
+    """Ranks among normal images, which are comparable between classes.
 
-    Raw scores of two classes do not compare, these do.
-    normal (n,): the scores of a calibration's images. 1 - rank is the conformal p-value of "this image is normal".
+    Args:
+        scores: (B,).
+        normal: scores of the n normal images of a calibration, (n,).
+
+    Returns:
+        Ranks in [0, n / (n + 1)], (B,); 1 - rank is the conformal p-value of a normal image.
     """
     return (normal < scores[:, None]).sum(dim=1) / (len(normal) + 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +16,13 @@ from utils.reading import short_repr
 
 
 class PromptTree(NamedTuple):
-    """The prompts of C classes with the beginnings that several share taken once, and nothing behind their ends.
+    """The tokens of C classes with shared prefixes only once and without padding.
 
-    Attention is causal, so a token's stream depends on its prompt's tokens up to itself alone. tokens (C, U): the ids;
-    positions (C, U): the place in the prompt; taken (C, U): the place among all P * T tokens of a class; sees (C, 1, U,
-    U): bool, what each one attends to; ends (C, P): where each prompt's end-of-text token stands. Classes with fewer
-    tokens than others are padded with tokens that see themselves.
+    Attention is causal, so equal prefixes have equal streams. Classes with fewer tokens than others are padded with
+    tokens that attend to themselves.
+
+    tokens: (C, U), ids; positions: (C, U), positions in the prompt; taken: (C, U), indices among the P * T tokens of
+    the class; sees: (C, 1, U, U) bool, the attention mask; ends: (C, P), index of each prompt's end-of-text token.
     """
 
     tokens: Tensor
@@ -32,55 +32,53 @@ class PromptTree(NamedTuple):
     ends: Tensor
 
     def of(self, rows: Tensor) -> PromptTree:
-        """Of some of the classes, rows (n,), or of one class for each of n images."""
+        """The trees of classes, rows (n,)."""
         return PromptTree(*(part.to(rows.device)[rows] for part in self))
 
 
 def prompt_tree(tokens: Tensor) -> PromptTree:
-    """The tree of prompts (C, P, T), whose end-of-text token has the largest id."""
+    """The tree of prompts (C, P, T), whose end-of-text token has the largest id, on the CPU."""
     width = tokens.shape[-1]
-    found: list[dict[tuple[int, ...], tuple[int, int]]] = []  # of each class: beginning -> its place here and there
+    classes: list[dict[tuple[int, ...], tuple[int, int]]] = []  # for each class: prefix -> index in the tree and taken
     ends = []
     for prompts in tokens.tolist():
-        places: dict[tuple[int, ...], tuple[int, int]] = {}
+        nodes: dict[tuple[int, ...], tuple[int, int]] = {}
         words = [tuple(prompt[: prompt.index(max(prompt)) + 1]) for prompt in prompts]
         for row, prompt in enumerate(words):
             for length in range(1, len(prompt) + 1):
-                places.setdefault(prompt[:length], (len(places), row * width + length - 1))
-        found.append(places)
-        ends.append([places[prompt][0] for prompt in words])
-    size = max(map(len, found))
-    ids, positions, taken = torch.zeros(3, len(found), size, dtype=torch.long)
-    sees = torch.eye(size, dtype=torch.bool).repeat(len(found), 1, 1, 1)
-    for row, places in enumerate(found):
-        for beginning, (place, taken_from) in places.items():
-            ids[row, place], positions[row, place], taken[row, place] = beginning[-1], len(beginning) - 1, taken_from
-            sees[row, 0, place, [places[beginning[: end + 1]][0] for end in range(len(beginning))]] = True
+                nodes.setdefault(prompt[:length], (len(nodes), row * width + length - 1))
+        classes.append(nodes)
+        ends.append([nodes[prompt][0] for prompt in words])
+    size = max(map(len, classes))
+    ids, positions, taken = torch.zeros(3, len(classes), size, dtype=torch.long)
+    sees = torch.eye(size, dtype=torch.bool).repeat(len(classes), 1, 1, 1)
+    for row, nodes in enumerate(classes):
+        for prefix, (node, source) in nodes.items():
+            ids[row, node], positions[row, node], taken[row, node] = prefix[-1], len(prefix) - 1, source
+            sees[row, 0, node, [nodes[prefix[: end + 1]][0] for end in range(len(prefix))]] = True
     return PromptTree(ids, positions, taken, sees, torch.tensor(ends))
 
 
-@dataclass(frozen=True)
 class Prompts:
-    """The prompts of C classes as token ids, P per class, of which the first `normal` describe a normal object.
+    """The prompts of C classes as token ids, P per class.
 
-    tokens: (C, P, T), cut to the longest prompt of all classes; tree: the same, as it is encoded; made of the tokens
-    unless it is given.
+    Args:
+        tokens: (C, P, T), cut to the longest prompt of all classes.
+        normal: the first `normal` prompts of each class describe a normal object, the others an anomalous one.
+        tree: the tree of `tokens`, if it is already computed.
     """
 
-    tokens: Tensor
-    normal: int
-    tree: PromptTree | None = None
-
-    def __post_init__(self) -> None:
-        if self.tree is None:
-            tree = PromptTree(*(part.to(self.tokens.device) for part in prompt_tree(self.tokens)))
-            object.__setattr__(self, "tree", tree)
+    def __init__(self, tokens: Tensor, normal: int, tree: PromptTree | None = None) -> None:
+        self.tokens = tokens
+        self.normal = normal
+        self.tree = PromptTree(*(part.to(tokens.device) for part in tree or prompt_tree(tokens)))
 
     @classmethod
     def from_texts(cls, clip: FrozenCLIP, texts: Sequence[tuple[Sequence[str], Sequence[str]]]) -> Prompts:
-        """From (normal, abnormal) prompt lists of each class; every class has as many of each as the others.
+        """From the (normal, abnormal) prompt lists of each class, of equal lengths for all classes.
 
-        Raises UserError for a prompt that CLIP would cut: its end says whether the object is damaged.
+        Raises:
+            UserError: a prompt is longer than CLIP's context.
         """
         normal, abnormal = len(texts[0][0]), len(texts[0][1])
         if any((len(first), len(second)) != (normal, abnormal) for first, second in texts):
@@ -96,15 +94,15 @@ class Prompts:
         return cls(tokens.reshape(len(texts), normal + abnormal, -1), normal)
 
     def to(self, device: torch.device | str) -> Prompts:
-        return Prompts(self.tokens.to(device), self.normal, PromptTree(*(part.to(device) for part in self.tree)))
+        return Prompts(self.tokens.to(device), self.normal, self.tree)
 
     def of_classes(self, rows: Tensor) -> Prompts:
-        """The prompts of some of the classes, rows (n,), on the device of `rows`."""
+        """The prompts of classes, rows (n,), on the device of `rows`."""
         return Prompts(self.tokens.to(rows.device)[rows], self.normal, self.tree.of(rows))
 
 
 def begin_prompts(clip: FrozenCLIP, tokens: Tensor) -> Tensor:
-    """Token ids (P, T) -> the text stream after the first block, (P, T, D_t): what prompts are before any adapter."""
+    """Token ids (P, T) -> the text stream after the first block, before any adapter, (P, T, D_t)."""
     return clip.run(run_block, clip.clip.transformer.resblocks[0], clip.embed_text(tokens), causal=True)
 
 
@@ -116,10 +114,18 @@ def finish_prompts(
     projector: nn.Module | None = None,
     weight: float = 0.0,
 ) -> Tensor:
-    """The stream after the first block (P, T, D_t) -> unit prompt features (P, D); `tokens` tell where each ends.
+    """Encode prompts from the stream after the first block.
 
-    adapters: stand after the first blocks, one each, blended in with `weight`.
-    projector: takes the place of CLIP's text projection; None keeps CLIP's own.
+    Args:
+        clip: the frozen CLIP.
+        x: the stream after the first block, (P, T, D_t).
+        tokens: token ids, (P, T).
+        adapters: after the first blocks, one each.
+        projector: replaces CLIP's text projection; None keeps CLIP's own.
+        weight: weight of the adapters in the blend.
+
+    Returns:
+        Unit prompt features, (P, D).
     """
     return _finish(clip, x, tokens.argmax(dim=-1), adapters, projector, weight, causal=True)
 
@@ -131,7 +137,7 @@ def encode_classes(
     projector: nn.Module | None = None,
     weight: float = 0.0,
 ) -> Tensor:
-    """The unit features of all prompts of C classes, (C, P, D), from one text pass; the rest as `finish_prompts`."""
+    """Unit features of all prompts of C classes, (C, P, D), from one text pass; arguments as for `finish_prompts`."""
     tree = prompts.tree
     x = clip.clip.token_embedding(tree.tokens) + clip.clip.positional_embedding[tree.positions]  # (C, U, D_t)
     x = clip.run(run_block, clip.clip.transformer.resblocks[0], x, mask=tree.sees)
@@ -146,7 +152,7 @@ def finish_classes(
     projector: nn.Module | None = None,
     weight: float = 0.0,
 ) -> Tensor:
-    """The stream of trees after the first block (C, U, D_t) -> unit prompt features (C, P, D); as `finish_prompts`."""
+    """`finish_prompts` for trees: the stream after the first block (C, U, D_t) -> unit prompt features (C, P, D)."""
     return _finish(clip, x, tree.ends, adapters, projector, weight, mask=tree.sees)
 
 
@@ -159,22 +165,19 @@ def _finish(
     weight: float,
     **attention: Any,
 ) -> Tensor:
-    """The text pass behind the first block; ends: as for `take_tokens`; attention: what `run_block` takes of it."""
+    """The text pass after the first block; ends: positions for `take_tokens`; attention: options of `run_block`."""
     for index, block in enumerate(clip.clip.transformer.resblocks):
         if index > 0:
             x = clip.run(run_block, block, x, **attention)
         if index < len(adapters):
             x = blend(x, adapters[index](x), weight)
-    # ln_final acts on each token by itself, so it is enough to normalise the end-of-text token.
+    # ln_final acts on each token separately, so only the end-of-text tokens need it.
     pooled = clip.clip.ln_final(take_tokens(x, ends))
     return unit(clip.project_text(pooled) if projector is None else projector(pooled))
 
 
 def pair_anchors(features: Tensor, normal: int) -> Tensor:
-    """Unit prompt features (..., P, D) -> anchors (..., D, 2), column 0 normal, column 1 abnormal.
-
-    Each group is averaged and made unit again.
-    """
+    """Unit prompt features (..., P, D) -> anchors (..., D, 2): the unit mean of the normal and of the other prompts."""
     features = full_precision(features)
     groups = (features[..., :normal, :], features[..., normal:, :])
     return torch.stack([unit(group.mean(dim=-2)) for group in groups], dim=-1)

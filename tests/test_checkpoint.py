@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from model import checkpoint
 from model.adapter import AdaptedCLIP
+from model.checkpoint_schema import SCHEMA
 from model.clip import FrozenCLIP
 from tests import reference
 from tests.helpers import RunsCode, adapted_clip, assert_agrees, config_for, random_batch, tiny_clip, tiny_prompts
@@ -42,7 +43,7 @@ def states_of(model: AdaptedCLIP) -> dict[str, State]:
 def config_of(adapted: AdaptedCLIP, **changes: Any) -> dict[str, Any]:
     """The `config` of a checkpoint, as little as every version has written."""
     return {
-        "schema": checkpoint.SCHEMA,
+        "schema": SCHEMA,
         "model": adapted.config.to_dict(),
         "dataset": "any",
         "metadata_digest": "0",
@@ -108,7 +109,7 @@ def test_a_published_checkpoint_loads_and_computes_what_was_published(relu: bool
     images, prompts = random_batch(40).images[:1], tiny_prompts(clip())
     with torch.no_grad():
         levels, det = reference.adapted_image(ref, images[0])
-        features = model.image_features(images)
+        features = model.encode_image(images)
         for level, expected in zip(features.levels, levels, strict=True):
             assert_agrees(level[0], expected, 1e-5)
         assert_agrees(features.det[0], det, 1e-5)

@@ -401,7 +401,7 @@ def test_one_side_at_weight_0_leaves_the_other_on(side: str) -> None:
         text_side = model.text_side(prompts)
         same_features = torch.equal(
             model.image_features(batch.images, text_side, batch.rows).levels[-1],
-            base.image_features(batch.images).levels[-1],
+            base.encode_image(batch.images).levels[-1],
         )
         assert same_features == (side == "image")
         assert (text_side.anchors is not None) == (side == "text")
@@ -420,7 +420,7 @@ def test_zero_init_starts_at_the_base() -> None:
     copied_from(base, model).train()
     batch, prompts = random_batch(40).to(torch.float64), tiny_prompts(clip)
     text_side = model.text_side(prompts)
-    found, expected = model.image_features(batch.images, text_side, batch.rows), base.image_features(batch.images)
+    found, expected = model.image_features(batch.images, text_side, batch.rows), base.encode_image(batch.images)
     for first, second in zip((*found.levels, found.det), (*expected.levels, expected.det), strict=True):
         assert torch.equal(first, second)
     anchors = model.batch_anchors(prompts, batch.rows, model.frozen_features(batch.images))

@@ -44,7 +44,7 @@ def images64() -> Tensor:
 
 def features_of(kind: str, images: Tensor) -> ImageFeatures:
     if kind == "adapted":
-        return model64().image_features(images)
+        return model64().encode_image(images)
     return frozen_features(clip64(), images, config_for(clip64(), surgery=kind))
 
 

@@ -154,7 +154,7 @@ def test_adapted_image(quick_gelu: bool, adapter: str, relu: bool) -> None:
     case = make_case(quick_gelu, adapter=adapter, relu=relu)
     expected = [reference.adapted_image(case.ref, image.double()) for image in case.batch.images]
     for model, batch, tolerance in case.precisions():
-        features = model.image_features(batch.images)
+        features = model.encode_image(batch.images)
         for k, level in enumerate(features.levels):
             assert_agrees(level, torch.stack([levels[k] for levels, _ in expected]), tolerance, f"level {k}")
         assert_agrees(features.det, torch.stack([det for _, det in expected]), tolerance, "det")

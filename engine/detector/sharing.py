@@ -14,9 +14,10 @@ from dataset.options import NAMES
 from engine.config.feedback import FeedbackConfig
 from engine.detector.calibration import CALIBRATION_FILE, add_entry
 from engine.detector.hub import CARD_FILE, SHARED_FILES
-from model.checkpoint import Shared, is_shared, state_of, write_shared
+from model.checkpoint import state_of
 from model.clip_loading import DEFAULT_TAG, is_tag
 from model.config import ModelConfig
+from model.shared import Shared, is_shared, write_shared
 from utils.errors import UserError
 from utils.files import check_folder, write_text
 from utils.schema import type_hints
@@ -67,7 +68,8 @@ def save_pretrained(detector: Detector, folder: Path, licence: str | None = None
     shared = Shared(detector.name, _without_folder(model.config), crossed, detector.det_score)
     components = {name: state_of(part) for name, part in model.components.items() if name in source.components}
     config = None if source.config is None else public_config(source.config)
-    write_shared(folder, replace(source, components=components, config=config, shared=shared))
+    position = {"epoch": source.epoch, "loop": source.loop, "steps": source.steps, "config": config}
+    write_shared(folder, shared, components, position)
     thresholds = folder / CALIBRATION_FILE
     thresholds.unlink(missing_ok=True)
     for entry in detector.calibration:

@@ -28,7 +28,8 @@ from engine.training.state import signature_in
 from model.adapter import AdaptedCLIP
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.blocks import BlockRunner
-from model.checkpoint import SCHEMA, check_config
+from model.checkpoint import check_config
+from model.checkpoint_schema import SCHEMA
 from model.clip import FrozenCLIP
 from model.clip_loading import load_clip
 from model.config import SIDES, LoopForward, ModelConfig
