@@ -144,7 +144,8 @@ def cubic_weights(length: int, size: int, device: torch.device) -> Tensor:
     """
     old = 2 * torch.arange(length, device=device) + 1
     new = 2 * torch.arange(size, device=device) + 1
-    distance = ((old * size)[None] - (new * length)[:, None]).abs().double().div(2 * torch.sym_max(length, size))
+    larger: Any = torch.sym_max(length, size)
+    distance = ((old * size)[None] - (new * length)[:, None]).abs().double() / (2 * larger)
     near = ((CUBIC + 2) * distance - (CUBIC + 3)) * distance**2 + 1
     far = CUBIC * (((distance - 5) * distance + 8) * distance - 4)
     weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))

@@ -139,7 +139,7 @@ def check_openai_archive_runs_with_quick_gelu(archive: Path) -> None:
 
 def test_row6_openai_weights_run_with_quick_gelu(openai_archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_openai_archive_runs_with_quick_gelu(openai_archive)
-    monkeypatch.setattr(model.clip_loading, "_told_activation", open_clips_own_choice)
+    monkeypatch.setattr(model.clip_loading, "_infer_activation", open_clips_own_choice)
     assert_detects(lambda: check_openai_archive_runs_with_quick_gelu(openai_archive))
 
 
