@@ -89,9 +89,7 @@ SCRIPTS = {
         {**_DATA, "num_workers": 0, "save_path": "feedback", "base_path": "base", "output_dir": "new"},
     ),
     DRAW: Script(VisualizationArguments, {**_DATA, "class_name": "felt", "base_path": "base", "output_dir": "new"}),
-    GRADIENTS: Script(
-        GradientTest, {**_DATA, "checkpoint": "base/image_adapter.pth", "sweep": 0.5, "output_dir": "new"}
-    ),
+    GRADIENTS: Script(GradientTest, {**_DATA, "checkpoint": "base/image_adapter.pth"}),
     SHARE: Script(SharingArguments, {"checkpoint": "base/image_adapter.pth", "output": "new"}),
     EXPORT: Script(
         ExportArguments, {"checkpoint": "base/image_adapter.pth", "class_name": "felt", "output": "new.onnx"}

@@ -193,7 +193,7 @@ def test_another_text_side_than_the_image_files_own_is_said(tmp_path: Path, capl
     start = base_of(tmp_path, adapted_clip(clip()))
     start.text.components["text_adapter"]["0.fc1.weight"] += 1
     start_from(start)
-    assert "text_adapter.pth is not the text side that" in caplog.text
+    assert "text_adapter.pth is not the text side stored in" in caplog.text
 
 
 def test_other_names_in_prompts_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""What `test_stage2_gradients.py` is asked for."""
+"""Options of `test_stage2_gradients.py`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from engine.config.training import CrossAttentionArguments, RunConfig
 from model.config import CrossAttentionConfig
 from utils.fields import changed, setting
 
+# Its cross-attention is that of `train_cross_attention.py`.
+DEFAULT_PRESET = "v2"
 DEFAULT_WEIGHT = CrossAttentionConfig.image_cross_attn_weight
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientTest(Arguments):
-    """What is measured: which model, on which images, with which cross-attention. None is what was not asked for."""
+    """The model, the images and the cross-attention to measure; None means not given."""
 
     model_name: str | None = changed(ModelArguments, "model_name", None, unset=f"{TRAINED}, else toy")
     clip_weights: str | None = changed(
@@ -27,14 +29,14 @@ class GradientTest(Arguments):
     activation: str | None = changed(ModelArguments, "activation", unset=f"{TRAINED}, else the one the weights need")
     img_size: int | None = changed(ModelArguments, "img_size", unset=f"{TRAINED}, else the model's own")
     checkpoint: Path | None = setting(
-        None, "trained model, a base or one with cross-attention", "model", unset="none, fresh weights"
+        None, "file or run folder of a trained model, with or without cross-attention", "model", unset="none"
     )
     preset: str | None = changed(
         FeedbackConfig,
         "preset",
         None,
         help="feedback preset whose cross-attention is measured",
-        unset="none",
+        unset="that of train_cross_attention.py",
         group="cross-attention",
     )
     image_cross_attn_weight: float | None = changed(
@@ -43,9 +45,9 @@ class GradientTest(Arguments):
     text_cross_attn_weight: float | None = changed(
         CrossAttentionArguments, "text_cross_attn_weight", None, unset=f"{TRAINED}, else {DEFAULT_WEIGHT}"
     )
-    context_norm: str | None = changed(CrossAttentionArguments, "context_norm", None, unset=f"{TRAINED}, else unit")
+    context_norm: str | None = changed(CrossAttentionArguments, "context_norm", None, unset=f"{TRAINED}, else layer")
     cross_attn_residual: str | None = changed(
-        CrossAttentionArguments, "cross_attn_residual", None, unset=f"{TRAINED}, else add"
+        CrossAttentionArguments, "cross_attn_residual", None, unset=f"{TRAINED}, else matched"
     )
     dataset: str = changed(DataArguments, "dataset", "toy_train")
     data_root: Path | None = changed(DataArguments, "data_root")
@@ -54,15 +56,8 @@ class GradientTest(Arguments):
     seed: int = changed(RunConfig, "seed", help="seed of fresh weights and of the batches", group="data")
     device: str = changed(MachineArguments, "device")
     component: bool = setting(False, "list every component's gradient norm in both stages", "what to do")
-    sweep: tuple[float, ...] = setting(
-        (),
-        "weights of the image side to measure as well, for a plot and a CSV",
-        "what to do",
-        between=(0, 1e6),
-        several=True,
-    )
-    output_dir: Path = setting(Path("runs/gradients"), "folder of plot and CSV", "output")
+    allow: bool = setting(False, "exit with status 0 even for [CAUTION]", "what to do")
 
     def given(self, *names: str) -> dict[str, Any]:
-        """Those of the fields that were asked for."""
+        """The fields among `names` that are not None."""
         return {name: value for name in names if (value := getattr(self, name)) is not None}

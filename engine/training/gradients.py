@@ -1,27 +1,26 @@
-"""Whether cross-attention leaves the image adapter its gradient, in length and direction; on batches of Stage 2."""
+"""Whether cross-attention preserves the image adapter's gradient in Stage 2, in length and direction."""
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
+import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import islice
-from pathlib import Path
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from engine.config.feedback import FeedbackConfig
-from engine.config.gradients import DEFAULT_WEIGHT, GradientTest
+from engine.config.gradients import DEFAULT_PRESET, GradientTest
 from engine.config.training import RunConfig
 from engine.data.loaders import make_dataset, training_loader
 from engine.data.task import TaskData, check_masks, choose_training_images, load_task
 from engine.detector.detector import checkpoint_config, cross_attention_choices, load_clip_for
 from engine.runtime.device import check_device
+from engine.runtime.run_folder import find_checkpoints
 from engine.training.stage1 import TextStage
 from engine.training.stage2 import ImageStage
 from engine.training.stages import Stage, class_rows
@@ -34,22 +33,20 @@ from model.clip_loading import load_clip
 from model.config import CrossAttentionConfig
 from model.text import Prompts
 from utils.errors import UserError
-from utils.figures import save_png
-from utils.files import write_text
 from utils.seeding import derive_seed
 
-# What the defaults must keep to: how much longer or shorter the gradient may get, and how far it may turn.
-HEALTHY_RATIOS = (0.8, 1.25)
-HEALTHY_COSINE = 0.95
+MIN_RATIO, MAX_RATIO = 0.8, 1.25
+MIN_COSINE = 0.95
+# A zero-initialised branch contributes nothing: it is measured after so many steps at this rate (that of the toy CLIP).
+WARM_UP_STEPS, WARM_UP_RATE = 20, 1e-3
 
 
 class Measurement(NamedTuple):
-    """The image adapter's gradient with the branch at `weight` beside the one without it, a value for each batch.
+    """The image adapter's gradient without and with cross-attention, one value per batch.
 
-    without, with_: its norm; cosine: between the two; contribution: |w * out| / |x| of the branch.
+    without, with_: gradient norms; cosine: between both gradients; contribution: |w * out| / |x| of the branch.
     """
 
-    weight: float
     without: list[float]
     with_: list[float]
     cosine: list[float]
@@ -61,77 +58,110 @@ class Measurement(NamedTuple):
 
     @property
     def is_healthy(self) -> bool:
-        low, high = HEALTHY_RATIOS
-        return low <= self.ratio <= high and statistics.mean(self.cosine) >= HEALTHY_COSINE
+        return MIN_RATIO <= self.ratio <= MAX_RATIO and statistics.mean(self.cosine) >= MIN_COSINE
 
 
-class Bench:
-    """A model and a few batches, on which weights of the image cross-attention are compared.
+@dataclass
+class Probe:
+    """A model on `device` and the data that its gradients are measured on."""
 
-    subject: what the model is, in words; chosen_by: who set a larger weight than the default on purpose, if anyone;
-    matched_by: who matched the residual's length on purpose, if anyone.
-    """
+    model: AdaptedCLIPWithCrossAttention
+    prompts: Prompts
+    classes: Sequence[str]
+    loader: DataLoader
+    batches: list[dict[str, Any]]
+    seed: int
+    device: str
 
-    def __init__(self, test: GradientTest) -> None:
-        device = check_device(test.device, "fp32")
-        data = load_task(test.dataset, test.data_root)
-        check_masks(data, "the losses of both stages need them")
-        data = choose_training_images(data, "full_shot", 0, test.seed)
-        checkpoint = None if test.checkpoint is None else read_checkpoint(test.checkpoint)
-        self.model = build_model(test, checkpoint).to(device)
-        self.subject = describe(self.model, test, checkpoint)
-        self.chosen_by = who_chose_more(self.model, test)
-        self.matched_by = who_matched(self.model, test)
-        self.prompts = data.prompts(self.model.clip).to(device)
-        self.classes = data.classes
-        self.seed = test.seed
-        self.batches = take_batches(data, self.model, test, device)
-
-    @property
-    def weight(self) -> float:
-        """The model's own weight of the image side's residual."""
-        return self.model.i_ca_w
-
-    def stage2(self) -> ImageStage:
-        return ImageStage(self.model, self.prompts, self.classes, RunConfig())
-
-    def stage1(self) -> TextStage:
-        return TextStage(self.model, self.prompts, self.classes, RunConfig())
+    def stage(self, kind: type[TextStage] | type[ImageStage]) -> Stage:
+        return kind(self.model, self.prompts, self.classes, RunConfig())
 
     def norms(self, stage: Stage, batch: dict[str, Any]) -> dict[str, float]:
-        """Gradient norms of every component that a stage trains, on one batch."""
+        """The gradient norms of all trained components of a stage, on one batch."""
         stage.begin()
         self.model.zero_grad(set_to_none=True)
-        torch.manual_seed(self.seed)  # the same dropout with and without
+        torch.manual_seed(self.seed)  # the same dropout with and without cross-attention
         stage(batch).losses["total"].backward()
         return {name: norm.item() for name, norm in gradient_norms(stage.trained).items()}
 
-    def image_gradient(self, batch: dict[str, Any]) -> Tensor:
-        """The image adapter's gradient in Stage 2, as one vector in double precision."""
-        self.norms(self.stage2(), batch)
+    def image_gradient(self, batch: dict[str, Any], weight: float) -> Tensor:
+        """The image adapter's gradient in Stage 2 as a double precision vector, at this weight of the image branch."""
+        own, self.model.image_cross_attn.weight = self.model.image_cross_attn.weight, weight
+        self.norms(self.stage(ImageStage), batch)
+        self.model.image_cross_attn.weight = own
         gradients = [parameter.grad for parameter in self.model.image_adapter.parameters()]
         return torch.cat([gradient.double().flatten() for gradient in gradients if gradient is not None])
 
-    def measure(self, weight: float) -> Measurement:
-        """The image adapter's gradient at `weight` and at 0, which is without cross-attention."""
-        own = self.weight
-        found = Measurement(weight, [], [], [], [])
+    def measure(self) -> Measurement:
+        """Compare the model's own weight of the image branch with 0, which is no cross-attention."""
+        measurement = Measurement([], [], [], [])
         for batch in self.batches:
-            gradients = []
-            for value, norms in ((0.0, found.without), (weight, found.with_)):
-                self.model.image_cross_attn.weight = value
-                gradients.append(self.image_gradient(batch))
-                norms.append(gradients[-1].norm().item())
-            found.cosine.append(torch.cosine_similarity(*gradients, dim=0).item())
-            found.contribution.append(contribution(self.model, self.prompts, batch, self.classes))
-        self.model.image_cross_attn.weight = own
-        return found
+            without, with_ = (self.image_gradient(batch, weight) for weight in (0.0, self.model.i_ca_w))
+            measurement.without.append(without.norm().item())
+            measurement.with_.append(with_.norm().item())
+            measurement.cosine.append(torch.cosine_similarity(without, with_, dim=0).item())
+            measurement.contribution.append(self.contribution(batch))
+        return measurement
+
+    @torch.no_grad()
+    def contribution(self, batch: dict[str, Any]) -> float:
+        """Mean over tokens of |w * out| / |x| of the image branch, without dropout."""
+        if not self.model.image_sees_text():
+            return 0.0
+        self.model.eval()
+        rows = class_rows(batch, {name: row for row, name in enumerate(self.classes)})
+        side = self.model.text_side(self.prompts)
+        blocks = self.model.clip.clip.visual.transformer.resblocks
+        x = run_block(blocks[0], self.model.clip.embed_image(batch["image"]))
+        out = self.model.image_cross_attn(x, side.context[rows], side.mask[rows])
+        if self.model.cross_config.cross_attn_residual == "matched":
+            out = match_length(out, x)
+        return ((self.model.i_ca_w * out).norm(dim=-1) / x.norm(dim=-1)).mean().item()
+
+    def is_silent(self) -> bool:
+        """Whether the image branch is on, but its output projection is still zero."""
+        return self.model.image_sees_text() and not self.model.image_cross_attn.out_proj.weight.any()
+
+    def warm_up(self) -> None:
+        """Train Stage 2 for a few steps."""
+        stage = self.stage(ImageStage)
+        stage.begin()
+        parameters = [parameter for part in stage.trained.values() for parameter in part.parameters()]
+        optimizer = torch.optim.Adam(parameters, lr=WARM_UP_RATE)
+        torch.manual_seed(self.seed)
+        for batch in islice(cycle(self.loader), WARM_UP_STEPS):
+            stage(to_device(batch, self.device)).losses["total"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def run_gradient_test(test: GradientTest) -> int:
+    """Measure the gradients and print the report; the exit status is 1 for [CAUTION], unless `--allow` is given."""
+    device = check_device(test.device, "fp32")
+    data = load_task(test.dataset, test.data_root)
+    check_masks(data, "the losses of both stages need them")
+    data = choose_training_images(data, "full_shot", 0, test.seed)
+    checkpoint = None if test.checkpoint is None else read_checkpoint(find_checkpoints(test.checkpoint)[-1])
+    model = build_model(test, checkpoint).to(device)
+    sys.stdout.write(f"{describe(model, test, checkpoint)}\n")
+    probe = make_probe(model, data, test, device)
+    if probe.is_silent():
+        probe.warm_up()
+        sys.stdout.write(
+            f"The image cross-attention is zero-initialised: measured after {WARM_UP_STEPS} training steps on "
+            f"{data.located.spec.name}\n"
+        )
+    measurement = probe.measure()
+    sys.stdout.write(gradient_report(measurement) + "\n")
+    if test.component:
+        sys.stdout.write(component_report(probe) + "\n")
+    return 0 if measurement.is_healthy or test.allow else 1
 
 
 def build_model(test: GradientTest, checkpoint: Checkpoint | None) -> AdaptedCLIPWithCrossAttention:
-    """A model with fresh modules, or with those that a base or cross-attention checkpoint holds.
+    """A model with new modules, or with those of a base or cross-attention checkpoint.
 
-    Raises `UserError` where the checkpoint, the weights and what is asked for do not fit together.
+    Raises `UserError` if the checkpoint, the weights and the options do not fit together.
     """
     torch.manual_seed(derive_seed(test.seed))
     if checkpoint is None:
@@ -140,10 +170,10 @@ def build_model(test: GradientTest, checkpoint: Checkpoint | None) -> AdaptedCLI
     else:
         clip = load_clip_for(checkpoint, test.clip_weights, **test.given("model_name", "img_size", "activation"))
         config = checkpoint_config(checkpoint, clip)
-    asked = test.given("image_cross_attn_weight", "text_cross_attn_weight", "context_norm", "cross_attn_residual")
-    cross = replace(own_setting(test, checkpoint), **asked)
-    if "image_cross_attn_weight" in asked:
-        # In a feedback run's loops before its cross-attention starts.
+    options = test.given("image_cross_attn_weight", "text_cross_attn_weight", "context_norm", "cross_attn_residual")
+    cross = replace(default_cross_attention(test, checkpoint), **options)
+    if "image_cross_attn_weight" in options:
+        # Also for a feedback loop before its cross-attention starts.
         cross = replace(cross, cross_attn_active=True)
     model = AdaptedCLIPWithCrossAttention(clip, config, cross=cross)
     for name, part in model.components.items():
@@ -152,163 +182,81 @@ def build_model(test: GradientTest, checkpoint: Checkpoint | None) -> AdaptedCLI
     return model
 
 
-def own_setting(test: GradientTest, checkpoint: Checkpoint | None) -> CrossAttentionConfig:
-    """The cross-attention of the checkpoint or the preset, or the defaults."""
-    trained = checkpoint and cross_attention_choices(checkpoint)
-    if trained and test.preset:
+def default_cross_attention(test: GradientTest, checkpoint: Checkpoint | None) -> CrossAttentionConfig:
+    """The cross-attention of the checkpoint or the preset, or that of `train_cross_attention.py`."""
+    trained = cross_attention_choices(checkpoint) if checkpoint else None
+    if trained is None:
+        return FeedbackConfig.of(preset=test.preset or DEFAULT_PRESET).cross_attention()
+    if test.preset:
         raise UserError(f"--preset {test.preset}: {test.checkpoint} has cross-attention of its own; leave one out")
-    if trained:
-        return trained
-    return FeedbackConfig.of(preset=test.preset).cross_attention() if test.preset else CrossAttentionConfig()
-
-
-def who_chose_more(model: AdaptedCLIPWithCrossAttention, test: GradientTest) -> str | None:
-    """Who set a larger weight than the default: the checkpoint or the preset, None for the command line or nobody."""
-    weight = model.i_ca_w if model.image_sees_text() else 0.0
-    if weight <= DEFAULT_WEIGHT or test.image_cross_attn_weight is not None:
-        return None
-    return f"preset {test.preset}" if test.preset else str(test.checkpoint)
-
-
-def who_matched(model: AdaptedCLIPWithCrossAttention, test: GradientTest) -> str | None:
-    """Who matched the residual's length: the checkpoint or the preset, None for the command line or nobody."""
-    if model.cross_config.cross_attn_residual != "matched" or test.cross_attn_residual is not None:
-        return None
-    return f"preset {test.preset}" if test.preset else str(test.checkpoint)
+    return trained
 
 
 def describe(model: AdaptedCLIPWithCrossAttention, test: GradientTest, checkpoint: Checkpoint | None) -> str:
-    """Which weights are measured, in which setting."""
+    """The measured weights and options."""
     if checkpoint is None:
         name = test.model_name or "toy"
-        what = f"the {name} model with fresh weights, nothing of which was trained (--checkpoint FILE measures a run)"
+        weights = f"the {name} model with new adapters, nothing of which was trained (--checkpoint FILE measures a run)"
     elif "image_cross_attn" in checkpoint.components:
-        what = f"{checkpoint.path}, with its own cross-attention"
+        weights = f"{checkpoint.path}, with its own cross-attention"
     else:
-        what = f"{checkpoint.path}, with a fresh cross-attention on top"
-    image, text = model.i_ca_w, model.t_ca_w
-    how = f"context {model.cross_config.context_norm}"
-    if model.cross_config.cross_attn_residual == "matched":
-        how += ", residual matched"
+        weights = f"{checkpoint.path}, with a new cross-attention"
+    cross = model.cross_config
+    options = f"context {cross.context_norm}, residual {cross.cross_attn_residual}"
     off = "" if model.image_sees_text() else "; image cross-attention is off"
-    return f"Model: {what}\nSetting: image weight {image:g}, text weight {text:g}, {how}{off}"
+    return f"Model: {weights}\nOptions: image weight {model.i_ca_w:g}, text weight {model.t_ca_w:g}, {options}{off}"
 
 
-def take_batches(
-    data: TaskData, model: AdaptedCLIPWithCrossAttention, test: GradientTest, device: str
-) -> list[dict[str, Any]]:
-    """The first batches that Stage 2 would train on."""
-    loader, sampler = training_loader(make_dataset(data, model.clip, "full"), test.batch_size, 2, test.seed)
+def make_probe(model: AdaptedCLIPWithCrossAttention, data: TaskData, test: GradientTest, device: str) -> Probe:
+    """A probe with the first batches of Stage 2."""
+    loader, _ = training_loader(make_dataset(data, model.clip, "full"), test.batch_size, 2, test.seed)
     if test.batches > len(loader):
         raise UserError(
             f"--batches {test.batches}: {data.located.spec.name} has {len(loader)} of {test.batch_size} images"
         )
-    sampler.set_position(1, 1)
-    batches = list(islice(loader, test.batches))
-    return [
-        {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
-        for batch in batches
-    ]
+    batches = [to_device(batch, device) for batch in islice(loader, test.batches)]
+    prompts = data.prompts(model.clip).to(device)
+    return Probe(model, prompts, data.classes, loader, batches, test.seed, device)
 
 
-@torch.no_grad()
-def contribution(
-    model: AdaptedCLIPWithCrossAttention, prompts: Prompts, batch: dict[str, Any], classes: Sequence[str]
-) -> float:
-    """Mean over tokens of |w * out| / |x| of the image cross-attention, without dropout.
-
-    Where the residual is matched, out has the length of x, so this is the weight.
-    """
-    if not model.image_sees_text():
-        return 0.0
-    model.eval()
-    rows = class_rows(batch, {name: row for row, name in enumerate(classes)})
-    side = model.text_side(prompts)
-    x = run_block(model.clip.clip.visual.transformer.resblocks[0], model.clip.embed_image(batch["image"]))
-    out = model.image_cross_attn(x, side.context[rows], side.mask[rows])
-    if model.cross_config.cross_attn_residual == "matched":
-        out = match_length(out, x)
-    added = model.i_ca_w * out
-    return (added.norm(dim=-1) / x.norm(dim=-1)).mean().item()
+def to_device(batch: dict[str, Any], device: str) -> dict[str, Any]:
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
-def spread(values: Sequence[float]) -> str:
-    """A mean, with its standard deviation where there are several values."""
+def mean_text(values: Sequence[float]) -> str:
+    """A mean, with the standard deviation of several values."""
     mean = f"{statistics.mean(values):.6f}"
     return f"{mean} (sd {statistics.stdev(values):.6f} over {len(values)} batches)" if len(values) > 1 else mean
 
 
-def verdict(found: Measurement, chosen_by: str | None = None, matched_by: str | None = None) -> str:
-    """Whether the gradient stays what it was.
-
-    A larger weight that somebody chose on purpose is not judged; nor is the change that matching the length makes.
-    """
-    if chosen_by is not None:
-        return (
-            f"[BY INTENT] {chosen_by} sets the weight to {found.weight:g}, above the default of {DEFAULT_WEIGHT}: "
-            "it changes the image adapter's gradient by intent"
-        )
-    if found.is_healthy:
+def verdict(measurement: Measurement) -> str:
+    if measurement.is_healthy:
         return "[OK] Cross-attention doesn't harm gradient flow significantly"
-    if matched_by is not None:
-        return (
-            f"[BY INTENT] {matched_by} matches the residual, which makes {found.weight:.0%} of the stream: it changes "
-            "the image adapter's gradient by intent"
-        )
-    low, high = HEALTHY_RATIOS
     return (
-        "[CAUTION] Cross-attention changes the image adapter's gradient: "
-        f"healthy are a ratio of {low} to {high} and a cosine of at least {HEALTHY_COSINE}"
+        "[CAUTION] Cross-attention changes the image adapter's gradient: a healthy ratio is "
+        f"{MIN_RATIO} to {MAX_RATIO}, a healthy cosine at least {MIN_COSINE}"
     )
 
 
-def gradient_report(found: Measurement, chosen_by: str | None = None, matched_by: str | None = None) -> str:
-    """What `test_stage2_gradients.py` prints of one weight."""
+def gradient_report(measurement: Measurement) -> str:
     return "\n".join(
         [
             "Image adapter gradient norm:",
-            f"  Without cross-attention: {spread(found.without)}",
-            f"  With cross-attention:    {spread(found.with_)}",
-            f"  Ratio: {found.ratio:.4f}x",
-            f"Cosine between the two gradients: {spread(found.cosine)}",
-            f"Contribution to the stream, |w * out| / |x|: {spread(found.contribution)}",
-            verdict(found, chosen_by, matched_by),
+            f"  Without cross-attention: {mean_text(measurement.without)}",
+            f"  With cross-attention:    {mean_text(measurement.with_)}",
+            f"  Ratio: {measurement.ratio:.4f}x",
+            f"Cosine between the two gradients: {mean_text(measurement.cosine)}",
+            f"Contribution to the stream, |w * out| / |x|: {mean_text(measurement.contribution)}",
+            verdict(measurement),
         ]
     )
 
 
-def component_report(bench: Bench) -> str:
-    """Gradient norm of every trainable component in both stages, mean over the batches."""
+def component_report(probe: Probe) -> str:
+    """The gradient norms of all trained components in both stages, means over the batches."""
     lines = []
-    for title, make in (("Stage 1 (text)", bench.stage1), ("Stage 2 (image)", bench.stage2)):
-        each = [bench.norms(make(), batch) for batch in bench.batches]
+    for title, kind in (("Stage 1 (text)", TextStage), ("Stage 2 (image)", ImageStage)):
+        each = [probe.norms(probe.stage(kind), batch) for batch in probe.batches]
         lines.append(f"{title}:")
-        lines += [f"  {name}: {spread([norms[name] for norms in each])}" for name in each[0]]
+        lines += [f"  {name}: {mean_text([norms[name] for norms in each])}" for name in each[0]]
     return "\n".join(lines)
-
-
-def write_sweep(measurements: Sequence[Measurement], folder: Path) -> None:
-    """`gradient_sweep.csv` and `gradient_sweep.png`: ratio, cosine and contribution at each weight."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["weight", "without", "with", "ratio", "cosine", "contribution"])
-    for found in measurements:
-        without, with_ = statistics.mean(found.without), statistics.mean(found.with_)
-        cosine, added = statistics.mean(found.cosine), statistics.mean(found.contribution)
-        writer.writerow([found.weight, without, with_, found.ratio, cosine, added])
-    write_text(folder / "gradient_sweep.csv", text.getvalue())
-    weights = [found.weight for found in measurements]
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    curves = (
-        ("gradient with / without", [found.ratio for found in measurements], HEALTHY_RATIOS),
-        ("cosine of the two", [statistics.mean(found.cosine) for found in measurements], (HEALTHY_COSINE,)),
-        ("|w · out| / |x|", [statistics.mean(found.contribution) for found in measurements], ()),
-    )
-    for axis, (label, values, limits) in zip(figure.subplots(1, len(curves)), curves, strict=True):
-        axis.plot(weights, values, marker="o")
-        for limit in limits:
-            axis.axhline(limit, color="grey", linestyle="--", linewidth=1)
-        axis.set_ylabel(label)
-        axis.set_xlabel("image_cross_attn_weight")
-        axis.grid(alpha=0.3)
-    save_png(figure, folder / "gradient_sweep.png")
