@@ -92,7 +92,7 @@ def test_files_and_verification(finished: Path) -> None:
     assert "WEIGHT INITIALIZATION VERIFICATION" in log
     assert "Base text adapter loaded successfully!" in log
     assert "image_cross_attn mean weight magnitude: " in log
-    assert "image optimizer: moments of 9 tensors taken from" in log
+    assert "image optimizer: moments of 9 tensors loaded from" in log
     checkpoint = torch.load(finished / "image_adapter.pth", weights_only=True)
     assert checkpoint["config"]["cross_attention"]["text_conditioning"] == "image"
     assert {"text_adapter", "text_cross_attn", "image_adapter", "image_cross_attn"} <= set(checkpoint)

@@ -125,7 +125,7 @@ def test_files_log_and_events(finished: Path) -> None:
     ]
     for line in (
         "Base text adapter loaded successfully!",
-        "image optimizer: moments of 9 tensors taken from",
+        "image optimizer: moments of 9 tensors loaded from",
         "Loop 3 - text loss: ",
         "Loop 3 - image loss: ",
         "Average Grad Norm: ",
