@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,11 +21,9 @@ import model.blocks
 import model.frozen
 from engine.config.training import LOOP_BATCH, BaseConfig
 from engine.runtime.device import check_compiler
-from engine.training.advice import LESS_MEMORY
 from engine.training.base import train_base
 from engine.training.setup import compiled_sizes
 from engine.training.stages import Stage
-from engine.training.verdicts import log_epoch
 from model import blocks
 from model.blocks import BlockRunner
 from model.frozen import SharedStreams, surgery_stream
@@ -41,7 +37,6 @@ from tests.helpers import (
     tiny_clip,
 )
 from tests.scripts import small_runs, write_clip, write_dataset
-from tests.test_trainer import epoch
 from tests.test_waiting import COMBINATIONS, make_batch, make_stage
 from utils.errors import UserError
 
@@ -168,10 +163,6 @@ def test_checkpointed_blocks_keep_less_and_compute_attention_once() -> None:
     assert not any("attention" in name for name in again)
 
 
-def test_advice_on_memory_names_it() -> None:
-    assert LESS_MEMORY.startswith("--checkpoint_blocks")
-
-
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
     """The graphs that are taken of what is compiled, which is run as it is: a compiler takes its time."""
@@ -266,21 +257,6 @@ def test_what_is_compiled_gives_the_same_losses() -> None:
     again, same = losses_and_gradients(stage, batch)
     assert_agrees(again, loss, 1e-4)
     assert_all_agree(same, gradients, 1e-3)
-
-
-def test_the_log_says_what_compiling_took(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    row = {**epoch(), "loop": 1, "epoch": 1, "lr": 0.1, "images_per_second": 2.0, "memory_gib": 1.0, "seconds": 90.0}
-    log_epoch(row, 2)
-    assert not any("compiling" in line for line in caplog.messages)
-    log_epoch({**row, "compile_seconds": 65.0}, 2)
-    assert "  compiling took 1 min 05 s of 1 min 30 s" in caplog.messages
-
-
-def test_a_model_can_be_copied_whatever_runs_its_blocks() -> None:
-    clip = tiny_clip()
-    clip.run = BlockRunner(checkpointed=True, compiled=[2])
-    assert copy.deepcopy(clip).run.compiled == {2}
 
 
 def test_a_process_compiles_for_its_share_of_a_step() -> None:

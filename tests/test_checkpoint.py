@@ -188,26 +188,18 @@ def test_a_missing_epoch_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 def test_a_missing_text_side_is_an_error(tmp_path: Path) -> None:
-    image = write_pair(tmp_path, published_states(relu=False))
-    (tmp_path / "text_adapter.pth").unlink()
+    image, text = write_pair(tmp_path, published_states(relu=False)), tmp_path / "text_adapter.pth"
+    with pytest.raises(UserError) as caught:
+        checkpoint.read_checkpoint(text)
+    one_line(caught, text, "image_adapter")
+    torch.save({"epoch": 1, "image_adapter": {}}, text)
     with pytest.raises(UserError) as caught:
         checkpoint.read_checkpoint(image)
-    one_line(caught, image, tmp_path / "text_adapter.pth")
-
-
-def test_a_text_file_without_text_side_is_an_error(tmp_path: Path) -> None:
-    image = write_pair(tmp_path, published_states(relu=False))
-    torch.save({"epoch": 1, "image_adapter": {}}, tmp_path / "text_adapter.pth")
+    one_line(caught, text, "text_adapter")
+    text.unlink()
     with pytest.raises(UserError) as caught:
         checkpoint.read_checkpoint(image)
-    one_line(caught, tmp_path / "text_adapter.pth", "text_adapter")
-
-
-def test_a_text_file_given_for_a_model_is_an_error(tmp_path: Path) -> None:
-    write_pair(tmp_path, published_states(relu=False))
-    with pytest.raises(UserError) as caught:
-        checkpoint.read_checkpoint(tmp_path / "text_adapter.pth")
-    one_line(caught, tmp_path / "text_adapter.pth", "image_adapter")
+    one_line(caught, image, text)
 
 
 @pytest.mark.parametrize(
@@ -241,21 +233,13 @@ def test_another_schema_is_refused(tmp_path: Path) -> None:
 CONFIG_DAMAGE: list[tuple[dict[str, Any], str]] = [
     ({"model": None}, "config.model is nothing"),
     ({"cross_attention": {"depth": 2}}, "config.cross_attention has an unknown 'depth'"),
-    ({"cross_attention": [1]}, "config.cross_attention is a list"),
     ({"cross_attention": {"cross_attn_heads": True}}, "config.cross_attention.cross_attn_heads is True"),
     ({"prompt_names": {"bolt": 3}}, "config.prompt_names['bolt'] is 3, expected text"),
-    ({"prompt_names": {3: "bolt"}}, "a key of config.prompt_names is 3"),
     ({"arguments": {}}, "config.arguments has no 'dataset'"),
-    ({"arguments": {"dataset": "any", "clip_weights": 5}}, "config.arguments.clip_weights is 5"),
-    ({"arguments": {"dataset": "any\0"}}, "config.arguments.dataset is"),
     ({"arguments": {"dataset": "any", "more": [[[[[[[[[[]]]]]]]]]]}}, "nested"),
-    ({"arguments": {"dataset": "any", "more": {5: 5}}}, "a key that is not text"),
     ({"arguments": {"dataset": "any", "more": torch.zeros(1)}}, "not plain data"),
     ({"seed": 10**500}, "config.seed is a huge number"),
-    ({"seed": float("nan")}, "config.seed is nan"),
     ({"schema": "1"}, "config.schema is '1'"),
-    ({"schema": True}, "config.schema is True"),
-    ({"schema": torch.zeros(2)}, "config.schema is a Tensor"),
     ({5: 5}, "a key of config is 5"),
 ]
 
@@ -271,20 +255,11 @@ def test_a_damaged_config_is_refused(damage: dict[Any, Any], words: str, tmp_pat
 
 
 MODEL_DAMAGE: list[tuple[str, Any, str]] = [
-    ("surgery", None, "config.model.surgery is nothing"),
     ("surgery", "triple", "config.model.surgery is 'triple', expected one of dual, sequential, batch_axis"),
-    ("adapter", 5, "config.model.adapter is 5"),
     ("img_size", "518", "config.model.img_size is '518', expected a whole number"),
-    ("img_size", 518.0, "config.model.img_size is 518.0"),
-    ("img_size", True, "config.model.img_size is True"),
     ("img_size", 10**9, "config.model.img_size is 1000000000, expected 1 to "),
     ("levels", [2, "4"], "config.model.levels[1] is '4'"),
-    ("levels", 4, "config.model.levels is 4, expected a list"),
-    ("levels", [0, 4], "config.model.levels[0] is 0"),
-    ("relu", 1, "config.model.relu is 1, expected true or false"),
-    ("text_adapt_weight", float("nan"), "config.model.text_adapt_weight is nan"),
     ("text_adapt_weight", 2.0, "config.model.text_adapt_weight is 2.0"),
-    ("text_adapt_until", -1, "config.model.text_adapt_until is -1"),
     ("temperature", 1, "unknown 'temperature'; use the version that wrote it"),
 ]
 
@@ -300,17 +275,6 @@ def test_a_model_that_is_none_is_refused(key: str, value: Any, words: str, tmp_p
     one_line(caught, path, words)
 
 
-def test_a_model_without_a_choice_is_refused(tmp_path: Path) -> None:
-    model = model_of()
-    values = model.config.to_dict()
-    del values["surgery"]
-    path = tmp_path / "image_adapter.pth"
-    checkpoint.save({**states_of(model), "epoch": 1, "config": config_of(model, model=values)}, path)
-    with pytest.raises(UserError) as caught:
-        checkpoint.read_any(path)
-    one_line(caught, path, "config.model has no 'surgery'")
-
-
 def test_what_a_later_version_adds_beside_the_model_is_no_harm(tmp_path: Path) -> None:
     model = model_of()
     path = tmp_path / "image_adapter.pth"
@@ -319,26 +283,16 @@ def test_what_a_later_version_adds_beside_the_model_is_no_harm(tmp_path: Path) -
     assert checkpoint.read_any(path).config == config
 
 
-def sparse(value: Tensor) -> Tensor:
-    return value.to_sparse()
-
-
 WEIGHTS_DAMAGE: list[tuple[str, Any]] = [
-    ("sparse", sparse),
-    ("compressed", lambda value: value.to_sparse_csr()),
+    ("sparse", lambda value: value.to_sparse()),
     ("quantized", lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8)),
     ("meta", lambda value: value.to("meta")),
     ("complex", lambda value: value.to(torch.complex64)),
     ("integer", lambda value: value.long()),
-    ("boolean", lambda value: value.bool()),
-    ("eight bits", lambda value: value.to(torch.float8_e4m3fn)),
     ("nan", lambda value: value * float("nan")),
-    ("infinite", lambda value: value / 0),
     ("repeated", lambda value: torch.zeros(1, 1).expand(10**6, 10**6)),
     ("a number", lambda value: 1.0),
-    ("a list", lambda value: value.tolist()),
     ("nothing", lambda value: None),
-    ("nested", lambda value: {"weight": value}),
 ]
 
 
@@ -357,13 +311,9 @@ def test_weights_are_dense_finite_floats(kind: str, damage: Any, tmp_path: Path)
     [
         ("epoch", "20", "epoch is '20', expected a whole number"),
         ("epoch", -1, "epoch is -1"),
-        ("epoch", True, "epoch is True"),
         ("loop", 0, "loop is 0"),
-        ("loop", 1.5, "loop is 1.5"),
         ("steps", {"text": "many"}, "steps['text'] is 'many'"),
         ("image_adapter", {0: torch.zeros(2)}, "a key of image_adapter is 0"),
-        ("image_adapter", torch.zeros(2), "image_adapter is a Tensor"),
-        ("image_optimizer", [], "image_optimizer is a list"),
         ("image_optimizer", {"state": {}}, "image_optimizer has no 'param_groups'"),
         ("image_optimizer", {"state": {"0": {}}, "param_groups": []}, "a key of image_optimizer.state is '0'"),
         ("image_optimizer", {"state": {0: {"exp_avg": torch.zeros(2).to_sparse()}}, "param_groups": []}, "exp_avg"),
@@ -376,44 +326,6 @@ def test_other_entries_are_checked_too(key: Any, value: Any, words: str, tmp_pat
     with pytest.raises(UserError) as caught:
         checkpoint.read_any(tmp_path / "image_adapter.pth")
     one_line(caught, tmp_path / "image_adapter.pth", words)
-
-
-class Elsewhere(Tensor):
-    """Stands for a tensor on a GPU: what a file must not hold, and what only `cpu` brings here."""
-
-    def cpu(self, *_: Any, **__: Any) -> Tensor:
-        return self.as_subclass(Tensor)
-
-
-def test_everything_is_saved_on_the_cpu(tmp_path: Path) -> None:
-    """A plain `torch.load` reads it: weights, moments, and whatever is nested."""
-    there = torch.arange(3.0).as_subclass(Elsewhere)
-    moments = {"state": {0: {"step": there.sum(), "exp_avg": there}}, "param_groups": [{"params": [0], "lr": there[0]}]}
-    value = {
-        "image_adapter": {"weight": nn.Parameter(there)},
-        "image_optimizer": moments,
-        "nested": [({"deep": there},), there],
-        "epoch": 3,
-    }
-    checkpoint.save(value, tmp_path / "state.pth")
-    read = torch.load(tmp_path / "state.pth", weights_only=True)
-
-    def tensors(value: Any) -> list[Tensor]:
-        if isinstance(value, dict):
-            value = list(value.values())
-        return (
-            [value]
-            if isinstance(value, Tensor)
-            else [t for v in value for t in tensors(v)]
-            if isinstance(value, (list, tuple))
-            else []
-        )
-
-    found = tensors(read)
-    assert len(found) == 6
-    assert all(type(value) is Tensor and not value.requires_grad for value in found)
-    assert read["epoch"] == 3 and isinstance(read["nested"][0], tuple)
-    assert torch.equal(read["image_optimizer"]["state"][0]["exp_avg"], torch.arange(3.0))
 
 
 def refusal(module: nn.Module, state: State, name: str) -> str:
@@ -437,19 +349,12 @@ def test_another_size_names_key_and_both_shapes() -> None:
 
 KINDS: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     ({"adapter": "bottleneck"}, {"adapter": "linear"}, "text_adapter", "--adapter"),
-    ({"adapter": "linear"}, {"adapter": "bottleneck"}, "text_adapter", "--adapter"),
-    ({"adapter": "bottleneck"}, {"adapter": "linear"}, "image_adapter", "--adapter"),
     ({"adapter": "linear"}, {"adapter": "bottleneck"}, "image_adapter", "--adapter"),
     ({"relu": False}, {"relu": True}, "image_adapter", "--relu"),
-    ({"relu": True}, {"relu": False}, "image_adapter", "--relu"),
     ({"levels": (2, 4)}, {}, "image_adapter", "--levels"),
-    ({}, {"levels": (2, 4)}, "image_adapter", "--levels"),
     ({"image_adapt_until": 2}, {}, "image_adapter", "--image_adapt_until"),
     ({}, {"image_adapt_until": 2}, "image_adapter", "--image_adapt_until"),
-    ({"adapter": "linear", "image_adapt_until": 2}, {"adapter": "linear"}, "image_adapter", "--image_adapt_until"),
-    ({"adapter": "linear"}, {"adapter": "linear", "image_adapt_until": 2}, "image_adapter", "--image_adapt_until"),
     ({"text_adapt_until": 1}, {}, "text_adapter", "--text_adapt_until"),
-    ({}, {"text_adapt_until": 1}, "text_adapter", "--text_adapt_until"),
 ]
 
 
@@ -509,14 +414,11 @@ def test_a_truncated_file_is_refused(fraction: float, tmp_path_factory: pytest.T
     one_line(caught, path)
 
 
-@given(content=st.binary(max_size=200))
-@settings(max_examples=100, deadline=None)
-def test_a_file_of_anything_is_refused(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
-    path = tmp_path_factory.mktemp("anything") / "image_adapter.pth"
-    path.write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        checkpoint.read_checkpoint(path)
-    one_line(caught, path)
+def test_nested_tensors_are_saved_without_gradient(tmp_path: Path) -> None:
+    value = {"weight": nn.Parameter(torch.ones(2)), "nested": [({"deep": nn.Parameter(torch.ones(1))},)], "epoch": 3}
+    checkpoint.save(value, tmp_path / "state.pth")
+    read = torch.load(tmp_path / "state.pth", weights_only=True)
+    assert type(read["weight"]) is Tensor and not read["nested"][0][0]["deep"].requires_grad and read["epoch"] == 3
 
 
 def test_a_failure_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

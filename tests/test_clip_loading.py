@@ -107,12 +107,6 @@ def test_other_weights_have_another_digest(tiny_name: str, tmp_path: Path) -> No
     assert loaded.weights_digest != tiny_clip().weights_digest
 
 
-def test_an_archive_tells_that_it_needs_quick_gelu(tiny_name: str, openai_archive: Path) -> None:
-    loaded = load_clip(tiny_name, openai_archive)
-    assert loaded.activation == "quick_gelu"
-    assert_is_the_tiny_clip(loaded)
-
-
 def test_a_state_dict_taken_from_an_archive_tells_too(tiny_name: str, tmp_path: Path) -> None:
     state = tiny_open_clip().state_dict()
     numbers = {"input_resolution": torch.tensor(40), "context_length": torch.tensor(77), "vocab_size": torch.tensor(9)}
@@ -126,9 +120,8 @@ def test_a_configuration_beside_the_weights_tells(tiny_name: str, tmp_path: Path
         assert load_clip(tiny_name, tmp_path / "open_clip_model.safetensors").activation == expected
 
 
-@pytest.mark.parametrize("kind", ["plain", "state_dict", "module_prefix", "safetensors"])
-def test_weights_that_do_not_tell_their_activation_are_an_error(kind: str, tiny_name: str, tmp_path: Path) -> None:
-    file = weights_file(kind, tmp_path)
+def test_weights_that_do_not_tell_their_activation_are_an_error(tiny_name: str, tmp_path: Path) -> None:
+    file = weights_file("plain", tmp_path)
     with pytest.raises(UserError) as caught:
         load_clip(tiny_name, file)
     message = one_line(caught)
@@ -217,16 +210,6 @@ def test_an_unknown_model_is_an_error(name: str) -> None:
     assert f"--model_name {name}" in one_line(caught)
 
 
-def test_a_hub_model_out_of_reach_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(_: str) -> None:
-        raise OSError("We couldn't connect to the hub\nand a second line")
-
-    monkeypatch.setattr(open_clip, "get_model_config", unreachable)
-    with pytest.raises(UserError) as caught:
-        load_clip("hf-hub:someone/some-clip")
-    assert "--model_name hf-hub:someone/some-clip" in one_line(caught)
-
-
 @pytest.mark.parametrize("name", ["RN50", "ViT-B-16-SigLIP", "coca_ViT-B-32", "convnext_base"])
 def test_architectures_that_cannot_be_adapted_are_refused(name: str, openai_archive: Path) -> None:
     with pytest.raises(UserError) as caught:
@@ -267,34 +250,16 @@ def damaged(kind: str, folder: Path) -> Path:
     if kind == "truncated":
         whole = weights_file("plain", folder).read_bytes()
         file.write_bytes(whole[: len(whole) // 2])
-    elif kind == "truncated archive":
-        whole = weights_file("archive", folder).read_bytes()
-        file.write_bytes(whole[: len(whole) // 2])
-    elif kind == "safetensors truncated":
-        whole = weights_file("safetensors", folder).read_bytes()
-        file.write_bytes(whole[: len(whole) // 2])
     elif kind == "checkpoint of this project":
         torch.save({"epoch": 1, "text_adapter": {"0.fc1.weight": torch.zeros(2, 2)}}, file)
     elif kind == "list":
         torch.save([torch.zeros(2)], file)
     else:
-        file.write_bytes({"empty": b"", "text": b"404: not found\n", "safetensors text": b"404: not found\n"}[kind])
+        file.write_bytes(b"404: not found\n")
     return file
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "truncated",
-        "truncated archive",
-        "safetensors truncated",
-        "empty",
-        "text",
-        "safetensors text",
-        "list",
-        "checkpoint of this project",
-    ],
-)
+@pytest.mark.parametrize("kind", ["truncated", "text", "safetensors text", "list", "checkpoint of this project"])
 def test_a_damaged_file_is_one_line_that_names_it(kind: str, tiny_name: str, tmp_path: Path) -> None:
     file = damaged(kind, tmp_path)
     with pytest.raises(UserError) as caught:
@@ -386,17 +351,11 @@ def test_hub_weights_run_with_their_own_activation(
 
 CONFIG_DAMAGE: list[tuple[tuple[str, ...], Any, str]] = [
     (("model_cfg",), None, "has no 'model_cfg'"),
-    (("model_cfg",), 5, "model_cfg is 5"),
     (("model_cfg", "embed_dim"), None, "model_cfg has no 'embed_dim'"),
     (("model_cfg", "embed_dim"), "40", "model_cfg.embed_dim is '40', expected a whole number"),
-    (("model_cfg", "quick_gelu"), 1, "model_cfg.quick_gelu is 1, expected true or false"),
-    (("model_cfg", "vision_cfg", "image_size"), 40.0, "model_cfg.vision_cfg.image_size is 40.0"),
     (("model_cfg", "vision_cfg", "layers"), 10**6, "model_cfg.vision_cfg.layers is 1000000, expected 1 to 1000"),
-    (("model_cfg", "vision_cfg", "patch_size"), 0, "model_cfg.vision_cfg.patch_size is 0"),
     (("model_cfg", "vision_cfg", "depth"), 8, "model_cfg.vision_cfg has an unknown 'depth'"),
-    (("model_cfg", "text_cfg", "heads"), True, "model_cfg.text_cfg.heads is True"),
     (("preprocess_cfg", "mean"), [0.5, 0.5], "preprocess_cfg.mean is a list, expected a list of 3"),
-    (("preprocess_cfg", "std"), [0.5, 0.5, float("nan")], "preprocess_cfg.std[2] is nan"),
     (("preprocess_cfg", "std"), [0.5, 0.5, 0], "preprocess_cfg.std[2] is 0"),
 ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,14 +10,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model import checkpoint, scoring
+from model import scoring
 from model.adapter import AdaptedCLIP
 from model.adapter_modules import blend
 from model.clip import FrozenCLIP
 from model.config import ModelConfig, check_depths, depth_defaults
-from model.frozen import ImageFeatures, UnadaptedCLIP, frozen_features
+from model.frozen import ImageFeatures, frozen_features
 from model.losses import dice_loss, focal_loss, stage1_losses, stage2_losses
-from model.text import Prompts
 from tests.helpers import adapted_clip, assert_agrees, config_for, encode_prompts, random_batch, tiny_clip, tiny_prompts
 from utils.errors import UserError
 
@@ -87,24 +85,6 @@ def test_any_strides_give_the_same_features(kind: str, layout: str) -> None:
         assert_same_features(features_of(kind, view), features_of(kind, view.contiguous()))
 
 
-def test_losses_and_maps_take_any_strides() -> None:
-    batch = random_batch(40)
-    similarity = torch.randn(4, 2, 25).transpose(1, 2).requires_grad_()
-    anchors = torch.randn(4, 2, 30).transpose(1, 2)
-    masks = batch.masks.transpose(1, 2)
-    assert not similarity.is_contiguous() and not masks.is_contiguous() and not anchors.is_contiguous()
-    outputs = scoring.Outputs([similarity], torch.randn(2, 4).T)
-    dense = scoring.Outputs([similarity.contiguous()], outputs.det.contiguous())
-    for domain in scoring.DOMAINS:
-        assert_agrees(scoring.anomaly_map(outputs, 40, domain), scoring.anomaly_map(dense, 40, domain), 1e-6)
-    first = stage2_losses(outputs, masks, batch.labels)[0]["total"]
-    assert_agrees(first, stage2_losses(dense, masks.contiguous(), batch.labels)[0]["total"], 1e-6)
-    second = stage1_losses([similarity], anchors, masks, 0.1)[0]["total"]
-    assert_agrees(second, stage1_losses(dense.levels, anchors.contiguous(), masks.contiguous(), 0.1)[0]["total"], 1e-6)
-    (first + second).backward()
-    assert similarity.grad.isfinite().all()
-
-
 prompt_words = st.lists(
     st.sampled_from(["nut", "old", "screw", "with", "a", "photo", "broken", "photosynthesis", "x9", ","]), max_size=12
 )
@@ -126,21 +106,6 @@ def test_text_cut_to_length_equals_the_full_length(prompts: list[list[str]]) -> 
             features = encode_prompts(clip, full, *arguments)
             assert_agrees(encode_prompts(clip, cut, *arguments), features, EXACT)
         assert_agrees(encode_prompts(clip, cut), clip.clip.encode_text(full, normalize=True), 1e-9)
-
-
-def test_anchors_do_not_depend_on_the_other_classes() -> None:
-    prompts = tiny_prompts(clip64())
-    with torch.no_grad():
-        together = model64().anchors(prompts)
-        for row in range(len(prompts.tokens)):
-            alone = model64().anchors(Prompts(prompts.tokens[row : row + 1], prompts.normal))
-            assert_agrees(alone[0], together[row], EXACT)
-    assert_agrees(together.norm(dim=1), torch.ones(3, 2), 1e-12)
-
-
-def test_prompts_of_unequal_numbers_are_refused() -> None:
-    with pytest.raises(ValueError, match="same number"):
-        Prompts.from_texts(clip64(), [(["a"], ["b"]), (["a"], ["b", "c"])])
 
 
 def test_train_mode_reaches_the_trainable_parts_only() -> None:
@@ -183,19 +148,6 @@ def test_blend_is_finite_where_an_adapter_gives_zero(silent: set[int], weight: f
         assert torch.equal(blended[:, token], (1 - weight) * x[:, token])
 
 
-def test_an_adapter_of_zeros_trains_without_nan() -> None:
-    model = adapted_clip(tiny_clip())
-    for part in model.components.values():
-        for value in part.parameters():
-            torch.nn.init.zeros_(value)
-    batch, prompts = random_batch(40), tiny_prompts(model.clip)
-    outputs = model(batch.images, model.text_side(prompts), batch.rows)
-    losses, _ = stage2_losses(outputs, batch.masks, batch.labels)
-    losses["total"].backward()
-    assert losses["total"].isfinite()
-    assert all(value.grad.isfinite().all() for value in model.image_adapter.parameters())
-
-
 def test_constant_maps_normalise_to_zero() -> None:
     values = torch.full((3,), 0.7)
     assert torch.equal(scoring.min_max(values, values.min(), values.max()), torch.zeros(3))
@@ -204,24 +156,6 @@ def test_constant_maps_normalise_to_zero() -> None:
 
 
 finite = st.floats(-100, 100, width=32)
-
-
-@given(
-    similarity=st.lists(st.tuples(finite, finite), min_size=9, max_size=9),
-    det=st.tuples(st.floats(-1, 1, width=32), st.floats(-1, 1, width=32)),
-    domain=st.sampled_from(sorted(scoring.DOMAINS)),
-)
-@example(similarity=[(-100.0, 100.0)] * 9, det=(-1.0, 1.0), domain="industrial")
-@few_examples
-def test_calibrated_maps_and_scores_lie_between_0_and_1(
-    similarity: list[tuple[float, float]], det: tuple[float, float], domain: str
-) -> None:
-    outputs = scoring.Outputs([torch.tensor(similarity)[None]] * 2, torch.tensor([det]))
-    maps = scoring.calibrated_maps(outputs, 12)
-    assert maps.shape == (2, 1, 12, 12)
-    scores = scoring.calibrated_scores(maps.mean(dim=0), outputs, domain)
-    for values in (maps, scores):
-        assert ((values >= 0) & (values <= 1)).all()
 
 
 @given(
@@ -250,14 +184,6 @@ def test_losses_stay_finite_at_extreme_logits(fraction: float, sharpness: float)
     assert loss.isfinite() and logits.grad.isfinite().all()
 
 
-def test_dice_of_the_mask_itself_is_zero_and_of_each_image_by_itself() -> None:
-    masks = random_batch(40).masks
-    assert dice_loss(masks, masks).item() == pytest.approx(0, abs=1e-6)
-    guess = torch.rand(masks.shape, generator=torch.Generator().manual_seed(0))
-    alone = [dice_loss(guess[row : row + 1], masks[row : row + 1]).item() for row in range(len(masks))]
-    assert dice_loss(guess, masks).item() == pytest.approx(sum(alone) / len(alone), rel=1e-5)
-
-
 @surgeries
 def test_bfloat16_autocast_is_near_float32(surgery: str) -> None:
     model = adapted_clip(tiny_clip(), surgery=surgery)
@@ -282,36 +208,6 @@ def test_bfloat16_autocast_is_near_float32(surgery: str) -> None:
         half["total"].backward()
     gradients = [value.grad for part in model.components.values() for value in part.parameters()]
     assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients)
-
-
-@pytest.mark.parametrize("adapter", ["bottleneck", "linear"])
-@pytest.mark.parametrize("relu", [False, True])
-def test_saved_and_loaded_models_give_the_same_outputs(tmp_path: Path, adapter: str, relu: bool) -> None:
-    clip = tiny_clip()
-    model = adapted_clip(clip, adapter=adapter, relu=relu, surgery="sequential")
-    states = {name: checkpoint.state_of(part) for name, part in model.components.items()}
-    checkpoint.save({**states, "epoch": 3}, tmp_path / "image_adapter.pth")
-
-    read = checkpoint.read_checkpoint(tmp_path / "image_adapter.pth")
-    assert read.epoch == 3
-    loaded = AdaptedCLIP(clip, ModelConfig.from_dict(model.config.to_dict()))
-    assert loaded.config == model.config
-    for name, part in loaded.components.items():
-        checkpoint.load_component(part, read.components[name], name, read.path)
-    batch, prompts = random_batch(40), tiny_prompts(clip)
-    with torch.no_grad():
-        for first, second in zip(
-            (loaded.anchors(prompts), *loaded(batch.images, loaded.text_side(prompts), batch.rows).levels),
-            (model.anchors(prompts), *model(batch.images, model.text_side(prompts), batch.rows).levels),
-            strict=True,
-        ):
-            assert torch.equal(first, second)
-
-
-def test_the_baseline_has_nothing_to_train() -> None:
-    baseline = UnadaptedCLIP(clip64(), config_for(clip64())).train()
-    assert not any(value.requires_grad for value in baseline.parameters())
-    assert not any(module.training for module in baseline.clip.modules())
 
 
 @given(layers=st.integers(4, 60), text_layers=st.integers(1, 40), levels=st.lists(st.integers(-1, 61), max_size=5))

@@ -33,23 +33,6 @@ def prompts_of(kind: str) -> Prompts:
 
 
 @pytest.mark.parametrize("kind", ["short", "real"])
-def test_a_tree_holds_each_beginning_once(kind: str) -> None:
-    prompts = prompts_of(kind)
-    tree, last = prompts.tree, prompts.tokens.argmax(dim=-1)
-    for row, of_class in enumerate(prompts.tokens):
-        words = [ids[: end + 1].tolist() for ids, end in zip(of_class, last[row], strict=True)]
-        beginnings = {tuple(prompt[: length + 1]) for prompt in words for length in range(len(prompt))}
-        used = tree.sees[row, 0].diagonal().sum()
-        assert used == tree.tokens.shape[1] >= len(beginnings)
-        for prompt, end in enumerate(tree.ends[row].tolist()):
-            seen = tree.sees[row, 0, end]
-            order = tree.positions[row][seen].argsort()
-            assert tree.tokens[row][seen][order].tolist() == of_class[prompt, : last[row, prompt] + 1].tolist()
-        taken = of_class.flatten()[tree.taken[row]][: len(beginnings)]
-        assert taken.tolist() == tree.tokens[row, : len(beginnings)].tolist()
-
-
-@pytest.mark.parametrize("kind", ["short", "real"])
 def test_features_and_gradients_are_those_of_each_prompt_alone(kind: str) -> None:
     prompts, model = prompts_of(kind), adapted_clip(tiny_clip()).double()
     fill_with_noise(model.text_adapter)

@@ -1,4 +1,4 @@
-"""Files of other and older code, which hold no config: what they are taken to be, what is said, and what is refused."""
+"""Files of other code, which have no config: assumptions, messages and errors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def crossed(cross: CrossAttentionConfig = OLD) -> AdaptedCLIPWithCrossAttention:
 
 
 def write(model: AdaptedCLIP, path: Path, without: tuple[str, ...] = ()) -> Checkpoint:
-    """A file as earlier code wrote it: state dicts and an epoch."""
+    """A file without config: state dicts and an epoch."""
     states = {name: state_of(part) for name, part in model.components.items() if name not in without}
     save({**states, "epoch": 20}, path)
     return read_any(path)
