@@ -8,6 +8,7 @@ from typing import Any
 
 from model.config import SHARED_WEIGHTS
 from utils.errors import UserError
+from utils.text import list_names
 
 STATE_FILE = "training_state.pth"
 LOG_FILE = "train.log"
@@ -17,75 +18,76 @@ ARGUMENTS_FILE = "args.json"
 CURVES_FILE = "training_curves.png"
 FINAL_FILE = "final_model.pth"
 REPORT_FILE = "report.html"
-# Where the demo puts all that it makes.
+# All results of the demo.
 DEMO_FOLDER = Path("runs/demo")
 EVENTS_FOLDER = "events"
-# There while a run is under way (`utils.locks`).
+# Exists while a run is in progress (`utils.locks`).
 LOCK_FILE = ".run.lock"
-# Earlier versions named the files of a cross-attention run so.
-OLDER_IMAGE_STEM = "image_adapter_cross_attn"
 IMAGE_STEM = "image_adapter"
-_NUMBERED = re.compile(r"image_adapter(?:_cross_attn)?_(\d+)\.pth")
+_EPOCH = re.compile(r"image_adapter_([0-9]+)\.pth")
 _LOOP = re.compile(r"loop_([1-9][0-9]*)_final\.pth")
-_LATEST = (f"{IMAGE_STEM}.pth", f"{OLDER_IMAGE_STEM}.pth", FINAL_FILE)
+_LATEST = (f"{IMAGE_STEM}.pth", FINAL_FILE)
 
 
 def side_file(side: str, epoch: int | None = None) -> str:
-    """The checkpoint of a side, "text" or "image", after its latest epoch or after the one given."""
+    """The checkpoint of a side ("text" or "image") after an epoch; by default, after the latest one."""
     return f"{side}_adapter.pth" if epoch is None else f"{side}_adapter_{epoch}.pth"
 
 
-def loop_file(loop: int, what: str = "final") -> str:
-    """The checkpoint of a feedback loop: after its end, or after its "text" or "image" stage."""
-    return f"loop_{loop}_final.pth" if what == "final" else f"loop_{loop}_{what}_adapter.pth"
+def loop_file(loop: int, stage: str = "final") -> str:
+    """The checkpoint of a feedback loop after its "text" or "image" stage; by default, after its end."""
+    return f"loop_{loop}_final.pth" if stage == "final" else f"loop_{loop}_{stage}_adapter.pth"
 
 
 def find_checkpoints(path: Path) -> list[Path]:
-    """The checkpoint files that `path` means: itself, or in a folder all epochs (or loops) in numeric order.
+    """The checkpoint files at `path`.
 
-    A folder that was made to share a model holds one. A folder's latest file counts only where no numbered one is
-    there, since it repeats the last of them.
-    Raises `UserError` for a path that is not there, with the checkpoints that are, and for a folder without any.
+    Args:
+        path: A file, or a folder: of a run, or made to share a model.
+
+    Returns:
+        The file itself, or the folder's epochs or loops in numeric order. The latest file of a folder, which repeats
+        the last of them, counts only if there is no numbered one.
+
+    Raises:
+        UserError: The path does not exist, or is a folder without checkpoints.
     """
     if path.is_file():
         return [path]
-    folder = path if path.is_dir() else path.parent
-    if path.is_dir() and (path / SHARED_WEIGHTS).is_file():
+    if not path.is_dir():
+        raise UserError(f"{path}: not there; {path.parent} holds {_checkpoints_in(path.parent)}")
+    if (path / SHARED_WEIGHTS).is_file():
         return [path / SHARED_WEIGHTS]
-    numbered = []
-    for file in folder.glob("*.pth") if folder.is_dir() else ():
-        match = _NUMBERED.fullmatch(file.name) or _LOOP.fullmatch(file.name)
-        if match:
-            numbered.append((int(match.group(1)), file.name, file))
-    latest = [folder / name for name in _LATEST if (folder / name).is_file()]
-    found = [file for _, _, file in sorted(numbered)] or latest
-    if path.is_dir() and found:
-        return found
-    there = ", ".join(file.name for file in dict.fromkeys([*found, *latest])) or "no checkpoints"
-    raise UserError(
-        f"{path}: {'no checkpoints in this folder' if path.is_dir() else f'not there; {folder} holds {there}'}"
-    )
+    loops = _numbered(path, _LOOP)
+    epochs = _numbered(path, _EPOCH)
+    latest = [path / name for name in _LATEST if (path / name).is_file()]
+    checkpoints = [*epochs.values(), *loops.values()] or latest
+    if not checkpoints:
+        raise UserError(f"{path}: no checkpoints in this folder")
+    return checkpoints
+
+
+def _numbered(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
+    """The files of a folder whose names match, by their number and in its order."""
+    matches = ((pattern.fullmatch(file.name), file) for file in folder.iterdir())
+    return dict(sorted((int(match.group(1)), file) for match, file in matches if match and file.is_file()))
 
 
 def find_loops(save_path: Path) -> dict[int, Path]:
-    """The final checkpoints of a run's loops, by number and in order; `UserError` where there are none."""
+    """The final checkpoints of a run's loops, by number and in order; `UserError` if there are none."""
     if not save_path.is_dir():
-        what = "is a file; give its folder" if save_path.is_file() else "no such folder"
-        raise UserError(f"--save_path {save_path}: {what}")
-    found = {}
-    for file in save_path.iterdir():
-        match = _LOOP.fullmatch(file.name)
-        if match and file.is_file():
-            found[int(match.group(1))] = file
-    if not found:
+        problem = "is a file; give its folder" if save_path.is_file() else "no such folder"
+        raise UserError(f"--save_path {save_path}: {problem}")
+    loops = _numbered(save_path, _LOOP)
+    if not loops:
         raise UserError(
             f"--save_path {save_path}: no loop_*_final.pth in this folder; it holds {_checkpoints_in(save_path)}"
         )
-    return dict(sorted(found.items()))
+    return loops
 
 
 def demo_checkpoints(folder: Path) -> dict[str, Path]:
-    """The base and the loops that the demo has trained; `UserError` where they are not there."""
+    """The base and the loops that the demo has trained, by name; `UserError` if they do not exist."""
     try:
         loops = find_loops(folder / "feedback")
         return {"base": find_latest(folder / "base", ""), **{f"loop {loop}": path for loop, path in loops.items()}}
@@ -96,32 +98,24 @@ def demo_checkpoints(folder: Path) -> dict[str, Path]:
 
 
 def find_latest(path: Path, flag: str) -> Path:
-    """The image checkpoint of a base or cross-attention run: the file given, or the latest in a folder.
+    """The image checkpoint of a base or cross-attention run: the file itself, or the latest in a folder.
 
-    Raises `UserError`, naming `flag`, where there is none.
+    Raises `UserError`, naming `flag`, if there is none.
     """
     if path.is_file():
         return path
     if not path.is_dir():
         raise UserError(f"{flag} {path}: no such file or folder")
-    if (path / SHARED_WEIGHTS).is_file():
-        return path / SHARED_WEIGHTS
-    for stem in (IMAGE_STEM, OLDER_IMAGE_STEM):
-        latest = path / f"{stem}.pth"
-        if latest.is_file():
-            return latest
-        matches = (re.fullmatch(rf"{stem}_([0-9]+)\.pth", file.name) for file in path.iterdir())
-        epochs = [int(match.group(1)) for match in matches if match]
-        if epochs:
-            return path / f"{stem}_{max(epochs)}.pth"
-    raise UserError(f"{flag} {path}: no {IMAGE_STEM}.pth in this folder; it holds {_checkpoints_in(path)}")
+    latest = [file for name in (SHARED_WEIGHTS, f"{IMAGE_STEM}.pth") if (file := path / name).is_file()]
+    latest += reversed(_numbered(path, _EPOCH).values())
+    if not latest:
+        raise UserError(f"{flag} {path}: no {IMAGE_STEM}.pth in this folder; it holds {_checkpoints_in(path)}")
+    return latest[0]
 
 
-def _checkpoints_in(folder: Path, most: int = 8) -> str:
-    """The checkpoint files of a folder in words, for the message that another one is missing."""
-    names = sorted(file.name for file in folder.glob("*.pth"))
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more or "no checkpoints"
+def _checkpoints_in(folder: Path) -> str:
+    """The names of a folder's checkpoint files, for an error message."""
+    return list_names(sorted(file.name for file in folder.glob("*.pth")), 8) or "no checkpoints"
 
 
 def check_unused(save_path: Path, resume: str) -> None:
@@ -135,13 +129,13 @@ def check_unused(save_path: Path, resume: str) -> None:
 
 
 def check_same_run(save_path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise `UserError`, with the settings that differ, where a folder holds another run."""
+    """Raise `UserError`, with the settings that differ, if a folder holds another run."""
     if differences := describe_differences(before, now):
         raise UserError(f"--save_path {save_path} holds another run ({differences}); give another --save_path")
 
 
 def describe_differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The settings that differ, as "image_lr was 0.0005, now 0.001"; those that are compared no longer do not count."""
+    """The settings that differ, as "image_lr was 0.0005, now 0.001"; settings that only `before` has do not count."""
     return "; ".join(
         f"{name} was {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value
     )
