@@ -15,7 +15,7 @@ from PIL import Image
 
 from engine import load_model
 from engine.config.export import ONNX, TORCH
-from engine.export.export import Subject, export, pictures, run_of
+from engine.export.export import ExportTarget, export, load_run, pictures
 from utils.cli import number
 from utils.text import markdown_table
 
@@ -38,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         variants: dict[str, Callable[[], object]] = {PREDICT: lambda: model.predict(image, CLASS)}
         for kind, what in ((ONNX, "onnxruntime"), (TORCH, "torch, exported program")):
             file = Path(folder) / kind
-            export(model, Subject(CLASS), file, kind)
-            run = run_of(file, kind)
+            export(model, ExportTarget(CLASS), file, kind)
+            run = load_run(file, kind)
             variants[what] = lambda run=run: run(image[None])
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(3):  # warm

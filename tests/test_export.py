@@ -1,4 +1,4 @@
-"""Exported files compute what the model does, in any size and number of images, without this repository or torch."""
+"""Exported files equal the model for any size and number of images, without this repository or torch."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ SMALL: dict[str, Any] = {
     "text_cfg": {**TINY_ARCHITECTURE["text_cfg"], "layers": 2},
 }
 CLASS = "metal screw"
-SUBJECT = export.Subject(CLASS)
+TARGET = export.ExportTarget(CLASS)
 CROSS = {
     "cross": CrossAttentionConfig(0.8, 0.4, text_context="trained"),
     "matched": CrossAttentionConfig(0.8, 0.4, cross_attn_residual="matched", text_context="frozen"),
@@ -68,8 +68,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = open_clip.CLIP(**SMALL, quick_gelu=True)
     fill_with_noise(weights)
     (folder / "clip").mkdir()
-    said = {"model_cfg": {**SMALL, "quick_gelu": True}, "preprocess_cfg": {}}
-    (folder / "clip" / "open_clip_config.json").write_text(json.dumps(said), encoding="utf-8")
+    config = {"model_cfg": {**SMALL, "quick_gelu": True}, "preprocess_cfg": {}}
+    (folder / "clip" / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
     save_file({k: v.contiguous() for k, v in weights.state_dict().items()}, folder / "clip/open_clip_model.safetensors")
     clip = load_clip(f"local-dir:{folder / 'clip'}")
     write_checkpoint(folder / "base", adapted_clip(clip))
@@ -91,8 +91,8 @@ def write_checkpoint(folder: Path, model: Any, **changes: Any) -> None:
 
 
 def load(world: Path, kind: str) -> Detector:
-    asked = {"model_name": f"local-dir:{world / 'clip'}"} if kind == "published" else {}
-    return load_model(world / kind, device="cpu", **asked)
+    options = {"model_name": f"local-dir:{world / 'clip'}"} if kind == "published" else {}
+    return load_model(world / kind, device="cpu", **options)
 
 
 def images_of(height: int, width: int, count: int = 1) -> np.ndarray:
@@ -106,7 +106,7 @@ def session_of(path: Path) -> Any:
 
 
 def assert_is_the_model(outputs: Sequence[np.ndarray], images: np.ndarray, model: Detector, maps: float) -> None:
-    """Within 1e-4 in scores and `maps` in maps, of images that are resized as the file resizes them."""
+    """Within 1e-4 in scores and `maps` in maps, for images that are resized as in the file."""
     for index, image in enumerate(images):
         expected = model.predict(export.resized(image, model.clip.img_size), CLASS)
         np.testing.assert_allclose(outputs[0][index, 0], expected.anomaly_map, atol=maps, rtol=0)
@@ -119,7 +119,7 @@ SHAPES = ((40, 40, 1), (90, 33, 3), (1, 1, 1), (7, 300, 2))
 @pytest.mark.parametrize("kind", [*CROSS, "published"])
 def test_onnx_is_the_model(kind: str, world: Path, tmp_path: Path) -> None:
     model = load(world, kind)
-    found = export.export(model, SUBJECT, tmp_path / "model.onnx")
+    found = export.export(model, TARGET, tmp_path / "model.onnx")
     assert max(found) < 1e-4
     session = session_of(tmp_path / "model.onnx")
     assert [output.name for output in session.get_outputs()] == ["anomaly_map", "pred_score"]
@@ -134,7 +134,7 @@ def test_onnx_is_the_model(kind: str, world: Path, tmp_path: Path) -> None:
 
 
 def paths_in(file: Path, world: Path) -> list[str]:
-    """What a file tells of the machine that wrote it: folders of the checkpoint, the code and the libraries."""
+    """The folders of the checkpoint, the code and the libraries that a file contains."""
     content = file.read_bytes()
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
@@ -143,28 +143,9 @@ def paths_in(file: Path, world: Path) -> list[str]:
     return [folder for folder in folders if folder.encode() in content]
 
 
-def test_text_that_sees_images_is_in_the_file(world: Path, tmp_path: Path) -> None:
-    """Anchors that were worked out once would not follow the image."""
-    model = load(world, "cross")
-    images = np.concatenate([images_of(40, 40), 255 - images_of(40, 40)])
-    side = model.text_side(_prompts(model))
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255.0
-    features = model.model.image_features(pixels, side, torch.zeros(2, dtype=torch.long))
-    context = model.model.text_context(features)
-    anchors = model.model.conditioned_anchors(side.prompts, side.stream, torch.zeros(2, dtype=torch.long), context)
-    assert (anchors[0] - anchors[1]).abs().max() > 1e-3
-
-
-def _prompts(model: Detector) -> Any:
-    from dataset.prompts import build_prompts
-    from model.text import Prompts
-
-    return Prompts.from_texts(model.clip, [build_prompts(CLASS)])
-
-
 @pytest.fixture(scope="module")
 def calibrated(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base with thresholds between the values of two images, and its file."""
+    """A base with thresholds between the values of two images, and its exported file."""
     folder = tmp_path_factory.mktemp("calibrated")
     shutil.copytree(world / "base", folder / "base")
     model = load_model(folder / "base", device="cpu")
@@ -187,7 +168,6 @@ def script_main(words: list[str]) -> None:
 
 
 def test_with_thresholds_the_file_decides(calibrated: Path) -> None:
-    """And its maps and scores are the base's."""
     session = session_of(calibrated / "model.onnx")
     images = images_of(40, 40, 2)
     found = dict(zip([o.name for o in session.get_outputs()], session.run(None, {"images": images}), strict=True))
@@ -276,18 +256,18 @@ def test_the_example_reads_images_as_the_model_does(mode: str, tmp_path: Path) -
 
 
 def write_graph(path: Path, **outputs: np.ndarray) -> str:
-    """An ONNX file that gives the same whatever it gets."""
+    """An ONNX file with constant outputs."""
     constants = [onnx.numpy_helper.from_array(value, name) for name, value in outputs.items()]
     nodes = [onnx.helper.make_node("Constant", [], [tensor.name], value=tensor) for tensor in constants]
     images = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, ["batch", "height", "width", 3])
-    told = [onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in constants]
-    graph = onnx.helper.make_graph(nodes, "constant", [images], told)
+    infos = [onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in constants]
+    graph = onnx.helper.make_graph(nodes, "constant", [images], infos)
     opsets = [onnx.helper.make_opsetid("", 20)]
     onnx.save(onnx.helper.make_model(graph, ir_version=10, opset_imports=opsets), path)
     return str(path)
 
 
-def test_the_example_answers_in_words_and_loses_no_picture(
+def test_errors_of_the_example_and_equal_file_names(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = [tmp_path / folder / "x.png" for folder in "ab"]
@@ -311,7 +291,7 @@ def test_the_example_answers_in_words_and_loses_no_picture(
     assert "no file that export.py wrote" in capsys.readouterr().err
 
 
-def test_the_example_names_paths_that_a_terminal_has_no_letters_for(tmp_path: Path) -> None:
+def test_the_example_prints_paths_in_any_encoding(tmp_path: Path) -> None:
     found = {"anomaly_map": np.zeros((1, 1, 8, 8), np.float32), "pred_score": np.float32([0.25])}
     Image.new("RGB", (9, 9)).save(tmp_path / "日.png")
     words = [str(ROOT / "examples/run_onnx.py"), write_graph(tmp_path / "model.onnx", **found), "日.png"]
@@ -333,7 +313,7 @@ def test_references_are_in_the_file(kind: str, features: str, world: Path, tmp_p
     alone = model.predict(images[0], CLASS)
     model.remember(normal, CLASS, weight=0.6, features=features)
     assert np.abs(model.predict(images[0], CLASS).anomaly_map - alone.anomaly_map).max() > 0.01
-    export.export(model, SUBJECT, tmp_path / "model.onnx")
+    export.export(model, TARGET, tmp_path / "model.onnx")
     session = session_of(tmp_path / "model.onnx")
     assert_is_the_model(session.run(None, {"images": images}), images, model, 1e-3)
     assert session.get_modelmeta().custom_metadata_map["references"].startswith("2 images")
@@ -343,7 +323,7 @@ def test_a_torch_program_is_the_model(world: Path, tmp_path: Path) -> None:
     """References in it."""
     model = load(world, "cross")
     model.remember(list(images_of(55, 60, 2)), CLASS)
-    export.export(model, SUBJECT, tmp_path / "model.pt2", "torch")
+    export.export(model, TARGET, tmp_path / "model.pt2", "torch")
     extra = {export.METADATA: ""}
     program = torch.export.load(tmp_path / "model.pt2", extra_files=extra)
     assert json.loads(extra[export.METADATA])["class_name"] == CLASS
@@ -355,10 +335,10 @@ def test_a_torch_program_is_the_model(world: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["cross", "image side"])
-def test_half_precision_takes_half_the_space_and_stays_near(kind: str, world: Path, tmp_path: Path) -> None:
+def test_half_precision_is_close_and_half_the_size(kind: str, world: Path, tmp_path: Path) -> None:
     model = load(world, kind)
     before = model.predict(images_of(40, 40)[0], CLASS)
-    found = export.export(model, SUBJECT, tmp_path / "half.onnx", precision="fp16")
+    found = export.export(model, TARGET, tmp_path / "half.onnx", precision="fp16")
     assert 1e-6 < max(found) < 2e-2
     after = model.predict(images_of(40, 40)[0], CLASS)
     np.testing.assert_array_equal(before.anomaly_map, after.anomaly_map)
@@ -371,10 +351,10 @@ def test_half_precision_takes_half_the_space_and_stays_near(kind: str, world: Pa
 
 
 @pytest.mark.parametrize("off", [(2e-3, 0.0), (float("nan"), 0.0), (0.0, 2e-3)])
-def test_a_file_that_computes_something_else_is_not_left(
+def test_a_file_that_differs_is_not_written(
     off: tuple[float, float], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In maps or in scores, and be it on the first of the pictures alone."""
+    """A difference in maps or scores on only the first image is enough."""
 
     def wrong(file: Path, kind: str) -> export.Run:
         offs = chain([off], repeat((0.0, 0.0)))
@@ -390,20 +370,20 @@ def test_a_file_that_computes_something_else_is_not_left(
     model = load(world, "base")
     monkeypatch.setattr(export, "to_onnx", lambda *_: b"a file")
     monkeypatch.setattr(export, "trace", lambda _: None)
-    monkeypatch.setattr(export, "run_of", wrong)
-    with pytest.raises(UserError, match="would not compute what the model does"):
-        export.export(model, SUBJECT, tmp_path / "new" / "model.onnx")
+    monkeypatch.setattr(export, "load_run", wrong)
+    with pytest.raises(UserError, match="would differ from the model"):
+        export.export(model, TARGET, tmp_path / "new" / "model.onnx")
     assert not (tmp_path / "new").exists()
     (tmp_path / "model.onnx").write_bytes(b"earlier")
     with pytest.raises(UserError, match="not written"):
-        export.export(model, SUBJECT, tmp_path / "model.onnx")
+        export.export(model, TARGET, tmp_path / "model.onnx")
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("model.onnx", b"earlier")]
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (200, 320), (33, 500), (1, 1), (5, 7), (601, 602), (1200, 2300)])
 @pytest.mark.parametrize("size", [40, 96])
 def test_the_resize_is_pillows(shape: tuple[int, int], size: int) -> None:
-    """Bit for bit where the image is at least as wide as high, so that Pillow goes along the width first."""
+    """Bit for bit if the width is at least the height, so that Pillow resizes along the width first."""
     noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     expected = np.asarray(Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC)).astype(int)
     found = resize(torch.from_numpy(noise)[None], size)[0].permute(1, 2, 0).numpy()
@@ -411,12 +391,12 @@ def test_the_resize_is_pillows(shape: tuple[int, int], size: int) -> None:
 
 
 def test_several_classes_get_a_file_each(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    monkeypatch.setattr(export, "export", lambda model, subject, path, *_: made.append((subject.class_name, path.name)))
+    files = []
+    monkeypatch.setattr(export, "export", lambda model, target, path, *_: files.append((target.class_name, path.name)))
     arguments = ExportArguments.of(checkpoint=str(world / "base"), class_name=("cup", "a/b", "cup"), format="torch")
     export.export_checkpoint(arguments)
-    assert [name for name, _ in made] == ["cup", "a/b"]
-    assert made[0][1] == "image_adapter_cup.pt2" and "/" not in made[1][1]
+    assert [name for name, _ in files] == ["cup", "a/b"]
+    assert files[0][1] == "image_adapter_cup.pt2" and "/" not in files[1][1]
 
 
 @pytest.mark.long
@@ -426,5 +406,5 @@ def test_vit_l_at_518_pixels(tmp_path: Path) -> None:
     settings = open_clip.get_model_config("ViT-L-14-336")
     settings["vision_cfg"]["image_size"] = 518
     clip = FrozenCLIP(open_clip.CLIP(**settings, quick_gelu=True), "ViT-L-14-336", "quick_gelu")
-    found = export.export(Detector(adapted_clip(clip), "random"), SUBJECT, tmp_path / "vit_l.onnx")
+    found = export.export(Detector(adapted_clip(clip), "random"), TARGET, tmp_path / "vit_l.onnx")
     assert max(found) < 1e-3

@@ -1,1 +1,1 @@
-"""A model as one file that runs without this repository."""
+"""Export a model as one file that runs without this repository."""
