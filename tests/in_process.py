@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from unittest import mock
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from utils.logging import AppendingHandler, ScreenHandler, WaitingHandler
+from utils.logging import AppendingHandler, ScreenHandler
 
 ROOT = Path(__file__).resolve().parent.parent
 # Seconds after which a script is given up.
@@ -83,7 +84,7 @@ def reset_logging() -> None:
     logging.captureWarnings(False)
     root = logging.getLogger()
     for handler in list(root.handlers):
-        if isinstance(handler, (ScreenHandler, WaitingHandler, AppendingHandler)):
+        if isinstance(handler, (ScreenHandler, MemoryHandler, AppendingHandler)):
             root.removeHandler(handler)
 
 

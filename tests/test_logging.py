@@ -12,7 +12,7 @@ import pytest
 
 import utils.logging
 from utils.errors import NotFiniteError, Stopped, UserError, WriteError
-from utils.logging import log_kept, set_up_logging
+from utils.logging import log_to_files, set_up_logging
 
 logger = logging.getLogger("test")
 
@@ -42,11 +42,11 @@ def test_a_log_begins_with_what_was_said_before_it_was_opened(
     set_up_logging()
     logger.info("early")
     logger.warning("  early warning")
-    with log_kept(tmp_path / "a" / "train.log", tmp_path / "a" / "warnings.jsonl"):
+    with log_to_files(tmp_path / "a" / "train.log", tmp_path / "a" / "warnings.jsonl"):
         logger.info("later")
         warnings.warn("of Python's own kind", stacklevel=1)
     logger.info("between")
-    with log_kept(tmp_path / "b" / "train.log", tmp_path / "b" / "warnings.jsonl"):
+    with log_to_files(tmp_path / "b" / "train.log", tmp_path / "b" / "warnings.jsonl"):
         logger.info("second run")
     assert messages(tmp_path / "a" / "train.log")[:3] == ["INFO early", "WARNING   early warning", "INFO later"]
     assert "of Python's own kind" in (tmp_path / "a" / "train.log").read_text(encoding="utf-8")
@@ -70,10 +70,10 @@ def test_a_log_begins_with_what_was_said_before_it_was_opened(
     ],
 )
 def test_what_ends_a_run_is_in_its_log(tmp_path: Path, error: Exception, line: str) -> None:
-    with pytest.raises(type(error)), log_kept(tmp_path / "train.log", tmp_path / "warnings.jsonl"):
+    with pytest.raises(type(error)), log_to_files(tmp_path / "train.log", tmp_path / "warnings.jsonl"):
         raise error
     assert messages(tmp_path / "train.log") == [line]
-    with pytest.raises(ZeroDivisionError), log_kept(tmp_path / "other.log", tmp_path / "warnings.jsonl"):
+    with pytest.raises(ZeroDivisionError), log_to_files(tmp_path / "other.log", tmp_path / "warnings.jsonl"):
         1 / 0  # noqa: B018
     assert "Traceback" in (tmp_path / "other.log").read_text(encoding="utf-8")
 

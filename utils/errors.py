@@ -1,16 +1,16 @@
-"""What ends a script in one line: a mistake of the user's, a file that cannot be written, a signal."""
+"""Exceptions that end a script in one line: user errors, files that cannot be written, signals."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake of the user's: the message is one line that names what is wrong and what to do.
+    """A user error; the message is one line that says what is wrong and what to do.
 
-    Scripts turn it into that line on standard error and exit status 2 (`utils.cli.run_script`); libraries raise it.
+    Scripts print it to standard error and exit with status 2 (`utils.script.run_script`).
     """
 
     def _render_traceback_(self) -> list[str]:
-        """What Jupyter shows: the line, without the code that found the mistake."""
+        """What Jupyter shows: the message without a traceback."""
         return [f"{type(self).__name__}: {self}"]
 
 
@@ -19,11 +19,11 @@ class WriteError(UserError, OSError):
 
 
 class NotFiniteError(Exception):
-    """A loss or gradient was not finite: the step was not taken, the last good state is on disk (exit status 3)."""
+    """A loss or gradient was not finite: the step was not taken, the last valid state is on disk (exit status 3)."""
 
 
 class Stopped(Exception):
-    """The user asked a run to stop; the message says how to go on (exit status 128 + the signal's number)."""
+    """A signal stopped a run; the message says how to resume it (exit status 128 + the signal's number)."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
@@ -31,7 +31,7 @@ class Stopped(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the program to end at once, and what is under way is left (exit status 128 + its number)."""
+    """A signal ended the program at once (exit status 128 + the signal's number)."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__()
@@ -39,10 +39,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 def original_message(error: UserError) -> str:
-    """The one line of a UserError, also of one that a DataLoader worker raised.
+    """The message of a UserError, also of one that a DataLoader worker raised.
 
-    torch raises a worker's exception again in the main process with the whole traceback as its message; the traceback
-    ends with the class's full name and the message that was meant.
+    torch re-raises a worker's exception in the main process with its traceback as the message, which ends with the
+    class's full name and the original message.
     """
     lines = [line for line in str(error).splitlines() if line.strip()]
     name = f"{UserError.__module__}.{UserError.__qualname__}: "

@@ -1,4 +1,4 @@
-"""Log to the screen and to a file, without disturbing progress bars."""
+"""Logging to the screen, above progress bars, and to the files of a run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,34 +16,25 @@ from utils.errors import NotFiniteError, Stopped, UserError, WriteError, origina
 from utils.files import append_text, check_folder
 from utils.processes import is_main_process
 
-# Libraries that narrate at INFO level what a user of this project does not need to read.
+# Libraries whose INFO messages are not for users of this project.
 QUIET = ("accelerate", "httpx", "httpcore", "huggingface_hub", "matplotlib", "onnx_ir", "onnxscript", "PIL", "urllib3")
 TIME = "%Y-%m-%d %H:%M:%S"
+# Records kept in memory until a run has its folder; nothing reaches this number.
+MAX_RECORDS = 10**6
 
 
 class ScreenHandler(logging.Handler):
-    """Writes records to standard error above any progress bar that is drawn there."""
+    """Writes records to standard error, above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-class WaitingHandler(logging.Handler):
-    """Keeps records until there is a file for them: what is said before a run's folder may be written."""
-
-    def __init__(self, records: list[logging.LogRecord]) -> None:
-        super().__init__()
-        self.records = records
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
-
-
 class AppendingHandler(logging.Handler):
-    """Adds each record to the end of a file, which is open only while it is written.
+    """Appends each record to a file, which is open only while it is written.
 
-    A record that cannot be written because another program holds the file (Windows) waits for the next one. Raises
-    `WriteError` for a disk that is full or fails.
+    A record that cannot be written because another program holds the file (Windows) is written with the next one.
+    Raises `WriteError` if the disk is full or fails.
     """
 
     def __init__(self, file: Path, formatter: logging.Formatter, level: int = logging.NOTSET) -> None:
@@ -53,11 +45,11 @@ class AppendingHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._waiting += self.format(record) + "\n"
-        begun = self.file.is_file()
+        exists = self.file.is_file()
         try:
             append_text(self.file, self._waiting)
         except WriteError as error:
-            if not (begun and isinstance(error.__cause__, PermissionError)):
+            if not (exists and isinstance(error.__cause__, PermissionError)):
                 self._waiting = ""
                 raise
         else:
@@ -65,7 +57,7 @@ class AppendingHandler(logging.Handler):
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as a line of JSON: time, level, message."""
+    """Formats a record as a line of JSON: time, level, message."""
 
     def format(self, record: logging.LogRecord) -> str:
         row = {"time": self.formatTime(record, TIME), "level": record.levelname, "message": record.getMessage().strip()}
@@ -73,15 +65,19 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up_logging(file: Path | None = None, warnings_file: Path | None = None) -> None:
-    """Send INFO and above to the screen and, with a time, to the end of `file`; a later call replaces an earlier.
+    """Log INFO and above, and Python's warnings, to the screen and to files; a later call replaces an earlier one.
 
-    What was said since the first call without a file comes first in it. warnings_file: where warnings are kept, as JSON
-    lines. Warnings of Python's own kind are logged like the others.
+    Args:
+        file: Receives all records with their time, first those since the last call without a file.
+        warnings_file: Receives warnings and errors as JSON lines.
+
+    Raises:
+        UserError: The folder of `file` cannot be written.
     """
     root = logging.getLogger()
-    said: list[logging.LogRecord] = []
+    earlier: list[logging.LogRecord] = []
     for handler in list(root.handlers):
-        said += handler.records if isinstance(handler, WaitingHandler) else []
+        earlier += handler.buffer if isinstance(handler, MemoryHandler) else []
         root.removeHandler(handler)
         handler.close()
     root.setLevel(logging.INFO if is_main_process() else logging.ERROR)
@@ -94,26 +90,28 @@ def set_up_logging(file: Path | None = None, warnings_file: Path | None = None) 
     if not is_main_process():
         return
     if file is None:
-        root.addHandler(WaitingHandler(said))
+        memory = MemoryHandler(MAX_RECORDS, flushOnClose=False)
+        memory.buffer += earlier
+        root.addHandler(memory)
         return
     check_folder(file.parent, "log")
     handlers = [AppendingHandler(file, logging.Formatter("%(asctime)s %(levelname)s %(message)s", TIME))]
     if warnings_file is not None:
         handlers.append(AppendingHandler(warnings_file, JsonFormatter(), logging.WARNING))
     for handler in handlers:
-        for record in said:
+        for record in earlier:
             if record.levelno >= handler.level:
                 handler.handle(record)
         root.addHandler(handler)
 
 
 @contextmanager
-def log_kept(file: Path, warnings_file: Path) -> Iterator[None]:
-    """Keep a log of what is said in the block, and before it, and of the error or signal that ends it."""
+def log_to_files(file: Path, warnings_file: Path) -> Iterator[None]:
+    """Log the block, what was logged before it, and the error or signal that ends it, to files too."""
     set_up_logging(file, warnings_file)
     try:
         yield
-    except Exception as error:  # whatever ends a run is in its log, and goes on to whoever shows it on the screen
+    except Exception as error:  # the caller prints it
         _log_end(error)
         raise
     finally:
@@ -121,7 +119,7 @@ def log_kept(file: Path, warnings_file: Path) -> Iterator[None]:
 
 
 def _log_end(error: Exception) -> None:
-    """Add what ends a run to the files of the log, not to the screen: a line, or the traceback of a program error."""
+    """Log the end of a run to its files only: one line, or the traceback of a program error."""
     expected = isinstance(error, (UserError, NotFiniteError, Stopped))
     line = original_message(error) if isinstance(error, UserError) else str(error)
     level = logging.INFO if isinstance(error, Stopped) else logging.ERROR
@@ -134,6 +132,6 @@ def _log_end(error: Exception) -> None:
 
 
 def progress_bar(total: int, description: str) -> tqdm:
-    """A bar on standard error that stays away where that is no terminal."""
+    """A progress bar on standard error; none if that is not a terminal."""
     disable = None if is_main_process() else True
     return tqdm(total=total, desc=description, leave=False, disable=disable, file=sys.stderr, dynamic_ncols=True)

@@ -24,7 +24,7 @@ from engine.training.state import signature_in
 from utils.errors import UserError
 from utils.files import check_folder
 from utils.locks import locked
-from utils.logging import log_kept
+from utils.logging import log_to_files
 
 
 def describe_progress(done: Sequence[int], phases: Sequence[Phase]) -> str:
@@ -108,7 +108,7 @@ def locked_folder(
 
         def begin_log() -> None:
             if accelerator.is_main_process:
-                stack.enter_context(log_kept(save_path / LOG_FILE, save_path / WARNINGS_FILE))
+                stack.enter_context(log_to_files(save_path / LOG_FILE, save_path / WARNINGS_FILE))
 
         yield begin_log
 
