@@ -1,4 +1,4 @@
-"""What several test modules share."""
+"""Hooks and fixtures for all tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from tests.helpers import TINY_ARCHITECTURE, TINY_NAME, save_openai_archive, threads, tiny_open_clip
+from tests.helpers import TINY_ARCHITECTURE, TINY_NAME, save_openai_archive, tiny_open_clip
 from tests.in_process import reset_logging
 from utils import curves
 from utils.files import replacing
@@ -20,7 +20,7 @@ from utils.files import replacing
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """What a test prints of file names that are no UTF-8 cannot be sent from one process of the suite to another."""
+    """Escape output that is not UTF-8, which one process of the suite cannot send to another."""
     report = yield
     report.sections = [
         (name, text.encode("utf-8", "backslashreplace").decode("utf-8")) for name, text in report.sections
@@ -28,32 +28,28 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
-@pytest.fixture(autouse=True, scope="session")
-def as_many_threads_as_the_scripts() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads())
-    yield
-    torch.set_num_threads(before)
+# Tensors here are tiny, and threads that wait for each other cost ten times more.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def what_a_test_says_is_not_in_the_log_of_the_next() -> Iterator[None]:
-    """A script keeps what it says until there is a run's folder: here the folder would be another test's."""
+def logging_ends_with_the_test() -> Iterator[None]:
+    """Scripts keep early log records for a run's folder, which here would be another test's."""
     yield
     reset_logging()
 
 
 @pytest.fixture(autouse=True)
 def processes_end_with_the_test() -> Iterator[None]:
-    """Garbage collection, at whatever later line, waits five seconds for a worker that a failed epoch left behind."""
+    """Otherwise, garbage collection waits five seconds for a worker that a failed epoch left behind."""
     yield
     for child in multiprocessing.active_children():
         child.terminate()
 
 
 @pytest.fixture(autouse=True)
-def curves_are_drawn_where_they_are_looked_at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing its curves takes longer than all the rest of a tiny run: those that a test makes itself stay empty."""
+def curves_are_not_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing curves takes longer than a tiny run: they stay empty files without the marker `draws`."""
 
     def leave_empty(_: Figure, path: Path) -> None:
         with replacing(path) as temporary:
@@ -65,7 +61,7 @@ def curves_are_drawn_where_they_are_looked_at(request: pytest.FixtureRequest, mo
 
 @pytest.fixture(scope="session")
 def tiny_name(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The tiny architecture under a name that open_clip knows, as it knows ViT-L-14-336."""
+    """The tiny architecture under a name that open_clip knows, like ViT-L-14-336."""
     file = tmp_path_factory.mktemp("architectures") / f"{TINY_NAME}.json"
     file.write_text(json.dumps(TINY_ARCHITECTURE), encoding="utf-8")
     open_clip.add_model_config(file)

@@ -38,14 +38,6 @@ TINY_NAME = "ViT-tiny-test"
 # The lock file of a process on another machine.
 OTHER_LOCK = "filelock/2\npid=7\nhost=elsewhere\nmode=lease\ntoken=x\nduration=120.0\n"
 
-# The environment's variable for how many threads tests compute with, see `tests/other_machines.py`.
-THREADS = "TEST_THREADS"
-
-
-def threads() -> int:
-    """One unless asked otherwise: tensors here are tiny, and threads that wait for one another cost ten times more."""
-    return int(os.environ.get(THREADS, "1"))
-
 
 def write_lock(path: Path, marker: str = OTHER_LOCK, silent: float = 0.0) -> None:
     """Replace the lock file `path`, as another holder does whose last heartbeat was `silent` seconds ago."""

@@ -21,7 +21,7 @@ from engine.config.training import BaseConfig
 from engine.training.base import train_base
 from engine.training.feedback import train_feedback
 from tests.forked import CAN_FORK, Forked
-from tests.helpers import TINY_ARCHITECTURE, threads, tiny_open_clip
+from tests.helpers import TINY_ARCHITECTURE, tiny_open_clip
 from tests.in_process import ROOT, answer
 
 SIZE = 40
@@ -29,7 +29,7 @@ SIZE = 40
 
 def environment() -> dict[str, str]:
     """Of the processes that tests start. Nothing may be downloaded."""
-    return {**os.environ, "OMP_NUM_THREADS": str(threads()), "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
 
 
 def start(script: str, *arguments: object, cwd: Path = ROOT, slowly: bool = False) -> subprocess.Popen[str] | Forked:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and one line that says why where one cannot be written."""
+"""Writing files completely or not at all, with one-line errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from utils.errors import UserError, WriteError
 
 logger = logging.getLogger(__name__)
 
-# In place of the operating system's words, where these say more.
+# Instead of the operating system's messages.
 REASONS = {
     errno.ENOSPC: "the disk is full; make room and start the same command again",
     errno.EDQUOT: "the disk quota is used up; make room and start the same command again",
@@ -39,16 +39,16 @@ REASONS = {
     errno.ELOOP: "its symbolic links lead in a circle",
     errno.ENAMETOOLONG: "the name is too long",
 }
-# Of a whole disk or file system: such an error counts whatever the file.
+# Errors of a disk or file system, whatever the file.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-# Seconds to wait for a program that holds a file open (Windows): for a file that the run cannot do without, and others.
+# Seconds to wait for a program that holds a file open (Windows): for an essential file, and for others.
 PATIENCE, SHORT_PATIENCE = 60.0, 2.0
 NOT_REPLACED = ".not_replaced"
-_TEMPORARY = re.compile(r"\..+\.(\d+)(?:@(.+))?\.tmp")
+_TEMPORARY = re.compile(r"\..+\.(\d+)@(.+)\.tmp")
 
 
 def reason(error: BaseException) -> str | None:
-    """Why the system refused a file, in words; None for an error that is not about files.
+    """Describe why a file could not be used; None for an error that is not about files.
 
     Libraries wrap the system's error: torch keeps it as the cause, safetensors in its message.
     """
@@ -58,20 +58,20 @@ def reason(error: BaseException) -> str | None:
         return "the name has a NUL character"
     if isinstance(error, OSError):
         return REASONS.get(error.errno or 0, error.strerror or str(error))
-    if found := re.search(r"\(os error (\d+)\)", str(error)):
-        return REASONS.get(int(found.group(1)), str(error))
+    if match := re.search(r"\(os error (\d+)\)", str(error)):
+        return REASONS.get(int(match.group(1)), str(error))
     wrapped = error.__cause__ or error.__context__
     return reason(wrapped) if isinstance(wrapped, OSError) else None
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what goes wrong in the block, in which `path` is written, into a `WriteError` that names it."""
+    """Turn file errors in the block into a `WriteError` that names `path`."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # what libraries make of a full disk has no class in common
+    except Exception as error:  # libraries report a full disk with unrelated classes
         why = reason(error)
         if why is None:
             raise
@@ -80,16 +80,24 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path, essential: bool = True) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and is removed otherwise.
+    """Write a temporary file in the block that replaces `path` when the block ends without an error.
 
-    essential: whether work is lost without this file. Windows does not let a file be replaced that another program
-    holds open: after a minute of trying, an essential file is a `WriteError`; any other is soon kept beside `path`
-    under a name that says so, with a warning. Raises `WriteError` for whatever else keeps it from being written.
+    Args:
+        path: The file to write; its folder is created.
+        essential: Whether work is lost without this file. Windows does not let a file be replaced while another program
+            holds it open: an essential file is then a `WriteError` after a minute; any other is soon kept under a
+            name that ends in `NOT_REPLACED`, with a warning.
+
+    Yields:
+        The temporary path.
+
+    Raises:
+        WriteError: The file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}@{socket.gethostname()}.tmp")
     with writing(path), folder_for(path):
         if path.exists() and not path.is_file():
-            raise WriteError(f"{path} cannot be written: there is a folder or a device of this name")
+            raise WriteError(f"{path} cannot be written: a folder or a device has this name")
         try:
             yield temporary
             if _move(temporary, path, PATIENCE if essential else SHORT_PATIENCE):
@@ -124,7 +132,7 @@ def folder_for(path: Path) -> Iterator[None]:
 
 
 def _move(temporary: Path, path: Path, patience: float) -> bool:
-    """Put a file in another's place; False where that is not permitted, and has not become so in `patience` seconds."""
+    """Replace a file; False if that is not permitted for `patience` seconds."""
     end = time.monotonic() + patience
     while True:
         try:
@@ -137,26 +145,23 @@ def _move(temporary: Path, path: Path, patience: float) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text with line feeds, whole or not at all.
-
-    Bytes of file names that are no UTF-8 are written as JSON and Python do, such as \\udce9.
-    """
+    """Write UTF-8 text with line feeds; bytes of file names that are not UTF-8 are escaped, such as \\udce9."""
     with replacing(path, essential=False) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON, whole or not at all; numbers that are not finite become null."""
+    """Write indented JSON; numbers that are not finite become null."""
     write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_json_lines(path: Path, rows: Sequence[Any]) -> None:
-    """Write one line of JSON for each row, whole or not at all; numbers that are not finite become null."""
+    """Write one line of JSON for each row; numbers that are not finite become null."""
     write_text(path, "".join(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows))
 
 
 def finite(value: Any) -> Any:
-    """A value for JSON, which has no NaN and no infinity: None in their place, at any depth."""
+    """A value for JSON, which has no NaN and no infinity: they become None, at any depth."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -165,10 +170,10 @@ def finite(value: Any) -> Any:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Add UTF-8 text to the end of a file, all of it or nothing; raises `WriteError`."""
+    """Append UTF-8 text to a file completely or not at all; raises `WriteError`."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Unbuffered: nothing may be left for the interpreter's end to write.
+        # Unbuffered: nothing may be left to write at the interpreter's exit.
         with path.open("ab", buffering=0) as file:
             length = file.seek(0, os.SEEK_END)
             rest = memoryview(text.encode("utf-8", "backslashreplace"))
@@ -182,23 +187,23 @@ def append_text(path: Path, text: str) -> None:
 
 
 def check_folder(folder: Path, flag: str) -> None:
-    """Raise `UserError`, naming `flag`, where files could not be written to `folder`; nothing is made.
+    """Raise `UserError`, naming `flag`, if files cannot be written to `folder`; nothing is created.
 
-    For the start of work that takes long: what goes wrong later is a `WriteError` then.
+    For the start of long work; later problems are a `WriteError`.
     """
     try:
         str(folder).encode("utf-8")
-        for there in (folder, *folder.parents):
+        for parent in (folder, *folder.parents):
             try:
-                mode = there.stat().st_mode
+                mode = parent.stat().st_mode
             except FileNotFoundError:
-                if there.is_symlink():
-                    raise UserError(f"{flag} {folder}: {there} is a symbolic link to nothing") from None
+                if parent.is_symlink():
+                    raise UserError(f"{flag} {folder}: {parent} is a symbolic link to nothing") from None
                 continue
             if not stat.S_ISDIR(mode):
-                raise UserError(f"{flag} {folder}: {there} is a file, not a folder")
-            # A file that shows in no folder, or for an instant: permissions alone do not tell all that can be wrong.
-            with tempfile.TemporaryFile(dir=there):
+                raise UserError(f"{flag} {folder}: {parent} is a file, not a folder")
+            # Permissions alone do not tell whether a file can be created.
+            with tempfile.TemporaryFile(dir=parent):
                 return
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
@@ -208,12 +213,12 @@ def check_folder(folder: Path, flag: str) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that programs which no longer run on this machine left in `folder`."""
+    """Remove the temporary files that ended processes of this machine left in `folder`."""
     for file in folder.glob(".*.tmp"):
-        found = _TEMPORARY.fullmatch(file.name)
-        if found is None or found.group(2) not in (None, socket.gethostname()):
+        match = _TEMPORARY.fullmatch(file.name)
+        if match is None or match.group(2) != socket.gethostname():
             continue
-        process = int(found.group(1))
+        process = int(match.group(1))
         if process == os.getpid() or not psutil.pid_exists(process):
             with suppress(OSError):
                 file.unlink()

@@ -1,4 +1,4 @@
-"""Paths that others name: file names made from text of data and checkpoints, and looking without being tripped up."""
+"""Safe file names from text of data and checkpoints, and checks of paths that never raise."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import re
 from itertools import chain, count
 from pathlib import Path, PurePath
 
-# Not allowed in names on Windows, or not text at all: the halves of surrogate pairs stand for bytes that are no UTF-8.
+# Not allowed in names on Windows; surrogates stand for bytes that are not UTF-8.
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f\ud800-\udfff]')
 _AT_THE_END = re.compile(r"[ .]+$")
 _DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\.|$)", re.IGNORECASE)
-# Bytes: file systems take 255, and callers add a number and an ending.
+# Bytes: file systems allow 255, and callers add a number and an extension.
 _LONGEST = 120
 
 
 def safe_name(text: str) -> str:
-    """`text` as the name of one file or folder, on Linux and Windows alike; unchanged where it is one already.
+    """Turn text into a valid name of one file or folder on Linux and Windows; valid names stay unchanged.
 
-    A name that had to be changed ends in a digest of what it was, so that different texts keep different names.
+    A changed name ends in a digest of the text, so that different texts have different names.
     """
     name = _AT_THE_END.sub("_", _FORBIDDEN.sub("_", text))
     if _DEVICES.match(name):
@@ -31,10 +31,13 @@ def safe_name(text: str) -> str:
 
 
 def figure_path(folder: Path, image_path: str, ending: str, taken: set[str]) -> Path:
-    """Where the figure of an image goes: below `folder` to the image's path, with `ending` for the image's own.
+    """The path of an image's figure: the image's path below `folder`, with another extension.
 
-    `taken` holds the places given so far, and gets this one: where `a.png` has taken "a" + ending, `a.jpg` gets
-    "a.jpg" + ending. Whatever the path, the figure stays in the folder.
+    Args:
+        folder: The folder of all figures; no path leads out of it.
+        image_path: The path of the image in its dataset.
+        ending: The end of the figure's name, such as ".png".
+        taken: The figures so far, to which this one is added. If `a.png` has "a.png" already, `a.jpg` gets "a.jpg.png".
     """
     *parents, name = map(safe_name, PurePath(image_path).parts)
     place = folder.joinpath(*parents)
@@ -47,21 +50,20 @@ def figure_path(folder: Path, image_path: str, ending: str, taken: set[str]) -> 
 
 
 def is_file(path: Path) -> bool:
-    """Whether a path leads to a regular file; a path that cannot even be looked at (too long, not permitted) does not,
-    where `Path.is_file` raises."""
+    """Whether a path is a regular file; unlike `Path.is_file`, False for a path that is too long or not permitted."""
     return os.path.isfile(path)  # noqa: PTH113
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a path leads to a folder, as `is_file`."""
+    """Whether a path is a folder, like `is_file`."""
     return os.path.isdir(path)  # noqa: PTH112
 
 
 def is_no_file(path: Path) -> bool:
-    """Whether something other than a regular file is there: a folder, or a pipe or device whose reading may not end."""
+    """Whether a path exists but is not a regular file: a folder, or a pipe or device whose reading may not end."""
     return os.path.exists(path) and not is_file(path)  # noqa: PTH110
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with `~` for its home folder, and as it is where there is no such user, where `Path` raises."""
+    """Replace `~` by the home folder; unlike `Path.expanduser`, an unknown user changes nothing."""
     return Path(os.path.expanduser(path))  # noqa: PTH111
