@@ -1,4 +1,4 @@
-"""What classes are called in prompts: the catalog's names, the published ones, those of a file, or their own words."""
+"""The names of classes in prompts: the catalog's, those of AA-CLIP's published code, or those of a file."""
 
 from __future__ import annotations
 
@@ -14,84 +14,87 @@ from utils.reading import MIB, read_json, short_repr
 
 logger = logging.getLogger(__name__)
 
-# By dataset and class, as that code has them.
-_PUBLISHED_FILE = Path(__file__).with_name("published_class_names.json")
-
 
 def class_display_names(
     spec: DatasetSpec, source: str | Path | None = None, class_names: Iterable[str] = ()
 ) -> dict[str, str]:
-    """The name that each class has in prompts: the catalog's, the published one, or that of a file.
+    """The name of each class in prompts.
 
-    source: one of `NAMES` (None: the catalog), or the path of a JSON object {"class": "readable name"}, which needs to
-    hold only the names that it changes. `class_names` are the classes met in the metadata: another name of one that the
-    catalog has (`known_class`) is called as that one, those that it lacks are called by their own words; a file may
-    have a class under either name. Classes without a published name keep the catalog's, which is said. Raises UserError
-    for a file that cannot be read or is no such object, and for classes in it that the dataset does not have.
+    Args:
+        spec: The dataset.
+        source: One of `dataset.options.NAMES`, or a JSON file {"class": "readable name"} with the names to change.
+            Default: the catalog's names.
+        class_names: The classes of the images, which may have other names than in the catalog
+            (`DatasetSpec.known_class`).
+
+    Returns:
+        The name of each class of the dataset and of `class_names`. Classes that neither the source nor the catalog
+        names are called by their own words.
+
+    Raises:
+        UserError: The file is invalid, or has a class that the dataset does not have.
     """
-    met = list(class_names)
-    known = {name: spec.known_class(name) for name in (*spec.class_names, *met)}
+    present = list(class_names)
+    classes = list(dict.fromkeys([*spec.class_names, *present]))
+    changed: dict[str, str] = {}
     if source == PUBLISHED_NAMES:
-        replaced = _published_names(spec, met or spec.class_names)
-    else:
-        replaced = {} if source in (None, CATALOG_NAMES) else read_class_names(Path(source))
-    unknown = [name for name in replaced if known and name not in known and spec.known_class(name) is None]
+        changed = _published_names(spec)
+        _warn_of_unpublished(spec, changed, present or classes)
+    elif source not in (None, CATALOG_NAMES):
+        changed = read_class_names(Path(source or ""))
+    unknown = [name for name in changed if name not in classes and spec.known_class(name) is None]
     if unknown:
         raise UserError(
             f"{source}: {spec.name} has no class {', '.join(map(short_repr, unknown[:5]))}; "
-            f"its classes are {', '.join(known)}"
+            f"its classes are {', '.join(classes)}"
         )
-    # A class goes by the name it has there before any other.
-    called = {spec.known_class(name) or name: text for name, text in replaced.items()} | replaced
+    # A name of exactly this class comes before the name of the same class under another name.
+    changed = {spec.known_class(name) or name: text for name, text in changed.items()} | changed
     names = {}
-    for name, meant in known.items():
-        own = readable_name(name) if meant is None else spec.class_names[meant]
-        names[name] = called.get(name, called.get(meant, own))
-    return names or replaced
-
-
-def published_name(class_name: str) -> str | None:
-    """The published name of a class of whichever dataset has one of this name; None where none has."""
-    for dataset in _published():
-        spec = CATALOG[dataset]
-        text = _of_classes(spec).get(spec.known_class(class_name))
-        if text is not None:
-            return text
-    return None
-
-
-def _published_names(spec: DatasetSpec, classes: Iterable[str]) -> dict[str, str]:
-    """The published names of a dataset's classes; says for which of `classes` there are none."""
-    names = _of_classes(spec)
-    without = [name for name in classes if spec.known_class(name) not in names]
-    if without:
-        which = (
-            ", ".join(map(short_repr, without[:5])) + (", ..." if len(without) > 5 else "") if names else "its classes"
-        )
-        logger.warning("%s: there are no published names of %s, the catalog's are taken", spec.name, which)
+    for name in classes:
+        known = spec.known_class(name)
+        default = readable_name(name) if known is None else spec.class_names[known]
+        names[name] = changed.get(name, changed.get(known or name, default))
     return names
 
 
-def _of_classes(spec: DatasetSpec) -> dict[str, str]:
-    """Published names by the classes of a dataset, under whichever of their names the published code has them."""
-    named = _published().get(spec.name, {}).items()
-    return {known: text for name, text in named if (known := spec.known_class(name)) is not None}
+def published_name(class_name: str) -> str | None:
+    """The published name of a class of any dataset, None if there is none."""
+    for dataset in _published_file():
+        spec = CATALOG[dataset]
+        known = spec.known_class(class_name)
+        if known is not None and known in (names := _published_names(spec)):
+            return names[known]
+    return None
+
+
+def _published_names(spec: DatasetSpec) -> dict[str, str]:
+    """The published names of a dataset's classes; the published code has some classes under other names."""
+    names = _published_file().get(spec.name, {})
+    return {known: text for name, text in names.items() if (known := spec.known_class(name)) is not None}
+
+
+def _warn_of_unpublished(spec: DatasetSpec, published: dict[str, str], classes: list[str]) -> None:
+    without = [name for name in classes if spec.known_class(name) not in published]
+    if without:
+        some = ", ".join(map(short_repr, without[:5])) + (", ..." if len(without) > 5 else "")
+        which = some if published else "its classes"
+        logger.warning("%s: there are no published names of %s; the catalog's are used", spec.name, which)
 
 
 @cache
-def _published() -> dict[str, dict[str, str]]:
-    return read_json(_PUBLISHED_FILE)
+def _published_file() -> dict[str, dict[str, str]]:
+    return read_json(Path(__file__).with_name("published_class_names.json"))
 
 
 def read_class_names(path: Path) -> dict[str, str]:
-    """What a file calls its classes; UserError where it cannot be read or is no such object."""
+    """The names in a file of `--class_names`; `UserError` if it is not an object of non-empty texts."""
     names = read_json(path, name="--class_names", max_bytes=MIB)
     if not isinstance(names, dict):
         raise UserError(f'--class_names {path} must hold one JSON object of the form {{"class": "readable name"}}')
     for class_name, name in names.items():
         if not isinstance(name, str) or not name.strip():
             raise UserError(
-                f"--class_names {path}: {short_repr(class_name)} must be a non-empty text, as in one JSON "
-                f'object of the form {{"class": "readable name"}}, not {short_repr(name)}'
+                f"--class_names {path}: {short_repr(class_name)} must be a non-empty text, not {short_repr(name)}"
             )
     return {class_name: " ".join(name.split()) for class_name, name in names.items()}

@@ -1,4 +1,4 @@
-"""The few images per class that few-shot training uses (`--training_mode few_shot --shot K`)."""
+"""The images of few-shot training (`--training_mode few_shot --shot K`)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,22 @@ logger = logging.getLogger(__name__)
 
 
 def few_shot(records: Sequence[Record], shot: int, seed: int) -> list[Record]:
-    """Choose `shot` images of each class: half anomalous (the extra one too where `shot` is odd), the rest normal.
+    """Choose images of each class, half anomalous (rounded up) and half normal.
 
-    Anomalous images are spread over the defect types, which are the images' folders. Where a class has too few of one
-    kind the other fills up. The choice depends on the seed and on the class's own images alone, and K shots contain
-    the K' shots for every K' <= K. Returned in natural order of class and path.
+    Anomalous images are spread over the defect types, which are the images' folders. If a class has too few of one
+    label, the other fills up. The choice depends on the seed and the class's own images alone, and more shots contain
+    fewer.
 
-    Raises UserError for `shot` below 1, and for a class that has fewer images, by name and count.
+    Args:
+        records: The images of all classes.
+        shot: Images of each class, at least 1.
+        seed: Decides which images are chosen.
+
+    Returns:
+        The images in natural order of class and path.
+
+    Raises:
+        UserError: `shot` is below 1, or a class has fewer images.
     """
     if shot < 1:
         raise UserError(f"--shot must be at least 1, not {shot}")
@@ -34,7 +43,7 @@ def few_shot(records: Sequence[Record], shot: int, seed: int) -> list[Record]:
 
 
 def split_shot(shot: int) -> tuple[int, int]:
-    """How many of `shot` images of a class are anomalous, and how many normal, where there are enough of both."""
+    """How many of `shot` images of a class are anomalous, and how many normal, if there are enough of both."""
     return (shot + 1) // 2, shot // 2
 
 
@@ -43,19 +52,19 @@ def _choose(class_name: str, records: Sequence[Record], shot: int, seed: int) ->
     normal = _shuffled([r for r in records if not r.label], seed)
     if shot > len(records):
         raise UserError(
-            f"--shot {shot} is more than there is: class {class_name!r} has {len(records)} images "
-            f"({len(anomalous)} anomalous, {len(normal)} normal); lower --shot or use --training_mode full_shot"
+            f"--shot {shot}: class {class_name!r} has {len(records)} images ({len(anomalous)} anomalous, "
+            f"{len(normal)} normal); lower --shot or use --training_mode full_shot"
         )
-    kinds = (("anomalous", anomalous), ("normal", normal))
-    for (kind, found), wanted in zip(kinds, split_shot(shot), strict=True):
-        if len(found) < wanted:
-            other = "normal" if kind == "anomalous" else "anomalous"
-            logger.info("%s: only %d of %d %s images, %s ones fill up", class_name, len(found), wanted, kind, other)
+    for kind, other, images, wanted in zip(
+        ("anomalous", "normal"), ("normal", "anomalous"), (anomalous, normal), split_shot(shot), strict=True
+    ):
+        if len(images) < wanted:
+            logger.info("%s: only %d of %d %s images; %s ones fill up", class_name, len(images), wanted, kind, other)
     return _alternate(anomalous, normal)[:shot]
 
 
 def _spread_over_defect_types(records: Sequence[Record], seed: int) -> list[Record]:
-    """Take the defect types in turn, so that every prefix holds as many of each as it can."""
+    """Take one image of each defect type in turn."""
     by_type = defaultdict(list)
     for record in records:
         by_type[record.image_path.rpartition("/")[0]].append(record)
@@ -68,10 +77,10 @@ def _shuffled(records: Sequence[Record], seed: int) -> list[Record]:
 
 
 def _alternate(*sequences: Sequence[Record]) -> list[Record]:
-    """The first of each sequence, then the second of each; one that has ended is passed over."""
-    return [record for turn in zip_longest(*sequences) for record in turn if record is not None]
+    """The first of each sequence, then the second of each, until all have ended."""
+    return [record for group in zip_longest(*sequences) for record in group if record is not None]
 
 
 def _rank(seed: int, path: str) -> bytes:
-    """A path's place in the seed's order. It depends on nothing else: no other images, no generator's state."""
+    """The place of a path in a random order that depends on nothing but the seed."""
     return hashlib.sha256(json.dumps([seed, path]).encode("ascii")).digest()

@@ -52,7 +52,7 @@ _CLASS_INDICES = 32
 
 
 def read_image(
-    path: Path, content: bytes | None = None, formats: Sequence[str] | None = None, max_pixels: int | None = None
+    path: Path, content: bytes | None = None, formats: tuple[str, ...] | None = None, max_pixels: int | None = None
 ) -> Image.Image:
     """Read an image of any kind as 8-bit RGB (`to_rgb`), rotated as its EXIF tag says.
 
@@ -123,8 +123,9 @@ def read_mask(path: Path, threshold: float | str = HALF) -> Image.Image:
         UserError: The mask cannot be read.
     """
     image = _open(path)
+    anomalous: NDArray[np.bool_]
     if image.mode == "P" and _has_colours(image):
-        anomalous = np.asarray(image.convert("RGB")).any(axis=2)
+        anomalous = np.asarray(image.convert("RGB")).max(axis=2) > 0
     else:
         values = _mask_values(image)
         if not np.isfinite(values).all():
@@ -200,7 +201,7 @@ def exif_transpose(path: Path) -> Image.Transpose | None:
 
 
 def _open(
-    path: Path, content: bytes | None = None, formats: Sequence[str] | None = None, max_pixels: int | None = None
+    path: Path, content: bytes | None = None, formats: tuple[str, ...] | None = None, max_pixels: int | None = None
 ) -> Image.Image:
     # Reading from a pipe or a device may never end.
     if content is None and is_no_file(path):
@@ -226,7 +227,7 @@ def _open(
 
 def _transpose(image: Image.Image) -> Image.Transpose | None:
     try:
-        return _TRANSPOSE_OF_ORIENTATION.get(image.getexif().get(_ORIENTATION_TAG))
+        return _TRANSPOSE_OF_ORIENTATION.get(image.getexif().get(_ORIENTATION_TAG, 1))
     except _DECODE_ERRORS:
         # Damaged tags do not make the image unusable.
         return None

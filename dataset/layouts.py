@@ -1,4 +1,4 @@
-"""The layouts that datasets come in, and the test split that each holds."""
+"""The layouts of datasets, and how to list the test split of each."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ NORMAL = ("good", "ok")
 
 @dataclass(frozen=True)
 class Layout:
-    """What a layout looks like, and its two questions; both take the dataset's folder and the classes to look for.
+    """A layout: the files it expects, and two functions of the dataset's folder and class names.
 
-    expected: the files that must be there, for errors. classes: those of which there are images. records: the images
-    of the test split, in any order; UserError where one is there without what it needs, but for the masks of MVTec's
-    layout, which own images may lack.
+    Args:
+        expected: The expected files, for error messages.
+        classes: Returns the classes that have images.
+        records: Returns the images of the test split in any order; raises `UserError` if a file is missing, except
+            for masks in MVTec's layout.
     """
 
     expected: str
@@ -34,24 +36,22 @@ def _test_folder_classes(root: Path, class_names: Sequence[str]) -> list[str]:
 
 
 def _test_folder_records(root: Path, class_names: Sequence[str]) -> list[Record]:
-    """CLASS/test/KIND/x with masks CLASS/ground_truth/KIND/x_mask or x; both of any ending."""
+    """CLASS/test/KIND/x with masks CLASS/ground_truth/KIND/x_mask or x, with any endings."""
     records = []
     for class_name in class_names:
         class_folder = _class_folder(root, class_name, class_names)
         for kind in _test_kinds(class_folder):
             if kind.name.lower() in NORMAL:
-                records += [Record(_relative(image, root), 0, class_name) for image in images_in(kind)]
+                records += _normal_records(root, class_name, kind)
             else:
-                expected = class_folder / "ground_truth" / kind.name
-                masks = find_folder(class_folder, f"ground_truth/{kind.name}") or expected
-                records += _anomalous_records(root, class_name, kind, masks, "_mask", needed=False)
+                masks = find_folder(class_folder, f"ground_truth/{kind.name}")
+                records += _anomalous_records(root, class_name, kind, masks, "_mask", required=False)
     return records
 
 
 def _class_folder(root: Path, class_name: str, class_names: Sequence[str]) -> Path | None:
-    # A folder of one class that holds test/ is that class.
-    alone = len(class_names) == 1 and find_folder(root, "test") is not None
-    return root if alone else find_folder(root, class_name)
+    is_class_folder = len(class_names) == 1 and find_folder(root, "test") is not None
+    return root if is_class_folder else find_folder(root, class_name)
 
 
 def _test_kinds(class_folder: Path | None) -> list[Path]:
@@ -68,10 +68,10 @@ def visa_classes(root: Path, class_names: Sequence[str]) -> list[str]:
 
 
 def visa_records(root: Path, class_names: Sequence[str], split: str = "test") -> list[Record]:
-    """Rows of a split, "test" or "train", of split_csv/1cls.csv, for the classes that are there."""
+    """Rows of a split, "test" or "train", of split_csv/1cls.csv, for the classes that have images."""
     table = root / "split_csv" / "1cls.csv"
     if not is_file(table):
-        raise UserError(f"{table} is not there: it comes with VisA's archive")
+        raise UserError(f"{table} does not exist: it is in VisA's archive")
     present = set(visa_classes(root, class_names))
     records = []
     try:
@@ -79,27 +79,25 @@ def visa_records(root: Path, class_names: Sequence[str], split: str = "test") ->
             rows = csv.DictReader(file, restval="")
             absent = {"object", "split", "label", "image", "mask"} - set(rows.fieldnames or ())
             if absent:
-                raise UserError(
-                    f"{table} lacks the column {', '.join(sorted(absent))}: take the file of VisA's archive"
-                )
+                raise UserError(f"{table} lacks the column {', '.join(sorted(absent))}: use the file of VisA's archive")
             for row in rows:
                 if row["split"] == split and row["object"] in present:
                     records.append(_visa_record(root, row, f"{table}:{rows.line_num}"))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{table} cannot be read ({reason}): take the file of VisA's archive") from error
+        raise UserError(f"{table} cannot be read ({reason}): use the file of VisA's archive") from error
     return records
 
 
-def _visa_record(root: Path, row: dict[str, str], where: str) -> Record:
+def _visa_record(root: Path, row: dict[str, str], source: str) -> Record:
     image_path, mask_path = (row[key].strip().replace("\\", "/") for key in ("image", "mask"))
     if row["label"] not in ("normal", "anomaly"):
-        raise UserError(f"{where}: label must be normal or anomaly, not {row['label']!r}")
+        raise UserError(f"{source}: label must be normal or anomaly, not {row['label']!r}")
     label = int(row["label"] == "anomaly")
-    if not is_file(root / path_within(image_path, where, "image")):
-        raise UserError(f"{where}: the image {root / image_path} is not there; unpack VisA's archive completely")
-    if label and not (mask_path and is_file(root / path_within(mask_path, where, "mask"))):
-        raise UserError(f"{where}: the anomalous image {image_path} has no mask: expected {root / mask_path}")
+    if not is_file(root / path_within(image_path, source, "image")):
+        raise UserError(f"{source}: the image {root / image_path} does not exist; unpack VisA's archive completely")
+    if label and not (mask_path and is_file(root / path_within(mask_path, source, "mask"))):
+        raise UserError(f"{source}: the anomalous image {image_path} has no mask: expected {root / mask_path}")
     return Record(image_path, label, row["object"], mask_path if label else None)
 
 
@@ -110,10 +108,9 @@ def _medical_classes(root: Path, class_names: Sequence[str]) -> list[str]:
 
 def _medical_records(root: Path, class_names: Sequence[str]) -> list[Record]:
     (class_name,) = class_names
-    normal = images_in(find_folder(root, "test/good/img"))
-    records = [Record(_relative(image, root), 0, class_name) for image in normal]
+    normal, anomalous = (find_folder(root, f"test/{side}/img") for side in ("good", "Ungood"))
     masks = find_folder(root, "test/Ungood/label") or root / "test" / "Ungood" / "label"
-    return records + _anomalous_records(root, class_name, find_folder(root, "test/Ungood/img"), masks)
+    return _normal_records(root, class_name, normal) + _anomalous_records(root, class_name, anomalous, masks)
 
 
 def _colon_classes(root: Path, class_names: Sequence[str]) -> list[str]:
@@ -126,25 +123,26 @@ def _colon_records(root: Path, class_names: Sequence[str]) -> list[Record]:
     return _anomalous_records(root, class_name, find_folder(root, "images"), masks)
 
 
-def _anomalous_records(
-    root: Path, class_name: str, images: Path | None, masks: Path, mask_suffix: str = "", needed: bool = True
-) -> list[Record]:
-    """Pair each image with the mask of its name: endings often differ between the two, and are not compared.
+def _normal_records(root: Path, class_name: str, images: Path | None) -> list[Record]:
+    return [Record(_relative(image, root), 0, class_name) for image in images_in(images)]
 
-    Raises UserError where a mask that is `needed` is not there.
-    """
-    mask_of = {mask.stem: mask for mask in images_in(masks if is_folder(masks) else None)}
+
+def _anomalous_records(
+    root: Path, class_name: str, images: Path | None, masks: Path | None, mask_suffix: str = "", required: bool = True
+) -> list[Record]:
+    """Pair each image with the mask of its name, whatever their endings; `UserError` if a required mask is missing."""
+    mask_of = {mask.stem: mask for mask in images_in(masks if masks and is_folder(masks) else None)}
     records = []
     for image in images_in(images):
         mask = mask_of.get(image.stem + mask_suffix) or mask_of.get(image.stem)
-        if mask is None and needed:
+        if mask is None and masks is not None and required:
             raise UserError(_no_mask(image, masks, mask_suffix))
         records.append(Record(_relative(image, root), 1, class_name, None if mask is None else _relative(mask, root)))
     return records
 
 
 def missing_mask(root: Path, record: Record) -> str:
-    """What an anomalous image in MVTec's layout lacks, in words."""
+    """The message about a missing mask in MVTec's layout."""
     image = root / record.image_path
     return _no_mask(image, image.parents[2] / "ground_truth" / image.parent.name, "_mask")
 

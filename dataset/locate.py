@@ -1,4 +1,4 @@
-"""Finding a dataset on disk: a name of the catalog below a data root, or the path of a folder in MVTec's layout."""
+"""Find a dataset on disk: by its name in the catalog, or by the path of a folder in MVTec's layout."""
 
 from __future__ import annotations
 
@@ -21,36 +21,43 @@ logger = logging.getLogger(__name__)
 DATA_ROOT_VARIABLE = "ANOMALY_DATA_ROOT"
 DEFAULT_DATA_ROOT = "data"
 
-# VisA's other splits, which train on anomalies, have the same classes: they are never meant.
+# VisA's other splits have the same classes, but train on anomalies.
 _OTHER_SPLITS = ("2cls_fewshot", "2cls_highshot")
 
 
 @dataclass(frozen=True)
 class LocatedDataset:
-    """A dataset and the folder that it was found in; the paths of its records are relative to `root`."""
+    """A dataset and its folder, which the paths of its records are relative to."""
 
     spec: DatasetSpec
     root: Path
 
     def layout(self) -> tuple[str, list[str]]:
-        """The layout that the folder is in, by its name, and the classes of which there are images."""
+        """The name of the folder's layout, and the classes that have images."""
         return _layout_in(self.spec, self.root)
 
 
 def known_dataset(name: str) -> DatasetSpec | None:
-    """The catalog's dataset of this name, letter case aside; None for any other."""
+    """The catalog's dataset of this name, in any letter case."""
     return {known.lower(): spec for known, spec in CATALOG.items()}.get(name.lower())
 
 
 def locate_dataset(name_or_path: str, data_root: Path | None = None) -> LocatedDataset:
-    """Find a dataset by its name in the catalog (letter case aside), or by the path of its own folder.
+    """Find a dataset.
 
-    A named one is looked for under `data_root`, up to two folders below its own where archives were unpacked into one
-    another, or is `data_root` itself; of several folders the one with most of its classes counts. Without `data_root`
-    the environment variable ANOMALY_DATA_ROOT counts, then "data". A toy dataset that is not there yet is drawn. Of an
-    own folder only the classes are read here: whether its images are complete shows when its metadata is built.
+    A named dataset is the folder with most of its classes: `data_root` itself, a folder of its name below it, or up to
+    two folders deeper, since archives often contain their own folder. A toy dataset is drawn if it does not exist. The
+    images of the folder are not checked here.
 
-    Raises UserError for an unknown name, and for a folder that is missing, with the layout expected.
+    Args:
+        name_or_path: A name in the catalog, in any letter case, or the path of a folder in MVTec's layout.
+        data_root: The folder of the datasets. Default: the environment variable ANOMALY_DATA_ROOT, then "data".
+
+    Returns:
+        The dataset and its folder.
+
+    Raises:
+        UserError: The name is unknown, or the folder is missing; the message describes the expected layout.
     """
     spec = known_dataset(name_or_path)
     if spec is None:
@@ -79,13 +86,12 @@ def _locate_own_folder(path: str) -> LocatedDataset:
 
 
 def _layout_in(spec: DatasetSpec, folder: Path) -> tuple[str, list[str]]:
-    found = ((name, LAYOUTS[name].classes(folder, list(spec.class_names))) for name in spec.layouts)
-    return max(found, key=lambda layout: len(layout[1]))
+    classes = ((name, LAYOUTS[name].classes(folder, list(spec.class_names))) for name in spec.layouts)
+    return max(classes, key=lambda layout: len(layout[1]))
 
 
 def _find(spec: DatasetSpec, data_root: Path) -> Path | None:
-    """The folder with most of the dataset's classes; else the first of the dataset's name, so that an error tells of
-    it; else None."""
+    """The folder with most of the dataset's classes; if none has any, the first of its name, for the error message."""
     named = [
         folder
         for name in dict.fromkeys((spec.folder, *spec.folders, spec.name))
@@ -94,11 +100,11 @@ def _find(spec: DatasetSpec, data_root: Path) -> Path | None:
     if spec.is_own_name(data_root.resolve().name):
         named.append(data_root)
     fullest, most = _fullest(spec, chain(named, _below(named)))
-    # A folder of another name must hold most of a dataset to be taken for it: datasets share single classes. Medical
-    # ones have one class and one layout, so that only the name tells them apart.
+    # A folder of another name must hold most of the classes, because datasets share some. Medical datasets have one
+    # class and one layout, so that only the name tells them apart.
     if len(spec.class_names) > 1:
-        here = len(_layout_in(spec, data_root)[1])
-        if here > most and 2 * here > len(spec.class_names):
+        count = len(_layout_in(spec, data_root)[1])
+        if count > most and 2 * count > len(spec.class_names):
             return data_root
     return fullest or next(iter(named), None)
 
@@ -111,7 +117,7 @@ def _below(folders: Iterable[Path]) -> Iterator[Path]:
 
 
 def _fullest(spec: DatasetSpec, folders: Iterable[Path]) -> tuple[Path | None, int]:
-    """The first of the folders with most classes of a dataset, and how many these are; None where there are none."""
+    """The first folder with most classes of a dataset, and how many it has."""
     fullest, most = None, 0
     for folder in folders:
         count = len(_layout_in(spec, folder)[1])
@@ -127,24 +133,24 @@ def _missing_folder_message(spec: DatasetSpec, data_root: Path) -> str:
     expected = f"{data_root / spec.folder} with {layouts}"
     if not is_folder(data_root):
         return (
-            f"the data root {data_root} is not there: give the folder that holds the datasets with --data_root or "
+            f"the data root {data_root} does not exist: set the folder of the datasets with --data_root or "
             f"{DATA_ROOT_VARIABLE}; expected for {spec.name}: {expected}"
         )
     others = f" (or named {', '.join(spec.folders)})" if spec.folders else ""
     return (
         f"{spec.name} is not under the data root {data_root}, which holds {describe_folder(data_root)}: expected "
-        f"{expected}{others}; give another --data_root, or move the dataset's files into that folder, where in any "
-        "other layout --metadata FILE lists them"
+        f"{expected}{others}; use another --data_root, move the dataset's files into that folder, or for any other "
+        "layout list the images with --metadata FILE"
     )
 
 
 def _draw_toy_dataset(spec: DatasetSpec, data_root: Path) -> Path:
-    from dataset.toy_world import write_toy_dataset  # scipy takes long to import, and is rarely needed here
+    from dataset.toy_world import write_toy_dataset  # scipy is slow to import and rarely needed
 
     root = data_root / spec.folder
     logger.info("drawing the toy dataset %s into %s (once)", spec.name, root)
     try:
         write_toy_dataset(spec.name, root, seed=0)
     except OSError as error:
-        raise UserError(f"the toy dataset cannot be drawn into {root}: {error}; give another --data_root") from error
+        raise UserError(f"the toy dataset cannot be drawn into {root}: {error}; use another --data_root") from error
     return root

@@ -1,4 +1,4 @@
-"""Normal images of a dataset beside those it tests on: what a few references are taken from."""
+"""Normal images of a dataset that are not tested on: the source of few-shot references."""
 
 from __future__ import annotations
 
@@ -15,51 +15,58 @@ from utils.errors import UserError
 
 
 def training_normals(located: LocatedDataset, class_name: str) -> list[Path]:
-    """The normal images that a dataset has for training in a class: its train/good, or VisA's list of them.
+    """The normal training images of a class: train/good, or VisA's training split.
 
-    A toy dataset's are drawn on first use. Raises `UserError` where there are none.
+    The images of a toy dataset are drawn when they are first needed.
+
+    Raises:
+        UserError: There are none.
     """
     root = located.root
     layout, classes = located.layout()
     if layout == "visa":
         rows = visa_records(root, classes, split="train")
-        found = [root / row.image_path for row in rows if row.class_name == class_name and not row.label]
+        images = [root / row.image_path for row in rows if row.class_name == class_name and not row.label]
     else:
-        alone = len(classes) == 1 and find_folder(root, "train") is not None
-        folder = root if alone else find_folder(root, class_name)
+        is_class_folder = len(classes) == 1 and find_folder(root, "train") is not None
+        folder = root if is_class_folder else find_folder(root, class_name)
         if folder is not None and located.spec.name in TOY_DATASETS and find_folder(folder, "train") is None:
-            from dataset.toy_world import write_toy_normals  # scipy takes long to import, and is rarely needed here
+            from dataset.toy_world import write_toy_normals  # scipy is slow to import and rarely needed
 
             write_toy_normals(located.spec.name, folder)
-        places = [find_folder(folder, f"train/{name}") for name in NORMAL]
-        places += [place and find_folder(place, "img") for place in places]
-        found = [path for place in places for path in images_in(place)]
-    if not found:
+        good = [find_folder(folder, f"train/{name}") for name in NORMAL]
+        folders = [*good, *(find_folder(place, "img") for place in good)]
+        images = [path for place in folders for path in images_in(place)]
+    if not images:
         raise UserError(
-            f"{located.spec.name}: class '{class_name}' has no train/good in {root} to take references from; give "
-            "normal images with --references FOLDER"
+            f"{located.spec.name}: class '{class_name}' has no train/good in {root} to take references from; use "
+            "normal images of your own with --references FOLDER"
         )
-    return found
+    return images
 
 
 def normals_of_classes(folder: Path, classes: Sequence[str]) -> dict[str, list[Path]]:
-    """Normal images of each class: in the folder of its name, or for a single class in the folder as a whole.
+    """Normal images of each class, from the folders named like the classes.
 
-    For a single class it may be an image instead. Raises `UserError` where a class has none.
+    For a single class, the whole folder is used if there is no such folder in it, and it may be an image.
+
+    Raises:
+        UserError: A class has no images.
     """
-    found = {}
+    images = {}
     for name in classes:
         own = find_folder(folder, name) if name else None
         if own is None and len(classes) > 1:
-            raise UserError(f"--references {folder}: no folder '{name}', whose normal images would be compared with")
-        found[name] = find_images(own or folder, "--references").images
-    return found
+            raise UserError(f"--references {folder}: there is no folder '{name}' with normal images of this class")
+        images[name] = find_images(own or folder, "--references").images
+    return images
 
 
 def choose_normals(images: Sequence[Path], shots: int | None, seed: int, class_name: str) -> list[Path]:
-    """All images, or `shots` of them: the seed's choice, in which more shots contain fewer.
+    """Choose `shots` images, or all for None; the choice depends on seed and file names, and more shots contain fewer.
 
-    It depends on the files' names alone, not on where they lie. Raises `UserError` where there are too few.
+    Raises:
+        UserError: There are fewer images.
     """
     if shots is None:
         return list(images)

@@ -1,4 +1,4 @@
-"""The sentences that stand for "normal" and "abnormal" (docs/method.md, "Text")."""
+"""The prompts of normal and anomalous objects (docs/method.md, "Text")."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ from utils.reading import short_repr
 
 NORMAL_STATES = ("{}", "a {}", "the {}")
 ABNORMAL_STATES = ("a damaged {}", "a broken {}", "a {} with flaw", "a {} with defect", "a {} with damage")
-# Characters: more do not fit the 77 tokens of CLIP's prompts.
-MAX_NAME_LENGTH = 200
 TEMPLATES = ("{}.", "a photo of {}.")
+# Characters: longer names do not fit the 77 tokens of CLIP's prompts.
+MAX_NAME_LENGTH = 200
 
 
 def build_prompts(readable_name: str) -> tuple[list[str], list[str]]:
-    """The 6 normal and the 10 abnormal prompts of a class, such as "metal nut": each state in each template.
+    """The prompts of a class: each state in each template.
 
-    Bytes that are no UTF-8, which folder names may hold, become question marks. Raises UserError for an empty name,
-    and for one that is too long.
+    Args:
+        readable_name: Such as "metal nut". Bytes of folder names that are not UTF-8 become question marks.
+
+    Returns:
+        The 6 normal and the 10 abnormal prompts.
+
+    Raises:
+        UserError: The name is empty or too long.
     """
     name = readable_name.encode("utf-8", "replace").decode("utf-8")
     if not name.strip():
@@ -26,5 +32,5 @@ def build_prompts(readable_name: str) -> tuple[list[str], list[str]]:
     return _fill(NORMAL_STATES, name), _fill(ABNORMAL_STATES, name)
 
 
-def _fill(states: tuple[str, ...], readable_name: str) -> list[str]:
-    return [template.format(state.format(readable_name)) for state in states for template in TEMPLATES]
+def _fill(states: tuple[str, ...], name: str) -> list[str]:
+    return [template.format(state.format(name)) for state in states for template in TEMPLATES]

@@ -1,4 +1,4 @@
-"""One image of a dataset: its record, the order of records, and their digest."""
+"""The record of one image of a dataset, the order of records, and their digest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Record:
 
     @property
     def lacks_mask(self) -> bool:
-        """Whether the image is anomalous, and nothing says where."""
+        """Whether the image is anomalous and has no mask."""
         return bool(self.label) and self.mask_path is None
 
 
@@ -35,36 +35,35 @@ def natural_key(path: str) -> tuple:
 
 
 def _piece_key(piece: str) -> tuple[int, str]:
-    """Digits by length, then by value: a number of any length compares so, without becoming one."""
+    """Digits are compared by length, then by value, so that numbers of any length can be compared."""
     digits = piece.lstrip("0")
     return (len(digits), digits) if piece[:1].isdecimal() and piece.isascii() else (0, piece)
 
 
 def metadata_digest(records: Sequence[Record]) -> str:
-    """SHA-256 (hexadecimal) over the records and their order, whatever file they came from."""
+    """SHA-256 (hexadecimal) of the records in their order; the file they came from does not matter."""
     canonical = "\n".join(json.dumps([r.image_path, r.label, r.class_name, r.mask_path]) for r in records)
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
-def path_within(path: str, where: str, key: str) -> str:
-    """A path of a list, once it is known to stay in the dataset's folder; symbolic links in that folder are followed.
+def path_within(path: str, source: str, key: str) -> str:
+    """Return a path of a list if it stays in the dataset's folder; otherwise `UserError` with `source` and `key`.
 
-    Raises UserError, which begins with `where` and names `key`, for one that leads out of the folder.
+    Symbolic links in the folder may lead out of it.
     """
     depth, lowest = 0, 0
     for part in PurePosixPath(path).parts:
         depth += -1 if part == ".." else 1
         lowest = min(lowest, depth)
-    if PurePosixPath(path).anchor or PurePath(path).anchor or lowest < 0 or depth < 1 or not _is_a_name(path):
+    if PurePosixPath(path).anchor or PurePath(path).anchor or lowest < 0 or depth < 1 or not _is_file_name(path):
         raise UserError(
-            f"{where}: {key} must be the path of a file below the dataset's folder, not {short_repr(path)} "
+            f"{source}: {key} must be the path of a file below the dataset's folder, not {short_repr(path)} "
             "(a symbolic link in that folder may lead elsewhere)"
         )
     return path
 
 
-def _is_a_name(path: str) -> bool:
-    """Whether a file system could hold a file of this name."""
+def _is_file_name(path: str) -> bool:
     try:
         return b"\0" not in os.fsencode(path)
     except UnicodeEncodeError:

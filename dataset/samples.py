@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import BatchSampler, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 from torchvision.transforms.v2 import functional as F
 
 from dataset.augmentation import Augmentation, change_colours, draw_augmentation, move_pair
@@ -176,23 +176,28 @@ class SeededSampler(Sampler[SampleKey]):
         return self.length
 
 
-class SharedBatches(BatchSampler):
+class SharedBatches(Sampler[list[SampleKey]]):
     """Batches of keys, of which each process of a data-parallel run loads its share; the last batch may be smaller.
 
     A process without a share of a batch loads the first key, so that all processes take the same steps.
     """
 
     def __init__(self, sampler: SeededSampler, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        super().__init__(sampler, batch_size, drop_last=False)
-        self.count = len(sampler)
+        self.sampler = sampler
+        self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
 
     def shares(self) -> list[Share]:
         """The share of this process in each batch."""
-        remaining = range(self.count, 0, -self.batch_size)
+        remaining = range(len(self.sampler), 0, -self.batch_size)
         return [Share.of(min(count, self.batch_size), self.rank, self.world_size) for count in remaining]
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        for keys, share in zip(super().__iter__(), self.shares(), strict=True):
-            yield keys[share.first :][: max(1, share.count)]
+        keys = list(self.sampler)
+        for number, share in enumerate(self.shares()):
+            first = number * self.batch_size + share.first
+            yield keys[first : first + max(1, share.count)]
+
+    def __len__(self) -> int:
+        return -(-len(self.sampler) // self.batch_size)

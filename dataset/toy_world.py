@@ -131,7 +131,8 @@ def _complete_folder(folder: Path) -> Iterator[Path]:
 
 
 def _write_class(dataset: str, class_folder: str, folder: Path, seed: int) -> None:
-    for defect, count in {None: GOOD_IMAGES[dataset], **toy_defects(dataset, class_folder)}.items():
+    counts: list[tuple[str | None, int]] = [(None, GOOD_IMAGES[dataset]), *toy_defects(dataset, class_folder).items()]
+    for defect, count in counts:
         images, masks = folder / "test" / (defect or "good"), folder / "ground_truth" / (defect or "good")
         images.mkdir(parents=True)
         if defect:

@@ -228,7 +228,7 @@ def test_a_published_run_to_its_end_where_there_are_no_published_names(
     config = published_run(world, tmp_path / "run", dataset=str(world / "own"), text_epoch=1, image_epoch=1)
     train_base(config)
     said = [record.getMessage() for record in caplog.records if "published names" in record.getMessage()]
-    assert said == ["own: there are no published names of its classes, the catalog's are taken"]
+    assert said == ["own: there are no published names of its classes; the catalog's are used"]
     assert any("runs with gelu" in record.getMessage() for record in caplog.records)
     trained = load_model(tmp_path / "run" / "image_adapter.pth", device="cpu")
     assert trained.model.config.surgery == "batch_axis" and trained.clip.activation == "gelu"

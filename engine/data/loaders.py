@@ -93,7 +93,8 @@ def hold_out(data: TaskData, fraction: float, seed: int) -> tuple[TaskData, Task
     Raises:
         UserError: A class has a single image of a label, or a held-out image cannot be read.
     """
-    training, validation = [], []
+    training: list[Record] = []
+    validation: list[Record] = []
     groups: dict[tuple[str, int], list[Record]] = {}
     for record in data.records:
         groups.setdefault((record.class_name, record.label), []).append(record)

@@ -1,9 +1,10 @@
-"""From a dataset's name to the records and prompts of a run; without a model, so before torch is imported."""
+"""The images and class names of a run; a module without torch, since scripts check their data before they import it."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,6 @@ from dataset.options import HALF
 from dataset.prompts import build_prompts
 from dataset.records import Record, metadata_digest, natural_key
 from utils.errors import UserError
-from utils.text import list_names
 
 if TYPE_CHECKING:
     from model.clip import FrozenCLIP
@@ -30,9 +30,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TaskData:
-    """The images of a task: where they are, their records, and each class's name in the prompts, in class order.
+    """The images of a run and the names of their classes.
 
-    mask_threshold: which pixels of a mask are anomalous (`dataset.images.read_mask`).
+    Args:
+        located: The dataset and its folder.
+        records: The images.
+        names: The name of each class in prompts, in class order.
+        digest: Of all records of the dataset (`dataset.records.metadata_digest`).
+        mask_threshold: As for `dataset.images.read_mask`.
     """
 
     located: LocatedDataset
@@ -45,6 +50,11 @@ class TaskData:
     def classes(self) -> list[str]:
         return list(self.names)
 
+    @property
+    def anomalous(self) -> int:
+        """The number of anomalous images."""
+        return sum(record.label for record in self.records)
+
     def of_class(self, class_name: str) -> list[Record]:
         """The records of a class, in their order."""
         return [record for record in self.records if record.class_name == class_name]
@@ -55,7 +65,7 @@ class TaskData:
 
     def prompts(self, clip: FrozenCLIP) -> Prompts:
         """The prompts of all classes, in class order."""
-        from model.text import Prompts  # torch takes seconds, and what has a CLIP has imported it
+        from model.text import Prompts  # torch is slow to import; whoever has a CLIP has imported it
 
         return Prompts.from_texts(clip, [build_prompts(name) for name in self.names.values()])
 
@@ -68,7 +78,19 @@ def load_task(
     skip_bad_images: bool = False,
     mask_threshold: str | float = HALF,
 ) -> TaskData:
-    """All records of a dataset's test split; raises `UserError` for whatever is missing (see `dataset`)."""
+    """Load the test split of a dataset.
+
+    Args:
+        dataset: A name in the catalog, or a folder in MVTec's layout (`dataset.locate.locate_dataset`).
+        data_root: The folder of the datasets.
+        metadata: A list of the images, instead of the one made from the folders.
+        class_names: The source of the names in prompts (`dataset.class_names.class_display_names`).
+        skip_bad_images: Leave out images that cannot be read.
+        mask_threshold: As for `dataset.images.read_mask`.
+
+    Raises:
+        UserError: The dataset, the list or the names cannot be found or read.
+    """
     located = locate_dataset(dataset, data_root)
     return _make_task(located, load_records(located, metadata), class_names, skip_bad_images, mask_threshold)
 
@@ -76,25 +98,24 @@ def load_task(
 def load_two_folders(
     normal: Path, anomalous: Path, class_name: str, domain: str = "industrial", skip_bad_images: bool = False
 ) -> TaskData:
-    """The images of two folders and of those in them, one class without masks; `UserError` where they share images."""
-    # Not resolved: a link's own name is the one that was given.
+    """Load the images in two folders and below as one class without masks; `UserError` if the folders share images."""
+    # Not resolved: messages should show the names of links.
     folders = [Path(os.path.abspath(folder)) for folder in (normal, anomalous)]  # noqa: PTH100
-    found = [find_images(path, flag) for path, flag in zip(folders, ("--normal", "--anomalous"), strict=True)]
-    for line in [line for each in found for line in each.problems]:
-        logger.warning("left out: %s", line)
-    good, bad = ({os.path.realpath(path): path for path in each.images} for each in found)
+    contents = [find_images(path, flag) for path, flag in zip(folders, ("--normal", "--anomalous"), strict=True)]
+    for problem in [problem for content in contents for problem in content.problems]:
+        logger.warning("skipped: %s", problem)
+    good, bad = ({os.path.realpath(path): path for path in content.images} for content in contents)
     if both := good.keys() & bad.keys():
         raise UserError(f"--normal and --anomalous share {len(both)} images, such as {good[min(both)]}")
     try:
         root = Path(os.path.commonpath(folders))
     except ValueError:  # on two drives of Windows
         root = Path(folders[0].anchor)
-    name = f"{folders[0].name}_and_{folders[1].name}"
-    spec = mvtec_spec(name, {class_name: readable_name(class_name)}, domain)
+    spec = mvtec_spec(f"{folders[0].name}_and_{folders[1].name}", {class_name: readable_name(class_name)}, domain)
     records = [
         Record((path.relative_to(root) if path.is_relative_to(root) else path).as_posix(), label, class_name)
-        for label, each in enumerate(found)
-        for path in each.images
+        for label, content in enumerate(contents)
+        for path in content.images
     ]
     records.sort(key=lambda record: natural_key(record.image_path))
     return _make_task(LocatedDataset(spec, root), records, None, skip_bad_images)
@@ -107,57 +128,58 @@ def _make_task(
     skip_bad_images: bool,
     mask_threshold: str | float = HALF,
 ) -> TaskData:
-    digest = metadata_digest(records)
+    digest, name = metadata_digest(records), located.spec.name
     if skip_bad_images:
         readable = drop_bad_images(located.root, records)
-        logger.info("%s: %d images cannot be read and are left out", located.spec.name, len(records) - len(readable))
+        logger.info("%s: %d images cannot be read and are left out", name, len(records) - len(readable))
         if not readable:
-            raise UserError(f"{located.spec.name}: none of its {len(records)} images in {located.root} can be read")
+            raise UserError(f"{name}: none of its {len(records)} images in {located.root} can be read")
         records = readable
-    present = {record.class_name for record in records}
-    display = class_display_names(located.spec, class_names, dict.fromkeys(record.class_name for record in records))
-    names = {name: text for name, text in display.items() if name in present}
+    present = dict.fromkeys(record.class_name for record in records)
+    display = class_display_names(located.spec, class_names, present)
+    names = {class_name: text for class_name, text in display.items() if class_name in present}
     return TaskData(located, records, names, digest, mask_threshold)
 
 
 def mask_notes(data: TaskData) -> list[str]:
-    """Why pixel metrics are undefined, in a sentence, where anomalous images have no mask."""
+    """A sentence about undefined pixel metrics if masks are missing."""
     lacking = data.lacking_masks()
     if not lacking:
         return []
-    anomalous = sum(record.label for record in data.records)
-    if len(lacking) == anomalous:
-        return [f"Pixel metrics are n/a: none of the {anomalous} anomalous images has a mask"]
-    classes = dict.fromkeys(record.class_name for record in lacking)
+    if len(lacking) == data.anomalous:
+        return [f"Pixel metrics are n/a: none of the {data.anomalous} anomalous images has a mask"]
+    classes = list(dict.fromkeys(record.class_name for record in lacking))
     of_classes = sum(record.label for record in data.records if record.class_name in classes)
     return [
-        f"Pixel metrics are n/a for {list_names(list(classes))}: {len(lacking)} of {of_classes} anomalous images "
-        f"have no mask, such as {lacking[0].image_path}"
+        f"Pixel metrics are n/a for {_enumerate(classes)}: {len(lacking)} of {of_classes} anomalous images have no "
+        f"mask, such as {lacking[0].image_path}"
     ]
 
 
-def check_masks(data: TaskData, needed_for: str) -> None:
-    """Raise `UserError`, with what needs masks, where an anomalous image has none."""
+def _enumerate(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more classes" if len(names) > most else "")
+
+
+def check_masks(data: TaskData, reason: str) -> None:
+    """Raise `UserError`, with the reason why masks are required, if an anomalous image has none."""
     if lacking := data.lacking_masks():
         raise UserError(
-            f"{data.located.spec.name}: {len(lacking)} of {sum(record.label for record in data.records)} anomalous "
-            f"images have no mask, such as {lacking[0].image_path}; {needed_for}"
+            f"{data.located.spec.name}: {len(lacking)} of {data.anomalous} anomalous images have no mask, such as "
+            f"{lacking[0].image_path}; {reason}"
         )
 
 
 def choose_training_images(data: TaskData, training_mode: str, shot: int, seed: int) -> TaskData:
-    """The images that training sees: all, or `shot` of each class."""
-    records = list(data.records)
+    """The images to train on: all, or with `training_mode` "few_shot" `shot` of each class."""
     if training_mode == "few_shot":
-        records = few_shot(data.records, shot, seed)
+        data = replace(data, records=few_shot(data.records, shot, seed))
         logger.info("--shot %d: %d anomalous and %d normal images of each class", shot, *split_shot(shot))
-    anomalous = sum(record.label for record in records)
     logger.info(
         "Training on %s: %d images of %d classes, %d normal and %d anomalous",
         data.located.spec.name,
-        len(records),
+        len(data.records),
         len(data.names),
-        len(records) - anomalous,
-        anomalous,
+        len(data.records) - data.anomalous,
+        data.anomalous,
     )
-    return replace(data, records=records)
+    return data
