@@ -1,4 +1,4 @@
-"""The models that can be chosen on the page, by name."""
+"""The models on the page."""
 
 from __future__ import annotations
 
@@ -18,34 +18,33 @@ from model.clip import FrozenCLIP
 
 
 def load_models(arguments: AppArguments) -> dict[str, Detector]:
-    """All models that `--checkpoint` names, else the demo's, with the thresholds beside them; the last is shown first.
+    """Load the models of `--checkpoint`, by default those of the demo, with the calibrations next to them.
 
-    Checkpoints of one CLIP share it. Raises `UserError` as `load_model` does.
+    Checkpoints of the same CLIP share it. Raises `UserError` as `load_model` does.
     """
     device = check_device(arguments.device, "fp32")
     names = ("det_score", "model_name", "img_size", "activation", "surgery", "surgery_until_layer")
     overrides = {name: getattr(arguments, name) for name in names}
-    asked: dict[Path, str] = {}
+    options: dict[Path, str] = {}
     if arguments.checkpoint is None:
-        files, bare = demo_checkpoints(DEMO_FOLDER), True
+        files, with_unadapted = demo_checkpoints(DEMO_FOLDER), True
     else:
-        bare = NO_CHECKPOINT in arguments.checkpoint
-        given = [checkpoint for checkpoint in arguments.checkpoint if checkpoint != NO_CHECKPOINT]
-        for checkpoint in given:
-            asked |= {path.absolute(): checkpoint for path in find_checkpoints(local_path(checkpoint))}
-        files = short_names(asked)
+        with_unadapted = NO_CHECKPOINT in arguments.checkpoint
+        for option in filter(NO_CHECKPOINT.__ne__, arguments.checkpoint):
+            options |= {path.absolute(): option for path in find_checkpoints(local_path(option))}
+        files = short_names(options)
     clips: dict[Any, FrozenCLIP] = {}
     models = {}
     for name, path in files.items():
         checkpoint = read_checkpoint(path)
-        clip = clips.get(_clip_of(checkpoint)) or load_clip_for(checkpoint, arguments.clip_weights, **overrides)
-        clips[_clip_of(checkpoint)] = clip
-        models[name] = build_detector(checkpoint, clip, **overrides).to(device)
+        key = _clip_key(checkpoint)
+        clips[key] = clips.get(key) or load_clip_for(checkpoint, arguments.clip_weights, **overrides)
+        models[name] = build_detector(checkpoint, clips[key], **overrides).to(device)
         models[name].name = name
-        models[name].find_calibration(asked.get(path, path))
-    if not bare:
+        models[name].find_calibration(options.get(path, path))
+    if not with_unadapted:
         return models
-    # Published files run under another activation than CLIP was trained with, which is theirs alone.
+    # Published files have their own activation, which unadapted CLIP should not use.
     own = next((model.clip for model in models.values() if model.config is not None), None)
     if own is not None:
         unadapted = unadapted_detector(own, arguments.det_score).to(device)
@@ -72,12 +71,11 @@ def _end(path: Path, depth: int) -> tuple[str, ...]:
     return (path.with_suffix("") if path.suffix in (".pth", ".safetensors") else path).parts[-depth:]
 
 
-def _clip_of(checkpoint: Checkpoint) -> Any:
-    """What decides which CLIP a checkpoint runs on; for those that do not say, it is the same."""
-    trained = checkpoint.config and checkpoint.model_config()
-    # A model that was shared runs as it did then.
-    config = checkpoint.shared.model if checkpoint.shared else trained
-    if config is None:
+def _clip_key(checkpoint: Checkpoint) -> Any:
+    """What determines the CLIP of a checkpoint; all files without a config have the same."""
+    if checkpoint.config is None and checkpoint.shared is None:
         return checkpoint.is_published
-    recorded = (checkpoint.config or {}).get("arguments", {}).get("clip_weights")
-    return config.model_name, config.weights_digest, config.img_size, config.activation, recorded
+    # A shared model runs as when it was shared.
+    config = checkpoint.shared.model if checkpoint.shared else checkpoint.model_config()
+    weights = (checkpoint.config or {}).get("arguments", {}).get("clip_weights")
+    return config.model_name, config.weights_digest, config.img_size, config.activation, weights

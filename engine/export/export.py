@@ -6,7 +6,6 @@ import io
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,7 +120,7 @@ def export(
     references = detector.references.get(readable_name(target.class_name))
     # A file cannot contain views.
     views = Prompts.from_texts(detector.clip, [build_prompts(name)])
-    prompts = replace(views, tokens=views.tokens.clone(memory_format=torch.contiguous_format))
+    prompts = Prompts(views.tokens.clone(memory_format=torch.contiguous_format), views.normal, views.tree)
     with torch.no_grad():
         graph = ScoringGraph(
             detector.model,
