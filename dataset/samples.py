@@ -188,6 +188,9 @@ class SharedBatches(Sampler[list[SampleKey]]):
         self.rank = rank
         self.world_size = world_size
 
+    def set_position(self, loop: int, epoch: int) -> None:
+        self.sampler.set_position(loop, epoch)
+
     def shares(self) -> list[Share]:
         """The share of this process in each batch."""
         remaining = range(len(self.sampler), 0, -self.batch_size)
@@ -197,7 +200,7 @@ class SharedBatches(Sampler[list[SampleKey]]):
         keys = list(self.sampler)
         for number, share in enumerate(self.shares()):
             first = number * self.batch_size + share.first
-            yield keys[first : first + max(1, share.count)]
+            yield keys[first : first + max(1, share.size)]
 
     def __len__(self) -> int:
         return -(-len(self.sampler) // self.batch_size)

@@ -833,7 +833,7 @@ def mistakes(world: Path, folder: Path, tmp_path: Path) -> dict[str, tuple[dict[
         "other weights": ({"init_from": other}, "other.pth.*set --clip_weights to match"),
         "other adapter": ({"init_from": final, "adapter": "linear"}, "set --adapter to match"),
         "other levels": ({"init_from": final, "levels": (1, 4, 6, 8)}, "set --levels to match"),
-        "shape": ({"init_from": unfit}, r"unfit.pth: image_cross_attn 'q_proj.weight' is \(8, 8\) .*\(32, 48\)"),
+        "shape": ({"init_from": unfit}, r"unfit.pth: .* 'q_proj.weight' is \(8, 8\), but this model has \(32, 48\)"),
         "other heads": ({"init_from": final, "cross_attn_heads": 4}, "set --cross_attn_heads to match"),
         "heads": ({"cross_attn_heads": 7}, "--cross_attn_heads 7"),
         "dataset": ({"dataset": "Nowhere"}, "Nowhere"),

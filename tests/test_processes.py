@@ -144,9 +144,9 @@ def test_several_processes_speak_as_one(several: tuple[Path, str]) -> None:
 @pytest.mark.parametrize("processes", [1, 2, 3, 6])
 def test_shares_are_even_and_make_up_the_step(total: int, processes: int) -> None:
     shares = [Share.of(total, process, processes) for process in range(processes)]
-    found = [position for share in shares for position in range(share.first, share.first + share.count)]
+    found = [position for share in shares for position in range(share.first, share.first + share.size)]
     assert found == list(range(total))
-    counts = [share.count for share in shares]
+    counts = [share.size for share in shares]
     assert max(counts) - min(counts) <= 1
     assert sum(share.weight for share in shares) == pytest.approx(processes)
     if total % processes == 0:
@@ -161,7 +161,7 @@ def test_each_process_loads_its_share_of_each_batch_and_all_take_as_many_steps()
     assert [key for each in batches for key in each[0]] == whole[0]
     # One image for three processes: two compute it for nothing.
     assert [each[1] for each in batches] == [whole[1]] * 3
-    assert [share.count for share in (SharedBatches(sampler, 6, process, 3).shares()[1] for process in range(3))] == [
+    assert [share.size for share in (SharedBatches(sampler, 6, process, 3).shares()[1] for process in range(3))] == [
         1,
         0,
         0,

@@ -18,13 +18,13 @@ LAUNCHER_DELAY = 10.0
 
 
 class Share(NamedTuple):
-    """A process's share of a step's images: `count` of `total`, from position `first` on.
+    """A process's share of a step's images: `size` of `total`, from position `first` on.
 
-    A process without a share has count 0 and computes the first image, whose loss has weight 0.
+    A process without a share has size 0 and computes the first image, whose loss has weight 0.
     """
 
     first: int
-    count: int
+    size: int
     total: int
     processes: int
 
@@ -32,13 +32,13 @@ class Share(NamedTuple):
     def of(cls, total: int, rank: int = 0, world_size: int = 1) -> Share:
         """The share of a process in `total` images; shares differ by at most one image."""
         least, more = divmod(total, world_size)
-        count = least + (rank < more)
-        return cls(rank * least + min(rank, more) if count else 0, count, total, world_size)
+        size = least + (rank < more)
+        return cls(rank * least + min(rank, more) if size else 0, size, total, world_size)
 
     @property
     def weight(self) -> float:
         """The factor with which the mean over processes of this share's mean is the mean over the step's images."""
-        return self.count * self.processes / self.total
+        return self.size * self.processes / self.total
 
     def step_mean(self, own: Tensor) -> Tensor:
         """The mean over all images of the step, from the mean `own` over this share; its gradient is that of `own`."""

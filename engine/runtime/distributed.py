@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
@@ -90,7 +90,7 @@ def from_main_process(make: Callable[[], Value]) -> Value:
     """The main process's result in all processes; it must be picklable."""
     if not is_distributed():
         return make()
-    results = [make() if is_main_process() else None]
+    results: list[Any] = [make() if is_main_process() else None]
     broadcast_object_list(results)
     return results[0]
 
@@ -105,7 +105,7 @@ def gather_in_order(own: Iterator[Item], count: int) -> Iterator[Item]:
         return
     world_size = dist.get_world_size()
     for _ in range(0, count, world_size):
-        items = [None] * world_size if is_main_process() else None
+        items: list[Any] | None = [None] * world_size if is_main_process() else None
         # A process without further items sends None.
         dist.gather_object(next(own, None), items)
         yield from (item for item in items or () if item is not None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import nn
@@ -24,7 +24,7 @@ class ImageLossStage(ImageStage):
     @property
     def trained(self) -> dict[str, nn.Module]:
         trained = super().trained
-        parts = trained.pop("image_adapter", {})
+        parts = cast(nn.ModuleDict, trained.pop("image_adapter", nn.ModuleDict()))
         return {**{name: part for name, part in parts.items() if name != "seg_proj"}, **trained}
 
     def forward(self, batch: dict[str, Any]) -> StageOutput:

@@ -27,7 +27,8 @@ def make_optimizer(model: AdaptedCLIP, side: str, config: RunConfig) -> torch.op
 
 def are_moments_of(parameter: Tensor, state: Mapping[str, Any]) -> bool:
     """Whether a parameter's entry in an optimizer's state is one of Adam's, of the parameter's shape."""
-    step, averages = state.get("step"), {key: value for key, value in state.items() if key != "step"}
+    step: Any = state.get("step")
+    averages = {key: value for key, value in state.items() if key != "step"}
     counted = step.dim() == 0 if torch.is_tensor(step) else isinstance(step, (int, float))
     fitting = all(torch.is_tensor(value) and value.shape == parameter.shape for value in averages.values())
     return counted and float(step) >= 0 and fitting and {"exp_avg", "exp_avg_sq"} <= averages.keys()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
+from dataset.samples import SharedBatches
 from engine.config.training import RunConfig
 from engine.data.loaders import make_dataset, training_loader
 from engine.data.task import TaskData
@@ -39,6 +40,10 @@ class Phase:
     max_norm: float | None = None
     can_grow: bool = True
     reset_optimizers: bool = False
+
+    @property
+    def sampler(self) -> SharedBatches:
+        return cast(SharedBatches, self.loader.batch_sampler)
 
 
 @dataclass

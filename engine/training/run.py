@@ -147,7 +147,7 @@ class TrainingRun:
             phase.max_norm,
         )
         for epoch in range(self.state.done[index] + 1, phase.epochs + 1):
-            phase.loader.batch_sampler.sampler.set_position(phase.loop, epoch)
+            phase.sampler.set_position(phase.loop, epoch)
             # Each process draws its own dropout.
             rank = self.accelerator.process_index
             torch.manual_seed(derive_seed(self.seed, stage.number, phase.loop, epoch, rank))
@@ -161,7 +161,7 @@ class TrainingRun:
     def _train_epoch(self, trainer: Trainer, phase: Phase, epoch: int, stop: StopRequest) -> dict[str, Any]:
         """The history's row of an epoch."""
         description = f"loop {phase.loop}, {phase.stage} epoch {epoch}"
-        shares = phase.loader.batch_sampler.shares() if self.accelerator.num_processes > 1 else None
+        shares = phase.sampler.shares() if self.accelerator.num_processes > 1 else None
         try:
             means = trainer.train_epoch(description, stop, shares)
         except NotFiniteError as error:

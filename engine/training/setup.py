@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -37,16 +37,19 @@ from utils.seeding import derive_seed
 
 logger = logging.getLogger(__name__)
 
+Config = TypeVar("Config", bound=RunConfig)
+
 LIBRARIES = ("torch", "torchvision", "open_clip_torch", "accelerate", "numpy")
 
 
-class RunSetup(NamedTuple):
+@dataclass(frozen=True)
+class RunSetup(Generic[Config]):
     """A checked run before anything is written.
 
     signature: what a restart must equal; description: the `config` of checkpoints without a loop's choices.
     """
 
-    config: RunConfig
+    config: Config
     start: Start
     accelerator: Accelerator
     data: TaskData
@@ -55,7 +58,7 @@ class RunSetup(NamedTuple):
     description: dict[str, Any]
 
 
-def prepare(config: RunConfig, script: str, start: Start | None = None, text_adapted: bool = True) -> RunSetup:
+def prepare(config: Config, script: str, start: Start | None = None, text_adapted: bool = True) -> RunSetup[Config]:
     """Check the arguments, load data and CLIP, and build the model; writes nothing to the save path.
 
     Args:
@@ -92,6 +95,7 @@ def prepare(config: RunConfig, script: str, start: Start | None = None, text_ada
     clip.run = BlockRunner(config.checkpoint_blocks, compiled_sizes(config, accelerator.num_processes))
     chosen = resolve_model(config, clip, text_adapted)
     torch.manual_seed(derive_seed(config.seed))
+    model: AdaptedCLIP
     if isinstance(config, CrossAttentionArguments):
         check_start(start, chosen, config, data.names)
         model = AdaptedCLIPWithCrossAttention(clip, chosen, cross=config.cross_attention())
@@ -112,7 +116,7 @@ def prepare(config: RunConfig, script: str, start: Start | None = None, text_ada
     return RunSetup(config, start, accelerator, data, model, signature, description)
 
 
-def continue_settings(config: RunConfig, start: Start) -> tuple[RunConfig, dict[str, Any]]:
+def continue_settings(config: Config, start: Start) -> tuple[Config, Mapping[str, Any]]:
     """`config` with settings of the run that it resumes or starts from, and that run's arguments."""
     own = arguments_in(config.save_path)
     earlier = own or start.arguments

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from engine.config.training import RunConfig
 from engine.training.stages import Stage, StageOutput, present_classes, square_mask, watch_abnormal
-from model.adapter import AdaptedCLIP
-from model.config import LoopForward
 from model.losses import stage1_losses
 from model.scoring import similarities
-from model.text import Prompts
 from utils.processes import WHOLE_STEP
 
 
@@ -20,17 +15,6 @@ class TextStage(Stage):
 
     name = "text"
     number = 1
-
-    def __init__(
-        self,
-        model: AdaptedCLIP,
-        prompts: Prompts,
-        classes: Sequence[str],
-        config: RunConfig,
-        loop: LoopForward | None = None,
-    ) -> None:
-        super().__init__(model, classes, config, loop)
-        self.prompts = prompts
 
     def forward(self, batch: dict[str, Any]) -> StageOutput:
         """A batch of samples -> Stage 1's losses; the classes that occur in it share one text pass."""

@@ -30,7 +30,7 @@ class ImageStage(Stage):
         config: RunConfig,
         loop: LoopForward | None = None,
     ) -> None:
-        super().__init__(model, classes, config, loop)
+        super().__init__(model, prompts, classes, config, loop)
         self.text_side = model.text_side(prompts, loop)
 
     def forward(self, batch: dict[str, Any]) -> StageOutput:
@@ -47,17 +47,7 @@ class JointStage(Stage):
     name = "both"
     number = 3
     model: AdaptedCLIPWithCrossAttention
-
-    def __init__(
-        self,
-        model: AdaptedCLIPWithCrossAttention,
-        prompts: Prompts,
-        classes: Sequence[str],
-        config: RunConfig,
-        loop: LoopForward,
-    ) -> None:
-        super().__init__(model, classes, config, loop)
-        self.prompts = prompts
+    loop: LoopForward
 
     @property
     def trained(self) -> dict[str, nn.Module]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from engine.config.training import RunConfig
 from model.adapter import AdaptedCLIP
 from model.config import LoopForward
+from model.text import Prompts
 
 
 class StageOutput(NamedTuple):
@@ -21,20 +22,30 @@ class StageOutput(NamedTuple):
 
 
 class Stage(nn.Module):
-    """A stage of training on the run's one model.
+    """A stage of training on the run's one model; only trained components require gradients and are in train mode.
 
-    classes: in the order of the prompts; config: has the weights of the loss terms; loop: the feedback loop's choices
-    for the forward, None without loops. Only trained components require gradients and are in train mode.
+    Args:
+        model: The model.
+        prompts: Those of all classes.
+        classes: The classes in the order of the prompts.
+        config: Has the weights of the loss terms and the frozen components.
+        loop: A feedback loop's choices for the forward; None without loops.
     """
 
     name: str
     number: int
 
     def __init__(
-        self, model: AdaptedCLIP, classes: Sequence[str], config: RunConfig, loop: LoopForward | None = None
+        self,
+        model: AdaptedCLIP,
+        prompts: Prompts,
+        classes: Sequence[str],
+        config: RunConfig,
+        loop: LoopForward | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.prompts = prompts
         self.order = {name: row for row, name in enumerate(classes)}
         self.config = config
         self.loop = loop

@@ -14,7 +14,7 @@ from torch import nn
 from engine.config.training import CrossAttentionArguments
 from engine.detector.detector import PUBLISHED, arguments_of, log_activation
 from engine.training.optimizers import transfer_moments
-from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
+from model.adapter import AdaptedCLIP
 from model.checkpoint import Checkpoint, file_digest, infer_choices, load_component, read_any
 from model.config import SIDES, CrossAttentionConfig, LoopForward, ModelConfig
 from utils.errors import UserError
@@ -47,7 +47,7 @@ class Start:
         return checkpoint if self.whole or component.endswith("_adapter") else None
 
     @property
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> Mapping[str, Any]:
         """The arguments of the run that the image side, or else the text side, comes from."""
         return next((values for side in (self.image, self.text) if side and (values := arguments_of(side))), {})
 
@@ -83,11 +83,12 @@ def read_base(config: CrossAttentionArguments) -> Start:
     if len([file for file in files if file]) == 1 and not config.allow_partial_base:
         missing = "--load_base_image_adapter" if files[0] else "--load_base_text_adapter"
         raise UserError(f"only one side of a base is given: add {missing} FILE, or --allow_partial_base")
-    checkpoints = [read_any(file) if file else None for file in files]
-    for checkpoint, side in zip(checkpoints, SIDES, strict=True):
-        if checkpoint is not None:
+    text, image = (read_any(file) if file else None for file in files)
+    start = Start(text, image)
+    for side in SIDES:
+        if (checkpoint := start.side(side)) is not None:
             _check_is_base(checkpoint, side)
-    return Start(*checkpoints)
+    return start
 
 
 def read_whole(file: Path) -> Start:
@@ -145,7 +146,7 @@ def check_start(start: Start, model: ModelConfig, run: CrossAttentionArguments, 
         else:
             _warn_of_other_names(checkpoint, names)
     _warn_of_other_text_side(start)
-    if start.whole:
+    if start.whole and start.image is not None:
         _check_cross_attention(start.image, run.cross_attention())
 
 
@@ -179,7 +180,7 @@ def _check_by_keys(checkpoint: Checkpoint, side: str, model: ModelConfig) -> Non
 
 
 def _warn_of_other_names(checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
-    before = checkpoint.config["prompt_names"]
+    before = (checkpoint.config or {})["prompt_names"]
     changed = [name for name in names if before.get(name, names[name]) != names[name]]
     if changed:
         differences = ", ".join(f"{name} was {before[name]!r}, now {names[name]!r}" for name in changed)
@@ -235,7 +236,7 @@ def _check_cross_attention(checkpoint: Checkpoint, now: CrossAttentionConfig) ->
             )
 
 
-def load_start(model: AdaptedCLIPWithCrossAttention, start: Start) -> None:
+def load_start(model: AdaptedCLIP, start: Start) -> None:
     """Load the components that the run starts from; `UserError` if they do not fit."""
     for name, part in model.components.items():
         checkpoint = start.source(name)
@@ -282,13 +283,13 @@ def carry_over_moments(optimizers: dict[str, torch.optim.Optimizer], start: Star
     for side, optimizer in optimizers.items():
         checkpoint = start.side(side)
         saved = checkpoint.optimizers.get(f"{side}_optimizer") if checkpoint else None
-        if saved:
+        if checkpoint and saved:
             carried = transfer_moments(optimizer, saved)
             logger.info("%s optimizer: moments of %d tensors loaded from %s", side, carried, checkpoint.path)
 
 
 def check_something_to_train(
-    model: AdaptedCLIPWithCrossAttention, side: str, frozen: Sequence[str], remedy: str, loop: LoopForward | None = None
+    model: AdaptedCLIP, side: str, frozen: Sequence[str], remedy: str, loop: LoopForward | None = None
 ) -> None:
     """`UserError` if a stage has no component to train."""
     if not set(model.trained_components(side, loop)) - set(frozen):

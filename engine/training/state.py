@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import GenericAlias
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ def _check_optimizer(saved: Mapping[str, Any], name: str, optimizer: torch.optim
 def _like(setting: Any) -> Any:
     """The annotation of an optimizer's setting, from its present value; an unset switch may be on or off."""
     if isinstance(setting, tuple):
-        return tuple[(float,) * len(setting)]
+        return GenericAlias(tuple, (float,) * len(setting))
     if isinstance(setting, (bool, float)):
         return type(setting)
     return bool | None if setting is None else Any

@@ -157,8 +157,8 @@ class Trainer:
         start, compiling = time.perf_counter(), _seconds_compiling()
         stopping = False
         bar = progress_bar(batches, description)
-        for index, (batch, share) in enumerate(zip(self.loader, shares or [None] * batches, strict=True)):
-            share = share or Share.of(len(batch["label"]))
+        for index, batch in enumerate(self.loader):
+            share = shares[index] if shares else Share.of(len(batch["label"]))
             first = index - index % self.accumulate
             step_batches = min(self.accumulate, batches - first)
             completes_step = index + 1 == first + step_batches
@@ -187,7 +187,7 @@ class Trainer:
         output = self.stage({**batch, "share": share})
         return StageOutput(
             {name: share.weight * value for name, value in output.losses.items()},
-            {name: value * (share.count > 0) for name, value in output.watch.items()},
+            {name: value * (share.size > 0) for name, value in output.watch.items()},
         )
 
     def _step(self, loss: Tensor, totals: EpochTotals, description: str, should_stop: Callable[[], bool]) -> bool:
