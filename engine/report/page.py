@@ -6,7 +6,6 @@ Every picture is inside the file, which loads nothing and runs no script.
 from __future__ import annotations
 
 import io
-import json
 import logging
 import platform
 import re
@@ -45,8 +44,10 @@ from engine.report.comparison import (
 from engine.runtime.run_folder import HISTORY_FILE, LOG_FILE, WARNINGS_FILE
 from engine.training.verdicts import advice, summary_cells
 from model.checkpoint import Checkpoint
+from utils.errors import UserError
 from utils.files import write_text
 from utils.heatmaps import COLOURS, outlined, overlay
+from utils.reading import read_json_lines
 from utils.svg_charts import Chart, class_chart, data_uri, loop_chart, training_charts
 from utils.text import readable_time
 
@@ -360,14 +361,13 @@ def read_rows(file: Path, what: str) -> list[dict[str, Any]]:
 
     what: the report lacks without them.
     """
+    if not file.exists():
+        return []
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
+        return [row for _, row in read_json_lines(file) if isinstance(row, dict)]
+    except UserError as error:
+        logger.warning("%s: the report has no %s of that run", error, what)
         return []
-    except (OSError, ValueError) as error:
-        logger.warning("%s cannot be read (%s): the report has no %s of that run", file, error, what)
-        return []
-    return [row for row in rows if isinstance(row, dict)]
 
 
 class Log(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import math
 import pickle
@@ -15,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from engine.study.plan import Cell, Plan, training_folder
+from utils.errors import UserError
+from utils.reading import read_json, read_json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -130,18 +131,16 @@ def train_name(plan: Plan, number: int) -> str:
 def read_history(cell: Cell) -> list[dict[str, Any]]:
     """The rows of a training's history; empty if there is none."""
     try:
-        text = (training_folder(cell.folder) / HISTORY).read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
-    except (OSError, ValueError):
+        return [row for _, row in read_json_lines(training_folder(cell.folder) / HISTORY)]
+    except UserError:
         return []
 
 
 def read_arguments(cell: Cell) -> dict[str, Any]:
     """All arguments of a training from its record, defaults and presets included; without it, those of the study."""
     try:
-        content = (training_folder(cell.folder) / ARGUMENTS).read_text(encoding="utf-8")
-        return {**cell.arguments, **json.loads(content)}
-    except (OSError, ValueError):
+        return {**cell.arguments, **read_json(training_folder(cell.folder) / ARGUMENTS, dict)}
+    except UserError:
         return dict(cell.arguments)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.study.study import Arguments, Arm, Pair, Study
+from utils.reading import read_json
 
 # The repository: working directory of all processes.
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +47,7 @@ class Step:
     @property
     def seconds(self) -> float:
         """Duration of a finished step."""
-        return json.loads(self.marker.read_text(encoding="utf-8"))["seconds"]
+        return read_json(self.marker)["seconds"]
 
 
 @dataclass(frozen=True)
