@@ -38,7 +38,7 @@ def test_a_launch_that_starts_one_process_in_place_of_several_is_warned_of(
 def test_each_of_several_processes_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(UserError, match="each of 2 processes has a GPU of its own; give cuda"):
+    with pytest.raises(UserError, match="each of the 2 processes uses its own GPU; give cuda"):
         check_device("cuda:1", "fp32")
 
 

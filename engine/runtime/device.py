@@ -15,16 +15,25 @@ from utils.processes import env_world_size, is_single_process_launch
 
 logger = logging.getLogger(__name__)
 
-# Parameters, CLIP's included: ViT-B has 150 million, ViT-L 430 million.
+# Parameters including CLIP's: ViT-B has 150 million, ViT-L 430 million.
 LARGE = 250_000_000
 CPU_NAMES = Path("/proc/cpuinfo")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 
 
 def check_device(device: str, precision: str = "fp32", tf32: str = "off") -> str:
-    """Resolve `auto`, let a GPU take TF32 or not, and log what is computed on and how.
+    """Choose and log the device, and set how a GPU multiplies float32 matrices.
 
-    Raises `UserError` for a device that is absent or a precision that it lacks.
+    Args:
+        device: auto, cpu, cuda, cuda:N or mps.
+        precision: auto, fp32, bf16 or fp16.
+        tf32: Whether a GPU may compute float32 products in TF32, on or off; only with fp32.
+
+    Returns:
+        The device, with `auto` replaced.
+
+    Raises:
+        UserError: The device does not exist, or does not support the precision.
     """
     name, _, index = device.partition(":")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
@@ -33,22 +42,22 @@ def check_device(device: str, precision: str = "fp32", tf32: str = "off") -> str
     if name not in ("cpu", "cuda", "mps") or (index and not (name == "cuda" and index.isdigit())):
         raise UserError(f"--device {device}: choose auto, cpu, cuda, cuda:N or mps")
     if (name == "cuda" and not cuda) or (name == "mps" and not mps):
-        raise UserError(f"--device {device}: there is none here; --device cpu runs anywhere")
+        raise UserError(f"--device {device}: not available on this machine; --device cpu always is")
     if index and env_world_size() > 1:
-        raise UserError(f"--device {device}: each of {env_world_size()} processes has a GPU of its own; give cuda")
+        raise UserError(f"--device {device}: each of the {env_world_size()} processes uses its own GPU; give cuda")
     if index and int(index) >= torch.cuda.device_count():
-        raise UserError(f"--device {device}: there are {torch.cuda.device_count()} here, counted from 0")
+        raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()}, numbered from 0")
     precision = choose_precision(device, precision)
     if precision == "fp16" and name == "cpu":
-        raise UserError("--precision fp16 needs a GPU; take bf16 or fp32 on the CPU")
+        raise UserError("--precision fp16 needs a GPU; use bf16 or fp32 on the CPU")
     if name == "cuda":
-        # Where the rest is in half precision, what is left is left in fp32 on purpose.
+        # With half precision, the remaining float32 operations are float32 on purpose.
         faster = tf32 == "on" and precision == "fp32"
         torch.set_float32_matmul_precision("high" if faster else "highest")
         torch.backends.cudnn.allow_tf32 = False
         precision += f", TF32 {'on' if faster else 'off'}"
     if is_single_process_launch():
-        logger.warning("accelerate launch --cpu starts one process; with --multi_gpu several share the CPU")
+        logger.warning("accelerate launch --cpu starts one process; use --multi_gpu to start several on the CPU")
     logger.info(
         "Device: %s (%s), precision %s, torch %s, CUDA %s",
         device,
@@ -61,7 +70,7 @@ def check_device(device: str, precision: str = "fp32", tf32: str = "off") -> str
 
 
 def choose_precision(device: torch.device | str, precision: str) -> str:
-    """What `auto` means on a device: bf16 on a GPU that computes in it, else fp32; anything else means itself."""
+    """Replace `auto`: bf16 on a GPU that supports it, otherwise fp32."""
     if precision != "auto":
         return precision
     cuda = torch.device(device).type == "cuda"
@@ -69,25 +78,21 @@ def choose_precision(device: torch.device | str, precision: str) -> str:
 
 
 def check_compiler(device: str) -> None:
-    """Raise `UserError` where `torch.compile` cannot make anything that runs: it needs a compiler, on a GPU Triton."""
+    """Raise `UserError` if `torch.compile` does not work: it needs a C++ compiler, and Triton on a GPU."""
     try:
-        torch.compile(_sum_of_two, fullgraph=True)(torch.zeros(2, device=device))
+        torch.compile(lambda x: x + x, fullgraph=True)(torch.zeros(2, device=device))
     except RuntimeError as error:
-        # Earlier versions of torch say first who complains.
+        # Earlier versions of torch name the backend first.
         lines = (line.strip() for line in str(error).splitlines() if not line.startswith("backend="))
         reason = next(filter(None, lines), type(error).__name__)
         raise UserError(
             f"--compile: torch.compile does not work here ({reason}); install a C++ compiler, on a GPU Triton "
-            "too, or leave --compile out"
+            "too, or omit --compile"
         ) from error
 
 
-def _sum_of_two(x: torch.Tensor) -> torch.Tensor:
-    return x + x
-
-
 def device_name(device: str) -> str:
-    """What a device calls itself: the GPU's name, or the processor's with the number of threads."""
+    """The GPU's name, or the processor's with the number of threads."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -98,17 +103,17 @@ def device_name(device: str) -> str:
 
 
 def warn_of_unused_gpu(device: torch.device, model: nn.Module) -> None:
-    """Warn where a large model is trained on the CPU of a machine whose driver shows a GPU that torch cannot use."""
+    """Warn if a large model is trained on the CPU although the machine has an NVIDIA driver."""
     size = sum(parameter.numel() for parameter in model.parameters())
     driver = shutil.which("nvidia-smi") is not None or NVIDIA_DRIVER.exists()
     if device.type != "cpu" or size < LARGE or not driver or torch.cuda.is_available():
         return
     why = "is built without CUDA" if torch.version.cuda is None else f"with CUDA {torch.version.cuda} cannot use it"
     logger.warning(
-        "%d million parameters on the CPU, which takes days, though this machine has an NVIDIA driver: torch %s %s. "
-        "Install a build that fits the driver, with the command that https://pytorch.org/get-started/locally names "
-        "(such as: pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cu126),"
-        " or with: python run.py --torch-index URL demo",
+        "Training %d million parameters on the CPU takes days. This machine has an NVIDIA driver, but torch %s %s. "
+        "Install a build for the driver (https://pytorch.org/get-started/locally), such as: pip install "
+        "--force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cu126, or: "
+        "python run.py --torch-index URL demo",
         size // 1_000_000,
         torch.__version__,
         why,
