@@ -152,24 +152,19 @@ class SeededSampler(Sampler[SampleKey]):
         length: How many indices there are.
         seed: The run's seed.
         stage: The number of the training stage.
-        shuffle: Whether the order is random.
     """
 
-    def __init__(self, length: int, seed: int, stage: int, shuffle: bool = True) -> None:
+    def __init__(self, length: int, seed: int, stage: int) -> None:
         self.length = length
         self.seed = seed
         self.stage = stage
-        self.shuffle = shuffle
         self.set_position(loop=1, epoch=1)
 
     def set_position(self, loop: int, epoch: int) -> None:
         self.position = (self.seed, self.stage, loop, epoch)
 
     def __iter__(self) -> Iterator[SampleKey]:
-        order = list(range(self.length))
-        if self.shuffle:
-            order = np.random.default_rng(derive_seed(*self.position)).permutation(self.length).tolist()
-        for index in order:
+        for index in np.random.default_rng(derive_seed(*self.position)).permutation(self.length).tolist():
             yield SampleKey(index, derive_seed(*self.position, index))
 
     def __len__(self) -> int:

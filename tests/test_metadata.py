@@ -125,6 +125,10 @@ def visa(tmp_path):
     return root
 
 
+def table(root: Path) -> Path:
+    return root / "split_csv" / "1cls.csv"
+
+
 def test_visa(visa, caplog):
     assert load_records(located("VisA", visa)) == [
         Record("candle/Data/Images/Anomaly/000.JPG", 1, "candle", "candle/Data/Masks/Anomaly/000.png"),
@@ -138,11 +142,16 @@ def test_visa(visa, caplog):
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (lambda root: (root / "split_csv" / "1cls.csv").unlink(), ["1cls.csv"]),
-        (lambda root: (root / "split_csv" / "1cls.csv").write_text("object,split\n"), ["image, label, mask"]),
+        (lambda root: table(root).unlink(), ["1cls.csv"]),
+        (lambda root: table(root).write_text("object,split\n"), ["image, label, mask"]),
+        (lambda root: table(root).write_text(VISA_ROWS.replace("anomaly", "odd")), [":2", "'odd'"]),
         (
-            lambda root: (root / "split_csv" / "1cls.csv").write_text(VISA_ROWS.replace("anomaly", "odd")),
-            [":2", "'odd'"],
+            lambda root: table(root).write_text("object,split,label,image,mask\ncandle,test,normal\n"),
+            [":2", "image must be the path"],
+        ),
+        (
+            lambda root: table(root).write_text(VISA_ROWS.replace("candle/Data", "../candle/Data")),
+            [":4", "image must be the path"],
         ),
         (lambda root: (root / "candle/Data/Images/Normal/0002.JPG").unlink(), [":5", "0002.JPG"]),
         (lambda root: (root / "pcb1/Data/Masks/Anomaly/000.png").unlink(), [":2", "Masks/Anomaly/000.png"]),
@@ -300,14 +309,6 @@ def test_classes_added_or_left_out_since_are_said_and_listed_anew(mvtec, caplog)
     assert len(caplog.messages) == 1
 
 
-def test_own_folders_list_says_what_was_left_out(tmp_path, caplog):
-    root = draw(tmp_path / "parts", "bolt/test/good/1.png", "nut/test/good/1.png")
-    load_records(locate_dataset(str(root)))
-    shutil.rmtree(root / "nut")
-    assert [record.class_name for record in load_records(locate_dataset(str(root)))] == ["bolt"]
-    assert "without nut" in caplog.text
-
-
 def test_clutter_is_no_data(mvtec):
     before = build_metadata(located("MVTec", mvtec))
     draw(
@@ -350,13 +351,6 @@ def test_paths_that_leave_the_folder_are_refused(tmp_path, key, path):
         load_records(located("VisA", tmp_path), file)
 
 
-def test_paths_of_visas_table_stay_in_the_folder(visa):
-    table = visa / "split_csv" / "1cls.csv"
-    table.write_text(VISA_ROWS.replace("candle/Data/Images/Normal/0010.JPG", "../candle/0010.JPG"))
-    with pytest.raises(UserError, match=":4: image must be the path"):
-        build_metadata(located("VisA", visa))
-
-
 def test_symbolic_links_inside_the_folder_work(tmp_path):
     outside = draw(tmp_path / "elsewhere", "good/1.png", "spot/2.png")
     root = draw(tmp_path / "parts", "bolt/ground_truth/spot/2.png")
@@ -366,21 +360,12 @@ def test_symbolic_links_inside_the_folder_work(tmp_path):
     assert all(read_pair(root, record)[0].size == (4, 4) for record in records)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"object,split\xff", b"\x00" * 100, b'object,split,label,image,mask\n"' + b"x" * 200_000, b"object\ncandle,test"],
-)
-def test_visas_table_that_is_damaged(visa, content):
+@pytest.mark.parametrize("content", [b"object,split\xff", b"\x00" * 100, b'object\n"' + b"x" * 200_000])
+def test_a_damaged_table_of_visa(visa, content):
     (visa / "split_csv" / "1cls.csv").write_bytes(content)
     with pytest.raises(UserError, match=r"1cls\.csv") as error:
         build_metadata(located("VisA", visa))
     assert "\n" not in str(error.value) and "--metadata" in str(error.value)
-
-
-def test_visas_rows_may_be_short(visa):
-    (visa / "split_csv" / "1cls.csv").write_text("object,split,label,image,mask\ncandle,test,normal\n")
-    with pytest.raises(UserError, match=":2: image must be the path"):
-        build_metadata(located("VisA", visa))
 
 
 def test_file_made_elsewhere(tmp_path):
@@ -416,20 +401,14 @@ def test_file_made_elsewhere(tmp_path):
         ("[1]", "JSON object"),
         ('{"label": 0, "class_name": "a"}', "image_path"),
         ('{"image_path": "x.png", "label": 0, "class_name": 1}', "class_name"),
-        ('{"image_path": "x.png", "class_name": "a"}', "label"),
         ('{"image_path": "x.png", "class_name": "a", "label": 2, "mask_path": "m.png"}', "label"),
-        ('{"image_path": "x.png", "class_name": "a", "label": 0.5, "mask_path": "m.png"}', "label"),
         ('{"image_path": "x.png", "class_name": "a", "label": [1], "mask_path": "m.png"}', "label"),
         ('{"image_path": "x.png", "class_name": "a", "label": 1}', "mask_path"),
         ('{"image_path": "x.png", "class_name": "a", "label": 1, "mask_path": " "}', "mask_path"),
-        ('{"image_path": "x.png", "class_name": "a", "label": 1, "mask_path": 1}', "mask_path"),
         ('{"image_path": "x.png", "class_name": "a", "label": NaN}', "label"),
-        ('{"image_path": "x.png", "class_name": "a", "label": 1e999}', "label"),
-        ('{"image_path": "x.png", "class_name": "a", "label": null}', "label"),
         ('{"image_path": "x.png", "class_name": "a", "label": 1' + "0" * 5000 + "}", "not valid JSON"),
         ('{"image_path": "x.png", "class_name": "' + "a" * 201 + '", "label": 0}', "the limit is 200"),
         ("[" * 100_000, "nested too deeply"),
-        ('{"class_name": "a", "label": 0, "image_path": ' + "[" * 500 + "]" * 500 + "}", "image_path"),
     ],
 )
 def test_bad_line_is_named(tmp_path, line, expected):
@@ -469,10 +448,8 @@ def test_digest_is_of_the_records(mvtec, tmp_path):
     ("row", "expected"),
     [
         ({"schema": 2}, "schema must be 1, not 2"),
-        ({"schema": True}, "schema must be 1, not True"),
         ({"schema": 1, "dataset": "VisA", "layout": "visa"}, "classes must be a list of names"),
         ({"schema": 1, "dataset": 3, "layout": "visa", "classes": []}, "dataset must be a non-empty text"),
-        ({"schema": 1, "dataset": "VisA", "layout": "", "classes": []}, "layout must be a non-empty text"),
     ],
 )
 def test_bad_first_line_is_named(tmp_path, row, expected):

@@ -17,7 +17,6 @@ from dataset.toy.objects import OBJECTS, TEXTURES
 from dataset.toy.pretraining import region_loss
 from dataset.toy.scene import COLORS, Scene, Thing, draw, draw_with_mask
 from dataset.toy_world import TOY_DATASETS, draw_toy_class, toy_defects, write_toy_dataset
-from utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -33,21 +32,14 @@ def _scene(kind: str, seed: int = 0) -> Scene:
 
 def test_datasets_do_not_share_classes_and_differ_in_defects():
     train, test = TOY_DATASETS["toy_train"], TOY_DATASETS["toy_test"]
-    assert len(train) >= 6
-    assert len(test) >= 6
     assert not set(train.values()) & set(test.values())
+    for names in (train, test):
+        assert set(names.values()) & set(OBJECTS) and set(names.values()) & set(TEXTURES)
     found = {
         name: {d for folder in classes for d in toy_defects(name, folder)} for name, classes in TOY_DATASETS.items()
     }
     assert found["toy_test"] - found["toy_train"]
     assert found["toy_test"] & found["toy_train"]
-
-
-@pytest.mark.parametrize("dataset", TOY_DATASETS)
-def test_both_datasets_hold_objects_and_textures(dataset: str):
-    names = set(TOY_DATASETS[dataset].values())
-    assert names & set(OBJECTS)
-    assert names & set(TEXTURES)
 
 
 def test_layout_is_mvtecs(toy_test: Path):
@@ -78,14 +70,6 @@ def test_pictures_on_disk_do_not_depend_on_order(toy_test: Path):
     assert np.array_equal(drawn, image)
     saved = np.asarray(Image.open(toy_test / "brick_wall" / "ground_truth" / "burn" / "002_mask.png"))
     assert np.array_equal(saved > 0, mask)
-
-
-def test_seeds_give_other_pictures():
-    first, _ = draw_toy_class("toy_test", "cup", None, 0, seed=0)
-    second, _ = draw_toy_class("toy_test", "cup", None, 0, seed=1)
-    third, _ = draw_toy_class("toy_test", "cup", None, 1, seed=0)
-    assert not np.array_equal(first, second)
-    assert not np.array_equal(first, third)
 
 
 @pytest.mark.parametrize("kind", [*OBJECTS, *TEXTURES])
@@ -126,11 +110,6 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(OSError, match="disk full"):
         write_toy_dataset("toy_test", tmp_path / "data" / "toy_test")
     assert not list((tmp_path / "data").iterdir())
-
-
-def test_unknown_name_is_the_users_mistake(tmp_path: Path):
-    with pytest.raises(UserError, match="toy_train, toy_test"):
-        write_toy_dataset("toys", tmp_path / "toys")
 
 
 def test_captions_repeat_and_damage_is_rare_and_mostly_unsaid():
