@@ -1,39 +1,11 @@
-"""Evaluate checkpoints on a dataset, zero-shot, score images that belong to none, or find thresholds to decide by."""
+"""Evaluate checkpoints on a dataset, zero-shot, score your own images, or calibrate a decision threshold."""
 
 from __future__ import annotations
 
-from engine.cli.checks import check_testing
-from engine.config.common import make_parser
-from engine.config.evaluation import LESS_MEMORY, InferenceArguments
-from utils.cli import Parser
-from utils.logging import set_up_logging
-from utils.processes import check_single_process
-from utils.script import run_script
+from engine.cli.runner import Script
+from engine.config.evaluation import InferenceArguments
 
-
-def build_parser() -> Parser:
-    return make_parser(InferenceArguments, __doc__)
-
-
-def main() -> None:
-    arguments = InferenceArguments.of(**vars(build_parser().parse_args()))
-    set_up_logging()
-    mode = arguments.mode()
-    if mode == "image":
-        check_single_process("--image")
-    check_testing(arguments)
-    # torch takes seconds: arguments come first
-    from engine.evaluation.calibrate import calibrate_images
-    from engine.evaluation.inference import evaluate_checkpoints
-    from engine.evaluation.own_images import score_images
-
-    if mode == "image":
-        score_images(arguments)
-    elif mode == "calibrate":
-        calibrate_images(arguments)
-    else:
-        evaluate_checkpoints(arguments)
-
+script = Script(__doc__, InferenceArguments, "engine.cli.tasks.run_inference", shared=True)
 
 if __name__ == "__main__":
-    run_script(main, LESS_MEMORY, shared=True)
+    script.run()

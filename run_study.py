@@ -2,29 +2,10 @@
 
 from __future__ import annotations
 
-from engine.config.common import make_parser
-from engine.config.study import StudyArguments
-from utils.cli import Parser, path
-from utils.logging import set_up_logging
-from utils.script import run_script
+from engine.cli.runner import Script
+from engine.config.tools import StudyArguments
 
-
-def build_parser() -> Parser:
-    parser = make_parser(StudyArguments, __doc__)
-    parser.usage = "%(prog)s STUDY.toml [--ARGUMENT VALUE ...]"
-    parser.add_argument("study", type=path, metavar="STUDY.toml", help="study file, such as studies/smoke.toml")
-    return parser
-
-
-def main() -> int:
-    given = vars(build_parser().parse_args())
-    study = given.pop("study")
-    set_up_logging()
-    # scipy and matplotlib take a second: arguments come first
-    from engine.study.run import run_study
-
-    return run_study(study, StudyArguments.of(**given))
-
+script = Script(__doc__, StudyArguments, "engine.study.run.run_study")
 
 if __name__ == "__main__":
-    run_script(main)
+    script.run()

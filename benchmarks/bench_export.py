@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from engine import load_model
-from engine.config.export import ONNX, TORCH
+from engine.config.tools import ONNX, TORCH
 from engine.export.export import ExportTarget, export, load_run, pictures
-from utils.cli import number
+from utils.arguments import number
 from utils.text import markdown_table
 
 CLASS, SIDE = "object", 512

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 from utils.errors import UserError
-from utils.fields import setting
+from utils.fields import limited
 from utils.schema import MayHoldMore, Plain, check_fields
 
 # The trainable parts, by the names that checkpoints, state dicts and logs use.
@@ -42,46 +42,19 @@ class ModelConfig:
     was left out, so that anchors come from CLIP's own text projection.
     """
 
-    model_name: str = setting(
-        MISSING, "open_clip model name, local-dir:FOLDER, or toy (the shipped toy CLIP)", "model", under={"toy": "toy"}
-    )
+    model_name: str
     weights_digest: str
-    activation: str = setting(
-        MISSING, "activation of CLIP's MLPs", "model", choices=ACTIVATIONS, under={"published": "gelu"}
-    )
-    img_size: int = setting(MISSING, "side of the square image, pixels", "model", between=(1, 8192))
-    levels: tuple[int, ...] = setting(
-        MISSING, "vision blocks whose patches are read, counted from 1", "adapters", between=(1, 1000), several=True
-    )
-    text_adapt_until: int = setting(
-        MISSING, "text blocks with an adapter, from the first", "adapters", between=(0, 1000), under={"toy": 2}
-    )
-    image_adapt_until: int = setting(
-        MISSING, "vision blocks with an adapter, from the first", "adapters", between=(0, 1000)
-    )
-    surgery_until_layer: int = setting(
-        MISSING, "N: V-V attention stands in the last N - 1 vision blocks", "model", between=(1, 1000)
-    )
-    text_adapt_weight: float = setting(
-        0.1, "share of the adapter in the text stream", "adapters", between=(0, 1), under={"toy": 0.3}
-    )
-    image_adapt_weight: float = setting(0.1, "share of the adapter in the image stream", "adapters", between=(0, 1))
-    adapter: str = setting(
-        "bottleneck",
-        "two linears over half the width, or one (the published form)",
-        "adapters",
-        choices=ADAPTERS,
-        under={"published": "linear"},
-    )
-    relu: bool = setting(False, "put a LeakyReLU behind the image projectors", "adapters")
-    surgery: str = setting(
-        "dual",
-        "V-V attention of the frozen image features: beside the blocks (CLIP-Surgery), inside (AA-CLIP), or inside and "
-        "by mistake over the images of a batch (AA-CLIP's code)",
-        "model",
-        choices=SURGERIES,
-        under={"published": "batch_axis"},
-    )
+    activation: str = limited(choices=ACTIVATIONS)
+    img_size: int = limited(between=(1, 8192))
+    levels: tuple[int, ...] = limited(between=(1, 1000))
+    text_adapt_until: int = limited(between=(0, 1000))
+    image_adapt_until: int = limited(between=(0, 1000))
+    surgery_until_layer: int = limited(between=(1, 1000))
+    text_adapt_weight: float = limited(0.1, between=(0, 1))
+    image_adapt_weight: float = limited(0.1, between=(0, 1))
+    adapter: str = limited("bottleneck", choices=ADAPTERS)
+    relu: bool = False
+    surgery: str = limited("dual", choices=SURGERIES)
     text_adapted: bool = True
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,55 +80,15 @@ class CrossAttentionConfig:
     `cross_attn_start_loop`. A feedback loop decides these two (`LoopForward`), the others hold for a whole run.
     """
 
-    text_cross_attn_weight: float = setting(
-        0.1,
-        "weight of the text side's residual; 0 is off",
-        "cross-attention",
-        between=(0, 100),
-        under={"v1_original": 1.0},
-    )
-    image_cross_attn_weight: float = setting(
-        0.1,
-        "weight of the image side's residual; 0 is off",
-        "cross-attention",
-        between=(0, 100),
-        under={"v1_original": 1.0},
-    )
-    cross_attn_heads: int = setting(
-        8, "attention heads, which must divide the text width", "cross-attention", between=(1, 1024)
-    )
-    cross_attn_dropout: float = setting(
-        0.1, "dropout of the attention weights while training", "cross-attention", between=(0, 0.99)
-    )
-    context_norm: str = setting(
-        "unit",
-        "context tokens of length 1, context and queries layer-normalised, or both as they are (none, the old "
-        "behaviour)",
-        "cross-attention",
-        choices=CONTEXT_NORMS,
-        under={"v1": "none", "v1_original": "none"},
-    )
-    cross_attn_residual: str = setting(
-        "add",
-        "add a branch's output, or match its length to the stream's and blend: its weight is then its share",
-        "cross-attention",
-        choices=CROSS_ATTN_RESIDUALS,
-    )
-    cross_attn_init: str = setting(
-        "xavier",
-        "start of the output projection; zero starts a run exactly at its base",
-        "cross-attention",
-        choices=CROSS_ATTN_INITS,
-    )
-    text_conditioning: str = setting(
-        "image", "what conditions the anchors: each image, or no image", "cross-attention", choices=TEXT_CONDITIONINGS
-    )
-    text_context: str = setting(
-        "frozen",
-        "image features that anchors see: of the frozen or of the trained branch",
-        "cross-attention",
-        choices=TEXT_CONTEXTS,
-    )
+    text_cross_attn_weight: float = limited(0.1, between=(0, 100))
+    image_cross_attn_weight: float = limited(0.1, between=(0, 100))
+    cross_attn_heads: int = limited(8, between=(1, 1024))
+    cross_attn_dropout: float = limited(0.1, between=(0, 0.99))
+    context_norm: str = limited("unit", choices=CONTEXT_NORMS)
+    cross_attn_residual: str = limited("add", choices=CROSS_ATTN_RESIDUALS)
+    cross_attn_init: str = limited("xavier", choices=CROSS_ATTN_INITS)
+    text_conditioning: str = limited("image", choices=TEXT_CONDITIONINGS)
+    text_context: str = limited("frozen", choices=TEXT_CONTEXTS)
     cross_attn_active: bool = True
 
     @property

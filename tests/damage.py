@@ -17,8 +17,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.config.feedback import FeedbackConfig
-from engine.config.training import BaseConfig, CrossAttentionRunConfig
+from engine.config.training import BaseConfig, CrossAttentionRunConfig, FeedbackConfig
 from engine.training.base import train_base
 from engine.training.cross_attention import train_cross_attention
 from engine.training.feedback import train_feedback

@@ -211,13 +211,15 @@ def check_job(file: str, arguments: Sequence[str]) -> None:
 
 
 def check_module(name: str, arguments: Sequence[str]) -> None:
-    """Parse arguments with a module's `build_parser` or `parse_arguments`; a module without both takes none."""
+    """Parse arguments with a module's `script`, `build_parser` or `parse_arguments`; others take none."""
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ValueError(f"no module {name}: {error}") from error
     with parsing(), mock.patch.object(sys, "argv", [name, *arguments]):
-        if hasattr(module, "build_parser"):
+        if hasattr(module, "script"):
+            module.script.parse()
+        elif hasattr(module, "build_parser"):
             module.build_parser().parse_args()
         elif hasattr(module, "parse_arguments"):
             module.parse_arguments()

@@ -24,7 +24,7 @@ from model.checkpoint import load
 from model.config import CrossAttentionConfig
 from tests.helpers import config_for, random_batch, tiny_clip, tiny_prompts
 from tests.scripts import write_clip, write_dataset
-from train import build_parser
+from train import script
 from utils.metrics import image_metrics
 
 
@@ -64,7 +64,7 @@ def train(folder: Path, **asked: object) -> list[dict[str, float]]:
 
 def check_loss(folder: Path) -> None:
     """A loss term: a flag, a part of the total, and a row in the history."""
-    assert build_parser().parse_args(["--agreement_weight", "2"]).agreement_weight == 2
+    assert script.parse(["--agreement_weight", "2"]).agreement_weight == 2
     (row,) = train(folder, agreement_weight=2.0, save_path=folder / "loss")
     parts = ("focal", "dice_normal", "dice_abnormal", "classification")
     assert row["disagreement"] > 0

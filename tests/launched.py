@@ -19,8 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 import engine.training.trainer as trainer
-from engine.config.feedback import FeedbackConfig
-from engine.config.training import BaseConfig, CrossAttentionRunConfig
+from engine.config.training import BaseConfig, CrossAttentionRunConfig, FeedbackConfig
 from engine.training.base import train_base
 from engine.training.cross_attention import train_cross_attention
 from engine.training.feedback import train_feedback

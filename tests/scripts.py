@@ -16,8 +16,7 @@ import numpy as np
 from PIL import Image
 from safetensors.torch import save_file
 
-from engine.config.feedback import FeedbackConfig
-from engine.config.training import BaseConfig
+from engine.config.training import BaseConfig, FeedbackConfig
 from engine.training.base import train_base
 from engine.training.feedback import train_feedback
 from tests.forked import CAN_FORK, Forked

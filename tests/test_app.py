@@ -26,11 +26,11 @@ from dataset.images import read_image
 from engine.app import uploads as limits
 from engine.app.drawing import result_html
 from engine.app.models import load_models, short_names
-from engine.app.serve import MAX_WAITING, page_served
+from engine.app.serve import MAX_WAITING, check_address, page_served
 from engine.app.session import Session, Thresholds, decide
 from engine.app.uploads import Upload, make_uploads
-from engine.cli.checks import check_page
-from engine.config.app import AppArguments
+from engine.cli.checks import check_files
+from engine.config.tools import AppArguments
 from engine.detector.calibration import read_calibration
 from engine.detector.detector import Detector
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
@@ -275,20 +275,20 @@ def test_too_long_class_names_are_rejected(models: dict[str, Detector], images: 
 def test_errors_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"runs.demo holds no models of the demo: .*run.py demo"):
-        check_page(AppArguments.of())
+        load_models(AppArguments.of())
     with pytest.raises(UserError, match=r"gone.pth"):
-        check_page(AppArguments.of(checkpoint=("none", "gone.pth")))
+        check_files(AppArguments.of(checkpoint=("none", "gone.pth")))
     with pytest.raises(UserError, match="no such address"):
-        check_page(AppArguments.of(checkpoint=("none",), host="256.0.0.1"))
+        check_address("256.0.0.1", 7860)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"--port {port}: cannot listen there"):
-            check_page(AppArguments.of(checkpoint=("none",), port=port))
-    monkeypatch.setattr("engine.cli.checks.find_spec", lambda name: None)
+            check_address("127.0.0.1", port)
+    monkeypatch.setattr("engine.config.tools.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"requirements-app\.txt"):
-        check_page(AppArguments.of(checkpoint=("none",)))
+        AppArguments.of(checkpoint=("none",)).check()
 
 
 def test_the_demos_models_are_the_default(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +300,6 @@ def test_the_demos_models_are_the_default(world: Path, tmp_path: Path, monkeypat
         for file in (world / name).glob("*.pth"):
             (demo / name / file.name).write_bytes(file.read_bytes())
     monkeypatch.chdir(tmp_path)
-    check_page(AppArguments.of(port=free_port()))
     assert list(load_models(AppArguments.of())) == ["unadapted", "base", "loop 1", "loop 2"]
     assert torch.is_grad_enabled()
 

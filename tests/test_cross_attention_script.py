@@ -12,13 +12,10 @@ import pytest
 import torch
 
 from engine import load_model
-from engine.config.feedback import FeedbackConfig
-from engine.config.training import CrossAttentionRunConfig
 from tests.scripts import ROOT, environment, error_line, run, start, wait_for_rows, write_clip, write_dataset
 from utils.errors import UserError
 
 # Words look at the image too, and the branches speak from the start: more can go wrong than with the defaults.
-BOTH_SIDES = ("--text_cross_attn_weight", 0.1, "--image_cross_attn_weight", 0.1, "--cross_attn_init", "xavier")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +71,7 @@ def from_base(world: Path, save_path: Path, *more: object) -> list[object]:
 @pytest.fixture(scope="module")
 def finished(world: Path) -> Path:
     path = world / "cross"
-    run(*from_base(world, path, *BOTH_SIDES))
+    run(*from_base(world, path))
     return path
 
 
@@ -109,8 +106,8 @@ def test_it_starts_from_the_base(world: Path, tmp_path: Path) -> None:
     assert torch.equal(moments[0]["exp_avg"], base["image_optimizer"]["state"][0]["exp_avg"])
 
 
-def test_the_image_sees_words_by_default_and_begins_as_if_it_did_not(world: Path, tmp_path: Path) -> None:
-    epochs = ("--text_epoch", 0, "--image_epoch", 1)
+def test_v3_trains_image_cross_attention_alone_and_starts_as_its_base(world: Path, tmp_path: Path) -> None:
+    epochs = ("--preset", "v3", "--text_epoch", 0, "--image_epoch", 1)
     run(*from_base(world, tmp_path / "begun", *epochs, "--image_lr", 0))
     run(*from_base(world, tmp_path / "trained", *epochs))
     base, begun, trained = (
@@ -124,16 +121,9 @@ def test_the_image_sees_words_by_default_and_begins_as_if_it_did_not(world: Path
     assert abs(trained.predict(picture, "cork").anomaly_map - found.anomaly_map).max() > 1e-4
 
 
-def test_what_is_matched_in_length_begins_at_random(world: Path) -> None:
-    for weight in ({}, {"image_cross_attn_weight": 0.3}):
-        matched = CrossAttentionRunConfig.of(cross_attn_residual="matched", **weight)
-        expected = (*weight.values(), 0.1)[0]
-        assert (matched.cross_attn_init, matched.image_cross_attn_weight) == ("xavier", expected)
-        assert (matched.text_cross_attn_weight, CrossAttentionRunConfig.of().cross_attn_init) == (0.0, "zero")
-    assert FeedbackConfig.of(preset="v3", cross_attn_residual="matched").cross_attn_init == "xavier"
-    assert "--cross_attn_init zero does not go with" in error_line(
-        *from_base(world, world / "unused", "--cross_attn_residual", "matched", "--cross_attn_init", "zero")
-    )
+def test_zero_initialisation_needs_an_added_residual(world: Path) -> None:
+    command = from_base(world, world / "unused", "--preset", "v3", "--cross_attn_residual", "matched")
+    assert "--cross_attn_init zero does not go with" in error_line(*command)
 
 
 def test_killed_runs_end_with_the_same_weights(world: Path, finished: Path, tmp_path: Path) -> None:
@@ -141,12 +131,12 @@ def test_killed_runs_end_with_the_same_weights(world: Path, finished: Path, tmp_
     path = tmp_path / "killed"
     chance = random.Random(time.time_ns())
     for rows in (1, 3):
-        process = start(*from_base(world, path, *BOTH_SIDES), slowly=True)
+        process = start(*from_base(world, path), slowly=True)
         wait_for_rows(path / "history.jsonl", rows, process)
         time.sleep(chance.uniform(0, 0.2))
         process.kill()
         process.wait()
-    run(*from_base(world, path, *BOTH_SIDES))
+    run(*from_base(world, path))
     one, two = (torch.load(folder / "image_adapter.pth", weights_only=True) for folder in (path, finished))
     for name in ("text_adapter", "text_cross_attn", "image_adapter", "image_cross_attn"):
         assert all(torch.equal(value, two[name][key]) for key, value in one[name].items()), name
@@ -239,7 +229,7 @@ def test_from_scratch_is_said_to_be_unfair(world: Path, tmp_path: Path) -> None:
 
 
 def test_frozen_base(world: Path, tmp_path: Path) -> None:
-    run(*from_base(world, tmp_path, "--freeze_base", *BOTH_SIDES, "--cross_attn_init", "zero"))
+    run(*from_base(world, tmp_path, "--freeze_base", "--cross_attn_residual", "add", "--cross_attn_init", "zero"))
     trained = torch.load(tmp_path / "image_adapter.pth", weights_only=True)
     base = torch.load(world / "base" / "image_adapter.pth", weights_only=True)
     assert all(torch.equal(value, base["image_adapter"][key]) for key, value in trained["image_adapter"].items())

@@ -14,12 +14,11 @@ from urllib.parse import unquote
 
 import pytest
 
-from engine.config.common import decided_by, make_parser
-from engine.config.feedback import FeedbackConfig, plan_loops
-from engine.config.training import BaseConfig, CrossAttentionRunConfig
+from engine.config.training import BaseConfig, CrossAttentionRunConfig, FeedbackConfig
 from engine.evaluation.evaluate import METRICS
 from engine.study.plan import command_options
 from engine.study.study import read_study
+from engine.training.plan import plan_loops
 from tests import check_commands
 from tests.documented import (
     COMMANDS,
@@ -45,6 +44,7 @@ from tests.documented import (
     shortened,
     tables,
 )
+from utils.arguments import make_parser
 
 PAGES = pages()
 BLOCKS = [block for page in PAGES for block in blocks(page, read_page(page))]
@@ -160,7 +160,7 @@ def test_the_table_of_defaults_is_that_of_the_code() -> None:
     header, *rows = next(table for table in tables(read_page(METHOD)) if table[0][1:] == list(columns))
     table = {row[0].strip("`-"): dict(zip(header[1:], row[1:], strict=True)) for row in rows}
     assert table == {name: {title: default_of(config, name) for title, config in columns.items()} for name in table}
-    assert set().union(*(decided_by(FeedbackConfig, name) for name in presets)) <= set(table)
+    assert set().union(*(FeedbackConfig.preset_values(name) for name in presets)) <= set(table)
 
 
 def default_of(config: object, name: str) -> str:
@@ -173,7 +173,7 @@ def test_the_flags_of_the_deviations_make_the_published_preset() -> None:
     header, *rows = next(table for table in tables(read_page(METHOD)) if table[0][0] == "what")
     column, gain = header.index("flag"), header.index("gain on the toy datasets")
     flags = [words for row in rows for words in row[column].strip("`").split()]
-    assert decided_by(BaseConfig, "published") == vars(make_parser(BaseConfig, None).parse_args(flags))
+    assert BaseConfig.preset_values("published") == vars(make_parser(BaseConfig, None).parse_args(flags))
     measured = [row[column].strip("`") for row in rows if not row[gain].startswith("n/a")]
     study = read_study(ROOT / "studies" / "deviations.toml")
     arms = {" ".join(command_options(arm.arguments)) for arm in study.arms.values()}

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 import export as script
 from dataset.images import read_image
 from engine import load_model
-from engine.config.export import ExportArguments
+from engine.config.tools import ExportArguments
 from engine.detector.calibration import Entry, add_entry, make_entry
 from engine.detector.detector import Detector
 from engine.export import export

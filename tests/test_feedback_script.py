@@ -248,7 +248,7 @@ def test_mistakes_end_in_one_line(world: Path, finished: Path, tmp_path: Path) -
     late = ["--num_feedback_loops", 2, "--cross_attn_start_loop", 3]
     assert "--cross_attn_start_loop 3: takes 1 to 2" in error_line(*asked, *late)
     entry = ["train_cross_attention_feedback.py", *asked[1:]]
-    assert "covers 3 loops, 5 are asked for" in error_line(*entry, "--num_feedback_loops", 5)
+    assert "covers 3 of 5 loops" in error_line(*entry, "--num_feedback_loops", 5)
     final = finished / "final_model.pth"
     both = ["--load_base_text_adapter", final, "--load_base_image_adapter", final]
     assert "takes it as --init_from" in error_line(*asked, *both)

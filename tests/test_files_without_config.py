@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config.gradients import GradientTest
+from engine.config.tools import GradientTest
 from engine.config.training import CrossAttentionRunConfig
 from engine.detector.detector import Detector, build_detector
 from engine.training.gradients import build_model

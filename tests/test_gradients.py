@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import test_stage2_gradients as script
-from engine.config.gradients import GradientTest
+from engine.config.tools import GradientTest
 from engine.training.gradients import Measurement, build_model, verdict
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.checkpoint import read_checkpoint
@@ -42,7 +42,7 @@ def measure(world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         options = {"dataset": world / "train", "device": "cpu", "batch_size": 4, **options}
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         monkeypatch.setattr("sys.argv", ["test_stage2_gradients.py", *words, *flags])
-        return script.main(), capsys.readouterr().out
+        return script.script.main(), capsys.readouterr().out
 
     root = logging.getLogger()
     handlers = list(root.handlers)

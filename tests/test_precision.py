@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +12,9 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.cli.checks import check_training
-from engine.config.training import BaseConfig
-from engine.data.run_location import as_begun
+from engine.cli.checks import check_files
 from engine.evaluation.evaluate import autocast
 from engine.runtime.device import check_device, choose_precision
-from engine.runtime.run_folder import ARGUMENTS_FILE, STATE_FILE
 from engine.training import stage1, stage2
 from engine.training.base import train_base
 from model.blocks import full_product
@@ -156,34 +151,12 @@ def test_scores_are_float32_in_half_precision() -> None:
         assert anomaly_map(outputs, 40, "industrial").dtype == det_scores(outputs).dtype == torch.float32
 
 
-def test_a_run_keeps_the_precision_that_it_began_with(tmp_path: Path) -> None:
+def test_a_run_is_not_resumed_in_another_precision(tmp_path: Path) -> None:
     write_clip(tmp_path / "clip")
     write_dataset(tmp_path / "train", count=2)
-    first, _ = small_runs(tmp_path, precision="bf16")
-    train_base(first)
-    for kept in (True, False):
-        if not kept:
-            (first.save_path / ARGUMENTS_FILE).unlink()
-        longer = replace(small_runs(tmp_path)[0], image_epoch=2 if kept else 3)
-        assert longer.precision == "auto"
-        check_training(longer)
-        AcceleratorState._reset_state(reset_partial_state=True)
-        train_base(longer)
-        arguments = json.loads((first.save_path / ARGUMENTS_FILE).read_text(encoding="utf-8"))
-        assert arguments["precision"] == "bf16"
-        assert torch.load(first.save_path / STATE_FILE, weights_only=True)["signature"]["precision"] == "bf16"
-    for check in (check_training, train_base):
+    train_base(small_runs(tmp_path, precision="bf16")[0])
+    for check in (check_files, train_base):
         AcceleratorState._reset_state(reset_partial_state=True)
         with pytest.raises(UserError, match="precision was bf16, now fp32"):
             check(small_runs(tmp_path, precision="fp32")[0])
-
-
-def test_a_run_of_before_had_no_tf32_and_keeps_to_that() -> None:
-    asked = BaseConfig()
-    assert (asked.precision, asked.tf32) == ("auto", "on")
-    assert as_begun(asked, {}) == asked
-    older = as_begun(asked, {"precision": "fp32", "dataset": "toy_train"})
-    assert (older.precision, older.tf32) == ("fp32", "off")
-    given = as_begun(BaseConfig(precision="bf16"), {"precision": "fp32", "tf32": "on"})
-    assert (given.precision, given.tf32) == ("bf16", "on")
-    assert as_begun(asked, {"precision": ["nonsense"]}).precision == "auto"
+    check_files(small_runs(tmp_path)[0])

@@ -24,7 +24,6 @@ from dataset.class_names import class_display_names, published_name
 from dataset.prompts import build_prompts
 from dataset.samples import image_tensor
 from engine import load_model
-from engine.config.common import make_parser
 from engine.config.training import BaseConfig, CrossAttentionRunConfig
 from engine.data.loaders import make_dataset, training_loader
 from engine.data.run_location import load_task_of_run
@@ -50,6 +49,7 @@ from tests.helpers import (
     trainable,
 )
 from tests.scripts import ROOT, write_clip, write_dataset
+from utils.arguments import make_parser
 
 REFERENCE = Path(__file__).parent / "data" / "published_loss_reference.npz"
 

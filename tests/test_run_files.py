@@ -15,8 +15,7 @@ import tensorboard.summary.writer.record_writer
 import torch
 
 import utils.files
-from engine.config.feedback import FeedbackConfig
-from engine.config.training import BaseConfig
+from engine.config.training import BaseConfig, FeedbackConfig
 from engine.training.base import train_base
 from engine.training.feedback import train_feedback
 from engine.training.run import TrainingRun

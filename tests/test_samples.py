@@ -16,9 +16,10 @@ from torchvision.transforms.v2 import functional as F
 
 from dataset.augmentation import Augmentation, change_colours, draw_augmentation
 from dataset.images import drop_bad_images, find_bad_images, read_image, read_mask
-from dataset.options import DEFAULT_AUGMENTATION, AugmentationConfig, share_or_nonzero
+from dataset.options import DEFAULT_AUGMENTATION, AugmentationConfig
 from dataset.records import Record
 from dataset.samples import AnomalyDataset, SampleKey, SeededSampler
+from engine.config.common import share_or_nonzero
 from utils.errors import UserError, original_message
 
 MEAN, STD = (0.5, 0.25, 0.5), (0.5, 0.25, 0.25)

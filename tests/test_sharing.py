@@ -22,7 +22,7 @@ from engine import load_model
 from engine.app.models import load_models
 from engine.cli import share
 from engine.cli.share import SharingArguments
-from engine.config.app import AppArguments
+from engine.config.tools import AppArguments
 from engine.detector import hub
 from engine.detector.calibration import add_entry, make_entry, read_calibration
 from engine.detector.detector import Detector, unadapted_detector

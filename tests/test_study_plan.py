@@ -17,7 +17,7 @@ from engine.study.run import describe_plan
 from engine.study.study import read_study
 from tests.documented import parsing
 from tests.study_world import write_world
-from utils.cli import Parser
+from utils.arguments import Parser
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,7 +136,7 @@ def test_a_file_that_is_no_study(tmp_path: Path) -> None:
 
 @cache
 def parser_of(script: str) -> Parser:
-    return importlib.import_module(script.removesuffix(".py")).build_parser()
+    return importlib.import_module(script.removesuffix(".py")).script.parser()
 
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)

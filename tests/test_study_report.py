@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config.study import StudyArguments
+from engine.config.tools import StudyArguments
 from engine.study.charts import heat, loss_panels
 from engine.study.evaluations import read_evaluation, read_facts
 from engine.study.fairness import argument_differences, check_fairness

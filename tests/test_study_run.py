@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from engine.config.study import StudyArguments
+from engine.config.tools import StudyArguments
 from engine.study import keeper, local, slurm
 from engine.study.local import GpuPool, cell_environment, visible_gpus
 from engine.study.plan import Plan, make_plan
@@ -43,8 +43,8 @@ def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     return caplog
 
 
-def arguments(folder: Path, **given: object) -> StudyArguments:
-    return StudyArguments.of(save_path=folder / "studies", **given)
+def arguments(file: Path, folder: Path, **more: object) -> StudyArguments:
+    return StudyArguments.of(study=file, save_path=folder / "studies", **more)
 
 
 def plan_in(folder: Path) -> Plan:
@@ -61,7 +61,7 @@ def figures(folder: Path) -> str:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a study that was run without a break."""
     folder = tmp_path_factory.mktemp("world")
-    assert run_study(write_world(folder), arguments(folder, jobs=3)) == 0
+    assert run_study(arguments(write_world(folder), folder, jobs=3)) == 0
     return folder
 
 
@@ -92,20 +92,20 @@ def test_a_study_leaves_three_files_and_a_log_of_each_process(finished: Path) ->
 def test_what_is_finished_is_not_run_again(finished: Path, said: pytest.LogCaptureFixture) -> None:
     before = figures(finished)
     markers = {path: path.stat().st_mtime_ns for path in finished.rglob("*.done")}
-    assert run_study(finished / "world.toml", arguments(finished)) == 0
+    assert run_study(arguments(finished / "world.toml", finished)) == 0
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.done")} == markers
     assert figures(finished) == before
     assert "0 of 7 cells to run" in said.text
     # More seeds leave those that are there.
-    assert run_study(finished / "world.toml", arguments(finished, seeds=(0, 1, 2))) == 0
+    assert run_study(arguments(finished / "world.toml", finished, seeds=(0, 1, 2))) == 0
     assert "3 of 10 cells to run" in said.text
-    assert run_study(finished / "world.toml", arguments(finished, report_only=True)) == 0
+    assert run_study(arguments(finished / "world.toml", finished, report_only=True)) == 0
     assert figures(finished) == before
 
 
 def test_a_failure_is_named_and_stops_no_other(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     file = write_world(tmp_path, **{"arms.better.arguments": {"fail": 1}})
-    assert run_study(file, arguments(tmp_path, jobs=2)) == 1
+    assert run_study(arguments(file, tmp_path, jobs=2)) == 1
     lines = [line for line in said.text.splitlines() if "ERROR" in line]
     failed = [line for line in lines if "better, on a, seed" in line and "status 1" in line]
     assert len(failed) == 2
@@ -117,20 +117,20 @@ def test_a_failure_is_named_and_stops_no_other(tmp_path: Path, said: pytest.LogC
     assert "missing: better: no results for seed 0: b; seed 1: b" in said.text
     # Mended, it is another cell, and what is there stays.
     said.clear()
-    assert run_study(write_world(tmp_path), arguments(tmp_path)) == 0
+    assert run_study(arguments(write_world(tmp_path), tmp_path)) == 0
     assert "4 of 7 cells to run" in said.text
 
 
 def test_an_evaluation_without_figures_is_a_failure(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     file = write_world(tmp_path, **{"arms.tested.test_arguments": {"silent": 1}})
-    assert run_study(file, arguments(tmp_path)) == 1
+    assert run_study(arguments(file, tmp_path)) == 1
     assert "test on b wrote no CSV file" in said.text
     assert not plan_in(tmp_path).by_key["", "tested", 0, 0].done
 
 
 def test_a_start_whose_test_fails_can_be_started_from(tmp_path: Path) -> None:
     file = write_world(tmp_path, **{"arms.plain.test_arguments": {"no_such_argument": 1}})
-    assert run_study(file, arguments(tmp_path)) == 1
+    assert run_study(arguments(file, tmp_path)) == 1
     plan = plan_in(tmp_path)
     assert plan.by_key["", "better", 0, 0].done
     assert not plan.by_key["", "plain", 0, 0].done
@@ -152,7 +152,7 @@ def has_begun(runner: subprocess.Popen[str], folder: Path) -> bool:
 
 def test_killed_at_any_moment_it_ends_with_the_same_figures(finished: Path, tmp_path: Path) -> None:
     """The runner is killed outright, which leaves it no time to end anything."""
-    run_study(finished / "world.toml", arguments(finished, report_only=True))
+    run_study(arguments(finished / "world.toml", finished, report_only=True))
     write_world(tmp_path, **{"study.arguments": {"epochs": 2, "delay": 0.4}})
     for part in range(2):
         runner = start_runner(tmp_path, "--jobs", "2")
@@ -160,7 +160,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_figures(finished: Path, tmp_
         time.sleep(0.3 + part)
         runner.kill()
         runner.communicate()
-    assert run_study(tmp_path / "world.toml", arguments(tmp_path, jobs=2)) == 0
+    assert run_study(arguments(tmp_path / "world.toml", tmp_path, jobs=2)) == 0
     for cell in plan_in(tmp_path).cells:
         if cell.training:
             rows = (cell.folder / "run" / "history.jsonl").read_text(encoding="utf-8").splitlines()
@@ -225,7 +225,7 @@ def test_a_study_that_is_stopped_says_how_to_go_on(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     thread.start()
     with pytest.raises(Stopped, match="the same command resumes the study"):
-        run_study(tmp_path / "world.toml", arguments(tmp_path, jobs=2))
+        run_study(arguments(tmp_path / "world.toml", tmp_path, jobs=2))
     thread.join()
     signal.signal(signal.SIGINT, before)
     assert not list((tmp_path / "studies").rglob("train.done"))
@@ -278,21 +278,21 @@ def test_cells_see_their_gpus_and_more_than_there_are_is_a_mistake(
         ),
         encoding="utf-8",
     )
-    assert run_study(file, arguments(tmp_path, jobs=2)) == 0
+    assert run_study(arguments(file, tmp_path, jobs=2)) == 0
     logs = [path.read_text(encoding="utf-8") for path in tmp_path.rglob("train.log")]
     assert {re.search(r"sees (\S+)", log).group(1) for log in logs} <= {"4", "6"}
     with pytest.raises(UserError, match="gpus = 3, but this machine has 2"):
-        run_study(write_world(tmp_path, **{"arms.better.gpus": 3, "study.seeds": [7]}), arguments(tmp_path))
+        run_study(arguments(write_world(tmp_path, **{"arms.better.gpus": 3, "study.seeds": [7]}), tmp_path))
 
 
 @needs_submitit
 def test_submitit_runs_the_same_cells_here(finished: Path, tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
-    run_study(finished / "world.toml", arguments(finished, report_only=True))
-    assert run_study(write_world(tmp_path), arguments(tmp_path, jobs=3, slurm="default")) == 0
+    run_study(arguments(finished / "world.toml", finished, report_only=True))
+    assert run_study(arguments(write_world(tmp_path), tmp_path, jobs=3, slurm="default")) == 0
     assert "There is no Slurm on this machine" in said.text
     assert figures(tmp_path) == figures(finished)
     with pytest.raises(UserError, match="no Slurm on this machine"):
-        run_study(write_world(tmp_path, **{"study.seeds": [5]}), arguments(tmp_path, slurm="gpu"))
+        run_study(arguments(write_world(tmp_path, **{"study.seeds": [5]}), tmp_path, slurm="gpu"))
 
 
 def one_cell(folder: Path, delay: float) -> Path:
@@ -333,7 +333,7 @@ def test_a_job_whose_time_is_over_goes_on(tmp_path: Path) -> None:
     """As Slurm says it: by a signal, upon which submitit queues the job again."""
     file = one_cell(tmp_path, 1.5)
     thread = signal_jobs(signal.SIGUSR2, tmp_path)
-    assert run_study(file, arguments(tmp_path, slurm="default")) == 0
+    assert run_study(arguments(file, tmp_path, slurm="default")) == 0
     thread.join()
     (log,) = tmp_path.rglob("train.log")
     assert log.read_text(encoding="utf-8").count("training with") == 2
@@ -352,10 +352,10 @@ def test_a_job_that_is_killed_is_named_and_goes_on_with_the_same_command(
     monkeypatch.setattr(submitit.Job, "_results_timeout_s", 1)
     file = one_cell(tmp_path, 1.5)
     thread = signal_jobs(signal.SIGKILL, tmp_path)
-    assert run_study(file, arguments(tmp_path, slurm="default")) == 1
+    assert run_study(arguments(file, tmp_path, slurm="default")) == 1
     thread.join()
     assert "ended without a result; the same command resumes it" in said.text
-    assert run_study(file, arguments(tmp_path, slurm="default")) == 0
+    assert run_study(arguments(file, tmp_path, slurm="default")) == 0
     assert epochs(tmp_path) == [1, 2]
 
 
@@ -379,7 +379,7 @@ def test_slurm_gets_an_array_for_each_level(
         tmp_path,
         **{"study.slurm": {"timeout_min": 90, "cpus_per_task": 4, "slurm_account": "lab"}, "arms.better.gpus": 2},
     )
-    assert run_study(file, arguments(tmp_path, slurm="fast", jobs=2)) == 0
+    assert run_study(arguments(file, tmp_path, slurm="fast", jobs=2)) == 0
     scripts = [path.read_text(encoding="utf-8") for path in sorted(kept.iterdir())]
     options = [dict(re.findall(r"#SBATCH --([\w-]+)=(\S+)", script)) for script in scripts]
     assert [found.get("array") for found in options] == ["0-2%2", "0-1%2", "0-1%2", None]
@@ -397,17 +397,17 @@ def test_slurm_gets_an_array_for_each_level(
     for path in waiting:
         DelayedSubmission.load(path).result()
     assert all((tmp_path / "studies" / "world" / name).is_file() for name in FILES)
-    assert run_study(file, arguments(tmp_path, report_only=True)) == 0
+    assert run_study(arguments(file, tmp_path, report_only=True)) == 0
 
 
 def test_slurm_needs_submitit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"requirements-study\.txt"):
-        run_study(write_world(tmp_path), arguments(tmp_path, slurm="default"))
+        run_study(arguments(write_world(tmp_path), tmp_path, slurm="default"))
 
 
 @needs_submitit
 @pytest.mark.parametrize("asked", [{"memory": 3}, {"timeout_min": "long"}, {"slurm_nonsense": 1}])
 def test_words_that_submitit_does_not_know_are_a_mistake(tmp_path: Path, asked: dict[str, object]) -> None:
     with pytest.raises(UserError, match=r"\[study\.slurm\]: "):
-        run_study(write_world(tmp_path, **{"study.slurm": asked}), arguments(tmp_path, slurm="default"))
+        run_study(arguments(write_world(tmp_path, **{"study.slurm": asked}), tmp_path, slurm="default"))

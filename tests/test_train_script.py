@@ -138,7 +138,6 @@ def test_other_settings_on_the_same_path_are_refused_with_the_difference(world: 
     assert "image_lr was 0.005, now 0.1" in error_line("train.py", *arguments(world, finished, image_lr=0.1))
     assert "text stage ended after 3 epochs" in error_line("train.py", *arguments(world, finished, text_epoch=9))
     assert "has 3 image epochs, more than 1" in error_line("train.py", *arguments(world, finished, image_epoch=1))
-    assert "is not empty" in error_line("train.py", *arguments(world, finished, resume="never"))
 
 
 def test_without_stage_1_anchors_are_clips_own(world: Path, tmp_path: Path) -> None:

@@ -1,19 +1,22 @@
-"""Parsers made from frozen dataclasses whose fields are the arguments."""
+"""Parsers made from frozen dataclasses whose fields are the options of a script."""
 
 from __future__ import annotations
 
 import argparse
 import types
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, NoReturn, TypeVar, Union, get_args, get_origin
 
-from utils.cli import Parser, not_empty, number, path
+from utils.errors import UserError
+from utils.fields import POSITIONAL
 from utils.schema import type_hints
+from utils.version import project_version
 
 # The groups of `--help`, in their order.
 GROUPS = (
+    POSITIONAL,
     "what to do",
     "references",
     "model",
@@ -33,25 +36,37 @@ Config = TypeVar("Config", bound="Arguments")
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a script was asked for: its fields are the arguments, by the same names."""
+    """The options of a script, as fields with the same names.
+
+    presets: option values by preset; the options `preset` and `recipe` select them. not_options: fields that a script
+    does not offer. less_memory: what reduces GPU memory, for the message after running out of it.
+    """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    not_options: ClassVar[Collection[str]] = ()
+    less_memory: ClassVar[str] = "smaller batches"
 
     @classmethod
-    def of(cls: type[Config], **given: Any) -> Config:
-        """The defaults, changed by the preset, then by the recipe, then by what is given."""
+    def of(cls: type[Config], **explicit: Any) -> Config:
+        """The defaults, changed by the preset, then by the recipe, then by explicit values."""
         values: dict[str, Any] = {}
-        for choice in ("preset", "recipe"):
-            values |= decided_by(cls, given.get(choice, getattr(cls, choice, None)))
-        given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-        return cls(**{**values, **given})
+        for option in ("preset", "recipe"):
+            values |= cls.preset_values(explicit.get(option, getattr(cls, option, None)))
+        explicit = {name: tuple(value) if isinstance(value, list) else value for name, value in explicit.items()}
+        return cls(**{**values, **explicit})
 
     @classmethod
-    def of_before(cls) -> dict[str, Any]:
-        """What arguments with another default now were, as plain values, in runs that began before there were any."""
-        told = ((item.name, item.metadata.get("before", MISSING)) for item in fields(cls))
-        return {name: plain(value) for name, value in told if value is not MISSING}
+    def preset_values(cls, preset: str | None) -> dict[str, Any]:
+        """The values that a preset or recipe gives to options of this class."""
+        names = {item.name for item in fields(cls)}
+        values = cls.presets.get(preset or "", {})
+        return {name: value for name, value in values.items() if name in names}
+
+    def check(self) -> None:
+        """Raise `UserError` for options that contradict each other."""
 
     def not_default(self, names: Iterable[str]) -> list[str]:
-        """Those of these arguments that have another value than their default, in the order of `names`."""
+        """The names whose values differ from the defaults."""
         defaults = {item.name: item.default for item in fields(self)}
         return [name for name in names if getattr(self, name) != defaults[name]]
 
@@ -61,84 +76,130 @@ class Arguments:
         return {name: getattr(self, name) for name in self.not_default(names)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `args.json` holds them."""
+        """Plain values, as in `args.json`."""
         return {item.name: plain(getattr(self, item.name)) for item in fields(self)}
 
 
-def decided_by(config: type[Arguments], name: str | None) -> dict[str, Any]:
-    """The arguments that a preset or recipe decides, with its values."""
-    found = ((item.name, item.metadata.get("under", {})) for item in fields(config))
-    return {argument: values[name] for argument, values in found if name in values}
+def plain(value: Any) -> Any:
+    """A value for JSON; paths have slashes on Windows too."""
+    if isinstance(value, Path):
+        return value.as_posix()
+    return list(value) if isinstance(value, tuple) else value
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser with `--version`, whose errors are `UserError`: one line and exit status 2."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+        self.add_argument("--version", action="version", version=project_version())
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def make_parser(config: type[Arguments], description: str | None) -> Parser:
-    """A script's parser. What is not given is left out of its namespace, so that presets can tell."""
+    """The parser of a script. Its namespace contains only explicit options, so that presets can set the others."""
     hints = type_hints(config)
-    needed = [item for item in fields(config) if item.default is MISSING]
-    required = "".join(f"{'' if _is_word(item) else f' --{item.name}'} {item.name.upper()}" for item in needed)
-    usage = f"%(prog)s{required} [--ARGUMENT VALUE ...]"
+    required = [item for item in fields(config) if item.default is MISSING]
+    words = [_metavar(item) if _is_positional(item) else f"--{item.name} {item.name.upper()}" for item in required]
+    usage = " ".join(["%(prog)s", *words, "[--OPTION VALUE ...]"])
     parser = Parser(usage=usage, description=description, argument_default=argparse.SUPPRESS)
-    named = [item.metadata["choices"] for item in fields(config) if item.name in ("preset", "recipe")]
-    deciding = {name for choices in named for name in choices}
+    selectors = [item.metadata["choices"] for item in fields(config) if item.name in ("preset", "recipe")]
+    presets = {name: config.preset_values(name) for choices in selectors for name in choices}
+    options = [item for item in fields(config) if item.name not in config.not_options]
     for title in GROUPS:
-        members = [item for item in fields(config) if item.metadata.get("group") == title]
+        members = [item for item in options if item.metadata.get("group") == title]
         if members:
             group = parser.add_argument_group(title)
             for item in members:
-                name = item.name if _is_word(item) else f"--{item.name}"
-                group.add_argument(name, **_options(item, hints[item.name], deciding))
+                name = item.name if _is_positional(item) else f"--{item.name}"
+                by_preset = {preset: values[item.name] for preset, values in presets.items() if item.name in values}
+                group.add_argument(name, **_options(item, hints[item.name], by_preset))
     return parser
 
 
-def _options(item: Field, hint: Any, deciding: Collection[str]) -> dict[str, Any]:
-    """What argparse is told of an argument; deciding: the presets and recipes of this script."""
-    under = {name: value for name, value in item.metadata["under"].items() if name in deciding}
-    told = {**item.metadata, "under": under}
-    options: dict[str, Any] = {"help": _help(told, item.default)}
-    kind = _bare(hint)
+def _options(item: Field, hint: Any, by_preset: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of `add_argument` for a field; by_preset: its value in each preset of the script."""
+    metadata = item.metadata
+    options: dict[str, Any] = {"help": _help(item, by_preset)}
+    kind, several = _value_type(hint)
     if kind is bool:
-        return {**options, "action": argparse.BooleanOptionalAction if told["under"] else "store_true"}
-    if item.default is MISSING and not _is_word(item):
+        return {**options, "action": argparse.BooleanOptionalAction if by_preset else "store_true"}
+    if item.default is MISSING and not _is_positional(item):
         options["required"] = True
-    if told["several"]:
+    if several:
         options["nargs"] = "+"
-    if told["alone"] is not None:
-        options |= {"nargs": "?", "const": told["alone"]}
-    if told["choices"]:
-        return {**options, "choices": tuple(told["choices"])}
-    readers = {int: number(int, told["between"]), float: number(float, told["between"]), Path: path, str: not_empty}
-    metavar = item.name.upper() if _is_word(item) else {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
-    return {**options, "type": told["kind"] or readers[kind], "metavar": metavar}
+    if metadata["choices"]:
+        return {**options, **metadata["argparse"], "choices": tuple(metadata["choices"])}
+    readers = {int: number(int, metadata["between"]), float: number(float, metadata["between"]), Path: path}
+    options |= {"type": readers.get(kind, not_empty), "metavar": _metavar(item, kind)}
+    return {**options, **metadata["argparse"]}
 
 
-def _is_word(item: Field) -> bool:
-    """Whether an argument is given by its place, without a flag."""
-    return bool(item.metadata.get("word"))
+def _is_positional(item: Field) -> bool:
+    return item.metadata.get("group") == POSITIONAL
 
 
-def _bare(hint: Any) -> type:
-    """The type of one value: `int` for `int | None` and for `tuple[int, ...]`."""
+def _metavar(item: Field, kind: type = str) -> str:
+    if _is_positional(item):
+        return item.metadata["argparse"].get("metavar", item.name.upper())
+    return {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT")
+
+
+def _value_type(hint: Any) -> tuple[Any, bool]:
+    """The type of one value, and whether there are several: `(int, False)` for `int | None`."""
     if get_origin(hint) in (Union, types.UnionType):
         hint = next(part for part in get_args(hint) if part is not type(None))
-    return get_args(hint)[0] if get_origin(hint) is tuple else hint
+    return (get_args(hint)[0], True) if get_origin(hint) is tuple else (hint, False)
 
 
-def _help(told: Mapping[str, Any], default: Any) -> str:
-    """The sentence of an argument, with its default and those under presets and recipes."""
-    known = "" if default is MISSING else told["unset"] if default is None else _words(default)
-    defaults = [*([known] if known else []), *(f"{name}: {_words(value)}" for name, value in told["under"].items())]
-    shown = f"{told['help']} (default: {'; '.join(defaults)})" if defaults else told["help"]
-    return shown.replace("%", "%%")
+def _help(item: Field, by_preset: Mapping[str, Any]) -> str:
+    """The help text with the default and the values of presets that differ from it."""
+    text = item.metadata["help"]
+    unset = item.metadata["unset"]
+    values = [] if item.default is MISSING else [unset if item.default is None else _shown(item.default)]
+    values += [f"{preset}: {_shown(value)}" for preset, value in by_preset.items() if value != item.default]
+    values = [value for value in values if value]
+    return (f"{text} (default: {'; '.join(values)})" if values else text).replace("%", "%%")
 
 
-def _words(value: Any) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(plain(value))
 
 
-def plain(value: Any) -> Any:
-    """A value as JSON holds it; paths with slashes, which Windows takes too."""
-    if isinstance(value, Path):
-        return value.as_posix()
-    return list(value) if isinstance(value, tuple) else value
+def number(kind: type[int] | type[float], between: tuple[float, float] | None) -> Callable[[str], int | float]:
+    """A reader of finite numbers within a range, for argparse."""
+
+    def read(text: str) -> int | float:
+        short = text if len(text) <= 40 else f"{text[:40]}..."
+        try:
+            value = kind(text)
+        except ValueError:
+            needed = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"'{short}' is not {needed}") from None
+        low, high = between or (float("-inf"), float("inf"))
+        if not (low <= value <= high and abs(value) < float("inf")):
+            raise argparse.ArgumentTypeError(f"{short} is not between {low} and {high}")
+        return value
+
+    return read
+
+
+def not_empty(text: str) -> str:
+    """A reader of text that is not empty, for argparse."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty text; leave the option out for its default")
+    return text
+
+
+def path(text: str) -> Path:
+    """A reader of paths, which expands `~`, for argparse."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError("an empty path, or one with a NUL character, names no file")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text}: there is no such user") from None

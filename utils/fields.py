@@ -1,10 +1,20 @@
-"""Dataclass fields that carry their help, range and choices, from which parsers and checks follow."""
+"""Dataclass fields with limits for their values, and fields that are options of a script."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, field
 from typing import Any
+
+# The group of options that are given by position.
+POSITIONAL = "positional arguments"
+
+
+def limited(
+    default: Any = MISSING, *, between: tuple[float, float] | None = None, choices: Sequence[str] | None = None
+) -> Any:
+    """A field with a range or choices, which `utils.schema.check` and `changed` read."""
+    return field(default=default, metadata={"between": between, "choices": choices})
 
 
 def setting(
@@ -16,44 +26,27 @@ def setting(
     choices: Sequence[str] | None = None,
     free: bool = False,
     unset: str | None = None,
-    several: bool = False,
-    kind: Callable[[str], Any] | None = None,
-    alone: Any = None,
-    under: Mapping[str, Any] | None = None,
-    before: Any = MISSING,
-    word: bool = False,
-    kept: bool = False,
+    **argparse: Any,
 ) -> Any:
-    """A field that can be a script's argument by the same name; its annotation says the type.
+    """A field that `utils.arguments.make_parser` turns into an option with the same name and the annotated type.
 
-    default: `MISSING` makes it required. help: a sentence with the unit, group: its heading. between: the range of a
-    number. free: a restart may differ in it without being another run. unset: what no value means, for the help.
-    several: takes one value or more, a tuple. kind: reads the text where the annotation does not say how. alone: the
-    value where the argument stands without one. under: its default under presets and recipes, by their names. before:
-    what it was in runs that do not have it, where that is not the default. word: it is given by its place, not by a
-    flag. kept: where it is not given, a run that goes on keeps what it began with.
+    Args:
+        default: `MISSING` makes the option required.
+        help: One sentence, with the unit of the value.
+        group: The heading in `--help`, or `POSITIONAL`.
+        between: The range of a number.
+        choices: The allowed values.
+        free: Whether a run may be resumed with another value.
+        unset: What None means, for `--help`.
+        **argparse: More arguments of `ArgumentParser.add_argument`, such as `type` for a value with its own syntax.
     """
-    metadata = {
-        "help": help,
-        "group": group,
-        "between": between,
-        "choices": choices,
-        "free": free,
-        "unset": unset,
-        "several": several,
-        "kind": kind,
-        "alone": alone,
-        "under": dict(under or {}),
-        "before": before,
-        "word": word,
-        "kept": kept,
-    }
-    return field(default=default, metadata=metadata)
+    metadata = {"help": help, "group": group, "between": between, "choices": choices, "free": free, "unset": unset}
+    return field(default=default, metadata={**metadata, "argparse": argparse})
 
 
 def changed(owner: type, name: str, default: Any = MISSING, **metadata: Any) -> Any:
-    """The field `name` of another dataclass, with another default, other words or more presets."""
-    declared = owner.__dataclass_fields__[name]
+    """The field `name` of the dataclass `owner` with another default or other metadata."""
+    declared = owner.__dataclass_fields__[name]  # type: ignore[attr-defined]  # owner is a dataclass
     default = declared.default if default is MISSING else default
-    presets = {**declared.metadata["under"], **metadata.pop("under", {})}
-    return field(default=default, metadata={**declared.metadata, **metadata, "under": presets})
+    unspecified = {"between": None, "choices": None, "free": False, "unset": None, "argparse": {}}
+    return field(default=default, metadata={**unspecified, **declared.metadata, **metadata})

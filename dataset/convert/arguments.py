@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-from utils.arguments import Arguments, make_parser
-from utils.cli import Parser
-from utils.fields import setting
+from utils.arguments import Arguments, Parser, make_parser
+from utils.fields import POSITIONAL, setting
 
 DESCRIPTION = """Convert images to MVTec's layout, from a list in JSON lines, COCO annotations, VisA's or two folders.
 
@@ -20,14 +19,9 @@ class ConversionArguments(Arguments):
     """Arguments of `python -m dataset.convert`."""
 
     source: Path = setting(
-        MISSING,
-        "list in JSON lines, meta.json, COCO file, VisA's folder, or folder of folders",
-        "what to do",
-        word=True,
+        MISSING, "list in JSON lines, meta.json, COCO file, VisA's folder, or folder of folders", POSITIONAL
     )
-    target: Path = setting(
-        MISSING, "folder of the dataset in MVTec's layout; it may exist already", "what to do", word=True
-    )
+    target: Path = setting(MISSING, "folder of the dataset in MVTec's layout; it may exist already", POSITIONAL)
     images: Path | None = setting(
         None, "folder that the paths in a list or COCO file are relative to", "data", unset="the file's own"
     )

@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from engine.config.app import AppArguments
-from engine.config.evaluation import NO_CHECKPOINT
+from engine.config.tools import AppArguments
 from engine.detector.detector import UNADAPTED, Detector, build_detector, load_clip_for, unadapted_detector
-from engine.detector.hub import local_path
+from engine.detector.hub import NO_CHECKPOINT, local_path
 from engine.evaluation.inference import load_detectors
 from engine.runtime.device import check_device
 from engine.runtime.run_folder import DEMO_FOLDER, demo_checkpoints, find_checkpoints

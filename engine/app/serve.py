@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -13,8 +14,9 @@ from pathlib import Path
 from engine.app.examples import toy_examples
 from engine.app.models import load_models
 from engine.app.uploads import MAX_BYTES
-from engine.config.app import AppArguments
+from engine.config.tools import AppArguments
 from engine.detector.detector import Detector
+from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +26,7 @@ MAX_WAITING, MAX_VISITORS = 32, 32
 
 def serve(arguments: AppArguments) -> None:
     """Load the models and serve the page until a signal. Raises `UserError` as `load_models` does."""
+    check_address(arguments.host, arguments.port)
     models = load_models(arguments)
     with page_served(models, arguments.host, arguments.port, arguments.domain) as address:
         logger.info("%s: %s. Press Ctrl-C to stop", address, ", ".join(models))
@@ -60,6 +63,25 @@ def page_served(models: Mapping[str, Detector], host: str, port: int, domain: st
             yield address
         finally:
             page.close(verbose=False)
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise `UserError` for an address that this machine does not have, or on which another program listens."""
+    try:
+        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError):
+        raise UserError(f"--host {host}: this machine has no such address; 127.0.0.1 is this machine alone") from None
+    with socket.socket(family, kind) as listener:
+        if os.name != "nt":
+            # A port that was in use a moment ago is free.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(
+                f"--host {host} --port {port}: cannot listen there ({reason}); give another --port"
+            ) from None
 
 
 def _configure_gradio(folder: Path) -> None:

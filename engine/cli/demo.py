@@ -8,8 +8,7 @@ from pathlib import Path
 
 from dataset.records import Record
 from engine.config.evaluation import ComparisonArguments
-from engine.config.feedback import FeedbackConfig
-from engine.config.training import BaseConfig
+from engine.config.training import BaseConfig, FeedbackConfig
 from engine.data.task import TaskData, load_task
 from engine.detector.detector import UNADAPTED, Detector, build_detector, unadapted_detector
 from engine.evaluation.image_heatmaps import look, read_picture

@@ -1,1 +1,1 @@
-"""What a run, an evaluation or a tool is asked for: frozen dataclasses, their defaults and presets."""
+"""The options of all scripts: frozen dataclasses with defaults, ranges and help, and the presets."""

@@ -1,118 +1,148 @@
-"""What a training run is asked for: a frozen value that its parser fills, that is saved, that a restart must equal."""
+"""The options of the training scripts; a run saves them, and must be resumed with the same values."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from dataset.options import AugmentationConfig
 from engine.config.common import DataArguments, MachineArguments, ModelArguments
-from model.config import CrossAttentionConfig, ModelConfig
+from engine.config.presets import BASE_PRESETS, FEEDBACK_PRESETS, RECIPES
+from model.config import DET_SCORES, CrossAttentionConfig, ModelConfig
 from utils.errors import UserError
 from utils.fields import changed, setting
+from utils.processes import env_world_size
 
-RECIPES = ("toy",)
 BATCH_SIZES = ("text_batch_size", "image_batch_size")
-MOST_EPOCHS, MOST_IMAGES = 100_000, 100_000
-# Images in a forward where a loop is evaluated.
+MOST_EPOCHS, MOST_IMAGES, MOST_LOOPS = 100_000, 100_000, 10
+# Images in a forward pass when a loop is evaluated.
 LOOP_BATCH = 8
-# Far beyond sense, but an optimizer can take it; a loss that is not finite then stops the run.
+# An optimizer accepts it; the loss then becomes infinite, which stops the run.
 LARGEST_RATE = 1e30
+ORDERS = ("stages", "joint")
+WEIGHT_DECAY = {"adamw": 0.01, "adam": 0.0}
+# Options of the base that feedback training does not offer: it takes the model's from its base, and keeps the
+# recommended values of the others.
+FROM_BASE = ("surgery_until_layer", "text_adapt_weight", "image_adapt_weight", "text_adapt_until", "image_adapt_until")
+BASE_ONLY = (*(item.name for item in fields(AugmentationConfig)), "stage1_levels", "focal_smoothing", "mask_threshold")
 
 Config = TypeVar("Config", bound="BaseConfig")
 
 
 @dataclass(frozen=True)
 class RunConfig(MachineArguments, DataArguments, ModelArguments):
-    """Arguments that all training scripts share, with the base's defaults (docs/method.md, "Training").
+    """Options of all training scripts, with the defaults of the base (docs/method.md, "Training").
 
-    A restart may differ in the free ones without being another run: weights and metadata are compared by digest,
-    prompts by their words, and epochs where the run stands.
+    A run may be resumed with other values of the free ones: weights and metadata are compared by digest, prompts by
+    their text, and epochs with the state of the run.
     """
 
-    recipe: str | None = setting(
-        None, "the model, rates and depths for the toy world", "training", choices=RECIPES, free=True, unset="none"
+    less_memory: ClassVar = (
+        "--precision bf16, --checkpoint_blocks, smaller --image_batch_size and --text_batch_size with --accumulate, "
+        "a smaller --img_size"
     )
-    adapter: str = changed(ModelConfig, "adapter")
-    relu: bool = changed(ModelConfig, "relu")
-    levels: tuple[int, ...] | None = changed(ModelConfig, "levels", None, unset="each quarter of the depth")
-    text_adapt_weight: float = changed(ModelConfig, "text_adapt_weight")
-    image_adapt_weight: float = changed(ModelConfig, "image_adapt_weight")
-    text_adapt_until: int | None = changed(ModelConfig, "text_adapt_until", None, unset="a quarter of them")
-    image_adapt_until: int | None = changed(ModelConfig, "image_adapt_until", None, unset="a quarter of them")
+
+    recipe: str | None = setting(
+        None, "model, rates and depths for the toy datasets", "training", choices=RECIPES, free=True, unset="none"
+    )
+    adapter: str = changed(
+        ModelConfig, "adapter", help="two linear layers over half the width, or one (published form)", group="adapters"
+    )
+    relu: bool = changed(ModelConfig, "relu", help="apply a LeakyReLU after the image projectors", group="adapters")
+    levels: tuple[int, ...] | None = changed(
+        ModelConfig,
+        "levels",
+        None,
+        help="vision blocks whose patch tokens are used, counted from 1",
+        group="adapters",
+        unset="each quarter of the depth",
+    )
+    text_adapt_weight: float = changed(
+        ModelConfig, "text_adapt_weight", help="share of the adapter's output in the text stream", group="adapters"
+    )
+    image_adapt_weight: float = changed(
+        ModelConfig, "image_adapt_weight", help="share of the adapter's output in the image stream", group="adapters"
+    )
+    text_adapt_until: int | None = changed(
+        ModelConfig,
+        "text_adapt_until",
+        None,
+        help="number of text blocks with an adapter, from the first",
+        group="adapters",
+        unset="a quarter of them",
+    )
+    image_adapt_until: int | None = changed(
+        ModelConfig,
+        "image_adapt_until",
+        None,
+        help="number of vision blocks with an adapter, from the first",
+        group="adapters",
+        unset="a quarter of them",
+    )
     dataset: str = changed(
         DataArguments, "dataset", help="dataset to train on: a catalog name, or a folder in MVTec's layout"
     )
     training_mode: str = setting(
-        "few_shot",
-        "some images of each class, or all",
-        "training",
-        choices=("few_shot", "full_shot"),
-        under={"toy": "full_shot", "published": "full_shot"},
+        "few_shot", "train on --shot images of each class, or on all", "training", choices=("few_shot", "full_shot")
     )
     shot: int = setting(
-        32,
-        "images of each class in few_shot, half of them anomalous, the odd one too",
-        "training",
-        between=(1, MOST_IMAGES),
+        32, "images of each class in few_shot, half of them anomalous, rounded up", "training", between=(1, MOST_IMAGES)
     )
     text_batch_size: int = setting(
         16, "images in a step of Stage 1, over all processes", "training", between=(1, MOST_IMAGES)
     )
     image_batch_size: int = setting(
-        2, "images in a step of Stage 2, over all processes", "training", between=(1, MOST_IMAGES), under={"toy": 8}
+        2, "images in a step of Stage 2, over all processes", "training", between=(1, MOST_IMAGES)
     )
     accumulate: int = setting(
-        1, "batches whose gradients make one optimizer step", "training", between=(1, MOST_IMAGES)
+        1, "batches whose gradients are accumulated for one optimizer step", "training", between=(1, MOST_IMAGES)
     )
-    checkpoint_blocks: bool = setting(
-        False,
-        "keep less of each block for the backward pass, and compute it again: less memory, more time",
-        "machine",
-        free=True,
-    )
+    checkpoint_blocks: bool = setting(False, "activation checkpointing: less memory, more time", "machine", free=True)
     text_norm_weight: float = setting(
-        0.1, "weight of the anchors' overlap in Stage 1's loss", "training", between=(0, 1000), under={"toy": 3.0}
+        0.1, "weight of the overlap between anchors in Stage 1's loss", "training", between=(0, 1000)
     )
-    augment_fill: str = changed(AugmentationConfig, "augment_fill")
-    augment_resampling: str = changed(AugmentationConfig, "augment_resampling")
-    augment_moves: str = changed(AugmentationConfig, "augment_moves")
-    jitter_first: bool = changed(AugmentationConfig, "jitter_first")
-    keep_label: bool = changed(AugmentationConfig, "keep_label")
+    augment_fill: str = changed(
+        AugmentationConfig,
+        "augment_fill",
+        help="fill colour of augmentation: mean (of CLIP's normalisation), or black",
+        group="training",
+    )
+    augment_resampling: str = changed(
+        AugmentationConfig, "augment_resampling", help="interpolation of augmentation", group="training"
+    )
+    augment_moves: str = changed(
+        AugmentationConfig,
+        "augment_moves",
+        help="rotate and shift in one interpolation, or rotate the normalised image, then shift it by whole pixels",
+        group="training",
+    )
+    jitter_first: bool = changed(
+        AugmentationConfig, "jitter_first", help="jitter colours before resizing, not after", group="training"
+    )
+    keep_label: bool = changed(
+        AugmentationConfig,
+        "keep_label",
+        help="keep the label anomalous if augmentation moves the anomaly out of the image",
+        group="training",
+    )
     stage1_levels: str = setting(
-        "all",
-        "levels that count in Stage 1's loss; last is what earlier code did by mistake",
-        "training",
-        choices=("all", "last"),
-        under={"published": "last"},
+        "all", "levels in Stage 1's loss; last is a bug of AA-CLIP's code", "training", choices=("all", "last")
     )
     focal_smoothing: float = setting(
-        0.0,
-        "smoothing of the focal loss, which caps it for confident errors; 0 is exact",
-        "training",
-        between=(0, 0.4),
-        under={"published": 1e-5},
+        0.0, "smoothing of the focal loss, which bounds it for confident errors; 0: none", "training", between=(0, 0.4)
     )
     seed: int = setting(
-        0, "seed of weights, few-shot choice, order and augmentation", "training", between=(-(2**63), 2**63 - 1)
+        0,
+        "seed of initial weights, choice of images, their order and augmentation",
+        "training",
+        between=(-(2**63), 2**63 - 1),
     )
-    text_lr: float = setting(
-        1e-5, "learning rate of Stage 1", "schedule", between=(0, LARGEST_RATE), under={"toy": 1e-3}
-    )
-    image_lr: float = setting(
-        5e-4, "learning rate of Stage 2", "schedule", between=(0, LARGEST_RATE), under={"toy": 1e-3}
-    )
+    text_lr: float = setting(1e-5, "learning rate of Stage 1", "schedule", between=(0, LARGEST_RATE))
+    image_lr: float = setting(5e-4, "learning rate of Stage 2", "schedule", between=(0, LARGEST_RATE))
     save_path: Path = setting(Path("ckpt/base"), "folder of this run", "output", free=True)
-    resume: str = setting(
-        "auto",
-        "auto goes on with the run that is there; never begins one, in a new folder only",
-        "output",
-        choices=("auto", "never"),
-        free=True,
-    )
     tracker: str = setting(
-        "tensorboard", "where curves go", "output", choices=("tensorboard", "wandb", "none"), free=True
+        "tensorboard", "where to log curves", "output", choices=("tensorboard", "wandb", "none"), free=True
     )
 
     @property
@@ -121,30 +151,32 @@ class RunConfig(MachineArguments, DataArguments, ModelArguments):
         return ()
 
     def augmentation(self) -> AugmentationConfig:
-        """How images are moved."""
         return AugmentationConfig(**{item.name: getattr(self, item.name) for item in fields(AugmentationConfig)})
 
+    def check(self) -> None:
+        self.check_processes(env_world_size())
+
     def check_processes(self, processes: int) -> None:
-        """Raise `UserError` where so many processes cannot share the images of a step, and compute what one does."""
+        """Raise `UserError` if so many processes cannot share the images of a step with the same result."""
         if processes == 1:
             return
         for name in BATCH_SIZES:
             if (images := getattr(self, name)) % processes:
                 more = images + processes - images % processes
                 raise UserError(
-                    f"--{name} {images} is that of a step, which {processes} processes do not share evenly: give a "
-                    f"multiple of {processes}, such as {more}, or start another number of processes"
+                    f"--{name} {images} cannot be divided among {processes} processes: give a multiple of {processes}, "
+                    f"such as {more}, or start another number of processes"
                 )
         if self.surgery == "batch_axis":
             raise UserError(
-                "--surgery batch_axis lets the images of a step see each other, so processes cannot share them: start "
-                "one process, or give another --surgery"
+                "--surgery batch_axis mixes the images of a step, so processes cannot share them: start one process, "
+                "or give another --surgery"
             )
 
     def signature(self) -> dict[str, Any]:
-        """What makes this run this run: a restart with another value is another run."""
+        """The values that a resumed run must have in common with its start."""
         values = self.to_dict()
-        signature = {item.name: values[item.name] for item in fields(self) if not item.metadata.get("free")}
+        signature = {item.name: values[item.name] for item in fields(self) if not item.metadata["free"]}
         if self.training_mode == "full_shot":
             del signature["shot"]
         return signature
@@ -152,71 +184,115 @@ class RunConfig(MachineArguments, DataArguments, ModelArguments):
 
 @dataclass(frozen=True)
 class BaseConfig(RunConfig):
-    """Arguments of `train.py`."""
+    """Options of `train.py`."""
 
     preset: str = setting(
         "recommended",
-        "defaults of the arguments that name it; published is AA-CLIP's code with all its defects",
+        "values of other options; published: AA-CLIP's code with all its defects",
         "training",
-        choices=("recommended", "published"),
+        choices=BASE_PRESETS,
         free=True,
     )
     text_epoch: int = setting(
-        5, "epochs of Stage 1; 0 keeps CLIP's own text embeddings", "schedule", between=(0, MOST_EPOCHS), free=True
+        5, "epochs of Stage 1; 0 keeps CLIP's text embeddings", "schedule", between=(0, MOST_EPOCHS), free=True
     )
     image_epoch: int = setting(20, "epochs of Stage 2", "schedule", between=(0, MOST_EPOCHS), free=True)
     image_loss_only: bool = setting(
         False,
-        "Stage 2's classification of whole images alone, without Stage 1: needs no masks, and leaves the maps "
-        "untrained",
+        "train only the classification of whole images in Stage 2: needs no masks, but does not train the maps",
         "training",
     )
 
     @classmethod
-    def of(cls: type[Config], **given: Any) -> Config:
-        """As `Arguments.of`; without masks there is no Stage 1. Raises `UserError` where it is asked for."""
-        without_stage1 = {"text_epoch": 0} if given.get("image_loss_only") else {}
-        if without_stage1 and given.get("text_epoch"):
+    def of(cls: type[Config], **explicit: Any) -> Config:
+        """As `Arguments.of`; `image_loss_only` implies no epochs of Stage 1, which needs masks."""
+        without_stage1 = {"text_epoch": 0} if explicit.get("image_loss_only") else {}
+        if without_stage1 and explicit.get("text_epoch"):
             raise UserError("--image_loss_only trains no Stage 1: leave --text_epoch out")
-        return super().of(**{**given, **without_stage1})
+        return super().of(**{**explicit, **without_stage1})
 
 
 @dataclass(frozen=True)
 class CrossAttentionArguments(RunConfig):
-    """Arguments that the scripts with cross-attention share: the branches, and the base that they start from."""
+    """Options of the scripts with cross-attention: the branches, and the base to start from."""
 
-    text_cross_attn_weight: float = changed(CrossAttentionConfig, "text_cross_attn_weight")
-    image_cross_attn_weight: float = changed(CrossAttentionConfig, "image_cross_attn_weight")
-    cross_attn_heads: int = changed(CrossAttentionConfig, "cross_attn_heads")
-    cross_attn_dropout: float = changed(CrossAttentionConfig, "cross_attn_dropout")
-    context_norm: str = changed(CrossAttentionConfig, "context_norm")
-    cross_attn_residual: str = changed(CrossAttentionConfig, "cross_attn_residual")
-    cross_attn_init: str = changed(CrossAttentionConfig, "cross_attn_init")
-    text_conditioning: str = changed(CrossAttentionConfig, "text_conditioning")
+    text_cross_attn_weight: float = changed(
+        CrossAttentionConfig,
+        "text_cross_attn_weight",
+        help="weight of the text cross-attention; 0: off",
+        group="cross-attention",
+    )
+    image_cross_attn_weight: float = changed(
+        CrossAttentionConfig,
+        "image_cross_attn_weight",
+        help="weight of the image cross-attention; 0: off",
+        group="cross-attention",
+    )
+    cross_attn_heads: int = changed(
+        CrossAttentionConfig,
+        "cross_attn_heads",
+        help="attention heads; must divide the text width",
+        group="cross-attention",
+    )
+    cross_attn_dropout: float = changed(
+        CrossAttentionConfig,
+        "cross_attn_dropout",
+        help="dropout of the attention weights during training",
+        group="cross-attention",
+    )
+    context_norm: str = changed(
+        CrossAttentionConfig,
+        "context_norm",
+        "layer",
+        help="normalisation: unit (context tokens to length 1), layer (layer norm of context and queries), or none",
+        group="cross-attention",
+    )
+    cross_attn_residual: str = changed(
+        CrossAttentionConfig,
+        "cross_attn_residual",
+        "matched",
+        help="add: add the branch's weighted output; matched: scale it to the stream's length, and blend with the "
+        "weight as its share",
+        group="cross-attention",
+    )
+    cross_attn_init: str = changed(
+        CrossAttentionConfig,
+        "cross_attn_init",
+        help="initial output projection; with zero, a run starts with exactly its base's outputs (needs residual add)",
+        group="cross-attention",
+    )
+    text_conditioning: str = changed(
+        CrossAttentionConfig,
+        "text_conditioning",
+        help="context of the text cross-attention: the image, or none",
+        group="cross-attention",
+    )
     load_base_text_adapter: Path | None = setting(
         None, "text_adapter.pth of a trained base", "base", free=True, unset="from scratch"
     )
     load_base_image_adapter: Path | None = setting(
         None, "image_adapter.pth of a trained base", "base", free=True, unset="from scratch"
     )
-    reset_base_optimizer: bool = setting(False, "leave the base's optimizer moments behind", "base")
-    allow_partial_base: bool = setting(False, "start from one trained side only", "base", free=True)
-    freeze_base: bool = setting(False, "train the cross-attentions alone", "base")
-
-    @classmethod
-    def of(cls: type[Config], **given: Any) -> Config:
-        """As `Arguments.of`; matched branches start at Xavier weights with weight 0.1 unless others are given."""
-        asked = super().of(**given)
-        sides = asked.cross_attention().sides
-        if asked.cross_attn_init != "zero" or asked.cross_attn_residual != "matched" or not sides:
-            return asked
-        names = ("cross_attn_init", *(f"{side}_cross_attn_weight" for side in sides))
-        return super().of(**{**{name: getattr(CrossAttentionConfig, name) for name in names}, **given})
+    allow_partial_base: bool = setting(False, "allow a base of which only one side was trained", "base", free=True)
 
     def cross_attention(self) -> CrossAttentionConfig:
-        """The choices that the forward depends on; what a feedback loop decides keeps its default."""
+        """The choices of the forward; those that a feedback loop makes keep their defaults."""
         names = {item.name for item in fields(CrossAttentionConfig)} & {item.name for item in fields(self)}
         return CrossAttentionConfig(**{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True)
+class CrossAttentionRunConfig(CrossAttentionArguments, BaseConfig):
+    """Options of `train_cross_attention.py`."""
+
+    preset: str = changed(
+        BaseConfig,
+        "preset",
+        choices=(*BASE_PRESETS, "v3"),
+        help="values of other options; published: AA-CLIP's code with all its defects; v3: image cross-attention only",
+    )
+    freeze_base: bool = setting(False, "train only the cross-attention", "base")
+    save_path: Path = changed(RunConfig, "save_path", Path("ckpt/cross_attention"))
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -224,11 +300,95 @@ class CrossAttentionArguments(RunConfig):
 
 
 @dataclass(frozen=True)
-class CrossAttentionRunConfig(CrossAttentionArguments, BaseConfig):
-    """Arguments of `train_cross_attention.py`: by default the image sees words, and begins as if it did not."""
+class FeedbackConfig(CrossAttentionArguments):
+    """Options of `train_cross_attention_feedback_v2.py`, with the defaults of preset v2."""
 
-    text_cross_attn_weight: float = changed(CrossAttentionConfig, "text_cross_attn_weight", 0.0, before=0.1)
-    image_cross_attn_weight: float = changed(CrossAttentionConfig, "image_cross_attn_weight", 1.0, before=0.1)
-    context_norm: str = changed(CrossAttentionConfig, "context_norm", "layer", before="unit")
-    cross_attn_init: str = changed(CrossAttentionConfig, "cross_attn_init", "zero", before="xavier")
-    save_path: Path = changed(RunConfig, "save_path", Path("ckpt/cross_attention"))
+    not_options: ClassVar = (*FROM_BASE, *BASE_ONLY)
+
+    preset: str = setting("v2", "values of other options", "feedback", choices=FEEDBACK_PRESETS, free=True)
+    num_feedback_loops: int = setting(5, "loops of Stage 1 and Stage 2", "feedback", between=(1, MOST_LOOPS), free=True)
+    text_epochs_per_loop: tuple[int, ...] = setting(
+        (5,),
+        "epochs of Stage 1 in loop 1, which decay, or one number for each loop",
+        "feedback",
+        between=(1, MOST_EPOCHS),
+        free=True,
+    )
+    image_epochs_per_loop: tuple[int, ...] = setting(
+        (15,),
+        "epochs of Stage 2 in loop 1, which decay, or one number for each loop",
+        "feedback",
+        between=(1, MOST_EPOCHS),
+        free=True,
+    )
+    epochs_decay_rate: float = setting(
+        0.8,
+        "factor r of the epochs from loop to loop: loop k has floor(first * r^(k - 1)), at least 1",
+        "feedback",
+        between=(1e-6, 1),
+        free=True,
+    )
+    cross_attn_start_loop: int = setting(1, "first loop with cross-attention", "feedback", between=(1, MOST_LOOPS))
+    feedback_features: str = setting(
+        "branch",
+        "image features in Stage 1 from loop 2 on: the trained image branch, or its projectors on frozen tokens",
+        "feedback",
+        choices=("branch", "projectors"),
+    )
+    order: str = setting(
+        "stages",
+        "stages: Stage 1 trains the text side, then Stage 2 the image side; joint: Stage 2 trains both sides",
+        "feedback",
+        choices=ORDERS,
+    )
+    init_from: Path | None = setting(
+        None, "checkpoint of all components to start from, instead of a base", "base", free=True, unset="none"
+    )
+    eval_dataset: str | None = setting(
+        None, "dataset to test on after each loop, to monitor training", "feedback", free=True, unset="none"
+    )
+    det_score: str = setting(
+        DET_SCORES[0],
+        "term of the image score in these tests: similarity to the abnormal anchor, or its difference from the "
+        "similarity to the normal one",
+        "feedback",
+        choices=DET_SCORES,
+    )
+    val_fraction: float = setting(
+        0.0, "share of the training images held out to select a loop", "feedback", between=(0, 0.99)
+    )
+    text_lr: float = changed(RunConfig, "text_lr", 2e-5, help="learning rate of Stage 1 in loop 1")
+    image_lr: float = changed(RunConfig, "image_lr", 5e-3, help="learning rate of Stage 2 in loop 1")
+    lr_decay_per_loop: float = setting(
+        0.8, "factor of both learning rates from loop to loop", "schedule", between=(1e-6, 1)
+    )
+    lr_schedule: str = setting(
+        "cosine",
+        "schedule in each loop: warm-up then cosine to 0; image rate halved at 50 % and 80 %; or constant",
+        "schedule",
+        choices=("cosine", "multistep", "constant"),
+    )
+    warmup_epochs: int = setting(
+        2, "warm-up epochs of cosine, at most half the stage", "schedule", between=(0, MOST_EPOCHS)
+    )
+    grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", "schedule", between=(0, 1e6))
+    optimizer: str = setting(
+        "adamw",
+        "adamw (betas 0.9 and 0.999, weight decay 0.01) or adam (betas 0.5 and 0.999)",
+        "schedule",
+        choices=("adam", "adamw"),
+    )
+    reset_optimizers: bool = setting(False, "reset the optimizers' moments at the start of each loop", "schedule")
+    save_path: Path = changed(RunConfig, "save_path", Path("ckpt/feedback"))
+
+    @property
+    def weight_decay(self) -> float:
+        return WEIGHT_DECAY[self.optimizer]
+
+    def check_processes(self, processes: int) -> None:
+        super().check_processes(processes)
+        if processes > 1 and self.order == "joint" and self.text_cross_attn_weight:
+            raise UserError(
+                "--order joint with text cross-attention trains in one process: leave accelerate launch out, or give "
+                "--text_cross_attn_weight 0"
+            )

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from dataset.locate import locate_dataset
 from dataset.options import HALF, NAMES
-from engine.config.training import Config, RunConfig
 from engine.data.task import TaskData, load_task
 from engine.runtime.run_folder import ARGUMENTS_FILE
-from model.config import CrossAttentionConfig, SavedArguments
+from model.config import SavedArguments
 from utils.errors import UserError
 from utils.schema import check
 
@@ -34,33 +32,6 @@ def arguments_in(folder: Path) -> dict[str, Any]:
         logger.warning("%s; it is ignored", reason)
         return {}
     return found
-
-
-def forward_of_older_run(config: type[RunConfig], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What is not given, and has another default since the run in the save path began by the one of then.
-
-    So the command that began such a run goes on with it: `CrossAttentionConfig` has the defaults of then.
-    """
-    now, before = config().signature(), arguments_in(given.get("save_path", config.save_path))
-    changed = {name: was for name, was in CrossAttentionConfig().to_dict().items() if now.get(name, was) != was}
-    if not before:
-        return {}
-    return {name: was for name, was in changed.items() if name not in given and before.get(name, was) == was}
-
-
-def as_begun(config: Config, run: Mapping[str, Any]) -> Config:
-    """`config` with what a run began with where that is not given; run: its arguments, none where it begins now."""
-    if not run:
-        return config
-    was = {**type(config).of_before(), **run}
-    kept = [
-        item.name
-        for item in fields(config)
-        if item.metadata.get("kept")
-        and getattr(config, item.name) == item.default
-        and was.get(item.name) in item.metadata["choices"]
-    ]
-    return replace(config, **{name: was[name] for name in kept})
 
 
 def load_task_of_run(

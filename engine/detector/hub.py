@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.config.evaluation import NO_CHECKPOINT
 from engine.detector.calibration import CALIBRATION_FILE
 from engine.runtime.run_folder import find_checkpoints
 from model.config import SHARED_CONFIG, SHARED_WEIGHTS
@@ -15,6 +14,7 @@ from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+NO_CHECKPOINT = "none"
 HUB = "hf://"
 CARD_FILE = "README.md"
 # The folder of results, beside a checkpoint or where the command is given.

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, get_args
 
 from dataset.options import NAMES
-from engine.config.feedback import FeedbackConfig
+from engine.config.training import FeedbackConfig
 from engine.detector.calibration import CALIBRATION_FILE, add_entry
 from engine.detector.hub import CARD_FILE, SHARED_FILES
 from model.checkpoint import state_of

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.config.evaluation import ALL, DEFAULT_CLASS, NO_CHECKPOINT, InferenceArguments
+from engine.config.evaluation import ALL, DEFAULT_CLASS, InferenceArguments
 from engine.data.run_location import load_task_of_run
 from engine.data.task import TaskData, load_two_folders, mask_notes
 from engine.detector.detector import Detector, build_detector, load_clip_for, unadapted_detector
-from engine.detector.hub import RESULTS, folder_of, local_path
+from engine.detector.hub import NO_CHECKPOINT, RESULTS, folder_of, local_path
 from engine.detector.references import ReferenceChoice, said_of_references
 from engine.evaluation.evaluate import (
     Evaluation,

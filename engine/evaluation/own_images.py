@@ -17,10 +17,10 @@ from dataset.catalog import readable_name
 from dataset.folders import FoundImages, find_images
 from dataset.images import content_digest, read_image
 from dataset.prompts import build_prompts
-from engine.config.evaluation import DEFAULT_CLASS, NO_CHECKPOINT, InferenceArguments
+from engine.config.evaluation import DEFAULT_CLASS, InferenceArguments
 from engine.detector.calibration import ANOMALOUS, CALIBRATION_FILE, Entry, in_words, why_none
 from engine.detector.detector import Detector, Prediction
-from engine.detector.hub import local_path
+from engine.detector.hub import NO_CHECKPOINT, local_path
 from engine.detector.references import ReferenceChoice
 from engine.evaluation.evaluate import det_score_suffix
 from engine.evaluation.gallery import Gallery

@@ -18,11 +18,10 @@ from torch.fx import GraphModule
 
 from dataset.catalog import readable_name
 from dataset.prompts import build_prompts
-from engine.config.evaluation import NO_CHECKPOINT
-from engine.config.export import ENDINGS, ONNX, ExportArguments
+from engine.config.tools import ENDINGS, ONNX, ExportArguments
 from engine.detector.calibration import Entry, in_words
 from engine.detector.detector import Detector, Prediction, load_model
-from engine.detector.hub import is_address
+from engine.detector.hub import NO_CHECKPOINT, is_address
 from engine.detector.references import ReferenceChoice
 from engine.detector.sharing import clip_licence, without_folders
 from engine.evaluation.inference import load_detectors

@@ -6,9 +6,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine.config.common import plain
-from engine.config.feedback import FeedbackConfig
-from engine.config.training import BATCH_SIZES, BaseConfig, CrossAttentionRunConfig, RunConfig
+from engine.config.training import BATCH_SIZES, BaseConfig, CrossAttentionRunConfig, FeedbackConfig, RunConfig
+from utils.arguments import plain
 
 
 def command_line(script: str, values: Mapping[str, Any], launcher: Sequence[str] = ("python",)) -> str:
@@ -43,7 +42,7 @@ def training_command(config: Mapping[str, Any]) -> str:
 def given_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that must be given to have what a checkpoint's `config` asked for."""
     arguments = script_and_arguments(config)[1]
-    asked = {**arguments.of_before(), **config["arguments"]}
+    asked = config["arguments"]
     given: dict[str, Any] = {}
     # Presets and recipes first, which decide other arguments, then the optimizer, which decides the weight decay.
     for names in (("preset", "recipe"), ("optimizer",), asked):

@@ -16,7 +16,7 @@ import torch
 from dataset.options import HALF
 from dataset.records import metadata_digest
 from engine.config.evaluation import ComparisonArguments
-from engine.config.feedback import MOST_LOOPS
+from engine.config.training import MOST_LOOPS
 from engine.data.run_location import arguments_in, load_task_of_run
 from engine.data.task import TaskData, mask_notes
 from engine.detector.detector import UNADAPTED, Detector, build_detector, load_clip_for, unadapted_detector

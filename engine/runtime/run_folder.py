@@ -118,14 +118,14 @@ def _checkpoints_in(folder: Path) -> str:
     return list_names(sorted(file.name for file in folder.glob("*.pth")), 8) or "no checkpoints"
 
 
-def check_unused(save_path: Path, resume: str) -> None:
-    """Raise `UserError` for a used folder with `--resume never`, and for one with checkpoints and no state."""
-    entries = [entry for entry in save_path.iterdir() if not entry.name.startswith(".")] if save_path.exists() else []
-    if resume == "never" and entries:
-        raise UserError(f"--save_path {save_path} is not empty, and --resume never starts in a new folder only")
-    checkpoints = sorted(entry.name for entry in entries if entry.suffix == ".pth")
-    if checkpoints and not (save_path / STATE_FILE).is_file():
-        raise UserError(f"--save_path {save_path} holds {checkpoints[0]} of a run without {STATE_FILE}; give another")
+def check_resumable(save_path: Path) -> None:
+    """Raise `UserError` for a folder that contains checkpoints, but no state to resume from."""
+    checkpoints = sorted(entry.name for entry in save_path.glob("*.pth") if not entry.name.startswith("."))
+    if checkpoints and STATE_FILE not in checkpoints:
+        raise UserError(
+            f"--save_path {save_path} contains {checkpoints[0]} but no {STATE_FILE}, so it cannot be resumed; give "
+            "another --save_path"
+        )
 
 
 def check_same_run(save_path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

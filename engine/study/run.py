@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dataset.locate import locate_dataset
 from dataset.toy.classes import TOY_DATASETS
-from engine.config.study import DEFAULT_PARTITION, StudyArguments
+from engine.config.tools import DEFAULT_PARTITION, StudyArguments
 from engine.study.local import run_locally
 from engine.study.plan import Plan, make_plan, path_from_root
 from engine.study.report import write_study_report
@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 INCOMPLETE = 1
 
 
-def run_study(file: Path, arguments: StudyArguments) -> int:
+def run_study(arguments: StudyArguments) -> int:
     """Run the remaining cells of a study and report; the exit status is 1 if results are missing."""
-    study = read_study(file, arguments.seeds)
+    file, study = arguments.study, read_study(arguments.study, arguments.seeds)
     plan = make_plan(study, arguments.save_path.resolve() / study.name)
     if arguments.dry_run:
         sys.stdout.write("\n".join(describe_plan(plan)) + "\n")

@@ -9,8 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from engine.config.feedback import FeedbackConfig, LoopPlan, loop_forward, plan_loops, plan_table
-from engine.config.training import LOOP_BATCH
+from engine.config.training import LOOP_BATCH, FeedbackConfig
 from engine.data.loaders import hold_out
 from engine.data.run_location import load_task_of_run
 from engine.data.task import TaskData
@@ -18,6 +17,7 @@ from engine.detector.detector import Detector
 from engine.evaluation.evaluate import METRICS, evaluate, said_of_det_score, summary_table
 from engine.runtime.run_folder import CURVES_FILE, FINAL_FILE, loop_file
 from engine.training.phases import Phase, loader_factory
+from engine.training.plan import LoopPlan, loop_forward, plan_loops, plan_table
 from engine.training.run import TrainingRun
 from engine.training.schedules import Factor, halved_at, warmup_cosine
 from engine.training.setup import open_run, prepare

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from engine.config.feedback import FeedbackConfig
-from engine.config.gradients import DEFAULT_PRESET, GradientTest
-from engine.config.training import RunConfig
+from engine.config.tools import DEFAULT_PRESET, GradientTest
+from engine.config.training import FeedbackConfig, RunConfig
 from engine.data.loaders import make_dataset, training_loader
 from engine.data.task import TaskData, check_masks, choose_training_images, load_task
 from engine.detector.detector import checkpoint_config, cross_attention_choices, load_clip_for

@@ -15,8 +15,8 @@ from engine.runtime.run_folder import (
     LOCK_FILE,
     LOG_FILE,
     WARNINGS_FILE,
+    check_resumable,
     check_same_run,
-    check_unused,
     describe_differences,
 )
 from engine.training.phases import Phase
@@ -79,9 +79,7 @@ def unchanged_loops(
 
 
 @contextmanager
-def locked_folder(
-    save_path: Path, resume: str, signature: dict[str, Any], accelerator: Accelerator
-) -> Iterator[Callable[[], None]]:
+def locked_folder(save_path: Path, signature: dict[str, Any], accelerator: Accelerator) -> Iterator[Callable[[], None]]:
     """Lock a run's folder until the block ends; yields the function that starts the log.
 
     Comes after all other checks, so that a mistake leaves nothing behind. The first process holds the lock for all.
@@ -93,7 +91,7 @@ def locked_folder(
             try:
                 check_folder(save_path, "--save_path")
                 stack.enter_context(locked(save_path / LOCK_FILE))
-                check_save_path(save_path, resume, signature)
+                check_save_path(save_path, signature)
             except UserError as raised:
                 error = raised
         rejected = [error is not None]
@@ -113,8 +111,8 @@ def locked_folder(
         yield begin_log
 
 
-def check_save_path(save_path: Path, resume: str, signature: dict[str, Any]) -> None:
-    """Raise `UserError` for the folder of another run, and for a used one with `--resume never`."""
-    check_unused(save_path, resume)
+def check_save_path(save_path: Path, signature: dict[str, Any]) -> None:
+    """Raise `UserError` for the folder of another run, and for checkpoints without a run's state."""
+    check_resumable(save_path)
     if before := signature_in(save_path):
         check_same_run(save_path, before, signature)

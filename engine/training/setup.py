@@ -13,8 +13,8 @@ import torch
 from accelerate import Accelerator
 
 from dataset.options import NAMES
-from engine.config.training import LOOP_BATCH, CrossAttentionArguments, RunConfig
-from engine.data.run_location import arguments_in, as_begun, load_task_of_run
+from engine.config.training import FROM_BASE, LOOP_BATCH, CrossAttentionArguments, RunConfig
+from engine.data.run_location import arguments_in, load_task_of_run
 from engine.data.task import TaskData, choose_training_images
 from engine.runtime.device import check_compiler
 from engine.runtime.distributed import make_accelerator
@@ -24,7 +24,6 @@ from engine.training.optimizers import make_optimizer
 from engine.training.restart import locked_folder
 from engine.training.run import TrainingRun
 from engine.training.start import Start, carry_over_moments, check_start, load_start, log_initialisation
-from engine.training.state import signature_in
 from model.adapter import AdaptedCLIP
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.blocks import BlockRunner
@@ -34,6 +33,7 @@ from model.clip import FrozenCLIP
 from model.clip_loading import load_clip
 from model.config import SIDES, LoopForward, ModelConfig
 from utils.seeding import derive_seed
+from utils.version import PROJECT, project_version
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def prepare(config: Config, script: str, start: Start | None = None, text_adapte
         check_compiler(str(accelerator.device))
     clip = load_clip(config.model_name, config.clip_weights, config.img_size, config.activation or start.activation)
     clip.run = BlockRunner(config.checkpoint_blocks, compiled_sizes(config, accelerator.num_processes))
-    chosen = resolve_model(config, clip, text_adapted)
+    chosen = resolve_model(config, clip, start, text_adapted)
     torch.manual_seed(derive_seed(config.seed))
     model: AdaptedCLIP
     if isinstance(config, CrossAttentionArguments):
@@ -118,13 +118,12 @@ def prepare(config: Config, script: str, start: Start | None = None, text_adapte
 
 def continue_settings(config: Config, start: Start) -> tuple[Config, Mapping[str, Any]]:
     """`config` with settings of the run that it resumes or starts from, and that run's arguments."""
-    own = arguments_in(config.save_path)
-    earlier = own or start.arguments
+    earlier = arguments_in(config.save_path) or start.arguments
     if config.class_names is None and earlier.get("class_names") in NAMES:
         # Stored with this run, so that its checkpoints are tested with names of the same kind.
         config = replace(config, class_names=earlier["class_names"])
         logger.info("--class_names %s: taken from the earlier run", config.class_names)
-    return as_begun(config, own or signature_in(config.save_path)), earlier
+    return config, earlier
 
 
 def compiled_sizes(config: RunConfig, processes: int) -> tuple[int, ...]:
@@ -134,12 +133,17 @@ def compiled_sizes(config: RunConfig, processes: int) -> tuple[int, ...]:
     return config.text_batch_size // processes, config.image_batch_size // processes, LOOP_BATCH
 
 
-def resolve_model(config: RunConfig, clip: FrozenCLIP, text_adapted: bool = True) -> ModelConfig:
-    """The model's configuration, with unset depths filled in from the CLIP model."""
+def resolve_model(config: RunConfig, clip: FrozenCLIP, start: Start, text_adapted: bool = True) -> ModelConfig:
+    """The model's configuration, with unset depths filled in from the CLIP model.
+
+    Choices that a script does not offer as options are those of the checkpoint to start from.
+    """
     depths = ("levels", "text_adapt_until", "image_adapt_until", "surgery_until_layer")
     names = ("text_adapt_weight", "image_adapt_weight", "adapter", "relu", "surgery")
     choices = {name: getattr(config, name) for name in names}
     choices |= {name: depth for name in depths if (depth := getattr(config, name)) is not None}
+    if (base := start.model_config()) is not None:
+        choices |= {name: getattr(base, name) for name in FROM_BASE if name in config.not_options}
     return clip.model_config(**choices, text_adapted=text_adapted)
 
 
@@ -161,7 +165,7 @@ def describe_run(
         "seed": config.seed,
         "arguments": config.to_dict(),
         "processes": accelerator.num_processes,
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": {PROJECT: project_version(), **{name: version(name) for name in LIBRARIES}},
     }
 
 
@@ -172,7 +176,7 @@ def open_run(setup: RunSetup, loop_forward: Callable[[int], LoopForward] | None 
     loop_forward: a feedback run's choices for the forward of each loop.
     """
     config = setup.config
-    with locked_folder(config.save_path, config.resume, setup.signature, setup.accelerator) as begin_log:
+    with locked_folder(config.save_path, setup.signature, setup.accelerator) as begin_log:
         yield make_run(setup, begin_log, loop_forward)
 
 
@@ -186,7 +190,7 @@ def make_run(
     description = {**setup.description, **({"feedback": True} if loop_forward else {})}
     if isinstance(config, CrossAttentionArguments):
         description["base"] = setup.start.descriptions()
-        if not config.reset_base_optimizer and not (config.save_path / STATE_FILE).is_file():
+        if not (config.save_path / STATE_FILE).is_file():
             carry_over_moments(optimizers, setup.start)
 
     def describe(loop: int) -> dict[str, Any]:

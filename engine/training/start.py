@@ -51,6 +51,11 @@ class Start:
         """The arguments of the run that the image side, or else the text side, comes from."""
         return next((values for side in (self.image, self.text) if side and (values := arguments_of(side))), {})
 
+    def model_config(self) -> ModelConfig | None:
+        """The model of the image side, or else the text side; None for files without config."""
+        known = (side for side in (self.image, self.text) if side and side.config)
+        return next((checkpoint.model_config() for checkpoint in known), None)
+
     @property
     def activation(self) -> str | None:
         """The activation that published files were trained with; None if the weights decide."""

@@ -1,0 +1,84 @@
+"""The loops of a feedback run (docs/method.md, "Feedback")."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from engine.config.training import FeedbackConfig
+from model.config import LoopForward, check_settings
+from utils.errors import UserError
+from utils.text import format_table
+
+
+class LoopPlan(NamedTuple):
+    """A loop: epochs and first learning rate of each stage, and whether cross-attention is on."""
+
+    loop: int
+    text_epochs: int
+    image_epochs: int
+    text_lr: float
+    image_lr: float
+    cross_attention: bool
+
+
+def plan_loops(config: FeedbackConfig) -> list[LoopPlan]:
+    """The loops of a run; `UserError` for options that contradict each other."""
+    count, start = config.num_feedback_loops, config.cross_attn_start_loop
+    check_settings(config)
+    if not 1 <= start <= count:
+        raise UserError(f"--cross_attn_start_loop {start}: takes 1 to {count}, the number of loops")
+    text = epochs_of_loops("text", config.text_epochs_per_loop, config)
+    image = epochs_of_loops("image", config.image_epochs_per_loop, config)
+    on = config.cross_attention().on
+    return [
+        LoopPlan(
+            loop,
+            text[loop - 1],
+            image[loop - 1],
+            config.text_lr * config.lr_decay_per_loop ** (loop - 1),
+            config.image_lr * config.lr_decay_per_loop ** (loop - 1),
+            on and loop >= start,
+        )
+        for loop in range(1, count + 1)
+    ]
+
+
+def epochs_of_loops(side: str, epochs: tuple[int, ...], config: FeedbackConfig) -> list[int]:
+    """Epochs of each loop: as given, or floor(first x decay^(k-1)), at least 1."""
+    count = config.num_feedback_loops
+    if len(epochs) == 1:
+        # A product such as 10 * 0.1 ** 1 may be slightly smaller than the exact whole number.
+        decayed = (epochs[0] * config.epochs_decay_rate**loop for loop in range(count))
+        return [max(1, math.floor(value + 1e-9)) for value in decayed]
+    if len(epochs) < count:
+        numbers = " ".join(map(str, epochs))
+        of_preset = FeedbackConfig.preset_values(config.preset).get(f"{side}_epochs_per_loop")
+        whose = f" (those of --preset {config.preset})" if epochs == of_preset else ""
+        raise UserError(
+            f"--{side}_epochs_per_loop {numbers}{whose} covers {len(epochs)} of {count} loops; "
+            "give one number, which decays, or one for each loop"
+        )
+    return list(epochs[:count])
+
+
+def loop_forward(config: FeedbackConfig, loop: int) -> LoopForward:
+    """A loop's choices for the forward: from loop 2 on, Stage 1 sees the trained image branch."""
+    later = {"branch": "trained", "projectors": "projectors"}[config.feedback_features]
+    return LoopForward("frozen" if loop == 1 else later, loop >= config.cross_attn_start_loop)
+
+
+def plan_table(plan: list[LoopPlan]) -> str:
+    """The plan as a table for the log."""
+    rows = [
+        [
+            str(loop.loop),
+            str(loop.text_epochs),
+            str(loop.image_epochs),
+            f"{loop.text_lr:.3g}",
+            f"{loop.image_lr:.3g}",
+            "on" if loop.cross_attention else "off",
+        ]
+        for loop in plan
+    ]
+    return format_table(["Loop", "Text epochs", "Image epochs", "Text lr", "Image lr", "Cross-attention"], rows)
