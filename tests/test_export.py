@@ -164,7 +164,7 @@ def entry_of(model: Detector) -> Entry:
 def script_main(words: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(sys, "argv", ["export.py", *words])
-        script.main()
+        script.script.main()
 
 
 def test_with_thresholds_the_file_decides(calibrated: Path) -> None:
