@@ -83,14 +83,3 @@ def test_what_a_job_starts_is_accepted(file: Path, tmp_path: Path) -> None:
         assert [value["--machine_rank"] for value in values] == ["0", "1"]
         same = {name: {value[name] for value in values} for name in ("--num_processes", "--main_process_ip")}
         assert same == {"--num_processes": {"8"}, "--main_process_ip": {"node1"}}
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_a_job_goes_on_when_it_is_preempted_or_out_of_time(file: Path) -> None:
-    text = file.read_text(encoding="utf-8")
-    for line in ("#SBATCH --requeue", "#SBATCH --signal=B:USR1@", "trap 'scontrol requeue", "wait $!"):
-        assert line in text
-
-
-def test_there_is_one_for_a_training_and_one_for_a_study() -> None:
-    assert [file.name for file in FILES] == ["study_cells.sbatch", "train_two_nodes.sbatch"]

@@ -130,15 +130,6 @@ def test_the_committed_notebook_was_run_from_top_to_bottom(committed: NotebookNo
     assert "Verdict" in next(cell for cell in cells if cell.id == "history").outputs[0].data["text/plain"]
 
 
-def test_text_stands_before_each_picture(committed: NotebookNode) -> None:
-    explained = False
-    for cell in committed.cells:
-        explained = explained or cell.cell_type == "markdown"
-        if cell.id in PICTURES:
-            assert explained, cell.id
-            explained = False
-
-
 def test_the_committed_notebook_says_nothing_of_the_machine_it_ran_on(committed: NotebookNode) -> None:
     assert committed.metadata == METADATA
     assert all(set(cell.metadata) <= {"tags"} for cell in committed.cells)

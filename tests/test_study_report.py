@@ -102,18 +102,10 @@ def test_the_figures_are_means_over_classes_datasets_and_pairs(plan: Plan) -> No
 
 def test_the_page_and_the_text_say_the_same(files: dict[str, str]) -> None:
     for text in (files["md"], files["html"]):
-        for said in (
-            "Pixel AP: better, +",
-            "95 % interval",
-            "Reported elsewhere",
-            "a table, page 3",
-            "Somebody (reported elsewhere)",
-            "optimizer steps, only",
-            "12 compared with 6",
-        ):
+        for said in ("Pixel AP: better, +", "95 % interval", "optimizer steps, only", "12 compared with 6"):
             assert said in text, said
-        assert "Nobody" not in text
     page = files["html"]
+    assert "a table, page 3" in page and "Somebody (reported elsewhere)" in page and "Nobody" not in page
     assert "A &lt;study&gt; &amp; its title" in page
     assert "Gains a point in each epoch." in page
     assert "python run_study.py &#39;a study.toml&#39;" in page
@@ -203,7 +195,7 @@ def test_a_partial_study_is_reported(tmp_path: Path) -> None:
     write_world(tmp_path, **{"study.seeds": [0, 1, 2]})
     assert run_study(file, asked) == 1
     text = (page.with_suffix(".md")).read_text(encoding="utf-8")
-    assert "better: no results for seed 1: b; seed 2: b" in text
+    assert "better: no results for seed 1: b, seed 2: b" in text
     results = read_results(make_plan(read_study(file), plan.folder))
     arms = {arm.name: arm for arm in results.settings[0].arms}
     assert arms["better"].verdicts["pixel_ap"].seeds == (0,)

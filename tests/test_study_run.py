@@ -114,7 +114,7 @@ def test_a_failure_is_named_and_stops_no_other(tmp_path: Path, said: pytest.LogC
     assert "error: the disk is full" in (ROOT / log).read_text(encoding="utf-8")
     assert sum("tested, on a, seed" in line and "skipped" in line for line in lines) == 2
     assert "plain,0" in figures(tmp_path), "the others went on"
-    assert "missing: better: no results for seed 0: b; seed 1: b" in said.text
+    assert "missing: better: no results for seed 0: b, seed 1: b" in said.text
     # Mended, it is another cell, and what is there stays.
     said.clear()
     assert run_study(arguments(write_world(tmp_path), tmp_path)) == 0

@@ -10,7 +10,8 @@ import numpy as np
 
 from engine.study.evaluations import MetricTable, read_arguments, read_evaluation, read_facts
 from engine.study.plan import Cell, Plan
-from engine.study.results import Results, SettingResult, cells_of, first_of
+from engine.study.results import Results, SettingResult, cells_of
+from utils.text import list_names
 
 SAME, UNKNOWN = "same", "unknown"
 # What the runner adds to every training.
@@ -118,7 +119,7 @@ def _compare_columns(table: MetricTable, base: MetricTable) -> str:
 def _in_words(findings: set[str]) -> str:
     """The findings over seeds and pairs in one cell of a table."""
     different = sorted(findings - {SAME, UNKNOWN})
-    return first_of(different, 2) if different else UNKNOWN if UNKNOWN in findings else SAME
+    return list_names(different, 2) if different else UNKNOWN if UNKNOWN in findings else SAME
 
 
 def argument_differences(results: Results) -> tuple[list[str], list[list[str]]]:

@@ -17,6 +17,7 @@ from engine.study.cell import Outcome, StepRunner, run_cell
 from engine.study.plan import Cell, Plan, Step
 from utils.errors import Stopped, UserError
 from utils.logging import progress_bar
+from utils.text import readable_time
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ class Progress:
             self._count += 1
             self._bar.update()
             action = f"tested on {step.test}" if step.test else "trained"
-            logger.info("[%d/%d] %s: %s in %.0f s", self._count, self._total, cell, action, step.seconds)
+            logger.info("[%d/%d] %s: %s in %s", self._count, self._total, cell, action, readable_time(step.seconds))
 
     def close(self) -> None:
         self._bar.close()
@@ -149,7 +150,7 @@ def run_locally(plan: Plan, jobs: int, run: Callable[..., Outcome] = run_cell) -
         raise Stopped("stopped: the same command resumes the study", number) from error
     finally:
         progress.close()
-    logger.info("%d cells in %.0f s", len(outcomes), time.monotonic() - start)
+    logger.info("%d cells in %s", len(outcomes), readable_time(time.monotonic() - start))
     return outcomes
 
 

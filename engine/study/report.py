@@ -30,16 +30,7 @@ logger = logging.getLogger(__name__)
 TEMPLATE = Path(__file__).with_name("study.html")
 UNDEFINED = "n/a"
 VERDICT_NUMBERS = ("gain", "low", "high", "p", "p_holm", "probability_of_gain", "detectable_gain")
-VERDICT_COLUMNS = (
-    "Seeds",
-    "Gain",
-    "95 % interval",
-    "p",
-    "p, Holm",
-    "Probability of a gain",
-    "Detectable gain",
-    "Verdict",
-)
+VERDICT_COLUMNS = ("Seeds", "Gain", "95 % interval", "p", "p, Holm", "P(gain)", "Detectable gain", "Verdict")
 REPORTED = "Reported elsewhere, under other protocols; not run here"
 # Header and rows.
 TextTable = tuple[list[str], list[list[str]]]
@@ -260,8 +251,8 @@ def explanation(results: Results) -> str:
     return (
         f"Gain: mean over seeds of the difference from {study.compare_with}, in percentage points. Interval: "
         "hierarchical bootstrap over seeds and classes. p: sign-flip permutation test over seeds. p, Holm: corrected "
-        f"over {family}; at most {LEVEL:g} for better or worse. Probability of a gain: that one more seed shows a "
-        "gain. Detectable gain: the gain that this many seeds detect in 80 % of studies; none: they detect no gain."
+        f"over {family}; at most {LEVEL:g} for better or worse. P(gain): probability that one more seed shows a gain. "
+        "Detectable gain: the gain that this many seeds detect in 80 % of studies; none: they detect no gain."
     )
 
 
@@ -288,9 +279,6 @@ def markdown(results: Results, fairness: Fairness, command: Sequence[str]) -> st
         parts += [_table(gains_table(results, setting))]
     if fairness.unfair:
         parts += ["## Unfair comparisons", _bullets(fairness.unfair)]
-    literature = literature_table(results)
-    if literature[1]:
-        parts += ["## In the literature", f"{REPORTED}.", _table(literature)]
     parts += ["## Command", "```\n" + shlex.join(command) + "\n```"]
     return "\n\n".join(part for part in parts if part) + "\n"
 

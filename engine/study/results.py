@@ -14,6 +14,7 @@ from engine.study.evaluations import Evaluations, MetricTable, arm_table, metric
 from engine.study.plan import ROOT, Cell, Plan
 from engine.study.statistics import BETTER, NOT_DECIDED, WORSE, Comparison, Groups, Verdict, judge
 from utils.errors import UserError
+from utils.text import list_names
 
 CAPITALS = {"auroc": "AUROC", "aupro": "AUPRO", "ap": "AP", "f1": "F1", "max": "max"}
 
@@ -142,14 +143,9 @@ def missing_cells(plan: Plan, evaluations: Evaluations) -> list[str]:
                 name = f"seed {seed}: {test}" if cell.seed is not None else test
                 missing.setdefault((setting, arm), []).append(name)
     return [
-        f"{', '.join(filter(None, [arm, setting]))}: no results for {first_of(list(dict.fromkeys(names)), 4)}"
+        f"{', '.join(filter(None, [arm, setting]))}: no results for {list_names(list(dict.fromkeys(names)), 4)}"
         for (setting, arm), names in missing.items()
     ]
-
-
-def first_of(items: Sequence[str], count: int) -> str:
-    """A list in words, with at most `count` items."""
-    return "; ".join(items[:count]) + (f"; and {len(items) - count} more" if len(items) > count else "")
 
 
 def cells_of(plan: Plan, setting: str, arm: str) -> dict[tuple[int, int], Cell]:

@@ -39,13 +39,9 @@ class Groups:
 
     @classmethod
     def of(cls, columns: Sequence[tuple[str, str, str]]) -> Groups:
-        """Group columns (training dataset, test dataset, class), with equal weights on each level.
+        """Group the columns (training dataset, test dataset, class) of a `MetricTable`.
 
-        Args:
-            columns: The columns of a `MetricTable`.
-
-        Returns:
-            Groups in which training datasets have equal weights, and so have the test datasets of each.
+        Training datasets have equal weights, and so have the test datasets of each.
         """
         groups: dict[tuple[str, str], list[int]] = {}
         for index, (train, test, _) in enumerate(columns):
