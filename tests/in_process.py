@@ -1,4 +1,4 @@
-"""A script of the repository run in this process, as `__main__`: libraries are imported once for all of them."""
+"""Run scripts of the repository in this process, as `__main__`, so that libraries are imported only once."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from accelerate.state import AcceleratorState, GradientState
 from utils.logging import AppendingHandler, ScreenHandler
 
 ROOT = Path(__file__).resolve().parent.parent
-# Seconds after which a script is given up.
+# Seconds after which a script counts as hanging.
 PATIENCE = 60
 
 
 class Answer(NamedTuple):
-    """What a script left behind: its status (None: a traceback), what it said, and the seconds it took."""
+    """The result of a script: its status (None for a traceback), its output on both streams, and its seconds."""
 
     status: object
     errors: str
@@ -39,7 +39,7 @@ class Answer(NamedTuple):
 
 
 class TooLate(BaseException):
-    """A case that goes on for ever."""
+    """A script did not end."""
 
 
 def answer(script: str, arguments: Sequence[str]) -> Answer:
@@ -50,7 +50,7 @@ def answer(script: str, arguments: Sequence[str]) -> Answer:
     begun, root = time.process_time(), logging.getLogger()
     level, threads = root.level, torch.get_num_threads()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    # What earlier tests said, kept for a file of a run, is not this script's.
+    # Early log records of other tests are not this script's.
     reset_logging()
     with (
         mock.patch.object(sys, "argv", [script, *arguments]),
@@ -63,24 +63,24 @@ def answer(script: str, arguments: Sequence[str]) -> Answer:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as error:
             status = error.code
-        except (Exception, TooLate) as error:  # what a user would see as a traceback
+        except (Exception, TooLate) as error:  # a user would see a traceback
             errors.write(f"Traceback: {type(error).__name__}: {error}\n")
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             threading.excepthook = threading.__excepthook__
-            # accelerate's own memory, which a process of one script has no use for.
+            # accelerate's global state, which a new process would not have.
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
             root.setLevel(level)
             torch.set_num_threads(threads)
             reset_logging()
-    said = [stream.buffer.getvalue().decode("utf-8") for stream in map(flushed, (errors, output))]
-    return Answer(status, *said, time.process_time() - begun)
+    streams = [stream.buffer.getvalue().decode("utf-8") for stream in map(flushed, (errors, output))]
+    return Answer(status, *streams, time.process_time() - begun)
 
 
 def reset_logging() -> None:
-    """Take away what this project's scripts add to the root logger, and leave warnings to Python."""
+    """Remove the handlers that scripts of this project add to the root logger, and leave warnings to Python."""
     logging.captureWarnings(False)
     root = logging.getLogger()
     for handler in list(root.handlers):
@@ -90,7 +90,7 @@ def reset_logging() -> None:
 
 @contextmanager
 def warnings_as_usual() -> Iterator[None]:
-    """Warnings as in an interpreter of its own: pytest would show those that libraries have for developers too."""
+    """Show warnings as in a new interpreter: pytest would also show those for developers of libraries."""
     with warnings.catch_warnings():
         warnings.showwarning = show_warning
         warnings.resetwarnings()
@@ -100,7 +100,7 @@ def warnings_as_usual() -> Iterator[None]:
 
 
 def show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
-    """As an interpreter does, where pytest would collect it."""
+    """Print a warning as an interpreter does; pytest would collect it."""
     sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
 
 
@@ -111,7 +111,7 @@ def flushed(stream: io.TextIOWrapper) -> io.TextIOWrapper:
 
 @contextmanager
 def in_time() -> Iterator[None]:
-    """Raise `TooLate` in the block after `PATIENCE` seconds, where the system can."""
+    """Raise `TooLate` in the block after `PATIENCE` seconds, if the system supports it."""
     if not hasattr(signal, "SIGALRM"):
         yield
         return

@@ -1,10 +1,8 @@
-"""What the tests compare with, itself tested."""
+"""The comparison of gradients in `tests/helpers.py`."""
 
 from __future__ import annotations
 
 import copy
-import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from torch import Tensor
 
 from model.adapter_modules import SimpleAdapter
 from tests.helpers import Batch, assert_gradients_agree, gradients_by_sides, random_batch, recorded_sides, same_sides
-from tests.in_process import answer
 
 
 def adapter_at_a_kink(pre_activation: float) -> SimpleAdapter:
@@ -35,7 +32,7 @@ def off_in_single_precision(model: SimpleAdapter, batch: Batch) -> Tensor:
 
 
 def test_rounding_across_a_kink_is_no_difference() -> None:
-    """Single precision falls on the other side, as it may on another CPU; the comparison goes on beyond that."""
+    """Single precision falls on the other side, as it can on another CPU; everything else is still compared."""
     batch = random_batch(8)
     double = adapter_at_a_kink(1e-8).double()
     expected, _ = gradients_by_sides(double, lambda: loss_of(double, batch.to(torch.float64)))
@@ -58,25 +55,3 @@ def test_a_pre_activation_far_from_the_kink_must_keep_its_side() -> None:
         moved.fc1.weight[0, 0] = 0.1
     with same_sides(moved, sides), pytest.raises(AssertionError, match=r"act: .*other side"):
         moved(torch.ones(1, 8))
-
-
-SCRIPT = """
-import warnings
-
-from utils.logging import set_up_logging
-
-set_up_logging()
-for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning, UserWarning):
-    warnings.warn_explicit(f"a {kind.__name__}", kind, "library.py", 1)
-"""
-
-
-def test_a_script_in_this_process_warns_as_in_one_of_its_own(tmp_path: Path) -> None:
-    """What libraries have for developers alone is not shown, whatever pytest shows of its tests."""
-    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        found = answer(str(tmp_path / "script.py"), [])
-    assert "a UserWarning" in found.errors
-    assert not any(f"a {kind}Warning" in found.errors for kind in ("Deprecation", "PendingDeprecation", "Import"))
-    assert "a ResourceWarning" not in found.errors
