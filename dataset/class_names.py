@@ -11,6 +11,7 @@ from dataset.catalog import CATALOG, DatasetSpec, readable_name
 from dataset.options import CATALOG_NAMES, PUBLISHED_NAMES
 from utils.errors import UserError
 from utils.reading import MIB, read_json, short_repr
+from utils.text import list_names
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +78,7 @@ def _published_names(spec: DatasetSpec) -> dict[str, str]:
 def _warn_of_unpublished(spec: DatasetSpec, published: dict[str, str], classes: list[str]) -> None:
     without = [name for name in classes if spec.known_class(name) not in published]
     if without:
-        some = ", ".join(map(short_repr, without[:5])) + (", ..." if len(without) > 5 else "")
-        which = some if published else "its classes"
+        which = list_names(list(map(short_repr, without))) if published else "its classes"
         logger.warning("%s: there are no published names of %s; the catalog's are used", spec.name, which)
 
 

@@ -1,4 +1,4 @@
-"""Looking into folders as people and archives leave them: letter case, separators and clutter do not matter."""
+"""Find folders and images; letter case, separators in names, and clutter of operating systems do not matter."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from utils.paths import is_file, is_folder, is_no_file
 from utils.text import list_names
 
 IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
-# Of what Pillow opens, formats that are no pictures or that other programs would have to be started for.
+# Formats of Pillow that are not images, or that need other programs.
 _NO_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
-# What a file without an ending may turn out to be; each of these begins with bytes of its own.
+# Formats that are recognised by the first bytes of a file without an ending.
 KNOWN_BY_CONTENT = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")
 
-# What operating systems and storage boxes leave beside data; names with a leading dot are left out anyway.
+# What operating systems and network storage add to folders; names with a leading dot are skipped anyway.
 _CLUTTER = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"})
 
 
 def listing(folder: Path) -> list[Path]:
-    """What is in a folder, in order, without hidden entries and clutter; UserError where it cannot be read."""
+    """The entries of a folder in order, without hidden ones and clutter; `UserError` if it cannot be read."""
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
@@ -39,14 +39,14 @@ def subfolders(folder: Path | None) -> list[Path]:
 
 
 def images_in(folder: Path | None) -> list[Path]:
-    """The image files in a folder, known by their endings; none of None."""
+    """The files in a folder with the endings of images; none of None."""
     if folder is None:
         return []
     return [entry for entry in listing(folder) if entry.suffix.lower() in IMAGE_ENDINGS and is_file(entry)]
 
 
 class FoundImages(NamedTuple):
-    """What is in a folder: image files, a line for each that cannot be one, and how many files are something else."""
+    """The content of a folder: images, messages about entries that cannot be read, and the number of other files."""
 
     images: list[Path]
     problems: list[str]
@@ -54,13 +54,20 @@ class FoundImages(NamedTuple):
 
 
 def images_below(folder: Path, leave_out: Collection[Path] = ()) -> FoundImages:
-    """All image files in a folder and in the folders in it, folder by folder in order of their names.
+    """Find all images in a folder and below, folder by folder in order of their names.
 
-    They are known by the endings that Pillow reads, those without an ending by their content. Hidden entries and
-    clutter are passed over, and so are the folders `leave_out`. Links are followed, and every folder is looked into
-    once, so that links which lead in a circle come to an end. Raises UserError where `folder` cannot be read.
+    Images are recognised by the endings that Pillow reads, or by their content if they have no ending. Links are
+    followed; every folder is visited once.
+
+    Args:
+        folder: The folder.
+        leave_out: Folders to skip.
+
+    Raises:
+        UserError: `folder` cannot be read.
     """
-    found = FoundImages([], [], 0)
+    images: list[Path] = []
+    problems: list[str] = []
     others, seen = 0, {os.path.realpath(path) for path in leave_out} - {os.path.realpath(folder)}
     waiting = [folder]
     while waiting:
@@ -73,7 +80,7 @@ def images_below(folder: Path, leave_out: Collection[Path] = ()) -> FoundImages:
         except UserError as error:
             if current == folder:
                 raise
-            found.problems.append(str(error))
+            problems.append(str(error))
             continue
         inside = []
         for entry in entries:
@@ -82,15 +89,15 @@ def images_below(folder: Path, leave_out: Collection[Path] = ()) -> FoundImages:
             elif not (is_image_name(entry) or (not entry.suffix and is_file(entry) and _is_image_inside(entry))):
                 others += 1
             elif is_file(entry):
-                found.images.append(entry)
+                images.append(entry)
             else:
-                found.problems.append(f"{entry} is no file")
+                problems.append(f"{entry} is not a regular file")
         waiting += reversed(inside)
-    return found._replace(others=others)
+    return FoundImages(images, problems, others)
 
 
 def find_images(image: Path, flag: str, leave_out: Collection[Path] = ()) -> FoundImages:
-    """An image, or those in a folder and below (`images_below`); `UserError`, naming `flag`, where there are none."""
+    """An image, or those in a folder and below (`images_below`); `UserError` with `flag` if there are none."""
     if is_file(image):
         return FoundImages([image], [], 0)
     if not is_folder(image):
@@ -104,7 +111,7 @@ def find_images(image: Path, flag: str, leave_out: Collection[Path] = ()) -> Fou
 
 
 def is_image_name(path: Path) -> bool:
-    """Whether a path has an ending that Pillow reads as a picture."""
+    """Whether a path has the ending of an image format that Pillow reads."""
     return path.suffix.lower() in _endings_of_pillow()
 
 
@@ -128,8 +135,7 @@ def same_name(one: str, other: str) -> bool:
 
 
 def find_folders(parent: Path, relative: str) -> Iterator[Path]:
-    """All folders `relative` (forward slashes) below `parent`: the one of exactly that name first, then others that
-    are the same name (`same_name`), in order."""
+    """All folders `relative` (forward slashes) below `parent`: first the exact name, then the same (`same_name`)."""
     first, _, rest = relative.partition("/")
     for match in _children_named(parent, first):
         if rest:
@@ -139,16 +145,16 @@ def find_folders(parent: Path, relative: str) -> Iterator[Path]:
 
 
 def find_folder(parent: Path | None, relative: str) -> Path | None:
-    """The first of `find_folders`, None where there is none."""
+    """The first of `find_folders`, None if there is none."""
     return None if parent is None else next(find_folders(parent, relative), None)
 
 
 def describe_folder(folder: Path) -> str:
-    """What a folder holds, in a few words for an error message."""
+    """The content of a folder in a few words, for error messages."""
     folders = [entry.name for entry in subfolders(folder)]
     files = [entry.name for entry in listing(folder) if not is_folder(entry)]
-    found = [f"{kind} {list_names(names)}" for kind, names in (("the folders", folders), ("the files", files)) if names]
-    return " and ".join(found) or "nothing"
+    parts = [f"{kind} {list_names(names)}" for kind, names in (("the folders", folders), ("the files", files)) if names]
+    return " and ".join(parts) or "nothing"
 
 
 def _folded(name: str) -> str:

@@ -101,26 +101,28 @@ def _visa_record(root: Path, row: dict[str, str], source: str) -> Record:
     return Record(image_path, label, row["object"], mask_path if label else None)
 
 
-def _medical_classes(root: Path, class_names: Sequence[str]) -> list[str]:
-    sides = ("good", "Ungood")
-    return list(class_names) if any(images_in(find_folder(root, f"test/{side}/img")) for side in sides) else []
+@dataclass(frozen=True)
+class _Flat:
+    """A layout of one class: folders of normal images (or None), of anomalous images, and of their masks."""
+
+    normal: str | None
+    anomalous: str
+    masks: str
+
+    def classes(self, root: Path, class_names: Sequence[str]) -> list[str]:
+        folders = (find_folder(root, name) for name in (self.normal, self.anomalous) if name)
+        return list(class_names) if any(map(images_in, folders)) else []
+
+    def records(self, root: Path, class_names: Sequence[str]) -> list[Record]:
+        (class_name,) = class_names
+        normal = find_folder(root, self.normal) if self.normal else None
+        masks = find_folder(root, self.masks) or root / self.masks
+        anomalous = _anomalous_records(root, class_name, find_folder(root, self.anomalous), masks)
+        return _normal_records(root, class_name, normal) + anomalous
 
 
-def _medical_records(root: Path, class_names: Sequence[str]) -> list[Record]:
-    (class_name,) = class_names
-    normal, anomalous = (find_folder(root, f"test/{side}/img") for side in ("good", "Ungood"))
-    masks = find_folder(root, "test/Ungood/label") or root / "test" / "Ungood" / "label"
-    return _normal_records(root, class_name, normal) + _anomalous_records(root, class_name, anomalous, masks)
-
-
-def _colon_classes(root: Path, class_names: Sequence[str]) -> list[str]:
-    return list(class_names) if images_in(find_folder(root, "images")) else []
-
-
-def _colon_records(root: Path, class_names: Sequence[str]) -> list[Record]:
-    (class_name,) = class_names
-    masks = find_folder(root, "masks") or root / "masks"
-    return _anomalous_records(root, class_name, find_folder(root, "images"), masks)
+_MEDICAL = _Flat("test/good/img", "test/Ungood/img", "test/Ungood/label")
+_COLON = _Flat(None, "images", "masks")
 
 
 def _normal_records(root: Path, class_name: str, images: Path | None) -> list[Record]:
@@ -170,8 +172,8 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "medical": Layout(
         "test/good/img/x.png, test/Ungood/img/x.png with mask test/Ungood/label/x.png",
-        _medical_classes,
-        _medical_records,
+        _MEDICAL.classes,
+        _MEDICAL.records,
     ),
-    "colon": Layout("images/x.png with mask masks/x.png", _colon_classes, _colon_records),
+    "colon": Layout("images/x.png with mask masks/x.png", _COLON.classes, _COLON.records),
 }

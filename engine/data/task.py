@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from dataset.options import HALF
 from dataset.prompts import build_prompts
 from dataset.records import Record, metadata_digest, natural_key
 from utils.errors import UserError
+from utils.text import list_names
 
 if TYPE_CHECKING:
     from model.clip import FrozenCLIP
@@ -151,13 +151,9 @@ def mask_notes(data: TaskData) -> list[str]:
     classes = list(dict.fromkeys(record.class_name for record in lacking))
     of_classes = sum(record.label for record in data.records if record.class_name in classes)
     return [
-        f"Pixel metrics are n/a for {_enumerate(classes)}: {len(lacking)} of {of_classes} anomalous images have no "
+        f"Pixel metrics are n/a for {list_names(classes)}: {len(lacking)} of {of_classes} anomalous images have no "
         f"mask, such as {lacking[0].image_path}"
     ]
-
-
-def _enumerate(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more classes" if len(names) > most else "")
 
 
 def check_masks(data: TaskData, reason: str) -> None:
