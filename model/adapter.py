@@ -14,7 +14,7 @@ from model.clip import FrozenCLIP
 from model.config import COMPONENTS, LoopForward, ModelConfig, check_depths
 from model.frozen import ImageFeatures, SharedStreams, frozen_features
 from model.scoring import Outputs, compare
-from model.text import Prompts, encode_classes, pair_anchors
+from model.text import CLIP_TEXT, Prompts, TextModules, encode_classes, pair_anchors
 
 
 class AdaptedCLIP(nn.Module):
@@ -65,16 +65,16 @@ class AdaptedCLIP(nn.Module):
         return cast(nn.ModuleList, self.image_adapter["seg_proj"])
 
     @property
-    def text_modules(self) -> dict[str, Any]:
-        """Adapters, projector and blend weight for the functions of `model.text`; empty without text adaptation."""
+    def text_modules(self) -> TextModules:
+        """The modules of the text encoder; CLIP's own without text adaptation."""
         if not self.config.text_adapted:
-            return {}
+            return CLIP_TEXT
         *adapters, projector = self.text_adapter
-        return {"adapters": adapters, "projector": projector, "weight": self.config.text_adapt_weight}
+        return TextModules(adapters, projector, self.config.text_adapt_weight)
 
     def anchors(self, prompts: Prompts) -> Tensor:
         """Anchors of all C classes from one text pass, (C, D, 2); CLIP's own without text adaptation."""
-        return pair_anchors(encode_classes(self.clip, prompts, **self.text_modules), prompts.normal)
+        return pair_anchors(encode_classes(self.clip, prompts, self.text_modules), prompts.normal)
 
     def frozen_features(self, images: Tensor) -> ImageFeatures:
         """CLIP's own features by V-V attention, without gradient: the image features of Stage 1."""

@@ -176,13 +176,13 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
         if not (self.text_cross_attn.training and self.text_cross_attn.dropout):
             stream = take_tokens(stream.flatten(1, 2), prompts.tree.taken)  # (C, U, D_t)
             x = self.attend_to_image(stream[rows], context)
-            features = finish_classes(self.clip, x, prompts.tree.of(rows), **self.text_modules)
+            features = finish_classes(self.clip, x, prompts.tree.of(rows), self.text_modules)
             return pair_anchors(features, prompts.normal)
         # Dropout differs between prompts, so their shared prefixes differ too.
         tokens = prompts.tokens[rows]  # (B, P, T)
         x = self.attend_to_image(stream[rows].flatten(1, 2), context)  # (B, P * T, D_t)
         x = x.unflatten(1, tokens.shape[1:]).flatten(0, 1)  # (B * P, T, D_t)
-        features = finish_prompts(self.clip, x, tokens.flatten(0, 1), **self.text_modules)
+        features = finish_prompts(self.clip, x, tokens.flatten(0, 1), self.text_modules)
         return pair_anchors(features.unflatten(0, tokens.shape[:2]), prompts.normal)
 
     def batch_anchors(

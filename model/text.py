@@ -81,8 +81,6 @@ class Prompts:
             UserError: a prompt is longer than CLIP's context.
         """
         normal, abnormal = len(texts[0][0]), len(texts[0][1])
-        if any((len(first), len(second)) != (normal, abnormal) for first, second in texts):
-            raise ValueError("every class needs the same number of normal and of abnormal prompts")
         prompts = [prompt for first, second in texts for prompt in (*first, *second)]
         tokens = clip.tokenize(prompts)
         longest = clip.tokenizer.context_length
@@ -106,74 +104,59 @@ def begin_prompts(clip: FrozenCLIP, tokens: Tensor) -> Tensor:
     return clip.run(run_block, clip.clip.transformer.resblocks[0], clip.embed_text(tokens), causal=True)
 
 
-def finish_prompts(
-    clip: FrozenCLIP,
-    x: Tensor,
-    tokens: Tensor,
-    adapters: Sequence[nn.Module] = (),
-    projector: nn.Module | None = None,
-    weight: float = 0.0,
-) -> Tensor:
+class TextModules(NamedTuple):
+    """The trainable modules of the text encoder; the default is CLIP's own encoder.
+
+    adapters: after the first blocks, one each; projector: replaces CLIP's text projection; weight: of the adapters in
+    the blend.
+    """
+
+    adapters: Sequence[nn.Module] = ()
+    projector: nn.Module | None = None
+    weight: float = 0.0
+
+
+CLIP_TEXT = TextModules()
+
+
+def finish_prompts(clip: FrozenCLIP, x: Tensor, tokens: Tensor, modules: TextModules = CLIP_TEXT) -> Tensor:
     """Encode prompts from the stream after the first block.
 
     Args:
         clip: the frozen CLIP.
         x: the stream after the first block, (P, T, D_t).
         tokens: token ids, (P, T).
-        adapters: after the first blocks, one each.
-        projector: replaces CLIP's text projection; None keeps CLIP's own.
-        weight: weight of the adapters in the blend.
+        modules: adapters and projector.
 
     Returns:
         Unit prompt features, (P, D).
     """
-    return _finish(clip, x, tokens.argmax(dim=-1), adapters, projector, weight, causal=True)
+    return _finish(clip, x, tokens.argmax(dim=-1), modules, causal=True)
 
 
-def encode_classes(
-    clip: FrozenCLIP,
-    prompts: Prompts,
-    adapters: Sequence[nn.Module] = (),
-    projector: nn.Module | None = None,
-    weight: float = 0.0,
-) -> Tensor:
+def encode_classes(clip: FrozenCLIP, prompts: Prompts, modules: TextModules = CLIP_TEXT) -> Tensor:
     """Unit features of all prompts of C classes, (C, P, D), from one text pass; arguments as for `finish_prompts`."""
     tree = prompts.tree
     x = clip.clip.token_embedding(tree.tokens) + clip.clip.positional_embedding[tree.positions]  # (C, U, D_t)
     x = clip.run(run_block, clip.clip.transformer.resblocks[0], x, mask=tree.sees)
-    return finish_classes(clip, x, tree, adapters, projector, weight)
+    return finish_classes(clip, x, tree, modules)
 
 
-def finish_classes(
-    clip: FrozenCLIP,
-    x: Tensor,
-    tree: PromptTree,
-    adapters: Sequence[nn.Module] = (),
-    projector: nn.Module | None = None,
-    weight: float = 0.0,
-) -> Tensor:
+def finish_classes(clip: FrozenCLIP, x: Tensor, tree: PromptTree, modules: TextModules = CLIP_TEXT) -> Tensor:
     """`finish_prompts` for trees: the stream after the first block (C, U, D_t) -> unit prompt features (C, P, D)."""
-    return _finish(clip, x, tree.ends, adapters, projector, weight, mask=tree.sees)
+    return _finish(clip, x, tree.ends, modules, mask=tree.sees)
 
 
-def _finish(
-    clip: FrozenCLIP,
-    x: Tensor,
-    ends: Tensor,
-    adapters: Sequence[nn.Module],
-    projector: nn.Module | None,
-    weight: float,
-    **attention: Any,
-) -> Tensor:
+def _finish(clip: FrozenCLIP, x: Tensor, ends: Tensor, modules: TextModules, **attention: Any) -> Tensor:
     """The text pass after the first block; ends: positions for `take_tokens`; attention: options of `run_block`."""
     for index, block in enumerate(clip.clip.transformer.resblocks):
         if index > 0:
             x = clip.run(run_block, block, x, **attention)
-        if index < len(adapters):
-            x = blend(x, adapters[index](x), weight)
+        if index < len(modules.adapters):
+            x = blend(x, modules.adapters[index](x), modules.weight)
     # ln_final acts on each token separately, so only the end-of-text tokens need it.
     pooled = clip.clip.ln_final(take_tokens(x, ends))
-    return unit(clip.project_text(pooled) if projector is None else projector(pooled))
+    return unit(clip.project_text(pooled) if modules.projector is None else modules.projector(pooled))
 
 
 def pair_anchors(features: Tensor, normal: int) -> Tensor:

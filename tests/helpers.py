@@ -24,7 +24,7 @@ from dataset import toy_world
 from model.adapter import AdaptedCLIP
 from model.clip import FrozenCLIP
 from model.config import ModelConfig
-from model.text import Prompts, begin_prompts, finish_prompts
+from model.text import CLIP_TEXT, Prompts, TextModules, begin_prompts, finish_prompts
 
 # All widths differ, so that one taken for another shows. Eight blocks put the first level before the first V-V block.
 TINY_ARCHITECTURE: dict[str, Any] = {
@@ -124,9 +124,9 @@ def tiny_prompts(clip: FrozenCLIP) -> Prompts:
     return Prompts.from_texts(clip, PROMPT_TEXTS)
 
 
-def encode_prompts(clip: FrozenCLIP, tokens: Tensor, *arguments: Any, **text_modules: Any) -> Tensor:
+def encode_prompts(clip: FrozenCLIP, tokens: Tensor, modules: TextModules = CLIP_TEXT) -> Tensor:
     """Token ids (P, T) -> unit prompt features (P, D), each prompt by itself: what trees of prompts must equal."""
-    return finish_prompts(clip, begin_prompts(clip, tokens), tokens, *arguments, **text_modules)
+    return finish_prompts(clip, begin_prompts(clip, tokens), tokens, modules)
 
 
 @dataclass(frozen=True)

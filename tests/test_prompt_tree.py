@@ -36,12 +36,12 @@ def prompts_of(kind: str) -> Prompts:
 def test_features_and_gradients_are_those_of_each_prompt_alone(kind: str) -> None:
     prompts, model = prompts_of(kind), adapted_clip(tiny_clip()).double()
     fill_with_noise(model.text_adapter)
-    found = encode_classes(model.clip, prompts, **model.text_modules)
+    found = encode_classes(model.clip, prompts, model.text_modules)
     weights = torch.randn_like(found)
     (found * weights).sum().backward()
     gradients = {name: value.clone() for name, value in gradients_of(model).items()}
     model.zero_grad()
-    expected = encode_prompts(model.clip, prompts.tokens.flatten(0, 1), **model.text_modules).view_as(found)
+    expected = encode_prompts(model.clip, prompts.tokens.flatten(0, 1), model.text_modules).view_as(found)
     (expected * weights).sum().backward()
     assert_agrees(found, expected, 1e-10)
     assert_all_agree(gradients, gradients_of(model), 1e-9)
@@ -69,7 +69,7 @@ def test_words_that_see_an_image_are_encoded_alike(residual: str) -> None:
     found = model.conditioned_anchors(prompts, stream, rows, context)
     tokens = prompts.tokens[rows]
     x = model.attend_to_image(stream[rows].flatten(1, 2), context).unflatten(1, tokens.shape[1:]).flatten(0, 1)
-    features = finish_prompts(clip, x, tokens.flatten(0, 1), **model.text_modules).unflatten(0, tokens.shape[:2])
+    features = finish_prompts(clip, x, tokens.flatten(0, 1), model.text_modules).unflatten(0, tokens.shape[:2])
     normal, abnormal = features[:, : prompts.normal].mean(dim=1), features[:, prompts.normal :].mean(dim=1)
     expected = torch.stack([torch.nn.functional.normalize(part, dim=-1) for part in (normal, abnormal)], dim=-1)
     assert_agrees(found, expected, 1e-10)
