@@ -14,17 +14,18 @@ import numpy as np
 import torch
 from PIL import Image
 
+import train as train_script
+import train_cross_attention
+import train_cross_attention_feedback_v2
 from engine.config.training import BaseConfig
 from engine.data.task import load_task
 from engine.evaluation.evaluate import METRICS
 from engine.report.comparison import COLUMNS, PANELS
 from engine.training.base import train_base
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
-from model.checkpoint import load
 from model.config import CrossAttentionConfig
 from tests.helpers import config_for, random_batch, tiny_clip, tiny_prompts
 from tests.scripts import write_clip, write_dataset
-from train import script
 from utils.metrics import image_metrics
 
 
@@ -64,7 +65,7 @@ def train(folder: Path, **asked: object) -> list[dict[str, float]]:
 
 def check_loss(folder: Path) -> None:
     """A loss term: a flag, a part of the total, and a row in the history."""
-    assert script.parse(["--agreement_weight", "2"]).agreement_weight == 2
+    assert train_script.script.parse(["--agreement_weight", "2"]).agreement_weight == 2
     (row,) = train(folder, agreement_weight=2.0, save_path=folder / "loss")
     parts = ("focal", "dice_normal", "dice_abnormal", "classification")
     assert row["disagreement"] > 0
@@ -83,13 +84,17 @@ def check_cross_attention() -> None:
     assert model(batch.images, side, batch.rows).det.isfinite().all()
 
 
-def check_stage(folder: Path) -> None:
-    """A stage: its epochs follow those of Stage 2, and it changes what it trains and nothing else."""
-    rows = train(folder, det_epoch=1, save_path=folder / "stage")
-    assert [row["stage"] for row in rows] == ["image", "image"]
-    before, after = (load(folder / "stage" / f"image_adapter_{epoch}.pth")["image_adapter"] for epoch in (1, 2))
-    changed = {key.partition(".")[0] for key, value in before.items() if not torch.equal(value, after[key])}
-    assert changed == {"det_proj"}
+def check_option() -> None:
+    """An option: parsed, with an effect on the trained components, and compared when a run resumes."""
+    config = train_cross_attention.script.parse(["--freeze_text"])
+    assert config.frozen == ("text_adapter",)
+    assert config.signature()["freeze_text"] is True
+
+
+def check_preset() -> None:
+    """A preset: its own value, the values of v3, and explicit options above both."""
+    config = train_cross_attention_feedback_v2.script.parse(["--preset", "v3_plain", "--text_lr", "1"])
+    assert (config.image_cross_attn_weight, config.order, config.text_lr) == (0.0, "joint", 1.0)
 
 
 def main(folder: Path) -> None:
@@ -99,7 +104,8 @@ def main(folder: Path) -> None:
     write_dataset(folder / "train")
     check_loss(folder)
     check_cross_attention()
-    check_stage(folder)
+    check_option()
+    check_preset()
 
 
 if __name__ == "__main__":
