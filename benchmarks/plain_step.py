@@ -50,7 +50,7 @@ class PlainModel:
         """Prompts of classes as token ids (C, P, 77) -> anchors (C, D, 2)."""
         *adapters, projector = self.model.text_adapter
         mask = torch.full((tokens.shape[-1],) * 2, float("-inf"), device=tokens.device).triu(1)
-        found = []
+        anchors = []
         for prompts in tokens:
             x = self.clip.token_embedding(prompts) + self.clip.positional_embedding
             for index, block in enumerate(self.clip.transformer.resblocks):
@@ -60,8 +60,8 @@ class PlainModel:
             x = self.clip.ln_final(x)
             features = F.normalize(projector(x[torch.arange(len(x)), prompts.argmax(dim=-1)]), dim=-1)
             pair = [F.normalize(part.mean(dim=0), dim=-1) for part in (features[:normal], features[normal:])]
-            found.append(torch.stack(pair, dim=-1))
-        return torch.stack(found)
+            anchors.append(torch.stack(pair, dim=-1))
+        return torch.stack(anchors)
 
     @torch.no_grad()
     def frozen_features(self, images: Tensor) -> list[Tensor]:
@@ -81,15 +81,15 @@ class PlainModel:
 
     def image_features(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         visual, parts = self.clip.visual, self.model.image_adapter
-        x, found = self.model.clip.embed_image(images), []
+        x, streams = self.model.clip.embed_image(images), []
         for index, block in enumerate(visual.transformer.resblocks):
             x = self.block(block, x)
             if index < len(parts["layer_adapters"]):
                 x = self.blend(x, parts["layer_adapters"][index], self.config.image_adapt_weight)
             if index + 1 in self.config.levels:
-                found.append(visual.ln_post(x[:, 1:]))
-        features = [F.normalize(p(x), dim=-1) for p, x in zip(parts["seg_proj"], found, strict=True)]
-        return features, F.normalize(parts["det_proj"](found[-1]), dim=-1).mean(dim=1)
+                streams.append(visual.ln_post(x[:, 1:]))
+        features = [F.normalize(p(x), dim=-1) for p, x in zip(parts["seg_proj"], streams, strict=True)]
+        return features, F.normalize(parts["det_proj"](streams[-1]), dim=-1).mean(dim=1)
 
     def stage1_loss(self, images: Tensor, masks: Tensor, tokens: Tensor, rows: Tensor, normal: int) -> Tensor:
         """tokens (C, P, 77) of the classes in the batch; rows (B,): the class of each image."""

@@ -184,8 +184,8 @@ def test_losses_go_on_where_the_start_ended(plan: Plan) -> None:
 
 def test_a_partial_study_is_reported(tmp_path: Path) -> None:
     file = write_world(tmp_path, **{"study.seeds": [0, 1, 2]})
-    asked = StudyArguments.of(save_path=tmp_path / "studies", report_only=True)
-    assert run_study(file, asked) == 1, "nothing is there"
+    arguments = StudyArguments.of(study=file, save_path=tmp_path / "studies", report_only=True)
+    assert run_study(arguments) == 1, "nothing is there"
     page = tmp_path / "studies" / "world" / "study.html"
     assert "No evaluation is finished." in page.read_text(encoding="utf-8")
     plan = run(tmp_path, **{"study.seeds": [0, 1]})
@@ -193,7 +193,7 @@ def test_a_partial_study_is_reported(tmp_path: Path) -> None:
     step = plan.by_key["", "better", 1, 0].steps[1]
     step.marker.unlink()
     write_world(tmp_path, **{"study.seeds": [0, 1, 2]})
-    assert run_study(file, asked) == 1
+    assert run_study(arguments) == 1
     text = (page.with_suffix(".md")).read_text(encoding="utf-8")
     assert "better: no results for seed 1: b, seed 2: b" in text
     results = read_results(make_plan(read_study(file), plan.folder))
@@ -268,7 +268,7 @@ def test_a_csv_of_several_models_means_the_last(tmp_path: Path) -> None:
 def test_literature_that_is_not_there(tmp_path: Path) -> None:
     file = write_world(tmp_path, **{"study.literature": "no/such.csv"})
     with pytest.raises(UserError, match=r"no/such\.csv"):
-        run_study(file, StudyArguments.of(save_path=tmp_path / "studies", report_only=True))
+        run_study(StudyArguments.of(study=file, save_path=tmp_path / "studies", report_only=True))
 
 
 def test_names_and_colours() -> None:

@@ -38,7 +38,7 @@ needs_submitit = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     caplog.set_level(logging.INFO)
     return caplog
 
@@ -52,8 +52,8 @@ def plan_in(folder: Path) -> Plan:
     return make_plan(study, folder / "studies" / study.name)
 
 
-def figures(folder: Path) -> str:
-    """What a study found, by which two runs of it are compared."""
+def results(folder: Path) -> str:
+    """The metrics of a study, to compare two runs."""
     return (folder / "studies" / "world" / "study.csv").read_text(encoding="utf-8")
 
 
@@ -76,7 +76,7 @@ def wait_until(found: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-def test_a_study_leaves_three_files_and_a_log_of_each_process(finished: Path) -> None:
+def test_a_study_writes_its_files_and_a_log_of_each_process(finished: Path) -> None:
     plan = plan_in(finished)
     assert all((plan.folder / name).stat().st_size for name in FILES)
     assert all(cell.done for cell in plan.cells)
@@ -89,42 +89,42 @@ def test_a_study_leaves_three_files_and_a_log_of_each_process(finished: Path) ->
     assert '"--seed", "0"' in logged
 
 
-def test_what_is_finished_is_not_run_again(finished: Path, said: pytest.LogCaptureFixture) -> None:
-    before = figures(finished)
+def test_what_is_finished_is_not_run_again(finished: Path, log: pytest.LogCaptureFixture) -> None:
+    before = results(finished)
     markers = {path: path.stat().st_mtime_ns for path in finished.rglob("*.done")}
     assert run_study(arguments(finished / "world.toml", finished)) == 0
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.done")} == markers
-    assert figures(finished) == before
-    assert "0 of 7 cells to run" in said.text
+    assert results(finished) == before
+    assert "0 of 7 cells to run" in log.text
     # More seeds leave those that are there.
     assert run_study(arguments(finished / "world.toml", finished, seeds=(0, 1, 2))) == 0
-    assert "3 of 10 cells to run" in said.text
+    assert "3 of 10 cells to run" in log.text
     assert run_study(arguments(finished / "world.toml", finished, report_only=True)) == 0
-    assert figures(finished) == before
+    assert results(finished) == before
 
 
-def test_a_failure_is_named_and_stops_no_other(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+def test_a_failure_is_logged_and_stops_no_other_cell(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     file = write_world(tmp_path, **{"arms.better.arguments": {"fail": 1}})
     assert run_study(arguments(file, tmp_path, jobs=2)) == 1
-    lines = [line for line in said.text.splitlines() if "ERROR" in line]
+    lines = [line for line in log.text.splitlines() if "ERROR" in line]
     failed = [line for line in lines if "better, on a, seed" in line and "status 1" in line]
     assert len(failed) == 2
     assert "error: the disk is full" in failed[0]
-    log = re.search(r"log: (.*?)\)", failed[0]).group(1)
-    assert "error: the disk is full" in (ROOT / log).read_text(encoding="utf-8")
+    file = re.search(r"log: (.*?)\)", failed[0]).group(1)
+    assert "error: the disk is full" in (ROOT / file).read_text(encoding="utf-8")
     assert sum("tested, on a, seed" in line and "skipped" in line for line in lines) == 2
-    assert "plain,0" in figures(tmp_path), "the others went on"
-    assert "missing: better: no results for seed 0: b, seed 1: b" in said.text
+    assert "plain,0" in results(tmp_path), "the others went on"
+    assert "missing: better: no results for seed 0: b, seed 1: b" in log.text
     # Mended, it is another cell, and what is there stays.
-    said.clear()
+    log.clear()
     assert run_study(arguments(write_world(tmp_path), tmp_path)) == 0
-    assert "4 of 7 cells to run" in said.text
+    assert "4 of 7 cells to run" in log.text
 
 
-def test_an_evaluation_without_figures_is_a_failure(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+def test_an_evaluation_without_metrics_is_a_failure(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     file = write_world(tmp_path, **{"arms.tested.test_arguments": {"silent": 1}})
     assert run_study(arguments(file, tmp_path)) == 1
-    assert "test on b wrote no CSV file" in said.text
+    assert "test on b wrote no CSV file" in log.text
     assert not plan_in(tmp_path).by_key["", "tested", 0, 0].done
 
 
@@ -150,7 +150,7 @@ def has_begun(runner: subprocess.Popen[str], folder: Path) -> bool:
     return any(folder.rglob("history.jsonl"))
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_figures(finished: Path, tmp_path: Path) -> None:
+def test_a_killed_study_ends_with_the_same_metrics(finished: Path, tmp_path: Path) -> None:
     """The runner is killed outright, which leaves it no time to end anything."""
     run_study(arguments(finished / "world.toml", finished, report_only=True))
     write_world(tmp_path, **{"study.arguments": {"epochs": 2, "delay": 0.4}})
@@ -165,10 +165,10 @@ def test_killed_at_any_moment_it_ends_with_the_same_figures(finished: Path, tmp_
         if cell.training:
             rows = (cell.folder / "run" / "history.jsonl").read_text(encoding="utf-8").splitlines()
             assert [json.loads(row)["epoch"] for row in rows] == [1, 2], "one process at a time wrote here"
-    assert figures(tmp_path) == figures(finished)
+    assert results(tmp_path) == results(finished)
 
 
-def test_a_keeper_ends_its_command_when_its_study_is_gone(tmp_path: Path) -> None:
+def test_a_keeper_ends_its_command_with_its_study(tmp_path: Path) -> None:
     beat = tmp_path / "beat"
     code = f"import time\nwhile True: open({str(beat)!r}, 'a').write('.'); time.sleep(0.02)"
     words = [sys.executable, "-I", keeper.__file__, str(tmp_path / "x.done"), str(tmp_path / "x.log")]
@@ -192,7 +192,7 @@ def test_a_keeper_ends_its_command_when_its_study_is_gone(tmp_path: Path) -> Non
     assert (tmp_path / "x.done").is_file()
 
 
-def test_two_keepers_of_one_marker_wait_for_one_another(tmp_path: Path) -> None:
+def test_two_keepers_of_one_marker_take_turns(tmp_path: Path) -> None:
     code = "import time, sys; open(sys.argv[1], 'a').write('x'); time.sleep(0.5)"
     words = [
         sys.executable,
@@ -213,7 +213,7 @@ def test_two_keepers_of_one_marker_wait_for_one_another(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a process cannot be sent Ctrl-C alone there")
-def test_a_study_that_is_stopped_says_how_to_go_on(tmp_path: Path) -> None:
+def test_a_stopped_study_names_the_way_to_resume(tmp_path: Path) -> None:
     write_world(tmp_path, **{"study.arguments": {"epochs": 2, "delay": 30.0}})
 
     def stop() -> None:
@@ -246,7 +246,7 @@ def test_gpus_are_those_that_are_visible(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert visible_gpus() == ["0", "1"]
 
 
-def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_assigned(monkeypatch: pytest.MonkeyPatch) -> None:
     devices = GpuPool(["0", "1"], jobs=3)
     assert [devices.take(1) for _ in range(3)] == [["0"], ["1"], ["0"]]
     devices.release(["0"])
@@ -266,9 +266,7 @@ def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "OMP_NUM_THREADS" not in cell_environment([], 3), "what the user asked for stays"
 
 
-def test_cells_see_their_gpus_and_more_than_there_are_is_a_mistake(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cells_see_their_gpus_and_too_many_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     file = write_world(tmp_path)
     script = tmp_path / "train.py"
@@ -286,11 +284,11 @@ def test_cells_see_their_gpus_and_more_than_there_are_is_a_mistake(
 
 
 @needs_submitit
-def test_submitit_runs_the_same_cells_here(finished: Path, tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+def test_submitit_runs_the_same_cells_here(finished: Path, tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     run_study(arguments(finished / "world.toml", finished, report_only=True))
     assert run_study(arguments(write_world(tmp_path), tmp_path, jobs=3, slurm="default")) == 0
-    assert "There is no Slurm on this machine" in said.text
-    assert figures(tmp_path) == figures(finished)
+    assert "There is no Slurm on this machine" in log.text
+    assert results(tmp_path) == results(finished)
     with pytest.raises(UserError, match="no Slurm on this machine"):
         run_study(arguments(write_world(tmp_path, **{"study.seeds": [5]}), tmp_path, slurm="gpu"))
 
@@ -329,7 +327,7 @@ def epochs(folder: Path) -> list[int]:
 
 
 @needs_submitit
-def test_a_job_whose_time_is_over_goes_on(tmp_path: Path) -> None:
+def test_a_job_at_its_time_limit_is_requeued(tmp_path: Path) -> None:
     """As Slurm says it: by a signal, upon which submitit queues the job again."""
     file = one_cell(tmp_path, 1.5)
     thread = signal_jobs(signal.SIGUSR2, tmp_path)
@@ -343,8 +341,8 @@ def test_a_job_whose_time_is_over_goes_on(tmp_path: Path) -> None:
 
 
 @needs_submitit
-def test_a_job_that_is_killed_is_named_and_goes_on_with_the_same_command(
-    tmp_path: Path, said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_a_killed_job_is_logged_and_resumes_with_the_same_command(
+    tmp_path: Path, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import submitit
 
@@ -354,14 +352,14 @@ def test_a_job_that_is_killed_is_named_and_goes_on_with_the_same_command(
     thread = signal_jobs(signal.SIGKILL, tmp_path)
     assert run_study(arguments(file, tmp_path, slurm="default")) == 1
     thread.join()
-    assert "ended without a result; the same command resumes it" in said.text
+    assert "ended without a result; the same command resumes it" in log.text
     assert run_study(arguments(file, tmp_path, slurm="default")) == 0
     assert epochs(tmp_path) == [1, 2]
 
 
 @needs_submitit
 def test_slurm_gets_an_array_for_each_level(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
     """Against an sbatch that keeps what it is given: arrays, what they wait for, and what they ask for."""
     tools, kept = tmp_path / "tools", tmp_path / "kept"
@@ -387,7 +385,7 @@ def test_slurm_gets_an_array_for_each_level(
     assert [found.get("gpus-per-node") for found in options] == ["1", "2", "1", "0"]
     assert {found["partition"] for found in options} == {"fast"}
     assert {(found["time"], found["cpus-per-task"], found["account"]) for found in options} == {("90", "4", "lab")}
-    assert "Job 103 writes the report after them" in said.text
+    assert "Job 103 writes the report after them" in log.text
     assert not list(tmp_path.rglob("*.done"))
     # What the jobs are sent does the work, in whatever order they come; the last writes the report.
     from submitit.core.utils import DelayedSubmission
@@ -408,6 +406,6 @@ def test_slurm_needs_submitit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @needs_submitit
 @pytest.mark.parametrize("asked", [{"memory": 3}, {"timeout_min": "long"}, {"slurm_nonsense": 1}])
-def test_words_that_submitit_does_not_know_are_a_mistake(tmp_path: Path, asked: dict[str, object]) -> None:
+def test_parameters_that_submitit_rejects_are_an_error(tmp_path: Path, asked: dict[str, object]) -> None:
     with pytest.raises(UserError, match=r"\[study\.slurm\]: "):
         run_study(arguments(write_world(tmp_path, **{"study.slurm": asked}), tmp_path, slurm="default"))

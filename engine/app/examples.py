@@ -21,15 +21,12 @@ class Example(NamedTuple):
 
 def toy_examples(dataset: str = "toy_test", count: int = 8) -> list[Example]:
     """An image with a defect of each of the first classes, and a normal image of the first class."""
+    folders = list(CLASSES[dataset])
+    defects = [toy.defects[row % len(toy.defects)] for row, toy in enumerate(CLASSES[dataset].values())]
     examples = []
-    for row, (folder, toy) in enumerate(list(CLASSES[dataset].items())[: count - 1]):
-        defect = toy.defects[row % len(toy.defects)]
-        examples.append(_draw(dataset, folder, TOY_DATASETS[dataset][folder], defect))
-    folder, name = next(iter(TOY_DATASETS[dataset].items()))
-    return [*examples, _draw(dataset, folder, name, None)]
-
-
-def _draw(dataset: str, folder: str, name: str, defect: str | None) -> Example:
-    pixels, _ = draw_toy_class(dataset, folder, defect, 0)
-    caption = f"{name}, {defect.replace('_', ' ') if defect else 'normal'}"
-    return Example(Upload(f"{caption}.png", Image.fromarray(pixels)), name, caption)
+    for folder, defect in [*zip(folders[: count - 1], defects, strict=False), (folders[0], None)]:
+        pixels, _ = draw_toy_class(dataset, folder, defect, 0)
+        name = TOY_DATASETS[dataset][folder]
+        caption = f"{name}, {defect.replace('_', ' ') if defect else 'normal'}"
+        examples.append(Example(Upload(f"{caption}.png", Image.fromarray(pixels)), name, caption))
+    return examples

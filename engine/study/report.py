@@ -22,7 +22,6 @@ from engine.study.results import Results, SettingResult, dataset_means, metric_t
 from engine.study.statistics import LEVEL, Verdict
 from engine.study.study import Study
 from utils.files import write_text
-from utils.svg_charts import Chart
 from utils.text import markdown_table
 
 logger = logging.getLogger(__name__)
@@ -44,19 +43,6 @@ class HeatTable:
     arms: list[str]
     largest: str
     rows: list[tuple[str, list[tuple[str, str]]]]
-
-
-@dataclass(frozen=True)
-class Section:
-    """The part of the HTML report on one setting."""
-
-    name: str
-    verdicts: list[tuple[str, str]]
-    table: TextTable
-    differences: TextTable
-    forests: list[Chart]
-    heat: list[HeatTable]
-    losses: Chart | None
 
 
 def write_study_report(plan: Plan, command: Sequence[str]) -> Results:
@@ -297,15 +283,15 @@ def page(results: Results, fairness: Fairness, command: Sequence[str]) -> str:
     """The study as one HTML file without scripts and external files."""
     study = results.plan.study
     sections = [
-        Section(
-            setting.name,
-            [(arm.name, arm.summary) for arm in setting.arms if arm.summary],
-            means_table(results, setting),
-            differences_table(results, setting),
-            forest_charts(results, setting),
-            [heat_table(results, setting, metric) for metric in results.metrics],
-            loss_chart(results, setting),
-        )
+        {
+            "name": setting.name,
+            "verdicts": [(arm.name, arm.summary) for arm in setting.arms if arm.summary],
+            "table": means_table(results, setting),
+            "differences": differences_table(results, setting),
+            "forests": forest_charts(results, setting),
+            "heat": [heat_table(results, setting, metric) for metric in results.metrics],
+            "losses": loss_chart(results, setting),
+        }
         for setting in results.settings
         if setting.arms
     ]
