@@ -24,6 +24,7 @@ from utils.errors import UserError, original_message
 
 MEAN, STD = (0.5, 0.25, 0.5), (0.5, 0.25, 0.25)
 ORIENTATION = 0x0112
+COLOUR_FACTORS = ("brightness", "contrast", "saturation")
 
 # One pixel of each of four colours, and the same as grey levels.
 COLOURS = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], np.uint8)
@@ -278,31 +279,17 @@ def test_full_is_geometric_and_colour(tree):
 
 def test_chances_and_ranges_of_augmentation():
     drawn = [draw_augmentation(seed) for seed in range(4000)]
-    chance = {
-        "angle": np.mean([a.angle != 0 for a in drawn]),
-        "shift": np.mean([a.shift != (0, 0) for a in drawn]),
-        "horizontal": np.mean([a.flip_horizontal for a in drawn]),
-        "vertical": np.mean([a.flip_vertical for a in drawn]),
-        "brightness": np.mean([a.brightness != 1 for a in drawn]),
-        "contrast": np.mean([a.contrast != 1 for a in drawn]),
-        "saturation": np.mean([a.saturation != 1 for a in drawn]),
-    }
-    for name, value in chance.items():
-        expected = 0.7 if name in ("brightness", "contrast", "saturation") else 0.5
-        assert value == pytest.approx(expected, abs=0.03), name
-    for values, low, high in (
-        ([a.angle for a in drawn], -30, 30),
-        ([a.shift[0] for a in drawn], -0.15, 0.15),
-        ([a.shift[1] for a in drawn], -0.15, 0.15),
-        ([a.brightness for a in drawn], 0.5, 1.5),
-        ([a.contrast for a in drawn], 0.5, 1.5),
-        ([a.saturation for a in drawn], 0.5, 1.5),
-    ):
-        span = high - low
-        assert low <= min(values) < low + 0.02 * span and high - 0.02 * span < max(values) <= high
-    parts = [[a.angle != 0, a.shift != (0, 0), a.flip_horizontal, a.flip_vertical, a.contrast != 1] for a in drawn]
-    correlation = np.corrcoef(np.array(parts, float).T)
-    assert np.abs(correlation - np.eye(5)).max() < 0.06
+    right, down = np.array([a.shift for a in drawn]).T
+    values = {name: np.array([getattr(a, name) for a in drawn], float) for name in vars(drawn[0]) if name != "shift"}
+    applied = {name: column != (name in COLOUR_FACTORS) for name, column in values.items()} | {"shift": right != 0}
+    for name, column in applied.items():
+        assert column.mean() == pytest.approx(0.7 if name in COLOUR_FACTORS else 0.5, abs=0.03), name
+    factors = [(values[name], 0.5, 1.5) for name in COLOUR_FACTORS]
+    for column, low, high in [(values["angle"], -30, 30), (right, -0.15, 0.15), (down, -0.15, 0.15), *factors]:
+        margin = 0.02 * (high - low)
+        assert low <= column.min() < low + margin and high - margin < column.max() <= high
+    correlation = np.corrcoef(np.array(list(applied.values()), float))
+    assert np.abs(correlation - np.eye(len(applied))).max() < 0.06
 
 
 def shifted(right, down, **others):
@@ -344,14 +331,22 @@ def test_nearest_resampling_makes_no_new_colours(tmp_path, monkeypatch):
     assert found["nearest"] == 2 and found["bilinear"] > 10
 
 
-def test_label_follows_a_defect_out_of_the_picture(tmp_path, monkeypatch):
+@pytest.mark.parametrize("moves", ["joint", "separate"])
+@pytest.mark.parametrize(
+    ("columns", "keep_label", "expected"),
+    [
+        (slice(18, 20), False, (0, False)),
+        (slice(16, 20), False, (1, True)),
+        (slice(0, 0), False, (1, False)),
+        (slice(18, 20), True, (1, False)),
+    ],
+    ids=["moved out", "partly moved out", "empty before", "as published"],
+)
+def test_label_of_a_defect_that_is_moved(tmp_path, monkeypatch, moves, columns, keep_label, expected):
     monkeypatch.setattr("dataset.samples.draw_augmentation", lambda seed: shifted(0.15, 0.0))
-    gone = one_defect(tmp_path, slice(4, 9), slice(18, 20))[SampleKey(0, 0)]
-    assert gone["label"] == 0 and not gone["mask"].any()
-    stays = one_defect(tmp_path, slice(4, 9), slice(16, 20))[SampleKey(0, 0)]
-    assert stays["label"] == 1 and stays["mask"].any()
-    empty_from_the_start = one_defect(tmp_path, slice(0, 0), slice(0, 0))[SampleKey(0, 0)]
-    assert empty_from_the_start["label"] == 1 and not empty_from_the_start["mask"].any()
+    choices = AugmentationConfig(augment_moves=moves, keep_label=keep_label)
+    sample = one_defect(tmp_path, slice(4, 9), columns, choices=choices)[SampleKey(0, 0)]
+    assert (sample["label"], bool(sample["mask"].any())) == expected
 
 
 def test_defect_that_is_only_lost_between_pixels_keeps_its_label(tmp_path, monkeypatch):
@@ -364,16 +359,6 @@ def test_defect_that_is_only_lost_between_pixels_keeps_its_label(tmp_path, monke
             outcomes.add((sample["label"], bool(sample["mask"].any())))
     # In (1, False) no pixel centre of the turned picture fell into the defect.
     assert outcomes == {(1, True), (1, False)}
-
-
-@pytest.mark.parametrize("choices", [AugmentationConfig(), AugmentationConfig(augment_moves="separate")], ids=str)
-def test_a_label_can_outlive_its_defect(tmp_path, monkeypatch, choices):
-    """As in the published code, where the label does not look at the mask."""
-    monkeypatch.setattr("dataset.samples.draw_augmentation", lambda seed: shifted(0.15, 0.0))
-    where = (slice(4, 9), slice(18, 20))
-    assert one_defect(tmp_path, *where, choices=choices)[SampleKey(0, 0)]["label"] == 0
-    kept = one_defect(tmp_path, *where, choices=replace(choices, keep_label=True))[SampleKey(0, 0)]
-    assert kept["label"] == 1 and not kept["mask"].any()
 
 
 @pytest.mark.parametrize("fill", ["mean", "black"])
