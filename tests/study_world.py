@@ -1,4 +1,4 @@
-"""A world in which studies take a second: a training script and a test script that need the standard library alone."""
+"""A study that takes a second: a training and a test script that use only the standard library."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-# Trains a number: goes on where it was killed, and can start from another run's file, be slow, or fail.
+# Trains a number; resumes after a kill, and can start from the file of another run, be slow, or fail.
 TRAIN = """
 import argparse, json, pathlib, random, sys, time
 parser = argparse.ArgumentParser()
@@ -56,7 +56,7 @@ with (folder / "evaluation.csv").open("w", newline="") as file:
 
 
 def write_world(folder: Path, **changes: Any) -> Path:
-    """The two scripts and a study of four arms in `folder`; changes: to the tables, dots for levels."""
+    """Write the two scripts and a study of four arms; `changes` replace entries of its tables ("table.key")."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "train.py").write_text(TRAIN, encoding="utf-8")
     (folder / "test.py").write_text(TEST, encoding="utf-8")
@@ -97,7 +97,7 @@ def write_world(folder: Path, **changes: Any) -> Path:
 
 
 def to_toml(study: dict[str, Any]) -> str:
-    """A study as its file holds it."""
+    """A study as TOML."""
     lines = []
     for table, content in (("study", study["study"]), *((f'arms."{k}"', v) for k, v in study["arms"].items())):
         lines.append(f"[{table}]")
