@@ -17,7 +17,18 @@ from utils.files import append_text, check_folder
 from utils.processes import is_main_process
 
 # Libraries whose INFO messages are not for users of this project.
-QUIET = ("accelerate", "httpx", "httpcore", "huggingface_hub", "matplotlib", "onnx_ir", "onnxscript", "PIL", "urllib3")
+QUIET = (
+    "accelerate",
+    "httpx",
+    "httpcore",
+    "huggingface_hub",
+    "matplotlib",
+    "onnx_ir",
+    "onnxscript",
+    "PIL",
+    "torch",
+    "urllib3",
+)
 TIME = "%Y-%m-%d %H:%M:%S"
 # Records kept in memory until a run has its folder; nothing reaches this number.
 MAX_RECORDS = 10**6
