@@ -154,7 +154,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """`x` as float32 where autocast left it in half precision; float64 stays."""
+    """`x` as float32 if autocast left it in half precision; float64 stays."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 

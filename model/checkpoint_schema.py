@@ -22,11 +22,11 @@ class FloatTensor:
     def problem(value: Any) -> str | None:
         """The problem of a value as the end of a sentence; None if there is none."""
         if not isinstance(value, Tensor):
-            return f"is a {type(value).__name__}, where a tensor is needed"
+            return f"is a {type(value).__name__}, expected a tensor"
         if value.layout != torch.strided or value.is_nested or value.is_quantized or value.is_meta:
             return "is not a dense tensor with values"
         if value.dtype not in FLOAT_TYPES:
-            return f"is a tensor of {value.dtype}, where floating-point numbers are needed"
+            return f"is a tensor of {value.dtype}, expected floating-point numbers"
         if value.untyped_storage().nbytes() < value.numel() * value.element_size():
             return "is a tensor larger than its storage"
         return None if value.isfinite().all() else "has values that are not finite"

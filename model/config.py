@@ -1,4 +1,4 @@
-"""Every choice that changes the forward of an adapted CLIP, in one frozen value that prints, saves and compares."""
+"""All choices that change the forward of an adapted CLIP, as frozen dataclasses; also the schema of checkpoints."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from utils.errors import UserError
 from utils.fields import limited
 from utils.schema import MayHoldMore, Plain, check_fields
 
-# The trainable parts, by the names that checkpoints, state dicts and logs use.
+# The trainable components, by their names in checkpoints, state dicts and logs.
 COMPONENTS = ("text_adapter", "text_cross_attn", "image_adapter", "image_cross_attn")
 SIDES = ("text", "image")
-# A model to share is a folder with these two (docs/deploying.md).
+# The files of a model to share (docs/deploying.md).
 SHARED_WEIGHTS, SHARED_CONFIG = "model.safetensors", "config.json"
 ADAPTERS = ("bottleneck", "linear")
 SURGERIES = ("dual", "sequential", "batch_axis")
@@ -21,25 +21,25 @@ CONTEXT_NORMS = ("unit", "none", "layer")
 CROSS_ATTN_RESIDUALS = ("add", "matched")
 CROSS_ATTN_INITS = ("xavier", "zero")
 TEXT_CONDITIONINGS = ("image", "none")
-# What the det score compares with in testing: the abnormal anchor, or its difference from the normal one.
+# The det score: similarity to the abnormal anchor, or its difference from the similarity to the normal one.
 DET_SCORES = ("abnormal", "difference")
 TEXT_CONTEXTS = ("frozen", "trained", "projectors")
-# Which patch features normal references are compared by, and the weight of the map that they give (docs/results.md).
+# Patch features to compare with normal references, and the weight of the reference map (docs/results.md).
 REFERENCE_FEATURES = ("trained", "frozen", "both")
 REFERENCE_WEIGHT = 0.5
 
 
 def rounded(value: float) -> int:
-    """Round half up, so that a depth's default does not depend on banker's rounding."""
+    """Round half up; Python's `round` rounds half to even."""
     return int(value + 0.5)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What an `AdaptedCLIP` is: the CLIP under it and every choice of docs/method.md that its outputs depend on.
+    """The CLIP of an `AdaptedCLIP` and all choices of docs/method.md that change its outputs.
 
-    `levels` count vision blocks from 1: level 6 is the stream after six blocks. `text_adapted` is False where Stage 1
-    was left out, so that anchors come from CLIP's own text projection.
+    `levels` count vision blocks from 1: level 6 is the stream after six blocks. `text_adapted` is False without Stage
+    1; anchors are then CLIP's own.
     """
 
     model_name: str
@@ -58,26 +58,27 @@ class ModelConfig:
     text_adapted: bool = True
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers only, so that a checkpoint holding it loads with `weights_only=True`."""
+        """Plain containers only, so that checkpoints load with `weights_only=True`."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "the checkpoint") -> ModelConfig:
-        """The config of a checkpoint; `source` names the file in the error for what is missing, unknown or unfit."""
+        """The config of a checkpoint; `UserError`, starting with `source`, for missing, unknown or invalid values."""
         check_fields(values, cls, source, "config.model")
         for item in fields(cls):
-            if item.name not in values:  # a default of today need not be what the file was trained with
+            if item.name not in values:  # the default may have been another one at training time
                 raise UserError(f"{source}: config.model has no '{item.name}'; use the version that wrote it")
-        return cls(**{key: tuple(value) if key == "levels" else value for key, value in values.items()})
+        arguments: dict[str, Any] = {**values, "levels": tuple(values["levels"])}
+        return cls(**arguments)
 
 
 @dataclass(frozen=True)
 class CrossAttentionConfig:
-    """What the two cross-attentions are (docs/method.md, "Cross-attention").
+    """The choices of both cross-attentions (docs/method.md, "Cross-attention").
 
-    text_context: the image features that text sees, and that Stage 1 looks at: "frozen", those of the "trained" image
-    branch, or its "projectors" on frozen tokens. cross_attn_active: False in the loops of a feedback run before its
-    `cross_attn_start_loop`. A feedback loop decides these two (`LoopForward`), the others hold for a whole run.
+    text_context: the image features for text and for Stage 1: "frozen", those of the "trained" image branch, or its
+    "projectors" on frozen tokens. cross_attn_active: False in feedback loops before `cross_attn_start_loop`. These two
+    may change between the loops of a run (`LoopForward`).
     """
 
     text_cross_attn_weight: float = limited(0.1, between=(0, 100))
@@ -106,7 +107,7 @@ class CrossAttentionConfig:
 
 
 class LoopForward(NamedTuple):
-    """What a feedback loop decides of the forward; meanings as in `CrossAttentionConfig`."""
+    """The choices of the forward that may change between loops; see `CrossAttentionConfig`."""
 
     text_context: str
     cross_attn_active: bool
@@ -131,7 +132,7 @@ def check_cross_attention(config: CrossAttentionConfig, text_width: int) -> None
 
 
 def check_settings(config: Any) -> None:
-    """Raise `UserError` for a value that is none of its field's choices, or out of its range."""
+    """Raise `UserError` for a value outside the choices or the range of its field."""
     for item in fields(config):
         value, choices, between = getattr(config, item.name), item.metadata.get("choices"), item.metadata.get("between")
         if value is None:
@@ -145,7 +146,7 @@ def check_settings(config: Any) -> None:
 
 
 def depth_defaults(vision_layers: int, text_layers: int) -> dict[str, Any]:
-    """Levels and adapter depths that follow the encoders' depths: (6, 12, 18, 24), 6, 3, 20 for ViT-L/14."""
+    """Default levels and depths for the depths of the encoders: (6, 12, 18, 24), 6, 3, 20 for ViT-L/14."""
     return {
         "levels": tuple(sorted({max(1, rounded(vision_layers * quarter / 4)) for quarter in (1, 2, 3, 4)})),
         "image_adapt_until": max(1, rounded(vision_layers / 4)),
@@ -155,7 +156,7 @@ def depth_defaults(vision_layers: int, text_layers: int) -> dict[str, Any]:
 
 
 def check_depths(config: ModelConfig, vision_layers: int, text_layers: int) -> None:
-    """Raise `UserError` where a depth or weight of `config` does not exist in a CLIP of these depths."""
+    """Raise `UserError` for a depth or weight of `config` that a CLIP of these depths does not have."""
     levels = config.levels
     if not levels or any(not 1 <= level <= vision_layers for level in levels) or list(levels) != sorted(set(levels)):
         raise UserError(f"--levels {' '.join(map(str, levels))}: levels ascend and lie between 1 and {vision_layers}")
@@ -171,7 +172,7 @@ def check_depths(config: ModelConfig, vision_layers: int, text_layers: int) -> N
 
 @dataclass(frozen=True)
 class SavedArguments(MayHoldMore):
-    """Of the arguments that a run had, those that other scripts take over."""
+    """The arguments of a run that other scripts use."""
 
     more = Plain
     dataset: str

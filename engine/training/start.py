@@ -214,8 +214,8 @@ def _check_cross_attention(checkpoint: Checkpoint, now: CrossAttentionConfig) ->
         return
     if checkpoint.config is None:
         logger.warning(
-            "%s has cross-attention and no config: assumed trained as earlier code did, with text_cross_attn_weight "
-            "%g, image_cross_attn_weight %g, context_norm %s, cross_attn_residual %s, %d heads",
+            "%s has cross-attention and no config: assumed trained with text_cross_attn_weight %g, "
+            "image_cross_attn_weight %g, context_norm %s, cross_attn_residual %s, %d heads",
             checkpoint.path,
             was.text_cross_attn_weight,
             was.image_cross_attn_weight,
