@@ -15,13 +15,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from engine.runtime.run_folder import describe_differences
-from engine.training.advice import remedies_for
 from engine.training.restart import check_phases
 from engine.training.schedules import Schedule, halved_at, warmup_cosine
-from engine.training.stages import StageOutput
+from engine.training.stages import WATCHED, StageOutput
 from engine.training.start import Start
-from engine.training.trainer import WATCHED, Trainer, gradient_norms
-from engine.training.verdicts import StageVerdict, epoch_warnings, judge_run, judge_stage, run_summary
+from engine.training.trainer import Trainer, gradient_norms
+from engine.training.verdicts import StageVerdict, epoch_warnings, judge_run, judge_stage, remedies_for, run_summary
 from model.checkpoint import Checkpoint
 from utils.errors import UserError
 from utils.files import write_json_lines

@@ -150,7 +150,7 @@ def test_the_image_loss_trains_what_it_reaches_and_says_what_that_costs(config: 
     assert config.text_epoch == 0
     set_up_logging()  # as scripts begin; what is said before there is a folder comes first in the log
     train_base(replace(config, image_epoch=1))
-    assert "Stage 1 is left out" in log_of(config.save_path) and "the projectors of the maps stay random" in log_of(
+    assert "without Stage 1" in log_of(config.save_path) and "the projectors of the maps remain random" in log_of(
         config.save_path
     )
     assert "nan" not in log_of(config.save_path)
@@ -179,7 +179,7 @@ def test_cross_attention_may_start_from_a_base(world: Path, config: BaseConfig) 
     values = {name: value for name, value in vars(config).items() if name != "text_epoch"}
     set_up_logging()
     train_cross_attention(CrossAttentionRunConfig.of(**values, **sides))
-    assert "the projectors of the maps stay those of the base" in log_of(config.save_path)
+    assert "the projectors of the maps remain those of the base" in log_of(config.save_path)
     before, after = (weights(world / "base/image_adapter.pth"), weights(config.save_path / "image_adapter.pth"))
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"layer_adapters", "det_proj"}

@@ -18,8 +18,6 @@ from utils.arguments import Arguments, path
 from utils.errors import UserError
 from utils.fields import POSITIONAL, changed, setting
 
-# Its cross-attention is that of `train_cross_attention.py`.
-DEFAULT_PRESET = "v2"
 DEFAULT_WEIGHT = CrossAttentionConfig.image_cross_attn_weight
 PORT = 7860
 # The value of --slurm without a name.

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from engine.config.tools import DEFAULT_PRESET, GradientTest
-from engine.config.training import FeedbackConfig, RunConfig
+from engine.config.tools import GradientTest
+from engine.config.training import CrossAttentionRunConfig, FeedbackConfig, RunConfig
 from engine.data.loaders import make_dataset, training_loader
 from engine.data.task import TaskData, check_masks, choose_training_images, load_task
 from engine.detector.detector import checkpoint_config, cross_attention_choices, load_clip_for
@@ -185,7 +185,8 @@ def default_cross_attention(test: GradientTest, checkpoint: Checkpoint | None) -
     """The cross-attention of the checkpoint or the preset, or that of `train_cross_attention.py`."""
     trained = cross_attention_choices(checkpoint) if checkpoint else None
     if trained is None:
-        return FeedbackConfig.of(preset=test.preset or DEFAULT_PRESET).cross_attention()
+        run = FeedbackConfig.of(preset=test.preset) if test.preset else CrossAttentionRunConfig()
+        return run.cross_attention()
     if test.preset:
         raise UserError(f"--preset {test.preset}: {test.checkpoint} has cross-attention of its own; leave one out")
     return trained

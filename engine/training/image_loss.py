@@ -11,7 +11,7 @@ from torch import nn
 from engine.config.training import RunConfig
 from engine.data.task import TaskData, check_masks
 from engine.training.stage2 import ImageStage
-from engine.training.stages import StageOutput, class_rows
+from engine.training.stages import WATCHED, StageOutput, class_rows
 from model.scoring import DOMAINS
 from utils.errors import UserError
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class ImageLossStage(ImageStage):
-    """Trains what the classification reaches: the projectors of the levels' maps stay as they are."""
+    """Trains the components that the classification depends on; the projectors of the maps are not trained."""
 
     @property
     def trained(self) -> dict[str, nn.Module]:
@@ -28,18 +28,18 @@ class ImageLossStage(ImageStage):
         return {**{name: part for name, part in parts.items() if name != "seg_proj"}, **trained}
 
     def forward(self, batch: dict[str, Any]) -> StageOutput:
-        """A batch of samples -> Stage 2's classification loss; nothing is watched, since there may be no masks."""
+        """A batch of samples -> Stage 2's classification loss, without p_abnormal, because there may be no masks."""
         outputs = self.model(batch["image"], self.text_side, class_rows(batch, self.order))
         loss = F.cross_entropy(outputs.det, batch["label"])
         nothing = loss.new_zeros(())
-        watch = dict.fromkeys(("inside_sum", "inside_pixels", "outside_sum", "outside_pixels"), nothing)
+        watch = dict.fromkeys(WATCHED, nothing)
         return StageOutput({"classification": loss, "total": loss}, watch)
 
 
 def check_labels(config: RunConfig, data: TaskData) -> None:
-    """Raise `UserError` where a run's losses need masks that are not there, or would train what no score looks at.
+    """Raise `UserError` if the losses need masks that are missing, or if no score uses what would be trained.
 
-    data: all images of the dataset. Says in the log what a run without the losses of pixels gives up.
+    data: all images of the dataset. Logs the limits of training without pixel losses.
     """
     if not getattr(config, "image_loss_only", False):
         check_masks(
@@ -51,11 +51,11 @@ def check_labels(config: RunConfig, data: TaskData) -> None:
     if not DOMAINS[data.located.spec.domain].uses_det:
         raise UserError(
             f"--image_loss_only: images of {data.located.spec.name} are scored by their maps alone, which Stage 2's "
-            "classification does not train: leave it out"
+            "classification does not train: leave this option out"
         )
     logger.warning(
-        "--image_loss_only: Stage 2's classification alone is trained, so Stage 1 is left out and the anchors stay as "
-        "they are. Nothing learns where an anomaly is: the projectors of the maps %s, so heatmaps and pixel metrics "
-        "say little, and half of an image's score comes from its map",
-        "stay those of the base" if getattr(config, "load_base_image_adapter", None) else "stay random",
+        "--image_loss_only: only Stage 2's classification is trained, without Stage 1, so the anchors do not change. "
+        "Nothing learns to locate anomalies: the projectors of the maps %s, so heatmaps and pixel metrics are not "
+        "meaningful, and half of an image's score comes from its map",
+        "remain those of the base" if getattr(config, "load_base_image_adapter", None) else "remain random",
     )

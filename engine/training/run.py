@@ -18,14 +18,13 @@ from torch.utils.data import DataLoader
 from engine.runtime.device import warn_of_unused_gpu
 from engine.runtime.distributed import from_main_process, interrupted_by_others
 from engine.runtime.run_folder import ARGUMENTS_FILE, EVENTS_FOLDER, HISTORY_FILE, LOCK_FILE, STATE_FILE
-from engine.training.advice import after_not_finite
 from engine.training.phases import Phase, RunState
 from engine.training.restart import check_phases, describe_progress, unchanged_loops
 from engine.training.schedules import Schedule
 from engine.training.stage2 import JointStage
 from engine.training.state import STATE_SCHEMA, read_state, restore
 from engine.training.trainer import StopRequest, Trainer
-from engine.training.verdicts import judge_run, log_epoch
+from engine.training.verdicts import after_not_finite, judge_run, log_epoch
 from model.adapter import AdaptedCLIP
 from model.checkpoint import save, state_of
 from model.config import SIDES

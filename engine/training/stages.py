@@ -13,6 +13,9 @@ from model.adapter import AdaptedCLIP
 from model.config import LoopForward
 from model.text import Prompts
 
+# Sums and numbers of pixels of p_abnormal inside and outside the masks.
+WATCHED = ("inside_sum", "inside_pixels", "outside_sum", "outside_pixels")
+
 
 class StageOutput(NamedTuple):
     """The losses by name, of which "total" is minimised; and sums and counts for the mean p_abnormal."""
@@ -77,14 +80,11 @@ class Stage(nn.Module):
 
 def watch_abnormal(abnormal: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """Sums of p_abnormal (B, S, S) inside and outside the masks, with the numbers of pixels."""
-    inside = mask > 0.5
-    return {
+    watched = []
+    for pixels in (mask > 0.5, mask <= 0.5):
         # Boolean indexing would wait for the device.
-        "inside_sum": abnormal.where(inside, 0).sum(),
-        "inside_pixels": inside.sum().to(abnormal.dtype),
-        "outside_sum": abnormal.where(~inside, 0).sum(),
-        "outside_pixels": (~inside).sum().to(abnormal.dtype),
-    }
+        watched += [abnormal.where(pixels, 0).sum(), pixels.sum().to(abnormal.dtype)]
+    return dict(zip(WATCHED, watched, strict=True))
 
 
 def square_mask(batch: dict[str, Any]) -> Tensor:

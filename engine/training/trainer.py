@@ -22,13 +22,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader
 
 from engine.training.schedules import Schedule
-from engine.training.stages import StageOutput
+from engine.training.stages import WATCHED, StageOutput
 from utils.errors import NotFiniteError
 from utils.logging import progress_bar
 from utils.processes import Share
 from utils.script import ignore_ended_workers
-
-WATCHED = ("inside_sum", "inside_pixels", "outside_sum", "outside_pixels")
 
 
 class StopRequest:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.training.advice import remedies_for
 from utils.text import format_table, readable_time
 
 logger = logging.getLogger(__name__)
@@ -87,6 +87,32 @@ def epoch_warnings(row: Row) -> list[str]:
             f"and {row['abnormal_outside']:.3f} outside"
         )
     return warnings
+
+
+def remedies_for(side: str, feedback: bool) -> dict[str, tuple[str, ...]]:
+    """What to try for each verdict on a stage, with the options of its script."""
+    higher, lower = f"a higher {_rate(side)}", f"a lower {_rate(side)}"
+    later = ("--cross_attn_start_loop 2",) if feedback else ()
+    gentler = ("more --warmup_epochs", "a tighter --grad_clip") if feedback else ()
+    return {
+        'collapsed to "all normal"': (higher, *later, "a look at the masks of the training data"),
+        "exploding": (*gentler, lower),
+        "vanishing": (higher, *later),
+        "not learning": (higher, *later, "more epochs"),
+    }
+
+
+def after_not_finite(state: Path, side: str, feedback: bool) -> str:
+    """What to do after a loss that is not finite; state: the file of the last good state."""
+    change = f"a lower {_rate(side)}"
+    if feedback:
+        change = f"--init_from {state}, and {change} or a tighter --grad_clip"
+    return f"The last good state is {state}; start with another --save_path{', ' if feedback else ' and '}{change}"
+
+
+def _rate(side: str) -> str:
+    """The options of a stage's learning rate."""
+    return "--text_lr and --image_lr" if side == "both" else f"--{side}_lr"
 
 
 def judge_stage(rows: Sequence[Row], first_loss: float, remedies: Mapping[str, tuple[str, ...]]) -> StageVerdict:
