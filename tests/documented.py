@@ -42,8 +42,6 @@ HEADING = re.compile(r"#{1,6} (.*)")
 COMMANDS, PYTHON, JSON, TEXT, DIFF = "", "python", "json", "text", "diff"
 LANGUAGES = (COMMANDS, PYTHON, JSON, TEXT, DIFF)
 
-# The script that parses the arguments of one without a parser of its own, and the words that it adds.
-PARSED_BY = {"train_cross_attention_feedback": ("train_cross_attention_feedback_v2", ("--preset", "v1"))}
 # Commands that are not run, by their first words, with the reason.
 NOT_RUN = {
     ("python", "run.py"): "creates an environment of its own",
@@ -190,10 +188,8 @@ def check_arguments(words: Sequence[str]) -> None:
 def check_script(script: str, arguments: Sequence[str]) -> None:
     if not (ROOT / script).is_file():
         raise ValueError(f"{script}: no such script")
-    name = module_of(script)
-    name, first = PARSED_BY.get(name, (name, ()))
-    if name != "run":
-        check_module(name, [*first, *arguments])
+    if script != "run.py":
+        check_module(module_of(script), arguments)
     elif not set(arguments) & set(importlib.import_module("run").COMMANDS):
         raise ValueError(f"run.py has no command {shlex.join(arguments)}")
 
@@ -267,7 +263,7 @@ def flags_of_command(words: Sequence[str]) -> set[str]:
     if tuple(words[:2]) == ("python", "-m"):
         return flags_of(words[2])
     scripts = [module_of(word) for word in words if word.endswith(".py") and word != "run.py"]
-    return flags_of(PARSED_BY.get(scripts[0], scripts)[0]) if scripts else set()
+    return flags_of(scripts[0]) if scripts else set()
 
 
 def repository_files() -> list[Path]:

@@ -67,7 +67,7 @@ def known_files() -> frozenset[str]:
 @cache
 def known_flags() -> frozenset[str]:
     """All options of scripts, tools and benchmarks."""
-    scripts = [file.stem for file in ROOT.glob("*.py") if file.stem not in ("run", "train_cross_attention_feedback")]
+    scripts = [file.stem for file in ROOT.glob("*.py") if file.stem != "run"]
     modules = [f"benchmarks.{file.stem}" for file in (ROOT / "benchmarks").glob("[!_]*.py")]
     others = ["tests.check_commands", "dataset.convert", "engine.cli.share", "examples.run_onnx"]
     return frozenset().union(*map(flags_of, [*scripts, *modules, *others]))
