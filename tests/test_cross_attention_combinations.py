@@ -112,7 +112,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "asked",
     [
         {"feedback_features": "projectors", "cross_attn_start_loop": 2},
-        {"freeze_base": True, "context_norm": "layer", "cross_attn_residual": "add", "cross_attn_init": "zero"},
+        {"context_norm": "layer", "cross_attn_residual": "add", "cross_attn_init": "zero"},
     ],
     ids=lambda asked: "-".join(map(str, asked.values())),
 )
