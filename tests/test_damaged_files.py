@@ -47,7 +47,7 @@ def test_damage_is_harmless_or_refused(damaged: Damaged, tmp_path_factory: pytes
     file = tmp_path_factory.mktemp("damaged") / STATE_FILE
     torch.save(damaged.content, file)
     used_or_refused(lambda: build_detector(read_any(file), clip()), file)
-    used_or_refused(lambda: check_save_path(file.parent, "auto", {}), file)
+    used_or_refused(lambda: check_save_path(file.parent, {}), file)
     used_or_refused(lambda: go_on(file), file)
 
 
@@ -78,7 +78,7 @@ def test_sound_files_are_used() -> None:
         build_detector(read_any(world() / name), clip())
     go_on(world() / "feedback" / STATE_FILE)
     with pytest.raises(UserError, match="another run"):
-        check_save_path(world() / "base", "auto", {"seed": -1})
+        check_save_path(world() / "base", {"seed": -1})
 
 
 @pytest.mark.parametrize(
