@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.adapter import AdaptedCLIP
 from model.adapter_modules import blend
 from model.blocks import run_block, take_tokens
 from model.clip import FrozenCLIP
-from model.config import CrossAttentionConfig, LoopForward, ModelConfig, check_cross_attention
+from model.config import SIDES, CrossAttentionConfig, LoopForward, ModelConfig, check_cross_attention
 from model.cross_attention import CrossAttention, prepare_context
 from model.frozen import ImageFeatures, SharedStreams, frozen_features, projected_features
 from model.scoring import Outputs, compare
@@ -80,6 +80,12 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
         shared = (chosen.cross_attn_heads, chosen.cross_attn_dropout, chosen.cross_attn_init, chosen.context_norm)
         self.text_cross_attn = CrossAttention(d_t, d, d_t, chosen.text_cross_attn_weight, *shared)
         self.image_cross_attn = CrossAttention(d_v, d_t, d_t, chosen.image_cross_attn_weight, *shared)
+
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        """As in `AdaptedCLIP`, without branches of weight 0."""
+        off = {f"{side}_cross_attn" for side in SIDES} - {f"{side}_cross_attn" for side in self.cross_config.sides}
+        return {name: part for name, part in super().components.items() if name not in off}
 
     @property
     def t_ca_w(self) -> float:

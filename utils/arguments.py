@@ -7,11 +7,10 @@ import types
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from utils.errors import UserError
 from utils.fields import POSITIONAL
-from utils.schema import type_hints
 from utils.version import project_version
 
 # The groups of `--help`, in their order.
@@ -32,6 +31,7 @@ GROUPS = (
 )
 
 Config = TypeVar("Config", bound="Arguments")
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(config: type[Arguments], description: str | None) -> Parser:
     """The parser of a script. Its namespace contains only explicit options, so that presets can set the others."""
-    hints = type_hints(config)
+    hints = get_type_hints(config)
     required = [item for item in fields(config) if item.default is MISSING]
     words = [_metavar(item) if _is_positional(item) else f"--{item.name} {item.name.upper()}" for item in required]
     usage = " ".join(["%(prog)s", *words, "[--OPTION VALUE ...]"])
@@ -170,10 +170,10 @@ def _shown(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(plain(value))
 
 
-def number(kind: type[int] | type[float], between: tuple[float, float] | None) -> Callable[[str], int | float]:
+def number(kind: type[Number], between: tuple[float, float] | None) -> Callable[[str], Number]:
     """A reader of finite numbers within a range, for argparse."""
 
-    def read(text: str) -> int | float:
+    def read(text: str) -> Number:
         short = text if len(text) <= 40 else f"{text[:40]}..."
         try:
             value = kind(text)

@@ -48,5 +48,5 @@ def changed(owner: type, name: str, default: Any = MISSING, **metadata: Any) -> 
     """The field `name` of the dataclass `owner` with another default or other metadata."""
     declared = owner.__dataclass_fields__[name]  # type: ignore[attr-defined]  # owner is a dataclass
     default = declared.default if default is MISSING else default
-    unspecified = {"between": None, "choices": None, "free": False, "unset": None, "argparse": {}}
+    unspecified: dict[str, Any] = {"between": None, "choices": None, "free": False, "unset": None, "argparse": {}}
     return field(default=default, metadata={**unspecified, **declared.metadata, **metadata})

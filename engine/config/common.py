@@ -35,7 +35,7 @@ class ModelArguments(Arguments):
 
     presets: ClassVar = PRESETS
 
-    model_name: str = setting(
+    model_name: str | None = setting(
         "ViT-L-14-336", "open_clip model name, local-dir:FOLDER, or toy (the toy CLIP in this repository)", "model"
     )
     clip_weights: str | None = setting(
@@ -61,7 +61,7 @@ class ModelArguments(Arguments):
         group="model",
         unset="the one these weights were trained with",
     )
-    surgery: str = changed(
+    surgery: str | None = changed(
         ModelConfig,
         "surgery",
         help="V-V attention of the frozen image features: dual (parallel to the blocks, as CLIP-Surgery), sequential "
@@ -83,7 +83,7 @@ class ModelArguments(Arguments):
 class DataArguments(Arguments):
     """The images of a dataset."""
 
-    dataset: str = setting("VisA", "dataset: a catalog name, or a folder in MVTec's layout", "data")
+    dataset: str | None = setting("VisA", "dataset: a catalog name, or a folder in MVTec's layout", "data")
     data_root: Path | None = setting(
         None, "folder that contains the datasets", "data", free=True, unset="$ANOMALY_DATA_ROOT, else data"
     )

@@ -43,6 +43,8 @@ class RunConfig(MachineArguments, DataArguments, ModelArguments):
         "a smaller --img_size"
     )
 
+    model_name: str = changed(ModelArguments, "model_name")
+    surgery: str = changed(ModelArguments, "surgery")
     recipe: str | None = setting(
         None, "model, rates and depths for the toy datasets", "training", choices=RECIPES, free=True, unset="none"
     )

@@ -42,7 +42,7 @@ from engine.runtime.run_folder import REPORT_FILE, find_latest, find_loops, loop
 from model.blocks import BlockRunner
 from model.checkpoint import TEXT_FILE, Checkpoint, file_digest, read_checkpoint
 from model.clip import FrozenCLIP
-from model.config import COMPONENTS
+from model.config import SIDES
 from model.scoring import DET_SCORES
 from utils.errors import UserError
 from utils.files import check_folder
@@ -158,7 +158,10 @@ def read_loop(number: int, file: Path) -> Row:
     name = f"Loop {number}"
     try:
         checkpoint = read_weights(file)
-        missing = [part for part in COMPONENTS if part not in checkpoint.components]
+        cross = checkpoint.cross_attention()
+        branches = [f"{side}_cross_attn" for side in SIDES if cross and side in cross.sides]
+        needed = ("text_adapter", "image_adapter", *branches)
+        missing = [part for part in needed if part not in checkpoint.components]
         if not (checkpoint.config or {}).get("cross_attention"):
             missing.append("cross_attention in its config")
         if missing:

@@ -16,7 +16,7 @@ from engine.detector.detector import PUBLISHED, arguments_of, log_activation
 from engine.training.optimizers import transfer_moments
 from model.adapter import AdaptedCLIP
 from model.checkpoint import Checkpoint, file_digest, infer_choices, load_component, read_any
-from model.config import SIDES, CrossAttentionConfig, LoopForward, ModelConfig
+from model.config import COMPONENTS, SIDES, CrossAttentionConfig, LoopForward, ModelConfig
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -277,6 +277,9 @@ def log_initialisation(components: dict[str, nn.Module], start: Start, from_base
             f"{weights.numel():,}",
             origin,
         )
+    for name in COMPONENTS if from_base else ():
+        if name not in components:
+            logger.info("%s: off (weight 0)", name)
     if from_base and start.text is None and start.image is None:
         logger.warning(
             "Training from scratch, without a base: compared with runs that start from a trained base, this is unfair"
