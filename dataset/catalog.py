@@ -49,11 +49,6 @@ class DatasetSpec:
         return next((known for known in self.class_names if same_name(known, name)), None)
 
 
-def readable_name(class_name: str) -> str:
-    """The name of a class folder as words: "metal_nut" becomes "metal nut"."""
-    return " ".join(class_name.replace("_", " ").split())
-
-
 def mvtec_spec(name: str, class_names: dict[str, str], domain: str = "industrial") -> DatasetSpec:
     """A dataset in MVTec's layout, in a folder of its name."""
     return DatasetSpec(domain, ["mvtec"], name, class_names, name)

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from dataset.catalog import CATALOG, DatasetSpec, readable_name
-from dataset.options import CATALOG_NAMES, PUBLISHED_NAMES
+from dataset.catalog import CATALOG, DatasetSpec
+from dataset.prompts import CATALOG_NAMES, PUBLISHED_NAMES, readable_name
 from utils.errors import UserError
 from utils.reading import MIB, read_json, short_repr
 from utils.text import list_names

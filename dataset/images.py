@@ -10,15 +10,18 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from dataset.options import HALF, NONZERO
-from dataset.records import Record
+from dataset.records import HALF, NONZERO, Record
 from utils.errors import UserError
 from utils.paths import is_no_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +171,23 @@ def resize_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 def resize_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Resize a mask to (width, height), nearest neighbour."""
     return mask.resize(size, Image.Resampling.NEAREST)
+
+
+def image_tensor(image: Image.Image, img_size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Turn an RGB image into a model's input: resized to a square (bicubic), normalised, float32 (3, S, S)."""
+    return normalised(resize_image(image, (img_size, img_size)), per_channel(mean), per_channel(std))
+
+
+def per_channel(values: Sequence[float]) -> Tensor:
+    import torch  # slow to import, and most functions here do not need it
+
+    return torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
+
+
+def normalised(image: Image.Image, mean: Tensor, std: Tensor) -> Tensor:
+    from torchvision.transforms.v2 import functional as F
+
+    return (F.pil_to_tensor(image).float() / 255 - mean) / std
 
 
 def find_bad_images(root: Path, records: Sequence[Record]) -> list[tuple[Record, str]]:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from dataset.catalog import CATALOG, DatasetSpec, mvtec_spec, readable_name
+from dataset.catalog import CATALOG, DatasetSpec, mvtec_spec
 from dataset.folders import describe_folder, find_folder, find_folders, subfolders
 from dataset.layouts import LAYOUTS
+from dataset.prompts import readable_name
 from dataset.toy.classes import TOY_DATASETS
 from utils.errors import UserError
 from utils.paths import expanded, is_folder

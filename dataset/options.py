@@ -6,12 +6,6 @@ from dataclasses import dataclass
 
 from utils.fields import limited
 
-# The values of `--class_names` besides a file: the catalog's names, or those of AA-CLIP's published code.
-CATALOG_NAMES, PUBLISHED_NAMES = "catalog", "published"
-NAMES = (CATALOG_NAMES, PUBLISHED_NAMES)
-# Anomalous pixels of a mask: those of at least this share of its largest value, or all that are not zero.
-HALF, NONZERO = 0.5, "nonzero"
-
 
 @dataclass(frozen=True)
 class AugmentationConfig:

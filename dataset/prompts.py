@@ -5,6 +5,9 @@ from __future__ import annotations
 from utils.errors import UserError
 from utils.reading import short_repr
 
+# Values of `--class_names` other than a file: the catalog's names, or those of AA-CLIP's published code.
+CATALOG_NAMES, PUBLISHED_NAMES = "catalog", "published"
+NAMES = (CATALOG_NAMES, PUBLISHED_NAMES)
 NORMAL_STATES = ("{}", "a {}", "the {}")
 ABNORMAL_STATES = ("a damaged {}", "a broken {}", "a {} with flaw", "a {} with defect", "a {} with damage")
 TEMPLATES = ("{}.", "a photo of {}.")
@@ -12,11 +15,16 @@ TEMPLATES = ("{}.", "a photo of {}.")
 MAX_NAME_LENGTH = 200
 
 
-def build_prompts(readable_name: str) -> tuple[list[str], list[str]]:
+def readable_name(class_name: str) -> str:
+    """The name of a class folder as words: "metal_nut" becomes "metal nut"."""
+    return " ".join(class_name.replace("_", " ").split())
+
+
+def build_prompts(class_name: str) -> tuple[list[str], list[str]]:
     """The prompts of a class: each state in each template.
 
     Args:
-        readable_name: Such as "metal nut". Bytes of folder names that are not UTF-8 become question marks.
+        class_name: Such as "metal nut". Bytes of folder names that are not UTF-8 become question marks.
 
     Returns:
         The 6 normal and the 10 abnormal prompts.
@@ -24,7 +32,7 @@ def build_prompts(readable_name: str) -> tuple[list[str], list[str]]:
     Raises:
         UserError: The name is empty or too long.
     """
-    name = readable_name.encode("utf-8", "replace").decode("utf-8")
+    name = class_name.encode("utf-8", "replace").decode("utf-8")
     if not name.strip():
         raise UserError("a class needs a name for its prompts, such as 'metal screw': see --class_name, --class_names")
     if len(name) > MAX_NAME_LENGTH:

@@ -13,6 +13,9 @@ from pathlib import PurePath, PurePosixPath
 from utils.errors import UserError
 from utils.reading import short_repr
 
+# Values of `--mask_threshold`: anomalous pixels have at least this share of a mask's largest value, or any but 0.
+HALF, NONZERO = 0.5, "nonzero"
+
 
 @dataclass(frozen=True)
 class Record:

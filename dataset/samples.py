@@ -15,26 +15,13 @@ from torch.utils.data import Dataset, Sampler
 from torchvision.transforms.v2 import functional as F
 
 from dataset.augmentation import Augmentation, change_colours, draw_augmentation, move_pair
-from dataset.images import read_pair, resize_image, resize_mask
-from dataset.options import DEFAULT_AUGMENTATION, HALF, AugmentationConfig
-from dataset.records import Record
+from dataset.images import normalised, per_channel, read_pair, resize_image, resize_mask
+from dataset.options import DEFAULT_AUGMENTATION, AugmentationConfig
+from dataset.records import HALF, Record
 from utils.processes import Share
 from utils.seeding import derive_seed
 
 AUGMENTATIONS = ("none", "geometric", "full")
-
-
-def image_tensor(image: Image.Image, img_size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Turn an RGB image into a model's input: resized to a square (bicubic), normalised, float32 (3, S, S)."""
-    return _normalised(resize_image(image, (img_size, img_size)), _per_channel(mean), _per_channel(std))
-
-
-def _per_channel(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
-
-
-def _normalised(image: Image.Image, mean: Tensor, std: Tensor) -> Tensor:
-    return (F.pil_to_tensor(image).float() / 255 - mean) / std
 
 
 @dataclass(frozen=True)
@@ -88,7 +75,7 @@ class AnomalyDataset(Dataset[dict[str, Any]]):
         self.augment = augment
         self.choices = choices
         self.mask_threshold = mask_threshold
-        self.mean, self.std = _per_channel(mean), _per_channel(std)
+        self.mean, self.std = per_channel(mean), per_channel(std)
         colour = torch.zeros(3, 1, 1) + (self.mean if choices.augment_fill == "mean" else 0)
         # In the values of what is moved: the normalised image, or 8-bit RGB.
         separate = choices.augment_moves == "separate"
@@ -126,7 +113,7 @@ class AnomalyDataset(Dataset[dict[str, Any]]):
         return resize_image(image, size), resize_mask(mask, size)
 
     def _tensors(self, image: Image.Image, mask: Image.Image) -> tuple[Tensor, Tensor]:
-        return _normalised(image, self.mean, self.std), F.pil_to_tensor(mask)
+        return normalised(image, self.mean, self.std), F.pil_to_tensor(mask)
 
     def _augmented(self, record: Record, parameters: Augmentation) -> tuple[Tensor, Tensor, bool]:
         """Image and mask of a record after augmentation, and whether its anomaly was moved out of the image."""

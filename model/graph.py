@@ -114,7 +114,7 @@ class ScoringGraph(nn.Module):
         return maps[:, None], scores, labels, masks[:, None]
 
     def _compared(self, outputs: Outputs, pixels: Tensor) -> list[Tensor]:
-        """The patch features to compare with references, as in `Detector.patch_features`."""
+        """The patch features that references are compared with (`engine.detector.references.patch_features`)."""
         which = self.memory.features if self.memory else "trained"
         if which == "trained" or isinstance(self.model, UnadaptedCLIP):
             return list(outputs.features)

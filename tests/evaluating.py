@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.evaluation import ComparisonArguments, InferenceArguments, VisualizationArguments
-from engine.detector.references import ReferenceChoice
 from engine.evaluation import calibrate, inference, own_images, side_by_side
 from engine.evaluation.calibrate import Entry
 from engine.evaluation.evaluate import Evaluation
 from engine.evaluation.own_images import Finding
+from engine.evaluation.references import ReferenceChoice
 from engine.report import compare
 
 

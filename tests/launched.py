@@ -25,7 +25,8 @@ from engine.training.cross_attention import train_cross_attention
 from engine.training.feedback import train_feedback
 from tests.evaluating import compare_feedback_loops, evaluate_checkpoints
 from utils.errors import Stopped
-from utils.metrics import COARSE_BINS, FPR_LIMIT, PixelCounter
+from utils.metrics import FPR_LIMIT, PixelCounter
+from utils.pixel_counts import COARSE_BINS
 from utils.processes import env_rank, env_world_size, is_main_process
 
 # 14 images: steps of 6, 6 and 2, of which one of three processes has none.

@@ -142,7 +142,7 @@ def test_references_are_a_visitors_own(models: dict[str, Detector], images: list
         model = models[name]
         path = next(path for path in images if read_image(path).tobytes() == result.image.tobytes())
         plain = model.predict(path, "cork")
-        references = model.remember(normals[:3], "cork")
+        references = model.add_references(normals[:3], "cork")
         del model.references["cork"]
         wanted = model.predict(path, "cork", references=references)
         assert result.references == 3

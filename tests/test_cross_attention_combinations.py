@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine import load_model
-from engine.detector.detector import build_detector
+from engine.detector.loading import build_detector
 from engine.training.feedback import train_feedback
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.checkpoint import read_checkpoint, save, state_of

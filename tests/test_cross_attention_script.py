@@ -115,9 +115,9 @@ def test_v3_trains_image_cross_attention_alone_and_starts_as_its_base(world: Pat
     )
     picture = world / "test" / "cork" / "test" / "spot" / "000.png"
     assert (begun.predict(picture, "cork").anomaly_map == base.predict(picture, "cork").anomaly_map).all()
-    found, attention = trained.predict(picture, "cork", return_attention=True)
-    assert attention.text is None and attention.image is not None
-    trained.image_cross_attn.weight = 0.0
+    found = trained.predict(picture, "cork", return_attention=True)
+    assert found.attention.text is None and found.attention.image is not None
+    trained.model.image_cross_attn.weight = 0.0
     assert abs(trained.predict(picture, "cork").anomaly_map - found.anomaly_map).max() > 1e-4
 
 
@@ -147,11 +147,12 @@ def test_evaluation_uses_cross_attention(world: Path, finished: Path, tmp_path: 
     run("inference.py", "--checkpoint", finished, "--dataset", world / "test", "--num_workers", 0, "--device", "cpu")
     model = load_model(finished / "image_adapter.pth", device="cpu")
     picture = world / "test" / "cork" / "test" / "spot" / "000.png"
-    trained, attention = model.predict(picture, "cork", return_attention=True)
+    trained = model.predict(picture, "cork", return_attention=True)
+    attention = trained.attention
     torch.testing.assert_close(attention.text.sum(-1), torch.ones(attention.text.shape[:-1]))
     torch.testing.assert_close(attention.image.sum((-1, -2)), torch.ones(attention.image.shape[:-2]))
     assert (model.predict(picture, "cork").anomaly_map == trained.anomaly_map).all()
-    model.image_cross_attn.weight = model.text_cross_attn.weight = 0.0
+    model.model.image_cross_attn.weight = model.model.text_cross_attn.weight = 0.0
     assert abs(model.predict(picture, "cork").anomaly_map - trained.anomaly_map).max() > 1e-4
 
 

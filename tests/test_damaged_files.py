@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from engine.detector.detector import build_detector
+from engine.detector.loading import build_detector
 from engine.runtime.run_folder import STATE_FILE
 from engine.training.restart import check_save_path
 from engine.training.state import read_state, restore

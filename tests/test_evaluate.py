@@ -14,7 +14,8 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 from benchmarks.bench_metrics import plain_aupro
 from engine.data.loaders import evaluation_loader, make_dataset
 from engine.data.task import TaskData, load_task
-from engine.detector.detector import Detector, unadapted_detector
+from engine.detector.detector import Detector
+from engine.detector.loading import unadapted_detector
 from engine.evaluation import evaluate as module
 from engine.evaluation.evaluate import METRICS, evaluate
 from model import frozen
@@ -24,7 +25,7 @@ from model.scoring import anomaly_map, class_image_scores, det_scores
 from tests.helpers import adapted_clip
 from tests.scripts import write_clip, write_dataset
 from utils.errors import UserError
-from utils.metrics import IMAGE_NAMES
+from utils.metrics import IMAGE_METRICS
 
 BATCH = 4
 
@@ -146,7 +147,7 @@ def test_another_det_score_changes_image_scores_alone_and_says_so(
 
 def test_image_metrics_are_undefined_without_normal_images(data: TaskData, models: dict[str, Detector]) -> None:
     _, reed = evaluate(models, data, "cpu")["model 1"].classes
-    assert {name for name, value in reed.values.items() if value is None} == set(IMAGE_NAMES.values())
+    assert {name for name, value in reed.values.items() if value is None} == set(IMAGE_METRICS)
     assert (reed.images, reed.anomalous) == (3, 3)
 
 

@@ -158,7 +158,7 @@ def entry_of(model: Detector) -> Entry:
     found = [model.predict(image, CLASS) for image in images_of(40, 40, 2)]
     scores = np.linspace(*sorted(one.score for one in found), 23)[1:-1].tolist()
     peaks = np.linspace(0, np.median(found[0].anomaly_map), 21).tolist()
-    return make_entry(model.subject(CLASS), model.name, scores, peaks, 0.05)
+    return make_entry(model.calibration_key(CLASS), model.name, scores, peaks, 0.05)
 
 
 def script_main(words: list[str]) -> None:
@@ -295,7 +295,7 @@ def test_errors_of_the_example_and_equal_file_names(
 def test_references_are_in_the_file(kind: str, features: str, world: Path, tmp_path: Path) -> None:
     model, normal, images = load(world, kind), list(images_of(55, 60, 2)), images_of(45, 52, 2)
     alone = model.predict(images[0], CLASS)
-    model.remember(normal, CLASS, weight=0.6, features=features)
+    model.add_references(normal, CLASS, weight=0.6, features=features)
     assert np.abs(model.predict(images[0], CLASS).anomaly_map - alone.anomaly_map).max() > 0.01
     export.export(model, TARGET, tmp_path / "model.onnx")
     session = session_of(tmp_path / "model.onnx")
@@ -306,7 +306,7 @@ def test_references_are_in_the_file(kind: str, features: str, world: Path, tmp_p
 def test_a_torch_program_is_the_model(world: Path, tmp_path: Path) -> None:
     """References in it."""
     model = load(world, "cross")
-    model.remember(list(images_of(55, 60, 2)), CLASS)
+    model.add_references(list(images_of(55, 60, 2)), CLASS)
     export.export(model, TARGET, tmp_path / "model.pt2", "torch")
     extra = {export.METADATA: ""}
     program = torch.export.load(tmp_path / "model.pt2", extra_files=extra)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from engine.config.tools import GradientTest
 from engine.config.training import CrossAttentionRunConfig
-from engine.detector.detector import Detector, build_detector
+from engine.detector.detector import Detector
+from engine.detector.loading import build_detector
 from engine.training.gradients import build_model
 from engine.training.start import Start, check_start, read_base, read_whole
 from model.adapter import AdaptedCLIP

@@ -7,6 +7,8 @@ import io
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,7 +121,7 @@ def test_visualize_draws_the_images_it_has_evaluated(world: Path, tmp_path: Path
     # Anomalous and normal ones in turn where there are both.
     of_cork = {"cork/test/spot/000.png", "cork/test/good/000.png", "cork/test/spot/001.png"}
     assert drawn == of_cork | {f"tile/test/spot/00{index}.png" for index in range(3)}
-    assert f"6 images as image_adapter_10 sees them, in {folder}" in errors
+    assert f"6 heatmaps of image_adapter_10 in {folder}" in errors
     with Image.open(folder / "cork/test/spot/000.png") as picture:
         assert picture.width > 2 * picture.height
 
@@ -329,13 +331,13 @@ def test_a_published_checkpoint_loads_into_the_script_and_the_notebook(world: Pa
         "inference.py", "--checkpoint", file, "--dataset", world / "test", "--model_name", name, "--num_workers", 0
     )
     assert "assumed surgery sequential, adapters linear" in errors
-    assert "CLIP runs under gelu, as in the published code" in errors
+    assert "CLIP runs with gelu (as in the published code)" in errors
     model = load_model(file, model_name=name, device="cpu")
     assert model.epoch == 20
     assert model.model.config.adapter == "linear"
     assert model.model.config.relu is relu
     assert torch.equal(
-        model.text_adapter[0].fc[0].weight,
+        model.model.text_adapter[0].fc[0].weight,
         torch.load(file.with_name("text_adapter.pth"))["text_adapter"]["0.fc.0.weight"],
     )
     # It is calibrated and compares with references as any other.
@@ -343,7 +345,7 @@ def test_a_published_checkpoint_loads_into_the_script_and_the_notebook(world: Pa
     calibrate_images(str(file), good, "cork", false_alarms=0.3, model_name=name, device="cpu")
     model = load_model(file, model_name=name, device="cpu")
     assert {model.predict(path, "cork").decision for path in good.iterdir()} == {"normal", "anomalous"}
-    model.remember([good / "000.png"], "cork", weight=1.0)
+    model.add_references([good / "000.png"], "cork", weight=1.0)
     assert model.predict(good / "000.png", "cork").anomaly_map.max() < 1e-5
 
 
@@ -361,3 +363,11 @@ def test_load_model_predicts_from_path_picture_and_array(world: Path) -> None:
             np.testing.assert_array_equal(again.anomaly_map, first.anomaly_map)
             assert again.score == first.score
     assert model.predict(path, "cork", domain="medical").score == pytest.approx(float(first.anomaly_map.max()))
+
+
+def test_load_model_imports_neither_training_nor_options() -> None:
+    code = "import sys; from engine import load_model; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    own = {name for name in modules if name.split(".")[0] in ("engine", "model", "dataset", "utils")}
+    assert "engine.detector.loading" in own and len(own) <= 40
+    assert not [name for name in own if name.startswith(("engine.training", "engine.config", "engine.evaluation"))]

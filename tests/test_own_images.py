@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import csv
 import logging
-import math
 import os
 import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import matplotlib
 import numpy as np
@@ -22,7 +20,7 @@ from scipy import ndimage
 from dataset.folders import images_below
 from dataset.images import read_image
 from engine.config.evaluation import InferenceArguments
-from engine.detector.detector import Prediction, as_image
+from engine.detector.prediction import as_image
 from engine.evaluation import gallery as module
 from engine.evaluation.gallery import Gallery, scale_of
 from engine.evaluation.own_images import CSV_COLUMNS, Finding, class_of
@@ -141,13 +139,6 @@ def test_the_first_folder_on_the_way_names_the_class(tmp_path: Path) -> None:
     assert class_of(parts / "screw/1.png", parts / "screw/1.png") == "screw"
 
 
-def test_one_class_for_all_or_none(clip: str, mixed: Path, tmp_path: Path) -> None:
-    assert {found.class_name for found in score(clip, mixed / "nut", tmp_path)} == {"object"}
-    assert {found.class_name for found in score(clip, mixed / "nut", tmp_path, class_name="bolt")} == {"bolt"}
-    with pytest.raises(UserError, match="leave --class_name out"):
-        score(clip, mixed / "nut", tmp_path, class_name="bolt", class_from_folder=True)
-
-
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -162,22 +153,6 @@ def test_one_class_for_all_or_none(clip: str, mixed: Path, tmp_path: Path) -> No
 def test_arguments_that_do_not_go_together(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         InferenceArguments.of(checkpoint="none", **changes).mode()
-
-
-def test_a_score_that_is_not_finite_is_refused(clip: str, mixed: Path, tmp_path: Path) -> None:
-    nothing = Prediction(np.full((8, 8), np.nan, np.float32), math.nan, np.zeros((4, 8, 8), np.float32))
-    with (
-        mock.patch("engine.detector.detector.Detector.predict", return_value=nothing),
-        pytest.raises(UserError, match="is not finite"),
-    ):
-        score(clip, mixed, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_kinds_of_colours_that_pillow_cannot_convert_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dataset.images._open", lambda *_: Image.new("La", (4, 4)))
-    with pytest.raises(UserError, match=r"a\.tiff cannot be read as an image"):
-        read_image(tmp_path / "a.tiff")
 
 
 @pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32, "LA", "P", "RGBA", "CMYK"])
@@ -210,10 +185,6 @@ def test_the_worst_region_is_where_the_map_is_highest() -> None:
     wide = worst_region(two, (400, 80))
     assert wide.left == pytest.approx(10 * found.left, abs=10) and wide.top == pytest.approx(2 * found.top, abs=2)
     assert wide.area == pytest.approx(20 * found.area, rel=0.15)
-
-
-def test_pixels_that_touch_by_corners_are_one_region() -> None:
-    assert worst_region(np.eye(6, dtype=np.float32), (6, 6)) == (0, 0, 6, 6, 6)
 
 
 def test_a_heatmap_is_mixed_in_bands_as_in_one_piece() -> None:

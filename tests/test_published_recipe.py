@@ -21,13 +21,13 @@ from torch import Tensor
 
 from dataset.catalog import CATALOG
 from dataset.class_names import class_display_names, published_name
+from dataset.images import image_tensor
 from dataset.prompts import build_prompts
-from dataset.samples import image_tensor
 from engine import load_model
 from engine.config.training import BaseConfig, CrossAttentionRunConfig
 from engine.data.loaders import make_dataset, training_loader
 from engine.data.run_location import load_task_of_run
-from engine.evaluation.image_heatmaps import read_picture
+from engine.evaluation.image_heatmaps import read_dataset_image
 from engine.training.base import train_base
 from engine.training.setup import RunSetup, prepare
 from engine.training.stage1 import TextStage
@@ -420,7 +420,7 @@ def test_masks_are_read_alike_wherever_a_task_is_used(opening: RunSetup, tmp_pat
     for threshold in (0.25, 0.5, "nonzero"):
         data = load_task_of_run({}, str(folder), mask_threshold=threshold)
         record = next(record for record in data.records if record.label)
-        drawn = read_picture(data, record).mask.sum()
+        drawn = read_dataset_image(data, record).mask.sum()
         tested = make_dataset(data, opening.model.clip)[data.records.index(record)]["mask"].sum()
         assert drawn == tested
         counts[threshold] = int(tested)

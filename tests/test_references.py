@@ -16,15 +16,14 @@ from dataset.locate import locate_dataset
 from dataset.normals import choose_normals, normals_of_classes, training_normals
 from dataset.toy_world import GOOD_IMAGES, write_toy_normals
 from engine import load_model
-from engine.config.evaluation import ComparisonArguments, InferenceArguments
+from engine.config.evaluation import InferenceArguments
 from engine.data.loaders import make_dataset
 from engine.data.task import load_task
 from engine.detector.calibration import read_calibration
-from engine.detector.detector import Detector, unadapted_detector
-from engine.detector.references import ReferenceChoice
+from engine.detector.detector import Detector
+from engine.detector.loading import unadapted_detector
 from engine.evaluation.evaluate import evaluate
-from engine.report.compare import Setting, cache_keys
-from engine.report.comparison import Row
+from engine.evaluation.references import ReferenceChoice
 from engine.training.base import train_base
 from model.references import joined_anomaly_map, joined_calibrated_maps, nearest_distances, reference_maps
 from model.scoring import Outputs, anomaly_map, calibrated_maps, class_image_scores, det_scores, enlarge
@@ -92,7 +91,7 @@ def paths_of(folder: Path, count: int = 4) -> list[Path]:
 def test_an_image_that_is_remembered_is_at_no_distance(world: Path, model: Detector, features: str) -> None:
     paths = paths_of(world / "normal" / "cork")
     plain = model.predict(paths[0], "cork")
-    references = model.remember(paths, "cork", weight=1.0, features=features)
+    references = model.add_references(paths, "cork", weight=1.0, features=features)
     assert len(references.memory) == 4 * (1 + (features == "both"))
     assert all(level.shape == (4 * 25, 40) for level in references.memory)
     assert model.predict(paths[0], "cork").anomaly_map.max() < 1e-5
@@ -100,7 +99,7 @@ def test_an_image_that_is_remembered_is_at_no_distance(world: Path, model: Detec
     assert far.anomaly_map.max() > 1e-3 and 0 <= far.score <= 1
     # Another class stays what it is.
     assert model.predict(paths[0], "tile").anomaly_map.max() > 1e-3
-    model.remember(paths, "cork", weight=0.0, features=features)
+    model.add_references(paths, "cork", weight=0.0, features=features)
     again = model.predict(paths[0], "cork")
     assert (again.anomaly_map == plain.anomaly_map).all() and again.score == plain.score
 
@@ -108,11 +107,11 @@ def test_an_image_that_is_remembered_is_at_no_distance(world: Path, model: Detec
 def test_unadapted_clip_remembers_too(world: Path, model: Detector) -> None:
     detector = unadapted_detector(model.clip)
     path = world / "normal/cork/0.png"
-    detector.remember([path], "cork", weight=1.0)
+    detector.add_references([path], "cork", weight=1.0)
     frozen = detector.references["cork"].memory
     assert detector.predict(path, "cork").anomaly_map.max() < 1e-5
     assert all((level.norm(dim=-1) - 1).abs().max() < 1e-4 for level in frozen)
-    model.remember([path], "cork", features="frozen")
+    model.add_references([path], "cork", features="frozen")
     for one, other in zip(frozen, model.references["cork"].memory, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
@@ -120,7 +119,7 @@ def test_unadapted_clip_remembers_too(world: Path, model: Detector) -> None:
 def test_evaluation_scores_by_the_joined_map(world: Path, model: Detector) -> None:
     data = load_task(str(world / "test"))
     before = evaluate({"m": model}, data, "cpu")["m"].classes[0]
-    found = model.remember(paths_of(world / "normal" / "cork"), "cork", class_names="catalog", called="cork")
+    found = model.add_references(paths_of(world / "normal" / "cork"), "cork", class_names="catalog", key="cork")
     after, unchanged = evaluate({"m": model}, data, "cpu")["m"].classes
     assert after.values != before.values
     side, highest, lowest, det = model.text_side(data.prompts(model.clip)), [], [], []
@@ -165,30 +164,6 @@ def test_a_reference_that_is_tested_is_refused(world: Path, tmp_path: Path) -> N
         evaluate_checkpoints(*where, references=ReferenceChoice(folder), output_dir=tmp_path, device="cpu")
     with pytest.raises(UserError, match="no folder 'cork'"):
         evaluate_checkpoints(*where, references=ReferenceChoice(folder / "cork"), output_dir=tmp_path, device="cpu")
-
-
-def test_figures_with_other_references_are_not_taken_from_the_cache(world: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(world / "normal", tmp_path / "normal")
-
-    def key(choice: ReferenceChoice | None) -> str:
-        arguments = ComparisonArguments(save_path=tmp_path, **(choice.arguments if choice else {}))
-        setting = Setting(arguments, load_task(str(world / "test")), "cpu", "fp32")
-        return cache_keys([Row("unadapted")], {}, setting)["unadapted"]
-
-    choices = (
-        None,
-        ReferenceChoice(shots=3),
-        ReferenceChoice(shots=3, seed=1),
-        ReferenceChoice(folder),
-        ReferenceChoice(folder, weight=0.3),
-        ReferenceChoice(folder, features="frozen"),
-    )
-    assert len(set(map(key, choices))) == len(choices)
-    # The same images are the same references, however they were asked for.
-    assert key(ReferenceChoice(folder)) == key(ReferenceChoice(shots=10)) == key(ReferenceChoice(shots=10, seed=1))
-    before = key(ReferenceChoice(folder))
-    save(folder / "tile" / "0.png", np.full((SIZE, SIZE, 3), 90))
-    assert key(ReferenceChoice(folder)) != before
 
 
 def test_the_seeds_choice_contains_that_of_fewer_shots(tmp_path: Path) -> None:

@@ -50,8 +50,8 @@ def test_what_is_gone_is_ignored_with_a_line(moved: Path, caplog: pytest.LogCapt
     shutil.copytree(moved / "MPDD", Path("data") / "MPDD")
     run = {"dataset": "MPDD", "data_root": "/no/such/root", "metadata": "/no/such/list"}
     assert load_task_of_run(run, "MPDD").located.root == Path("data") / "MPDD"
-    assert "--data_root /no/such/root is not there any more" in caplog.text
-    assert "--metadata /no/such/list is not there any more" in caplog.text
+    assert "--data_root /no/such/root no longer exists" in caplog.text
+    assert "--metadata /no/such/list no longer exists" in caplog.text
 
 
 def test_a_dataset_that_is_not_under_the_runs_root_is_looked_for_as_ever(moved: Path) -> None:
@@ -88,9 +88,9 @@ def test_testing_comparing_and_going_on_find_the_data_again(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"{", "cannot be read"),
+        (b"{", "not valid JSON"),
         (b"\xff\xfe", "cannot be read"),
-        (b"[" * 100_000, "cannot be read"),
+        (b"[" * 100_000, "nested too deeply"),
         (b"[]", "it is a list"),
         (b"{}", "it has no 'dataset'"),
         (b'{"dataset": "VisA", "data_root": 5}', "data_root is 5, expected text"),

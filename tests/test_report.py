@@ -22,18 +22,8 @@ from engine.config.training import BaseConfig, CrossAttentionRunConfig, Feedback
 from engine.evaluation.evaluate import METRICS, ClassResult, Evaluation, ImageScore
 from engine.report.commands import command_line, training_command
 from engine.report.comparison import Comparison, Row
-from engine.report.page import (
-    Log,
-    best_of_columns,
-    class_charts,
-    gathered,
-    judged_row,
-    one_of_each_class,
-    read_history,
-    read_log,
-    shown_rows,
-    until_checkpoint,
-)
+from engine.report.page import best_of_columns, class_charts, example_rows, main_row, one_of_each_class
+from engine.report.runs import group_warnings, read_rows, until_checkpoint
 from model.checkpoint import Checkpoint
 from tests.browser import browser  # noqa: F401
 from tests.evaluating import compare_feedback_loops
@@ -50,9 +40,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = train_small_runs(tmp_path_factory.mktemp("world"))
     # A name that no line of a phone holds.
     (folder / "feedback").rename(folder / RUN)
-    log = folder / RUN / "train.log"
-    said = "2026-01-02 03:04:05 WARNING gradients are <vanishing> & low\n"
-    log.write_text(log.read_text(encoding="utf-8") + 3 * said, encoding="utf-8")
+    row = {"time": "2026-01-02 03:04:05", "level": "WARNING", "message": "gradients are <vanishing> & low"}
+    with (folder / RUN / "warnings.jsonl").open("a", encoding="utf-8") as file:
+        file.write(3 * f"{json.dumps(row)}\n")
     return folder
 
 
@@ -148,8 +138,8 @@ def test_the_page_says_what_was_run(world: Path, report: Path) -> None:
     assert "gradients are &lt;vanishing&gt; &amp; low (3 times)" in text
     assert "<vanishing>" not in text
     assert "Training from scratch, without a base" in text
-    assert "Unfair comparison: Loop 2 and base differ" in text
-    for heading in ("Best: anomalies", "Worst: anomalies", "Worst: normal images"):
+    assert "Unfair comparison: different optimizer steps" in text
+    for heading in ("Best: anomalous images", "Worst: anomalous images", "Worst: normal images"):
         assert heading in text
     assert f"{RUN}/loop_2_final.pth</dd>" in text
     assert "<dd>cork, reed</dd>" in text
@@ -173,14 +163,14 @@ def test_the_page_says_what_was_run(world: Path, report: Path) -> None:
 
 def test_a_report_without_history_and_of_nothing_readable(world: Path, tmp_path: Path) -> None:
     run = shutil.copytree(world / RUN, tmp_path / "run")
-    for name in ("history.jsonl", "train.log", "warnings.jsonl"):
+    for name in ("history.jsonl", "warnings.jsonl"):
         (run / name).unlink(missing_ok=True)
     (run / "loop_2_final.pth").write_bytes(b"")
     assert compare_feedback_loops(run, str(world / "test"), device="cpu", report=True) == 1
     text = (run / "report.html").read_text(encoding="utf-8")
     assert "Loop 2 is unreadable" in text
-    assert "no curves" in text
-    assert "there is no train.log that can be read" in text
+    assert "No curves" in text
+    assert "Warnings are unknown" in text
     assert "Training gave no warnings" not in text
     (run / "loop_1_final.pth").write_bytes(b"")
     assert compare_feedback_loops(run, str(world / "test"), device="cpu", report=True) == 1
@@ -217,10 +207,10 @@ def test_the_best_of_a_column_is_by_printed_values() -> None:
 
 def test_examples_are_of_the_best_loop_beside_the_references() -> None:
     comparison = made_up(base={}, Loop_1={"pixel_auroc": 60.0}, Loop_2={"pixel_auroc": 55.0})
-    assert [row.name for row in shown_rows(comparison)] == ["base", "Loop 1"]
-    assert [row.name for row in shown_rows(made_up(unadapted={}, base={}))] == ["unadapted", "base"]
-    assert judged_row(made_up(base={})).name == "base"
-    assert shown_rows(Comparison("test", [], {}, [])) == []
+    assert [row.name for row in example_rows(comparison)] == ["base", "Loop 1"]
+    assert [row.name for row in example_rows(made_up(unadapted={}, base={}))] == ["unadapted", "base"]
+    assert main_row(made_up(base={})).name == "base"
+    assert example_rows(Comparison("test", [], {}, [])) == []
 
 
 def test_one_example_of_each_class() -> None:
@@ -230,29 +220,21 @@ def test_one_example_of_each_class() -> None:
     assert [image.path for image in one_of_each_class(pool, highest=False)] == ["a0.1", "b0.1", "c"]
 
 
-def test_a_log_is_read_and_a_damaged_one_is_no_reason_to_fail(tmp_path: Path) -> None:
-    lines = [f"2026-01-02 03:04:{second:02d} {level} said" for second, level in enumerate(("INFO", "WARNING"))]
-    (tmp_path / "train.log").write_text("\n".join(["a line of a table", *lines]), encoding="utf-8")
-    assert read_log(tmp_path) == Log("2026-01-02 03:04:00", "2026-01-02 03:04:01", ("said",))
-    assert read_log(tmp_path / "nothing") == Log()
-    # Of a run that a later version went on with, the log's warnings count until the file of warnings begins.
-    row = {"time": "2026-01-02 03:04:05", "level": "WARNING", "message": "of several\nlines"}
-    (tmp_path / "warnings.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    with (tmp_path / "train.log").open("a", encoding="utf-8") as log:
-        log.write("\n2026-01-02 03:04:05 WARNING of several\nlines\n")
-    assert read_log(tmp_path).warnings == ("said", "of several\nlines")
-    (tmp_path / "warnings.jsonl").write_bytes(b"\xff")
-    assert read_log(tmp_path).ended == "2026-01-02 03:04:05"
-    for name, reader, nothing in (("train.log", read_log, Log()), ("history.jsonl", read_history, [])):
-        (tmp_path / name).write_bytes(b"\xff\xfe{")
-        assert reader(tmp_path) == nothing
+def test_damaged_files_of_a_run_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "history.jsonl"
+    assert read_rows(file) == []
+    file.write_text('{"loop": 1}\n', encoding="utf-8")
+    assert read_rows(file) == [{"loop": 1}]
+    for content in (b"\xff\xfe{", b"[1]\n"):
+        file.write_bytes(content)
+        assert read_rows(file) == [] and "does not include this file" in caplog.text
 
 
-def test_warnings_that_differ_in_figures_are_gathered() -> None:
+def test_warnings_that_differ_in_numbers_are_grouped() -> None:
     low = [f"gradients are low: norm {0.001 * n:.3g}, below 0.01" for n in range(1, 9)]
-    said = gathered([*low, "collapsed", "again", "again"])
-    assert said == [f"{low[0]} (8 times, figures differ)", "collapsed", "again (2 times)"]
-    many = gathered(["a" * length for length in range(1, 31)])
+    lines = group_warnings([*low, "collapsed", "again", "again"])
+    assert lines == [f"{low[0]} (8 times, with other numbers)", "collapsed", "again (2 times)"]
+    many = group_warnings(["a" * length for length in range(1, 31)])
     assert len(many) == 21
     assert many[-1] == "and 10 more"
 
@@ -268,28 +250,32 @@ def test_a_run_that_went_on_is_shown_until_its_checkpoint() -> None:
     assert until_checkpoint(loops, Checkpoint(Path("x"), {}, epoch=7, loop=1)) == loops[:2]
 
 
-CONFIGS: list[tuple[RunConfig, dict[str, Any]]] = [
-    (BaseConfig(), {}),
-    (BaseConfig(levels=(2, 4), relu=True, image_lr=1e-5, dataset="my data", save_path=Path("runs/a b")), {}),
-    (CrossAttentionRunConfig(load_base_image_adapter=Path("x/y.pth"), seed=3), {"cross_attention": {"a": 1}}),
-    (FeedbackConfig.of(preset="v2", optimizer="adam", text_epochs_per_loop=(3, 2, 1)), {"feedback": True}),
-    (FeedbackConfig.of(preset="v1", reset_optimizers=False, val_fraction=0.2), {"feedback": True}),
-    (FeedbackConfig.of(preset="v1"), {"feedback": True, "cross_attention": {"a": 1}}),
+BASE, CROSS, FEEDBACK = "train.py", "train_cross_attention.py", "train_cross_attention_feedback_v2.py"
+CONFIGS: list[tuple[RunConfig, str]] = [
+    (BaseConfig(), BASE),
+    (BaseConfig(levels=(2, 4), relu=True, image_lr=1e-5, dataset="my data", save_path=Path("runs/a b")), BASE),
+    (CrossAttentionRunConfig(load_base_image_adapter=Path("x/y.pth"), seed=3), CROSS),
+    (FeedbackConfig.of(preset="v2", optimizer="adam", text_epochs_per_loop=(3, 2, 1)), FEEDBACK),
+    (FeedbackConfig.of(preset="v1", reset_optimizers=False, val_fraction=0.2), FEEDBACK),
+    (FeedbackConfig.of(preset="v1"), FEEDBACK),
 ]
 
 
-@pytest.mark.parametrize(("config", "kind"), CONFIGS)
-def test_the_command_asks_for_the_same_run(config: RunConfig, kind: dict[str, Any]) -> None:
-    words = shlex.split(training_command({"arguments": config.to_dict(), **kind}))
+@pytest.mark.parametrize(("config", "script"), CONFIGS)
+def test_the_command_trains_the_same_run(config: RunConfig, script: str) -> None:
+    words = shlex.split(training_command({"arguments": config.to_dict(), "script": script}))
     parser = import_module(Path(words[1]).stem).script.parser()
     assert type(config).of(**vars(parser.parse_args(words[2:]))) == config
 
 
-def test_several_processes_are_launched_again() -> None:
-    config = {"arguments": BaseConfig().to_dict(), "processes": 2}
-    assert training_command({**config, "batch_of": "step"}) == "accelerate launch --num_processes 2 train.py"
-    # Earlier, each process had a batch of its own.
-    assert training_command(config).endswith("train.py --text_batch_size 32 --image_batch_size 4")
+def test_commands_launch_processes_and_leave_defaults_out() -> None:
+    config = {"arguments": BaseConfig().to_dict(), "script": BASE, "processes": 2}
+    assert training_command(config) == "accelerate launch --num_processes 2 train.py"
+    other = replace(FeedbackConfig.of(preset="v2"), seed=4)
+    command = training_command({"arguments": other.to_dict(), "script": FEEDBACK})
+    assert command == "python train_cross_attention_feedback_v2.py --seed 4"
+    values = {"a": None, "b": False, "c": True, "d": [1, 2], "e": Path("x y")}
+    assert command_line("s.py", values) == "python s.py --c --d 1 2 --e 'x y'"
 
 
 def test_charts_of_names_and_values_that_are_not_ordinary() -> None:
@@ -324,11 +310,3 @@ def test_no_chart_cuts_its_legend_or_labels(monkeypatch: pytest.MonkeyPatch) -> 
         for box in (figure.axes[0].get_tightbbox(), *legends):
             assert box.x0 >= 0 and box.x1 <= figure.bbox.width
             assert box.y0 >= 0 and box.y1 <= figure.bbox.height
-
-
-def test_a_default_is_not_repeated() -> None:
-    config = replace(FeedbackConfig.of(preset="v2"), seed=4)
-    command = training_command({"arguments": config.to_dict(), "feedback": True})
-    assert command == "python train_cross_attention_feedback_v2.py --seed 4"
-    values = {"a": None, "b": False, "c": True, "d": [1, 2], "e": Path("x y")}
-    assert command_line("s.py", values) == "python s.py --c --d 1 2 --e 'x y'"

@@ -25,8 +25,9 @@ from engine.cli.share import SharingArguments
 from engine.config.tools import AppArguments
 from engine.detector import hub
 from engine.detector.calibration import add_entry, make_entry, read_calibration
-from engine.detector.detector import Detector, unadapted_detector
+from engine.detector.detector import Detector
 from engine.detector.hub import read_address
+from engine.detector.loading import unadapted_detector
 from engine.evaluation.inference import load_detectors
 from engine.runtime.run_folder import find_latest
 from model import checkpoint, clip_loading
@@ -162,7 +163,7 @@ def test_thresholds_go_along_and_still_decide(world: Path, tmp_path: Path) -> No
     model = load(world, "base, otherwise")
     found = model.predict(IMAGE, "cup")
     below = [found.score * (1 - step / 100) for step in range(1, 20)]
-    entry = make_entry(model.subject("cup"), model.name, below, below, 0.05)
+    entry = make_entry(model.calibration_key("cup"), model.name, below, below, 0.05)
     model.calibration = [entry, replace(entry, checkpoint="another")]
     folder = model.save_pretrained(tmp_path / "model")
     assert [kept.checkpoint for kept in read_calibration(folder / "calibration.json")] == [model.digest]
@@ -235,19 +236,19 @@ def test_a_damaged_folder_is_one_line(how: str, world: Path, tmp_path: Path) -> 
 def test_nothing_else_is_overwritten(world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "README.md").write_text("mine", encoding="utf-8")
     model = load(world, "base")
-    with pytest.raises(UserError, match=r"holds README\.md, and no model to share"):
+    with pytest.raises(UserError, match=r"holds README\.md, and no shared model"):
         model.save_pretrained(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
     # Any model on the hub has files of these names.
     (tmp_path / "model.safetensors").write_bytes(b"mine")
     (tmp_path / "config.json").write_text('{"model_type": "clip"}', encoding="utf-8")
-    with pytest.raises(UserError, match="no model to share"):
+    with pytest.raises(UserError, match="no shared model"):
         model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == b"mine"
     model.save_pretrained(tmp_path / "new")
     model.save_pretrained(tmp_path / "new")
     assert "are replaced" in caplog.text
-    with pytest.raises(UserError, match="nothing trained"):
+    with pytest.raises(UserError, match="no trained components"):
         unadapted_detector(model.clip).save_pretrained(tmp_path / "none")
 
 
@@ -331,7 +332,7 @@ def test_thresholds_come_from_the_hub_and_from_where_they_are_kept_here(
 
     assert decision("cup") == {""}
     for folder, value in (("hub/org/name", score - 0.1), ("results", score + 0.1)):
-        entry = make_entry(model.subject("cup"), model.name, [value] * 19, [value] * 19, 0.05)
+        entry = make_entry(model.calibration_key("cup"), model.name, [value] * 19, [value] * 19, 0.05)
         add_entry(tmp_path / folder / "calibration.json", entry)
         assert decision("cup") == {"anomalous" if value < score else "normal"}
         assert decision("nut") == {""}
@@ -340,7 +341,7 @@ def test_thresholds_come_from_the_hub_and_from_where_they_are_kept_here(
 @pytest.mark.parametrize("address", ["hf://org/other", "hf://org/name@v2"])
 def test_what_the_hub_does_not_have_is_one_line(address: str, stand_in: StandInHub) -> None:
     (stand_in.root / "org/name").mkdir(parents=True)
-    with pytest.raises(UserError, match=rf"^{address} cannot be had here \(.+\)$") as caught:
+    with pytest.raises(UserError, match=rf"^{address} cannot be downloaded \(.+\)$") as caught:
         load_model(address, device="cpu")
     assert "\n" not in str(caught.value)
 

@@ -18,7 +18,7 @@ from dataset.records import Record
 from engine import load_model
 from engine.config.evaluation import VisualizationArguments
 from engine.data.task import load_task
-from engine.evaluation.image_heatmaps import look, read_picture
+from engine.evaluation.image_heatmaps import predict_heatmap, read_dataset_image
 from engine.evaluation.side_by_side import anomalous_records, list_images
 from tests.evaluating import visualize_comparison
 from tests.scripts import error_line, save, train_small_runs
@@ -66,13 +66,13 @@ def test_attention_is_relative_to_even_attention(world: Path) -> None:
     data = load_task(str(world / "test"))
     record: Record = anomalous_records(data, "cork")[0]
     model = load_model(world / "feedback" / "loop_2_final.pth", device="cpu")
-    picture = replace(read_picture(data, record), mask=np.ones((40, 40), bool))
-    seen = look(model, picture, "loop 2", attention=True)
+    picture = replace(read_dataset_image(data, record), mask=np.ones((40, 40), bool))
+    seen = predict_heatmap(model, picture, "loop 2", attention=True)
     assert seen.auroc is None
     maps = seen.attention
     assert maps["Abnormal prompts look at"].shape == (5, 5)
     assert maps["Abnormal prompts look at"].mean() == pytest.approx(1, abs=1e-5)
-    _, weights = model.predict(picture.image, picture.class_name, return_attention=True)
+    weights = model.predict(picture.image, picture.class_name, return_attention=True).attention
     # Short prompts are filled up; what fills them looks somewhere too, and means nothing.
     lengths = [len(model.clip.tokenize([prompt])[0]) for prompt in build_prompts("cork")[1]]
     real = torch.cat([weights.text[0, :, 6 + p, :n] for p, n in enumerate(lengths)], dim=1)  # (heads, words, N)
@@ -85,7 +85,7 @@ def test_attention_is_relative_to_even_attention(world: Path) -> None:
 
 def test_titles_tell_classes_and_kinds_apart(world: Path) -> None:
     data = load_task(str(world / "test"))
-    picture = read_picture(data, anomalous_records(data, "cork")[0])
+    picture = read_dataset_image(data, anomalous_records(data, "cork")[0])
     assert picture.title == "cork, spot"
     # Several classes may share a name in prompts, and medical folders are called the same on both sides.
     pcb = replace(picture.record, class_name="pcb_1", image_path="test/Ungood/img/1.png")
@@ -100,14 +100,14 @@ def test_a_mask_of_another_size_is_named(world: Path) -> None:
     smaller = replace(record, mask_path="smaller.png")
     save(world / "test" / "smaller.png", np.zeros((20, 20)))
     with pytest.raises(UserError, match="both must have the same size"):
-        read_picture(data, smaller)
+        read_dataset_image(data, smaller)
 
 
 def test_the_caption_is_the_score_and_this_images_pixel_auroc(world: Path) -> None:
     data = load_task(str(world / "test"))
-    picture = read_picture(data, anomalous_records(data, "cork")[0])
+    picture = read_dataset_image(data, anomalous_records(data, "cork")[0])
     model = load_model(world / "base" / "image_adapter.pth", device="cpu")
-    found = look(model, picture, "base")
+    found = predict_heatmap(model, picture, "base")
     prediction = model.predict(picture.image, "cork")
     auroc = 100 * roc_auc_score(picture.mask.ravel(), prediction.anomaly_map.ravel())
     score, of_pixels = re.fullmatch(r"score (\d\.\d\d), AUROC (\d+\.\d)", found.caption).groups()

@@ -16,7 +16,7 @@ from dataset.metadata import list_file
 from engine.config.training import BaseConfig, CrossAttentionRunConfig
 from engine.data.task import load_task, load_two_folders, mask_notes
 from engine.evaluation.evaluate import Evaluation
-from engine.evaluation.image_heatmaps import read_picture
+from engine.evaluation.image_heatmaps import read_dataset_image
 from engine.training.base import train_base
 from engine.training.cross_attention import train_cross_attention
 from engine.training.feedback import train_feedback
@@ -24,7 +24,7 @@ from tests.evaluating import compare_feedback_loops, evaluate_checkpoints
 from tests.scripts import small_runs, train_small_runs
 from utils.errors import UserError
 from utils.logging import set_up_logging
-from utils.metrics import IMAGE_NAMES, PIXEL_NAMES
+from utils.metrics import IMAGE_METRICS, PIXEL_METRICS
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +56,14 @@ def test_image_metrics_need_no_masks(world: Path, tmp_path: Path) -> None:
     with_masks = evaluated(world, "test", tmp_path)
     without = evaluated(world, "none", tmp_path)
     for mine, theirs in zip(without.classes, with_masks.classes, strict=True):
-        assert {name: mine.values[name] for name in PIXEL_NAMES.values()} == dict.fromkeys(PIXEL_NAMES.values())
-        assert [mine.values[name] for name in IMAGE_NAMES.values()] == [
-            theirs.values[name] for name in IMAGE_NAMES.values()
-        ]
+        assert {name: mine.values[name] for name in PIXEL_METRICS} == dict.fromkeys(PIXEL_METRICS)
+        assert [mine.values[name] for name in IMAGE_METRICS] == [theirs.values[name] for name in IMAGE_METRICS]
         assert mine.scores == theirs.scores
     assert "Pixel metrics are n/a: none of the 6 anomalous images has a mask" in log_of(
         tmp_path / "out", "inference.log"
     )
     with (tmp_path / "out/evaluation_none.csv").open(encoding="utf-8", newline="") as file:
-        assert {row[name] for row in csv.DictReader(file) for name in PIXEL_NAMES.values()} == {"n/a"}
+        assert {row[name] for row in csv.DictReader(file) for name in PIXEL_METRICS} == {"n/a"}
 
 
 def test_a_class_that_lacks_one_mask_has_no_pixel_metrics(world: Path, tmp_path: Path) -> None:
@@ -99,7 +97,7 @@ def test_two_folders_are_tested_like_a_class(world: Path, tmp_path: Path) -> Non
     assert (tmp_path / "out/evaluation_good_and_spot.csv").is_file()
     assert len(list((tmp_path / "out/pictures_good_and_spot").rglob("*.png"))) == 1
     data = load_task(str(world / "none"))
-    assert read_picture(data, data.records[-1]).title == "reed, spot (no mask)"
+    assert read_dataset_image(data, data.records[-1]).title == "reed, spot (no mask)"
 
 
 def test_two_folders_that_share_images_are_refused(world: Path) -> None:

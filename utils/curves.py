@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from utils.figures import save_png
 
@@ -24,7 +25,7 @@ Span = tuple[tuple[int, str], list[tuple[int, Mapping[str, Any]]]]
 def training_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Losses and gradient norms over all epochs of a run, in the order of training, loops and stages marked.
 
-    history: rows of `history.jsonl`; every (loop, stage) is a line of its own on a ground of its stage's colour.
+    history: rows of `history.jsonl`; every (loop, stage) is a separate line on a background of its stage's colour.
     """
     figure = Figure(figsize=(max(7.0, 3.5 + 0.16 * len(history)), 5.6), layout="constrained")
     losses, norms = figure.subplots(2, 1, sharex=True)
@@ -44,7 +45,7 @@ def stage_spans(history: Sequence[Mapping[str, Any]]) -> list[Span]:
 
 
 def _draw_spans(axis: Axes, spans: Sequence[Span], value: Callable[[Mapping[str, Any]], float], **style: Any) -> None:
-    """A line over the epochs of each stage, in its colour."""
+    """A line for each stage over its epochs, in its colour."""
     for (_, stage), rows in spans:
         epochs, values = [position for position, _ in rows], [value(row) for _, row in rows]
         axis.plot(epochs, values, **{"marker": "o", "markersize": 3, "color": STAGE_COLOURS[stage], **style})
@@ -53,8 +54,8 @@ def _draw_spans(axis: Axes, spans: Sequence[Span], value: Callable[[Mapping[str,
 def draw_losses(axis: Axes, spans: Sequence[Span]) -> None:
     """The loss of every epoch."""
     _draw_spans(axis, spans, lambda row: row["loss"])
-    found = [row["loss"] for _, rows in spans for _, row in rows]
-    if max(found) > 8 * min(found) > 0:
+    losses = [row["loss"] for _, rows in spans for _, row in rows]
+    if max(losses) > 8 * min(losses) > 0:
         axis.set_yscale("log")
     _finish_epochs(axis, spans, "loss")
 
@@ -76,7 +77,7 @@ def draw_watch(axis: Axes, spans: Sequence[Span]) -> None:
 
 
 def _cross_attention_norm(row: Mapping[str, Any]) -> float:
-    """Of all cross-attentions that the epoch has trained; NaN for none."""
+    """The norm over all cross-attentions that the epoch trained; NaN if there are none."""
     norms = [value for name, value in row.items() if name.startswith("grad_norm/") and name.endswith("_cross_attn")]
     return math.hypot(*norms) or np.nan
 
@@ -85,14 +86,14 @@ def _finish_epochs(axis: Axes, spans: Sequence[Span], label: str) -> None:
     for (_, stage), rows in spans:
         axis.axvspan(rows[0][0] - 0.5, rows[-1][0] + 0.5, color=STAGE_COLOURS[stage], alpha=0.08, linewidth=0)
     axis.set_xlim(0.5, spans[-1][1][-1][0] + 0.5)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     axis.set_ylabel(label)
     axis.grid(alpha=0.25)
     axis.tick_params(labelsize=8)
 
 
 def mark_loops(axes: Sequence[Axes], spans: Sequence[Span]) -> None:
-    """A line before each loop, and its number above the first of the axes, alone where there are many."""
+    """A line before each loop, and its number above the first axes."""
     many = spans[-1][0][0] > 5
     for loop, group in groupby(spans, key=lambda span: span[0][0]):
         rows = [position for _, rows in group for position, _ in rows]
@@ -112,14 +113,14 @@ def mark_loops(axes: Sequence[Axes], spans: Sequence[Span]) -> None:
 
 
 def stage_legend(figure: Figure, history: Sequence[Mapping[str, Any]]) -> None:
-    """Which colour is which stage, and that dotted lines are cross-attention's where there is any."""
+    """A legend of the stages' colours, and of the dotted lines of cross-attention if there are any."""
     present = {row["stage"] for row in history}
     colours = {stage: colour for stage, colour in STAGE_COLOURS.items() if stage in present}
     handles = [Line2D([], [], color=colour, marker="o", markersize=3) for colour in colours.values()]
-    labels = ["both sides at once" if stage == "both" else f"{stage} stage" for stage in colours]
+    labels = ["both sides" if stage == "both" else f"{stage} stage" for stage in colours]
     if any(_cross_attention_norm(row) > 0 for row in history):
         handles.append(Line2D([], [], color="grey", linestyle=":", marker=".", markersize=3))
-        labels.append("its cross-attention alone")
+        labels.append("cross-attention only")
     bottom_legend(figure, handles, labels)
 
 
@@ -150,13 +151,13 @@ def loop_curves(panels: Mapping[str, Panel], path: Path, title: str) -> None:
 def draw_loops(axis: Axes, panel: Panel) -> None:
     """One metric over the loops as a line, and other models' as horizontal lines with labels.
 
-    panel: the values by loop and those of other models by name, in percent; None is left out, and a loop that is not
-    there breaks the line.
+    panel: the values by loop and those of other models by name, in percent; None is not drawn, and a missing loop
+    interrupts the line.
     """
     values, references = panel
     colours = reference_styles(references)
     loops = range(min(values, default=1), max(values, default=1) + 1)
-    line = [np.nan if values.get(loop) is None else values[loop] for loop in loops]
+    line = [np.nan if (value := values.get(loop)) is None else value for loop in loops]
     axis.plot(loops, line, color="tab:blue", marker="o", markersize=5)
     known = {name: value for name, value in references.items() if value is not None}
     for name, value in known.items():
@@ -171,12 +172,12 @@ def draw_loops(axis: Axes, panel: Panel) -> None:
 
 
 def reference_styles(names: Iterable[str]) -> dict[str, tuple[str, Any]]:
-    """Colour and line style of the models beside the loops, in their order."""
+    """Colour and line style of the other models, in their order."""
     return {name: REFERENCE_STYLES[index % len(REFERENCE_STYLES)] for index, name in enumerate(names)}
 
 
 def _limit_to(axis: Axes, values: Sequence[float]) -> None:
-    """Room around the values, at least a point, so that differences which mean nothing do not fill the panel."""
+    """Limits with a margin of at least half a percentage point, so that tiny differences do not fill the panel."""
     low, high = (min(values), max(values)) if values else (0.0, 100.0)
     margin = max(0.1 * (high - low), 0.5)
     axis.set_ylim(low - margin, high + margin)
@@ -185,7 +186,7 @@ def _limit_to(axis: Axes, values: Sequence[float]) -> None:
 def _label_lines(axis: Axes, values: Mapping[str, float], colours: Mapping[str, str], gap: float = 0.075) -> None:
     """Name horizontal lines with their values right of the axis, at least `gap` of its height apart."""
     bottom, top = axis.get_ylim()
-    names = sorted(values, key=values.get)
+    names = sorted(values, key=lambda name: values[name])
     places: list[float] = []
     for name in names:
         place = (values[name] - bottom) / (top - bottom)

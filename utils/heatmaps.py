@@ -18,12 +18,12 @@ from utils.files import replacing
 
 COLOURS = "turbo"
 OPACITY = 0.5
-# Rows of an image that are coloured at a time: in one piece a photograph would take gigabytes.
+# Rows coloured at a time, which limits memory for large photographs.
 _BAND = 256
 
 
 def on_scale(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Where values lie from `low` (0) to `high` (1), as colour maps take it; those outside are at the ends."""
+    """Values scaled from [low, high] to [0, 1] and clipped."""
     return np.clip((values - low) / max(high - low, 1e-12), 0, 1)
 
 
@@ -42,23 +42,23 @@ def overlay(
 
 
 def outlined(image: Image.Image, mask: np.ndarray) -> Image.Image:
-    """The picture with a white line around the ground truth (H, W)."""
+    """An image with a white line around the mask (H, W)."""
     pixels = np.array(image.convert("RGB"))
     pixels[ndimage.binary_dilation(mask, iterations=2) & ~mask] = 255
     return Image.fromarray(pixels)
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write a picture as PNG, whole or not at all."""
+    """Write an image as PNG, atomically."""
     with replacing(path) as temporary:
         image.save(temporary, format="PNG")
 
 
 @dataclass(frozen=True)
 class Heatmap:
-    """What one model says of an image: anomaly map (h, w) in [0, 1], score, pixel AUROC in percent (None: undefined).
+    """A model's result for one image: anomaly map (h, w) in [0, 1], score, pixel AUROC in percent (None: undefined).
 
-    attention: more maps by their title, on the patch grid, where 1 is even attention.
+    attention: attention maps by title, on the patch grid; 1 is uniform attention.
     """
 
     model: str
@@ -79,7 +79,7 @@ ATTENTION_COLOURS = "PuOr_r"
 def comparison_figure(
     image: Image.Image, mask: np.ndarray, heatmaps: Sequence[Heatmap], path: Path, title: str
 ) -> None:
-    """One image as several models see it: original, ground truth, heatmaps on one colour scale; attention below."""
+    """One image with heatmaps of several models: original, ground truth, heatmaps on one scale, attention below."""
     extra = list(dict.fromkeys(name for heatmap in heatmaps for name in heatmap.attention))
     columns, rows = 2 + len(heatmaps), 1 + len(extra)
     figure = Figure(figsize=(2.3 * columns + 0.8, 2.6 * rows + 0.5), layout="compressed")
@@ -111,14 +111,14 @@ def comparison_figure(
             extent = (-0.5, image.width - 0.5, image.height - 0.5, -0.5)
             axis.imshow(heatmap.attention[name], cmap=ATTENTION_COLOURS, vmin=low, vmax=high, extent=extent)
             _outline(axis, mask)
-        _colour_bar(figure, row, ATTENTION_COLOURS, low, high, "1 is even")
+        _colour_bar(figure, row, ATTENTION_COLOURS, low, high, "1 is uniform")
     figure.suptitle(literal(title), fontsize=11)
     save_png(figure, path)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row of a grid: an image, its mask (H, W), and what each model says of it."""
+    """A row of a grid: an image, its mask (H, W), and the heatmap of each model."""
 
     title: str
     image: Image.Image
@@ -127,7 +127,7 @@ class Example:
 
 
 def example_grid(examples: Sequence[Example], path: Path, title: str) -> None:
-    """Rows of image, mask and one heatmap per model, the same in every row, on one colour scale from 0 to 1."""
+    """Rows of image, mask and one heatmap for each model, on one scale from 0 to 1; all rows have the same models."""
     columns = ["Image", "Ground truth", *(heatmap.model for heatmap in examples[0].heatmaps)]
     figure = Figure(figsize=(1.75 * len(columns) + 0.6, 1.75 * len(examples) + 0.9), layout="compressed")
     axes = figure.subplots(len(examples), len(columns), squeeze=False)
@@ -150,7 +150,7 @@ def example_grid(examples: Sequence[Example], path: Path, title: str) -> None:
 
 
 def stacked_picture(image: Image.Image, mask: np.ndarray, heatmap: Heatmap, path: Path) -> None:
-    """One model alone, from top to bottom: original, ground truth, heatmap."""
+    """The result of one model, from top to bottom: original, ground truth, heatmap."""
     figure = Figure(figsize=(2.8, 8.2), layout="constrained")
     axes = figure.subplots(3, 1)
     axes[0].imshow(image)
@@ -166,7 +166,7 @@ def stacked_picture(image: Image.Image, mask: np.ndarray, heatmap: Heatmap, path
 
 
 def _outline(axis: Axes, mask: np.ndarray) -> None:
-    """The ground truth's outline, where there is one."""
+    """The outline of the ground truth, unless it is empty or everywhere."""
     if mask.any() and not mask.all():
         axis.contour(mask, levels=[0.5], colors="white", linewidths=0.8)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -30,6 +31,7 @@ QUIET = (
     "urllib3",
 )
 TIME = "%Y-%m-%d %H:%M:%S"
+Item = TypeVar("Item")
 # Records kept in memory until a run has its folder; nothing reaches this number.
 MAX_RECORDS = 10**6
 
@@ -146,3 +148,11 @@ def progress_bar(total: int, description: str) -> tqdm:
     """A progress bar on standard error; none if that is not a terminal."""
     disable = None if is_main_process() else True
     return tqdm(total=total, desc=description, leave=False, disable=disable, file=sys.stderr, dynamic_ncols=True)
+
+
+def with_progress(items: Sequence[Item], description: str) -> Iterator[Item]:
+    """The items, with a progress bar."""
+    with progress_bar(len(items), description) as bar:
+        for item in items:
+            yield item
+            bar.update()

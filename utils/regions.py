@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from utils.metrics import EIGHT_CONNECTED
+EIGHT_CONNECTED = np.ones((3, 3), dtype=int)
 
 # Share of the map's maximum above which a pixel belongs to the worst region, without a calibrated threshold.
 PEAK_SHARE = 0.5

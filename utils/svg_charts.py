@@ -1,4 +1,4 @@
-"""Charts of a page: each an SVG for light and one for dark surroundings, narrow enough to be read on a phone."""
+"""Charts for HTML pages: an SVG for light and one for dark backgrounds, narrow enough for a phone."""
 
 from __future__ import annotations
 
@@ -27,18 +27,25 @@ from utils.curves import (
 from utils.figures import literal
 
 WIDTH, HEIGHT = 3.9, 2.75
-# Ink of text, axes and ticks; the ground is the page's.
+# Colours of text, axes and ticks; the background is the page's.
 INKS = {"light": "#22262b", "dark": "#e3e6ea"}
-INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
-SETTINGS = {"svg.fonttype": "path", "svg.hashsalt": "charts", "axes.facecolor": "none", "font.size": 9}
-# Characters of a class's name that leave room for the chart.
+INKED: tuple[Any, ...] = (
+    "text.color",
+    "axes.edgecolor",
+    "axes.labelcolor",
+    "axes.titlecolor",
+    "xtick.color",
+    "ytick.color",
+)
+SETTINGS: dict[Any, Any] = {"svg.fonttype": "path", "svg.hashsalt": "charts", "axes.facecolor": "none", "font.size": 9}
+# Longer class names are cut, in characters.
 LONGEST = 18
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture as data URIs, for a light and a dark ground, with what it shows in words."""
+    """A chart as data URIs, for light and dark backgrounds, with a description."""
 
     title: str
     light: str
@@ -47,10 +54,11 @@ class Chart:
 
 
 def make_chart(title: str, alternative: str, draw: Callable[[Figure], None], height: float = HEIGHT) -> Chart:
-    """A chart by a function that draws on a figure; on the dark ground only the ink is another."""
+    """A chart from a function that draws on a figure; for dark backgrounds only `INKS` differ."""
     light = _svg(draw, height)
     dark = light.replace(INKS["light"], INKS["dark"])
-    return Chart(title, *(data_uri(text.encode("utf-8"), "image/svg+xml") for text in (light, dark)), alternative)
+    light_uri, dark_uri = (data_uri(text.encode("utf-8"), "image/svg+xml") for text in (light, dark))
+    return Chart(title, light_uri, dark_uri, alternative)
 
 
 def _svg(draw: Callable[[Figure], None], height: float) -> str:
@@ -59,13 +67,13 @@ def _svg(draw: Callable[[Figure], None], height: float) -> str:
         draw(figure)
         text = io.StringIO()
         FigureCanvasSVG(figure)
-        # Without the date, the same figures make the same file.
+        # Without the date, equal charts have equal files.
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     return text.getvalue()
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """Content inside its own address."""
+    """Content as a data URI."""
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
@@ -101,14 +109,14 @@ def training_charts(history: Sequence[Mapping[str, Any]]) -> list[Chart]:
 
 
 def loop_chart(title: str, panel: Panel) -> Chart:
-    """One metric over the loops beside other models, in percent (`curves.draw_loops`)."""
+    """One metric over the loops, and of other models, in percent (`curves.draw_loops`)."""
     return make_chart(title, f"{title} of each loop, in percent", lambda figure: draw_loops(figure.subplots(), panel))
 
 
 def class_chart(title: str, values: Mapping[str, Mapping[str, float | None]]) -> Chart | None:
-    """One metric of every class, a marker for each model; None where no class has a value.
+    """One metric of every class, a marker for each model; None if it is undefined in all classes.
 
-    values: percent by model, then by class, None left out.
+    values: percent by model, then by class; None is not drawn.
     """
     if not any(value is not None for of_class in values.values() for value in of_class.values()):
         return None
@@ -120,9 +128,19 @@ def class_chart(title: str, values: Mapping[str, Mapping[str, float | None]]) ->
         axis = figure.subplots()
         for index, (name, of_class) in enumerate(values.items()):
             known = [(value, row) for row, value in enumerate(of_class.values()) if value is not None]
-            style = {"color": colours[name], "marker": MARKERS[index % len(MARKERS)], "linestyle": "none"}
+            marker = MARKERS[index % len(MARKERS)]
             if known:
-                axis.plot(*zip(*known, strict=True), **style, markersize=6, alpha=0.9, label=literal(name))
+                points, rows = zip(*known, strict=True)
+                axis.plot(
+                    points,
+                    rows,
+                    color=colours[name],
+                    marker=marker,
+                    linestyle="none",
+                    markersize=6,
+                    alpha=0.9,
+                    label=literal(name),
+                )
         labels = [literal(name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…") for name in classes]
         axis.set_yticks(range(len(classes)), labels)
         axis.set_ylim(len(classes) - 0.5, -0.5)

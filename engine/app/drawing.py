@@ -13,7 +13,6 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from engine.app.session import Decision, ImageResult, Session, Thresholds, decide
-from engine.detector.calibration import in_words
 from engine.evaluation.pages import render_page
 from utils.heatmaps import ATTENTION_COLOURS, COLOURS, on_scale, overlay
 from utils.regions import Region
@@ -73,7 +72,7 @@ def explanation(result: ImageResult, manual: Thresholds | None) -> str:
     if result.entry is None:
         return text + "No thresholds: find them with normal images, or set them with the sliders."
     rank = result.prediction.rank or 0.0
-    return text + f"Higher than {100 * rank:.1f} % of normal images. Anomalous {in_words(result.entry)}."
+    return text + f"Higher than {100 * rank:.1f} % of normal images. Anomalous {result.entry}."
 
 
 def listed_regions(decision: Decision) -> Sequence[Region]:

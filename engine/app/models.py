@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.tools import AppArguments
-from engine.detector.detector import UNADAPTED, Detector, build_detector, load_clip_for, unadapted_detector
+from engine.detector.detector import UNADAPTED, Detector
 from engine.detector.hub import NO_CHECKPOINT, local_path
+from engine.detector.loading import build_detector, load_clip_for, unadapted_detector
 from engine.evaluation.inference import load_detectors
 from engine.runtime.device import check_device
 from engine.runtime.run_folder import DEMO_FOLDER, demo_checkpoints, find_checkpoints

@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dataset.catalog import readable_name
 from dataset.images import content_digest
-from dataset.prompts import build_prompts
+from dataset.prompts import build_prompts, readable_name
 from engine.app.uploads import Upload
 from engine.config.evaluation import DEFAULT_CLASS
 from engine.detector.calibration import ANOMALOUS, CALIBRATION_FILE, NORMAL, Entry, add_entry, check_enough
-from engine.detector.detector import Detector, Prediction
-from engine.evaluation.calibrate import calibrate_detector, numbers_of
+from engine.detector.detector import Detector
+from engine.detector.prediction import Prediction
+from engine.evaluation.calibrate import calibrate_detector, score_and_peak
 from engine.evaluation.image_heatmaps import attention_heatmaps
-from engine.evaluation.own_images import Finding, judge, write_scores
+from engine.evaluation.own_images import Finding, make_finding, write_scores
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.scoring import decisions
 from model.text import Prompts
@@ -180,10 +180,10 @@ class Session:
             if digest in references:
                 raise UserError(f"{upload.name} is one of the images to compare with: use other images")
             if digest not in numbers:
-                numbers[digest] = numbers_of(detector, pixels, name, Path(upload.name), self.domain)
+                numbers[digest] = score_and_peak(detector, pixels, name, Path(upload.name), self.domain)
         check_enough(len(numbers), false_alarms, f"'{name}', without duplicates")
         entry = calibrate_detector(detector, numbers.values(), name, false_alarms, self.domain)
-        self._entries = [*(other for other in self._entries if other.subject != entry.subject), entry]
+        self._entries = [*(other for other in self._entries if other.key != entry.key), entry]
         return entry
 
     def write_zip(self, path: Path, opacity: float) -> None:
@@ -217,7 +217,7 @@ class Session:
         Prompts.from_texts(detector.clip, [build_prompts(detector.name_in_prompts(class_name))])
         key = readable_name(class_name)
         if self.normals.get(key) and key not in detector.references:
-            detector.remember([upload.read() for upload in self.normals[key]], class_name)
+            detector.add_references([upload.read() for upload in self.normals[key]], class_name)
         return detector
 
     def _analyze_one(self, detector: Detector, upload: Upload, class_name: str) -> ImageResult:
@@ -226,12 +226,11 @@ class Session:
         if content_digest(pixels) in references:
             raise UserError(f"{upload.name} is one of the images to compare with: no result")
         attention: Mapping[str, np.ndarray] = {}
-        if isinstance(detector.model, AdaptedCLIPWithCrossAttention):
-            prediction, weights = detector.predict(pixels, class_name, self.domain, return_attention=True)
+        crossed = isinstance(detector.model, AdaptedCLIPWithCrossAttention)
+        prediction = detector.predict(pixels, class_name, self.domain, return_attention=crossed)
+        if prediction.attention is not None:
             normal = build_prompts(detector.name_in_prompts(class_name))[0]
-            attention = attention_heatmaps(weights, len(normal))
-        else:
-            prediction = detector.predict(pixels, class_name, self.domain)
+            attention = attention_heatmaps(prediction.attention, len(normal))
         thumbnail = pixels.copy()
         thumbnail.thumbnail((MAX_SIDE, MAX_SIDE))
         return ImageResult(
@@ -241,8 +240,8 @@ class Session:
             class_name=class_name,
             model=detector.name,
             prediction=prediction,
-            finding=judge(Path(upload.name), class_name, pixels, prediction),
-            entry=detector.thresholds(detector.subject(class_name, self.domain)),
+            finding=make_finding(Path(upload.name), class_name, pixels, prediction),
+            entry=detector.thresholds(detector.calibration_key(class_name, self.domain)),
             attention=attention,
             references=len(references),
         )

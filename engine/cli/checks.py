@@ -14,7 +14,7 @@ from typing import Any
 from dataset.class_names import read_class_names
 from dataset.folders import find_images
 from dataset.locate import known_dataset, locate_dataset
-from dataset.options import NAMES
+from dataset.prompts import NAMES
 from dataset.toy.classes import TOY_DATASETS
 from engine.config.evaluation import ComparisonArguments
 from engine.config.tools import ExportArguments

@@ -10,8 +10,9 @@ from dataset.records import Record
 from engine.config.evaluation import ComparisonArguments
 from engine.config.training import BaseConfig, FeedbackConfig
 from engine.data.task import TaskData, load_task
-from engine.detector.detector import UNADAPTED, Detector, build_detector, unadapted_detector
-from engine.evaluation.image_heatmaps import look, read_picture
+from engine.detector.detector import UNADAPTED, Detector
+from engine.detector.loading import build_detector, unadapted_detector
+from engine.evaluation.image_heatmaps import predict_heatmap, read_dataset_image
 from engine.report.compare import compare_feedback_loops
 from engine.runtime.device import check_device
 from engine.runtime.run_folder import CURVES_FILE, DEMO_FOLDER, FINAL_FILE, REPORT_FILE, loop_file, side_file
@@ -107,8 +108,8 @@ def draw_examples(data: TaskData, models: dict[str, Detector]) -> list[Example]:
     """One anomalous image of each class and one normal image of the first, as every model sees them."""
     examples = []
     for record in choose_examples(data):
-        picture = read_picture(data, record)
-        heatmaps = [look(model, picture, name) for name, model in models.items()]
+        picture = read_dataset_image(data, record)
+        heatmaps = [predict_heatmap(model, picture, name) for name, model in models.items()]
         title = picture.title.replace(", ", "\n")
         examples.append(Example(title, picture.image, picture.mask, heatmaps))
     return examples

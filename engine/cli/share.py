@@ -15,14 +15,14 @@ def share(arguments: SharingArguments) -> Path:
     """Write the folder, and upload it with `push`; returns the folder."""
     from engine import load_model
     from engine.detector.hub import HUB, push
-    from engine.detector.sharing import check_target, save_pretrained
+    from engine.detector.sharing import check_target
 
     check_target(arguments.output, "--output")
     names = ("model_name", "img_size", "activation", "det_score")
     overrides = {name: getattr(arguments, name) for name in names}
     model = load_model(arguments.checkpoint, clip_weights=arguments.clip_weights, device="cpu", **overrides)
     address = arguments.push and f"{HUB}{arguments.push}"
-    folder = save_pretrained(model, arguments.output, arguments.licence, address)
+    folder = model.save_pretrained(arguments.output, arguments.licence, address)
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     logger.info("%s: %s, %.1f MB without CLIP's weights", folder, model.name, size / 1e6)
     if arguments.push:

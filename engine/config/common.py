@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from dataset.options import HALF, NAMES, NONZERO
+from dataset.prompts import NAMES
+from dataset.records import HALF, NONZERO
 from engine.config.presets import PRESETS
 from model.config import ModelConfig
 from utils.arguments import Arguments, number, path

@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dataset.options import NAMES
+from dataset.prompts import NAMES
 from engine.config.common import DataArguments, MachineArguments, ModelArguments
 from engine.config.training import CrossAttentionArguments
 from model.config import DET_SCORES, REFERENCE_FEATURES, REFERENCE_WEIGHT, CrossAttentionConfig
@@ -64,7 +64,7 @@ OVERRIDES = (
     "cross_attn_residual",
     "cross_attn_heads",
 )
-# Options of `engine.detector.references.ReferenceChoice`.
+# Options of `engine.evaluation.references.ReferenceChoice`.
 REFERENCES = ("references", "reference_shots", "reference_seed", "reference_weight", "reference_features")
 
 
@@ -123,7 +123,7 @@ class TestingArguments(MachineArguments, DataArguments, ModelArguments):
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceArguments(TestingArguments):
-    """Options of testing with normal references (`engine.detector.references.ReferenceChoice`)."""
+    """Options of testing with normal references (`engine.evaluation.references.ReferenceChoice`)."""
 
     references: Path | None = setting(
         None,

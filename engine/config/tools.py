@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from dataset.options import NAMES
+from dataset.prompts import NAMES
 from engine.config.common import DataArguments, MachineArguments, ModelArguments
 from engine.config.evaluation import ASSUMED, DEFAULT_CLASS, REFERENCES, InferenceArguments, TestingArguments
 from engine.config.presets import PRESETS

@@ -8,16 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dataset.catalog import mvtec_spec, readable_name
+from dataset.catalog import mvtec_spec
 from dataset.class_names import class_display_names
 from dataset.few_shot import few_shot, split_shot
 from dataset.folders import find_images
 from dataset.images import drop_bad_images
 from dataset.locate import LocatedDataset, locate_dataset
 from dataset.metadata import load_records
-from dataset.options import HALF
-from dataset.prompts import build_prompts
-from dataset.records import Record, metadata_digest, natural_key
+from dataset.prompts import build_prompts, readable_name
+from dataset.records import HALF, Record, metadata_digest, natural_key
 from utils.errors import UserError
 from utils.text import list_names
 

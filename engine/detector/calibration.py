@@ -1,6 +1,6 @@
-"""Thresholds from normal images alone, at a rate of false alarms: split conformal calibration, and its file.
+"""Thresholds from normal images for a chosen false alarm rate: split conformal calibration, and its file.
 
-What it promises, and how sure it is: docs/method.md, "Calibration". Nothing here needs a model, or torch.
+Guarantees and their uncertainty: docs/method.md, "Calibration". Nothing here needs a model or torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 from utils.errors import UserError
 from utils.files import write_json
-from utils.locks import locked
 from utils.paths import is_file, is_no_file
 from utils.schema import check
 
@@ -23,16 +22,18 @@ CALIBRATION_FILE = "calibration.json"
 SCHEMA = 1
 FALSE_ALARMS = 0.01
 CONFIDENCE = 0.95
-# Seconds that one who adds to a file waits for another, who needs a moment for it.
-PATIENCE = 20.0
-# What `predict` and tables call an image above its threshold, and one that is not.
+# Seconds to wait while another process adds to a file.
+LOCK_TIMEOUT = 20.0
+# Values listed in an error.
+MOST_LISTED = 5
+# Decisions: above the threshold, or not.
 ANOMALOUS, NORMAL = "anomalous", "normal"
 
 
-class Subject(NamedTuple):
-    """What thresholds hold for; scores of anything else have another distribution.
+class CalibrationKey(NamedTuple):
+    """What thresholds are valid for; anything else has another distribution of scores.
 
-    checkpoint: digest of the model (`Detector.digest`); class_name: as it stands in prompts; references: digest of the
+    checkpoint: digest of the model (`Detector.digest`); class_name: the name in prompts; references: digest of the
     normal images that maps are compared with, None without any.
     """
 
@@ -45,11 +46,10 @@ class Subject(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """Thresholds of one subject at a rate of false alarms, from `images` normal images.
+    """Thresholds of one key for a false alarm rate, from `images` normal images.
 
-    model: what the checkpoint was called. interval: where the true rate of false alarms lies, at a confidence of 95 %;
-    it is the same for images and for pixels. scores, peaks: of the normal images, each in ascending order: image scores
-    and the maps' maxima.
+    model: the checkpoint's name. interval: the 95 % interval of the true false alarm rate, which is the same for
+    images and pixels. scores, peaks: image scores and map maxima of the normal images, each in ascending order.
     """
 
     checkpoint: str
@@ -67,8 +67,15 @@ class Entry:
     peaks: list[float]
 
     @property
-    def subject(self) -> Subject:
-        return Subject(self.checkpoint, self.class_name, self.domain, self.det_score, self.references)
+    def key(self) -> CalibrationKey:
+        return CalibrationKey(self.checkpoint, self.class_name, self.domain, self.det_score, self.references)
+
+    def __str__(self) -> str:
+        low, high = (100 * value for value in self.interval)
+        return (
+            f"above {self.image_threshold:.4f} (pixels: {self.pixel_threshold:.4f}), from {self.images} normal images "
+            f"for {100 * self.false_alarms:g} % false alarms; 95 % interval of the true rate: {low:.2g} to {high:.2g} %"
+        )
 
 
 @dataclass(frozen=True)
@@ -78,65 +85,65 @@ class _File:
 
 
 def images_needed(false_alarms: float) -> int:
-    """The fewest normal images with which a rate of false alarms can be kept: 19 for 5 %, 99 for 1 %."""
+    """The smallest number of normal images for a false alarm rate: 19 for 5 %, 99 for 1 %."""
     return math.ceil(1 / _exact(false_alarms)) - 1
 
 
 def check_enough(count: int, false_alarms: float, source: object) -> None:
-    """Raise `UserError`, which begins with `source`, for too few normal images, with the number that is needed."""
+    """Raise `UserError`, which begins with `source`, for too few normal images."""
     needed = images_needed(false_alarms)
     if count < needed:
         lowest = math.ceil(10_000 / (count + 1)) / 10_000
         raise UserError(
-            f"{source}: {count} normal images are too few for {100 * false_alarms:g} % false alarms, which takes "
-            f"{needed}: add {needed - count}" + (f", or ask for --false_alarms {lowest:g}" if lowest <= 0.5 else "")
+            f"{source}: {count} normal images are too few for {100 * false_alarms:g} % false alarms, which need "
+            f"{needed}: add {needed - count}" + (f", or use --false_alarms {lowest:g}" if lowest <= 0.5 else "")
         )
 
 
 def order_of_threshold(count: int, false_alarms: float) -> int:
-    """k: of `count` normal values in ascending order, the k-th is the threshold, counted from 1.
+    """k, such that the k-th smallest of `count` normal values is the threshold (k starts at 1).
 
     (count + 1) (1 - false_alarms), rounded up (Vovk et al., Algorithmic Learning in a Random World, 2005; Angelopoulos
-    and Bates, arXiv:2107.07511). Raises `UserError` where there are too few values.
+    and Bates, arXiv:2107.07511). Raises `UserError` for too few values.
     """
     check_enough(count, false_alarms, "calibration")
     return math.ceil((count + 1) * (1 - _exact(false_alarms)))
 
 
-def false_alarm_interval(count: int, false_alarms: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Where the rate of false alarms of a calibration on `count` images lies at this confidence.
+def false_alarm_interval(count: int, false_alarms: float) -> tuple[float, float]:
+    """The 95 % interval of the true false alarm rate after calibration on `count` images.
 
-    The share of normal images above the k-th of n values is distributed as Beta(n + 1 - k, k), whatever the values'
-    own distribution is, as long as it has no ties.
+    The share of normal images above the k-th of n values follows Beta(n + 1 - k, k) for any distribution of the values
+    without ties.
     """
-    from scipy.stats import beta  # takes a second to import, and most that import this module never ask
+    from scipy.stats import beta  # takes a second to import, and is rarely needed
 
     k = order_of_threshold(count, false_alarms)
-    low, high = beta.ppf(((1 - confidence) / 2, (1 + confidence) / 2), count + 1 - k, k)
+    low, high = beta.ppf(((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2), count + 1 - k, k)
     return float(low), float(high)
 
 
 def make_entry(
-    subject: Subject, model: str, scores: Sequence[float], peaks: Sequence[float], false_alarms: float
+    key: CalibrationKey, model: str, scores: Sequence[float], peaks: Sequence[float], false_alarms: float
 ) -> Entry:
-    """The thresholds that follow from the image scores and the maps' maxima of normal images, one of each per image.
+    """Thresholds from the image scores and map maxima of normal images, one of each per image.
 
-    Raises `UserError` where there are too few images for the rate.
+    Raises `UserError` for too few images.
     """
     scores, peaks = sorted(scores), sorted(peaks)
     k = order_of_threshold(len(scores), false_alarms)
     interval = false_alarm_interval(len(scores), false_alarms)
-    return Entry(*subject, model, len(scores), false_alarms, scores[k - 1], peaks[k - 1], interval, scores, peaks)
+    return Entry(*key, model, len(scores), false_alarms, scores[k - 1], peaks[k - 1], interval, scores, peaks)
 
 
 def read_calibration(path: Path) -> list[Entry]:
-    """The entries of a calibration file; `UserError` for one that is missing or damaged."""
+    """The entries of a calibration file; `UserError` for a file that is missing or damaged."""
     if is_no_file(path):
-        raise UserError(f"{path}: is no file of thresholds")
+        raise UserError(f"{path}: is not a file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; inference.py --calibrate FOLDER makes one") from None
+        raise UserError(f"{path}: no such file; create it with inference.py --calibrate FOLDER") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__}); calibrate again") from error
     check(content, _File, path)
@@ -147,64 +154,51 @@ def read_calibration(path: Path) -> list[Entry]:
 
 
 def _check_consistent(entry: Entry, path: Path) -> None:
-    """Refuse thresholds that are not those of the entry's own images: the promised rate would not be theirs."""
-    counted = entry.images == len(entry.scores) == len(entry.peaks) >= images_needed(entry.false_alarms or 1e-9)
-    ordered = counted and entry.scores == sorted(entry.scores) and entry.peaks == sorted(entry.peaks)
+    """Reject thresholds that do not follow from the entry's images, as the false alarm rate would not be theirs."""
+    complete = entry.images == len(entry.scores) == len(entry.peaks) >= images_needed(entry.false_alarms or 1e-9)
+    ordered = complete and entry.scores == sorted(entry.scores) and entry.peaks == sorted(entry.peaks)
     k = order_of_threshold(entry.images, entry.false_alarms) if ordered else 0
     if not ordered or (entry.image_threshold, entry.pixel_threshold) != (entry.scores[k - 1], entry.peaks[k - 1]):
-        raise UserError(f"{path}: the thresholds of '{entry.class_name}' are not those of its images; calibrate again")
+        raise UserError(
+            f"{path}: the thresholds of '{entry.class_name}' do not follow from its images; calibrate again"
+        )
 
 
 def add_entry(path: Path, entry: Entry) -> None:
-    """Write an entry to a calibration file, in place of the one of the same subject where there is one.
+    """Write an entry to a calibration file, in place of one with the same key; safe for concurrent processes."""
+    from utils.locks import locked  # needed only here
 
-    Several processes may do so at the same time: each waits for its turn, and none loses another's entry.
-    """
-    with locked(path.with_name(f".{path.name}.lock"), PATIENCE):
-        others = read_calibration(path) if is_file(path) else []
-        kept = [other for other in others if other.subject != entry.subject]
-        write_json(path, {"schema": SCHEMA, "entries": [asdict(found) for found in (*kept, entry)]})
+    with locked(path.with_name(f".{path.name}.lock"), LOCK_TIMEOUT):
+        others = [other for other in read_calibration(path) if other.key != entry.key] if is_file(path) else []
+        write_json(path, {"schema": SCHEMA, "entries": [asdict(each) for each in (*others, entry)]})
 
 
-def find_entry(entries: Sequence[Entry], subject: Subject) -> Entry | None:
-    """The entry of a subject; None where there is none, and never that of another one."""
-    return next((entry for entry in entries if entry.subject == subject), None)
+def find_entry(entries: Sequence[Entry], key: CalibrationKey) -> Entry | None:
+    """The entry of a key, if there is one."""
+    return next((entry for entry in entries if entry.key == key), None)
 
 
-def why_none(entries: Sequence[Entry], subject: Subject) -> str:
-    """What the entries hold in place of a subject's, in words."""
-    left = list(entries)
-    for name, words in (
-        ("checkpoint", "another model, or of this one asked to compute something else"),
-        ("class_name", "{found}, not of '{asked}'"),
-        ("domain", "the domain {found}, not {asked}"),
-        ("det_score", "the det score {found}, not {asked}"),
+def mismatch_reason(entries: Sequence[Entry], key: CalibrationKey) -> str:
+    """Why entries have no thresholds for a key: the first part of the key that differs, and their values."""
+    remaining = list(entries)
+    for name, template in (
+        ("checkpoint", "another model, or of this one with other options"),
+        ("class_name", "{values}, not of '{wanted}'"),
+        ("domain", "the domain {values}, not {wanted}"),
+        ("det_score", "the det score {values}, not {wanted}"),
         ("references", "other references, or of none"),
     ):
-        same = [entry for entry in left if getattr(entry, name) == getattr(subject, name)]
-        if not same:
-            found = ", ".join(f"'{value}'" if name == "class_name" else str(value) for value in _values(left, name))
-            return f"its thresholds are of {words.format(found=found, asked=getattr(subject, name))}"
-        left = same
+        matching = [entry for entry in remaining if getattr(entry, name) == getattr(key, name)]
+        if not matching:
+            distinct = list(dict.fromkeys(getattr(entry, name) for entry in remaining))[:MOST_LISTED]
+            values = ", ".join(f"'{value}'" if name == "class_name" else str(value) for value in distinct)
+            return f"its thresholds are of {template.format(values=values, wanted=getattr(key, name))}"
+        remaining = matching
     return "it holds no thresholds"
 
 
-def _values(entries: Sequence[Entry], name: str, most: int = 5) -> list[object]:
-    return list(dict.fromkeys(getattr(entry, name) for entry in entries))[:most]
-
-
-def in_words(entry: Entry) -> str:
-    """A calibration in a sentence, with how sure it is."""
-    low, high = (100 * value for value in entry.interval)
-    return (
-        f"above {entry.image_threshold:.4f} (pixels: {entry.pixel_threshold:.4f}), from {entry.images} normal images "
-        f"for {100 * entry.false_alarms:g} % false alarms; the true rate lies between {low:.2g} and {high:.2g} % "
-        f"({100 * CONFIDENCE:g} % sure)"
-    )
-
-
 def _exact(false_alarms: float) -> Fraction:
-    """The rate as it is written: 0.05 times 20 images is 1, which it is not in floating point."""
+    """The rate as written: in floating point, 0.05 times 20 is not exactly 1."""
     if not 0 < false_alarms < 1:
-        raise UserError(f"--false_alarms {false_alarms:g}: takes a rate between 0 and 1, such as 0.01")
+        raise UserError(f"--false_alarms {false_alarms:g}: must be between 0 and 1, such as 0.01")
     return Fraction(repr(float(false_alarms)))

@@ -1,4 +1,4 @@
-"""Thresholds of a model from normal images: `inference.py --calibrate` (docs/testing.md, "A decision")."""
+"""`inference.py --calibrate`: thresholds of a model from normal images (docs/testing.md, "A decision")."""
 
 from __future__ import annotations
 
@@ -10,23 +10,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from dataset.catalog import readable_name
 from dataset.images import content_digest
+from dataset.prompts import readable_name
 from engine.config.evaluation import InferenceArguments
-from engine.detector.calibration import (
-    FALSE_ALARMS,
-    Entry,
-    add_entry,
-    check_enough,
-    in_words,
-    make_entry,
-    read_calibration,
-)
+from engine.detector.calibration import FALSE_ALARMS, Entry, add_entry, check_enough, make_entry, read_calibration
 from engine.detector.detector import Detector
 from engine.detector.hub import calibration_files
-from engine.detector.references import ReferenceChoice
 from engine.evaluation.own_images import OwnImages, find_own_images, load_last_detector
-from engine.evaluation.references import remember_for_images
+from engine.evaluation.references import ReferenceChoice, add_image_references
 from engine.runtime.device import check_device
 from utils.errors import UserError
 from utils.files import check_folder
@@ -48,13 +39,14 @@ def calibrate_images(arguments: InferenceArguments) -> list[Entry]:
         UserError: Before anything is written, for too few images of a class, with the number that is needed.
     """
     folder, class_names = arguments.calibrate, arguments.class_names
+    if folder is None:
+        raise UserError("--calibrate is needed: a folder of normal images")
     rate = FALSE_ALARMS if arguments.false_alarms is None else arguments.false_alarms
     device = check_device(arguments.device, "fp32")
     file = arguments.calibration or calibration_files(arguments.checkpoint)[0]
     check_folder(file.parent, "--calibration")
     if file.exists():
-        # One that cannot be added to is refused before the images are looked at.
-        read_calibration(file)
+        read_calibration(file)  # fails now, not after all images have been scored
     images = find_own_images(folder, "--calibrate", arguments.class_name, arguments.class_from_folder)
     counts = Counter(images.names.values())
     for name, count in counts.items():
@@ -63,10 +55,10 @@ def calibrate_images(arguments: InferenceArguments) -> list[Entry]:
     images.check_prompts(detector)
     references = ReferenceChoice.of(arguments)
     if references is not None:
-        remember_for_images(detector, images.classes, references, arguments.class_from_folder, class_names)
+        add_image_references(detector, images.classes, references, arguments.class_from_folder, class_names)
     numbers: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for path, name, pixels in different_images(images, detector):
-        numbers[name].append(numbers_of(detector, pixels, name, path, arguments.domain, class_names))
+        numbers[name].append(score_and_peak(detector, pixels, name, path, arguments.domain, class_names))
     for name in counts:
         check_enough(len(numbers[name]), rate, f"--calibrate {folder}: '{name}'")
     entries = [
@@ -74,21 +66,21 @@ def calibrate_images(arguments: InferenceArguments) -> list[Entry]:
     ]
     for name, entry in zip(counts, entries, strict=True):
         add_entry(file, entry)
-        logger.info("%s, %s: anomalous %s", detector.name, name, in_words(entry))
+        logger.info("%s, %s: anomalous %s", detector.name, name, entry)
     logger.info("Written to %s", file)
     return entries
 
 
 def different_images(images: OwnImages, detector: Detector) -> Iterator[tuple[Path, str, Image.Image]]:
-    """Each image once, with its class; `UserError` for one that is among the references."""
+    """Each image with its class, without duplicates; `UserError` for one that is also a reference."""
     seen: dict[tuple[str, str], Path] = {}
     for path, name, pixels in images.read("calibrating"):
-        # An image that counts twice would promise more than there is to see.
+        # Duplicates would make the thresholds look more certain than they are.
         digest = content_digest(pixels)
         references = detector.references.get(readable_name(name))
         if references and digest in references.images:
             raise UserError(
-                f"--calibrate {path} is one of the references, which it would be compared with: take others"
+                f"--calibrate {path} is also a reference, so it would be compared with itself: use other images"
             )
         first = seen.setdefault((name, digest), path)
         if first != path:
@@ -97,7 +89,7 @@ def different_images(images: OwnImages, detector: Detector) -> Iterator[tuple[Pa
         yield path, name, pixels
 
 
-def numbers_of(
+def score_and_peak(
     detector: Detector,
     image: Image.Image,
     class_name: str,
@@ -105,11 +97,11 @@ def numbers_of(
     domain: str = "industrial",
     class_names: str | None = None,
 ) -> tuple[float, float]:
-    """What calibration needs of an image: its score, and its map's maximum; `UserError` where one is not finite."""
+    """An image's score and its map's maximum; `UserError` if one is not finite."""
     prediction = detector.predict(image, class_name, domain, class_names=class_names)
     numbers = (prediction.score, float(prediction.anomaly_map.max()))
     if not all(map(math.isfinite, numbers)):
-        raise UserError(f"the score of {path} is not finite: the checkpoint's weights are not fit for use")
+        raise UserError(f"the score of {path} is not finite: the checkpoint's weights cannot be used")
     return numbers
 
 
@@ -121,9 +113,9 @@ def calibrate_detector(
     domain: str = "industrial",
     class_names: str | None = None,
 ) -> Entry:
-    """Thresholds from `numbers_of` normal images of a class, which the detector decides by from now on."""
+    """Thresholds from `score_and_peak` normal images of a class, which the detector decides by from now on."""
     scores, peaks = zip(*numbers, strict=True)
-    subject = detector.subject(class_name, domain, class_names=class_names)
-    entry = make_entry(subject, detector.name, scores, peaks, false_alarms)
-    detector.calibration = [*(kept for kept in detector.calibration if kept.subject != subject), entry]
+    key = detector.calibration_key(class_name, domain, class_names=class_names)
+    entry = make_entry(key, detector.name, scores, peaks, false_alarms)
+    detector.calibration = [*(other for other in detector.calibration if other.key != key), entry]
     return entry

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dataset.catalog import readable_name
+from dataset.prompts import readable_name
 from engine.data.loaders import batches_of_classes, evaluation_loader, make_dataset
 from engine.data.task import TaskData
 from engine.detector.detector import Detector
@@ -41,7 +41,7 @@ METRICS = {
     "image_ap": "Image AP",
     "image_f1_max": "Image F1-max",
 }
-# What stands in tables for a metric that is undefined.
+# Table cell of an undefined metric.
 UNDEFINED = "n/a"
 CSV_COLUMNS = ("model", "dataset", "class", "images", "anomalous", "det_score", *METRICS)
 
@@ -74,10 +74,7 @@ class ClassResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model's metrics on a dataset, per class and averaged over the classes in which they are defined.
-
-    det_score: which one took part in the image scores.
-    """
+    """A model's metrics on a dataset, per class and averaged over the classes in which they are defined."""
 
     model: str
     dataset: str
@@ -85,16 +82,13 @@ class Evaluation:
     det_score: str = DET_SCORES[0]
 
     def average(self, metric: str) -> tuple[float | None, int]:
-        """The mean of a metric in percent, and over how many classes."""
+        """The mean of a metric in percent, and the number of classes in which it is defined."""
         values = [value for result in self.classes if (value := result.values[metric]) is not None]
         return (sum(values) / len(values) if values else None), len(values)
 
 
 class _BatchScores(NamedTuple):
-    """What a model says of a batch: its pixels where they count, and of each image the map's extremes and det score.
-
-    numbers: (3, B), highest, lowest, det.
-    """
+    """A model's result for a batch: pixels, None without masks; and (3, B): map maximum, map minimum, det score."""
 
     pixels: Pixels | None
     numbers: Tensor
@@ -104,7 +98,7 @@ class _BatchScores(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """A batch of one class's images, and what each model says of it."""
+    """A batch of one class's images, with the result of each model."""
 
     class_name: str
     paths: list[str]
@@ -114,7 +108,7 @@ class _Batch(NamedTuple):
 
 @dataclass
 class _ClassScores:
-    """What is kept of one class's images until its metrics are taken: counts of pixels, a few numbers per image."""
+    """Pixel counts and image numbers of one class, from which its metrics follow."""
 
     domain: str
     pixels: PixelCounter = field(default_factory=PixelCounter)
@@ -122,21 +116,21 @@ class _ClassScores:
     numbers: list[Tensor] = field(default_factory=list)
     labels: list[Tensor] = field(default_factory=list)
 
-    def add(self, found: _BatchScores, paths: Sequence[str], labels: Tensor) -> None:
-        if found.pixels is not None:
-            self.pixels.add(found.pixels)
+    def add(self, scores: _BatchScores, paths: Sequence[str], labels: Tensor) -> None:
+        if scores.pixels is not None:
+            self.pixels.add(scores.pixels)
         self.paths += paths
-        self.numbers.append(found.numbers)
+        self.numbers.append(scores.numbers)
         self.labels.append(labels)
 
     def result(self, class_name: str) -> ClassResult:
-        """The class's metrics, once all its images are in."""
+        """The class's metrics, after all its images have been added."""
         maxima, minima, det = torch.cat(self.numbers, dim=1).cpu()
         labels = torch.cat(self.labels).to(det)
         scores = class_image_scores(maxima, minima, det, self.domain)
         of_images = image_metrics(labels.numpy(), scores.numpy(), self.paths)
         if labels.all():
-            # AP and F1-max would be 100, whatever the model says.
+            # AP and F1-max would be 100 for any model.
             of_images = dict.fromkeys(of_images)
         pairs = zip(self.paths, labels.tolist(), scores.tolist(), strict=True)
         images = tuple(ImageScore(path, bool(label), score) for path, label, score in pairs)
@@ -154,13 +148,23 @@ def evaluate(
 ) -> dict[str, Evaluation]:
     """Evaluate models that share one CLIP on all images of `data`, which are loaded once.
 
-    Frozen features of an image are computed once for all models that look at the same ones. Image scores take the det
-    score that each detector says. A class that a detector has references of is scored by maps joined with theirs
-    (docs/method.md, "References").
-    Scores are normalised per class (docs/method.md, "Scores"), so a class's metrics are taken when it is complete. Maps
-    are counted and not kept. Processes of a launch take the batches in turn, and the first counts them in their order:
-    the figures, which all of them return, are those of one process.
-    Raises `UserError` for images that cannot be read, and names the first image whose map is not finite.
+    Scores are normalised per class (docs/method.md, "Scores"). Frozen features are computed once for all models that
+    use the same ones, and maps are counted, not kept. Several processes share the batches, and return the results of
+    one process.
+
+    Args:
+        models: the models by name, with their det scores and references.
+        data: the images and class names.
+        device: where the models are.
+        batch_size: images in a forward pass, all of one class.
+        num_workers: processes that load images.
+        precision: "fp32", "bf16", "fp16", or "auto" (bf16 on a GPU that has it, else fp32).
+
+    Returns:
+        The evaluation of each model by its name.
+
+    Raises:
+        UserError: an image cannot be read, or its map is not finite.
     """
     results: dict[str, list[ClassResult]] = {name: [] for name in models}
     samples = make_dataset(data, next(iter(models.values())).clip)
@@ -174,12 +178,12 @@ def evaluate(
     for class_name, of_class in groupby(batches, key=lambda batch: batch.class_name):
         scores = {name: _ClassScores(data.located.spec.domain) for name in models}
         for batch in of_class:
-            for name, kept in scores.items():
-                found = batch.of_models[name]
-                kept.add(found.to(device) if is_distributed() else found, batch.paths, batch.labels)
+            for name, class_scores in scores.items():
+                of_batch = batch.of_models[name]
+                class_scores.add(of_batch.to(device) if is_distributed() else of_batch, batch.paths, batch.labels)
             bar.update(len(batch.paths))
-        for name, kept in scores.items():
-            results[name].append(kept.result(class_name))
+        for name, class_scores in scores.items():
+            results[name].append(class_scores.result(class_name))
     bar.close()
     results = from_main_process(lambda: results)
     dataset = data.located.spec.name
@@ -187,18 +191,18 @@ def evaluate(
 
 
 def joined_map_of(detector: Detector, class_name: str, outputs: Outputs, images: Tensor, domain: str) -> Tensor | None:
-    """Published maps joined with the references that a detector has of a class, (B, S, S); None without any."""
+    """Published maps joined with the detector's references of a class, (B, S, S); None if it has none."""
     references = detector.references.get(readable_name(class_name))
     if references is None:
         return None
-    distances = detector.reference_maps(references, outputs, images)
+    distances = references.maps(detector.model, outputs, images)
     return joined_anomaly_map(outputs, distances, references.weight, domain)
 
 
 def _scored(
     models: Mapping[str, Detector], data: TaskData, loader: DataLoader, device: torch.device | str, precision: str
 ) -> Iterator[_Batch]:
-    """What the models say of this process's batches; on the CPU where another process counts them."""
+    """The models' results for this process's batches, on the CPU if another process counts them."""
     prompts = data.prompts(next(iter(models.values())).clip).to(device)
     text_sides = {name: detector.text_side(prompts) for name, detector in models.items()}
     domain = data.located.spec.domain
@@ -207,7 +211,7 @@ def _scored(
         class_name, masks = batch["class_name"][0], batch["mask"].flatten(0, 1)
         images = batch["image"].to(device, non_blocking=True)
         rows = torch.full((len(images),), data.classes.index(class_name), device=device)
-        found, shared = {}, SharedStreams()
+        of_models, shared = {}, SharedStreams()
         for name, detector in models.items():
             with autocast(device, precision):
                 outputs = detector.model(images, text_sides[name], rows, shared)
@@ -217,23 +221,23 @@ def _scored(
             low, high = torch.aminmax(maps.flatten(1), dim=1)
             numbers = torch.stack([high, low, det_scores(outputs, detector.det_score).float()])
             scores = _BatchScores(pixels, numbers)
-            found[name] = scores.to("cpu") if is_distributed() else scores
-        yield _Batch(class_name, batch["image_path"], batch["label"], found)
+            of_models[name] = scores.to("cpu") if is_distributed() else scores
+        yield _Batch(class_name, batch["image_path"], batch["label"], of_models)
 
 
 def autocast(device: torch.device | str, precision: str) -> torch.autocast:
-    """Half precision where it is asked for, a context that changes nothing otherwise."""
+    """Autocast for bf16 and fp16; disabled for fp32."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choose_precision(device, precision))
     return torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype is not None)
 
 
-def said_of_det_score(det_score: str) -> str:
-    """What is added to a heading where image scores are not the published ones."""
+def det_score_note(det_score: str) -> str:
+    """Added to a heading if image scores are not the published ones."""
     return "" if det_score == DET_SCORES[0] else f", image scores with det score {det_score}"
 
 
 def det_score_suffix(det_score: str) -> str:
-    """What is added to a file's name for the same reason, so that it does not take the place of the published one's."""
+    """Added to file names if image scores are not the published ones."""
     return "" if det_score == DET_SCORES[0] else f"_det_{det_score}"
 
 
@@ -242,7 +246,7 @@ def format_value(value: float | None) -> str:
 
 
 def evaluation_table(evaluation: Evaluation) -> str:
-    """One model's metrics: a row per class and the average, which says how many classes it averages."""
+    """One model's metrics: a row for each class and the average."""
     rows = [
         [result.class_name, str(result.images), *(format_value(result.values[metric]) for metric in METRICS)]
         for result in evaluation.classes

@@ -1,7 +1,6 @@
-"""`report.html` of own images: a page, in one file, of heatmaps with the most anomalous image first.
+"""`report.html` of `inference.py --image`: one self-contained page of heatmaps, the most anomalous image first.
 
-Everything is inside the file, which loads nothing. Its script, a few lines, marks what a threshold would reject; the
-page can be read without. Pictures wait in a temporary file and are written one by one, so that memory does not grow
+A short script marks the images above a threshold. Pictures are kept in a temporary file, so that memory does not grow
 with their number.
 """
 
@@ -25,16 +24,16 @@ from utils.regions import Region
 from utils.svg_charts import data_uri
 
 TEMPLATE = Path(__file__).with_name("templates") / "gallery.html"
-# Longer side of the pictures in the page, in pixels, and how well JPEG keeps them.
+# Longer side of the pictures in pixels, and JPEG quality.
 SIDE, QUALITY = 240, 78
-# Bytes of pictures that stay in memory.
+# Bytes of pictures kept in memory.
 IN_MEMORY = 2**26
-# Positions of the slider between the lowest and the highest score, at least.
+# Minimum number of slider positions between the lowest and the highest score.
 STEPS = 200
 
 
-class Place(NamedTuple):
-    """Where a picture lies in the temporary file, in bytes, and its size in pixels."""
+class StoredPicture(NamedTuple):
+    """A picture's bytes in the temporary file, and its size in pixels."""
 
     start: int
     length: int
@@ -43,9 +42,8 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Entry:
-    """An image on the page; decision: in a word, and rank: the share of normal images with a lower score; empty and
-    None where there is no calibration."""
+class GalleryImage:
+    """An image on the page; without a calibration, decision is empty and rank None."""
 
     path: str
     class_name: str
@@ -53,11 +51,11 @@ class Entry:
     region: Region | None
     decision: str
     rank: float | None
-    pictures: tuple[Place, Place]
+    pictures: tuple[StoredPicture, StoredPicture]
 
 
 class Scale(NamedTuple):
-    """What a slider runs over, and with how many digits its values are shown."""
+    """The range of the slider, and the decimals of its values."""
 
     low: float
     high: float
@@ -66,11 +64,11 @@ class Scale(NamedTuple):
 
 
 class Gallery:
-    """Images with what a model says of them, gathered one by one and then written as a page."""
+    """Images with their results, added one by one and then written as a page."""
 
     def __init__(self) -> None:
         self._pictures = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115
-        self.entries: list[Entry] = []
+        self.images: list[GalleryImage] = []
 
     def __enter__(self) -> Gallery:
         return self
@@ -89,17 +87,17 @@ class Gallery:
         decision: str = "",
         rank: float | None = None,
     ) -> None:
-        """An image as it is and under its anomaly map (h, w), which shows the region's box; both kept small."""
-        shown = image.convert("RGB")
-        shown.thumbnail((SIDE, SIDE))
-        heat = overlay(shown, anomaly_map)
+        """Add an image and its heatmap, from an anomaly map (h, w), with a box around the region."""
+        small = image.convert("RGB")
+        small.thumbnail((SIDE, SIDE))
+        heat = overlay(small, anomaly_map)
         if region is not None:
-            scale = (shown.width / image.width, shown.height / image.height)
+            scale = (small.width / image.width, small.height / image.height)
             left, top, right, bottom = (value * scale[index % 2] for index, value in enumerate(region[:4]))
             box = (left, top, max(left, right - 1), max(top, bottom - 1))
             ImageDraw.Draw(heat).rectangle(box, outline="white")
-        places = (self._keep(shown), self._keep(heat))
-        self.entries.append(Entry(path, class_name, score, region, decision, rank, places))
+        pictures = (self._store(small), self._store(heat))
+        self.images.append(GalleryImage(path, class_name, score, region, decision, rank, pictures))
 
     def write(
         self,
@@ -112,12 +110,11 @@ class Gallery:
         """Write the page, the highest scores first.
 
         facts: names and values above the images; problems: a line for each file that could not be read; threshold:
-        where the slider begins, to the last digit until it is moved; without a calibration that is the highest score,
-        above which nothing is.
+        initial value of the slider, by default the highest score.
         """
-        ranked = sorted(self.entries, key=lambda entry: (-entry.score, entry.path))
-        shown = [entry.score for entry in ranked]
-        scale = scale_of(shown if threshold is None else [*shown, threshold])
+        ranked = sorted(self.images, key=lambda image: (-image.score, image.path))
+        scores = [image.score for image in ranked]
+        scale = scale_of(scores if threshold is None else [*scores, threshold])
         write_page(
             TEMPLATE,
             path,
@@ -128,28 +125,30 @@ class Gallery:
             scale=scale,
             threshold=scale.high if threshold is None else threshold,
             count=len(ranked),
-            several_classes=len({entry.class_name for entry in ranked}) > 1,
-            shown=self._shown(ranked),
+            several_classes=len({image.class_name for image in ranked}) > 1,
+            images=self._with_pictures(ranked),
         )
 
-    def _keep(self, picture: Image.Image) -> Place:
+    def _store(self, picture: Image.Image) -> StoredPicture:
         content = io.BytesIO()
         picture.save(content, format="JPEG", quality=QUALITY)
         start = self._pictures.tell()
-        return Place(start, self._pictures.write(content.getvalue()), *picture.size)
+        return StoredPicture(start, self._pictures.write(content.getvalue()), *picture.size)
 
-    def _shown(self, entries: Sequence[Entry]) -> Iterator[tuple[Entry, list[tuple[str, str, Place]]]]:
-        """Each entry with its pictures: what they show, their address, and their place."""
-        for entry in entries:
+    def _with_pictures(
+        self, images: Sequence[GalleryImage]
+    ) -> Iterator[tuple[GalleryImage, list[tuple[str, str, StoredPicture]]]]:
+        """Each image with its pictures: name, data URI and size."""
+        for image in images:
             pictures = []
-            for name, place in zip(("image", "heatmap"), entry.pictures, strict=True):
-                self._pictures.seek(place.start)
-                pictures.append((name, data_uri(self._pictures.read(place.length), "image/jpeg"), place))
-            yield entry, pictures
+            for name, stored in zip(("image", "heatmap"), image.pictures, strict=True):
+                self._pictures.seek(stored.start)
+                pictures.append((name, data_uri(self._pictures.read(stored.length), "image/jpeg"), stored))
+            yield image, pictures
 
 
 def scale_of(scores: Sequence[float]) -> Scale:
-    """A slider over all scores in round steps, so fine that close scores can be told apart."""
+    """A slider over all scores, with decimal steps small enough to separate close scores."""
     low, high = min(scores), max(scores)
     digits = max(1, math.ceil(-math.log10(max(high - low, 1e-4) / STEPS)))
     step = 10.0**-digits

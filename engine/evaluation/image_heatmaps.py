@@ -1,9 +1,8 @@
-"""Images of a dataset as models see them: heatmap, score, that image's pixel AUROC, and attention."""
+"""Heatmaps, scores, pixel AUROC and attention maps of single images of a dataset."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -11,23 +10,21 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dataset.catalog import readable_name
 from dataset.images import read_pair, resize_mask
-from dataset.options import CATALOG_NAMES
-from dataset.prompts import build_prompts
+from dataset.prompts import CATALOG_NAMES, build_prompts, readable_name
 from dataset.records import Record
 from engine.data.task import TaskData
 from engine.detector.detector import Detector
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention, Attention
 from utils.heatmaps import Heatmap, comparison_figure
-from utils.logging import progress_bar
+from utils.logging import with_progress
 from utils.metrics import PixelCounter
 from utils.paths import figure_path
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An image of a dataset: its record, its pixels, its ground truth (H, W), and what prompts and scoring need."""
+class DatasetImage:
+    """An image of a dataset with its ground truth (H, W), its class's name in prompts, and its domain."""
 
     record: Record
     image: Image.Image
@@ -37,38 +34,42 @@ class Picture:
 
     @property
     def title(self) -> str:
-        """Class and kind of defect, in words; medical datasets' folders tell no kind. Whether a mask is missing."""
+        """Class, kind of defect, and whether a mask is missing; folders of medical datasets do not name the kind."""
         kind = Path(self.record.image_path).parent.name
         if self.domain == "medical":
             kind = "anomalous" if self.record.label else "normal"
-        # Not the name in prompts, which several classes may share.
+        # Several classes may share a name in prompts, so it is not used here.
         unknown = " (no mask)" if self.record.lacks_mask else ""
         return f"{readable_name(self.record.class_name)}, {readable_name(kind)}{unknown}"
 
 
-def read_picture(data: TaskData, record: Record) -> Picture:
-    """An image with its ground truth; `UserError` for a file that cannot be read, and a mask of another size."""
+def read_dataset_image(data: TaskData, record: Record) -> DatasetImage:
+    """An image with its ground truth; `UserError` for an unreadable file or a mask of another size."""
     image, mask = read_pair(data.located.root, record, data.mask_threshold)
-    return Picture(record, image, np.asarray(mask) > 0, data.names[record.class_name], data.located.spec.domain)
+    return DatasetImage(record, image, np.asarray(mask) > 0, data.names[record.class_name], data.located.spec.domain)
 
 
-def look(detector: Detector, picture: Picture, name: str, attention: bool = False) -> Heatmap:
-    """One image through one model, called `name`; with its attention maps where asked for and where it has any."""
-    asked = (picture.image, picture.class_name, picture.domain)
-    # The picture's class has its name in prompts already.
-    references = detector.references.get(readable_name(picture.record.class_name))
-    predict = partial(detector.predict, *asked, class_names=CATALOG_NAMES, references=references)
+def predict_heatmap(detector: Detector, picture: DatasetImage, name: str, attention: bool = False) -> Heatmap:
+    """The result of a model, called `name`, for an image; with attention maps if requested and if there are any."""
+    crossed = isinstance(detector.model, AdaptedCLIPWithCrossAttention)
+    prediction = detector.predict(
+        picture.image,
+        picture.class_name,
+        picture.domain,
+        return_attention=attention and crossed,
+        class_names=CATALOG_NAMES,  # the class name is already the one in prompts
+        references=detector.references.get(readable_name(picture.record.class_name)),
+    )
     maps: dict[str, np.ndarray] = {}
-    if attention and isinstance(detector.model, AdaptedCLIPWithCrossAttention):
-        prediction, weights = predict(return_attention=True)
-        maps = attention_heatmaps(weights, len(build_prompts(picture.class_name)[0]))
-    else:
-        prediction = predict()
-    found = prediction.anomaly_map
-    truth = resize_mask(Image.fromarray(picture.mask), found.shape[::-1])
+    if prediction.attention is not None:
+        maps = attention_heatmaps(prediction.attention, len(build_prompts(picture.class_name)[0]))
+    anomaly_map = prediction.anomaly_map
+    truth = resize_mask(Image.fromarray(picture.mask), anomaly_map.shape[::-1])
     pixels = PixelCounter()
-    pixels.update(torch.from_numpy(found)[None], torch.from_numpy(np.array(truth))[None], [picture.record.image_path])
-    return Heatmap(name, found, prediction.score, pixels.result()["pixel_auroc"], maps)
+    pixels.update(
+        torch.from_numpy(anomaly_map)[None], torch.from_numpy(np.array(truth))[None], [picture.record.image_path]
+    )
+    return Heatmap(name, anomaly_map, prediction.score, pixels.result()["pixel_auroc"], maps)
 
 
 def attention_heatmaps(attention: Attention, normal: int) -> dict[str, np.ndarray]:
@@ -95,26 +96,23 @@ def on_grid(values: torch.Tensor) -> np.ndarray:
 
 
 def draw_overlays(detector: Detector, data: TaskData, per_class: int | None, folder: Path) -> list[Path]:
-    """A figure for every image, or for `per_class` of each class, anomalous and normal ones in turn.
+    """Draw a figure for every image, or for `per_class` images of each class, alternately anomalous and normal.
 
-    Returns the figures' paths, which are those of the images, under `folder`.
+    Returns the paths of the figures, which have the images' relative paths under `folder`.
     """
     records = list(data.records) if per_class is None else some_of_each_class(data, per_class)
     figures: list[Path] = []
     taken: set[str] = set()
-    bar = progress_bar(len(records), "drawing")
-    for record in records:
-        picture = read_picture(data, record)
+    for record in with_progress(records, "drawing"):
+        picture = read_dataset_image(data, record)
         figures.append(figure_path(folder, record.image_path, ".png", taken))
-        heatmap = look(detector, picture, detector.name)
+        heatmap = predict_heatmap(detector, picture, detector.name)
         comparison_figure(picture.image, picture.mask, [heatmap], figures[-1], picture.title)
-        bar.update()
-    bar.close()
     return figures
 
 
 def some_of_each_class(data: TaskData, count: int) -> list[Record]:
-    """The first `count` records of each class, anomalous and normal ones in turn while there are both."""
+    """The first `count` records of each class, alternately anomalous and normal while there are both."""
     chosen = []
     for class_name in data.classes:
         records = data.of_class(class_name)

@@ -1,4 +1,4 @@
-"""What `inference.py` does with a dataset: evaluate checkpoints on it."""
+"""`inference.py` with a dataset: evaluate checkpoints on it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 from engine.config.evaluation import ALL, DEFAULT_CLASS, InferenceArguments
 from engine.data.run_location import load_task_of_run
 from engine.data.task import TaskData, load_two_folders, mask_notes
-from engine.detector.detector import Detector, build_detector, load_clip_for, unadapted_detector
+from engine.detector.detector import Detector
 from engine.detector.hub import NO_CHECKPOINT, RESULTS, folder_of, local_path
-from engine.detector.references import ReferenceChoice, said_of_references
+from engine.detector.loading import PUBLISHED_MODEL, build_detector, load_clip_for, unadapted_detector
 from engine.evaluation.evaluate import (
     Evaluation,
+    det_score_note,
     det_score_suffix,
     evaluate,
     evaluation_table,
-    said_of_det_score,
     summary_table,
     write_csv,
 )
 from engine.evaluation.image_heatmaps import draw_overlays
-from engine.evaluation.references import remember_for_dataset
+from engine.evaluation.references import ReferenceChoice, add_dataset_references, references_note
 from engine.runtime.device import check_compiler
 from engine.runtime.distributed import join_launch, main_process_first
 from engine.runtime.run_folder import find_checkpoints
@@ -40,14 +40,10 @@ logger = logging.getLogger(__name__)
 
 
 def load_detectors(checkpoint: str, clip_weights: str | None, device: str, **overrides: Any) -> list[Detector]:
-    """The models that `--checkpoint` means, on one CLIP: unadapted CLIP, a file, or a folder's epochs in order."""
+    """The models of `--checkpoint` on one CLIP: unadapted CLIP, a file, or a folder's epochs in order."""
     if checkpoint == NO_CHECKPOINT:
-        clip = load_clip(
-            overrides.get("model_name") or "ViT-L-14-336",
-            clip_weights,
-            overrides.get("img_size"),
-            overrides.get("activation"),
-        )
+        name = overrides.get("model_name") or PUBLISHED_MODEL
+        clip = load_clip(name, clip_weights, overrides.get("img_size"), overrides.get("activation"))
         return [unadapted_detector(clip, overrides.get("det_score")).to(device)]
     files = [read_checkpoint(file) for file in find_checkpoints(local_path(checkpoint))]
     clip = load_clip_for(files[0], clip_weights, **overrides)
@@ -55,22 +51,22 @@ def load_detectors(checkpoint: str, clip_weights: str | None, device: str, **ove
 
 
 def output_folder(checkpoint: str, output_dir: Path | None) -> Path:
-    """Where results go: as asked, else beside the checkpoint, else `results` (unadapted CLIP, models on the hub)."""
+    """The folder of results: `--output_dir`, else `results` next to the checkpoint or in the working directory."""
     return (folder_of(checkpoint) or Path()) / RESULTS if output_dir is None else output_dir
 
 
 def training_dataset(models: Sequence[Detector | Checkpoint]) -> str:
-    """The dataset that the first of these was trained on; `UserError` where it does not say."""
+    """The dataset that the first of these was trained on; `UserError` if it is unknown."""
     config = models[0].config
     if config is None:
-        raise UserError("--dataset is needed: nothing says what this model was trained on")
+        raise UserError("--dataset is needed: the checkpoint does not name its training dataset")
     return config["arguments"]["dataset"]
 
 
 def zero_shot_notes(configs: Mapping[str, Mapping[str, Any] | None], data: TaskData) -> list[str]:
-    """A note that names the models which are tested on the dataset that they were trained on, if there are any.
+    """A note that names the models which are tested on their training dataset, if there are any.
 
-    configs: the `config` of each model's checkpoint by its name; None for unadapted CLIP and where a file has none.
+    configs: the `config` of each model's checkpoint by the model's name; None for files without one and unadapted CLIP.
     """
     dataset = data.located.spec.name
     seen = [
@@ -83,7 +79,7 @@ def zero_shot_notes(configs: Mapping[str, Mapping[str, Any] | None], data: TaskD
     were = "was" if len(seen) == 1 else "were"
     return [
         f"NOT ZERO-SHOT: {', '.join(seen)} {were} trained on {dataset} and tested on it: "
-        "these figures say nothing about unseen data"
+        "these results do not apply to unseen data"
     ]
 
 
@@ -115,7 +111,7 @@ def evaluate_checkpoints(arguments: InferenceArguments) -> list[Evaluation]:
         logger.warning("%s", note)
     references = ReferenceChoice.of(arguments)
     if references is not None:
-        remember_for_dataset(detectors, data, references)
+        add_dataset_references(detectors, data, references)
     models = {detector.name: detector for detector in detectors}
     evaluations = list(
         evaluate(models, data, device, arguments.batch_size, arguments.num_workers, arguments.precision).values()
@@ -144,14 +140,14 @@ def write_results(
 ) -> None:
     """Log the tables, write the CSV file, and draw the images of `--visualize`."""
     references = ReferenceChoice.of(arguments)
-    said = said_of_det_score(detectors[0].det_score) + said_of_references(references)
+    note = det_score_note(detectors[0].det_score) + references_note(references)
     for evaluation in evaluations:
         logger.info(
-            "\n%s on %s, in percent%s\n\n%s\n", evaluation.model, evaluation.dataset, said, evaluation_table(evaluation)
+            "\n%s on %s, in percent%s\n\n%s\n", evaluation.model, evaluation.dataset, note, evaluation_table(evaluation)
         )
     if len(evaluations) > 1:
-        logger.info("Averages%s\n\n%s\n", said, summary_table(evaluations))
-    # Not before: an evaluation that is stopped leaves nothing.
+        logger.info("Averages%s\n\n%s\n", note, summary_table(evaluations))
+    # The log starts here, so that an interrupted evaluation leaves no files.
     set_up_logging(folder / "inference.log")
     name = "unadapted_" if arguments.checkpoint == NO_CHECKPOINT else ""
     kind = det_score_suffix(detectors[0].det_score) + (references.suffix if references else "")
@@ -163,4 +159,4 @@ def write_results(
         drawn, last = folder / f"{name}pictures_{tested}", detectors[-1]
         most = None if arguments.visualize == ALL else int(arguments.visualize)
         figures = draw_overlays(last, data, most, drawn)
-        logger.info("%d images as %s sees them, in %s", len(figures), last.name, drawn)
+        logger.info("%d heatmaps of %s in %s", len(figures), last.name, drawn)

@@ -1,4 +1,4 @@
-"""Scoring images that belong to no dataset: `inference.py --image` (docs/testing.md, "Your own images")."""
+"""`inference.py --image`: score images outside of datasets (docs/testing.md, "Your own images")."""
 
 from __future__ import annotations
 
@@ -13,26 +13,25 @@ from typing import Any
 
 from PIL import Image
 
-from dataset.catalog import readable_name
-from dataset.folders import FoundImages, find_images
+from dataset.folders import find_images
 from dataset.images import content_digest, read_image
-from dataset.prompts import build_prompts
+from dataset.prompts import build_prompts, readable_name
 from engine.config.evaluation import DEFAULT_CLASS, InferenceArguments
-from engine.detector.calibration import ANOMALOUS, CALIBRATION_FILE, Entry, in_words, why_none
-from engine.detector.detector import Detector, Prediction
+from engine.detector.calibration import ANOMALOUS, CALIBRATION_FILE, Entry, mismatch_reason
+from engine.detector.detector import Detector
 from engine.detector.hub import NO_CHECKPOINT, local_path
-from engine.detector.references import ReferenceChoice
+from engine.detector.prediction import Prediction
 from engine.evaluation.evaluate import det_score_suffix
 from engine.evaluation.gallery import Gallery
 from engine.evaluation.inference import load_detectors, output_folder
-from engine.evaluation.references import remember_for_images
+from engine.evaluation.references import ReferenceChoice, add_image_references
 from engine.runtime.device import check_device
 from engine.runtime.run_folder import find_checkpoints
 from model.text import Prompts
 from utils.errors import UserError
 from utils.files import check_folder, write_text
 from utils.heatmaps import overlay, save_image
-from utils.logging import progress_bar
+from utils.logging import with_progress
 from utils.paths import figure_path, is_file
 from utils.regions import Region, worst_region
 
@@ -48,16 +47,16 @@ CSV_COLUMNS = (
     "regions",
     *(f"region_{name}" for name in Region._fields),
 )
-# Of the scores, how many the log lists.
+# Scores listed in the log.
 MOST_LISTED = 20
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a model says of an image: its score in [0, 1], and its worst region in pixels of the original image.
+    """The result for one image: score in [0, 1], and the most anomalous region in pixels of the original image.
 
-    Empty or None where there is no calibration: decision, what a threshold makes of the score, in a word; rank, the
-    share of normal images that score lower; regions, how many regions lie above the pixels' threshold.
+    Empty or None without a calibration: decision, "anomalous" or "normal"; rank, the share of normal images with a
+    lower score; regions, the number of regions above the pixel threshold.
     """
 
     path: Path
@@ -71,9 +70,9 @@ class Finding:
 
 @dataclass
 class OwnImages:
-    """Images of a folder, or one, and the class that each is said to show.
+    """The images of a folder, or one image, and the class of each.
 
-    problems: a line for each file that cannot be read, those that `read` meets among them.
+    problems: a line for each file that cannot be read, including those that `read` finds.
     """
 
     place: Path
@@ -87,15 +86,13 @@ class OwnImages:
         return list(dict.fromkeys(self.names.values()))
 
     def check_prompts(self, detector: Detector) -> None:
-        """Refuse names that fill more tokens than CLIP has."""
+        """Raise `UserError` for class names that are too long for CLIP."""
         for name in self.classes:
             Prompts.from_texts(detector.clip, [build_prompts(detector.name_in_prompts(name))])
 
     def read(self, doing: str) -> Iterator[tuple[Path, str, Image.Image]]:
-        """Each image that can be read, with its class; the others are left out with a line, but for a single image."""
-        bar = progress_bar(len(self.names), doing)
-        for path, name in self.names.items():
-            bar.update()
+        """Each readable image with its class; others are skipped with a warning, unless there is only one image."""
+        for path, name in with_progress(list(self.names.items()), doing):
             try:
                 pixels = read_image(path)
             except UserError as error:
@@ -105,22 +102,21 @@ class OwnImages:
                 self.problems.append(str(error))
                 continue
             yield path, name, pixels
-        bar.close()
 
 
 def find_own_images(
     place: Path, flag: str, class_name: str | None, class_from_folder: bool, leave_out: Sequence[Path] = ()
 ) -> OwnImages:
-    """An image, or those of a folder and below, each with its class; `UserError`, naming `flag`, where there are none.
+    """An image, or all images in a folder and its subfolders, with their classes.
 
-    class_name: what all of them show, without it "object"; class_from_folder: named by the first folder below `place`
-    that an image lies in (`class_of`). Names that no prompt can hold are refused.
+    class_name: the class of all images, by default "object"; class_from_folder: the class is a folder's name
+    (`class_of`). Raises `UserError`, naming `flag`, if there are no images, and for names that do not fit a prompt.
     """
     if class_from_folder and class_name is not None:
         raise UserError("--class_from_folder names the classes: leave --class_name out")
-    found: FoundImages = find_images(place, flag, leave_out)
-    given = DEFAULT_CLASS if class_name is None else class_name
-    names = {path: class_of(path, place) if class_from_folder else given for path in found.images}
+    found = find_images(place, flag, leave_out)
+    common = DEFAULT_CLASS if class_name is None else class_name
+    names = {path: class_of(path, place) if class_from_folder else common for path in found.images}
     for name in dict.fromkeys(names.values()):
         build_prompts(readable_name(name))
     for line in found.problems:
@@ -129,7 +125,7 @@ def find_own_images(
 
 
 def load_last_detector(checkpoint: str, clip_weights: str | None, device: str, **overrides: Any) -> Detector:
-    """The model that `--checkpoint` means; of several checkpoints in a folder the last one."""
+    """The model of `--checkpoint`; for a folder of several checkpoints, the last one."""
     if checkpoint != NO_CHECKPOINT:
         checkpoint = str(find_checkpoints(local_path(checkpoint))[-1])
     return load_detectors(checkpoint, clip_weights, device, **overrides)[0]
@@ -150,8 +146,11 @@ def score_images(arguments: InferenceArguments) -> list[Finding]:
     Raises:
         UserError: If no image can be read, and as `evaluate_checkpoints` does.
     """
-    device, class_names = check_device(arguments.device, "fp32"), arguments.class_names
-    folder, image = output_folder(arguments.checkpoint, arguments.output_dir), arguments.image
+    image, class_names = arguments.image, arguments.class_names
+    if image is None:
+        raise UserError("--image is needed: an image, or a folder of images")
+    device = check_device(arguments.device, "fp32")
+    folder = output_folder(arguments.checkpoint, arguments.output_dir)
     earlier = (folder, *folder.glob(f"{HEATMAPS}*"))
     images = find_own_images(image, "--image", arguments.class_name, arguments.class_from_folder, earlier)
     check_folder(folder, "--output_dir")
@@ -160,7 +159,7 @@ def score_images(arguments: InferenceArguments) -> list[Finding]:
     references = ReferenceChoice.of(arguments)
     suffix = references.suffix if references else ""
     if references is not None:
-        remember_for_images(detector, images.classes, references, arguments.class_from_folder, class_names)
+        add_image_references(detector, images.classes, references, arguments.class_from_folder, class_names)
     detector.find_calibration(arguments.checkpoint, arguments.calibration)
     entries = thresholds_of(detector, images.classes, arguments.domain, class_names)
     kind = det_score_suffix(detector.det_score) + suffix
@@ -171,8 +170,8 @@ def score_images(arguments: InferenceArguments) -> list[Finding]:
         facts = facts_of(image, detector, arguments.domain, findings, images.problems)
         facts += facts_of_references(detector)
         for name, entry in entries.items():
-            facts.append(("Decision" if len(entries) == 1 else f"Decision, {name}", f"anomalous {in_words(entry)}"))
-        # Classes with thresholds of their own have no common place for the slider.
+            facts.append(("Decision" if len(entries) == 1 else f"Decision, {name}", f"anomalous {entry}"))
+        # Several classes have different thresholds, so that the slider has no common start.
         common = {entry.image_threshold for entry in entries.values()} if len(images.classes) == 1 else set()
         start = next(iter(common), None)
         gallery.write(report, f"Images of {image.resolve().name or image}", facts, images.problems, start)
@@ -186,60 +185,60 @@ def score_each(
     """Score each image, write its heatmap, and add it to the gallery; `UserError` if none can be read."""
     findings: list[Finding] = []
     taken: set[str] = set()
-    known = {digest for remembered in detector.references.values() for digest in remembered.images}
-    themselves = 0
+    known = {digest for references in detector.references.values() for digest in references.images}
+    duplicates = 0
     for path, name, pixels in images.read("scoring"):
         prediction = detector.predict(pixels, name, arguments.domain, class_names=arguments.class_names)
-        finding = judge(path, name, pixels, prediction)
-        themselves += bool(known) and content_digest(pixels) in known
-        below = path.name if path == images.place else path.relative_to(images.place).as_posix()
+        finding = make_finding(path, name, pixels, prediction)
+        duplicates += bool(known) and content_digest(pixels) in known
+        name_in_report = path.name if path == images.place else path.relative_to(images.place).as_posix()
         drawn = overlay(pixels, prediction.anomaly_map)
-        save_image(drawn, figure_path(heatmaps, below, "_heatmap.png", taken))
-        judged = (finding.region, finding.decision, finding.rank)
-        gallery.add(pixels, prediction.anomaly_map, below, name, finding.score, *judged)
+        save_image(drawn, figure_path(heatmaps, name_in_report, "_heatmap.png", taken))
+        result = (finding.score, finding.region, finding.decision, finding.rank)
+        gallery.add(pixels, prediction.anomaly_map, name_in_report, name, *result)
         findings.append(finding)
     if not findings:
         raise UserError(f"--image {images.place}: none of its {len(images.problems)} images can be read")
-    if themselves:
-        logger.warning("%d of these images are references, compared with themselves: take others", themselves)
+    if duplicates:
+        logger.warning("%d images are also references, and so compared with themselves: use others", duplicates)
     return findings
 
 
 def thresholds_of(
     detector: Detector, classes: Sequence[str], domain: str, class_names: str | None
 ) -> Mapping[str, Entry]:
-    """The thresholds of each class that has any; where a model is calibrated for others alone, a line says so."""
+    """The thresholds of each class; logged, as well as classes without any if the model is calibrated for others."""
     found = {}
     for name in classes if detector.calibration else ():
-        subject = detector.subject(name, domain, class_names=class_names)
-        entry = detector.thresholds(subject)
+        key = detector.calibration_key(name, domain, class_names=class_names)
+        entry = detector.thresholds(key)
         if entry is not None:
             found[name] = entry
-            logger.info("%s: anomalous %s", name, in_words(entry))
+            logger.info("%s: anomalous %s", name, entry)
         else:
-            why = why_none(detector.calibration, subject)
+            why = mismatch_reason(detector.calibration, key)
             logger.warning("%s: %s; no decision for %s without --calibrate", CALIBRATION_FILE, why, name)
     return found
 
 
 def class_of(path: Path, image: Path) -> str:
-    """The class that folders give an image: the first folder below `image` on its way, or `image`'s own name.
+    """The class of an image by its folder: the first folder below `image`, or `image` itself.
 
-    So images of `parts/screw/monday/` are screws in `parts` as in `parts/screw`. For a single image it is the folder
-    that it lies in.
+    Images in `parts/screw/monday/` are screws for `image` `parts` and `parts/screw`. For a single image it is the
+    folder of the image.
     """
     parents = [] if path == image else path.relative_to(image).parts[:-1]
     own = (image.resolve().parent if path == image else image.resolve()).name
     return parents[0] if parents else own or DEFAULT_CLASS
 
 
-def judge(path: Path, class_name: str, image: Image.Image, prediction: Prediction) -> Finding:
-    """What a prediction says of an image, in the image's own pixels; `UserError` for one that is not finite.
+def make_finding(path: Path, class_name: str, image: Image.Image, prediction: Prediction) -> Finding:
+    """The result for an image, with its worst region: above the pixel threshold, or else around the map's maximum.
 
-    Its worst region lies above the pixels' threshold where there is one, else around the map's maximum.
+    Raises `UserError` for a score that is not finite.
     """
     if not math.isfinite(prediction.score):
-        raise UserError(f"the score of {path} is not finite: the checkpoint's weights are not fit for use")
+        raise UserError(f"the score of {path} is not finite: the checkpoint's weights cannot be used")
     found = prediction.regions
     if found is None:
         return Finding(path, class_name, prediction.score, worst_region(prediction.anomaly_map, image.size))
@@ -248,7 +247,7 @@ def judge(path: Path, class_name: str, image: Image.Image, prediction: Predictio
 
 
 def write_scores(findings: Iterable[Finding], path: Path) -> None:
-    """A row for each image in the columns of `CSV_COLUMNS`; nothing stands where there is no decision or region."""
+    """Write a row for each image, with the columns `CSV_COLUMNS`; cells without a decision or region are empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
@@ -263,13 +262,13 @@ def write_scores(findings: Iterable[Finding], path: Path) -> None:
 def facts_of(
     image: Path, detector: Detector, domain: str, findings: Sequence[Finding], problems: Sequence[str]
 ) -> list[tuple[str, str]]:
-    """What stands above the images of the report."""
+    """The facts at the top of the report."""
     classes = list(dict.fromkeys(finding.class_name for finding in findings))
     more = f" and {len(classes) - 10} more" if len(classes) > 10 else ""
-    said = f"{len(findings)} scored" + (f", {len(problems)} could not be read" if problems else "")
+    count = f"{len(findings)} scored" + (f", {len(problems)} could not be read" if problems else "")
     return [
         ("Folder", image.as_posix()),
-        ("Images", said),
+        ("Images", count),
         ("Model", f"{detector.name}, {detector.clip.model_name} at {detector.clip.img_size} pixels"),
         ("Class in prompts", ", ".join(map(readable_name, classes[:10])) + more),
         ("Score", "half the map's maximum, half the whole image's" if domain == "industrial" else "the map's maximum"),
@@ -277,7 +276,7 @@ def facts_of(
 
 
 def facts_of_references(detector: Detector) -> list[tuple[str, str]]:
-    """What stands above the images of the report where they were compared with normal ones."""
+    """The fact about references at the top of the report, if there are any."""
     counts = [len(found.images) for found in detector.references.values()]
     if not counts:
         return []
@@ -288,7 +287,7 @@ def facts_of_references(detector: Detector) -> list[tuple[str, str]]:
 def summarise(
     findings: Sequence[Finding], problems: Sequence[str], others: int, detector: Detector, written: Sequence[Path]
 ) -> None:
-    """Say which images are the most anomalous, what was left out, and where everything is."""
+    """Log the most anomalous images, the number of skipped files, and the written files."""
     ranked = sorted(findings, key=lambda finding: -finding.score)
     for found in ranked[:MOST_LISTED]:
         logger.info("%.4f  %s%s", found.score, f"{found.decision:<9}  " if found.decision else "", found.path)

@@ -1,4 +1,4 @@
-"""Pages made from templates, which share `base.html` (the style) and `macros.html` (charts, facts, tables)."""
+"""HTML pages from templates, which share `base.html` (style) and `macros.html` (charts, facts, tables)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ SHARED = Path(__file__).with_name("templates")
 
 
 def render_page(template: Path, **content: Any) -> str:
-    """A template, which may extend those of this folder, with its content; nothing in it is unescaped."""
+    """A page from a template, which may extend those in `templates`; all content is escaped."""
     return _read(template).render(content)
 
 
 def write_page(template: Path, path: Path, **content: Any) -> None:
-    """As `render_page`, to a file, whole or not at all; what iterators give is written as it comes and not kept."""
-    how = {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
-    with replacing(path, essential=False) as temporary, temporary.open("w", **how) as file:
+    """As `render_page`, to a file, atomically; content from iterators is not kept in memory."""
+    with (
+        replacing(path, essential=False) as temporary,
+        temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file,
+    ):
         file.writelines(_read(template).generate(content))
 
 

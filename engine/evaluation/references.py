@@ -1,23 +1,79 @@
-"""Normal images to compare with, for models that test: from a folder, or from a dataset's own training images."""
+"""Which normal images to compare with: from a folder, or from a dataset's own training images."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from dataset.images import read_image
-from dataset.normals import normals_of_classes, training_normals
-from dataset.options import CATALOG_NAMES
+from dataset.normals import choose_normals, normals_of_classes, training_normals
+from dataset.prompts import CATALOG_NAMES
 from engine.data.task import TaskData
 from engine.detector.detector import Detector
-from engine.detector.references import ReferenceChoice, check_apart
+from model.config import REFERENCE_FEATURES, REFERENCE_WEIGHT
+from utils.errors import UserError
+from utils.paths import is_file
 
 logger = logging.getLogger(__name__)
 
 
-def choose_for_dataset(data: TaskData, choice: ReferenceChoice) -> dict[str, list[Path]]:
-    """The normal images that each class of a dataset is compared with; those of the dataset's test are refused."""
+@dataclass(frozen=True)
+class ReferenceChoice:
+    """The options `--references` and `--reference_*`.
+
+    folder: without one, images come from a dataset's own training images; shots: how many of each class, None for all
+    of the folder; seed: which ones. weight, features: as for `Detector.add_references`.
+    """
+
+    folder: Path | None = None
+    shots: int | None = None
+    seed: int = 0
+    weight: float = REFERENCE_WEIGHT
+    features: str = REFERENCE_FEATURES[0]
+
+    @classmethod
+    def of(cls, arguments: object) -> ReferenceChoice | None:
+        """The choice of a script's arguments; None if they give neither a folder nor a number of images."""
+        choice = cls(**{item.name: getattr(arguments, _option(item.name)) for item in fields(cls)})
+        return None if choice.folder is None and choice.shots is None else choice
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The options with another value than their default."""
+        values = ((item.name, getattr(self, item.name), item.default) for item in fields(self))
+        return {_option(name): value for name, value, default in values if value != default}
+
+    def __str__(self) -> str:
+        count = "the" if self.shots is None else f"{self.shots}"
+        source = "of the dataset's training images" if self.folder is None else f"in {self.folder.as_posix()}"
+        seed = "" if self.shots is None else f" (seed {self.seed})"
+        return f"{count} normal images of each class {source}{seed}, {self.features} features, weight {self.weight:g}"
+
+    @property
+    def suffix(self) -> str:
+        """Added to the names of result files, so that they do not replace those without references."""
+        return "_references" if self.shots is None else f"_{self.shots}_references"
+
+    def choose(self, images: Mapping[str, Sequence[Path]]) -> dict[str, list[Path]]:
+        """The images to compare with, among the normal images of each class."""
+        return {name: choose_normals(paths, self.shots, self.seed, name) for name, paths in images.items()}
+
+
+def _option(name: str) -> str:
+    """The option of a field of `ReferenceChoice`."""
+    return "references" if name == "folder" else f"reference_{name}"
+
+
+def references_note(choice: ReferenceChoice | None) -> str:
+    """Added to a heading if images are compared with references."""
+    return "" if choice is None else ", compared with normal references"
+
+
+def add_dataset_references(detectors: Sequence[Detector], data: TaskData, choice: ReferenceChoice) -> None:
+    """Let models compare each class of a dataset with normal images; images that are also tested are rejected."""
     if choice.folder is None:
         images = {name: training_normals(data.located, name) for name in data.classes}
     else:
@@ -25,41 +81,48 @@ def choose_for_dataset(data: TaskData, choice: ReferenceChoice) -> dict[str, lis
     chosen = choice.choose(images)
     root = data.located.root
     tested = [root / record.image_path for record in data.records]
-    check_apart([path for paths in chosen.values() for path in paths], tested)
-    return chosen
+    check_disjoint([path for paths in chosen.values() for path in paths], tested)
+    for name, paths in chosen.items():
+        # The class's name in prompts is already known, and several classes may share it.
+        _add(detectors, paths, data.names[name], choice, CATALOG_NAMES, key=name)
 
 
-def remember_for_dataset(detectors: Sequence[Detector], data: TaskData, choice: ReferenceChoice) -> None:
-    """Let models compare each class of a dataset with its normal images (`choose_for_dataset`)."""
-    for name, paths in choose_for_dataset(data, choice).items():
-        # A class's name in prompts is decided already, and several classes may share it.
-        _remember(detectors, paths, data.names[name], choice, CATALOG_NAMES, called=name)
-
-
-def remember_for_images(
+def add_image_references(
     detector: Detector,
     classes: Sequence[str],
     choice: ReferenceChoice,
     class_from_folder: bool = False,
     class_names: str | None = None,
 ) -> None:
-    """Let a model compare images of these classes with normal ones: with all of the folder, or each with its own."""
+    """Let a model compare images of these classes with normal images of the folder, or of each class's subfolder."""
+    if choice.folder is None:
+        raise ValueError("images that belong to no dataset need a folder of references")
     folders = normals_of_classes(choice.folder, classes if class_from_folder else [""])
     images = folders if class_from_folder else dict.fromkeys(classes, folders[""])
     for name, paths in choice.choose(images).items():
-        _remember([detector], paths, name, choice, class_names)
+        _add([detector], paths, name, choice, class_names)
 
 
-def _remember(
+def _add(
     detectors: Sequence[Detector],
     paths: Sequence[Path],
     class_name: str,
     choice: ReferenceChoice,
     class_names: str | None,
-    called: str | None = None,
+    key: str | None = None,
 ) -> None:
     images = [read_image(path) for path in paths]
-    how = {"weight": choice.weight, "features": choice.features, "class_names": class_names, "called": called}
     for detector in detectors:
-        detector.remember(images, class_name, **how)
-    logger.info("%s: compared with %d normal images, such as %s", called or class_name, len(paths), paths[0])
+        detector.add_references(images, class_name, choice.weight, choice.features, class_names, key)
+    logger.info("%s: compared with %d normal images, such as %s", key or class_name, len(paths), paths[0])
+
+
+def check_disjoint(references: Iterable[Path], tested: Iterable[Path]) -> None:
+    """Raise `UserError` if a reference and a tested image are the same file content."""
+    by_size: dict[int, list[Path]] = {}
+    for path in references:
+        by_size.setdefault(path.stat().st_size, []).append(path)
+    for path in tested:
+        for reference in by_size.get(path.stat().st_size, ()) if is_file(path) else ():
+            if reference.read_bytes() == path.read_bytes():
+                raise UserError(f"the reference {reference} is the tested image {path}: use other references")

@@ -1,19 +1,19 @@
-"""What `visualize_comparison.py` does: anomalous images of a class as several models see them, side by side."""
+"""`visualize_comparison.py`: heatmaps of several models for anomalous images of a class, side by side."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.options import CATALOG_NAMES
+from dataset.prompts import CATALOG_NAMES
 from dataset.records import Record
 from engine.config.evaluation import ALL, VisualizationArguments
 from engine.data.run_location import load_task_of_run
 from engine.data.task import TaskData, load_task
-from engine.detector.detector import Detector, arguments_of, build_detector, load_clip_for
-from engine.evaluation.image_heatmaps import Picture, look, read_picture
+from engine.detector.detector import Detector, arguments_of
+from engine.detector.loading import build_detector, load_clip_for
+from engine.evaluation.image_heatmaps import DatasetImage, predict_heatmap, read_dataset_image
 from engine.evaluation.inference import training_dataset
 from engine.runtime.device import check_device
 from engine.runtime.run_folder import find_latest, find_loops
@@ -21,18 +21,10 @@ from model.checkpoint import Checkpoint, read_checkpoint
 from utils.errors import UserError
 from utils.files import check_folder
 from utils.heatmaps import comparison_figure, stacked_picture
-from utils.logging import progress_bar
+from utils.logging import with_progress
 from utils.paths import safe_name
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Which images of a class are shown: by index among its anomalous images, or the worst by score."""
-
-    indices: tuple[int, ...] | None = None
-    worst: int | None = None
 
 
 def visualize_comparison(arguments: VisualizationArguments) -> list[Path]:
@@ -47,7 +39,8 @@ def visualize_comparison(arguments: VisualizationArguments) -> list[Path]:
     Raises:
         UserError: For a class, index, run or loop that does not exist, and if no run is given.
     """
-    choice = choose(arguments.image_idx, arguments.worst)
+    if ALL in arguments.image_idx and len(arguments.image_idx) > 1:
+        raise UserError(f"--image_idx {' '.join(map(str, arguments.image_idx))}: give indices, or {ALL}")
     if arguments.list_images:
         logger.info("%s", "\n".join(list_images(arguments)))
         return []
@@ -65,24 +58,22 @@ def visualize_comparison(arguments: VisualizationArguments) -> list[Path]:
         mask_threshold=arguments.mask_threshold,
     )
     records = anomalous_records(data, arguments.class_name)
-    indices = check_indices(choice, records, arguments.class_name)
+    indices = chosen_indices(arguments, len(records))
     clip = load_clip_for(host, arguments.clip_weights)
     models = {name: build_detector(checkpoint, clip).to(device) for name, checkpoint in checkpoints.items()}
-    if choice.worst is not None:
-        indices = worst_indices(list(models.values())[-1], data, records, choice.worst)
+    if arguments.worst is not None:
+        indices = worst_indices(list(models.values())[-1], data, records)[: arguments.worst]
     figures = []
-    bar = progress_bar(len(indices), "drawing")
-    for index in indices:
-        figures.append(draw(models, read_picture(data, records[index]), index, folder, arguments.attention))
+    for index in with_progress(indices, "drawing"):
+        image = read_dataset_image(data, records[index])
+        figures.append(draw(models, image, index, folder, arguments.attention))
         logger.info("%s  %s", figures[-1], records[index].image_path)
-        bar.update()
-    bar.close()
     logger.info("%d figures, each with one more for every model", len(figures))
     return figures
 
 
 def list_images(arguments: VisualizationArguments) -> list[str]:
-    """The class's anomalous images with their index, a line each."""
+    """One line for each of the class's anomalous images: index and path."""
     if arguments.dataset is None:
         raise UserError("--list_images needs --dataset")
     data = load_task(arguments.dataset, arguments.data_root, arguments.metadata, arguments.class_names)
@@ -91,13 +82,13 @@ def list_images(arguments: VisualizationArguments) -> list[str]:
 
 
 def find_checkpoints_of(arguments: VisualizationArguments) -> dict[str, Checkpoint]:
-    """The checkpoints of the runs that are given, by the name of their column."""
-    found = {}
+    """The checkpoints of the given runs, by the title of their column."""
+    checkpoints = {}
     runs = (("Base", "--base_path", arguments.base_path), ("Cross-attention", "--cross_path", arguments.cross_path))
     for name, flag, path in runs:
         if path is not None:
-            found[name] = read_checkpoint(find_latest(path, flag))
-            if flag == "--cross_path" and not (found[name].config or {}).get("cross_attention"):
+            checkpoints[name] = read_checkpoint(find_latest(path, flag))
+            if flag == "--cross_path" and not (checkpoints[name].config or {}).get("cross_attention"):
                 raise UserError(f"--cross_path {path}: holds no cross-attention; give a base as --base_path")
     if arguments.feedback_path is not None:
         loops = find_loops(arguments.feedback_path)
@@ -105,10 +96,10 @@ def find_checkpoints_of(arguments: VisualizationArguments) -> dict[str, Checkpoi
         if loop not in loops:
             numbers = ", ".join(map(str, loops))
             raise UserError(f"--feedback_loop {loop}: {arguments.feedback_path} has loops {numbers}")
-        found[f"Feedback (loop {loop})"] = read_checkpoint(loops[loop])
-    if not found:
+        checkpoints[f"Feedback (loop {loop})"] = read_checkpoint(loops[loop])
+    if not checkpoints:
         raise UserError("give at least one of --base_path, --cross_path and --feedback_path")
-    return found
+    return checkpoints
 
 
 def anomalous_records(data: TaskData, class_name: str) -> list[Record]:
@@ -120,49 +111,37 @@ def anomalous_records(data: TaskData, class_name: str) -> list[Record]:
     return [record for record in data.of_class(class_name) if record.label]
 
 
-def check_indices(choice: Choice, records: Sequence[Record], class_name: str) -> list[int]:
-    """The indices that are asked for; all where none are. `UserError` for one that is not there."""
-    indices = list(range(len(records))) if choice.indices is None else list(choice.indices)
+def chosen_indices(arguments: VisualizationArguments, count: int) -> list[int]:
+    """The indices of `--image_idx`; `UserError` for one that does not exist."""
+    if ALL in arguments.image_idx or arguments.worst is not None:
+        return list(range(count))
+    indices = [int(index) for index in arguments.image_idx]
     for index in indices:
-        if not 0 <= index < len(records):
+        if not 0 <= index < count:
             raise UserError(
-                f"--image_idx {index}: {class_name} has {len(records)} anomalous images, counted from 0 "
+                f"--image_idx {index}: {arguments.class_name} has {count} anomalous images, counted from 0 "
                 "(--list_images shows them)"
             )
     return indices
 
 
-def worst_indices(detector: Detector, data: TaskData, records: Sequence[Record], count: int) -> list[int]:
-    """The anomalous images that a model gives the lowest scores, the lowest first."""
+def worst_indices(detector: Detector, data: TaskData, records: Sequence[Record]) -> list[int]:
+    """The indices of the records, those with a model's lowest scores first."""
     scores = []
-    bar = progress_bar(len(records), "scoring")
-    for record in records:
+    for record in with_progress(records, "scoring"):
         path = data.located.root / record.image_path
         name, domain = data.names[record.class_name], data.located.spec.domain
         scores.append(detector.predict(path, name, domain, class_names=CATALOG_NAMES).score)
-        bar.update()
-    bar.close()
-    return sorted(range(len(records)), key=scores.__getitem__)[:count]
+    return sorted(range(len(records)), key=scores.__getitem__)
 
 
-def draw(models: dict[str, Detector], picture: Picture, index: int, folder: Path, attention: bool) -> Path:
-    """Draw one image; returns the figure's path, beside which one per model is written."""
+def draw(models: dict[str, Detector], picture: DatasetImage, index: int, folder: Path, attention: bool) -> Path:
+    """Draw a figure of all models, and one for each model; returns the path of the first."""
     stem = f"{safe_name(picture.record.class_name)}_{index:03d}"
-    heatmaps = [look(detector, picture, name, attention) for name, detector in models.items()]
+    heatmaps = [predict_heatmap(detector, picture, name, attention) for name, detector in models.items()]
     for heatmap in heatmaps:
         file = f"{stem}_{heatmap.model.lower().replace(' ', '_').replace('(', '').replace(')', '')}.png"
         stacked_picture(picture.image, picture.mask, heatmap, folder / file)
     path = folder / f"{stem}.png"
     comparison_figure(picture.image, picture.mask, heatmaps, path, f"{picture.title} ({index})")
     return path
-
-
-def choose(image_idx: Sequence[str | int], worst: int | None) -> Choice:
-    """The choice that the arguments make; `UserError` for the word all beside indices."""
-    if worst is not None:
-        return Choice(None, worst)
-    if ALL not in image_idx:
-        return Choice(tuple(image_idx))
-    if len(image_idx) > 1:
-        raise UserError(f"--image_idx {' '.join(map(str, image_idx))}: give indices, or {ALL}")
-    return Choice()

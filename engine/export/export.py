@@ -16,16 +16,16 @@ from PIL import Image
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
-from dataset.catalog import readable_name
-from dataset.prompts import build_prompts
+from dataset.prompts import build_prompts, readable_name
 from engine.config.tools import ENDINGS, ONNX, ExportArguments
-from engine.detector.calibration import Entry, in_words
-from engine.detector.detector import Detector, Prediction, load_model
+from engine.detector.calibration import Entry
+from engine.detector.detector import Detector
 from engine.detector.hub import NO_CHECKPOINT, is_address
-from engine.detector.references import ReferenceChoice
+from engine.detector.loading import load_model
+from engine.detector.prediction import Prediction
 from engine.detector.sharing import clip_licence, without_folders
 from engine.evaluation.inference import load_detectors
-from engine.evaluation.references import remember_for_images
+from engine.evaluation.references import ReferenceChoice, add_image_references
 from model.graph import Memory, ScoringGraph, Thresholds, resize
 from model.text import Prompts
 from utils.errors import UserError
@@ -81,7 +81,7 @@ def export_checkpoint(arguments: ExportArguments) -> list[Path]:
     classes = list(dict.fromkeys(arguments.class_name))
     choice = ReferenceChoice.of(arguments)
     if choice is not None:
-        remember_for_images(detector, classes, choice, class_names=arguments.class_names)
+        add_image_references(detector, classes, choice, class_names=arguments.class_names)
     files = []
     for class_name in classes:
         name = safe_name(f"{detector.name}_{class_name}") + ENDINGS[arguments.format]
@@ -115,7 +115,8 @@ def export(
     """
     detector = detector.cpu()
     name = detector.name_in_prompts(target.class_name, target.class_names)
-    entry = detector.thresholds(detector.subject(target.class_name, target.domain, class_names=target.class_names))
+    key = detector.calibration_key(target.class_name, target.domain, class_names=target.class_names)
+    entry = detector.thresholds(key)
     references = detector.references.get(readable_name(target.class_name))
     # A file cannot contain views.
     views = Prompts.from_texts(detector.clip, [build_prompts(name)])
@@ -130,7 +131,7 @@ def export(
             Memory(references.memory, references.weight, references.features) if references else None,
             half=precision == "fp16",
         ).eval()
-        decides = f"decides {in_words(entry)}" if entry else "has no thresholds, so it does not decide"
+        decides = f"decides {entry}" if entry else "has no thresholds, so it does not decide"
         logger.info("%s for '%s' %s", detector.name, name, decides)
         logger.info("Exporting as %s, %s: this may take minutes", kind, precision)
         program = trace(graph)
@@ -223,7 +224,7 @@ def metadata(
         "clip_digest": clip.weights_digest,
         "clip_activation": clip.activation,
         "clip_licence": clip_licence(clip.model_name, weights),
-        "calibration": in_words(entry) if entry else "none",
+        "calibration": entry if entry else "none",
         "versions": ", ".join(f"{library} {version(library)}" for library in libraries),
     }
 

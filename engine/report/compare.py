@@ -1,46 +1,39 @@
-"""What `compare_feedback_loops.py` does: evaluate the loops of a feedback run beside the runs that it should beat."""
+"""`compare_feedback_loops.py`: evaluate the loops of a feedback run and the models they are compared with."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dataset.options import HALF
-from dataset.records import metadata_digest
 from engine.config.evaluation import ComparisonArguments
 from engine.config.training import MOST_LOOPS
 from engine.data.run_location import arguments_in, load_task_of_run
 from engine.data.task import TaskData, mask_notes
-from engine.detector.detector import UNADAPTED, Detector, build_detector, load_clip_for, unadapted_detector
-from engine.detector.references import ReferenceChoice
+from engine.detector.detector import UNADAPTED, Detector
+from engine.detector.loading import build_detector, load_clip_for, unadapted_detector
 from engine.evaluation.evaluate import Evaluation, evaluate
 from engine.evaluation.inference import zero_shot_notes
-from engine.evaluation.references import choose_for_dataset, remember_for_dataset
+from engine.evaluation.references import ReferenceChoice, add_dataset_references
 from engine.report.commands import command_line
 from engine.report.comparison import (
     BASE,
     CROSS_ATTENTION,
     Comparison,
     Row,
-    setting_notes,
+    forward_notes,
     unfair_notes,
     write_comparison,
 )
-from engine.report.comparison_cache import read_cache, write_cache
-from engine.report.page import shown_rows, write_report
+from engine.report.page import example_rows, write_report
 from engine.runtime.device import check_compiler, choose_precision
-from engine.runtime.distributed import from_main_process, join_launch, main_process_first
+from engine.runtime.distributed import join_launch, main_process_first
 from engine.runtime.run_folder import REPORT_FILE, find_latest, find_loops, loop_file
 from model.blocks import BlockRunner
-from model.checkpoint import TEXT_FILE, Checkpoint, file_digest, read_checkpoint
+from model.checkpoint import Checkpoint, read_checkpoint
 from model.clip import FrozenCLIP
 from model.config import SIDES
 from model.scoring import DET_SCORES
@@ -51,20 +44,17 @@ from utils.processes import is_main_process
 
 logger = logging.getLogger(__name__)
 
-CLIP_SETTINGS = ("model_name", "weights_digest", "img_size", "activation")
-CACHE_FILE = "comparison_cache.json"
 # Arguments that do not change the results.
 NOT_IN_COMMAND = ("device", "batch_size", "num_workers", "compile")
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What all rows are evaluated with."""
+class Setup:
+    """The arguments, data and device that all rows are evaluated with."""
 
     arguments: ComparisonArguments
     data: TaskData
     device: str
-    precision: str
 
     @property
     def det_score(self) -> str:
@@ -77,8 +67,6 @@ class Setting:
 
 def compare_feedback_loops(arguments: ComparisonArguments) -> int:
     """Evaluate every loop of a run and what it is compared with on the same images; write `comparison.*` files.
-
-    Results that `comparison_cache.json` holds for the same checkpoint, images and references are not computed again.
 
     Args:
         arguments: The arguments of `compare_feedback_loops.py`.
@@ -99,62 +87,58 @@ def compare_feedback_loops(arguments: ComparisonArguments) -> int:
     device = join_launch(arguments.device, arguments.precision, arguments.tf32)
     if arguments.compile:
         check_compiler(device)
-    others = read_others(arguments)
-    loops = [read_loop(number, file) for number, file in files.items()]
-    rows = [*([Row(UNADAPTED)] if arguments.unadapted else []), *others, *loops]
-    run = next((row.config["arguments"] for row in reversed(rows) if row.config), {})
+    unadapted = [Row(UNADAPTED)] if arguments.unadapted else []
+    rows = [*unadapted, *read_others(arguments), *(read_loop(number, file) for number, file in files.items())]
+    trained: dict[str, Any] = next((row.config["arguments"] for row in reversed(rows) if row.config), {})
     with main_process_first():
-        data = load_task_of_run(run, arguments.dataset, *arguments.image_choices())
-    setting = Setting(arguments, data, device, choose_precision(device, arguments.precision))
-    clip = share_clip(rows, setting)
+        data = load_task_of_run(trained, arguments.dataset, *arguments.image_choices())
+    setup = Setup(arguments, data, device)
+    clip = load_shared_clip(rows, arguments)
+    evaluations: dict[str, Evaluation] = {}
+    notes: list[str] = []
     if clip is None:
-        logger.warning("No loop can be read, and nothing else says on which CLIP to compare: there are no figures")
-        rows, evaluations, notes = loops, {}, []
+        logger.warning("No checkpoint can be read, so there is nothing to evaluate")
+        rows = [row for row in rows if row.problem]
     else:
-        rows, evaluations = evaluate_rows(rows, clip, setting, folder / CACHE_FILE)
-        notes = [*unfair_notes(rows), *setting_notes(rows, clip.settings)]
+        rows, evaluations = evaluate_rows(rows, clip, setup)
+        notes = [*unfair_notes(rows), *forward_notes(rows, clip)]
     if is_main_process():
-        trained = {row.name: row.config for row in rows}
-        notes = [*zero_shot_notes(trained, data), *mask_notes(data), *broken_notes(save_path, rows), *notes]
-        comparison = Comparison(data.located.spec.name, rows, evaluations, notes, setting.det_score, setting.references)
-        # Not before: a comparison that is stopped leaves nothing but what it need not evaluate again.
+        configs = {row.name: row.config for row in rows}
+        notes = [*zero_shot_notes(configs, data), *mask_notes(data), *missing_notes(save_path, rows), *notes]
+        comparison = Comparison(data.located.spec.name, rows, evaluations, notes, setup.det_score, setup.references)
+        # The log starts here, so that an interrupted comparison leaves no files.
         set_up_logging(folder / "comparison.log")
         write_comparison(comparison, save_path, folder)
         if arguments.report:
-            report(comparison, clip, setting, folder / comparison.file(REPORT_FILE))
-    return status_of(rows)
+            report(comparison, clip, setup, folder / comparison.file(REPORT_FILE))
+    return int(any(row.problem for row in rows))
+
+
+def report(comparison: Comparison, clip: FrozenCLIP | None, setup: Setup, path: Path) -> None:
+    """Write `report.html`, with example heatmaps if any row can be read."""
+    rows = example_rows(comparison)
+    models = build_detectors(rows, clip, setup)[0] if clip is not None and rows else {}
+    arguments = setup.arguments
+    command = command_line("compare_feedback_loops.py", arguments.changed(exclude=NOT_IN_COMMAND))
+    write_report(comparison, models, setup.data, arguments.save_path, path, command)
 
 
 def read_others(arguments: ComparisonArguments) -> list[Row]:
     """The base and cross-attention runs that the loops are compared with."""
     paths = ((BASE, "--base_path", arguments.base_path), (CROSS_ATTENTION, "--cross_path", arguments.cross_path))
-    rows = [
-        Row(name, checkpoint=read_weights(find_latest(path, flag))) for name, flag, path in paths if path is not None
-    ]
-    for row in rows:
-        if row.name == CROSS_ATTENTION and not (row.config or {}).get("cross_attention"):
-            raise UserError(f"--cross_path {row.checkpoint.path}: holds no cross-attention; give a base as --base_path")
+    rows = []
+    for name, flag, path in paths:
+        if path is None:
+            continue
+        checkpoint = read_weights(find_latest(path, flag))
+        if name == CROSS_ATTENTION and not (checkpoint.config or {}).get("cross_attention"):
+            raise UserError(f"{flag} {checkpoint.path}: holds no cross-attention; give a base as --base_path")
+        rows.append(Row(name, checkpoint=checkpoint))
     return rows
 
 
-def report(comparison: Comparison, clip: SharedClip | None, setting: Setting, path: Path) -> None:
-    """Write `report.html`, with example heatmaps if any row can be read."""
-    models: dict[str, Detector] = {}
-    shown = {row.name: row for row in shown_rows(comparison)}
-    if clip is not None and shown:
-        models, _ = build_detectors(shown, clip.get(), setting)
-    arguments = setting.arguments
-    command = command_line("compare_feedback_loops.py", arguments.changed(exclude=NOT_IN_COMMAND))
-    write_report(comparison, models, setting.data, arguments.save_path, path, command)
-
-
-def status_of(rows: Sequence[Row]) -> int:
-    """The exit status: 1 where a loop's file cannot be read."""
-    return int(any(row.problem for row in rows))
-
-
 def read_loop(number: int, file: Path) -> Row:
-    """A loop's row; a file that cannot be read, or that is no loop's, gives one that says why."""
+    """A loop's row; if its file cannot be read, or is no loop's, the row says why."""
     name = f"Loop {number}"
     try:
         checkpoint = read_weights(file)
@@ -172,186 +156,75 @@ def read_loop(number: int, file: Path) -> Row:
 
 
 def read_weights(file: Path) -> Checkpoint:
-    """A checkpoint without its optimizers, which would fill the memory for nothing."""
+    """A checkpoint without its optimizers, to save memory."""
     return replace(read_checkpoint(file), optimizers={})
 
 
-class SharedClip:
-    """The one CLIP under all rows: what its host was trained on, or as asked for; loaded when it is first needed.
+def load_shared_clip(rows: Sequence[Row], arguments: ComparisonArguments) -> FrozenCLIP | None:
+    """The CLIP of the first loop, on which all rows are evaluated; None if no checkpoint can be read.
 
-    settings: model name, weights' digest, image size and activation, which a host with a config tells beforehand.
+    Raises `UserError` if the rows were trained on different weights.
     """
-
-    def __init__(self, host: Checkpoint, setting: Setting) -> None:
-        self.host = host
-        self._setting = setting
-        self._clip: FrozenCLIP | None = None
-        if host.config is None:
-            self.settings = {name: getattr(self.get(), name) for name in CLIP_SETTINGS}
-        else:
-            trained = host.model_config()
-            asked = {"img_size": setting.arguments.img_size, "activation": setting.arguments.activation}
-            self.settings = {name: asked.get(name) or getattr(trained, name) for name in CLIP_SETTINGS}
-
-    def get(self) -> FrozenCLIP:
-        """The CLIP; `UserError` where it cannot be had, or is not the one that the host was trained on."""
-        if self._clip is None:
-            self._clip = load_clip_for(
-                self.host, self._setting.arguments.clip_weights, **self._setting.arguments.overrides()
-            )
-            if self.host.config is not None:
-                advice = "give the file it was trained on with --clip_weights"
-                check_weights(self.host, self._clip.weights_digest, "those loaded", advice)
-        return self._clip
-
-
-def share_clip(rows: Sequence[Row], setting: Setting) -> SharedClip | None:
-    """The CLIP that all rows are evaluated on, which the first loop decides; None where nothing can be read.
-
-    Raises `UserError` where the rows were trained on different weights.
-    """
-    readable = [row for row in rows if row.checkpoint]
-    if not readable:
+    checkpoints = [(row, row.checkpoint) for row in rows if row.checkpoint]
+    if not checkpoints:
         return None
-    # A base of a file without config says nothing of its CLIP: it is taken to be the others'.
-    host = min(readable, key=lambda row: (row.config is None, row.loop is None)).checkpoint
-    clip = SharedClip(host, setting)
-    for row in readable:
-        if row.config is not None:
-            check_weights(row.checkpoint, clip.settings["weights_digest"], str(host.path), "the two do not compare")
+    # A file without config does not name its CLIP, so that of the others is assumed.
+    _, first = min(checkpoints, key=lambda pair: (pair[0].config is None, pair[0].loop is None))
+    expected = first.model_config().weights_digest if first.config else None
+    for _, checkpoint in checkpoints:
+        if expected and checkpoint.config and checkpoint.model_config().weights_digest != expected:
+            config = checkpoint.model_config()
+            raise UserError(
+                f"{checkpoint.path} was trained on other weights of {config.model_name} ({config.weights_digest}) "
+                f"than {first.path} ({expected}), so they cannot be compared"
+            )
+    clip = load_clip_for(first, arguments.clip_weights, **arguments.overrides())
+    if expected not in (None, clip.weights_digest):
+        raise UserError(
+            f"{first.path} was trained on other weights of {clip.model_name} ({expected}) than those loaded "
+            f"({clip.weights_digest}); give the file it was trained on with --clip_weights"
+        )
     return clip
 
 
-def check_weights(checkpoint: Checkpoint, digest: str, source: str, advice: str) -> None:
-    """`UserError` for a checkpoint that was trained on other CLIP weights than those of `digest`, from `source`."""
-    config = checkpoint.model_config()
-    if config.weights_digest != digest:
-        raise UserError(
-            f"{checkpoint.path} was trained on other weights of {config.model_name} ({config.weights_digest}) than "
-            f"{source} ({digest}); {advice}"
-        )
+def evaluate_rows(rows: Sequence[Row], clip: FrozenCLIP, setup: Setup) -> tuple[list[Row], dict[str, Evaluation]]:
+    """Evaluate all rows on one CLIP, reading the images once; returns the rows and the metrics by name.
 
-
-def evaluate_rows(
-    rows: Sequence[Row], clip: SharedClip, setting: Setting, cache_file: Path
-) -> tuple[list[Row], dict[str, Evaluation]]:
-    """Evaluate rows on one CLIP and one reading of the images, but for what the cache holds.
-
-    Returns the rows, some of which may have turned out to be unreadable, and the metrics of the others by name. Raises
-    `UserError` for a base or cross-attention checkpoint that does not fit the CLIP.
+    Loops that turn out not to fit the CLIP are returned with a problem. Raises `UserError` for such a base or
+    cross-attention checkpoint.
     """
-    keys = cache_keys(rows, clip.settings, setting)
-    # All processes evaluate the same, whatever of it is on their disks.
-    cache = from_main_process(lambda: read_cache(cache_file))
-    if cached := [name for name, key in keys.items() if key in cache]:
-        logger.info("Taken from %s, not evaluated again: %s", cache_file, ", ".join(cached))
-    # By key, so that content which two rows share is evaluated once.
-    pending = {keys[row.name]: row for row in rows if not row.problem and keys[row.name] not in cache}
-    if pending:
-        clip.get().run = BlockRunner(compiled=(setting.arguments.batch_size,) if setting.arguments.compile else ())
-        detectors, problems = build_detectors(pending, clip.get(), setting)
-        rows = [
-            replace(row, checkpoint=None, problem=problems[keys[row.name]]) if keys.get(row.name) in problems else row
-            for row in rows
-        ]
-        if detectors:
-            arguments = setting.arguments
-            found = evaluate(
-                detectors, setting.data, setting.device, arguments.batch_size, arguments.num_workers, setting.precision
-            )
-            cache |= {key: evaluation.classes for key, evaluation in found.items()}
-            if is_main_process():
-                write_cache(cache_file, cache)
-    dataset = setting.data.located.spec.name
-    return list(rows), {
-        row.name: Evaluation(row.name, dataset, cache[keys[row.name]], setting.det_score)
-        for row in rows
-        if not row.problem
-    }
+    arguments = setup.arguments
+    clip.run = BlockRunner(compiled=(arguments.batch_size,) if arguments.compile else ())
+    detectors, problems = build_detectors([row for row in rows if not row.problem], clip, setup)
+    rows = [replace(row, checkpoint=None, problem=problems[row.name]) if row.name in problems else row for row in rows]
+    if not detectors:
+        return rows, {}
+    precision = choose_precision(setup.device, arguments.precision)
+    sizes = (arguments.batch_size, arguments.num_workers)
+    return rows, evaluate(detectors, setup.data, setup.device, *sizes, precision)
 
 
-def build_detectors(
-    pending: Mapping[str, Row], clip: FrozenCLIP, setting: Setting
-) -> tuple[dict[str, Detector], dict[str, str]]:
-    """Models by key, with the references asked for, and by key what is wrong with loops whose weights do not fit."""
+def build_detectors(rows: Sequence[Row], clip: FrozenCLIP, setup: Setup) -> tuple[dict[str, Detector], dict[str, str]]:
+    """Models with their references, and the problems of loops that do not fit the CLIP; both by the row's name."""
     detectors: dict[str, Detector] = {}
     problems: dict[str, str] = {}
-    for key, row in pending.items():
+    for row in rows:
         if row.checkpoint is None:
-            detectors[key] = unadapted_detector(clip, setting.det_score).to(setting.device)
+            detectors[row.name] = unadapted_detector(clip, setup.det_score).to(setup.device)
             continue
         try:
-            detectors[key] = build_detector(row.checkpoint, clip, **setting.arguments.overrides()).to(setting.device)
+            detectors[row.name] = build_detector(row.checkpoint, clip, **setup.arguments.overrides()).to(setup.device)
         except UserError as error:
             if row.loop is None:
                 raise
-            problems[key] = str(error)
-    if setting.references is not None:
-        remember_for_dataset(list(detectors.values()), setting.data, setting.references)
+            problems[row.name] = str(error)
+    if setup.references is not None:
+        add_dataset_references(list(detectors.values()), setup.data, setup.references)
     return detectors, problems
 
 
-def cache_keys(rows: Sequence[Row], clip_settings: Mapping[str, Any], setting: Setting) -> dict[str, str]:
-    """By a row's name, a digest of all that its figures depend on; a row that cannot be read has none."""
-    in_clip_settings = ("img_size", "activation")
-    shared = {
-        "clip": clip_settings,
-        "images": image_digest(setting.data),
-        **({} if setting.data.mask_threshold == HALF else {"mask_threshold": setting.data.mask_threshold}),
-        "prompt_names": setting.data.names,
-        "domain": setting.data.located.spec.domain,
-        "precision": setting.precision,
-        **({} if torch.device(setting.device).type == "cpu" else {"tf32": setting.arguments.tf32}),
-        "overrides": {
-            name: value for name, value in setting.arguments.overrides().items() if name not in in_clip_settings
-        },
-        **reference_key(setting),
-    }
-    return {row.name: digest_of({**shared, "files": file_digests(row)}) for row in rows if not row.problem}
-
-
-def reference_key(setting: Setting) -> dict[str, Any]:
-    """Which normal images of each class figures depend on, by their content, and how they are compared with."""
-    choice = setting.references
-    if choice is None:
-        return {}
-    images = choose_for_dataset(setting.data, choice)
-    digests = {name: sorted(map(file_digest, paths)) for name, paths in images.items()}
-    return {"references": [digests, choice.weight, choice.features]}
-
-
-def file_digests(row: Row) -> list[str]:
-    """SHA-256 of a row's checkpoint file, and of the text side beside it where it may have been taken from there."""
-    if row.checkpoint is None:
-        return []
-    beside = row.checkpoint.path.with_name(TEXT_FILE)
-    files = [row.checkpoint.path, *([beside] if row.config is None and beside.is_file() else [])]
-    return [file_digest(file) for file in files]
-
-
-def image_digest(data: TaskData) -> str:
-    """A digest of the images' list, and of what the file system tells of the files: reading them all would take long.
-
-    The list alone says too little: images of other content may have the same names and labels.
-    """
-    paths = [path for record in data.records for path in (record.image_path, record.mask_path) if path]
-    found = []
-    for path in paths:
-        try:
-            status = (data.located.root / path).stat()
-        except OSError:  # whoever reads it will say so, with its path
-            continue
-        found.append([path, status.st_size, status.st_mtime_ns])
-    return digest_of([metadata_digest(data.records), found])
-
-
-def digest_of(value: Any) -> str:
-    """SHA-256 of plain data, in hex."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode("ascii")).hexdigest()
-
-
-def broken_notes(save_path: Path, rows: Sequence[Row]) -> list[str]:
-    """What is wrong with the run's files: loops that cannot be read, and loops that are not there."""
+def missing_notes(save_path: Path, rows: Sequence[Row]) -> list[str]:
+    """Notes on loops that cannot be read and on loops without a file."""
     notes = [f"{row.name} is unreadable: {row.problem}" for row in rows if row.problem]
     numbers = {row.loop for row in rows if row.loop is not None}
     planned = planned_loops(save_path, rows)
@@ -364,7 +237,7 @@ def broken_notes(save_path: Path, rows: Sequence[Row]) -> list[str]:
 
 
 def planned_loops(save_path: Path, rows: Sequence[Row]) -> int:
-    """How many loops the run was to have, by its checkpoints and its `args.json`; 0 where nothing tells."""
+    """The number of loops that the run planned, from its checkpoints and `args.json`; 0 if unknown."""
     arguments = [row.config["arguments"] for row in rows if row.loop is not None and row.config]
     counts = [item.get("num_feedback_loops") for item in (*arguments, arguments_in(save_path))]
     return max((count for count in counts if type(count) is int and count <= MOST_LOOPS), default=0)

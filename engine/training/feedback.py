@@ -14,7 +14,7 @@ from engine.data.loaders import hold_out
 from engine.data.run_location import load_task_of_run
 from engine.data.task import TaskData
 from engine.detector.detector import Detector
-from engine.evaluation.evaluate import METRICS, evaluate, said_of_det_score, summary_table
+from engine.evaluation.evaluate import METRICS, det_score_note, evaluate, summary_table
 from engine.runtime.run_folder import CURVES_FILE, FINAL_FILE, loop_file
 from engine.training.phases import Phase, loader_factory
 from engine.training.plan import LoopPlan, loop_forward, plan_loops, plan_table
@@ -165,7 +165,7 @@ class LoopFinisher:
             evaluation = evaluate({detector.name: detector}, data, device, LOOP_BATCH, 0, self.config.precision)
             results[name] = {metric: evaluation[detector.name].average(metric)[0] for metric in METRICS}
             title = "held-out training images" if name == "validation" else evaluation[detector.name].dataset
-            title += said_of_det_score(detector.det_score)
+            title += det_score_note(detector.det_score)
             logger.info("Loop %d on %s\n\n%s\n", loop, title, summary_table(list(evaluation.values())))
         logger.info(
             "Loop %d of %d complete: %s", loop, self.config.num_feedback_loops, self.config.save_path / loop_file(loop)

@@ -17,7 +17,7 @@ from engine.config.tools import GradientTest
 from engine.config.training import CrossAttentionRunConfig, FeedbackConfig, RunConfig
 from engine.data.loaders import make_dataset, training_loader
 from engine.data.task import TaskData, check_masks, choose_training_images, load_task
-from engine.detector.detector import checkpoint_config, cross_attention_choices, load_clip_for
+from engine.detector.loading import checkpoint_config, cross_attention_choices, load_clip_for
 from engine.runtime.device import check_device
 from engine.runtime.run_folder import find_checkpoints
 from engine.training.stage1 import TextStage

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from accelerate import Accelerator
 
-from dataset.options import NAMES
+from dataset.prompts import NAMES
 from engine.config.training import FROM_BASE, LOOP_BATCH, CrossAttentionArguments, RunConfig
 from engine.data.run_location import arguments_in, load_task_of_run
 from engine.data.task import TaskData, choose_training_images

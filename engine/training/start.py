@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from engine.config.training import CrossAttentionArguments
-from engine.detector.detector import PUBLISHED, arguments_of, log_activation
+from engine.detector.detector import PUBLISHED_ARGUMENTS, arguments_of
+from engine.detector.loading import log_activation
 from engine.training.optimizers import transfer_moments
 from model.adapter import AdaptedCLIP
 from model.checkpoint import Checkpoint, file_digest, infer_choices, load_component, read_any
@@ -60,7 +61,7 @@ class Start:
     def activation(self) -> str | None:
         """The activation that published files were trained with; None if the weights decide."""
         published = any(checkpoint.is_published for checkpoint in (self.text, self.image) if checkpoint)
-        return PUBLISHED["activation"] if published else None
+        return PUBLISHED_ARGUMENTS["activation"] if published else None
 
     def signature(self) -> dict[str, Any]:
         """Digests of the files: a restart must start from the same ones."""
@@ -147,7 +148,7 @@ def check_start(start: Start, model: ModelConfig, run: CrossAttentionArguments, 
                 model.model_name,
                 model.img_size,
             )
-            log_activation(checkpoint, model.activation, given=run.activation is not None)
+            log_activation(checkpoint, model.activation, explicit=run.activation is not None)
         else:
             _warn_of_other_names(checkpoint, names)
     _warn_of_other_text_side(start)

@@ -1,0 +1,80 @@
+"""The result for one image, and what may be given as an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dataset.images import read_image, to_rgb
+from engine.detector.calibration import ANOMALOUS, NORMAL, Entry
+from model.adapter_cross_attention import Attention
+from model.scoring import decisions, ranks
+
+if TYPE_CHECKING:
+    from utils.regions import Region
+
+ImageInput = Image.Image | np.ndarray | str | Path
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The result of `Detector.predict` for one image. It unpacks into `anomaly_map, score, level_maps`.
+
+    S is the model's image size. The fields from `decision` to `regions` need a calibration for the class (see
+    docs/testing.md, "A decision"); without one they are None.
+
+    Attributes:
+        anomaly_map: (S, S) float32 in [0, 1], p(abnormal) averaged over levels, and joined with the distances to
+            references if the class has any.
+        score: image score in [0, 1], higher is more anomalous.
+        level_maps: (levels, S, S) float32, the maps that `anomaly_map` averages.
+        decision: "anomalous" or "normal".
+        rank: share of the normal calibration images with a lower score, in [0, 1).
+        mask: (S, S) bool, the pixels above the pixel threshold.
+        regions: connected regions of `mask` in pixels of the original image, the most anomalous first.
+        attention: weights of both cross-attentions per head, for a batch of one, if requested.
+    """
+
+    anomaly_map: np.ndarray
+    score: float
+    level_maps: np.ndarray
+    decision: str | None = None
+    rank: float | None = None
+    mask: np.ndarray | None = None
+    regions: tuple[Region, ...] | None = None
+    attention: Attention | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.anomaly_map, self.score, self.level_maps))
+
+
+def as_image(image: ImageInput) -> Image.Image:
+    """RGB from a path, a PIL image, or uint8 RGB (H, W, 3); only files are rotated by their EXIF tag.
+
+    Raises `UserError` for a file that cannot be read.
+    """
+    if isinstance(image, (str, Path)):
+        return read_image(Path(image))
+    return to_rgb(Image.fromarray(image) if isinstance(image, np.ndarray) else image)
+
+
+def apply_thresholds(prediction: Prediction, entry: Entry, size: tuple[int, int]) -> Prediction:
+    """A prediction with the decision that thresholds make; size: the original image's (width, height)."""
+    from utils.regions import regions_of  # scipy is slow to import, and few predictions need it
+
+    score, anomaly_map = torch.tensor([prediction.score]), torch.from_numpy(prediction.anomaly_map)[None]
+    anomalous, masks = decisions(score, anomaly_map, entry.image_threshold, entry.pixel_threshold)
+    mask = masks[0].numpy()
+    return replace(
+        prediction,
+        decision=ANOMALOUS if anomalous else NORMAL,
+        rank=float(ranks(score, torch.tensor(entry.scores))),
+        mask=mask,
+        regions=regions_of(mask, prediction.anomaly_map, size),
+    )
