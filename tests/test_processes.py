@@ -172,7 +172,7 @@ def test_a_batch_that_processes_cannot_share_evenly_is_refused() -> None:
     config = BaseConfig(text_batch_size=6, image_batch_size=4)
     config.check_processes(1)
     config.check_processes(2)
-    with pytest.raises(UserError, match=r"--image_batch_size 4 .* 3 processes .* such as 6"):
+    with pytest.raises(UserError, match=r"--image_batch_size 4 .*such as 6"):
         config.check_processes(3)
     with pytest.raises(UserError, match="batch_axis"):
         BaseConfig(surgery="batch_axis").check_processes(2)
@@ -190,7 +190,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_a_launch_is_refused_in_one_line_before_anything_is_built(launched: Path, tmp_path: Path) -> None:
     said = error_line("train.py", "--image_batch_size", 4, "--text_batch_size", 6, "--save_path", tmp_path / "run")
-    assert said.startswith("error: --image_batch_size 4 is that of a step, which 3 processes do not share evenly")
+    assert said.startswith("error: --image_batch_size 4 cannot be divided among 3 processes")
     # Another process has said it.
     assert run("train.py", "--image_batch_size", 4, "--save_path", tmp_path / "run", status=2) == ""
 
