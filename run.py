@@ -22,6 +22,8 @@ import venv
 from pathlib import Path
 from typing import NoReturn
 
+from utils.version import project_version
+
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -64,6 +66,7 @@ def main(words: list[str] | None = None) -> int:
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[index], allow_abbrev=False
     )
+    parser.add_argument("--version", action="version", version=project_version())
     parser.add_argument("command", choices=sorted(COMMANDS), help="what to run; check looks at style and format")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="handed on, such as test -k metadata")
     arguments = parser.parse_args(words)

@@ -22,6 +22,7 @@ from engine.evaluation.pages import write_page
 from utils.heatmaps import overlay
 from utils.regions import Region
 from utils.svg_charts import data_uri
+from utils.version import project_version
 
 TEMPLATE = Path(__file__).with_name("templates") / "gallery.html"
 # Longer side of the pictures in pixels, and JPEG quality.
@@ -119,7 +120,7 @@ class Gallery:
             TEMPLATE,
             path,
             title=title,
-            written=f"{datetime.now():%Y-%m-%d %H:%M}",
+            written=f"{datetime.now():%Y-%m-%d %H:%M}, version {project_version()}",
             facts_of_page=facts,
             problems=problems,
             scale=scale,

@@ -31,6 +31,7 @@ from model.text import Prompts
 from utils.errors import UserError
 from utils.files import check_folder, replacing
 from utils.paths import safe_name
+from utils.version import PROJECT, project_version
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +226,7 @@ def metadata(
         "clip_activation": clip.activation,
         "clip_licence": clip_licence(clip.model_name, weights),
         "calibration": entry if entry else "none",
-        "versions": ", ".join(f"{library} {version(library)}" for library in libraries),
+        "versions": ", ".join([f"{PROJECT} {project_version()}", *(f"{name} {version(name)}" for name in libraries)]),
     }
 
 

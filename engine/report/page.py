@@ -40,6 +40,7 @@ from engine.report.runs import describe_runs
 from utils.files import write_text
 from utils.heatmaps import COLOURS, outlined, overlay
 from utils.svg_charts import Chart, class_chart, data_uri, loop_chart
+from utils.version import project_version
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def write_report(
         dataset=comparison.dataset,
         compared=comparison.references is not None,
         scale=colour_scale(),
-        written=f"{datetime.now():%Y-%m-%d %H:%M}",
+        written=f"{datetime.now():%Y-%m-%d %H:%M}, version {project_version()}",
         lines=best_lines(comparison),
         gained=f"Gain of {comparison.loops[-1].name} on" if comparison.loops else "",
         gains=gains_of_last_loop(comparison),

@@ -23,6 +23,7 @@ from engine.study.statistics import LEVEL, Verdict
 from engine.study.study import Study
 from utils.files import write_text
 from utils.text import markdown_table
+from utils.version import project_version
 
 logger = logging.getLogger(__name__)
 
@@ -298,7 +299,7 @@ def page(results: Results, fairness: Fairness, command: Sequence[str]) -> str:
     return render_page(
         TEMPLATE,
         title=study.title or study.name,
-        written=f"{datetime.now():%Y-%m-%d %H:%M}",
+        written=f"{datetime.now():%Y-%m-%d %H:%M}, version {project_version()}",
         study_facts=study_facts(results),
         missing=results.missing,
         sections=sections,
