@@ -144,15 +144,15 @@ def test_the_first_folder_on_the_way_names_the_class(tmp_path: Path) -> None:
     [
         ({"image": Path("a"), "dataset": "x"}, "leave --dataset out"),
         ({"image": Path("a"), "normal": Path("b")}, "leave --normal out"),
-        ({"normal": Path("b")}, "--anomalous is needed too"),
-        ({"anomalous": Path("b")}, "--normal is needed too"),
+        ({"normal": Path("b")}, "--anomalous"),
+        ({"anomalous": Path("b")}, "--normal"),
         ({"normal": Path("b"), "anomalous": Path("c"), "metadata": Path("d")}, "leave --metadata out"),
-        ({"class_from_folder": True}, "goes with --image and --calibrate: leave"),
+        ({"class_from_folder": True}, "leave --class_from_folder out"),
     ],
 )
 def test_arguments_that_do_not_go_together(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        InferenceArguments.of(checkpoint="none", **changes).mode()
+        InferenceArguments.of(checkpoint="none", **changes).check()
 
 
 @pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32, "LA", "P", "RGBA", "CMYK"])
