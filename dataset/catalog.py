@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dataset.folders import same_name
+from dataset.conventions import same_name
 from dataset.toy.classes import TOY_DATASETS
 from utils.reading import read_json
 

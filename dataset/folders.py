@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Collection, Iterator
-from functools import cache
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from PIL import Image
 
+from dataset.conventions import (
+    KNOWN_BY_CONTENT,
+    MASK_FOLDER_NAMES,
+    MAYBE_MASK_FOLDER_NAMES,
+    extension_note,
+    folder_word,
+    image_key,
+    is_image_name,
+    mask_key,
+    same_name,
+    split_masks,
+)
 from utils.errors import UserError
 from utils.paths import is_file, is_folder, is_no_file
 from utils.text import list_names
 
-IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
-# Formats of Pillow that are not images, or that need other programs.
-_NO_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
-# Formats that are recognised by the first bytes of a file without an ending.
-KNOWN_BY_CONTENT = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")
+logger = logging.getLogger(__name__)
 
 # What operating systems and network storage add to folders; names with a leading dot are skipped anyway.
 _CLUTTER = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"})
+_CLUTTER_FILES = frozenset({"thumbs.db", "desktop.ini"})
 
 
 def listing(folder: Path) -> list[Path]:
@@ -30,7 +40,8 @@ def listing(folder: Path) -> list[Path]:
         entries = sorted(folder.iterdir())
     except OSError as error:
         raise UserError(f"the folder {folder} cannot be read: {error.strerror or error}") from error
-    return [entry for entry in entries if not entry.name.startswith(".") and entry.name.casefold() not in _CLUTTER]
+    clutter = _CLUTTER | _CLUTTER_FILES
+    return [entry for entry in entries if not entry.name.startswith(".") and entry.name.casefold() not in clutter]
 
 
 def subfolders(folder: Path | None) -> list[Path]:
@@ -39,36 +50,55 @@ def subfolders(folder: Path | None) -> list[Path]:
 
 
 def images_in(folder: Path | None) -> list[Path]:
-    """The files in a folder with the endings of images; none of None."""
-    if folder is None:
-        return []
-    return [entry for entry in listing(folder) if entry.suffix.lower() in IMAGE_ENDINGS and is_file(entry)]
+    """The image files in a folder; none of None."""
+    return [] if folder is None else [entry for entry in listing(folder) if is_image(entry)]
 
 
-class FoundImages(NamedTuple):
-    """The content of a folder: images, messages about entries that cannot be read, and the number of other files."""
-
-    images: list[Path]
-    problems: list[str]
-    others: int
+def is_image(path: Path) -> bool:
+    """Whether a file has the extension of an image, or the content of one and no extension."""
+    return is_file(path) and (is_image_name(path) or (not path.suffix and _is_image_inside(path)))
 
 
-def images_below(folder: Path, leave_out: Collection[Path] = ()) -> FoundImages:
+def images_and_masks_in(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The images in a folder, and the masks next to them ("1.jpg" and "1_mask.png")."""
+    images, candidates = split_masks(images_in(folder))
+    masks = {mask for mask in candidates if looks_like_mask(mask)}
+    return sorted({*images, *candidates} - masks), sorted(masks)
+
+
+@dataclass
+class FoundImages:
+    """The images of a folder, messages about entries that cannot be read, and why other files are skipped."""
+
+    images: list[Path] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+def skipped_note(skipped: Counter[str]) -> str:
+    """The number of skipped files for each reason, such as "skipped: 3 .json, 2 dangling links"; empty if none."""
+    counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items() if count)
+    return f"skipped: {counts}" if counts else ""
+
+
+def skip_reason(path: Path) -> str:
+    """Why a file that is no image is skipped, in a few words."""
+    if os.path.lexists(path) and not os.path.exists(path):  # noqa: PTH110
+        return "dangling links"
+    return extension_note(path) if is_file(path) else "other than regular files"
+
+
+def images_below(folder: Path) -> FoundImages:
     """Find all images in a folder and below, folder by folder in order of their names.
 
-    Images are recognised by the endings that Pillow reads, or by their content if they have no ending. Links are
-    followed; every folder is visited once.
-
-    Args:
-        folder: The folder.
-        leave_out: Folders to skip.
+    Images are recognised by the extensions that Pillow reads, or by their content if they have none. Links are
+    followed; every folder is visited once. Masks and the heatmaps of earlier runs are skipped.
 
     Raises:
         UserError: `folder` cannot be read.
     """
-    images: list[Path] = []
-    problems: list[str] = []
-    others, seen = 0, {os.path.realpath(path) for path in leave_out} - {os.path.realpath(folder)}
+    found = FoundImages()
+    seen: set[str] = set()
     waiting = [folder]
     while waiting:
         current = waiting.pop()
@@ -80,45 +110,81 @@ def images_below(folder: Path, leave_out: Collection[Path] = ()) -> FoundImages:
         except UserError as error:
             if current == folder:
                 raise
-            problems.append(str(error))
+            found.problems.append(str(error))
             continue
-        inside = []
-        for entry in entries:
-            if is_folder(entry):
-                inside.append(entry)
-            elif not (is_image_name(entry) or (not entry.suffix and is_file(entry) and _is_image_inside(entry))):
-                others += 1
-            elif is_file(entry):
-                images.append(entry)
-            else:
-                problems.append(f"{entry} is not a regular file")
-        waiting += reversed(inside)
-    return FoundImages(images, problems, others)
-
-
-def find_images(image: Path, flag: str, leave_out: Collection[Path] = ()) -> FoundImages:
-    """An image, or those in a folder and below (`images_below`); `UserError` with `flag` if there are none."""
-    if is_file(image):
-        return FoundImages([image], [], 0)
-    if not is_folder(image):
-        what = "is neither a file nor a folder" if is_no_file(image) else "no such file or folder"
-        raise UserError(f"{flag} {image}: {what}")
-    found = images_below(image, leave_out)
-    if not found.images:
-        problem = f" ({found.problems[0]})" if found.problems else ""
-        raise UserError(f"{flag} {image}: no images in this folder or below{problem}")
+        folders = [entry for entry in entries if is_folder(entry)]
+        skipped = {entry: reason for entry in folders if (reason := _folder_skip_reason(entry, entries))}
+        for entry, reason in skipped.items():
+            found.skipped[reason] += sum(map(is_image_name, entry.rglob("*")))
+        waiting += reversed([entry for entry in folders if entry not in skipped])
+        images, masks = images_and_masks_in(current)
+        found.images += images
+        found.skipped["masks next to their images"] += len(masks)
+        found.skipped.update(map(skip_reason, set(entries).difference(folders, images, masks)))
     return found
 
 
-def is_image_name(path: Path) -> bool:
-    """Whether a path has the ending of an image format that Pillow reads."""
-    return path.suffix.lower() in _endings_of_pillow()
+def _folder_skip_reason(folder: Path, entries: Sequence[Path]) -> str | None:
+    if is_mask_folder(folder, [entry for entry in entries if is_folder(entry)]):
+        return f"in the mask folder {folder.name}"
+    is_evaluated = any("evaluation_" in entry.name and entry.suffix == ".csv" for entry in entries)
+    if (folder.name.startswith("heatmaps") and next(folder.rglob("*_heatmap.png"), None)) or (
+        is_evaluated and "pictures_" in folder.name
+    ):
+        return f"in the output folder {folder.name}"
+    return None
 
 
-@cache
-def _endings_of_pillow() -> frozenset[str]:
-    known = Image.registered_extensions()
-    return IMAGE_ENDINGS | {end for end, name in known.items() if name in Image.OPEN and name not in _NO_PICTURES}
+def is_mask_folder(folder: Path, siblings: Iterable[Path] = ()) -> bool:
+    """Whether a folder holds masks: by its name, or since its files look like masks and are named like those of others.
+
+    Args:
+        folder: The folder.
+        siblings: The folders next to it, which may hold the images.
+    """
+    word = folder_word(folder.name)
+    if word in MASK_FOLDER_NAMES:
+        return True
+    if word in MAYBE_MASK_FOLDER_NAMES:
+        first = next((path for path in sorted(folder.rglob("*")) if is_image(path)), None)
+        return first is not None and looks_like_mask(first)
+    files = images_in(folder)
+    others = [images_in(sibling) for sibling in siblings if sibling != folder] if files else []
+    keys = {image_key(image) for images in others if images for image in images}
+    if not files or not keys.issuperset(map(mask_key, files)) or not looks_like_mask(files[0]):
+        return False
+    # Drawings in black and white are no masks of each other.
+    images = {image_key(image) for images in others if images and not looks_like_mask(images[0]) for image in images}
+    return images.issuperset(map(mask_key, files))
+
+
+def looks_like_mask(path: Path) -> bool:
+    """Whether at most two exact colours make up 90% of an image; even flat photographs have more, because of noise."""
+    try:
+        with Image.open(path) as image:
+            colours = image.convert("RGB").resize((64, 64), Image.Resampling.NEAREST).getcolors(64 * 64) or []
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+    return sum(sorted(count for count, _ in colours)[-2:]) >= 0.9 * 64 * 64
+
+
+def find_images(image: Path, flag: str) -> FoundImages:
+    """An image, or those in a folder and below (`images_below`); `UserError` with `flag` if there are none."""
+    if is_file(image):
+        return FoundImages([image])
+    if not is_folder(image):
+        reason = "is neither a file nor a folder" if is_no_file(image) else "no such file or folder"
+        raise UserError(f"{flag} {image}: {reason}")
+    found = images_below(image)
+    if not found.images:
+        notes = [*found.problems[:1], *filter(None, [skipped_note(found.skipped)])]
+        note = f" ({'; '.join(notes)})" if notes else ""
+        raise UserError(f"{flag} {image}: no images in this folder or below{note}")
+    for problem in found.problems:
+        logger.warning("skipped: %s", problem)
+    if note := skipped_note(found.skipped):
+        logger.info("%s %s: %d images; %s", flag, image, len(found.images), note)
+    return found
 
 
 def _is_image_inside(path: Path) -> bool:
@@ -127,11 +193,6 @@ def _is_image_inside(path: Path) -> bool:
             return True
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return False
-
-
-def same_name(one: str, other: str) -> bool:
-    """Whether two names differ in letter case, blanks, hyphens and underscores at most."""
-    return _folded(one) == _folded(other)
 
 
 def find_folders(parent: Path, relative: str) -> Iterator[Path]:
@@ -155,10 +216,6 @@ def describe_folder(folder: Path) -> str:
     files = [entry.name for entry in listing(folder) if not is_folder(entry)]
     parts = [f"{kind} {list_names(names)}" for kind, names in (("the folders", folders), ("the files", files)) if names]
     return " and ".join(parts) or "nothing"
-
-
-def _folded(name: str) -> str:
-    return name.casefold().translate({ord(mark): None for mark in "-_ "})
 
 
 def _children_named(parent: Path, name: str) -> Iterator[Path]:

@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dataset.conventions import is_normal_name
 from dataset.folders import find_folder, images_in, subfolders
 from dataset.records import Record, path_within
 from utils.errors import UserError
 from utils.paths import is_file, is_folder
-
-NORMAL = ("good", "ok")
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def _test_folder_records(root: Path, class_names: Sequence[str]) -> list[Record]
     for class_name in class_names:
         class_folder = _class_folder(root, class_name, class_names)
         for kind in _test_kinds(class_folder):
-            if kind.name.lower() in NORMAL:
+            if is_normal_name(kind.name):
                 records += _normal_records(root, class_name, kind)
             else:
                 masks = find_folder(class_folder, f"ground_truth/{kind.name}")

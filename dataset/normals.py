@@ -7,8 +7,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataset.folders import find_folder, find_images, images_in
-from dataset.layouts import NORMAL, visa_records
+from dataset.conventions import is_normal_name
+from dataset.folders import find_folder, find_images, images_in, subfolders
+from dataset.layouts import visa_records
 from dataset.locate import LocatedDataset
 from dataset.toy.classes import TOY_DATASETS
 from utils.errors import UserError
@@ -34,7 +35,7 @@ def training_normals(located: LocatedDataset, class_name: str) -> list[Path]:
             from dataset.toy_world import write_toy_normals  # scipy is slow to import and rarely needed
 
             write_toy_normals(located.spec.name, folder)
-        good = [find_folder(folder, f"train/{name}") for name in NORMAL]
+        good = [child for child in subfolders(find_folder(folder, "train")) if is_normal_name(child.name)]
         folders = [*good, *(find_folder(place, "img") for place in good)]
         images = [path for place in folders for path in images_in(place)]
     if not images:

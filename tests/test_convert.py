@@ -228,12 +228,12 @@ def test_nothing_is_overwritten_and_then_nothing_is_written(folder: Path) -> Non
     assert own.read_bytes() == before and [path.name for path in own.parent.iterdir()] == ["3.png"]
 
 
-def test_formats_that_this_layout_does_not_know_become_png(folder: Path) -> None:
+def test_formats_that_pillow_reads_keep_their_extension(folder: Path) -> None:
     picture(folder / "raw/c/odd.ppm")
     mask(folder / "raw/c/odd_mask.gif")
     row = {"image_path": "raw/c/odd.ppm", "label": 1, "class_name": "nut", "mask_path": "raw/c/odd_mask.gif"}
     (record,) = converted(lines(folder / "list.jsonl", [row]), folder / "new")
-    assert record.image_path == "nut/test/anomalous/odd.png" and record.mask_path is not None
+    assert record.image_path == "nut/test/anomalous/odd.ppm" and record.mask_path is not None
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dataset.conventions import is_image_name, is_normal_name
 from dataset.convert.arguments import ConversionArguments
 from dataset.convert.items import ANOMALOUS, Item, Outlines
 from dataset.convert.sources import read_source
-from dataset.folders import IMAGE_ENDINGS
 from dataset.images import read_image, read_mask
-from dataset.layouts import NORMAL
 from utils.errors import UserError
 from utils.files import check_folder, replacing
 from utils.logging import progress_bar
@@ -38,8 +37,8 @@ class Step:
 
     @property
     def is_drawn(self) -> bool:
-        """Whether the file is a new PNG: this layout knows images by their endings, and not every format has one."""
-        return self.outlines is not None or self.source.suffix.lower() not in IMAGE_ENDINGS
+        """Whether the file is a new PNG: images need an extension."""
+        return self.outlines is not None or not is_image_name(self.source)
 
     def content(self) -> bytes:
         """The bytes of a drawn file."""
@@ -129,9 +128,9 @@ def _folder_name(text: str) -> str:
 def _kind_folder(item: Item) -> str:
     """The folder of an image's kind; a defect named like normal images gets another name."""
     if not item.label:
-        return NORMAL[0]
+        return "good"
     kind = _folder_name(item.kind)
-    return f"{kind}_{ANOMALOUS}" if kind.lower() in NORMAL else kind
+    return f"{kind}_{ANOMALOUS}" if is_normal_name(kind) else kind
 
 
 def _free_stem(image: Path, folder: str, stems: set[str]) -> str:
@@ -145,7 +144,7 @@ def _free_stem(image: Path, folder: str, stems: set[str]) -> str:
 
 
 def _ending(file: Path) -> str:
-    return file.suffix if file.suffix.lower() in IMAGE_ENDINGS else ".png"
+    return file.suffix if is_image_name(file) else ".png"
 
 
 def make(step: Step, link: bool) -> str:

@@ -7,16 +7,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from dataset.conventions import is_normal_name
 from dataset.convert.arguments import ConversionArguments
-from dataset.convert.items import NORMAL_NAMES, Item
-from dataset.folders import describe_folder, images_below, same_name, subfolders
+from dataset.convert.items import Item
+from dataset.folders import describe_folder, images_below, is_mask_folder, subfolders
 from dataset.layouts import visa_records
 from utils.errors import UserError
 from utils.paths import is_folder
 
 logger = logging.getLogger(__name__)
-
-_MASK_NAMES = ("mask", "masks", "ground_truth", "label", "labels")
 
 
 def read_visa(source: Path, classes: Sequence[str]) -> list[Item]:
@@ -39,9 +38,9 @@ def read_two_folders(arguments: ConversionArguments) -> list[Item]:
     """One folder of normal images, others of anomalous images, and masks that have the names of their images."""
     source = arguments.source
     others = [child for child in subfolders(source) if os.path.realpath(child) != os.path.realpath(arguments.target)]
-    masks = [child for child in others if any(same_name(child.name, name) for name in _MASK_NAMES)]
+    masks = [child for child in others if is_mask_folder(child)]
     others = [child for child in others if child not in masks]
-    normal = [child for child in others if child.name.lower() in NORMAL_NAMES]
+    normal = [child for child in others if is_normal_name(child.name)]
     if arguments.normal:
         normal = [source / arguments.normal]
     anomalous = [source / arguments.anomalous] if arguments.anomalous else [c for c in others if c not in normal]
@@ -50,8 +49,8 @@ def read_two_folders(arguments: ConversionArguments) -> list[Item]:
             raise UserError(f"{folder}: no such folder")
     if not normal or not anomalous:
         raise UserError(
-            f"{source} holds {describe_folder(source)}: expected a folder {', '.join(NORMAL_NAMES[:-1])} or "
-            f"{NORMAL_NAMES[-1]} and one of anomalous images (set with --normal and --anomalous), VisA's layout, or a "
+            f"{source} holds {describe_folder(source)}: expected a folder good, ok or "
+            "normal and one of anomalous images (set with --normal and --anomalous), VisA's layout, or a "
             "list of images in JSON lines or COCO's format instead of a folder"
         )
     class_name = arguments.class_name or source.resolve().name or "object"

@@ -12,7 +12,6 @@ from utils.errors import UserError
 from utils.paths import is_file
 from utils.reading import short_repr
 
-NORMAL_NAMES = ("good", "ok", "normal")
 # The kind of a defect without a name.
 ANOMALOUS = "anomalous"
 

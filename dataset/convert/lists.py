@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dataset.convert.items import ANOMALOUS, NORMAL_NAMES, Item, existing_file
+from dataset.conventions import is_anomalous_name, is_normal_name
+from dataset.convert.items import ANOMALOUS, Item, existing_file
 from dataset.metadata import parse_label
 from utils.errors import UserError
 from utils.reading import read_json_lines, short_repr
@@ -19,10 +20,6 @@ _KEYS = {
     "mask": ("mask_path", "mask", "maskname", "mask_name"),
     "kind": ("specie_name", "label_name", "defect_type", "defect"),
     "split": ("split", "phase"),
-}
-_LABEL_WORDS = {
-    **dict.fromkeys(NORMAL_NAMES, 0),
-    **dict.fromkeys(("anomaly", "anomalous", "abnormal", "bad", "ng", "defect", "defective"), 1),
 }
 
 
@@ -66,8 +63,8 @@ def _item(row: Any, source: str, root: Path, class_name: str | None) -> Item:
         raise UserError(f"{source}: expected a JSON object with image_path, label, class_name and mask_path")
     values = {name: next((row[key] for key in keys if key in row), None) for name, keys in _KEYS.items()}
     image = existing_file(values["image"], source, "image_path", root)
-    word = values["label"].strip().lower() if isinstance(values["label"], str) else None
-    label = _LABEL_WORDS[word] if word in _LABEL_WORDS else parse_label(values["label"], source)
+    word = str(values["label"])
+    label = 0 if is_normal_name(word) else 1 if is_anomalous_name(word) else parse_label(values["label"], source)
     name = values["class"] if values["class"] is not None else class_name
     if not isinstance(name, str) or not name.strip():
         raise UserError(f"{source}: class_name must be a non-empty text, not {short_repr(name)} (or --class_name)")

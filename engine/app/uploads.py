@@ -8,11 +8,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from dataset.folders import IMAGE_ENDINGS, KNOWN_BY_CONTENT
+from dataset.conventions import KNOWN_BY_CONTENT, image_extensions
 from dataset.images import read_image
 from utils.errors import UserError
 
-ENDINGS = sorted({*IMAGE_ENDINGS, ".gif"})
+ENDINGS = sorted(image_extensions(KNOWN_BY_CONTENT))
 # Of one file.
 MAX_BYTES = 20 * 2**20
 MAX_PIXELS = 50_000_000

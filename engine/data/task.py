@@ -101,8 +101,6 @@ def load_two_folders(
     # Not resolved: messages should show the names of links.
     folders = [Path(os.path.abspath(folder)) for folder in (normal, anomalous)]  # noqa: PTH100
     contents = [find_images(path, flag) for path, flag in zip(folders, ("--normal", "--anomalous"), strict=True)]
-    for problem in [problem for content in contents for problem in content.problems]:
-        logger.warning("skipped: %s", problem)
     good, bad = ({os.path.realpath(path): path for path in content.images} for content in contents)
     if both := good.keys() & bad.keys():
         raise UserError(f"--normal and --anomalous share {len(both)} images, such as {good[min(both)]}")

@@ -78,7 +78,6 @@ class OwnImages:
     place: Path
     flag: str
     names: dict[Path, str]
-    others: int
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -104,9 +103,7 @@ class OwnImages:
             yield path, name, pixels
 
 
-def find_own_images(
-    place: Path, flag: str, class_name: str | None, class_from_folder: bool, leave_out: Sequence[Path] = ()
-) -> OwnImages:
+def find_own_images(place: Path, flag: str, class_name: str | None, class_from_folder: bool) -> OwnImages:
     """An image, or all images in a folder and its subfolders, with their classes.
 
     class_name: the class of all images, by default "object"; class_from_folder: the class is a folder's name
@@ -114,14 +111,12 @@ def find_own_images(
     """
     if class_from_folder and class_name is not None:
         raise UserError("--class_from_folder names the classes: leave --class_name out")
-    found = find_images(place, flag, leave_out)
+    found = find_images(place, flag)
     common = DEFAULT_CLASS if class_name is None else class_name
     names = {path: class_of(path, place) if class_from_folder else common for path in found.images}
     for name in dict.fromkeys(names.values()):
         build_prompts(readable_name(name))
-    for line in found.problems:
-        logger.warning("left out: %s", line)
-    return OwnImages(place, flag, names, found.others, list(found.problems))
+    return OwnImages(place, flag, names, found.problems)
 
 
 def load_last_detector(checkpoint: str, clip_weights: str | None, device: str, **overrides: Any) -> Detector:
@@ -151,8 +146,7 @@ def score_images(arguments: InferenceArguments) -> list[Finding]:
         raise UserError("--image is needed: an image, or a folder of images")
     device = check_device(arguments.device, "fp32")
     folder = output_folder(arguments.checkpoint, arguments.output_dir)
-    earlier = (folder, *folder.glob(f"{HEATMAPS}*"))
-    images = find_own_images(image, "--image", arguments.class_name, arguments.class_from_folder, earlier)
+    images = find_own_images(image, "--image", arguments.class_name, arguments.class_from_folder)
     check_folder(folder, "--output_dir")
     detector = load_last_detector(arguments.checkpoint, arguments.clip_weights, device, **arguments.overrides())
     images.check_prompts(detector)
@@ -175,7 +169,7 @@ def score_images(arguments: InferenceArguments) -> list[Finding]:
         common = {entry.image_threshold for entry in entries.values()} if len(images.classes) == 1 else set()
         start = next(iter(common), None)
         gallery.write(report, f"Images of {image.resolve().name or image}", facts, images.problems, start)
-    summarise(findings, images.problems, images.others, detector, (report, scores, folder / heatmaps))
+    summarise(findings, images.problems, detector, (report, scores, folder / heatmaps))
     return findings
 
 
@@ -285,7 +279,7 @@ def facts_of_references(detector: Detector) -> list[tuple[str, str]]:
 
 
 def summarise(
-    findings: Sequence[Finding], problems: Sequence[str], others: int, detector: Detector, written: Sequence[Path]
+    findings: Sequence[Finding], problems: Sequence[str], detector: Detector, written: Sequence[Path]
 ) -> None:
     """Log the most anomalous images, the number of skipped files, and the written files."""
     ranked = sorted(findings, key=lambda finding: -finding.score)
@@ -297,13 +291,11 @@ def summarise(
     if judged:
         anomalous, alarms = judged.count(ANOMALOUS), sum(bool(found.regions) for found in findings)
         logger.info("%d of %d anomalous; %d with a pixel above its threshold", anomalous, len(judged), alarms)
-    left_out = [f"{len(problems)} that cannot be read"] if problems else []
-    left_out += [f"{others} files of no known image format"] if others else []
     logger.info(
         "%d images scored by %s%s; %s in %s",
         len(findings),
         detector.name,
-        f", left out: {' and '.join(left_out)}" if left_out else "",
+        f", left out: {len(problems)} that cannot be read" if problems else "",
         ", ".join(path.name for path in written),
         written[0].parent,
     )
