@@ -25,7 +25,6 @@ SLURM = {
     "SLURM_NNODES": "2",
     "SLURM_GPUS_ON_NODE": "4",
     "SLURM_CPUS_PER_TASK": "32",
-    "SLURM_ARRAY_TASK_ID": "3",
 }
 # Each starts its command on every node, with the number that Slurm would give.
 SRUN = """#!/bin/bash

@@ -16,11 +16,11 @@ from engine.config.tools import StudyArguments
 from engine.study.charts import heat, loss_panels
 from engine.study.evaluations import read_evaluation, read_facts
 from engine.study.fairness import argument_differences, check_fairness
-from engine.study.local import run_locally
 from engine.study.plan import Plan, make_plan
 from engine.study.report import write_study_report
 from engine.study.results import metric_title, read_results
 from engine.study.run import run_study
+from engine.study.runner import run_cells
 from engine.study.study import read_study
 from tests.study_world import write_world
 from utils.errors import UserError
@@ -34,7 +34,7 @@ Nobody,x,y,1.0,1.0,elsewhere
 def run(folder: Path, **changes: Any) -> Plan:
     study = read_study(write_world(folder, **changes))
     plan = make_plan(study, folder / "studies" / study.name)
-    run_locally(plan, 4)
+    run_cells(plan, 4)
     return plan
 
 

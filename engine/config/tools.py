@@ -20,8 +20,6 @@ from utils.fields import POSITIONAL, changed, setting
 
 DEFAULT_WEIGHT = CrossAttentionConfig.image_cross_attn_weight
 PORT = 7860
-# The value of --slurm without a name.
-DEFAULT_PARTITION = "default"
 ONNX, TORCH = "onnx", "torch"
 ENDINGS = {ONNX: ".onnx", TORCH: ".pt2"}
 # Names of modules; requirements-export.txt has the versions.
@@ -215,20 +213,7 @@ class StudyArguments(Arguments):
     )
     report_only: bool = setting(False, "only report the finished evaluations", "what to do")
     dry_run: bool = setting(False, "only list the commands and missing data", "what to do")
-    jobs: int | None = setting(
-        None,
-        "number of cells that run at the same time, each on its own GPUs, if available",
-        "machine",
-        between=(1, 4096),
-        unset="1; with Slurm no limit",
-    )
-    slurm: str | None = setting(
-        None,
-        "submit the cells to Slurm through submitit, to this partition or the default one; without Slurm, submitit "
-        "runs them on this machine",
-        "machine",
-        unset="run here",
-        nargs="?",
-        const=DEFAULT_PARTITION,
+    jobs: int = setting(
+        1, "number of cells that run at the same time, each on its own GPUs, if available", "machine", between=(1, 4096)
     )
     save_path: Path = setting(Path("runs/studies"), "folder of all studies; each has its own folder in it", "output")

@@ -1,8 +1,8 @@
 """Run one command of a study, and end it when the study ends: `keeper.py MARKER LOG COMMAND...`.
 
 The process that starts this one holds a pipe to standard input; when the pipe closes for any reason, the command ends.
-Only one keeper per marker runs at a time, so a restarted study waits for the processes of the previous one. The marker
-is written last, and only if the command succeeded. Only the standard library is imported, for a fast start.
+Only one keeper per marker runs a command at a time; another one exits with `BUSY`. The marker is written last, and only
+if the command succeeded. Only the standard library is imported, for a fast start.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from typing import IO
 
 # Seconds that a terminated command has before it is killed.
 GRACE = 30.0
+# Exit status if another keeper runs the command: EX_TEMPFAIL, "try again later".
+BUSY = 75
 
 
 def main(marker: Path, log: Path, command: list[str]) -> int:
     """Run the command unless the marker exists, and return its exit status."""
     marker.parent.mkdir(parents=True, exist_ok=True)
-    with marker.with_suffix(".lock").open("a+b") as lock:
-        wait_for_lock(lock)
+    with marker.with_suffix(".lock").open("a+b") as file:
+        if not lock(file):
+            return BUSY
         if marker.is_file():
             return 0
         start = time.time()
@@ -55,20 +58,21 @@ def end_with_stdin(process: subprocess.Popen[bytes]) -> None:
         process.kill()
 
 
-def wait_for_lock(file: IO[bytes]) -> None:
-    """Lock a file; the system releases the lock when this process ends."""
-    if sys.platform == "win32":
-        import msvcrt
+def lock(file: IO[bytes]) -> bool:
+    """Try for a second to lock a file; the system releases the lock when this process ends."""
+    for _ in range(5):
+        with suppress(OSError):
+            if sys.platform == "win32":
+                import msvcrt
 
-        while True:
-            with suppress(OSError):
                 msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-                return
-            time.sleep(0.2)
-    else:
-        import fcntl
+            else:
+                import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(0.2)
+    return False
 
 
 if __name__ == "__main__":

@@ -105,15 +105,10 @@ class Cell:
         source = self.source
         return [] if source is None else [*(source.start.chain if source.start else []), source]
 
-    @cached_property
-    def level(self) -> int:
-        """Number of cells that must run before it."""
-        return 0 if self.start is None else 1 + self.start.level
-
 
 @dataclass(frozen=True)
 class Plan:
-    """All cells of a study in their order, by setting, arm, seed and index of the pair."""
+    """All cells of a study by setting, arm, seed and index of the pair; a cell comes after the one it starts from."""
 
     study: Study
     folder: Path

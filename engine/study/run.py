@@ -1,21 +1,19 @@
-"""The work of `run_study.py`: plan a study, run or submit its cells, and report."""
+"""The work of `run_study.py`: plan a study, run its cells, and report."""
 
 from __future__ import annotations
 
 import logging
 import shlex
 import sys
-from functools import partial
 from pathlib import Path
 
 from dataset.locate import locate_dataset
 from dataset.toy.classes import TOY_DATASETS
-from engine.config.tools import DEFAULT_PARTITION, StudyArguments
-from engine.study.local import run_locally
+from engine.config.tools import StudyArguments
 from engine.study.plan import Plan, make_plan, path_from_root
 from engine.study.report import write_study_report
 from engine.study.results import Results
-from engine.study.slurm import run_through_submitit
+from engine.study.runner import run_cells
 from engine.study.study import read_study
 from utils.errors import UserError
 
@@ -31,18 +29,14 @@ def run_study(arguments: StudyArguments) -> int:
     if arguments.dry_run:
         sys.stdout.write("\n".join(describe_plan(plan)) + "\n")
         return 0
-    seeds = ["--seeds", *map(str, arguments.seeds)] if arguments.seeds else []
-    report = partial(write_study_report, plan, ["python", "run_study.py", path_from_root(file.resolve()), *seeds])
     if not arguments.report_only:
         remaining = sum(not cell.done for cell in plan.cells)
         logger.info("%s: %d of %d cells to run, in %s", study.name, remaining, len(plan.cells), plan.folder)
-        if remaining and arguments.slurm is None:
-            run_locally(plan, arguments.jobs or 1)
-        elif remaining:
-            partition = "" if arguments.slurm == DEFAULT_PARTITION else arguments.slurm or ""
-            if not run_through_submitit(plan, partition, arguments.jobs, report):
-                return 0
-    return log_results(report())
+        if remaining:
+            run_cells(plan, arguments.jobs)
+    seeds = ["--seeds", *map(str, arguments.seeds)] if arguments.seeds else []
+    command = ["python", "run_study.py", path_from_root(file.resolve()), *seeds]
+    return log_results(write_study_report(plan, command))
 
 
 def log_results(results: Results) -> int:
@@ -57,9 +51,9 @@ def log_results(results: Results) -> int:
 
 
 def describe_plan(plan: Plan) -> list[str]:
-    """The commands of a study in a possible order, their number, and missing data."""
+    """The commands of a study in the order of its cells, their number, and missing data."""
     lines = []
-    for cell in sorted(plan.cells, key=lambda cell: cell.level):
+    for cell in plan.cells:
         done = " (done)" if cell.done else ""
         lines += [f"# {cell}{done}", *(shlex.join(["python", *step.command]) for step in cell.steps), ""]
     steps = [step for cell in plan.cells for step in cell.steps]

@@ -72,7 +72,6 @@ class Study:
         margin: Largest difference that does not matter, in percentage points.
         literature: CSV file of published results for the same pairs.
         needs: What the study needs besides its datasets; `--dry_run` prints it.
-        slurm: Parameters of the Slurm jobs, as submitit names them.
     """
 
     name: str
@@ -91,7 +90,6 @@ class Study:
     margin: float = 0.5
     literature: str = ""
     needs: str = ""
-    slurm: Arguments = field(default_factory=dict)
 
 
 def read_study(path: Path, seeds: tuple[int, ...] | None = None) -> Study:
