@@ -45,6 +45,7 @@ class SavedGroup(MayHoldMore):
     """A parameter group of an optimizer."""
 
     params: list[int]
+    lr: float = 0.0
     param_names: list[str] = field(default_factory=list)
 
 

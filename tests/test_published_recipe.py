@@ -121,7 +121,7 @@ def opening(world: Path, tmp_path: Path) -> RunSetup:
 def first_batch(opening: RunSetup, augment: str, size: int, stage: int) -> dict[str, Any]:
     choices = opening.config.augmentation()
     samples = make_dataset(opening.data, opening.model.clip, augment, choices)
-    loader, _ = training_loader(samples, size, stage, 0)
+    loader = training_loader(samples, size, stage, 0)
     return next(iter(loader))
 
 

@@ -41,20 +41,18 @@ def training_loader(
     pin_memory: bool = False,
     rank: int = 0,
     world_size: int = 1,
-) -> tuple[DataLoader, SeededSampler]:
-    """Batches whose order and augmentation follow from (seed, stage, loop, epoch, index) alone, and their sampler.
+) -> DataLoader:
+    """Batches whose order and augmentation follow from (seed, stage, loop, epoch, index) alone.
 
     Each of the `world_size` processes loads its share of every batch.
     """
-    sampler = SeededSampler(len(samples), seed, stage)
-    loader = DataLoader(
+    return DataLoader(
         samples,
-        batch_sampler=SharedBatches(sampler, batch_size, rank, world_size),
+        batch_sampler=SharedBatches(SeededSampler(len(samples), seed, stage), batch_size, rank, world_size),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
     )
-    return loader, sampler
 
 
 def evaluation_loader(

@@ -96,7 +96,7 @@ def load_clip_for(checkpoint: Checkpoint, clip_weights: str | Path | None = None
     # The folder of a local model may have moved; the digest shows whether its weights are the same.
     if name != config.model_name and not all(each.startswith("local-dir:") for each in (name, config.model_name)):
         raise UserError(f"{checkpoint.path} was trained on {config.model_name}, not on {name}")
-    _warn_of_changes(checkpoint, config, _select(("img_size", "activation"), chosen))
+    warn_of_changes(checkpoint, config, _select(("img_size", "activation"), chosen))
     recorded = checkpoint.config.get("arguments", {}).get("clip_weights")
     if clip_weights is None and recorded and (Path(recorded).is_file() or is_tag(name, recorded)):
         clip_weights = recorded
@@ -145,7 +145,7 @@ def checkpoint_config(checkpoint: Checkpoint, clip: FrozenCLIP, **overrides: Any
     if checkpoint.config is None:
         return _assumed_config(checkpoint, clip, chosen)
     config = checkpoint.model_config()
-    _warn_of_changes(checkpoint, config, chosen)
+    warn_of_changes(checkpoint, config, chosen)
     return replace(config, img_size=clip.img_size, activation=clip.activation, **chosen)
 
 
@@ -166,7 +166,7 @@ def cross_attention_choices(checkpoint: Checkpoint, **overrides: Any) -> CrossAt
         if name in chosen and f"{side}_cross_attn" not in checkpoint.components:
             raise UserError(f"{checkpoint.path}: has no {side}_cross_attn, so --{name} has no effect")
     if checkpoint.config is not None:
-        _warn_of_changes(checkpoint, trained, chosen)
+        warn_of_changes(checkpoint, trained, chosen)
         return replace(trained, **chosen)
     used = replace(trained, **chosen)
     logger.warning(
@@ -240,7 +240,8 @@ def _select(names: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: values[name] for name in names if name in values}
 
 
-def _warn_of_changes(checkpoint: Checkpoint, trained: object, chosen: Mapping[str, Any]) -> None:
+def warn_of_changes(checkpoint: Checkpoint, trained: object, chosen: Mapping[str, Any]) -> None:
+    """Warn of choices that differ from those in training."""
     for name, value in chosen.items():
         if value != getattr(trained, name):
             logger.warning("%s was trained with %s %s, now %s", checkpoint.path, name, getattr(trained, name), value)

@@ -7,7 +7,8 @@ import logging
 from engine.config.training import CrossAttentionRunConfig
 from engine.training.base import two_phases
 from engine.training.setup import open_run, prepare
-from engine.training.start import check_something_to_train, read_base
+from engine.training.start import read_base
+from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -17,8 +18,8 @@ def train_cross_attention(config: CrossAttentionRunConfig) -> None:
     start = read_base(config)
     setup = prepare(config, "train_cross_attention.py", start, config.text_epoch > 0 or start.text is not None)
     for side, epochs in (("text", config.text_epoch), ("image", config.image_epoch)):
-        if epochs:
-            check_something_to_train(setup.model, side, config.frozen, f"give --{side}_epoch 0")
+        if epochs and not set(setup.model.trained_components(side)) - set(config.frozen):
+            raise UserError(f"--freeze_base leaves the {side} stage nothing to train; give --{side}_epoch 0")
     with open_run(setup) as run:
         run.run(two_phases(config, run, setup.data))
         logger.info(

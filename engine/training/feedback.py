@@ -24,7 +24,7 @@ from engine.training.setup import open_run, prepare
 from engine.training.stage1 import TextStage
 from engine.training.stage2 import ImageStage, JointStage
 from engine.training.stages import Stage
-from engine.training.start import Start, check_something_to_train, read_base, read_whole
+from engine.training.start import Start, read_base, read_whole
 from engine.training.verdicts import run_summary
 from model.text import Prompts
 from utils.curves import training_curves
@@ -54,10 +54,6 @@ def train_feedback(config: FeedbackConfig) -> None:
     tested = None
     if config.eval_dataset:
         tested = load_task_of_run(config.to_dict(), config.eval_dataset, mask_threshold=config.mask_threshold)
-    for loop in plan:
-        for side in ("text", "image"):
-            remedy, forward = f"loop {loop.loop} has no cross-attention there", loop_forward(config, loop.loop)
-            check_something_to_train(setup.model, side, config.frozen, remedy, forward)
     logger.info("%d feedback loops, preset %s\n\n%s\n", len(plan), config.preset, plan_table(plan))
     with open_run(setup, partial(loop_forward, config)) as run:
         finisher = LoopFinisher(run, config, {"validation": validation, "eval_dataset": tested})
@@ -117,6 +113,7 @@ def loop_phase(
     rates = {"text": loop.text_lr, "image": loop.image_lr}
     epochs = all_epochs[side]
     steps_per_epoch = -(-len(loader) // config.accumulate)
+    final = [FINAL_FILE] if loop.loop == config.num_feedback_loops else []
 
     def files(epoch: int) -> list[str]:
         return [loop_file(loop.loop, side)] if epoch == epochs else []
@@ -131,6 +128,7 @@ def loop_phase(
         loader=loader,
         files=files,
         parts=list(run.model.components),
+        loop_files=[] if side == "text" else [loop_file(loop.loop), *final],
         max_norm=config.grad_clip or None,
         can_grow=config.lr_schedule == "constant" or (config.lr_schedule == "multistep" and side == "text"),
         reset_optimizers=config.reset_optimizers and loop.loop > 1,
@@ -138,7 +136,7 @@ def loop_phase(
 
 
 class LoopFinisher:
-    """The end of a loop: its checkpoint, the curves, and the requested evaluations.
+    """The end of a loop: the curves, and the requested evaluations.
 
     evaluated: the data to evaluate on by the result's name, None for those not requested.
     """
@@ -148,10 +146,6 @@ class LoopFinisher:
         self.config = config
         self.model = run.model
         self.evaluated = {name: data for name, data in evaluated.items() if data is not None}
-
-    def files(self, loop: int) -> list[str]:
-        """The names of the checkpoint after that loop."""
-        return [loop_file(loop), *([FINAL_FILE] if loop == self.config.num_feedback_loops else [])]
 
     def __call__(self, loop: int) -> dict[str, Any]:
         """Finish a loop; returns the metrics by the name of the data."""

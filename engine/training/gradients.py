@@ -6,12 +6,11 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle, islice
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from engine.config.tools import GradientTest
 from engine.config.training import CrossAttentionRunConfig, FeedbackConfig, RunConfig
@@ -36,8 +35,6 @@ from utils.seeding import derive_seed
 
 MIN_RATIO, MAX_RATIO = 0.8, 1.25
 MIN_COSINE = 0.95
-# A zero-initialised branch contributes nothing: it is measured after so many steps at this rate (that of the toy CLIP).
-WARM_UP_STEPS, WARM_UP_RATE = 20, 1e-3
 
 
 class Measurement(NamedTuple):
@@ -62,15 +59,13 @@ class Measurement(NamedTuple):
 
 @dataclass
 class Probe:
-    """A model on `device` and the data that its gradients are measured on."""
+    """A model and the data that its gradients are measured on."""
 
     model: AdaptedCLIPWithCrossAttention
     prompts: Prompts
     classes: Sequence[str]
-    loader: DataLoader
     batches: list[dict[str, Any]]
     seed: int
-    device: str
 
     def stage(self, kind: type[TextStage] | type[ImageStage]) -> Stage:
         return kind(self.model, self.prompts, self.classes, RunConfig())
@@ -117,22 +112,6 @@ class Probe:
             out = match_length(out, x)
         return ((self.model.i_ca_w * out).norm(dim=-1) / x.norm(dim=-1)).mean().item()
 
-    def is_silent(self) -> bool:
-        """Whether the image branch is on, but its output projection is still zero."""
-        return self.model.image_sees_text() and not self.model.image_cross_attn.out_proj.weight.any()
-
-    def warm_up(self) -> None:
-        """Train Stage 2 for a few steps."""
-        stage = self.stage(ImageStage)
-        stage.begin()
-        parameters = [parameter for part in stage.trained.values() for parameter in part.parameters()]
-        optimizer = torch.optim.Adam(parameters, lr=WARM_UP_RATE)
-        torch.manual_seed(self.seed)
-        for batch in islice(cycle(self.loader), WARM_UP_STEPS):
-            stage(to_device(batch, self.device)).losses["total"].backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
 
 def run_gradient_test(test: GradientTest) -> int:
     """Measure the gradients and print the report; the exit status is 1 for [CAUTION], unless `--allow` is given."""
@@ -142,14 +121,10 @@ def run_gradient_test(test: GradientTest) -> int:
     data = choose_training_images(data, "full_shot", 0, test.seed)
     checkpoint = None if test.checkpoint is None else read_checkpoint(find_checkpoints(test.checkpoint)[-1])
     model = build_model(test, checkpoint).to(device)
-    sys.stdout.write(f"{describe(model, test, checkpoint)}\n")
+    sys.stdout.write(f"{describe(model, checkpoint)}\n")
     probe = make_probe(model, data, test, device)
-    if probe.is_silent():
-        probe.warm_up()
-        sys.stdout.write(
-            f"The image cross-attention is zero-initialised: measured after {WARM_UP_STEPS} training steps on "
-            f"{data.located.spec.name}\n"
-        )
+    if model.image_sees_text() and not model.image_cross_attn.out_proj.weight.any():
+        sys.stdout.write("The image cross-attention is zero-initialised: measure it after training (--checkpoint)\n")
     measurement = probe.measure()
     sys.stdout.write(gradient_report(measurement) + "\n")
     if test.component:
@@ -192,15 +167,12 @@ def default_cross_attention(test: GradientTest, checkpoint: Checkpoint | None) -
     return trained
 
 
-def describe(model: AdaptedCLIPWithCrossAttention, test: GradientTest, checkpoint: Checkpoint | None) -> str:
+def describe(model: AdaptedCLIPWithCrossAttention, checkpoint: Checkpoint | None) -> str:
     """The measured weights and options."""
-    if checkpoint is None:
-        name = test.model_name or "toy"
-        weights = f"the {name} model with new adapters, nothing of which was trained (--checkpoint FILE measures a run)"
-    elif "image_cross_attn" in checkpoint.components:
-        weights = f"{checkpoint.path}, with its own cross-attention"
-    else:
-        weights = f"{checkpoint.path}, with a new cross-attention"
+    weights = "new adapters, nothing of which was trained (--checkpoint FILE measures a run)"
+    if checkpoint is not None:
+        own = "its own" if "image_cross_attn" in checkpoint.components else "a new"
+        weights = f"{checkpoint.path}, with {own} cross-attention"
     cross = model.cross_config
     options = f"context {cross.context_norm}, residual {cross.cross_attn_residual}"
     off = "" if model.image_sees_text() else "; image cross-attention is off"
@@ -209,14 +181,14 @@ def describe(model: AdaptedCLIPWithCrossAttention, test: GradientTest, checkpoin
 
 def make_probe(model: AdaptedCLIPWithCrossAttention, data: TaskData, test: GradientTest, device: str) -> Probe:
     """A probe with the first batches of Stage 2."""
-    loader, _ = training_loader(make_dataset(data, model.clip, "full"), test.batch_size, 2, test.seed)
+    loader = training_loader(make_dataset(data, model.clip, "full"), test.batch_size, 2, test.seed)
     if test.batches > len(loader):
         raise UserError(
             f"--batches {test.batches}: {data.located.spec.name} has {len(loader)} of {test.batch_size} images"
         )
     batches = [to_device(batch, device) for batch in islice(loader, test.batches)]
     prompts = data.prompts(model.clip).to(device)
-    return Probe(model, prompts, data.classes, loader, batches, test.seed, device)
+    return Probe(model, prompts, data.classes, batches, test.seed)
 
 
 def to_device(batch: dict[str, Any], device: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,8 +55,8 @@ def transfer_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any])
             if state is None or not are_moments_of(parameter, state):
                 continue
             optimizer.state[parameter] = {
-                key: value.clone().to(parameter.device if value.dim() else "cpu") if torch.is_tensor(value) else value
-                for key, value in state.items()
+                key: value.to(parameter) if torch.is_tensor(value) and key != "step" else value
+                for key, value in copy.deepcopy(state).items()
             }
             transferred += 1
     return transferred

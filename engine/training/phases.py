@@ -24,8 +24,9 @@ class Phase:
 
     stage: the name of what `make_stage` makes. rates: the first learning rate of each side that is trained; factor: of
     these rates, by step. files: the names of the checkpoint after an epoch, which may be none; parts: the components in
-    it. max_norm: limit of the gradient norm. can_grow: whether a stage that has begun may be given more epochs, which a
-    schedule that ends with the stage forbids. reset_optimizers: begin without moments.
+    it; loop_files: the names of the checkpoint of all components after a loop's last stage. max_norm: limit of the
+    gradient norm. can_grow: whether a stage that has begun may be given more epochs, which a schedule that ends with
+    the stage forbids. reset_optimizers: begin without moments.
     """
 
     loop: int
@@ -37,6 +38,7 @@ class Phase:
     loader: DataLoader
     files: Callable[[int], Sequence[str]]
     parts: Sequence[str]
+    loop_files: Sequence[str] = ()
     max_norm: float | None = None
     can_grow: bool = True
     reset_optimizers: bool = False
@@ -67,7 +69,7 @@ def loader_factory(
     """Makes a run's training loaders from augmentation, batch size and stage number."""
 
     def make_loader(augment: str, batch_size: int, stage: int) -> DataLoader:
-        loader, _ = training_loader(
+        return training_loader(
             make_dataset(data, clip, augment, config.augmentation()),
             batch_size,
             stage,
@@ -77,6 +79,5 @@ def loader_factory(
             accelerator.process_index,
             accelerator.num_processes,
         )
-        return loader
 
     return make_loader

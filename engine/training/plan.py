@@ -53,10 +53,8 @@ def epochs_of_loops(side: str, epochs: tuple[int, ...], config: FeedbackConfig) 
         return [max(1, math.floor(value + 1e-9)) for value in decayed]
     if len(epochs) < count:
         numbers = " ".join(map(str, epochs))
-        of_preset = FeedbackConfig.preset_values(config.preset).get(f"{side}_epochs_per_loop")
-        whose = f" (those of --preset {config.preset})" if epochs == of_preset else ""
         raise UserError(
-            f"--{side}_epochs_per_loop {numbers}{whose} covers {len(epochs)} of {count} loops; "
+            f"--{side}_epochs_per_loop {numbers} covers {len(epochs)} of {count} loops; "
             "give one number, which decays, or one for each loop"
         )
     return list(epochs[:count])

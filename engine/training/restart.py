@@ -27,15 +27,6 @@ from utils.locks import locked
 from utils.logging import log_to_files
 
 
-def describe_progress(done: Sequence[int], phases: Sequence[Phase]) -> str:
-    """Epochs done, as "text 5 of 5 epochs, image 3 of 20 epochs"."""
-    several = len({phase.loop for phase in phases}) > 1
-    return ", ".join(
-        f"{f'loop {phase.loop} ' if several else ''}{phase.stage} {count} of {phase.epochs} epochs"
-        for count, phase in zip(done, phases, strict=True)
-    )
-
-
 def check_phases(done: Sequence[int], planned: Sequence[int], phases: Sequence[Phase], save_path: Path) -> list[int]:
     """Epochs done in each of `phases`; `UserError` if the run on disk cannot become a run of these phases.
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +19,7 @@ from engine.runtime.device import warn_of_unused_gpu
 from engine.runtime.distributed import from_main_process, interrupted_by_others
 from engine.runtime.run_folder import ARGUMENTS_FILE, EVENTS_FOLDER, HISTORY_FILE, LOCK_FILE, STATE_FILE
 from engine.training.phases import Phase, RunState
-from engine.training.restart import check_phases, describe_progress, unchanged_loops
+from engine.training.restart import check_phases, unchanged_loops
 from engine.training.schedules import Schedule
 from engine.training.stage2 import JointStage
 from engine.training.state import STATE_SCHEMA, read_state, restore
@@ -27,7 +27,6 @@ from engine.training.trainer import StopRequest, Trainer
 from engine.training.verdicts import after_not_finite, judge_run, log_epoch
 from model.adapter import AdaptedCLIP
 from model.checkpoint import save, state_of
-from model.config import SIDES
 from utils.errors import Interrupted, NotFiniteError, Stopped, UserError
 from utils.files import remove_leftovers, write_json, write_json_lines, writing
 from utils.locks import check_ours
@@ -37,26 +36,6 @@ from utils.seeding import derive_seed
 logger = logging.getLogger(__name__)
 
 STATE_FIELDS = ("done", "planned", "history", "schedule_step", "loops")
-
-
-class LoopEnd(Protocol):
-    """What a run does once after the last phase of each loop, in all processes."""
-
-    def files(self, loop: int) -> Sequence[str]:
-        """The names of the checkpoint of all components after that loop."""
-
-    def __call__(self, loop: int) -> dict[str, Any]:
-        """Called once that checkpoint is written; the run's state keeps the result."""
-
-
-class CheckpointFiles(NamedTuple):
-    """A checkpoint of a run: its file names, its components and optimizers, and the epochs of the run before it."""
-
-    names: Sequence[str]
-    parts: Sequence[str]
-    sides: Sequence[str]
-    loop: int
-    epochs: int
 
 
 @dataclass
@@ -86,10 +65,14 @@ class TrainingRun:
     def history(self) -> list[dict[str, Any]]:
         return self.state.history
 
-    def run(self, phases: Sequence[Phase], loop_end: LoopEnd | None = None) -> list[dict[str, Any]]:
+    def run(
+        self, phases: Sequence[Phase], loop_end: Callable[[int], dict[str, Any]] = lambda _: {}
+    ) -> list[dict[str, Any]]:
         """Train all phases, from where the state on disk ends.
 
-        Checkpoints that were deleted are written again if the state still holds their content.
+        Args:
+            phases: The stages in the order of training.
+            loop_end: Called in all processes when the checkpoint of a loop is written; the state keeps the result.
 
         Returns:
             The results of `loop_end` for all loops.
@@ -97,14 +80,12 @@ class TrainingRun:
         Raises:
             Stopped: On a signal.
             NotFiniteError: For a loss or gradient that is not finite.
-            UserError: If nothing is left to train, but deleted checkpoints cannot be written again.
+            UserError: If the run on disk cannot become a run of these phases.
         """
         warn_of_unused_gpu(self.accelerator.device, self.model)
         try:
             with interrupted_by_others():
                 self._restore(phases)
-                lost = self._write_missing(phases, loop_end) if self.accelerator.is_main_process else []
-                trained = self.state.done != self.state.planned
                 for index, phase in enumerate(phases):
                     if self.state.done[index] < phase.epochs:
                         with StopRequest() as stop:
@@ -112,15 +93,13 @@ class TrainingRun:
                         if stop.signal_number is not None:
                             # The signal came after the last step, whose epoch is kept.
                             raise Interrupted(stop.signal_number)
-                    if loop_end is not None and ends_loop(phases, index) and len(self.state.loops) < phase.loop:
-                        self._finish_loop(phase.loop, loop_end)
+                    if phase.loop_files and len(self.state.loops) < phase.loop:
+                        self._finish_loop(phase, loop_end)
         except KeyboardInterrupt as error:
             number = getattr(error, "signal_number", signal.SIGINT)
             raise Stopped("stopped: the same command resumes", number) from error
         with writing(self.save_path / EVENTS_FOLDER):
             self.accelerator.end_training()
-        if lost and not trained:
-            raise UserError(f"the run in {self.save_path} has nothing left to train, but {lost_message(lost)}")
         return self.state.loops
 
     def _run_phase(self, index: int, phase: Phase, stop: StopRequest) -> None:
@@ -185,16 +164,14 @@ class TrainingRun:
         log_epoch(row, phase.epochs)
         self._track(row)
         if self.accelerator.is_main_process:
-            files = epoch_files(phase, row["epoch"], len(self.history))
-            self._write(files, files.names)
+            self._write(phase.files(row["epoch"]), phase.parts, list(phase.rates), phase.loop)
             self._save_state()
         self.accelerator.wait_for_everyone()
 
-    def _finish_loop(self, loop: int, loop_end: LoopEnd) -> None:
+    def _finish_loop(self, phase: Phase, loop_end: Callable[[int], dict[str, Any]]) -> None:
         if self.accelerator.is_main_process:
-            files = self._loop_files(loop, loop_end, len(self.history))
-            self._write(files, files.names)
-        self.state.loops.append({"loop": loop, **loop_end(loop)})
+            self._write(phase.loop_files, list(self.model.components), list(self.optimizers), phase.loop)
+        self.state.loops.append({"loop": phase.loop, **loop_end(phase.loop)})
         if self.accelerator.is_main_process:
             self._save_state()
         self.accelerator.wait_for_everyone()
@@ -227,63 +204,30 @@ class TrainingRun:
                     # Its thread reports an error only when it is flushed.
                     tracker.writer.flush()
 
-    def _loop_files(self, loop: int, loop_end: LoopEnd, epochs: int) -> CheckpointFiles:
-        return CheckpointFiles(loop_end.files(loop), list(self.model.components), list(self.optimizers), loop, epochs)
-
-    def _all_files(self, phases: Sequence[Phase], loop_end: LoopEnd | None) -> Iterator[CheckpointFiles]:
-        """The checkpoints that the run has written so far, in order."""
-        epochs = 0
-        for index, phase in enumerate(phases):
-            for epoch in range(1, self.state.done[index] + 1):
-                epochs += 1
-                yield epoch_files(phase, epoch, epochs)
-            if loop_end is not None and ends_loop(phases, index) and phase.loop <= len(self.state.loops):
-                yield self._loop_files(phase.loop, loop_end, epochs)
-
-    def _write_missing(self, phases: Sequence[Phase], loop_end: LoopEnd | None) -> list[str]:
-        """Write deleted checkpoints again; returns the names of those whose weights were trained on since."""
-        latest = {name: files for files in self._all_files(phases, loop_end) for name in files.names}
-        lost = []
-        for name, files in latest.items():
-            if (self.save_path / name).is_file():
-                continue
-            stages = {row["stage"] for row in self.history[files.epochs :]}
-            trained_since = SIDES if JointStage.name in stages else tuple(stages)
-            if any(part.startswith(trained_since) for part in files.parts):
-                lost.append(name)
-                continue
-            self._write(files, [name])
-            logger.warning("%s was missing: written again from %s", self.save_path / name, STATE_FILE)
-        if lost:
-            logger.warning("%s", lost_message(lost))
-        return lost
-
-    def _write(self, files: CheckpointFiles, names: Sequence[str]) -> None:
+    def _write(self, names: Sequence[str], parts: Sequence[str], sides: Sequence[str], loop: int) -> None:
         check_ours(self.save_path / LOCK_FILE)
-        checkpoint = self._checkpoint(files.parts, files.sides, self.history[: files.epochs], files.loop)
+        checkpoint = self._checkpoint(parts, sides, loop)
         if self.feedback:
-            checkpoint["loop"] = files.loop
+            checkpoint["loop"] = loop
         for name in names:
             save(checkpoint, self.save_path / name)
 
-    def _checkpoint(
-        self, parts: Sequence[str], sides: Sequence[str], history: Sequence[Mapping[str, Any]], loop: int
-    ) -> dict[str, Any]:
-        """Components and optimizers after `history`; `epoch` counts those of the last side."""
+    def _checkpoint(self, parts: Sequence[str], sides: Sequence[str], loop: int) -> dict[str, Any]:
+        """Components and optimizers as they are now; `epoch` counts those of the last side."""
         return {
             **{name: state_of(self.model.components[name]) for name in parts},
             **{f"{side}_optimizer": self.optimizers[side].state_dict() for side in sides},
-            "epoch": sum(row["stage"] in (sides[-1], JointStage.name) for row in history),
-            "steps": {side: self._steps(side, history) for side in self.optimizers},
+            "epoch": sum(row["stage"] in (sides[-1], JointStage.name) for row in self.history),
+            "steps": {side: self._steps(side) for side in self.optimizers},
             "config": self.describe(loop),
         }
 
-    def _steps(self, side: str, history: Sequence[Mapping[str, Any]]) -> int | None:
+    def _steps(self, side: str) -> int | None:
         """Optimizer steps of a side's weights, those before this run included; None if unknown."""
         before = self.steps_before.get(side, 0)
         if before is None:
             return None
-        return before + sum(row["steps"] for row in history if row["stage"] in (side, JointStage.name))
+        return before + sum(row["steps"] for row in self.history if row["stage"] in (side, JointStage.name))
 
     def _save_state(self) -> None:
         check_ours(self.save_path / LOCK_FILE)
@@ -292,7 +236,7 @@ class TrainingRun:
             {
                 "schema": STATE_SCHEMA,
                 "signature": self.signature,
-                **self._checkpoint(list(self.model.components), list(self.optimizers), self.history, loop),
+                **self._checkpoint(list(self.model.components), list(self.optimizers), loop),
                 **{name: getattr(self.state, name) for name in STATE_FIELDS},
             },
             self.save_path / STATE_FILE,
@@ -311,7 +255,7 @@ class TrainingRun:
             loops = unchanged_loops(saved["loops"], len(saved["done"]), done, phases)
             self.state = RunState(done, planned, saved["history"], saved["schedule_step"], loops)
             restore(saved, self.model.components, self.optimizers, file)
-            logger.info("Resuming the run in %s: %s", self.save_path, describe_progress(self.state.done, phases))
+            logger.info("Resuming the run in %s: %d of %d epochs are complete", self.save_path, sum(done), sum(planned))
         if from_main_process(lambda: self.state.done) != self.state.done:
             raise UserError(f"--save_path {self.save_path}: not the same folder on all machines, which they must share")
         # Not before: a rejected command must not touch the log and the arguments of the run in this folder.
@@ -327,21 +271,3 @@ class TrainingRun:
         if self.accelerator.log_with:
             with writing(self.save_path / EVENTS_FOLDER):
                 self.accelerator.init_trackers(EVENTS_FOLDER)
-
-
-def ends_loop(phases: Sequence[Phase], index: int) -> bool:
-    """Whether a phase is the last of its loop."""
-    return index + 1 == len(phases) or phases[index + 1].loop != phases[index].loop
-
-
-def epoch_files(phase: Phase, epoch: int, epochs: int) -> CheckpointFiles:
-    return CheckpointFiles(phase.files(epoch), phase.parts, list(phase.rates), phase.loop, epochs)
-
-
-def lost_message(names: Sequence[str]) -> str:
-    """Which checkpoints cannot be restored, and the remedy."""
-    return (
-        f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} missing and cannot be written again: the weights "
-        f"were trained on since, and {STATE_FILE} holds only the latest; restore them from a copy, or give another "
-        "--save_path"
-    )

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from dataset.prompts import NAMES
-from engine.config.training import FROM_BASE, LOOP_BATCH, CrossAttentionArguments, RunConfig
+from engine.config.training import FROM_BASE, LOOP_BATCH, CrossAttentionArguments, FeedbackConfig, RunConfig
 from engine.data.run_location import arguments_in, load_task_of_run
 from engine.data.task import TaskData, choose_training_images
 from engine.runtime.device import check_compiler
@@ -102,7 +102,7 @@ def prepare(config: Config, script: str, start: Start | None = None, text_adapte
         load_start(model, start)
     else:
         model = AdaptedCLIP(clip, chosen)
-    description = describe_run(config, script, accelerator, data, model)
+    description = describe_run(config, script, accelerator, data, model, start)
     check_config(description, "the config of this run's checkpoints")
     signature = {
         "script": script,
@@ -148,7 +148,7 @@ def resolve_model(config: RunConfig, clip: FrozenCLIP, start: Start, text_adapte
 
 
 def describe_run(
-    config: RunConfig, script: str, accelerator: Accelerator, data: TaskData, model: AdaptedCLIP
+    config: RunConfig, script: str, accelerator: Accelerator, data: TaskData, model: AdaptedCLIP, start: Start
 ) -> dict[str, Any]:
     """The `config` of a checkpoint: model, data, seed, library versions (docs/training.md, "Files")."""
     return {
@@ -156,6 +156,8 @@ def describe_run(
         "script": script,
         "model": model.config.to_dict(),
         "cross_attention": None,
+        "base": start.origins() if isinstance(config, CrossAttentionArguments) else None,
+        "feedback": isinstance(config, FeedbackConfig),
         "dataset": data.located.spec.name,
         "domain": data.located.spec.domain,
         "metadata_digest": data.digest,
@@ -175,40 +177,30 @@ def open_run(setup: RunSetup, loop_forward: Callable[[int], LoopForward] | None 
 
     loop_forward: a feedback run's choices for the forward of each loop.
     """
-    config = setup.config
-    with locked_folder(config.save_path, setup.signature, setup.accelerator) as begin_log:
-        yield make_run(setup, begin_log, loop_forward)
-
-
-def make_run(
-    setup: RunSetup, begin_log: Callable[[], None], loop_forward: Callable[[int], LoopForward] | None
-) -> TrainingRun:
     config, accelerator, model = setup.config, setup.accelerator, setup.model
-    log_initialisation(model.components, setup.start, isinstance(config, CrossAttentionArguments))
-    model.to(accelerator.device)
-    optimizers = {side: make_optimizer(model, side, config) for side in SIDES}
-    description = {**setup.description, **({"feedback": True} if loop_forward else {})}
-    if isinstance(config, CrossAttentionArguments):
-        description["base"] = setup.start.descriptions()
-        if not (config.save_path / STATE_FILE).is_file():
-            carry_over_moments(optimizers, setup.start)
 
     def describe(loop: int) -> dict[str, Any]:
         if not isinstance(model, AdaptedCLIPWithCrossAttention):
-            return description
+            return setup.description
         choices = loop_forward(loop)._asdict() if loop_forward else {}
-        return {**description, "cross_attention": {**model.cross_config.to_dict(), **choices}}
+        return {**setup.description, "cross_attention": {**model.cross_config.to_dict(), **choices}}
 
-    return TrainingRun(
-        model,
-        optimizers,
-        accelerator,
-        config.save_path,
-        config.seed,
-        config.accumulate,
-        setup.signature,
-        describe,
-        begin_log,
-        setup.start.steps(),
-        feedback=loop_forward is not None,
-    )
+    with locked_folder(config.save_path, setup.signature, accelerator) as begin_log:
+        log_initialisation(model.components, setup.start, isinstance(config, CrossAttentionArguments))
+        model.to(accelerator.device)
+        optimizers = {side: make_optimizer(model, side, config) for side in SIDES}
+        if not (config.save_path / STATE_FILE).is_file():
+            carry_over_moments(optimizers, setup.start)
+        yield TrainingRun(
+            model,
+            optimizers,
+            accelerator,
+            config.save_path,
+            config.seed,
+            config.accumulate,
+            setup.signature,
+            describe,
+            begin_log,
+            setup.start.steps(),
+            feedback=loop_forward is not None,
+        )

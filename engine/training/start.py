@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from torch import nn
 
 from engine.config.training import CrossAttentionArguments
 from engine.detector.detector import PUBLISHED_ARGUMENTS, arguments_of
-from engine.detector.loading import log_activation
+from engine.detector.loading import CROSS_ATTENTION_OVERRIDES, cross_attention_choices, log_activation, warn_of_changes
 from engine.training.optimizers import transfer_moments
 from model.adapter import AdaptedCLIP
-from model.checkpoint import Checkpoint, file_digest, infer_choices, load_component, read_any
-from model.config import COMPONENTS, SIDES, CrossAttentionConfig, LoopForward, ModelConfig
+from model.checkpoint import Checkpoint, file_digest, load_component, read_any
+from model.config import COMPONENTS, SIDES, CrossAttentionConfig, ModelConfig
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Start:
             side: 0 if (checkpoint := self.side(side)) is None else (checkpoint.steps or {}).get(side) for side in SIDES
         }
 
-    def descriptions(self) -> dict[str, str | None]:
+    def origins(self) -> dict[str, str | None]:
         """The origin of each side."""
         return {side: describe_origin(checkpoint) if (checkpoint := self.side(side)) else None for side in SIDES}
 
@@ -132,16 +132,13 @@ def check_start(start: Start, model: ModelConfig, run: CrossAttentionArguments, 
 
     names: the readable names of the classes.
     """
-    for side in SIDES:
+    # A file of both sides is checked once, for the image side needs more.
+    for side in ("image",) if start.whole else SIDES:
         checkpoint = start.side(side)
-        if checkpoint is None:
-            continue
-        if checkpoint.config is None:
-            _check_by_keys(checkpoint, side, model)
-        else:
-            _check_by_config(checkpoint, side, model, run)
-    for checkpoint in {checkpoint.path: checkpoint for checkpoint in (start.text, start.image) if checkpoint}.values():
-        if checkpoint.config is None:
+        if checkpoint is not None and checkpoint.config is not None:
+            _check_config(checkpoint, side, model, run)
+            _warn_of_other_names(checkpoint, checkpoint.config["prompt_names"], names)
+        elif checkpoint is not None:
             logger.info(
                 "%s has no config: assumed trained on these weights of %s at %d px",
                 checkpoint.path,
@@ -149,14 +146,12 @@ def check_start(start: Start, model: ModelConfig, run: CrossAttentionArguments, 
                 model.img_size,
             )
             log_activation(checkpoint, model.activation, explicit=run.activation is not None)
-        else:
-            _warn_of_other_names(checkpoint, names)
     _warn_of_other_text_side(start)
     if start.whole and start.image is not None:
         _check_cross_attention(start.image, run.cross_attention())
 
 
-def _check_by_config(checkpoint: Checkpoint, side: str, model: ModelConfig, run: CrossAttentionArguments) -> None:
+def _check_config(checkpoint: Checkpoint, side: str, model: ModelConfig, run: CrossAttentionArguments) -> None:
     before = checkpoint.model_config()
     if side == "image" and not before.text_adapted and not run.allow_partial_base:
         raise UserError(
@@ -170,23 +165,11 @@ def _check_by_config(checkpoint: Checkpoint, side: str, model: ModelConfig, run:
             raise UserError(
                 f"{checkpoint.path}: this checkpoint was trained with {name} {was}, not {now}; set {flag} to match"
             )
-    for name in ("text_adapt_weight", "image_adapt_weight"):
-        if getattr(before, name) != getattr(model, name):
-            logger.warning("%s was trained with %s %s", checkpoint.path, name, getattr(before, name))
+    weights = ("text_adapt_weight", "image_adapt_weight")
+    warn_of_changes(checkpoint, before, {name: getattr(model, name) for name in weights})
 
 
-def _check_by_keys(checkpoint: Checkpoint, side: str, model: ModelConfig) -> None:
-    """Check a file without config by its keys; widths are compared when it is loaded."""
-    name = f"{side}_adapter"
-    for choice, was in infer_choices({name: checkpoint.components[name]}).items():
-        now, flag = (len(model.levels), "levels") if choice == "n_levels" else (getattr(model, choice), choice)
-        if was != now:
-            difference = f"{was} levels, not {now}" if choice == "n_levels" else f"{choice} {was}, not {now}"
-            raise UserError(f"{checkpoint.path}: its {name} was trained with {difference}; set --{flag} to match")
-
-
-def _warn_of_other_names(checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
-    before = (checkpoint.config or {})["prompt_names"]
+def _warn_of_other_names(checkpoint: Checkpoint, before: Mapping[str, str], names: Mapping[str, str]) -> None:
     changed = [name for name in names if before.get(name, names[name]) != names[name]]
     if changed:
         differences = ", ".join(f"{name} was {before[name]!r}, now {names[name]!r}" for name in changed)
@@ -195,13 +178,11 @@ def _warn_of_other_names(checkpoint: Checkpoint, names: Mapping[str, str]) -> No
 
 def _warn_of_other_text_side(start: Start) -> None:
     """Warn if the text side is not the one that the image side was trained with."""
-    if start.text is None or start.image is None:
+    trained_with = start.image.components.get("text_adapter") if start.text and start.image else None
+    if start.text is None or start.image is None or trained_with is None:
         return
-    text, trained_with = start.text.components["text_adapter"], start.image.components.get("text_adapter")
-    if trained_with is not None and (
-        text.keys() != trained_with.keys()
-        or any(not torch.equal(value, trained_with[key]) for key, value in text.items())
-    ):
+    text = start.text.components["text_adapter"]
+    if not all(key in text and torch.equal(value, text[key]) for key, value in trained_with.items()):
         logger.warning(
             "%s is not the text side stored in %s: the image adapter was trained against different anchors",
             start.text.path,
@@ -210,36 +191,16 @@ def _warn_of_other_text_side(start: Start) -> None:
 
 
 def _check_cross_attention(checkpoint: Checkpoint, now: CrossAttentionConfig) -> None:
-    was = checkpoint.cross_attention()
+    was = cross_attention_choices(checkpoint)
     if was is None:
         return
-    if checkpoint.config is None:
-        logger.warning(
-            "%s has cross-attention and no config: assumed trained with text_cross_attn_weight %g, "
-            "image_cross_attn_weight %g, context_norm %s, cross_attn_residual %s, %d heads",
-            checkpoint.path,
-            was.text_cross_attn_weight,
-            was.image_cross_attn_weight,
-            was.context_norm,
-            was.cross_attn_residual,
-            was.cross_attn_heads,
-        )
     if checkpoint.config is not None and was.cross_attn_heads != now.cross_attn_heads:
         raise UserError(
             f"--init_from {checkpoint.path}: was trained with cross_attn_heads {was.cross_attn_heads}, not "
             f"{now.cross_attn_heads}; set --cross_attn_heads to match"
         )
-    for name in (
-        "text_cross_attn_weight",
-        "image_cross_attn_weight",
-        "context_norm",
-        "cross_attn_residual",
-        "text_conditioning",
-    ):
-        if getattr(was, name) != getattr(now, name):
-            logger.warning(
-                "%s was trained with %s %s, now %s", checkpoint.path, name, getattr(was, name), getattr(now, name)
-            )
+    names = [name for name in CROSS_ATTENTION_OVERRIDES if name != "text_context"]  # which each loop chooses
+    warn_of_changes(checkpoint, was, {name: getattr(now, name) for name in names})
 
 
 def load_start(model: AdaptedCLIP, start: Start) -> None:
@@ -295,11 +256,3 @@ def carry_over_moments(optimizers: dict[str, torch.optim.Optimizer], start: Star
         if checkpoint and saved:
             carried = transfer_moments(optimizer, saved)
             logger.info("%s optimizer: moments of %d tensors loaded from %s", side, carried, checkpoint.path)
-
-
-def check_something_to_train(
-    model: AdaptedCLIP, side: str, frozen: Sequence[str], remedy: str, loop: LoopForward | None = None
-) -> None:
-    """`UserError` if a stage has no component to train."""
-    if not set(model.trained_components(side, loop)) - set(frozen):
-        raise UserError(f"--freeze_base leaves the {side} stage nothing to train; {remedy}")

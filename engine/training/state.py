@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import GenericAlias
 from typing import Any
 
 import torch
 from torch import nn
 
 from engine.runtime.run_folder import STATE_FILE
-from engine.training.optimizers import are_moments_of
+from engine.training.optimizers import transfer_moments
 from model.checkpoint import as_checkpoint, load, load_component
 from model.config import SIDES
 from utils.errors import UserError
@@ -85,37 +84,14 @@ def restore(
     file: Path,
 ) -> None:
     """Load the weights and moments of a state from `read_state`; `UserError` if they do not fit the run."""
-    for side, optimizer in optimizers.items():
-        _check_optimizer(saved, f"{side}_optimizer", optimizer, file)
     for name, part in components.items():
         load_component(part, saved.get(name, {}), name, file)
     for side, optimizer in optimizers.items():
-        optimizer.load_state_dict(saved[f"{side}_optimizer"])
-
-
-def _check_optimizer(saved: Mapping[str, Any], name: str, optimizer: torch.optim.Optimizer, file: Path) -> None:
-    """`UserError` unless a saved optimizer has this one's settings, and moments of its parameters' shapes."""
-    groups = (saved.get(name) or {}).get("param_groups", [])
-    if [group.get("param_names") for group in groups] != [group["param_names"] for group in optimizer.param_groups]:
-        raise UserError(f"{file}: {name} is not of this run's parameters, so it is damaged")
-    moments = saved[name]["state"]
-    for position, (group, now) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
-        within = f"{name}.param_groups[{position}]"
-        for key, value in now.items():
-            if isinstance(value, (float, tuple)) and key not in group:
-                raise UserError(f"{file}: {within} has no '{key}', so it is damaged")
-        for key in group.keys() & now.keys():
-            check(group[key], _like(now[key]), file, f"{within}.{key}")
-        for index, parameter in zip(group["params"], now["params"], strict=True):
-            if index in moments and not are_moments_of(parameter, moments[index]):
-                shape = tuple(parameter.shape)
-                raise UserError(f"{file}: {name}.state[{index}] holds no moments of weights {shape}, so it is damaged")
-
-
-def _like(setting: Any) -> Any:
-    """The annotation of an optimizer's setting, from its present value; an unset switch may be on or off."""
-    if isinstance(setting, tuple):
-        return GenericAlias(tuple, (float,) * len(setting))
-    if isinstance(setting, (bool, float)):
-        return type(setting)
-    return bool | None if setting is None else Any
+        content = saved.get(f"{side}_optimizer") or {"state": {}, "param_groups": []}
+        groups = content["param_groups"]
+        fitting = len(groups) == len(optimizer.param_groups)
+        if not fitting or transfer_moments(optimizer, content) != len(content["state"]):
+            raise UserError(f"{file}: {side}_optimizer is not of this run's parameters, so it is damaged")
+        # The other settings follow from the arguments.
+        for group, saved_group in zip(optimizer.param_groups, groups, strict=True):
+            group["lr"] = saved_group["lr"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -152,7 +151,7 @@ class Trainer:
         """
         batches = len(self.loader)
         totals = EpochTotals(max(1, batches // 10))
-        start, compiling = time.perf_counter(), _seconds_compiling()
+        start = time.perf_counter()
         stopping = False
         bar = progress_bar(batches, description)
         for index, batch in enumerate(self.loader):
@@ -174,8 +173,6 @@ class Trainer:
         self._check_last_step(batch, share, description)
         row = totals.row(self.accelerator, time.perf_counter() - start)
         row["memory_gib"] = _memory(self.accelerator.device)
-        if seconds := _seconds_compiling() - compiling:
-            row["compile_seconds"] = seconds
         return row
 
     def _forward(self, batch: dict[str, Any], share: Share) -> StageOutput:
@@ -233,13 +230,6 @@ class Trainer:
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
-
-
-def _seconds_compiling() -> float:
-    """Seconds that `torch.compile` has taken in this process so far."""
-    if "torch._dynamo" not in sys.modules:
-        return 0.0
-    return torch._dynamo.utils.calculate_time_spent().get("total_wall_time", 0.0)
 
 
 def _memory(device: torch.device) -> float:

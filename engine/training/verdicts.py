@@ -62,8 +62,6 @@ def log_epoch(row: Row, epochs: int) -> None:
         row["memory_gib"],
         readable_time((epochs - row["epoch"]) * row["seconds"]),
     )
-    if "compile_seconds" in row:
-        logger.info("  compiling took %s of %s", *map(readable_time, (row["compile_seconds"], row["seconds"])))
     for warning in epoch_warnings(row):
         logger.warning("  %s", warning)
 
