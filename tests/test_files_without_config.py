@@ -67,18 +67,7 @@ def test_cross_attention_without_config_is_built_as_what_it_was(
     assert isinstance(detector.model, AdaptedCLIPWithCrossAttention)
     assert detector.model.cross_config == OLD
     assert all(torch.equal(*pair) for pair in zip(outputs(detector.model), outputs(model), strict=True))
-    for words in (
-        "weights 1 (text) and 1 (image)",
-        "context_norm none",
-        "text_context frozen",
-        "text_conditioning image",
-        "8 heads",
-        "cross_attn_residual add",
-        "--image_cross_attn_weight",
-        "--context_norm",
-        "--cross_attn_residual",
-    ):
-        assert words in caplog.text
+    assert "assumed text_cross_attn_weight 1.0, image_cross_attn_weight 1.0, context_norm none" in caplog.text
 
 
 def test_what_is_assumed_can_be_said_otherwise(tmp_path: Path) -> None:
@@ -119,13 +108,13 @@ def test_a_branch_that_is_not_there_is_off(side: str, tmp_path: Path) -> None:
     assert detector.model.cross_config == replace(OLD, **off)
     expected = outputs(crossed(replace(OLD, **off)))
     assert all(torch.equal(*pair) for pair in zip(outputs(detector.model), expected, strict=True))
-    with pytest.raises(UserError, match=f"has no {side}_cross_attn, so --{side}_cross_attn_weight asks for nothing"):
+    with pytest.raises(UserError, match=f"has no {side}_cross_attn, so --{side}_cross_attn_weight has no effect"):
         built(checkpoint, **{f"{side}_cross_attn_weight": 0.1})
 
 
 def test_weights_asked_of_a_base_are_refused(tmp_path: Path) -> None:
     checkpoint = write(adapted_clip(clip()), tmp_path / "base.pth")
-    with pytest.raises(UserError, match="has no cross-attention, so --image_cross_attn_weight asks for nothing"):
+    with pytest.raises(UserError, match="has no cross-attention, so --image_cross_attn_weight has no effect"):
         built(checkpoint, image_cross_attn_weight=0.1)
 
 
@@ -160,13 +149,13 @@ def test_what_is_assumed_of_a_base_is_said(tmp_path: Path, caplog: pytest.LogCap
         start_from(start)
     for file in ("text_adapter.pth", "image_adapter.pth"):
         assert f"{file} has no config: assumed trained on these weights of tiny at 40 px" in caplog.text
-        assert f"{file} has no config: assumed trained under quick_gelu, as these weights of CLIP need" in caplog.text
+        assert f"{file} has no config: assumed trained with quick_gelu" in caplog.text
     assert "give --activation gelu" in caplog.text
     assert "not the text side" not in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO):
         start_from(start, activation="quick_gelu")
-    assert "assumed trained under quick_gelu" in caplog.text
+    assert "assumed trained with quick_gelu" in caplog.text
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
 
 

@@ -322,7 +322,7 @@ def test_of_a_forks_file_it_is_said_what_is_assumed(
     model = load_model(file, model_name=name, device="cpu")
     assert model.clip.activation == "quick_gelu"
     assert not model.arguments
-    assert "assumed trained under quick_gelu" in caplog.text and "the catalog's names" in caplog.text
+    assert "assumed trained with quick_gelu" in caplog.text and "the catalog's names" in caplog.text
     assert "--class_names published" in caplog.text
     asked = load_model(file, model_name=name, activation="gelu", device="cpu")
     assert asked.clip.activation == "gelu"
