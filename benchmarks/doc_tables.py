@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from engine.study.report import gain_cell
 from engine.study.results import metric_title
 from utils.errors import UserError
 from utils.files import write_text
-from utils.text import markdown_table
+from utils.text import csv_table, markdown_table
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BLOCK = re.compile(
@@ -42,12 +41,8 @@ def seed_means(study_csv: Path) -> str:
         rows = defaultdict(list)
         for row in reader:
             rows[tuple(row[key] for key in KEYS)].append([float(row[name]) for name in metrics])
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*KEYS, *metrics])
-    for key, values in rows.items():
-        writer.writerow([*key, *(f"{sum(column) / len(values):.3f}" for column in zip(*values, strict=True))])
-    return text.getvalue()
+    means = ((*key, *(f"{sum(c) / len(c):.3f}" for c in zip(*values, strict=True))) for key, values in rows.items())
+    return csv_table([[*KEYS, *metrics], *means])
 
 
 def gains_table(verdicts_csv: Path, compared_with: str, metrics: Sequence[str], names: Sequence[str] = ()) -> str:

@@ -1,8 +1,10 @@
-"""Tables and short texts for log lines, error messages and Markdown."""
+"""Tables and short texts for log lines, error messages, CSV files and Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import io
+from collections.abc import Iterable, Sequence
 
 
 def readable_time(seconds: float) -> str:
@@ -39,3 +41,10 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table: the first column is left-aligned, the others right-aligned."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def csv_table(rows: Iterable[Sequence[object]]) -> str:
+    """A CSV table; the first row is the header."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()

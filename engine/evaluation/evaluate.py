@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +26,7 @@ from model.scoring import Outputs, anomaly_map, class_image_scores, det_scores
 from utils.files import write_text
 from utils.logging import progress_bar
 from utils.metrics import PixelCounter, Pixels, image_metrics, pixels_of
-from utils.text import format_table
+from utils.text import csv_table, format_table
 
 logger = logging.getLogger(__name__)
 
@@ -293,9 +291,7 @@ def write_csv(evaluations: Sequence[Evaluation], path: Path) -> None:
 
 def write_csv_rows(rows: Sequence[Sequence[object]], path: Path) -> None:
     """Write rows of `csv_rows` under their header, whole or not at all."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([CSV_COLUMNS, *rows])
-    write_text(path, text.getvalue())
+    write_text(path, csv_table([CSV_COLUMNS, *rows]))
 
 
 def format_exact(value: float | None) -> str:

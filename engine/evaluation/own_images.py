@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,6 +32,7 @@ from utils.heatmaps import overlay, save_image
 from utils.logging import with_progress
 from utils.paths import figure_path, is_file
 from utils.regions import Region, worst_region
+from utils.text import csv_table
 
 logger = logging.getLogger(__name__)
 
@@ -242,15 +241,13 @@ def make_finding(path: Path, class_name: str, image: Image.Image, prediction: Pr
 
 def write_scores(findings: Iterable[Finding], path: Path) -> None:
     """Write a row for each image, with the columns `CSV_COLUMNS`; cells without a decision or region are empty."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
+    rows: list[Sequence[object]] = [CSV_COLUMNS]
     for found in findings:
         region = found.region or [""] * len(Region._fields)
         rank, regions = ("", "") if found.rank is None else (f"{found.rank:.6f}", found.regions)
         row = [found.path.as_posix(), found.class_name, f"{found.score:.6f}", found.decision, rank, regions]
-        writer.writerow([*row, *region])
-    write_text(path, text.getvalue())
+        rows.append([*row, *region])
+    write_text(path, csv_table(rows))
 
 
 def facts_of(

@@ -225,7 +225,7 @@ def metadata(
         "clip_digest": clip.weights_digest,
         "clip_activation": clip.activation,
         "clip_licence": clip_licence(clip.model_name, weights),
-        "calibration": entry if entry else "none",
+        "calibration": str(entry or "none"),
         "versions": ", ".join([f"{PROJECT} {project_version()}", *(f"{name} {version(name)}" for name in libraries)]),
     }
 

@@ -6,6 +6,7 @@ import csv
 import logging
 import math
 import pickle
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.study.plan import Cell, Plan, training_folder
+from engine.study.plan import Cell, Plan, command_options, training_folder
 from utils.errors import UserError
 from utils.reading import read_json, read_json_lines
 
@@ -145,28 +146,35 @@ def read_arguments(cell: Cell) -> dict[str, Any]:
 
 
 def read_facts(cell: Cell) -> dict[str, str]:
-    """What must be equal in a fair comparison, of the checkpoint that a cell tests; unknown facts are left out.
+    """What must be equal in a fair comparison, of a finished cell; unknown facts are left out.
 
-    The checkpoint's own `config` (data, seed) and `steps` (budget) count first; otherwise the histories of its
+    The tested checkpoint's own `config` (data, seed) and `steps` (budget) count first; otherwise the histories of its
     trainings are added up.
     """
+    tested = [row for step in cell.steps if step.test for row in read_evaluation(step.path)]
+    images, anomalous = (sum(int(row.counts[index] or 0) for row in tested) for index in range(2))
+    facts = {
+        "training data": "not trained",
+        "test arguments": " ".join(command_options(cell.arm.test_arguments)) or "none",
+        "test images": f"{images} ({anomalous} anomalous)",
+    }
     source = cell.source
-    if source is None or not source.trained:
-        return {}
+    if source is None:
+        return facts
     checkpoint = _read_checkpoint(training_folder(source.folder) / cell.arm.checkpoint)
     config, arguments = checkpoint.get("config") or {}, read_arguments(source)
-    facts = {
+    trained = {
         "training data": config.get("dataset", source.pair.train),
         "images of each class": config.get("shot") or config.get("training_mode"),
         "digest of the image list": config.get("metadata_digest"),
         "seed": config.get("seed", arguments.get("seed", source.seed)),
     }
-    counted: dict[str, Any] = {}
+    counted: Counter[str] = Counter()
     for row in (row for link in cell.chain for row in read_history(link)):
-        counted[row.get("stage", "all")] = counted.get(row.get("stage", "all"), 0) + row.get("steps", 0)
+        counted[row.get("stage", "all")] += row.get("steps", 0)
     steps = checkpoint.get("steps") or counted
-    facts |= {f"optimizer steps, {stage}": count for stage, count in steps.items()}
-    return {name: str(value) for name, value in facts.items() if value is not None}
+    trained |= {f"optimizer steps, {stage}": count for stage, count in steps.items()}
+    return facts | {name: str(value) for name, value in trained.items() if value is not None}
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from engine.study.evaluations import MetricTable, read_arguments, read_evaluation, read_facts
-from engine.study.plan import Cell, Plan
-from engine.study.results import Results, SettingResult, cells_of
+from engine.study.evaluations import read_arguments, read_facts
+from engine.study.results import Results
 from utils.text import list_names
 
 SAME, UNKNOWN = "same", "unknown"
 # What the runner adds to every training.
 RUNNER_ARGUMENTS = ("save_path", "seed", "dataset")
-# The findings on each fact, over seeds and pairs.
-Findings = dict[str, set[str]]
 
 
 @dataclass(frozen=True)
@@ -27,93 +24,52 @@ class Fairness:
     Attributes:
         facts: What is compared.
         rows: An arm (and setting), and for each fact "same", "unknown" or the difference.
-        compared: The arms that have verdicts.
+        unfair: The differences of the arms that have verdicts, in sentences.
     """
 
     facts: list[str]
     rows: list[tuple[str, list[str]]]
-    compared: frozenset[str]
-
-    @property
-    def unfair(self) -> list[str]:
-        """The differences of the arms that have verdicts, in sentences."""
-        return [
-            f"{arm} differs in {fact}: {finding}"
-            for arm, row in self.rows
-            for fact, finding in zip(self.facts, row, strict=True)
-            if finding not in (SAME, UNKNOWN) and arm in self.compared
-        ]
+    unfair: list[str]
 
 
 def check_fairness(results: Results) -> Fairness:
     """Compare training data, seed, training budget and evaluation of all arms, cell by cell."""
-    facts_by_source: dict[tuple[Any, ...], dict[str, str]] = {}
-
-    def facts_of(cell: Cell) -> dict[str, str]:
-        key = (cell.source.folder if cell.source else None, cell.arm.checkpoint)
-        if key not in facts_by_source:
-            facts_by_source[key] = read_facts(cell)
-        return facts_by_source[key]
-
-    findings: dict[str, Findings] = {}
-    compared: set[str] = set()
+    plan = results.plan
+    facts_by_key = {key: read_facts(cell) for key, cell in plan.by_key.items() if cell.done}
+    findings: dict[str, dict[str, str]] = {}
+    compared: list[str] = []
     for setting in results.settings:
-        base = next((arm for arm in setting.arms if arm.name == results.plan.study.compare_with), None)
+        base = next((arm for arm in setting.arms if arm.name == plan.study.compare_with), None)
         for arm in setting.arms:
             if base is None or arm is base:
                 continue
+            by_fact: dict[str, set[str]] = defaultdict(set)
+            for (setting_name, name, *seed_and_pair), own in facts_by_key.items():
+                other = facts_by_key.get((setting_name, base.name, *seed_and_pair))
+                if (setting_name, name) == (setting.name, arm.name) and other is not None:
+                    for fact in {**other, **own}:
+                        by_fact[fact].add(_difference(own.get(fact), other.get(fact)))
+            counts = (str((~np.isnan(table.values).all(axis=(0, 2))).sum()) for table in (arm.table, base.table))
+            by_fact["classes with results"].add(_difference(*counts))
             label = ", ".join(filter(None, [arm.name, setting.name]))
+            findings[label] = {fact: _in_words(differences) for fact, differences in by_fact.items()}
             if arm.verdicts:
-                compared.add(label)
-            row = _compare_cells(results.plan, setting, arm.name, facts_of)
-            row["classes with results"] = {_compare_columns(arm.table, base.table)}
-            findings[label] = row
+                compared.append(label)
     facts = list(dict.fromkeys(fact for row in findings.values() for fact in row))
-    rows = [(arm, [_in_words(row.get(fact, {UNKNOWN})) for fact in facts]) for arm, row in findings.items()]
-    return Fairness(facts, rows, frozenset(compared))
+    rows = [(label, [row.get(fact, UNKNOWN) for fact in facts]) for label, row in findings.items()]
+    unfair = [
+        f"{label} differs in {fact}: {finding}"
+        for label in compared
+        for fact, finding in findings[label].items()
+        if finding not in (SAME, UNKNOWN)
+    ]
+    return Fairness(facts, rows, unfair)
 
 
-def _compare_cells(
-    plan: Plan, setting: SettingResult, arm: str, facts_of: Callable[[Cell], dict[str, str]]
-) -> Findings:
-    """The findings on the finished cells of an arm."""
-    base_cells = cells_of(plan, setting.name, plan.study.compare_with)
-    findings: Findings = {}
-    for key, cell in cells_of(plan, setting.name, arm).items():
-        base = base_cells[key]
-        if not (cell.done and base.done):
-            continue
-        if cell.source is None:
-            findings.setdefault("training data", set()).add("not trained")
-        else:
-            own, other = facts_of(cell), facts_of(base)
-            for fact in {**other, **own}:
-                values = (own.get(fact), other.get(fact))
-                difference = SAME if values[0] == values[1] else f"{values[0]} compared with {values[1]}"
-                findings.setdefault(fact, set()).add(UNKNOWN if None in values else difference)
-        findings.setdefault("evaluation", set()).add(_compare_evaluations(cell, base))
-    return findings
-
-
-def _compare_evaluations(cell: Cell, base: Cell) -> str:
-    """Whether two cells were tested with the same arguments and, judging by their numbers, on the same images."""
-    arguments = cell.arm.test_arguments
-    if arguments != base.arm.test_arguments:
-        return "other arguments: " + " ".join(f"--{name} {value}" for name, value in sorted(arguments.items()))
-    own, other = (
-        {
-            step.test: [(row.class_name, row.counts) for row in read_evaluation(step.path)]
-            for step in tested.steps
-            if step.test in tested.pair.test
-        }
-        for tested in (cell, base)
-    )
-    return SAME if all(own[test] == other[test] for test in own.keys() & other.keys()) else "other images"
-
-
-def _compare_columns(table: MetricTable, base: MetricTable) -> str:
-    own, other = (~np.isnan(one.values).all(axis=(0, 2)) for one in (table, base))
-    return SAME if (own == other).all() else f"{own.sum()} compared with {other.sum()}"
+def _difference(own: str | None, other: str | None) -> str:
+    if own is None or other is None:
+        return UNKNOWN
+    return SAME if own == other else f"{own} compared with {other}"
 
 
 def _in_words(findings: set[str]) -> str:
@@ -128,11 +84,11 @@ def argument_differences(results: Results) -> tuple[list[str], list[list[str]]]:
     Arguments that the runner adds are left out, and so are the files of other arms, except for the arm's start.
     """
     study = results.plan.study
-    setting = next(iter(study.settings))
+    cells = results.plan.by_key
     files = {name for arm in study.arms.values() if arm.start for name in arm.start.arguments}
     arguments: dict[str, dict[str, Any]] = {}
     for name, arm in study.arms.items():
-        cell = next(iter(cells_of(results.plan, setting, name).values()))
+        cell = cells[next(iter(study.settings)), name, study.seeds[0], 0]
         trained = {} if cell.training is None else read_arguments(cell)
         arguments[name] = {
             "script": arm.script or "none",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -39,6 +40,11 @@ class Step:
     @property
     def log(self) -> Path:
         return self.path.with_name(f"{self.path.name}.log")
+
+    @property
+    def typed(self) -> str:
+        """The command as typed in a shell."""
+        return shlex.join(["python", *self.command])
 
     @property
     def done(self) -> bool:

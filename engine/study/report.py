@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import math
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from engine.evaluation.pages import render_page
-from engine.study.charts import forest_charts, heat, loss_chart
+from engine.study.charts import forest_charts
 from engine.study.fairness import Fairness, argument_differences, check_fairness
 from engine.study.plan import Plan, path_from_root, slug
 from engine.study.results import Results, SettingResult, dataset_means, metric_title, read_literature, read_results
-from engine.study.statistics import LEVEL, Verdict
+from engine.study.statistics import LEVEL, Verdict, nanmean
 from engine.study.study import Study
 from utils.files import write_text
-from utils.text import markdown_table
+from utils.text import csv_table, markdown_table
 from utils.version import project_version
 
 logger = logging.getLogger(__name__)
@@ -34,16 +33,6 @@ VERDICT_COLUMNS = ("Seeds", "Gain", "95 % interval", "p", "p, Holm", "P(gain)", 
 REPORTED = "Reported elsewhere, under other protocols; not run here"
 # Header and rows.
 TextTable = tuple[list[str], list[list[str]]]
-
-
-@dataclass(frozen=True)
-class HeatTable:
-    """A metric of every class: a row for each class, with a text and a background colour for each arm."""
-
-    title: str
-    arms: list[str]
-    largest: str
-    rows: list[tuple[str, list[tuple[str, str]]]]
 
 
 def write_study_report(plan: Plan, command: Sequence[str]) -> Results:
@@ -80,24 +69,21 @@ def report_name(study: Study, compared_with: str) -> str:
 
 def csv_text(results: Results) -> str:
     """All metrics in percent, a row for each setting, arm, seed, pair of datasets and class."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["setting", "arm", "seed", "train", "test", "class", *results.metrics])
+    rows: list[Sequence[object]] = [["setting", "arm", "seed", "train", "test", "class", *results.metrics]]
     for setting in results.settings:
         for arm in setting.arms:
             for seed, seed_values in zip(arm.table.seeds, arm.table.values, strict=True):
                 for column, values in zip(arm.table.columns, seed_values, strict=True):
                     if not np.isnan(values).all():
                         cells = [UNDEFINED if math.isnan(value) else f"{value:.6f}" for value in values]
-                        writer.writerow([setting.name, arm.name, seed, *column, *cells])
-    return text.getvalue()
+                        rows.append([setting.name, arm.name, seed, *column, *cells])
+    return csv_table(rows)
 
 
 def verdicts_csv(reports: Sequence[Results]) -> str:
     """Every verdict, a row for each comparison, setting, arm and metric; undefined values are empty."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["compared_with", "setting", "arm", "metric", "seeds", *VERDICT_NUMBERS, "verdict", "reason"])
+    header = ["compared_with", "setting", "arm", "metric", "seeds", *VERDICT_NUMBERS, "verdict", "reason"]
+    rows: list[Sequence[object]] = [header]
     for results in reports:
         for setting in results.settings:
             for arm in setting.arms:
@@ -105,8 +91,8 @@ def verdicts_csv(reports: Sequence[Results]) -> str:
                     numbers = [getattr(verdict, name) for name in VERDICT_NUMBERS]
                     cells = ["" if math.isnan(value) else f"{value:.6g}" for value in numbers]
                     start = [results.plan.study.compare_with, setting.name, arm.name, metric, len(verdict.seeds)]
-                    writer.writerow([*start, *cells, verdict.outcome, verdict.reason])
-    return text.getvalue()
+                    rows.append([*start, *cells, verdict.outcome, verdict.reason])
+    return csv_table(rows)
 
 
 def number(value: float, signed: bool = False) -> str:
@@ -123,16 +109,6 @@ def means_table(results: Results, setting: SettingResult) -> TextTable:
         cells = [number(mean) + ("" if math.isnan(spread) else f" ± {spread:.2f}") for mean, spread, _ in means]
         rows.append([arm.name, str(max((count for *_, count in means), default=0)), *cells])
     return ["Arm", "Seeds", *map(metric_title, results.metrics)], rows
-
-
-def gains_table(results: Results, setting: SettingResult) -> TextTable:
-    """The gains of all arms over the arm to compare with, with their intervals."""
-    rows = [
-        [arm.name, *(gain_cell(verdict.gain, verdict.low, verdict.high) for verdict in arm.verdicts.values())]
-        for arm in setting.arms
-        if arm.verdicts
-    ]
-    return ["Arm", *map(metric_title, results.metrics)], rows
 
 
 def gain_cell(gain: float, low: float, high: float) -> str:
@@ -170,27 +146,28 @@ def verdict_cells(verdict: Verdict) -> list[str]:
     ]
 
 
-def heat_table(results: Results, setting: SettingResult, metric: str) -> HeatTable:
+def class_table(results: Results, setting: SettingResult, metric: str) -> dict[str, Any]:
     """The mean over seeds of a metric in every class, coloured by the difference from the arm to compare with."""
     index = results.metrics.index(metric)
     columns = setting.arms[0].table.columns
-    means = {arm.name: _mean_over_seeds(arm.table.values[..., index]) for arm in setting.arms}
+    means = {arm.name: nanmean(arm.table.values[..., index].T) for arm in setting.arms}
     base = means.get(results.plan.study.compare_with, np.full(len(columns), np.nan))
     differences = {name: values - base for name, values in means.items()}
-    known = [abs(value) for values in differences.values() for value in values if not math.isnan(value)]
-    largest = max(known, default=0.0)
+    largest = float(np.nanmax(np.abs([*differences.values()]), initial=0))
     several = len({column[:2] for column in columns}) > 1
     rows = []
     for place, (train, test, class_name) in enumerate(columns):
         name = f"{train} → {test}: {class_name}" if several else class_name
-        cells = [(number(means[arm][place]), heat(differences[arm][place], largest)) for arm in means]
-        rows.append((name, cells))
-    return HeatTable(metric_title(metric), list(means), number(largest), rows)
+        rows.append((name, [(number(means[arm][place]), heat(differences[arm][place], largest)) for arm in means]))
+    return {"title": metric_title(metric), "arms": list(means), "largest": number(largest), "rows": rows}
 
 
-def _mean_over_seeds(values: np.ndarray) -> np.ndarray:
-    known = (~np.isnan(values)).sum(0)
-    return np.divide(np.nansum(values, 0), known, out=np.full(values.shape[1], np.nan), where=known > 0)
+def heat(difference: float, largest: float) -> str:
+    """The background colour of a difference: green for a gain, red for a loss, as strong as it is large."""
+    if math.isnan(difference) or largest <= 0:
+        return "transparent"
+    colour = "46, 160, 67" if difference > 0 else "218, 54, 51"
+    return f"rgba({colour}, {0.6 * abs(difference) / largest:.2f})"
 
 
 def literature_table(results: Results) -> TextTable:
@@ -243,13 +220,8 @@ def explanation(results: Results) -> str:
     )
 
 
-def all_commands(results: Results) -> list[str]:
-    """The commands of all cells."""
-    return [shlex.join(["python", *step.command]) for cell in results.plan.cells for step in cell.steps]
-
-
 def markdown(results: Results, fairness: Fairness, command: Sequence[str]) -> str:
-    """The study as Markdown: verdicts, means and gains. The HTML report and the CSV files have everything else."""
+    """The study as Markdown: verdicts, means and differences. The HTML report and the CSV files have the classes."""
     study = results.plan.study
     parts = [f"# {study.title or study.name}", _bullets(f"{name}: {value}" for name, value in study_facts(results))]
     if results.missing:
@@ -261,9 +233,8 @@ def markdown(results: Results, fairness: Fairness, command: Sequence[str]) -> st
         verdicts = (f"**{arm.name}**: {arm.summary}" for arm in setting.arms if arm.summary)
         parts += [f"## Verdicts{suffix}", _bullets(verdicts)]
         parts += [f"## Means{suffix}", "In percent, over classes, then datasets; mean ± standard deviation over seeds."]
-        parts += [_table(means_table(results, setting)), f"## Gains{suffix}"]
-        parts += [f"Over {study.compare_with}, in percentage points: mean over seeds (95 % interval)."]
-        parts += [_table(gains_table(results, setting))]
+        parts += [_table(means_table(results, setting)), f"## Differences{suffix}"]
+        parts += [explanation(results), _table(differences_table(results, setting))]
     if fairness.unfair:
         parts += ["## Unfair comparisons", _bullets(fairness.unfair)]
     parts += ["## Command", "```\n" + shlex.join(command) + "\n```"]
@@ -290,8 +261,7 @@ def page(results: Results, fairness: Fairness, command: Sequence[str]) -> str:
             "table": means_table(results, setting),
             "differences": differences_table(results, setting),
             "forests": forest_charts(results, setting),
-            "heat": [heat_table(results, setting, metric) for metric in results.metrics],
-            "losses": loss_chart(results, setting),
+            "classes": [class_table(results, setting, metric) for metric in results.metrics],
         }
         for setting in results.settings
         if setting.arms
@@ -312,5 +282,5 @@ def page(results: Results, fairness: Fairness, command: Sequence[str]) -> str:
         literature=literature_table(results),
         reported=REPORTED,
         command=shlex.join(command),
-        all_commands=all_commands(results),
+        all_commands=[step.typed for cell in results.plan.cells for step in cell.steps],
     )

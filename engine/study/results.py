@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from engine.study.evaluations import Evaluations, MetricTable, arm_table, metrics_of, read_evaluations
-from engine.study.plan import ROOT, Cell, Plan
-from engine.study.statistics import BETTER, NOT_DECIDED, WORSE, Comparison, Groups, Verdict, judge
+from engine.study.plan import ROOT, Plan
+from engine.study.statistics import BETTER, NOT_DECIDED, WORSE, Comparison, Groups, Verdict, judge, nanmean
 from utils.errors import UserError
 from utils.text import list_names
 
@@ -96,8 +96,7 @@ def _setting_result(
         verdicts |= dict(zip(keys, judged, strict=True))
     arms = []
     for name, table in tables.items():
-        groups = Groups.of(table.columns)
-        means = np.stack([groups.mean(table.values[..., index]) for index in range(len(metrics))], axis=-1)
+        means = Groups.of(table.columns).mean(np.moveaxis(table.values, 1, -1))
         by_metric = {metric: verdicts[name, metric] for metric in metrics if (name, metric) in verdicts}
         arms.append(ArmResult(name, table, means, by_metric, _summary(by_metric, verdict_metrics)))
     return SettingResult(setting, arms)
@@ -148,11 +147,6 @@ def missing_cells(plan: Plan, evaluations: Evaluations) -> list[str]:
     ]
 
 
-def cells_of(plan: Plan, setting: str, arm: str) -> dict[tuple[int, int], Cell]:
-    """The cells of an arm in a setting, by seed and index of the pair."""
-    return {(seed, number): cell for (s, a, seed, number), cell in plan.by_key.items() if (s, a) == (setting, arm)}
-
-
 def read_literature(results: Results) -> list[dict[str, str]]:
     """The rows of the study's literature file for its pairs; `UserError` if the file cannot be read."""
     study = results.plan.study
@@ -171,10 +165,8 @@ def read_literature(results: Results) -> list[dict[str, str]]:
 def dataset_means(arm: ArmResult) -> dict[tuple[str, str], np.ndarray]:
     """The means over classes and seeds (metrics,) of an arm by (training, test dataset); NaN if undefined."""
     means = {}
-    for train, test in dict.fromkeys((train, test) for train, test, _ in arm.table.columns):
-        columns = tuple(index for index, column in enumerate(arm.table.columns) if column[:2] == (train, test))
-        # (seeds, columns, metrics) to (seeds, metrics)
-        values = Groups((columns,), (1.0,)).mean(np.moveaxis(arm.table.values, 1, -1))
-        known = ~np.isnan(values).all(axis=1)
-        means[train, test] = values[known].mean(0) if known.any() else np.full(values.shape[1], np.nan)
+    for pair in dict.fromkeys(column[:2] for column in arm.table.columns):
+        classes = [index for index, column in enumerate(arm.table.columns) if column[:2] == pair]
+        # (seeds, classes, metrics) to (metrics, seeds, classes)
+        means[pair] = nanmean(nanmean(np.moveaxis(arm.table.values[:, classes], -1, 0)))
     return means

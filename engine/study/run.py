@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import sys
 from pathlib import Path
 
@@ -55,7 +54,7 @@ def describe_plan(plan: Plan) -> list[str]:
     lines = []
     for cell in plan.cells:
         done = " (done)" if cell.done else ""
-        lines += [f"# {cell}{done}", *(shlex.join(["python", *step.command]) for step in cell.steps), ""]
+        lines += [f"# {cell}{done}", *(step.typed for step in cell.steps), ""]
     steps = [step for cell in plan.cells for step in cell.steps]
     tests, done_steps = sum(bool(step.test) for step in steps), sum(step.done for step in steps)
     counts = f"{len(steps) - tests} trainings, {tests} evaluations; {done_steps} of them done"

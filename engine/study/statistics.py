@@ -61,11 +61,12 @@ class Groups:
         """
         total = np.zeros(values.shape[:-1])
         for members, weight in zip(self.members, self.weights, strict=True):
-            total = total + weight * _nanmean(values[..., list(members)])
+            total = total + weight * nanmean(values[..., list(members)])
         return total
 
 
-def _nanmean(values: np.ndarray) -> np.ndarray:
+def nanmean(values: np.ndarray) -> np.ndarray:
+    """The mean over the last axis without NaN; NaN if nothing else is left, without numpy's warning."""
     known = ~np.isnan(values)
     count = known.sum(-1)
     total = np.where(known, values, 0).sum(-1)
