@@ -158,9 +158,8 @@ def _help(item: Field, by_preset: Mapping[str, Any]) -> str:
     """The help text with the default and the values of presets that differ from it."""
     text = item.metadata["help"]
     unset = item.metadata["unset"]
-    values = [] if item.default is MISSING else [unset if item.default is None else _shown(item.default)]
+    values = [] if item.default is MISSING else [unset or "none" if item.default is None else _shown(item.default)]
     values += [f"{preset}: {_shown(value)}" for preset, value in by_preset.items() if value != item.default]
-    values = [value for value in values if value]
     return (f"{text} (default: {'; '.join(values)})" if values else text).replace("%", "%%")
 
 

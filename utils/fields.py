@@ -37,7 +37,7 @@ def setting(
         between: The range of a number.
         choices: The allowed values.
         free: Whether a run may be resumed with another value.
-        unset: What None means, for `--help`.
+        unset: What None means, for `--help`; "none" by default.
         **argparse: More arguments of `ArgumentParser.add_argument`, such as `type` for a value with its own syntax.
     """
     metadata = {"help": help, "group": group, "between": between, "choices": choices, "free": free, "unset": unset}

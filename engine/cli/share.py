@@ -13,8 +13,8 @@ logger = logging.getLogger(__name__)
 
 def share(arguments: SharingArguments) -> Path:
     """Write the folder, and upload it with `push`; returns the folder."""
-    from engine import load_model
     from engine.detector.hub import HUB, push
+    from engine.detector.loading import load_model
     from engine.detector.sharing import check_target
 
     check_target(arguments.output, "--output")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,6 +16,11 @@ from utils.fields import changed, setting
 
 # auto: bf16 on a GPU that supports it, else fp32.
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+DET_SCORE = "image score: similarity to the abnormal anchor, or its difference from that to the normal one"
+
+_model, _data = partial(setting, group="model"), partial(setting, group="data")
+_model_config = partial(changed, ModelConfig, group="model")
+_machine = partial(setting, group="machine", free=True)
 
 
 def names_or_file(text: str) -> str:
@@ -36,47 +42,29 @@ class ModelArguments(Arguments):
 
     presets: ClassVar = PRESETS
 
-    model_name: str | None = setting(
-        "ViT-L-14-336", "open_clip model name, local-dir:FOLDER, or toy (the toy CLIP in this repository)", "model"
+    model_name: str | None = _model(
+        "ViT-L-14-336", "open_clip model name, local-dir:FOLDER, or toy (the toy CLIP in this repository)"
     )
-    clip_weights: str | None = setting(
-        None,
-        "weights file in a format that open_clip reads, or an open_clip tag",
-        "model",
-        free=True,
-        unset="OpenAI's from the hub",
+    clip_weights: str | None = _model(
+        None, "weights file that open_clip reads, or an open_clip tag", free=True, unset="OpenAI's from the hub"
     )
-    img_size: int | None = changed(
-        ModelConfig,
+    img_size: int | None = _model_config(
         "img_size",
         None,
-        help="side length of the square input image in pixels",
-        group="model",
-        unset="518 for ViT-L-14-336, else the model's own",
+        help="side of the square input image in pixels",
+        unset="518 for ViT-L-14-336, else the model's",
     )
-    activation: str | None = changed(
-        ModelConfig,
-        "activation",
-        None,
-        help="activation function in CLIP's MLPs",
-        group="model",
-        unset="the one these weights were trained with",
+    activation: str | None = _model_config(
+        "activation", None, help="activation function in CLIP's MLPs", unset="the one these weights were trained with"
     )
-    surgery: str | None = changed(
-        ModelConfig,
+    surgery: str | None = _model_config(
         "surgery",
         help="V-V attention of the frozen image features: dual (parallel to the blocks, as CLIP-Surgery), sequential "
         "(inside the blocks, as AA-CLIP), or batch_axis (as sequential, but over the images of a batch, a bug of "
         "AA-CLIP's code)",
-        group="model",
     )
-    surgery_until_layer: int | None = changed(
-        ModelConfig,
-        "surgery_until_layer",
-        None,
-        help="N: the last N - 1 vision blocks use V-V attention",
-        group="model",
-        unset="5/6 of the depth",
+    surgery_until_layer: int | None = _model_config(
+        "surgery_until_layer", None, help="N: the last N - 1 vision blocks use V-V attention", unset="5/6 of the depth"
     )
 
 
@@ -84,41 +72,34 @@ class ModelArguments(Arguments):
 class DataArguments(Arguments):
     """The images of a dataset."""
 
-    dataset: str | None = setting("VisA", "dataset: a catalog name, or a folder in MVTec's layout", "data")
-    data_root: Path | None = setting(
-        None, "folder that contains the datasets", "data", free=True, unset="$ANOMALY_DATA_ROOT, else data"
+    dataset: str | None = _data("VisA", "dataset: a catalog name, or a folder in MVTec's layout")
+    data_root: Path | None = _data(
+        None, "folder that contains the datasets", free=True, unset="$ANOMALY_DATA_ROOT, else data"
     )
-    metadata: Path | None = setting(
-        None, "image list in JSON lines, instead of the list made from the folders", "data", free=True, unset="none"
+    metadata: Path | None = _data(
+        None, "image list in JSON lines, instead of the list made from the folders", free=True
     )
-    class_names: str | None = setting(
+    class_names: str | None = _data(
         None,
         'class names in prompts: catalog, published (of AA-CLIP\'s code), or a JSON file {"class": "readable name"}',
-        "data",
         free=True,
         unset="catalog",
         type=names_or_file,
     )
-    mask_threshold: str | float = setting(
-        HALF,
-        "a mask's pixels count as anomalous from this share of its largest value, or if they are nonzero",
-        "data",
-        type=share_or_nonzero,
+    mask_threshold: str | float = _data(
+        HALF, "share of a mask's largest value from which its pixels are anomalous, or nonzero", type=share_or_nonzero
     )
-    skip_bad_images: bool = setting(False, "skip images that cannot be read, and list them", "data", free=True)
+    skip_bad_images: bool = _data(False, "skip images that cannot be read, and list them", free=True)
 
 
 @dataclass(frozen=True)
 class MachineArguments(Arguments):
     """How the machine is used; only precision and tf32 affect the results."""
 
-    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", "machine", free=True)
-    precision: str = setting(
-        "auto",
-        "precision of matrix products; auto: bf16 on a GPU that supports it, else fp32",
-        "machine",
-        choices=PRECISIONS,
+    device: str = _machine("auto", "auto, cpu, cuda, cuda:N or mps")
+    precision: str = _machine(
+        "auto", "of matrix products; auto: bf16 on a GPU that supports it, else fp32", choices=PRECISIONS, free=False
     )
-    tf32: str = setting("on", "allow TF32 for fp32 products in the encoders", "machine", choices=("on", "off"))
-    compile: bool = setting(False, "compile the encoders' blocks with torch.compile", "machine", free=True)
-    num_workers: int = setting(2, "worker processes that load images", "machine", between=(0, 512), free=True)
+    tf32: str = _machine("on", "allow TF32 for fp32 products in the encoders", choices=("on", "off"), free=False)
+    compile: bool = _machine(False, "compile the encoders' blocks with torch.compile")
+    num_workers: int = _machine(2, "worker processes that load images", between=(0, 512))

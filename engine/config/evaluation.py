@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from dataset.prompts import NAMES
-from engine.config.common import DataArguments, MachineArguments, ModelArguments
+from engine.config.common import DET_SCORE, DataArguments, MachineArguments, ModelArguments
 from engine.config.training import CrossAttentionArguments
 from model.config import DET_SCORES, REFERENCE_FEATURES, REFERENCE_WEIGHT, CrossAttentionConfig
 from utils.arguments import Arguments, number
@@ -19,6 +20,8 @@ ALL = "all"
 TRAINED = "as trained"
 # In a file without a config.
 ASSUMED = f"{TRAINED}, else"
+TEST_DATASET = "dataset to test on: a catalog name, or a folder in MVTec's layout"
+TEST_ROOT = "the run's while it exists, $ANOMALY_DATA_ROOT, else data"
 # The class of images if none is given.
 DEFAULT_CLASS = "object"
 # Options that `inference.py` rejects, with the reason, by mode.
@@ -67,6 +70,10 @@ OVERRIDES = (
 # Options of `engine.evaluation.references.ReferenceChoice`.
 REFERENCES = ("references", "reference_shots", "reference_seed", "reference_weight", "reference_features")
 
+_task, _references = partial(setting, group="what to do"), partial(setting, group="references")
+_as_trained = partial(changed, ModelArguments, default=None, unset=TRAINED)
+_cross = partial(changed, CrossAttentionArguments, default=None)
+
 
 def all_or_number(text: str) -> str | int:
     """The word all, or a positive number."""
@@ -79,35 +86,28 @@ def all_or_index(text: str) -> str | int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TestingArguments(MachineArguments, DataArguments, ModelArguments):
-    """Options of all testing; a model runs as it was trained unless an option replaces that."""
+class TrainedModelArguments(Arguments):
+    """The model of a checkpoint: it runs as it was trained unless an option replaces that."""
+
+    model_name: str | None = _as_trained("model_name")
+    clip_weights: str | None = _as_trained("clip_weights", unset=f"{ASSUMED} from the hub")
+    img_size: int | None = _as_trained("img_size")
+    activation: str | None = _as_trained("activation")
+    det_score: str | None = _task(None, DET_SCORE, choices=DET_SCORES, unset=f"{DET_SCORES[0]}, as published")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestingArguments(MachineArguments, DataArguments, TrainedModelArguments):
+    """Options of all testing."""
 
     less_memory: ClassVar = "a smaller --batch_size, --precision bf16, a smaller --img_size"
 
-    model_name: str | None = changed(ModelArguments, "model_name", None, unset=TRAINED)
-    clip_weights: str | None = changed(ModelArguments, "clip_weights", unset=f"{ASSUMED} from the hub")
-    img_size: int | None = changed(ModelArguments, "img_size", unset=TRAINED)
-    activation: str | None = changed(ModelArguments, "activation", unset=TRAINED)
-    surgery: str | None = changed(ModelArguments, "surgery", None, unset=TRAINED)
-    surgery_until_layer: int | None = changed(ModelArguments, "surgery_until_layer", unset=TRAINED)
+    surgery: str | None = _as_trained("surgery")
+    surgery_until_layer: int | None = _as_trained("surgery_until_layer")
     dataset: str | None = changed(
-        DataArguments,
-        "dataset",
-        None,
-        unset="the training dataset, which is not zero-shot",
-        help="dataset to test on: a catalog name, or a folder in MVTec's layout",
+        DataArguments, "dataset", None, unset="the training dataset, which is not zero-shot", help=TEST_DATASET
     )
-    data_root: Path | None = changed(
-        DataArguments, "data_root", unset="the run's while it exists, $ANOMALY_DATA_ROOT, else data"
-    )
-    det_score: str | None = setting(
-        None,
-        "term of the image score: similarity to the abnormal anchor, or its difference from the similarity to the "
-        "normal one",
-        "what to do",
-        choices=DET_SCORES,
-        unset=f"{DET_SCORES[0]}, as published",
-    )
+    data_root: Path | None = changed(DataArguments, "data_root", unset=TEST_ROOT)
     class_names: str | None = changed(DataArguments, "class_names", unset=f"{ASSUMED} the catalog's")
     batch_size: int = setting(8, "images in a forward pass", "machine", between=(1, 100_000))
 
@@ -122,33 +122,25 @@ class TestingArguments(MachineArguments, DataArguments, ModelArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceArguments(TestingArguments):
-    """Options of testing with normal references (`engine.evaluation.references.ReferenceChoice`)."""
+class ReferenceArguments(Arguments):
+    """Normal references (`engine.evaluation.references.ReferenceChoice`)."""
 
-    references: Path | None = setting(
-        None,
-        "folder of a few normal images to compare with; with several classes, a folder for each",
-        "references",
-        unset="none",
+    references: Path | None = _references(
+        None, "folder of a few normal images to compare with; with several classes, a folder for each"
     )
-    reference_shots: int | None = setting(
+    reference_shots: int | None = _references(
         None,
         "number of references of each class; without --references, from the dataset's train/good",
-        "references",
         between=(1, 100_000),
         unset="all of --references",
     )
-    reference_seed: int = setting(0, "seed of the choice of --reference_shots", "references", between=(0, 2**31))
-    reference_weight: float = setting(
-        REFERENCE_WEIGHT,
-        "share of the distance to references in the anomaly map; the text has the rest",
-        "references",
-        between=(0, 1),
+    reference_seed: int = _references(0, "seed of the choice of --reference_shots", between=(0, 2**31))
+    reference_weight: float = _references(
+        REFERENCE_WEIGHT, "share of references in the anomaly map; the text has the rest", between=(0, 1)
     )
-    reference_features: str = setting(
+    reference_features: str = _references(
         REFERENCE_FEATURES[0],
         "patch features to compare: trained, frozen, or both (the last two need a second forward pass)",
-        "references",
         choices=REFERENCE_FEATURES,
     )
 
@@ -158,58 +150,35 @@ class ReferenceArguments(TestingArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferenceArguments(ReferenceArguments):
+class InferenceArguments(ReferenceArguments, TestingArguments):
     """Options of `inference.py`."""
 
-    checkpoint: str = setting(
-        MISSING, "checkpoint file, folder (all its epochs, in order), or none for unadapted CLIP", "what to do"
-    )
-    image: Path | None = setting(
-        None, "image, or folder of images in any layout, to score instead of a dataset", "what to do", unset="none"
-    )
-    calibrate: Path | None = setting(
-        None,
-        "folder of normal images; their scores set the threshold above which an image is anomalous",
-        "what to do",
-        unset="none",
-    )
-    false_alarms: float | None = setting(
+    checkpoint: str = _task(MISSING, "checkpoint file, folder (all its epochs, in order), or none for unadapted CLIP")
+    image: Path | None = _task(None, "image, or folder of images in any layout, to score instead of a dataset")
+    calibrate: Path | None = _task(None, "folder of normal images, whose scores set the threshold of anomalous images")
+    false_alarms: float | None = _task(
         None,
         "share of normal images that may be called anomalous; --calibrate needs 99 images for 0.01, 19 for 0.05",
-        "what to do",
         between=(0.0001, 0.5),
         unset="0.01",
     )
-    calibration: Path | None = setting(
-        None,
-        "file of thresholds, which must contain this model and class",
-        "what to do",
-        unset="calibration.json next to the checkpoint",
+    calibration: Path | None = _task(
+        None, "thresholds, which must contain this model and class", unset="calibration.json next to the checkpoint"
     )
-    normal: Path | None = setting(
-        None, "folder of normal images, to test on with --anomalous instead of a dataset", "what to do", unset="none"
-    )
-    anomalous: Path | None = setting(
-        None, "folder of anomalous images, without masks, for image metrics", "what to do", unset="none"
-    )
-    class_name: str | None = setting(
-        None, 'class of these images, such as "metal screw"', "what to do", unset=DEFAULT_CLASS
-    )
-    class_from_folder: bool = setting(
-        False, "the class of an image is the first folder below --image or --calibrate", "what to do"
-    )
-    domain: str = setting("industrial", "scoring of these images", "what to do", choices=("industrial", "medical"))
-    visualize: str | int | None = setting(
+    normal: Path | None = _task(None, "folder of normal images, to test on with --anomalous instead of a dataset")
+    anomalous: Path | None = _task(None, "folder of anomalous images, without masks, for image metrics")
+    class_name: str | None = _task(None, 'class of these images, such as "metal screw"', unset=DEFAULT_CLASS)
+    class_from_folder: bool = _task(False, "the class of an image is the first folder below --image or --calibrate")
+    domain: str = _task("industrial", "scoring of these images", choices=("industrial", "medical"))
+    visualize: str | int | None = _task(
         None,
         "draw heatmaps of N images of each class, or of all; of several checkpoints, with the last",
-        "what to do",
-        unset="none",
         type=all_or_number,
         nargs="?",
         const=ALL,
     )
     output_dir: Path | None = setting(None, "folder of the results", "output", unset="results next to the checkpoint")
-    text_conditioning: str | None = changed(CrossAttentionArguments, "text_conditioning", None, unset=TRAINED)
+    text_conditioning: str | None = _cross("text_conditioning", unset=TRAINED)
     text_context: str | None = changed(
         CrossAttentionConfig,
         "text_context",
@@ -219,17 +188,11 @@ class InferenceArguments(ReferenceArguments):
         group="cross-attention",
         unset=TRAINED,
     )
-    text_cross_attn_weight: float | None = changed(
-        CrossAttentionArguments, "text_cross_attn_weight", None, unset=f"{ASSUMED} 1"
-    )
-    image_cross_attn_weight: float | None = changed(
-        CrossAttentionArguments, "image_cross_attn_weight", None, unset=f"{ASSUMED} 1"
-    )
-    context_norm: str | None = changed(CrossAttentionArguments, "context_norm", None, unset=f"{ASSUMED} none")
-    cross_attn_residual: str | None = changed(
-        CrossAttentionArguments, "cross_attn_residual", None, unset=f"{ASSUMED} add"
-    )
-    cross_attn_heads: int | None = changed(CrossAttentionArguments, "cross_attn_heads", None, unset=f"{ASSUMED} 8")
+    text_cross_attn_weight: float | None = _cross("text_cross_attn_weight", unset=f"{ASSUMED} 1")
+    image_cross_attn_weight: float | None = _cross("image_cross_attn_weight", unset=f"{ASSUMED} 1")
+    context_norm: str | None = _cross("context_norm", unset=f"{ASSUMED} none")
+    cross_attn_residual: str | None = _cross("cross_attn_residual", unset=f"{ASSUMED} add")
+    cross_attn_heads: int | None = _cross("cross_attn_heads", unset=f"{ASSUMED} 8")
 
     def mode(self) -> str:
         """Which images are used, and for what: "calibrate", "image", "two folders" or "dataset"."""
@@ -253,46 +216,42 @@ class InferenceArguments(ReferenceArguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparisonArguments(ReferenceArguments):
+class ComparisonArguments(ReferenceArguments, TestingArguments):
     """Options of `compare_feedback_loops.py`."""
 
-    save_path: Path = setting(MISSING, "folder of the feedback run, with its loop_*_final.pth", "what to do")
+    save_path: Path = _task(MISSING, "folder of the feedback run, with its loop_*_final.pth")
     dataset: str | None = changed(TestingArguments, "dataset", unset="none, it must be given")
-    base_path: Path | None = setting(None, "folder or image checkpoint of a base run", "what to do", unset="none")
-    cross_path: Path | None = setting(
-        None, "folder or image checkpoint of a cross-attention run", "what to do", unset="none"
-    )
-    unadapted: bool = setting(False, "evaluate unadapted CLIP as well", "what to do")
-    report: bool = setting(False, "also write report.html, a page with all results", "what to do")
+    base_path: Path | None = _task(None, "folder or image checkpoint of a base run")
+    cross_path: Path | None = _task(None, "folder or image checkpoint of a cross-attention run")
+    unadapted: bool = _task(False, "evaluate unadapted CLIP as well")
+    report: bool = _task(False, "also write report.html, a page with all results")
     output_dir: Path | None = setting(None, "folder of the results", "output", unset="the save path")
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisualizationArguments(Arguments):
+class VisualizationArguments(DataArguments):
     """Options of `visualize_comparison.py`."""
 
-    class_name: str = setting(MISSING, "class of the dataset", "what to do")
-    image_idx: tuple[str | int, ...] = setting(
-        (0,), "indices of the class's anomalous images, counted from 0, or all", "what to do", type=all_or_index
+    not_options: ClassVar = ("skip_bad_images",)
+
+    class_name: str = _task(MISSING, "class of the dataset")
+    image_idx: tuple[str | int, ...] = _task(
+        (0,), "indices of the class's anomalous images, counted from 0, or all", type=all_or_index
     )
-    worst: int | None = setting(
+    worst: int | None = _task(
         None,
         "draw the N images with the lowest scores of the last model",
-        "what to do",
         between=(1, 1_000_000),
         unset="those of --image_idx",
     )
-    list_images: bool = setting(False, "list the class's anomalous images, and stop", "what to do")
-    attention: bool = setting(False, "add the attention maps of the cross-attentions", "what to do")
+    list_images: bool = _task(False, "list the class's anomalous images, and stop")
+    attention: bool = _task(False, "add the attention maps of the cross-attentions")
     base_path: Path | None = changed(ComparisonArguments, "base_path", group="model")
     cross_path: Path | None = changed(ComparisonArguments, "cross_path", group="model")
-    feedback_path: Path | None = setting(None, "folder of a feedback run", "model", unset="none")
+    feedback_path: Path | None = setting(None, "folder of a feedback run", "model")
     feedback_loop: int | None = setting(None, "loop of the feedback run", "model", between=(1, 1000), unset="the last")
     clip_weights: str | None = changed(TestingArguments, "clip_weights")
     dataset: str | None = changed(TestingArguments, "dataset")
     data_root: Path | None = changed(TestingArguments, "data_root")
-    metadata: Path | None = changed(DataArguments, "metadata")
-    class_names: str | None = changed(DataArguments, "class_names")
-    mask_threshold: str | float = changed(DataArguments, "mask_threshold")
     device: str = changed(MachineArguments, "device")
     output_dir: Path | None = setting(None, "folder of the figures", "output", unset="results/visualize")

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from dataset.prompts import NAMES
-from engine.config.common import DataArguments, MachineArguments, ModelArguments
-from engine.config.evaluation import ASSUMED, DEFAULT_CLASS, REFERENCES, InferenceArguments, TestingArguments
-from engine.config.presets import PRESETS
-from engine.config.training import CrossAttentionArguments, FeedbackConfig, RunConfig
+from engine.config.common import DataArguments, MachineArguments
+from engine.config.evaluation import (
+    ASSUMED,
+    DEFAULT_CLASS,
+    REFERENCES,
+    InferenceArguments,
+    ReferenceArguments,
+    TestingArguments,
+    TrainedModelArguments,
+)
+from engine.config.presets import FEEDBACK_PRESETS, PRESETS
+from engine.config.training import CrossAttentionArguments, RunConfig
 from engine.detector.hub import NO_CHECKPOINT, check_repository
 from model.config import CrossAttentionConfig
 from utils.arguments import Arguments, path
@@ -27,25 +36,23 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 Config = TypeVar("Config", bound="GradientTest")
 
+_task, _data = partial(setting, group="what to do"), partial(setting, group="data")
+_output = partial(setting, group="output")
+_cross = partial(changed, CrossAttentionArguments, default=None)
+
 
 @dataclass(frozen=True, kw_only=True)
-class AppArguments(Arguments):
+class AppArguments(TrainedModelArguments):
     """Options of `app.py`."""
 
     less_memory: ClassVar = "a smaller --img_size, or --device cpu"
 
-    checkpoint: tuple[str, ...] | None = setting(
+    checkpoint: tuple[str, ...] | None = _task(
         None,
         "models to select from: files, folders (all epochs or loops), models on the hub, or none for unadapted CLIP",
-        "what to do",
         unset="the demo's models",
     )
-    domain: str = changed(InferenceArguments, "domain", help="scoring of the images")
-    det_score: str | None = changed(TestingArguments, "det_score")
-    model_name: str | None = changed(TestingArguments, "model_name")
-    clip_weights: str | None = changed(TestingArguments, "clip_weights")
-    img_size: int | None = changed(TestingArguments, "img_size")
-    activation: str | None = changed(TestingArguments, "activation")
+    domain: str = changed(InferenceArguments, "domain")
     surgery: str | None = changed(TestingArguments, "surgery")
     surgery_until_layer: int | None = changed(TestingArguments, "surgery_until_layer")
     device: str = changed(MachineArguments, "device", "cpu")
@@ -64,47 +71,30 @@ class AppArguments(Arguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportArguments(Arguments):
+class ExportArguments(ReferenceArguments, TrainedModelArguments):
     """Options of `export.py`."""
 
     less_memory: ClassVar = "a smaller --img_size"
 
-    checkpoint: str = setting(
-        MISSING,
-        "checkpoint file, folder (its latest checkpoint), model on the hub, or none for unadapted CLIP",
-        "what to do",
+    checkpoint: str = _task(
+        MISSING, "checkpoint file, folder (its latest checkpoint), model on the hub, or none for unadapted CLIP"
     )
-    class_name: tuple[str, ...] = setting(
-        (DEFAULT_CLASS,), 'class of the images, such as "metal screw"; one file for each class', "what to do"
-    )
-    format: str = setting(ONNX, "onnx, or a program of torch.export", "what to do", choices=tuple(ENDINGS))
-    precision: str = setting(
-        "fp32", "of weights and matrix products; fp16 halves the file", "what to do", choices=("fp32", "fp16")
-    )
-    domain: str = changed(InferenceArguments, "domain", help="scoring of the images")
-    det_score: str | None = changed(TestingArguments, "det_score")
-    class_names: str | None = changed(
-        TestingArguments,
-        "class_names",
+    class_name: tuple[str, ...] = _task((DEFAULT_CLASS,), 'classes, such as "metal screw"; one file for each')
+    format: str = _task(ONNX, "onnx, or a program of torch.export", choices=tuple(ENDINGS))
+    precision: str = _task("fp32", "of weights and products; fp16 halves the file", choices=("fp32", "fp16"))
+    domain: str = changed(InferenceArguments, "domain")
+    class_names: str | None = _task(
+        None,
+        "class names in prompts: catalog, or published (of AA-CLIP's code)",
         choices=NAMES,
-        argparse={},
-        help="class names in prompts: catalog, or published (of AA-CLIP's code)",
-        group="what to do",
+        unset=f"{ASSUMED} the catalog's",
     )
-    references: Path | None = changed(InferenceArguments, "references")
     reference_shots: int | None = changed(
-        InferenceArguments, "reference_shots", help="number of --references, the same for all classes"
+        ReferenceArguments, "reference_shots", help="number of --references, the same for all classes"
     )
-    reference_seed: int = changed(InferenceArguments, "reference_seed")
-    reference_weight: float = changed(InferenceArguments, "reference_weight")
-    reference_features: str = changed(InferenceArguments, "reference_features")
     calibration: Path | None = changed(
         InferenceArguments, "calibration", unset="calibration.json next to the checkpoint, if it contains this model"
     )
-    model_name: str | None = changed(TestingArguments, "model_name")
-    clip_weights: str | None = changed(TestingArguments, "clip_weights")
-    img_size: int | None = changed(TestingArguments, "img_size")
-    activation: str | None = changed(TestingArguments, "activation")
     output: Path | None = setting(
         None, "file to write, for one class", "output", unset="CHECKPOINT_CLASS.onnx or .pt2 in the checkpoint's folder"
     )
@@ -126,22 +116,13 @@ class ExportArguments(Arguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharingArguments(Arguments):
+class SharingArguments(TrainedModelArguments):
     """Options of `python -m engine.cli.share`."""
 
-    checkpoint: str = setting(MISSING, "checkpoint file, or folder of a run (its latest checkpoint)", "what to do")
-    output: Path = setting(MISSING, "folder to write, new or written by this script", "output")
-    licence: str | None = setting(
-        None, "licence of the trained components, such as apache-2.0", "output", unset="not stated"
-    )
-    push: str | None = setting(
-        None, "also upload to the Hugging Face hub, as ORG/NAME; a new repository is private", "output", unset="no"
-    )
-    model_name: str | None = changed(TestingArguments, "model_name")
-    clip_weights: str | None = changed(TestingArguments, "clip_weights")
-    img_size: int | None = changed(TestingArguments, "img_size")
-    activation: str | None = changed(TestingArguments, "activation")
-    det_score: str | None = changed(TestingArguments, "det_score")
+    checkpoint: str = _task(MISSING, "checkpoint file, or folder of a run (its latest checkpoint)")
+    output: Path = _output(MISSING, "folder to write, new or written by this script")
+    licence: str | None = _output(None, "licence of the trained components, such as apache-2.0", unset="not stated")
+    push: str | None = _output(None, "also upload to the hub, as ORG/NAME; a new repository is private", unset="no")
 
     def check(self) -> None:
         if self.checkpoint == NO_CHECKPOINT:
@@ -151,45 +132,36 @@ class SharingArguments(Arguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientTest(Arguments):
+class GradientTest(TrainedModelArguments):
     """Options of `test_stage2_gradients.py`; None means not given."""
 
     presets: ClassVar = PRESETS
+    not_options: ClassVar = ("det_score",)
     less_memory: ClassVar = "a smaller --batch_size or --img_size"
 
-    model_name: str | None = changed(ModelArguments, "model_name", None, unset=f"{ASSUMED} toy")
-    clip_weights: str | None = changed(TestingArguments, "clip_weights")
-    activation: str | None = changed(TestingArguments, "activation")
-    img_size: int | None = changed(TestingArguments, "img_size")
+    model_name: str | None = changed(TestingArguments, "model_name", unset=f"{ASSUMED} toy")
     checkpoint: Path | None = setting(
-        None, "file or run folder of a trained model, with or without cross-attention", "model", unset="none"
+        None, "file or run folder of a trained model, with or without cross-attention", "model"
     )
-    preset: str | None = changed(
-        FeedbackConfig,
-        "preset",
+    preset: str | None = setting(
         None,
-        help="feedback preset whose cross-attention is measured",
+        "feedback preset whose cross-attention is measured",
+        "cross-attention",
+        choices=FEEDBACK_PRESETS,
         unset="that of train_cross_attention.py",
-        group="cross-attention",
     )
-    image_cross_attn_weight: float | None = changed(
-        CrossAttentionArguments, "image_cross_attn_weight", None, unset=f"{ASSUMED} {DEFAULT_WEIGHT}"
-    )
-    text_cross_attn_weight: float | None = changed(
-        CrossAttentionArguments, "text_cross_attn_weight", None, unset=f"{ASSUMED} {DEFAULT_WEIGHT}"
-    )
-    context_norm: str | None = changed(CrossAttentionArguments, "context_norm", None, unset=f"{ASSUMED} layer")
-    cross_attn_residual: str | None = changed(
-        CrossAttentionArguments, "cross_attn_residual", None, unset=f"{ASSUMED} matched"
-    )
+    image_cross_attn_weight: float | None = _cross("image_cross_attn_weight", unset=f"{ASSUMED} {DEFAULT_WEIGHT}")
+    text_cross_attn_weight: float | None = _cross("text_cross_attn_weight", unset=f"{ASSUMED} {DEFAULT_WEIGHT}")
+    context_norm: str | None = _cross("context_norm", unset=f"{ASSUMED} layer")
+    cross_attn_residual: str | None = _cross("cross_attn_residual", unset=f"{ASSUMED} matched")
     dataset: str = changed(DataArguments, "dataset", "toy_train")
     data_root: Path | None = changed(DataArguments, "data_root")
-    batches: int = setting(1, "batches to average over", "data", between=(1, 1_000_000))
-    batch_size: int = setting(8, "images in a batch", "data", between=(1, 100_000))
+    batches: int = _data(1, "batches to average over", between=(1, 1_000_000))
+    batch_size: int = _data(8, "images in a batch", between=(1, 100_000))
     seed: int = changed(RunConfig, "seed", help="seed of fresh weights and of the batches", group="data")
     device: str = changed(MachineArguments, "device")
-    component: bool = setting(False, "list the gradient norm of each component in both stages", "what to do")
-    allow: bool = setting(False, "exit with status 0 even for [CAUTION]", "what to do")
+    component: bool = _task(False, "list the gradient norm of each component in both stages")
+    allow: bool = _task(False, "exit with status 0 even for [CAUTION]")
 
     @classmethod
     def of(cls: type[Config], **explicit: Any) -> Config:
@@ -208,12 +180,10 @@ class StudyArguments(Arguments):
     study: Path = setting(
         MISSING, "file of the study, such as studies/smoke.toml", POSITIONAL, type=path, metavar="STUDY.toml"
     )
-    seeds: tuple[int, ...] | None = setting(
-        None, "seeds, instead of those of the study file", "what to do", unset="those of the file"
-    )
-    report_only: bool = setting(False, "only report the finished evaluations", "what to do")
-    dry_run: bool = setting(False, "only list the commands and missing data", "what to do")
+    seeds: tuple[int, ...] | None = _task(None, "seeds, instead of those of the study file", unset="those of the file")
+    report_only: bool = _task(False, "only report the finished evaluations")
+    dry_run: bool = _task(False, "only list the commands and missing data")
     jobs: int = setting(
         1, "number of cells that run at the same time, each on its own GPUs, if available", "machine", between=(1, 4096)
     )
-    save_path: Path = setting(Path("runs/studies"), "folder of all studies; each has its own folder in it", "output")
+    save_path: Path = _output(Path("runs/studies"), "folder of all studies; each has its own folder in it")

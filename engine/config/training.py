@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from dataset.options import AugmentationConfig
-from engine.config.common import DataArguments, MachineArguments, ModelArguments
+from engine.config.common import DET_SCORE, DataArguments, MachineArguments, ModelArguments
 from engine.config.presets import BASE_PRESETS, FEEDBACK_PRESETS, RECIPES
 from model.config import DET_SCORES, CrossAttentionConfig, ModelConfig
 from utils.errors import UserError
@@ -15,7 +16,7 @@ from utils.fields import changed, setting
 from utils.processes import env_world_size
 
 BATCH_SIZES = ("text_batch_size", "image_batch_size")
-MOST_EPOCHS, MOST_IMAGES, MOST_LOOPS = 100_000, 100_000, 10
+EPOCHS, IMAGES, MOST_LOOPS = 100_000, (1, 100_000), 10
 # Images in a forward pass when a loop is evaluated.
 LOOP_BATCH = 8
 # An optimizer accepts it; the loss then becomes infinite, which stops the run.
@@ -28,6 +29,12 @@ FROM_BASE = ("surgery_until_layer", "text_adapt_weight", "image_adapt_weight", "
 BASE_ONLY = (*(item.name for item in fields(AugmentationConfig)), "stage1_levels", "focal_smoothing", "mask_threshold")
 
 Config = TypeVar("Config", bound="BaseConfig")
+
+_base, _feedback = partial(setting, group="base"), partial(setting, group="feedback")
+_training, _schedule = partial(setting, group="training"), partial(setting, group="schedule")
+_adapters = partial(changed, ModelConfig, group="adapters")
+_augmentation = partial(changed, AugmentationConfig, group="training")
+_cross = partial(changed, CrossAttentionConfig, group="cross-attention")
 
 
 @dataclass(frozen=True)
@@ -45,103 +52,66 @@ class RunConfig(MachineArguments, DataArguments, ModelArguments):
 
     model_name: str = changed(ModelArguments, "model_name")
     surgery: str = changed(ModelArguments, "surgery")
-    recipe: str | None = setting(
-        None, "model, rates and depths for the toy datasets", "training", choices=RECIPES, free=True, unset="none"
-    )
-    adapter: str = changed(
-        ModelConfig, "adapter", help="two linear layers over half the width, or one (published form)", group="adapters"
-    )
-    relu: bool = changed(ModelConfig, "relu", help="apply a LeakyReLU after the image projectors", group="adapters")
-    levels: tuple[int, ...] | None = changed(
-        ModelConfig,
+    recipe: str | None = _training(None, "model, rates and depths for the toy datasets", choices=RECIPES, free=True)
+    adapter: str = _adapters("adapter", help="two linear layers over half the width, or one (published form)")
+    relu: bool = _adapters("relu", help="apply a LeakyReLU after the image projectors")
+    levels: tuple[int, ...] | None = _adapters(
         "levels",
         None,
         help="vision blocks whose patch tokens are used, counted from 1",
-        group="adapters",
         unset="each quarter of the depth",
     )
-    text_adapt_weight: float = changed(
-        ModelConfig, "text_adapt_weight", help="share of the adapter's output in the text stream", group="adapters"
+    text_adapt_weight: float = _adapters("text_adapt_weight", help="share of the adapter's output in the text stream")
+    image_adapt_weight: float = _adapters(
+        "image_adapt_weight", help="share of the adapter's output in the image stream"
     )
-    image_adapt_weight: float = changed(
-        ModelConfig, "image_adapt_weight", help="share of the adapter's output in the image stream", group="adapters"
-    )
-    text_adapt_until: int | None = changed(
-        ModelConfig,
+    text_adapt_until: int | None = _adapters(
         "text_adapt_until",
         None,
         help="number of text blocks with an adapter, from the first",
-        group="adapters",
         unset="a quarter of them",
     )
-    image_adapt_until: int | None = changed(
-        ModelConfig,
+    image_adapt_until: int | None = _adapters(
         "image_adapt_until",
         None,
         help="number of vision blocks with an adapter, from the first",
-        group="adapters",
         unset="a quarter of them",
     )
     dataset: str = changed(
         DataArguments, "dataset", help="dataset to train on: a catalog name, or a folder in MVTec's layout"
     )
-    training_mode: str = setting(
-        "few_shot", "train on --shot images of each class, or on all", "training", choices=("few_shot", "full_shot")
+    training_mode: str = _training(
+        "few_shot", "train on --shot images of each class, or on all", choices=("few_shot", "full_shot")
     )
-    shot: int = setting(
-        32, "images of each class in few_shot, half of them anomalous, rounded up", "training", between=(1, MOST_IMAGES)
-    )
-    text_batch_size: int = setting(
-        16, "images in a step of Stage 1, over all processes", "training", between=(1, MOST_IMAGES)
-    )
-    image_batch_size: int = setting(
-        2, "images in a step of Stage 2, over all processes", "training", between=(1, MOST_IMAGES)
-    )
-    accumulate: int = setting(
-        1, "batches whose gradients are accumulated for one optimizer step", "training", between=(1, MOST_IMAGES)
-    )
+    shot: int = _training(32, "images of each class in few_shot, half of them anomalous, rounded up", between=IMAGES)
+    text_batch_size: int = _training(16, "images in a step of Stage 1, over all processes", between=IMAGES)
+    image_batch_size: int = _training(2, "images in a step of Stage 2, over all processes", between=IMAGES)
+    accumulate: int = _training(1, "batches whose gradients are accumulated for one optimizer step", between=IMAGES)
     checkpoint_blocks: bool = setting(False, "activation checkpointing: less memory, more time", "machine", free=True)
-    text_norm_weight: float = setting(
-        0.1, "weight of the overlap between anchors in Stage 1's loss", "training", between=(0, 1000)
+    text_norm_weight: float = _training(
+        0.1, "weight of the overlap between anchors in Stage 1's loss", between=(0, 1000)
     )
-    augment_fill: str = changed(
-        AugmentationConfig,
-        "augment_fill",
-        help="fill colour of augmentation: mean (of CLIP's normalisation), or black",
-        group="training",
-    )
-    augment_resampling: str = changed(
-        AugmentationConfig, "augment_resampling", help="interpolation of augmentation", group="training"
-    )
-    augment_moves: str = changed(
-        AugmentationConfig,
+    augment_fill: str = _augmentation("augment_fill", help="fill colour: mean (of CLIP's normalisation), or black")
+    augment_resampling: str = _augmentation("augment_resampling", help="interpolation of augmentation")
+    augment_moves: str = _augmentation(
         "augment_moves",
         help="rotate and shift in one interpolation, or rotate the normalised image, then shift it by whole pixels",
-        group="training",
     )
-    jitter_first: bool = changed(
-        AugmentationConfig, "jitter_first", help="jitter colours before resizing, not after", group="training"
+    jitter_first: bool = _augmentation("jitter_first", help="jitter colours before resizing, not after")
+    keep_label: bool = _augmentation(
+        "keep_label", help="keep the label anomalous if augmentation moves the anomaly out of the image"
     )
-    keep_label: bool = changed(
-        AugmentationConfig,
-        "keep_label",
-        help="keep the label anomalous if augmentation moves the anomaly out of the image",
-        group="training",
+    stage1_levels: str = _training(
+        "all", "levels in Stage 1's loss; last is a bug of AA-CLIP's code", choices=("all", "last")
     )
-    stage1_levels: str = setting(
-        "all", "levels in Stage 1's loss; last is a bug of AA-CLIP's code", "training", choices=("all", "last")
+    focal_smoothing: float = _training(
+        0.0, "smoothing of the focal loss, which bounds it for confident errors; 0: none", between=(0, 0.4)
     )
-    focal_smoothing: float = setting(
-        0.0, "smoothing of the focal loss, which bounds it for confident errors; 0: none", "training", between=(0, 0.4)
+    seed: int = _training(
+        0, "seed of initial weights, choice of images, their order and augmentation", between=(-(2**63), 2**63 - 1)
     )
-    seed: int = setting(
-        0,
-        "seed of initial weights, choice of images, their order and augmentation",
-        "training",
-        between=(-(2**63), 2**63 - 1),
-    )
-    text_lr: float = setting(1e-5, "learning rate of Stage 1", "schedule", between=(0, LARGEST_RATE))
-    image_lr: float = setting(5e-4, "learning rate of Stage 2", "schedule", between=(0, LARGEST_RATE))
+    text_lr: float = _schedule(1e-5, "learning rate of Stage 1", between=(0, LARGEST_RATE))
+    image_lr: float = _schedule(5e-4, "learning rate of Stage 2", between=(0, LARGEST_RATE))
     save_path: Path = setting(Path("ckpt/base"), "folder of this run", "output", free=True)
     tracker: str = setting(
         "tensorboard", "where to log curves", "output", choices=("tensorboard", "wandb", "none"), free=True
@@ -188,21 +158,16 @@ class RunConfig(MachineArguments, DataArguments, ModelArguments):
 class BaseConfig(RunConfig):
     """Options of `train.py`."""
 
-    preset: str = setting(
+    preset: str = _training(
         "recommended",
         "values of other options; published: AA-CLIP's code with all its defects",
-        "training",
         choices=BASE_PRESETS,
         free=True,
     )
-    text_epoch: int = setting(
-        5, "epochs of Stage 1; 0 keeps CLIP's text embeddings", "schedule", between=(0, MOST_EPOCHS), free=True
-    )
-    image_epoch: int = setting(20, "epochs of Stage 2", "schedule", between=(0, MOST_EPOCHS), free=True)
-    image_loss_only: bool = setting(
-        False,
-        "train only the classification of whole images in Stage 2: needs no masks, but does not train the maps",
-        "training",
+    text_epoch: int = _schedule(5, "epochs of Stage 1; 0 keeps CLIP's text embeddings", between=(0, EPOCHS), free=True)
+    image_epoch: int = _schedule(20, "epochs of Stage 2", between=(0, EPOCHS), free=True)
+    image_loss_only: bool = _training(
+        False, "train only the classification of whole images in Stage 2: needs no masks, but does not train the maps"
     )
 
     @classmethod
@@ -218,64 +183,31 @@ class BaseConfig(RunConfig):
 class CrossAttentionArguments(RunConfig):
     """Options of the scripts with cross-attention: the branches, and the base to start from."""
 
-    text_cross_attn_weight: float = changed(
-        CrossAttentionConfig,
-        "text_cross_attn_weight",
-        help="weight of the text cross-attention; 0: off",
-        group="cross-attention",
+    text_cross_attn_weight: float = _cross("text_cross_attn_weight", help="weight of the text cross-attention; 0: off")
+    image_cross_attn_weight: float = _cross(
+        "image_cross_attn_weight", help="weight of the image cross-attention; 0: off"
     )
-    image_cross_attn_weight: float = changed(
-        CrossAttentionConfig,
-        "image_cross_attn_weight",
-        help="weight of the image cross-attention; 0: off",
-        group="cross-attention",
-    )
-    cross_attn_heads: int = changed(
-        CrossAttentionConfig,
-        "cross_attn_heads",
-        help="attention heads; must divide the text width",
-        group="cross-attention",
-    )
-    cross_attn_dropout: float = changed(
-        CrossAttentionConfig,
-        "cross_attn_dropout",
-        help="dropout of the attention weights during training",
-        group="cross-attention",
-    )
-    context_norm: str = changed(
-        CrossAttentionConfig,
+    cross_attn_heads: int = _cross("cross_attn_heads", help="attention heads; must divide the text width")
+    cross_attn_dropout: float = _cross("cross_attn_dropout", help="dropout of the attention weights during training")
+    context_norm: str = _cross(
         "context_norm",
         "layer",
         help="normalisation: unit (context tokens to length 1), layer (layer norm of context and queries), or none",
-        group="cross-attention",
     )
-    cross_attn_residual: str = changed(
-        CrossAttentionConfig,
+    cross_attn_residual: str = _cross(
         "cross_attn_residual",
         "matched",
         help="add: add the branch's weighted output; matched: scale it to the stream's length, and blend with the "
         "weight as its share",
-        group="cross-attention",
     )
-    cross_attn_init: str = changed(
-        CrossAttentionConfig,
+    cross_attn_init: str = _cross(
         "cross_attn_init",
         help="initial output projection; with zero, a run starts with exactly its base's outputs (needs residual add)",
-        group="cross-attention",
     )
-    text_conditioning: str = changed(
-        CrossAttentionConfig,
-        "text_conditioning",
-        help="context of the text cross-attention: the image, or none",
-        group="cross-attention",
-    )
-    load_base_text_adapter: Path | None = setting(
-        None, "text_adapter.pth of a trained base", "base", free=True, unset="from scratch"
-    )
-    load_base_image_adapter: Path | None = setting(
-        None, "image_adapter.pth of a trained base", "base", free=True, unset="from scratch"
-    )
-    allow_partial_base: bool = setting(False, "allow a base of which only one side was trained", "base", free=True)
+    text_conditioning: str = _cross("text_conditioning", help="context of the text cross-attention: the image, or none")
+    load_base_text_adapter: Path | None = _base(None, "text_adapter.pth of a base", free=True, unset="from scratch")
+    load_base_image_adapter: Path | None = _base(None, "image_adapter.pth of a base", free=True, unset="from scratch")
+    allow_partial_base: bool = _base(False, "allow a base of which only one side was trained", free=True)
 
     def cross_attention(self) -> CrossAttentionConfig:
         """The choices of the forward; those that a feedback loop makes keep their defaults."""
@@ -293,7 +225,7 @@ class CrossAttentionRunConfig(CrossAttentionArguments, BaseConfig):
         choices=(*BASE_PRESETS, "v3"),
         help="values of other options; published: AA-CLIP's code with all its defects; v3: image cross-attention only",
     )
-    freeze_base: bool = setting(False, "train only the cross-attention", "base")
+    freeze_base: bool = _base(False, "train only the cross-attention")
     save_path: Path = changed(RunConfig, "save_path", Path("ckpt/cross_attention"))
 
     @property
@@ -307,80 +239,46 @@ class FeedbackConfig(CrossAttentionArguments):
 
     not_options: ClassVar = (*FROM_BASE, *BASE_ONLY)
 
-    preset: str = setting("v2", "values of other options", "feedback", choices=FEEDBACK_PRESETS, free=True)
-    num_feedback_loops: int = setting(5, "loops of Stage 1 and Stage 2", "feedback", between=(1, MOST_LOOPS), free=True)
-    text_epochs_per_loop: tuple[int, ...] = setting(
-        (5,),
-        "epochs of Stage 1 in loop 1, which decay, or one number for each loop",
-        "feedback",
-        between=(1, MOST_EPOCHS),
-        free=True,
+    preset: str = _feedback("v2", "values of other options", choices=FEEDBACK_PRESETS, free=True)
+    num_feedback_loops: int = _feedback(5, "loops of Stage 1 and Stage 2", between=(1, MOST_LOOPS), free=True)
+    text_epochs_per_loop: tuple[int, ...] = _feedback(
+        (5,), "epochs of Stage 1 in loop 1, which decay, or one number for each loop", between=(1, EPOCHS), free=True
     )
-    image_epochs_per_loop: tuple[int, ...] = setting(
-        (15,),
-        "epochs of Stage 2 in loop 1, which decay, or one number for each loop",
-        "feedback",
-        between=(1, MOST_EPOCHS),
-        free=True,
+    image_epochs_per_loop: tuple[int, ...] = _feedback(
+        (15,), "epochs of Stage 2 in loop 1, which decay, or one number for each loop", between=(1, EPOCHS), free=True
     )
-    epochs_decay_rate: float = setting(
-        0.8,
-        "factor r of the epochs from loop to loop: loop k has floor(first * r^(k - 1)), at least 1",
-        "feedback",
-        between=(1e-6, 1),
-        free=True,
+    epochs_decay_rate: float = _feedback(
+        0.8, "factor r of the epochs: loop k has floor(first * r^(k - 1)), at least 1", between=(1e-6, 1), free=True
     )
-    cross_attn_start_loop: int = setting(1, "first loop with cross-attention", "feedback", between=(1, MOST_LOOPS))
-    feedback_features: str = setting(
+    cross_attn_start_loop: int = _feedback(1, "first loop with cross-attention", between=(1, MOST_LOOPS))
+    feedback_features: str = _feedback(
         "branch",
         "image features in Stage 1 from loop 2 on: the trained image branch, or its projectors on frozen tokens",
-        "feedback",
         choices=("branch", "projectors"),
     )
-    order: str = setting(
+    order: str = _feedback(
         "stages",
         "stages: Stage 1 trains the text side, then Stage 2 the image side; joint: Stage 2 trains both sides",
-        "feedback",
         choices=ORDERS,
     )
-    init_from: Path | None = setting(
-        None, "checkpoint of all components to start from, instead of a base", "base", free=True, unset="none"
-    )
-    eval_dataset: str | None = setting(
-        None, "dataset to test on after each loop, to monitor training", "feedback", free=True, unset="none"
-    )
-    det_score: str = setting(
-        DET_SCORES[0],
-        "term of the image score in these tests: similarity to the abnormal anchor, or its difference from the "
-        "similarity to the normal one",
-        "feedback",
-        choices=DET_SCORES,
-    )
-    val_fraction: float = setting(
-        0.0, "share of the training images held out to select a loop", "feedback", between=(0, 0.99)
-    )
+    init_from: Path | None = _base(None, "checkpoint of all components to start from, instead of a base", free=True)
+    eval_dataset: str | None = _feedback(None, "dataset to test on after each loop, to monitor training", free=True)
+    det_score: str = _feedback(DET_SCORES[0], DET_SCORE, choices=DET_SCORES)
+    val_fraction: float = _feedback(0.0, "share of the training images held out to select a loop", between=(0, 0.99))
     text_lr: float = changed(RunConfig, "text_lr", 2e-5, help="learning rate of Stage 1 in loop 1")
     image_lr: float = changed(RunConfig, "image_lr", 5e-3, help="learning rate of Stage 2 in loop 1")
-    lr_decay_per_loop: float = setting(
-        0.8, "factor of both learning rates from loop to loop", "schedule", between=(1e-6, 1)
-    )
-    lr_schedule: str = setting(
+    lr_decay_per_loop: float = _schedule(0.8, "factor of both learning rates from loop to loop", between=(1e-6, 1))
+    lr_schedule: str = _schedule(
         "cosine",
         "schedule in each loop: warm-up then cosine to 0; image rate halved at 50 % and 80 %; or constant",
-        "schedule",
         choices=("cosine", "multistep", "constant"),
     )
-    warmup_epochs: int = setting(
-        2, "warm-up epochs of cosine, at most half the stage", "schedule", between=(0, MOST_EPOCHS)
+    warmup_epochs: int = _schedule(2, "warm-up epochs of cosine, at most half the stage", between=(0, EPOCHS))
+    grad_clip: float = _schedule(1.0, "largest gradient norm; 0: no clipping", between=(0, 1e6))
+    optimizer: str = _schedule(
+        "adamw", "adamw (betas 0.9 and 0.999, weight decay 0.01) or adam (0.5 and 0.999)", choices=("adam", "adamw")
     )
-    grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", "schedule", between=(0, 1e6))
-    optimizer: str = setting(
-        "adamw",
-        "adamw (betas 0.9 and 0.999, weight decay 0.01) or adam (betas 0.5 and 0.999)",
-        "schedule",
-        choices=("adam", "adamw"),
-    )
-    reset_optimizers: bool = setting(False, "reset the optimizers' moments at the start of each loop", "schedule")
+    reset_optimizers: bool = _schedule(False, "reset the optimizers' moments at the start of each loop")
     save_path: Path = changed(RunConfig, "save_path", Path("ckpt/feedback"))
 
     @property
