@@ -38,7 +38,7 @@ def test_a_short_demo_trains_compares_and_draws(tmp_path: Path, monkeypatch: pyt
     # A few epochs on 64 images are no training to speak of, but they must point the right way.
     unadapted, *trained = (float(row["pixel_ap"]) for row in averages.values())
     assert all(value > unadapted for value in trained)
-    assert "Worst: anomalies" in (folder / "report.html").read_text(encoding="utf-8")
+    assert "Worst: anomalous images" in (folder / "report.html").read_text(encoding="utf-8")
     for name in ("examples.png", "comparison.png", "feedback/training_curves.png"):
         with Image.open(folder / name) as picture:
             assert min(picture.size) > 300

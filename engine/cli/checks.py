@@ -31,44 +31,34 @@ STARTS = ("init_from", "load_base_text_adapter", "load_base_image_adapter")
 FILES = (*STARTS, "metadata", "study")
 IMAGES = ("image", "calibrate", "references", "normal", "anomalous")
 RUNS = ("base_path", "cross_path")
+OUTPUTS = ("save_path", "output_dir", "output", "work")
 
 
 def check_files(arguments: Arguments) -> None:
     """Raise `UserError` for a dataset, file or folder in the arguments that does not exist or cannot be used."""
-    values = vars(arguments)
-    for name in FILES:
-        if values.get(name) is not None and not is_file(values[name]):
-            raise UserError(f"--{name} {values[name]}: no such file")
-    checkpoints = values.get("checkpoint") or ()
-    for checkpoint in (checkpoints,) if isinstance(checkpoints, (str, Path)) else checkpoints:
-        if checkpoint != NO_CHECKPOINT:
-            check_checkpoint(checkpoint)
-    for name in IMAGES:
-        path = values.get(name)
-        if path is not None and not is_file(path) and not is_folder(path):
-            find_images(path, f"--{name}")
-    for name in RUNS:
-        if values.get(name) is not None:
-            find_latest(values[name], f"--{name}")
-    loops = values["save_path"] if isinstance(arguments, ComparisonArguments) else values.get("feedback_path")
-    if loops is not None:
-        find_loops(loops)
-    check_outputs(arguments)
-    if values.get("dataset") is not None:
-        check_dataset(arguments)
-
-
-def check_outputs(arguments: Arguments) -> None:
-    """Raise `UserError` for a folder that cannot be written, or that contains another run."""
-    values = vars(arguments)
-    for name in ("save_path", "output_dir", "output", "work"):
-        if values.get(name) is not None:
-            check_folder(values[name].parent if isinstance(arguments, ExportArguments) else values[name], f"--{name}")
+    values = {name: value for name, value in vars(arguments).items() if value is not None}
+    for name, value in values.items():
+        if name in FILES and not is_file(value):
+            raise UserError(f"--{name} {value}: no such file")
+        if name == "checkpoint":
+            for checkpoint in value if isinstance(value, tuple) else (value,):
+                if checkpoint != NO_CHECKPOINT:
+                    check_checkpoint(checkpoint)
+        if name in IMAGES and not is_file(value) and not is_folder(value):
+            find_images(value, f"--{name}")
+        if name in RUNS:
+            find_latest(value, f"--{name}")
+        if name == "feedback_path" or (name == "save_path" and isinstance(arguments, ComparisonArguments)):
+            find_loops(value)
+        if name in OUTPUTS:
+            check_folder(value.parent if isinstance(arguments, ExportArguments) else value, f"--{name}")
     if isinstance(arguments, RunConfig) and (arguments.save_path / STATE_FILE).is_file():
         before, now = run_arguments(arguments.save_path), arguments.signature()
         # These two may be taken from the run that is resumed or started from.
         known = before.keys() - {"class_names", *(["precision"] if arguments.precision == "auto" else [])}
         check_same_run(arguments.save_path, before, {name: now[name] for name in now if name in known})
+    if "dataset" in values:
+        check_dataset(arguments)
 
 
 def check_dataset(arguments: Any) -> None:
@@ -77,17 +67,14 @@ def check_dataset(arguments: Any) -> None:
         read_class_names(Path(arguments.class_names))
     spec = known_dataset(arguments.dataset)
     # A toy dataset is drawn on first use, and a checkpoint or an earlier run may contain the data root.
-    elsewhere = arguments.data_root is None and may_know_data_root(arguments)
+    elsewhere = arguments.data_root is None and (
+        not isinstance(arguments, RunConfig)
+        or any(vars(arguments).get(name) for name in STARTS)
+        or run_arguments(arguments.save_path).get("data_root")
+    )
     if spec is None or not (elsewhere or spec.name in TOY_DATASETS):
         with quiet():
             locate_dataset(arguments.dataset, arguments.data_root)
-
-
-def may_know_data_root(arguments: Any) -> bool:
-    if not isinstance(arguments, RunConfig):
-        return True
-    starts = any(vars(arguments).get(name) for name in STARTS)
-    return starts or bool(run_arguments(arguments.save_path).get("data_root"))
 
 
 def run_arguments(folder: Path) -> dict[str, Any]:

@@ -43,13 +43,8 @@ def feedback_from(base: BaseConfig, **changes: object) -> FeedbackConfig:
 
 def main() -> None:
     set_up_logging()
-    feedback = feedback_from(
-        CONFIG,
-        num_feedback_loops=3,
-        text_epochs_per_loop=(1,),
-        image_epochs_per_loop=(2,),
-        save_path=DEMO_FOLDER / "feedback",
-    )
+    epochs = {"text_epochs_per_loop": (1,), "image_epochs_per_loop": (2,)}
+    feedback = feedback_from(CONFIG, num_feedback_loops=3, **epochs, save_path=DEMO_FOLDER / "feedback")
     run_demo(CONFIG, feedback, DEMO_FOLDER)
 
 
@@ -81,15 +76,8 @@ def run_demo(base: BaseConfig, feedback: FeedbackConfig, folder: Path) -> None:
     data = load_task(TEST_DATASET, base.data_root)
     grid = folder / "examples.png"
     example_grid(draw_examples(data, models), grid, "Images of classes that training has not seen")
-    for what, path in (
-        ("Report", folder / REPORT_FILE),
-        ("Pictures", grid),
-        ("Loops", folder / "comparison.png"),
-        ("Curves", feedback.save_path / CURVES_FILE),
-        ("Figures", folder / "comparison.md"),
-        ("Model", feedback.save_path / FINAL_FILE),
-    ):
-        logger.info("%-9s %s", f"{what}:", path)
+    logger.info("Report:   %s\nPictures: %s", folder / REPORT_FILE, grid)
+    logger.info("Curves:   %s\nModel:    %s", feedback.save_path / CURVES_FILE, feedback.save_path / FINAL_FILE)
     logger.info("Done in %s", readable_time(time.perf_counter() - start))
 
 
@@ -110,21 +98,15 @@ def draw_examples(data: TaskData, models: dict[str, Detector]) -> list[Example]:
     for record in choose_examples(data):
         picture = read_dataset_image(data, record)
         heatmaps = [predict_heatmap(model, picture, name) for name, model in models.items()]
-        title = picture.title.replace(", ", "\n")
-        examples.append(Example(title, picture.image, picture.mask, heatmaps))
+        examples.append(Example(picture.title.replace(", ", "\n"), picture.image, picture.mask, heatmaps))
     return examples
 
 
 def choose_examples(data: TaskData) -> list[Record]:
-    """Of each class an anomalous image, a different defect type from class to class where there are several."""
-    chosen = []
-    for row, class_name in enumerate(data.classes):
-        anomalous = [record for record in data.of_class(class_name) if record.label]
-        kinds = sorted({Path(record.image_path).parent.name for record in anomalous})
-        kind = kinds[row % len(kinds)]
-        chosen.append(next(record for record in anomalous if Path(record.image_path).parent.name == kind))
-    normal = next(record for record in data.of_class(data.classes[0]) if not record.label)
-    return [*chosen, normal]
+    """An anomalous image of each class, of another defect type from class to class, and a normal image."""
+    anomalous = [[record for record in data.of_class(name) if record.label] for name in data.classes]
+    chosen = [records[row * len(records) // len(anomalous)] for row, records in enumerate(anomalous)]
+    return [*chosen, next(record for record in data.records if not record.label)]
 
 
 if __name__ == "__main__":
