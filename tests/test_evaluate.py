@@ -11,7 +11,6 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from benchmarks.bench_metrics import plain_aupro
 from engine.data.loaders import evaluation_loader, make_dataset
 from engine.data.task import TaskData, load_task
 from engine.detector.detector import Detector
@@ -24,6 +23,7 @@ from model.clip_loading import load_clip
 from model.scoring import anomaly_map, class_image_scores, det_scores
 from tests.helpers import adapted_clip
 from tests.scripts import write_clip, write_dataset
+from tests.test_metrics import plain_aupro
 from utils.errors import UserError
 from utils.metrics import IMAGE_METRICS
 

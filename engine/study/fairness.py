@@ -44,8 +44,8 @@ def check_fairness(results: Results) -> Fairness:
             if base is None or arm is base:
                 continue
             by_fact: dict[str, set[str]] = defaultdict(set)
-            for (setting_name, name, *seed_and_pair), own in facts_by_key.items():
-                other = facts_by_key.get((setting_name, base.name, *seed_and_pair))
+            for (setting_name, name, seed, pair), own in facts_by_key.items():
+                other = facts_by_key.get((setting_name, base.name, seed, pair))
                 if (setting_name, name) == (setting.name, arm.name) and other is not None:
                     for fact in {**other, **own}:
                         by_fact[fact].add(_difference(own.get(fact), other.get(fact)))
