@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -45,8 +45,8 @@ KNOWN_BY_CONTENT = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")
 _NOT_IMAGES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 _PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
 # Words that say nothing about the images of a folder: "good_images", "OK parts".
-_GENERIC = r"(?:images?|imgs?|pictures?|photos?|samples?|parts?|products?|pieces?|data)"
-_GENERIC_END = re.compile(rf"^{_GENERIC}(?=.)|(?<=.){_GENERIC}$")
+_GENERIC = _words("image images img imgs picture pictures photo photos sample samples part parts product products data")
+_CAMEL_CASE = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _MASK_WORDS = r"(?:segmentation|ground[\s_-]?truth|annotation|labels?|masks?|seg|gt)"
 _MASK_AFFIX = re.compile(rf"[\s._-]+{_MASK_WORDS}$|^{_MASK_WORDS}[\s._-]+", re.IGNORECASE)
 
@@ -71,10 +71,10 @@ def _without_separators(name: str) -> str:
 def folder_word(name: str) -> str:
     """The meaning of a folder name: no case, separators, numbers at the ends, and words such as "images".
 
-    "01_Good" and "OK parts" become "good" and "ok".
+    "01_Good" and "OKParts" become "good" and "ok".
     """
-    word = re.sub(r"[\W_]+", "", normalized(name).casefold())
-    return _GENERIC_END.sub("", word.strip("0123456789"))
+    words = re.findall(r"[^\W_]+", _CAMEL_CASE.sub(" ", normalized(name)).casefold())
+    return "".join([word for word in words if word not in _GENERIC] or words).strip("0123456789")
 
 
 def is_normal_name(name: str) -> bool:
@@ -88,7 +88,7 @@ def is_anomalous_name(name: str) -> bool:
 
 
 @cache
-def image_extensions(formats: Iterable[str] | None = None) -> frozenset[str]:
+def image_extensions(formats: tuple[str, ...] | None = None) -> frozenset[str]:
     """The lower-case extensions of image formats, with the dot; without `formats` of all that Pillow can read."""
     known = Image.registered_extensions()  # imports all of Pillow's readers
     # Pillow reads MPO, the format of some cameras, as JPEG.
@@ -121,12 +121,16 @@ def mask_key(path: Path) -> str:
     return image_key(Path(base)) if base and base != key else key
 
 
-def split_masks(files: Iterable[Path]) -> tuple[list[Path], list[Path]]:
-    """Split the files of a folder into images and masks next to them, which are named like another file ("1_mask")."""
-    files = list(files)
-    keys = {image_key(file).casefold() for file in files}
-    masks = [file for file in files if mask_key(file) != image_key(file) and mask_key(file).casefold() in keys]
-    return [file for file in files if file not in set(masks)], masks
+def possible_masks(files: Sequence[Path]) -> list[Path]:
+    """Files that are named like masks of other files in their folder: "1_mask.png" or "1.png" next to "1.jpg"."""
+    keys = {image_key(file) for file in files}
+    photographs = {image_key(file) for file in files if file.suffix.lower() in image_extensions(("JPEG",))}
+    return [
+        file
+        for file in files
+        if (mask_key(file) != image_key(file) and mask_key(file) in keys)
+        or (image_key(file) in photographs and file.suffix.lower() not in image_extensions(("JPEG",)))
+    ]
 
 
 def pair_masks(images: Iterable[Path], masks: Iterable[Path]) -> dict[Path, Path]:
@@ -136,11 +140,11 @@ def pair_masks(images: Iterable[Path], masks: Iterable[Path]) -> dict[Path, Path
     same letter case and a name with such an addition take precedence. An entry of `masks` may also be a folder named
     like the image, with several files.
     """
-    images = list(images)
+    images, masks = list(images), sorted(masks)
     keys = {image_key(image) for image in images}
     mask_of: dict[tuple[bool, str], Path] = {}
     for key_of in (mask_key, image_key):
-        for mask in sorted(masks):
+        for mask in masks:
             # "part_seg" is the mask of the image "part", unless there is an image "part_seg".
             key = image_key(mask) if image_key(mask) in keys else key_of(mask)
             if key_of is image_key or key != image_key(mask):

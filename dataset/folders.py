@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image
@@ -18,10 +19,12 @@ from dataset.conventions import (
     extension_note,
     folder_word,
     image_key,
+    is_anomalous_name,
     is_image_name,
+    is_normal_name,
     mask_key,
+    possible_masks,
     same_name,
-    split_masks,
 )
 from utils.errors import UserError
 from utils.paths import is_file, is_folder, is_no_file
@@ -49,6 +52,15 @@ def subfolders(folder: Path | None) -> list[Path]:
     return [] if folder is None else [entry for entry in listing(folder) if is_folder(entry)]
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """The files in a folder and below; links to folders are not followed."""
+    for entry in listing(folder):
+        if is_folder(entry) and not entry.is_symlink():
+            yield from files_below(entry)
+        elif not is_folder(entry):
+            yield entry
+
+
 def images_in(folder: Path | None) -> list[Path]:
     """The image files in a folder; none of None."""
     return [] if folder is None else [entry for entry in listing(folder) if is_image(entry)]
@@ -61,9 +73,9 @@ def is_image(path: Path) -> bool:
 
 def images_and_masks_in(folder: Path) -> tuple[list[Path], list[Path]]:
     """The images in a folder, and the masks next to them ("1.jpg" and "1_mask.png")."""
-    images, candidates = split_masks(images_in(folder))
-    masks = {mask for mask in candidates if looks_like_mask(mask)}
-    return sorted({*images, *candidates} - masks), sorted(masks)
+    files = images_in(folder)
+    masks = list(filter(looks_like_mask, possible_masks(files)))
+    return [file for file in files if file not in set(masks)], masks
 
 
 @dataclass
@@ -113,9 +125,10 @@ def images_below(folder: Path) -> FoundImages:
             found.problems.append(str(error))
             continue
         folders = [entry for entry in entries if is_folder(entry)]
-        skipped = {entry: reason for entry in folders if (reason := _folder_skip_reason(entry, entries))}
+        skipped = {entry: f"in the mask folder {entry.name}" for entry in find_mask_folders(folders)}
+        skipped |= {entry: f"in the output folder {entry.name}" for entry in folders if _is_output(entry, entries)}
         for entry, reason in skipped.items():
-            found.skipped[reason] += sum(map(is_image_name, entry.rglob("*")))
+            found.skipped[reason] += sum(map(is_image_name, files_below(entry)))
         waiting += reversed([entry for entry in folders if entry not in skipped])
         images, masks = images_and_masks_in(current)
         found.images += images
@@ -124,38 +137,45 @@ def images_below(folder: Path) -> FoundImages:
     return found
 
 
-def _folder_skip_reason(folder: Path, entries: Sequence[Path]) -> str | None:
-    if is_mask_folder(folder, [entry for entry in entries if is_folder(entry)]):
-        return f"in the mask folder {folder.name}"
-    is_evaluated = any("evaluation_" in entry.name and entry.suffix == ".csv" for entry in entries)
-    if (folder.name.startswith("heatmaps") and next(folder.rglob("*_heatmap.png"), None)) or (
-        is_evaluated and "pictures_" in folder.name
-    ):
-        return f"in the output folder {folder.name}"
-    return None
+def _is_output(folder: Path, entries: Iterable[Path]) -> bool:
+    """Whether a folder among `entries` holds the heatmaps or evaluated images of an earlier run."""
+    if folder.name.startswith("heatmaps"):
+        return next(folder.rglob("*_heatmap.png"), None) is not None
+    return "pictures_" in folder.name and any("evaluation_" in entry.name for entry in entries)
 
 
-def is_mask_folder(folder: Path, siblings: Iterable[Path] = ()) -> bool:
-    """Whether a folder holds masks: by its name, or since its files look like masks and are named like those of others.
-
-    Args:
-        folder: The folder.
-        siblings: The folders next to it, which may hold the images.
-    """
+def is_named_like_masks(folder: Path) -> bool:
+    """Whether a folder holds masks by its name; for names such as "label", its first image is looked at as well."""
     word = folder_word(folder.name)
-    if word in MASK_FOLDER_NAMES:
-        return True
     if word in MAYBE_MASK_FOLDER_NAMES:
-        first = next((path for path in sorted(folder.rglob("*")) if is_image(path)), None)
+        first = next(filter(is_image, files_below(folder)), None)
         return first is not None and looks_like_mask(first)
-    files = images_in(folder)
-    others = [images_in(sibling) for sibling in siblings if sibling != folder] if files else []
-    keys = {image_key(image) for images in others if images for image in images}
-    if not files or not keys.issuperset(map(mask_key, files)) or not looks_like_mask(files[0]):
-        return False
-    # Drawings in black and white are no masks of each other.
-    images = {image_key(image) for images in others if images and not looks_like_mask(images[0]) for image in images}
-    return images.issuperset(map(mask_key, files))
+    return word in MASK_FOLDER_NAMES
+
+
+def find_mask_folders(folders: Sequence[Path], candidates: Sequence[Path] | None = None) -> list[Path]:
+    """Which of several folders next to each other hold masks, instead of images.
+
+    These are named like masks, or their files look like masks and are named like the images in the other folders.
+    `candidates` are the folders to judge, by default all.
+    """
+    keys = {folder: {image_key(image) for image in images_in(folder)} for folder in folders}
+    counts = Counter(chain.from_iterable(keys.values()))
+
+    def repeats_others(folder: Path) -> bool:
+        images = images_in(folder)
+        if not images or any(counts[key] <= (key in keys[folder]) for key in map(mask_key, images)):
+            return False
+        # Drawings in black and white are no masks of each other.
+        others = [other for other in folders if other != folder and keys[other]]
+        return looks_like_mask(images[0]) and not all(looks_like_mask(images_in(other)[0]) for other in others)
+
+    return [
+        folder
+        for folder in (folders if candidates is None else candidates)
+        if is_named_like_masks(folder)
+        or not (is_normal_name(folder.name) or is_anomalous_name(folder.name) or not repeats_others(folder))
+    ]
 
 
 def looks_like_mask(path: Path) -> bool:

@@ -9,16 +9,19 @@ import struct
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageChops, UnidentifiedImageError
 
+from dataset.folders import images_in
 from dataset.records import HALF, NONZERO, Record
 from utils.errors import UserError
-from utils.paths import is_no_file
+from utils.paths import is_folder, is_no_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,7 +119,7 @@ def read_mask(path: Path, threshold: float | str = HALF) -> Image.Image:
       smoothed outlines.
 
     Args:
-        path: The file.
+        path: The file, or a folder of several masks of one image, which are combined.
         threshold: A share of the mask's largest value, or `NONZERO` as in AA-CLIP's published code.
 
     Returns:
@@ -125,6 +128,11 @@ def read_mask(path: Path, threshold: float | str = HALF) -> Image.Image:
     Raises:
         UserError: The mask cannot be read.
     """
+    if is_folder(path):
+        masks = [read_mask(file, threshold) for file in images_in(path)]
+        if len({mask.size for mask in masks}) != 1:
+            raise UserError(f"{path} cannot be read as a mask: expected images of one size in this folder")
+        return reduce(ImageChops.lighter, masks)
     image = _open(path)
     anomalous: NDArray[np.bool_]
     if image.mode == "P" and _has_colours(image):
@@ -158,7 +166,7 @@ def read_pair(root: Path, record: Record, mask_threshold: float | str = HALF) ->
     if mask.size != image.size:
         raise UserError(
             f"the image {root / record.image_path} is {image.width} x {image.height} but its mask "
-            f"{root / record.mask_path} is {mask.width} x {mask.height}: both must have the same size"
+            f"{root / record.mask_path} is {mask.width} x {mask.height}: resize the mask to the size of the image"
         )
     return image, mask
 
@@ -188,6 +196,27 @@ def normalised(image: Image.Image, mean: Tensor, std: Tensor) -> Tensor:
     from torchvision.transforms.v2 import functional as F
 
     return (F.pil_to_tensor(image).float() / 255 - mean) / std
+
+
+def without_black_masks(root: Path, records: Sequence[Record]) -> list[Record]:
+    """The records, in which a mask without an anomalous pixel counts as missing; a warning says how many there are."""
+
+    def is_black(record: Record) -> bool:
+        try:
+            return record.mask_path is not None and read_mask(root / record.mask_path).getbbox() is None
+        except UserError:  # raised again where the mask is needed
+            return False
+
+    with ThreadPoolExecutor() as pool:
+        black = {record for record, is_empty in zip(records, pool.map(is_black, records), strict=True) if is_empty}
+    if black:
+        logger.warning(
+            "%d of %d masks have no anomalous pixel and count as missing, such as %s",
+            len(black),
+            sum(record.mask_path is not None for record in records),
+            min(str(record.mask_path) for record in black),
+        )
+    return [replace(record, mask_path=None) if record in black else record for record in records]
 
 
 def find_bad_images(root: Path, records: Sequence[Record]) -> list[tuple[Record, str]]:
@@ -236,9 +265,7 @@ def _open(
             transpose = _transpose(image)
             return image.copy() if transpose is None else image.transpose(transpose)
     except FileNotFoundError as error:
-        raise UserError(
-            f"{path} does not exist; if the dataset's folder has changed, delete its metadata_test*.jsonl"
-        ) from error
+        raise UserError(f"{path} does not exist") from error
     except UnidentifiedImageError as error:
         raise UserError(f"{path} cannot be read as an image: unknown format") from error
     except _DECODE_ERRORS as error:

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
-from dataset.conventions import is_normal_name
-from dataset.folders import find_folder, images_in, subfolders
+from dataset.conventions import IMAGE_FOLDER_NAMES, folder_word, is_normal_name, pair_masks, same_name
+from dataset.folders import (
+    files_below,
+    find_folder,
+    find_mask_folders,
+    images_and_masks_in,
+    images_in,
+    is_image,
+    is_named_like_masks,
+    skip_reason,
+    skipped_note,
+    subfolders,
+)
 from dataset.records import Record, path_within
 from utils.errors import UserError
 from utils.paths import is_file, is_folder
+from utils.text import list_names
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,30 +48,131 @@ class Layout:
 
 
 def _test_folder_classes(root: Path, class_names: Sequence[str]) -> list[str]:
-    return [name for name in class_names if any(map(images_in, _test_kinds(_class_folder(root, name, class_names))))]
+    return [
+        name
+        for name in class_names
+        if any(
+            images_in(_image_folder(kind)) for kind in subfolders(test_folder(_class_folder(root, name, class_names)))
+        )
+    ]
 
 
 def _test_folder_records(root: Path, class_names: Sequence[str]) -> list[Record]:
-    """CLASS/test/KIND/x with masks CLASS/ground_truth/KIND/x_mask or x, with any endings."""
-    records = []
+    """CLASS/test/KIND/x with masks CLASS/ground_truth/KIND/x_mask, and the other names of `dataset.conventions`."""
+    records: list[Record] = []
+    skipped: Counter[str] = Counter()
     for class_name in class_names:
         class_folder = _class_folder(root, class_name, class_names)
-        for kind in _test_kinds(class_folder):
-            if is_normal_name(kind.name):
-                records += _normal_records(root, class_name, kind)
-            else:
-                masks = find_folder(class_folder, f"ground_truth/{kind.name}")
-                records += _anomalous_records(root, class_name, kind, masks, "_mask", required=False)
+        test = test_folder(class_folder)
+        if class_folder is not None and test is not None:
+            records += _class_records(root, class_name, class_folder, test, skipped)
+    if note := skipped_note(skipped):
+        logger.warning("%s: %s", root, note)
     return records
 
 
+def _class_records(
+    root: Path, class_name: str, class_folder: Path, test: Path, skipped: Counter[str]
+) -> Iterator[Record]:
+    """The records of a class; `skipped` counts the files of its test folder that are not used."""
+    mask_folders = [child for child in (*subfolders(class_folder), *subfolders(test)) if is_named_like_masks(child)]
+    kinds = [kind for kind in subfolders(test) if kind not in mask_folders]
+    # A kind that has masks is surely no folder of masks, and need not be looked at.
+    mask_folders += find_mask_folders(kinds, [kind for kind in kinds if not _masks_of(kind, mask_folders)])
+    kinds = [kind for kind in kinds if kind not in mask_folders]
+    normal = [kind for kind in kinds if is_normal_name(kind.name)]
+    if kinds and not normal:
+        names = list_names([kind.name for kind in kinds])
+        advice = "such a folder is called good, ok, normal or similar"
+        logger.warning("%s: none of the folders %s in %s has normal images: %s", class_name, names, test, advice)
+    images = {kind: images_and_masks_in(_image_folder(kind))[0] for kind in kinds}
+    mask_of = _pair_masks({kind: images[kind] for kind in kinds if kind not in normal}, mask_folders)
+    for kind in kinds:
+        for image in images[kind]:
+            mask_path = _relative(mask_of[image], root) if image in mask_of else None
+            yield Record(_relative(image, root), int(kind not in normal), class_name, mask_path)
+    skipped.update(_unused(test, mask_folders, {*mask_of.values(), *chain.from_iterable(images.values())}))
+
+
 def _class_folder(root: Path, class_name: str, class_names: Sequence[str]) -> Path | None:
-    is_class_folder = len(class_names) == 1 and find_folder(root, "test") is not None
+    is_class_folder = len(class_names) == 1 and test_folder(root) is not None
     return root if is_class_folder else find_folder(root, class_name)
 
 
-def _test_kinds(class_folder: Path | None) -> list[Path]:
-    return subfolders(find_folder(class_folder, "test"))
+def test_folder(class_folder: Path | None) -> Path | None:
+    """The folder of a class's test images; in MVTec AD 2 it is called test_public."""
+    return find_folder(class_folder, "test") or find_folder(class_folder, "test_public")
+
+
+def _image_folder(kind: Path) -> Path:
+    """The folder of the images of a kind: itself, or a folder such as "rgb" in it."""
+    inner = (child for child in subfolders(kind) if folder_word(child.name) in IMAGE_FOLDER_NAMES)
+    return kind if images_in(kind) else next(inner, kind)
+
+
+def _masks_of(kind: Path, mask_folders: Sequence[Path]) -> list[Path]:
+    """The masks of a kind, in the first of these places that holds any: a folder of its name, in it, next to images."""
+    folders = [find_folder(folder, kind.name) for folder in mask_folders]
+    folders += [child for child in subfolders(kind) if is_named_like_masks(child)]
+    entries = (_mask_entries(folder) for folder in folders if folder is not None)
+    return next(filter(None, entries), None) or images_and_masks_in(_image_folder(kind))[1]
+
+
+def _mask_entries(folder: Path) -> list[Path]:
+    """Masks in a folder: images, and folders of the masks of one image each."""
+    return [*images_in(folder), *subfolders(folder)]
+
+
+def _pair_masks(images: Mapping[Path, Sequence[Path]], mask_folders: Sequence[Path]) -> dict[Path, Path]:
+    """The masks of the images of each kind; a warning names masks that match no image."""
+    flat = [mask for folder in mask_folders for mask in images_in(folder)]
+    flat += [
+        mask
+        for folder in mask_folders
+        for mask in subfolders(folder)
+        if not any(same_name(mask.name, kind.name) for kind in images)
+    ]
+    mask_of: dict[Path, Path] = {}
+    for kind in images:
+        masks = _masks_of(kind, mask_folders)
+        pairs = pair_masks(images[kind], masks)
+        if masks and images[kind] and not pairs:
+            _warn_of_mask_names(kind, images[kind], masks)
+        mask_of.update(pairs)
+    rest = [image for kind in images for image in images[kind] if image not in mask_of]
+    pairs = pair_masks(rest, flat)
+    shared = {mask for mask, count in Counter(pairs.values()).items() if count > 1}
+    if shared:
+        logger.warning(
+            "%s is the mask of several images by its name, and is not used: use ground_truth/DEFECT/", min(shared)
+        )
+    if flat and rest and not pairs:
+        _warn_of_mask_names(rest[0].parent, rest, flat)
+    return {**mask_of, **{image: mask for image, mask in pairs.items() if mask not in shared}}
+
+
+def _warn_of_mask_names(kind: Path, images: Sequence[Path], masks: Sequence[Path]) -> None:
+    logger.warning(
+        "%s: none of the %d masks in %s is named like an image, such as %s: expected %s",
+        kind,
+        len(masks),
+        masks[0].parent,
+        list_names([mask.name for mask in masks], 3),
+        f"{images[0].stem}_mask.png or {images[0].stem}.png (also -mask, _gt, _label, _seg)",
+    )
+
+
+def _unused(test: Path, mask_folders: Sequence[Path], used: Collection[Path]) -> Iterator[str]:
+    """Why each file in the test folder and the mask folders is not used."""
+    for path in dict.fromkeys(path for folder in (test, *mask_folders) for path in files_below(folder)):
+        if path in used or path.parent in used:
+            continue
+        if not is_image(path):
+            yield skip_reason(path)
+        elif any(folder in path.parents for folder in mask_folders):
+            yield "masks without an anomalous image"
+        else:
+            yield f"in the folder {path.parent.relative_to(test.parent).as_posix()}, which is not read"
 
 
 def visa_classes(root: Path, class_names: Sequence[str]) -> list[str]:
@@ -128,18 +246,14 @@ def _normal_records(root: Path, class_name: str, images: Path | None) -> list[Re
     return [Record(_relative(image, root), 0, class_name) for image in images_in(images)]
 
 
-def _anomalous_records(
-    root: Path, class_name: str, images: Path | None, masks: Path | None, mask_suffix: str = "", required: bool = True
-) -> list[Record]:
-    """Pair each image with the mask of its name, whatever their endings; `UserError` if a required mask is missing."""
-    mask_of = {mask.stem: mask for mask in images_in(masks if masks and is_folder(masks) else None)}
-    records = []
-    for image in images_in(images):
-        mask = mask_of.get(image.stem + mask_suffix) or mask_of.get(image.stem)
-        if mask is None and masks is not None and required:
-            raise UserError(_no_mask(image, masks, mask_suffix))
-        records.append(Record(_relative(image, root), 1, class_name, None if mask is None else _relative(mask, root)))
-    return records
+def _anomalous_records(root: Path, class_name: str, folder: Path | None, masks: Path) -> list[Record]:
+    """Pair each image with the mask of its name; `UserError` if one is missing."""
+    images = images_in(folder)
+    mask_of = pair_masks(images, images_in(masks) if is_folder(masks) else ())
+    for image in images:
+        if image not in mask_of:
+            raise UserError(_no_mask(image, masks, ""))
+    return [Record(_relative(image, root), 1, class_name, _relative(mask_of[image], root)) for image in images]
 
 
 def missing_mask(root: Path, record: Record) -> str:
@@ -159,8 +273,8 @@ def _relative(path: Path, root: Path) -> str:
 
 LAYOUTS: dict[str, Layout] = {
     "mvtec": Layout(
-        "CLASS/test/good/x.png (or test/ok), CLASS/test/DEFECT/x.png with mask CLASS/ground_truth/DEFECT/x_mask.png "
-        "(or x.png)",
+        "CLASS/test/good/x.png (or ok, normal), CLASS/test/DEFECT/x.png with mask "
+        "CLASS/ground_truth/DEFECT/x_mask.png (or x.png)",
         _test_folder_classes,
         _test_folder_records,
     ),

@@ -10,8 +10,8 @@ from itertools import chain
 from pathlib import Path
 
 from dataset.catalog import CATALOG, DatasetSpec, mvtec_spec
-from dataset.folders import describe_folder, find_folder, find_folders, subfolders
-from dataset.layouts import LAYOUTS
+from dataset.folders import describe_folder, find_folders, subfolders
+from dataset.layouts import LAYOUTS, test_folder
 from dataset.prompts import readable_name
 from dataset.toy.classes import TOY_DATASETS
 from utils.errors import UserError
@@ -79,10 +79,7 @@ def _locate_own_folder(path: str) -> LocatedDataset:
             f"unknown dataset {path!r}: it is neither a folder nor one of the known datasets ({', '.join(CATALOG)})"
         )
     name = root.resolve().name
-    if find_folder(root, "test"):
-        classes = [name]
-    else:
-        classes = [child.name for child in subfolders(root) if find_folder(child, "test")]
+    classes = [name] if test_folder(root) else [child.name for child in subfolders(root) if test_folder(child)]
     return LocatedDataset(mvtec_spec(name, {name: readable_name(name) for name in classes}), root)
 
 

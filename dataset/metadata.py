@@ -10,19 +10,21 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dataset.catalog import CATALOG
-from dataset.folders import describe_folder
+from dataset.conventions import normalized
+from dataset.folders import describe_folder, listing
+from dataset.images import without_black_masks
 from dataset.layouts import LAYOUTS, missing_mask
 from dataset.locate import LocatedDataset
 from dataset.prompts import MAX_NAME_LENGTH
 from dataset.records import Record, natural_key, path_within
 from utils.errors import UserError
 from utils.files import write_text
-from utils.paths import is_file, safe_name
+from utils.paths import is_file, is_folder, safe_name
 from utils.reading import read_json_lines, short_repr
 
 logger = logging.getLogger(__name__)
@@ -49,9 +51,9 @@ def list_file(located: LocatedDataset) -> Path:
 def load_records(located: LocatedDataset, metadata_file: Path | None = None) -> list[Record]:
     """List the images of a dataset's test split.
 
-    Without `metadata_file` the list in the dataset's folder is read. It is built and saved if there is none, if classes
-    were added or removed, or if it is another dataset's. It is not saved if masks are missing, which may be added, or
-    if the folder cannot be written to. A warning names the classes of the catalog without images.
+    Without `metadata_file` the dataset's folder is listed. For a dataset of the catalog the list is saved there, and a
+    warning says how many images were added or removed since it was saved last. A warning names the classes of the
+    catalog without images, and masks without an anomalous pixel, which count as missing.
 
     Args:
         located: The dataset.
@@ -61,40 +63,61 @@ def load_records(located: LocatedDataset, metadata_file: Path | None = None) -> 
         The images, in the order of the list.
 
     Raises:
-        UserError: A line of a list is invalid, `metadata_file` is another dataset's, or images of the saved list do not
-            exist.
+        UserError: There are no images, a line of `metadata_file` is invalid, or it is another dataset's list.
     """
     spec = located.spec
+    is_own = CATALOG.get(spec.name) is not spec
     if metadata_file is not None:
         header, records = read_list(metadata_file)
         if header is not None and header.dataset != spec.name:
             raise UserError(
                 f"the metadata {metadata_file} lists images of {short_repr(header.dataset)}, not of {spec.name}"
             )
-        return records
-    header, file = ListHeader(spec.name, *located.layout()), list_file(located)
-    saved = _saved_records(file, located, header) if is_file(file) else None
-    if saved is not None:
-        logger.info("%s listed in %s (delete it to list them again)", _counts(saved), file)
-    records = _list_and_save(file, located, header) if saved is None else saved
+        records = [_with_existing_paths(record, located.root) for record in records]
+        return without_black_masks(located.root, records) if is_own else records
+    records = build_metadata(located)
+    anomalous = sum(record.label for record in records)
+    logger.info("%s: %d images (%d normal, %d anomalous)", spec.name, len(records), len(records) - anomalous, anomalous)
     present = {record.class_name for record in records}
     if missing := [class_name for class_name in spec.class_names if class_name not in present]:
         logger.warning("%s: no images of %s in %s", spec.name, ", ".join(missing), located.root)
+    if is_own:
+        return without_black_masks(located.root, records)
+    _save_list(located, records)
     return records
 
 
-def _list_and_save(file: Path, located: LocatedDataset, header: ListHeader) -> list[Record]:
-    records = build_metadata(located)
-    if any(record.lacks_mask for record in records):
-        logger.info("%s found; the list is not saved, since masks are missing", _counts(records))
-        return records
+def _save_list(located: LocatedDataset, records: Sequence[Record]) -> None:
+    """Save the list of a dataset in its folder, unless it is there already; log what has changed since the last one."""
+    file = list_file(located)
+    header = ListHeader(located.spec.name, *located.layout())
+    if is_file(file):
+        try:
+            saved_header, saved = read_list(file)
+        except UserError as error:
+            logger.warning("%s; delete that file to save the list of images", error)
+            return
+        if (saved_header, saved) == (header, records):
+            return
+        if saved_header is None:
+            logger.warning("%s is not a list that was saved here and is not replaced: pass it with --metadata", file)
+            return
+        added, removed = (
+            {record.image_path for record in one} - {record.image_path for record in other}
+            for one, other in ((records, saved), (saved, records))
+        )
+        changes = [f"{len(paths)} {word}" for word, paths in (("added", added), ("removed", removed)) if paths]
+        if changes:
+            example = min(added or removed)
+            logger.warning(
+                "%s: images were %s since %s, such as %s", header.dataset, " and ".join(changes), file, example
+            )
     rows = [{name: value for name, value in asdict(record).items() if value is not None} for record in records]
     try:
         write_text(file, "".join(json.dumps(row) + "\n" for row in (asdict(header), *rows)))
-        logger.info("%s found; the list is saved in %s", _counts(records), file)
+        logger.info("the list of images is saved in %s", file)
     except OSError as error:
-        logger.info("%s found; the list cannot be saved in %s (%s)", _counts(records), file, error)
-    return records
+        logger.info("the list of images cannot be saved in %s (%s)", file, error)
 
 
 def build_metadata(located: LocatedDataset) -> list[Record]:
@@ -116,6 +139,12 @@ def build_metadata(located: LocatedDataset) -> list[Record]:
             raise UserError(missing_mask(root, unmasked))
     except UserError as error:
         raise UserError(f"{error} ({help_line})") from error
+    if not spec.class_names:
+        raise UserError(
+            f"there is no folder named test in {root}, which holds {describe_folder(root)}: expected {expected}; "
+            f"convert other layouts with python -m dataset.convert {root} NEW_FOLDER, list the images with --metadata "
+            "FILE, score images without labels with --image, or use a dataset of the catalog by its name and --data_root"
+        )
     if not records:
         raise UserError(
             f"no test images of {spec.name} in {root}, which holds {describe_folder(root)}: {help_line} "
@@ -137,36 +166,20 @@ def read_list(path: Path) -> tuple[ListHeader | None, list[Record]]:
     return header, [_parse_row(row, source, header is None) for source, row in rows]
 
 
-def _saved_records(file: Path, located: LocatedDataset, header: ListHeader) -> list[Record] | None:
-    """The records of the saved list; None if a new list, with the header `header`, has to replace it."""
-    name = located.spec.name
-    try:
-        saved, records = read_list(file)
-        if saved is None:
-            raise UserError(f"{file}: the first line is not that of a saved list; pass own lists with --metadata")
-    except UserError as error:
-        raise UserError(f"{error}; delete that file to list the images again") from error
-    if (saved.dataset, saved.layout) != (header.dataset, header.layout):
-        logger.info("%s is replaced: it does not list %s in this layout", file, name)
-        return None
-    added = [class_name for class_name in header.classes if class_name not in saved.classes]
-    removed = [class_name for class_name in saved.classes if class_name not in header.classes]
-    if added or removed:
-        changes = [f"{word} {', '.join(names)}" for word, names in (("with", added), ("without", removed)) if names]
-        logger.warning("%s is now %s: its images are listed again", name, " and ".join(changes))
-        return None
-    gone = [record.image_path for record in records if not is_file(located.root / record.image_path)]
-    if gone:
-        raise UserError(
-            f"{file} names {len(gone)} image(s) that do not exist, such as {gone[0]}: "
-            "delete that file to list the images again"
-        )
-    return records
+def _with_existing_paths(record: Record, root: Path) -> Record:
+    """A record whose paths have the Unicode form of the files, since lists are often made on another system."""
+    mask_path = None if record.mask_path is None else _existing_path(root, record.mask_path)
+    return replace(record, image_path=_existing_path(root, record.image_path), mask_path=mask_path)
 
 
-def _counts(records: Sequence[Record]) -> str:
-    anomalous = sum(record.label for record in records)
-    return f"{len(records)} images ({len(records) - anomalous} normal, {anomalous} anomalous)"
+def _existing_path(root: Path, path: str) -> str:
+    if path.isascii() or is_file(root / path):
+        return path
+    folder = root
+    for part in PurePosixPath(path).parts:
+        entries = listing(folder) if is_folder(folder) else []
+        folder /= next((entry.name for entry in entries if normalized(entry.name) == normalized(part)), part)
+    return folder.relative_to(root).as_posix()
 
 
 def _parse_header(row: dict[str, Any], source: str) -> ListHeader:

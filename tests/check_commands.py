@@ -9,7 +9,6 @@ exit status is 1 if any command failed.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -22,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataset.few_shot import few_shot
-from dataset.metadata import list_file
 from engine.data.task import load_task
 from tests.documented import (
     PYTHON,
@@ -38,7 +36,6 @@ from tests.documented import (
     shortened,
 )
 from utils.errors import UserError
-from utils.files import write_text
 from utils.script import run_script
 
 # Images of each class of toy_test; one command shows the fourth anomalous one.
@@ -135,15 +132,14 @@ def copy_repository(folder: Path) -> None:
 
 
 def cut_test_images(data_root: Path) -> None:
-    """Draw toy_test and keep a few images of each class in its image list."""
+    """Draw toy_test and keep a few images of each class."""
     data_root.mkdir(exist_ok=True)
     data = load_task("toy_test", data_root)
     chosen = {record.image_path for record in few_shot(data.records, TESTED_IMAGES, 0)}
-    image_list = list_file(data.located)
-    header, *lines = image_list.read_text(encoding="utf-8").splitlines()
-    write_text(
-        image_list, "\n".join([header, *(line for line in lines if json.loads(line)["image_path"] in chosen)]) + "\n"
-    )
+    for record in data.records:
+        if record.image_path not in chosen:
+            (data.located.root / record.image_path).unlink()
+    load_task("toy_test", data_root)  # saves the list of these images
 
 
 def run(argv: Sequence[str], folder: Path) -> tuple[int, str]:

@@ -220,7 +220,7 @@ def test_natural_order():
     assert in_order == ["a/9.png", "a/010.png", "a/10.png", "a/x2y9.png", "a/x2y10.png", "a b/1.png", "²/1.png"]
 
 
-def test_metadata_is_built_once_and_read_back(mvtec, monkeypatch):
+def test_list_is_saved_once(mvtec):
     dataset = located("MVTec", mvtec)
     built = load_records(dataset)
     assert built == build_metadata(dataset)
@@ -228,8 +228,8 @@ def test_metadata_is_built_once_and_read_back(mvtec, monkeypatch):
     assert lines[-1] == "" and len(lines) == len(built) + 2
     assert json.loads(lines[5]) == {"image_path": "bottle/test/good/1.png", "label": 0, "class_name": "bottle"}
     assert [path.name for path in mvtec.glob("*metadata*")] == ["metadata_test_MVTec.jsonl"]
-    monkeypatch.setattr("dataset.metadata.build_metadata", None)
-    assert load_records(dataset) == built
+    before = list_file(dataset).stat()
+    assert load_records(dataset) == built and list_file(dataset).stat() == before
 
 
 def test_names_beyond_ascii_come_back(tmp_path):
@@ -251,25 +251,39 @@ def test_folder_that_cannot_be_written_keeps_nothing(mvtec, monkeypatch, caplog)
     assert "cannot be saved" in caplog.text
 
 
-def test_list_file_that_is_stale(mvtec):
+def test_added_and_removed_images_are_reported_and_listed(mvtec, caplog):
     load_records(located("MVTec", mvtec))
-    (mvtec / "wood/test/hole/000.png").unlink()
-    with pytest.raises(UserError) as error:
-        load_records(located("MVTec", mvtec))
-    assert str(list_file(located("MVTec", mvtec))) in str(error.value) and "delete" in str(error.value)
+    draw(mvtec, "zipper/test/good/0.png")
+    shutil.rmtree(mvtec / "wood")
+    caplog.clear()
+    records = load_records(located("MVTec", mvtec))
+    assert {record.class_name for record in records} == {"bottle", "zipper"}
+    assert "1 added and 3 removed" in caplog.text and "such as zipper/test/good/0.png" in caplog.text
+    # Missing classes are named each time.
+    caplog.clear()
+    assert load_records(located("MVTec", mvtec)) == records
+    assert len(caplog.messages) == 1 and "no images of" in caplog.messages[0] and "wood" in caplog.messages[0]
 
 
-def test_a_list_of_another_dataset_or_layout_is_replaced(mvtec):
+def test_own_folders_are_listed_again_and_keep_nothing(tmp_path):
+    root = draw(tmp_path / "parts", "bolt/test/good/1.png")
+    assert len(load_records(locate_dataset(str(root)))) == 1
+    draw(root, "bolt/test/good/2.png")
+    assert len(load_records(locate_dataset(str(root)))) == 2 and [path.name for path in root.iterdir()] == ["bolt"]
+
+
+def test_a_saved_list_of_another_dataset_or_layout_is_replaced_and_other_files_are_kept(mvtec, caplog):
     dataset = located("MVTec", mvtec)
     built = load_records(dataset)
-    header, *rows = list_file(dataset).read_text(encoding="utf-8").splitlines()
+    saved = list_file(dataset).read_bytes()
+    header, rows = saved.split(b"\n", 1)
     for key in ("dataset", "layout"):
-        changed = json.dumps({**json.loads(header), key: "visa"})
-        list_file(dataset).write_text("\n".join([changed, *rows[1:]]), encoding="utf-8")
-        assert load_records(dataset) == built
-    list_file(dataset).write_text("\n".join(rows), encoding="utf-8")
-    with pytest.raises(UserError, match="pass own lists with --metadata; delete that file"):
-        load_records(dataset)
+        list_file(dataset).write_bytes(json.dumps({**json.loads(header), key: "visa"}).encode() + b"\n" + rows)
+        assert load_records(dataset) == built and list_file(dataset).read_bytes() == saved
+    for content, message in ((rows, "is not replaced: pass it with --metadata"), (b"{", "delete that file")):
+        list_file(dataset).write_bytes(content)
+        assert load_records(dataset) == built and message in caplog.text
+        assert list_file(dataset).read_bytes() == content
 
 
 def test_a_list_given_for_another_dataset_is_refused(mvtec):
@@ -278,23 +292,6 @@ def test_a_list_given_for_another_dataset_is_refused(mvtec):
     assert load_records(dataset, list_file(dataset)) == built
     with pytest.raises(UserError, match=r"lists images of 'MVTec', not of VisA"):
         load_records(located("VisA", mvtec), list_file(dataset))
-
-
-def test_classes_added_or_left_out_since_are_said_and_listed_anew(mvtec, caplog):
-    load_records(located("MVTec", mvtec))
-    draw(mvtec, "zipper/test/good/0.png")
-    shutil.rmtree(mvtec / "wood")
-    caplog.set_level(logging.WARNING)
-    caplog.clear()
-    records = load_records(located("MVTec", mvtec))
-    assert {record.class_name for record in records} == {"bottle", "zipper"}
-    assert "with zipper and without wood" in caplog.messages[0]
-    # What is missing is said each time.
-    for _ in range(2):
-        assert "no images of" in caplog.messages[-1] and "wood" in caplog.messages[-1]
-        caplog.clear()
-        assert load_records(located("MVTec", mvtec)) == records
-    assert len(caplog.messages) == 1
 
 
 def test_clutter_is_no_data(mvtec):

@@ -10,7 +10,7 @@ from pathlib import Path
 from dataset.conventions import is_normal_name
 from dataset.convert.arguments import ConversionArguments
 from dataset.convert.items import Item
-from dataset.folders import describe_folder, images_below, is_mask_folder, subfolders
+from dataset.folders import describe_folder, find_mask_folders, images_below, subfolders
 from dataset.layouts import visa_records
 from utils.errors import UserError
 from utils.paths import is_folder
@@ -38,7 +38,7 @@ def read_two_folders(arguments: ConversionArguments) -> list[Item]:
     """One folder of normal images, others of anomalous images, and masks that have the names of their images."""
     source = arguments.source
     others = [child for child in subfolders(source) if os.path.realpath(child) != os.path.realpath(arguments.target)]
-    masks = [child for child in others if is_mask_folder(child)]
+    masks = find_mask_folders(others)
     others = [child for child in others if child not in masks]
     normal = [child for child in others if is_normal_name(child.name)]
     if arguments.normal:

@@ -7,8 +7,8 @@ from dataset.convert.coco import read_coco
 from dataset.convert.image_folders import read_two_folders, read_visa
 from dataset.convert.items import Item
 from dataset.convert.lists import read_list
-from dataset.folders import find_folder, subfolders
-from dataset.layouts import visa_classes
+from dataset.folders import subfolders
+from dataset.layouts import test_folder, visa_classes
 from utils.errors import UserError
 from utils.paths import is_file, is_folder
 from utils.reading import parse_json, read_text
@@ -28,7 +28,7 @@ def read_source(arguments: ConversionArguments) -> tuple[str, list[Item]]:
     children = [child.name for child in subfolders(source)]
     if classes := visa_classes(source, children):
         return "VisA's layout", read_visa(source, classes)
-    if find_folder(source, "test") or any(find_folder(source / name, "test") for name in children):
+    if test_folder(source) or any(test_folder(source / name) for name in children):
         raise UserError(f"{source} is in MVTec's layout already: use it as --dataset")
     return "two folders", read_two_folders(arguments)
 
