@@ -143,7 +143,7 @@ def build_metadata(located: LocatedDataset) -> list[Record]:
         raise UserError(
             f"there is no folder named test in {root}, which holds {describe_folder(root)}: expected {expected}; "
             f"convert other layouts with python -m dataset.convert {root} NEW_FOLDER, list the images with --metadata "
-            "FILE, score images without labels with --image, or use a dataset of the catalog by its name and --data_root"
+            "FILE, score images without labels with --image, or name a dataset of the catalog, with --data_root"
         )
     if not records:
         raise UserError(

@@ -99,7 +99,7 @@ def test_a_mask_of_another_size_is_named(world: Path) -> None:
     record = anomalous_records(data, "cork")[1]
     smaller = replace(record, mask_path="smaller.png")
     save(world / "test" / "smaller.png", np.zeros((20, 20)))
-    with pytest.raises(UserError, match="both must have the same size"):
+    with pytest.raises(UserError, match="resize the mask to the size of the image"):
         read_dataset_image(data, smaller)
 
 
