@@ -121,16 +121,16 @@ def mask_key(path: Path) -> str:
     return image_key(Path(base)) if base and base != key else key
 
 
-def possible_masks(files: Sequence[Path]) -> list[Path]:
-    """Files that are named like masks of other files in their folder: "1_mask.png" or "1.png" next to "1.jpg"."""
-    keys = {image_key(file) for file in files}
-    photographs = {image_key(file) for file in files if file.suffix.lower() in image_extensions(("JPEG",))}
-    return [
-        file
-        for file in files
-        if (mask_key(file) != image_key(file) and mask_key(file) in keys)
-        or (image_key(file) in photographs and file.suffix.lower() not in image_extensions(("JPEG",)))
-    ]
+def possible_masks(files: Sequence[Path]) -> dict[Path, Path]:
+    """The files that are named like masks of images in their folder, "1_mask.png" or "1.png" next to "1.jpg"."""
+    jpeg = image_extensions(("JPEG",))
+    images = {image_key(file): file for file in sorted(files, key=lambda file: file.suffix.lower() in jpeg)}
+    pairs = {file: images[mask_key(file)] for file in files if mask_key(file) in images}
+    return {
+        file: image
+        for file, image in pairs.items()
+        if mask_key(file) != image_key(file) or (image.suffix.lower() in jpeg and file.suffix.lower() not in jpeg)
+    }
 
 
 def pair_masks(images: Iterable[Path], masks: Iterable[Path]) -> dict[Path, Path]:

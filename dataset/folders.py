@@ -74,8 +74,9 @@ def is_image(path: Path) -> bool:
 def images_and_masks_in(folder: Path) -> tuple[list[Path], list[Path]]:
     """The images in a folder, and the masks next to them ("1.jpg" and "1_mask.png")."""
     files = images_in(folder)
-    masks = list(filter(looks_like_mask, possible_masks(files)))
-    return [file for file in files if file not in set(masks)], masks
+    pairs = possible_masks(files).items()
+    masks = {file: image for file, image in pairs if looks_like_mask(file) and not looks_like_mask(image)}
+    return [file for file in files if file not in masks], list(masks)
 
 
 @dataclass

@@ -295,7 +295,7 @@ def test_mistakes_end_in_one_line(world: Path, tmp_path: Path) -> None:
     assert "no such file or folder" in error_line(*asked[:3], "--image", tmp_path / "nothing.png")
     data = shutil.copytree(world / "test", tmp_path / "data")
     mask = next((data / "cork" / "ground_truth" / "spot").iterdir())
-    save(mask, np.zeros((20, 20)))
+    save(mask, np.full((20, 20), 255))
     assert mask.name in error_line(*asked[:3], "--dataset", data, "--num_workers", 0)
     mask.write_bytes(b"not a picture")
     assert mask.name in error_line(*asked[:3], "--dataset", data, "--num_workers", 0)
@@ -369,5 +369,5 @@ def test_load_model_imports_neither_training_nor_options() -> None:
     code = "import sys; from engine import load_model; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     own = {name for name in modules if name.split(".")[0] in ("engine", "model", "dataset", "utils")}
-    assert "engine.detector.loading" in own and len(own) <= 40
+    assert "engine.detector.loading" in own and len(own) <= 42
     assert not [name for name in own if name.startswith(("engine.training", "engine.config", "engine.evaluation"))]
