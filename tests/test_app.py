@@ -27,13 +27,14 @@ from engine.app import uploads as limits
 from engine.app.drawing import result_html
 from engine.app.models import load_models, short_names
 from engine.app.serve import MAX_WAITING, check_address, page_served
-from engine.app.session import Session, Thresholds, decide
+from engine.app.session import Session, decide_on
 from engine.app.uploads import Upload, make_uploads
 from engine.cli.checks import check_files
 from engine.config.tools import AppArguments
 from engine.detector.calibration import read_calibration
 from engine.detector.detector import Detector
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
+from model.graph import Thresholds
 from tests.browser import browser  # noqa: F401
 from tests.evaluating import calibrate_images
 from tests.scripts import train_small_runs
@@ -230,13 +231,14 @@ def test_manual_thresholds_decide(models: dict[str, Detector], images: list[Path
     session = Session(models, uploads=uploads_of(images))
     session.analyze("image_adapter", "cork")
     result = session.results[0]
-    assert decide(result).label == ""
+    assert decide_on(result)[1].decision == ""
     assert "no decision" in result_html(result, None)
     score, peak = result.prediction.score, float(result.prediction.anomaly_map.max())
     above, below = Thresholds(score + 1e-4, peak), Thresholds(score - 1e-4, peak - 1e-4)
-    assert (decide(result, above).label, decide(result, above).regions) == ("normal", ())
-    assert decide(result, below).label == "anomalous"
-    assert decide(result, below).mask.sum() == (result.prediction.anomaly_map > below.pixel).sum() > 0
+    (prediction, finding), (anomalous, _) = (decide_on(result, manual) for manual in (above, below))
+    assert (finding.decision, prediction.regions, finding.region) == ("normal", (), None)
+    assert anomalous.decision == "anomalous"
+    assert anomalous.mask.sum() == (anomalous.anomaly_map > below.pixel).sum() > 0
     assert "Manual thresholds" in result_html(result, below)
 
 
@@ -269,7 +271,7 @@ def test_too_long_class_names_are_rejected(models: dict[str, Detector], images: 
     with pytest.raises(UserError):
         session.analyze("image_adapter", "very " * 100 + "long")
     session.analyze("image_adapter", "  ")
-    assert session.results[0].class_name == "object"
+    assert session.results[0].finding.class_name == "object"
 
 
 def test_errors_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from engine.app.session import Decision, ImageResult, Session, Thresholds, decide
+from engine.app.session import ImageResult, Session, decide_on
+from engine.evaluation.own_images import Finding
 from engine.evaluation.pages import render_page
+from model.graph import Thresholds
 from utils.heatmaps import ATTENTION_COLOURS, COLOURS, on_scale, overlay
 from utils.regions import Region
 from utils.svg_charts import data_uri
@@ -30,30 +32,29 @@ def thumbnails(session: Session) -> list[tuple[Image.Image, str]]:
     for result in session.results:
         small = result.image.copy()
         small.thumbnail((THUMBNAIL, THUMBNAIL))
-        label = decide(result, session.manual).label
-        caption = f"{result.prediction.score:.3f} {label} {result.name}"
+        _, finding = decide_on(result, session.manual)
+        caption = f"{finding.score:.3f} {finding.decision} {result.name}"
         pictures.append((overlay(small, result.prediction.anomaly_map), " ".join(caption.split())))
     return pictures
 
 
 def result_html(result: ImageResult, manual: Thresholds | None) -> str:
     """One image with its decision, maps and regions."""
-    prediction, decision = result.prediction, decide(result, manual)
-    has_outline = decision.mask is not None or decision.worst is not None
+    prediction, finding = decide_on(result, manual)
     return render_page(
         TEMPLATE,
         name=result.name,
         size=result.size,
-        decision=decision.label,
+        decision=finding.decision,
         score=prediction.score,
         explanation=explanation(result, manual),
         ratio=f"{result.image.width} / {result.image.height}",
         photo=_uri(result.image, "JPEG"),
         heat=_uri(coloured(prediction.anomaly_map)),
-        outline=_uri(outline(result, decision)) if has_outline else "",
-        outline_note="White: above the pixel threshold" if decision.mask is not None else "White: the worst region",
-        regions=listed_regions(decision),
-        regions_note=regions_note(decision),
+        outline=_uri(outline(result, prediction.mask, finding.region)),
+        outline_note="White: the worst region" if prediction.mask is None else "White: above the pixel threshold",
+        regions=[*filter(None, [finding.region])] if prediction.regions is None else prediction.regions[:MAX_REGIONS],
+        regions_note=regions_note(prediction.regions, finding),
         levels=[_uri(coloured(level)) for level in prediction.level_maps],
         levels_note="They do not include the references." if result.references else "",
         attention=[
@@ -66,7 +67,7 @@ def result_html(result: ImageResult, manual: Thresholds | None) -> str:
 def explanation(result: ImageResult, manual: Thresholds | None) -> str:
     """Model, class and thresholds of a decision."""
     compared = f", compared with {result.references} normal images" if result.references else ""
-    text = f"{result.model} on '{result.class_name}'{compared}. "
+    text = f"{result.model} on '{result.finding.class_name}'{compared}. "
     if manual is not None:
         return text + f"Manual thresholds: anomalous above {manual.image:.4f} (pixels: {manual.pixel:.4f})."
     if result.entry is None:
@@ -75,34 +76,27 @@ def explanation(result: ImageResult, manual: Thresholds | None) -> str:
     return text + f"Higher than {100 * rank:.1f} % of normal images. Anomalous {result.entry}."
 
 
-def listed_regions(decision: Decision) -> Sequence[Region]:
-    """The worst regions above the threshold; without thresholds, the region around the maximum of the map."""
-    if decision.regions is not None:
-        return decision.regions[:MAX_REGIONS]
-    return [] if decision.worst is None else [decision.worst]
-
-
-def regions_note(decision: Decision) -> str:
-    if decision.regions is None:
-        region = "The worst region, around the maximum of the map" if decision.worst else "No region stands out"
+def regions_note(regions: Sequence[Region] | None, finding: Finding) -> str:
+    if regions is None:
+        region = "The worst region, around the maximum of the map" if finding.region else "No region stands out"
         return f"{region}; in pixels of the image."
-    if not decision.regions:
+    if not regions:
         return "No pixel is above its threshold."
-    more = len(decision.regions) - MAX_REGIONS
+    more = len(regions) - MAX_REGIONS
     return (f"And {more} more. " if more > 0 else "") + "The worst first, in pixels of the image."
 
 
-def outline(result: ImageResult, decision: Decision) -> Image.Image:
+def outline(result: ImageResult, mask: np.ndarray | None, region: Region | None) -> Image.Image:
     """White lines around the mask, or else around the worst region, on a transparent image."""
     width, height = result.image.size
     thickness = max(1, round(max(width, height) / 300))
     lines = np.zeros((height, width), bool)
-    if decision.mask is not None:
-        mask = np.asarray(Image.fromarray(decision.mask).resize(result.image.size, Image.Resampling.NEAREST))
+    if mask is not None:
+        mask = np.asarray(Image.fromarray(mask).resize(result.image.size, Image.Resampling.NEAREST))
         lines = ndimage.binary_dilation(mask, iterations=thickness) & ~mask
-    elif decision.worst is not None:
+    elif region is not None:
         scale = (width / result.size[0], height / result.size[1])
-        left, top, right, bottom = (value * scale[index % 2] for index, value in enumerate(decision.worst[:4]))
+        left, top, right, bottom = (value * scale[index % 2] for index, value in enumerate(region[:4]))
         drawing = Image.fromarray(lines)
         box = (left, top, max(left, right - 1), max(top, bottom - 1))
         ImageDraw.Draw(drawing).rectangle(box, outline=True, width=thickness)

@@ -57,18 +57,17 @@ def load_models(arguments: AppArguments) -> dict[str, Detector]:
 
 def short_names(paths: Iterable[Path]) -> dict[str, Path]:
     """Files by the shortest distinct ends of their paths, without endings; each file counts once."""
-    files = list(dict.fromkeys(path.absolute() for path in paths))
-    names = {}
-    for path in files:
-        depths = range(1, len(path.parts))
-        depth = next((n for n in depths if [_end(other, n) for other in files].count(_end(path, n)) == 1), None)
-        names["/".join(_end(path, depth or len(path.parts)))] = path
-    return names
-
-
-def _end(path: Path, depth: int) -> tuple[str, ...]:
     # Other suffixes are part of a name, as in `epoch_1.5`.
-    return (path.with_suffix("") if path.suffix in (".pth", ".safetensors") else path).parts[-depth:]
+    parts = {
+        path: (path.with_suffix("") if path.suffix in (".pth", ".safetensors") else path).parts
+        for path in map(Path.absolute, paths)
+    }
+    names = {}
+    for path, own in parts.items():
+        lengths = range(1, len(own))
+        length = next((n for n in lengths if sum(p[-n:] == own[-n:] for p in parts.values()) == 1), len(own))
+        names["/".join(own[-length:])] = path
+    return names
 
 
 def _clip_key(checkpoint: Checkpoint) -> Any:

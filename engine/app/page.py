@@ -11,9 +11,10 @@ import gradio as gr
 
 from engine.app.drawing import messages_html, result_html, thumbnails
 from engine.app.examples import Example
-from engine.app.session import Progress, Session, Thresholds
+from engine.app.session import Progress, Session
 from engine.app.uploads import ENDINGS, MAX_BYTES, MAX_IMAGES, MAX_NORMAL, MAX_PIXELS, MAX_REFERENCES, make_uploads
 from engine.detector.detector import Detector
+from model.graph import Thresholds
 from utils.errors import UserError
 
 CSS = Path(__file__).with_name("page.css")

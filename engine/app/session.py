@@ -6,47 +6,33 @@ import copy
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
 from dataset.images import content_digest
 from dataset.prompts import build_prompts, readable_name
 from engine.app.uploads import Upload
 from engine.config.evaluation import DEFAULT_CLASS
-from engine.detector.calibration import ANOMALOUS, CALIBRATION_FILE, NORMAL, Entry, add_entry, check_enough
+from engine.detector.calibration import CALIBRATION_FILE, Entry, add_entry, check_enough
 from engine.detector.detector import Detector
-from engine.detector.prediction import Prediction
+from engine.detector.prediction import Prediction, decide
 from engine.evaluation.calibrate import calibrate_detector, score_and_peak
 from engine.evaluation.image_heatmaps import attention_heatmaps
 from engine.evaluation.own_images import Finding, make_finding, write_scores
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
-from model.scoring import decisions
+from model.graph import Thresholds
 from model.text import Prompts
 from utils.errors import UserError
 from utils.heatmaps import overlay, save_image
 from utils.paths import figure_path
-from utils.regions import Region, regions_of
 
 # Longer side of displayed images, in pixels; models get the uploaded size.
 MAX_SIDE = 1280
 
 Progress = Callable[[int, int], None]
-
-
-def no_progress(done: int, total: int) -> None:
-    """Show nothing."""
-
-
-class Thresholds(NamedTuple):
-    """Manual thresholds above which an image, and a pixel, is anomalous."""
-
-    image: float
-    pixel: float
 
 
 @dataclass(frozen=True)
@@ -65,7 +51,6 @@ class ImageResult:
     name: str
     image: Image.Image
     size: tuple[int, int]
-    class_name: str
     model: str
     prediction: Prediction
     finding: Finding
@@ -74,28 +59,12 @@ class ImageResult:
     references: int
 
 
-class Decision(NamedTuple):
-    """The decision on an image. Without thresholds, `label` is empty, and `mask` and `regions` are None.
-
-    `worst` is the most anomalous region, with or without thresholds.
-    """
-
-    label: str
-    mask: np.ndarray | None
-    regions: tuple[Region, ...] | None
-    worst: Region | None
-
-
-def decide(result: ImageResult, manual: Thresholds | None = None) -> Decision:
+def decide_on(result: ImageResult, manual: Thresholds | None = None) -> tuple[Prediction, Finding]:
     """Decide on an image with manual thresholds, or else with those of the calibration, if any."""
-    prediction = result.prediction
     if manual is None:
-        return Decision(prediction.decision or "", prediction.mask, prediction.regions, result.finding.region)
-    score, anomaly_map = torch.tensor([prediction.score]), torch.from_numpy(prediction.anomaly_map)[None]
-    anomalous, masks = decisions(score, anomaly_map, *manual)
-    mask = masks[0].numpy()
-    regions = regions_of(mask, prediction.anomaly_map, result.size)
-    return Decision(ANOMALOUS if anomalous else NORMAL, mask, regions, regions[0] if regions else None)
+        return result.prediction, result.finding
+    prediction = decide(result.prediction, *manual, result.size)
+    return prediction, make_finding(result.finding.path, result.finding.class_name, result.size, prediction)
 
 
 @dataclass
@@ -122,7 +91,7 @@ class Session:
     _detectors: dict[str, Detector] = field(default_factory=dict)
     _entries: list[Entry] = field(default_factory=list)
 
-    def analyze(self, model: str, class_name: str, progress: Progress = no_progress) -> None:
+    def analyze(self, model: str, class_name: str, progress: Progress = lambda done, total: None) -> None:
         """Analyze the uploads, and set `results` and `problems`; `UserError` for an invalid class name."""
         name = class_name.strip() or DEFAULT_CLASS
         detector = self._prepare(model, name)
@@ -141,19 +110,12 @@ class Session:
         Raises `UserError`, and changes nothing, if an image cannot be read.
         """
         name = class_name.strip() or DEFAULT_CLASS
-        key = readable_name(name)
-        previous = self.normals.get(key, ())
-        self._set_normals(key, images)
-        try:
-            self._prepare(model, name)
-        except UserError:
-            self._set_normals(key, previous)
-            raise
-
-    def _set_normals(self, key: str, images: Sequence[Upload]) -> None:
-        self.normals[key] = images
+        self._prepare(model, name)
+        for upload in images:
+            upload.read()
+        self.normals[readable_name(name)] = images
         for detector in self._detectors.values():
-            detector.references.pop(key, None)
+            detector.references.pop(readable_name(name), None)
 
     def calibrate(
         self,
@@ -161,7 +123,7 @@ class Session:
         model: str,
         class_name: str,
         false_alarms: float,
-        progress: Progress = no_progress,
+        progress: Progress = lambda done, total: None,
     ) -> Entry:
         """Set the thresholds of a model and a class from normal images. Equal images count once.
 
@@ -193,10 +155,7 @@ class Session:
             taken: set[str] = set()
             findings = []
             for result in self.results:
-                decision = decide(result, self.manual)
-                count = None if decision.regions is None else len(decision.regions)
-                finding = replace(result.finding, region=decision.worst, decision=decision.label, regions=count)
-                findings.append(finding)
+                findings.append(decide_on(result, self.manual)[1])
                 picture = overlay(result.image, result.prediction.anomaly_map, opacity=opacity)
                 save_image(picture, figure_path(folder / "heatmaps", result.name, "_heatmap.png", taken))
             write_scores(findings, folder / "scores.csv")
@@ -237,10 +196,9 @@ class Session:
             name=upload.name,
             image=thumbnail,
             size=pixels.size,
-            class_name=class_name,
             model=detector.name,
             prediction=prediction,
-            finding=make_finding(Path(upload.name), class_name, pixels, prediction),
+            finding=make_finding(Path(upload.name), class_name, pixels.size, prediction),
             entry=detector.thresholds(detector.calibration_key(class_name, self.domain)),
             attention=attention,
             references=len(references),

@@ -64,17 +64,18 @@ def as_image(image: ImageInput) -> Image.Image:
     return to_rgb(Image.fromarray(image) if isinstance(image, np.ndarray) else image)
 
 
-def apply_thresholds(prediction: Prediction, entry: Entry, size: tuple[int, int]) -> Prediction:
-    """A prediction with the decision that thresholds make; size: the original image's (width, height)."""
+def decide(prediction: Prediction, image: float, pixel: float, size: tuple[int, int]) -> Prediction:
+    """A prediction with the decision of an image and a pixel threshold; size: the original image's (width, height)."""
     from utils.regions import regions_of  # scipy is slow to import, and few predictions need it
 
     score, anomaly_map = torch.tensor([prediction.score]), torch.from_numpy(prediction.anomaly_map)[None]
-    anomalous, masks = decisions(score, anomaly_map, entry.image_threshold, entry.pixel_threshold)
+    anomalous, masks = decisions(score, anomaly_map, image, pixel)
     mask = masks[0].numpy()
-    return replace(
-        prediction,
-        decision=ANOMALOUS if anomalous else NORMAL,
-        rank=float(ranks(score, torch.tensor(entry.scores))),
-        mask=mask,
-        regions=regions_of(mask, prediction.anomaly_map, size),
-    )
+    regions = regions_of(mask, prediction.anomaly_map, size)
+    return replace(prediction, decision=ANOMALOUS if anomalous else NORMAL, mask=mask, regions=regions)
+
+
+def apply_thresholds(prediction: Prediction, entry: Entry, size: tuple[int, int]) -> Prediction:
+    """A prediction with the decision and rank of a calibration; size: the original image's (width, height)."""
+    rank = float(ranks(torch.tensor([prediction.score]), torch.tensor(entry.scores)))
+    return replace(decide(prediction, entry.image_threshold, entry.pixel_threshold, size), rank=rank)

@@ -182,7 +182,7 @@ def score_each(
     duplicates = 0
     for path, name, pixels in images.read("scoring"):
         prediction = detector.predict(pixels, name, arguments.domain, class_names=arguments.class_names)
-        finding = make_finding(path, name, pixels, prediction)
+        finding = make_finding(path, name, pixels.size, prediction)
         duplicates += bool(known) and content_digest(pixels) in known
         name_in_report = path.name if path == images.place else path.relative_to(images.place).as_posix()
         drawn = overlay(pixels, prediction.anomaly_map)
@@ -225,16 +225,17 @@ def class_of(path: Path, image: Path) -> str:
     return parents[0] if parents else own or DEFAULT_CLASS
 
 
-def make_finding(path: Path, class_name: str, image: Image.Image, prediction: Prediction) -> Finding:
-    """The result for an image, with its worst region: above the pixel threshold, or else around the map's maximum.
+def make_finding(path: Path, class_name: str, size: tuple[int, int], prediction: Prediction) -> Finding:
+    """The result for an image of a size (width, height), with its worst region.
 
-    Raises `UserError` for a score that is not finite.
+    That is the region above the pixel threshold, or else around the map's maximum. Raises `UserError` for a score that
+    is not finite.
     """
     if not math.isfinite(prediction.score):
         raise UserError(f"the score of {path} is not finite: the checkpoint's weights cannot be used")
     found = prediction.regions
     if found is None:
-        return Finding(path, class_name, prediction.score, worst_region(prediction.anomaly_map, image.size))
+        return Finding(path, class_name, prediction.score, worst_region(prediction.anomaly_map, size))
     decision = (prediction.decision or "", prediction.rank, len(found))
     return Finding(path, class_name, prediction.score, found[0] if found else None, *decision)
 
