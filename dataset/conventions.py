@@ -33,9 +33,9 @@ ANOMALOUS_NAMES = _words(
     failed faulty damaged ungood nio
     """
 )
-MASK_FOLDER_NAMES = _words("groundtruth groundtruths gt gts mask masks maskdir")
+GROUND_TRUTH_NAMES = _words("groundtruth groundtruths gt gts")
 # Also words for other things, such as a defective label: folders of these names are judged by their content as well.
-MAYBE_MASK_FOLDER_NAMES = _words("label labels annotation annotations segmentation segmentations seg segs")
+MASK_WORDS = _words("mask masks label labels annotation annotations segmentation segmentations seg segs gt groundtruth")
 # Folders of the images of one kind, next to its masks or depth maps, as in MVTec 3D-AD and BMAD.
 IMAGE_FOLDER_NAMES = _words("rgb img imgs image images color colour")
 # The formats that are recognised in files without an extension, and that the page accepts.
@@ -73,8 +73,12 @@ def folder_word(name: str) -> str:
 
     "01_Good" and "OKParts" become "good" and "ok".
     """
-    words = re.findall(r"[^\W_]+", _CAMEL_CASE.sub(" ", normalized(name)).casefold())
+    words = _split(name)
     return "".join([word for word in words if word not in _GENERIC] or words).strip("0123456789")
+
+
+def _split(name: str) -> list[str]:
+    return re.findall(r"[^\W_]+", _CAMEL_CASE.sub(" ", normalized(name)).casefold())
 
 
 def is_normal_name(name: str) -> bool:
@@ -85,6 +89,16 @@ def is_normal_name(name: str) -> bool:
 def is_anomalous_name(name: str) -> bool:
     """Whether a folder name is a general word for anomalous images, not a type of defect."""
     return folder_word(name) in ANOMALOUS_NAMES
+
+
+def is_ground_truth_name(name: str) -> bool:
+    """Whether a folder of this name contains masks."""
+    return folder_word(name) in GROUND_TRUTH_NAMES
+
+
+def may_be_mask_name(name: str) -> bool:
+    """Whether a folder of this name contains masks if its images look like some."""
+    return not MASK_WORDS.isdisjoint(_split(name))
 
 
 @cache

@@ -14,15 +14,14 @@ from PIL import Image
 
 from dataset.conventions import (
     KNOWN_BY_CONTENT,
-    MASK_FOLDER_NAMES,
-    MAYBE_MASK_FOLDER_NAMES,
     extension_note,
-    folder_word,
     image_key,
     is_anomalous_name,
+    is_ground_truth_name,
     is_image_name,
     is_normal_name,
     mask_key,
+    may_be_mask_name,
     possible_masks,
     same_name,
 )
@@ -147,11 +146,10 @@ def _is_output(folder: Path, entries: Iterable[Path]) -> bool:
 
 def is_named_like_masks(folder: Path) -> bool:
     """Whether a folder holds masks by its name; for names such as "label", its first image is looked at as well."""
-    word = folder_word(folder.name)
-    if word in MAYBE_MASK_FOLDER_NAMES:
-        first = next(filter(is_image, files_below(folder)), None)
-        return first is not None and looks_like_mask(first)
-    return word in MASK_FOLDER_NAMES
+    if is_ground_truth_name(folder.name) or not may_be_mask_name(folder.name):
+        return is_ground_truth_name(folder.name)
+    first = next(filter(is_image, files_below(folder)), None)
+    return first is not None and looks_like_mask(first)
 
 
 def find_mask_folders(folders: Sequence[Path], candidates: Sequence[Path] | None = None) -> list[Path]:

@@ -81,11 +81,11 @@ def _class_records(
     mask_folders += find_mask_folders(kinds, [kind for kind in kinds if not _masks_of(kind, mask_folders)])
     kinds = [kind for kind in kinds if kind not in mask_folders]
     normal = [kind for kind in kinds if is_normal_name(kind.name)]
-    if kinds and not normal:
+    images = {kind: images_and_masks_in(_image_folder(kind))[0] for kind in kinds}
+    if any(images.values()) and not normal:
         names = list_names([kind.name for kind in kinds])
         advice = "such a folder is called good, ok, normal or similar"
         logger.warning("%s: none of the folders %s in %s has normal images: %s", class_name, names, test, advice)
-    images = {kind: images_and_masks_in(_image_folder(kind))[0] for kind in kinds}
     mask_of = _pair_masks({kind: images[kind] for kind in kinds if kind not in normal}, mask_folders)
     for kind in kinds:
         for image in images[kind]:
@@ -152,13 +152,15 @@ def _pair_masks(images: Mapping[Path, Sequence[Path]], mask_folders: Sequence[Pa
 
 
 def _warn_of_mask_names(kind: Path, images: Sequence[Path], masks: Sequence[Path]) -> None:
+    stem = images[0].stem
     logger.warning(
-        "%s: none of the %d masks in %s is named like an image, such as %s: expected %s",
+        "%s: none of the %d masks in %s is named like an image, such as %s: expected %s_mask.png or %s.png (also -mask, "
+        "_gt, _label, _seg), or several masks in a folder %s",
         kind,
         len(masks),
         masks[0].parent,
         list_names([mask.name for mask in masks], 3),
-        f"{images[0].stem}_mask.png or {images[0].stem}.png (also -mask, _gt, _label, _seg)",
+        *(stem, stem, stem),
     )
 
 

@@ -86,6 +86,7 @@ def test_a_class_without_normal_folder_is_reported(tmp_path: Path, caplog: pytes
         "Ground Truth/Dent/{}.png",
         "masks/dent/{}_mask.png",
         "mask/{}.png",
+        "defect_masks/{}.png",
         "labels/dent/{}.png",
         "ground_truth/dent/{}/000.png",
         "ground_truth/{}/000.png",
@@ -203,9 +204,9 @@ def test_skipped_files_are_counted_with_the_reason(tmp_path: Path, caplog: pytes
 
 def test_images_that_are_not_masks_stay_images(tmp_path: Path) -> None:
     """A folder called "label", images called "_label", and drawings in black and white."""
-    for name in ("label/a.png", "good/a.png", "good/a_label.png", "dent/a.png"):
+    for name in ("label/a.png", "no_mask/a.png", "good/a.png", "good/a_label.png", "dent/a.png"):
         photo(tmp_path / "part/test" / name)
-    assert len(records_of(tmp_path / "part")) == len(find_images(tmp_path, "--image").images) == 4
+    assert len(records_of(tmp_path / "part")) == len(find_images(tmp_path, "--image").images) == 5
     for kind in ("line", "circle"):
         mask(tmp_path / f"drawing/test/{kind}/a.png")
     mask(tmp_path / "drawing/test/good/a.png")
