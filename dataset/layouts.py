@@ -52,7 +52,7 @@ def _test_folder_classes(root: Path, class_names: Sequence[str]) -> list[str]:
         name
         for name in class_names
         if any(
-            images_in(_image_folder(kind)) for kind in subfolders(test_folder(_class_folder(root, name, class_names)))
+            images_in(image_folder(kind)) for kind in subfolders(test_folder(_class_folder(root, name, class_names)))
         )
     ]
 
@@ -81,7 +81,7 @@ def _class_records(
     mask_folders += find_mask_folders(kinds, [kind for kind in kinds if not _masks_of(kind, mask_folders)])
     kinds = [kind for kind in kinds if kind not in mask_folders]
     normal = [kind for kind in kinds if is_normal_name(kind.name)]
-    images = {kind: images_and_masks_in(_image_folder(kind))[0] for kind in kinds}
+    images = {kind: images_and_masks_in(image_folder(kind))[0] for kind in kinds}
     if any(images.values()) and not normal:
         names = list_names([kind.name for kind in kinds])
         advice = "such a folder is called good, ok, normal or similar"
@@ -104,7 +104,7 @@ def test_folder(class_folder: Path | None) -> Path | None:
     return find_folder(class_folder, "test") or find_folder(class_folder, "test_public")
 
 
-def _image_folder(kind: Path) -> Path:
+def image_folder(kind: Path) -> Path:
     """The folder of the images of a kind: itself, or a folder such as "rgb" in it."""
     inner = (child for child in subfolders(kind) if folder_word(child.name) in IMAGE_FOLDER_NAMES)
     return kind if images_in(kind) else next(inner, kind)
@@ -115,7 +115,7 @@ def _masks_of(kind: Path, mask_folders: Sequence[Path]) -> list[Path]:
     folders = [find_folder(folder, kind.name) for folder in mask_folders]
     folders += [child for child in subfolders(kind) if is_named_like_masks(child)]
     entries = (_mask_entries(folder) for folder in folders if folder is not None)
-    return next(filter(None, entries), None) or images_and_masks_in(_image_folder(kind))[1]
+    return next(filter(None, entries), None) or images_and_masks_in(image_folder(kind))[1]
 
 
 def _mask_entries(folder: Path) -> list[Path]:
@@ -154,8 +154,8 @@ def _pair_masks(images: Mapping[Path, Sequence[Path]], mask_folders: Sequence[Pa
 def _warn_of_mask_names(kind: Path, images: Sequence[Path], masks: Sequence[Path]) -> None:
     stem = images[0].stem
     logger.warning(
-        "%s: none of the %d masks in %s is named like an image, such as %s: expected %s_mask.png or %s.png (also -mask, "
-        "_gt, _label, _seg), or several masks in a folder %s",
+        "%s: none of the %d masks in %s is named like an image, such as %s: expected %s_mask.png or %s.png (also "
+        "-mask, _gt, _label, _seg), or several masks in a folder %s",
         kind,
         len(masks),
         masks[0].parent,

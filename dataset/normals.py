@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dataset.conventions import is_normal_name
 from dataset.folders import find_folder, find_images, images_in, subfolders
-from dataset.layouts import visa_records
+from dataset.layouts import image_folder, visa_records
 from dataset.locate import LocatedDataset
 from dataset.toy.classes import TOY_DATASETS
 from utils.errors import UserError
@@ -36,8 +36,7 @@ def training_normals(located: LocatedDataset, class_name: str) -> list[Path]:
 
             write_toy_normals(located.spec.name, folder)
         good = [child for child in subfolders(find_folder(folder, "train")) if is_normal_name(child.name)]
-        folders = [*good, *(find_folder(place, "img") for place in good)]
-        images = [path for place in folders for path in images_in(place)]
+        images = [path for place in good for path in images_in(image_folder(place))]
     if not images:
         raise UserError(
             f"{located.spec.name}: class '{class_name}' has no train/good in {root} to take references from; use "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.conventions import image_extensions, is_anomalous_name, is_normal_name, pair_masks
+from dataset.conventions import (
+    image_extensions,
+    is_anomalous_name,
+    is_ground_truth_name,
+    is_normal_name,
+    mask_key,
+    may_be_mask_name,
+    pair_masks,
+)
 from dataset.folders import find_images
 from dataset.images import read_mask, read_pair
 from dataset.locate import locate_dataset
@@ -236,3 +245,15 @@ def test_lists_name_files_in_either_unicode_form(tmp_path: Path) -> None:
     file.write_text(f'{{"image_path": "{NFC}/{NFC}.png", "label": 0, "class_name": "a"}}', encoding="utf-8")
     (record,) = load_records(locate_dataset(str(tmp_path / "part")), file)
     assert (tmp_path / "part" / record.image_path).is_file()
+
+
+def test_the_documented_names_are_accepted() -> None:
+    page = (Path(__file__).parents[1] / "docs/datasets.md").read_text(encoding="utf-8")
+    names = {
+        row: re.findall("`([^`]+)`", text) for row, text in re.findall(r"^\| ([^|]+) \| (.*) \|$", page, re.MULTILINE)
+    }
+    assert len(names["normal images"]) >= 8 and all(map(is_normal_name, names["normal images"]))
+    assert len(names["name of a mask"]) == 6
+    assert {mask_key(Path(f"a{suffix}.png")) for suffix in names["name of a mask"]} == {"a"}
+    ground_truth = [is_ground_truth_name(name) or may_be_mask_name(name) for name in names["mask folders"][:6]]
+    assert ground_truth == [True] * 6
