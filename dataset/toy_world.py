@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dataset.toy.classes import CLASSES, TOY_DATASETS
-from dataset.toy.objects import TEXTURES
 from dataset.toy.scene import COLORS, Scene, Thing, draw, draw_with_mask
+from dataset.toy.textures import TEXTURES
 from utils.errors import UserError
 
 IMAGE_SIZE = 96  # pixels; the input size of the toy CLIP, so that nothing is resampled

@@ -13,9 +13,10 @@ from PIL import Image
 from dataset import toy_world
 from dataset.toy.captions import UNLABELLED, draw_pairs, random_captioned_scene
 from dataset.toy.defects import DEFECTS
-from dataset.toy.objects import OBJECTS, TEXTURES
+from dataset.toy.objects import OBJECTS
 from dataset.toy.pretraining import region_loss
 from dataset.toy.scene import COLORS, Scene, Thing, draw, draw_with_mask
+from dataset.toy.textures import TEXTURES
 from dataset.toy_world import TOY_DATASETS, draw_toy_class, toy_defects, write_toy_dataset
 
 

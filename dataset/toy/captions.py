@@ -6,13 +6,15 @@ patches of intact drawings are labelled with words; damaged drawings have no pat
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset.toy.objects import OBJECTS, TEXTURES
-from dataset.toy.scene import COLORS, MARKS, MATERIALS, Mark, Scene, Thing, draw_with_regions
+from dataset.toy.objects import OBJECTS
+from dataset.toy.scene import COLORS, DEFECT_PHRASES, MARKS, MATERIALS, Mark, Scene, Thing, draw_with_regions
+from dataset.toy.textures import TEXTURES
 
 DAMAGED_SHARE = 0.12
 DAMAGE_MENTIONED = 0.5  # of the damaged
@@ -23,19 +25,6 @@ _SMALLEST_MARK, _SMALLEST_REGION = 0.12, 0.6  # smallest share of a patch that l
 
 _FRAMES = ("{}.", "a {}.", "the {}.", "a photo of {}.", "a photo of a {}.", "a photo of the {}.", "a picture of a {}.")
 _ANY_DAMAGE = ("damaged {}", "broken {}", "{} with flaw", "{} with defect", "{} with damage")
-_THIS_DAMAGE = {
-    "scratch": ("scratched {}", "{} with a scratch"),
-    "crack": ("cracked {}", "{} with a crack"),
-    "hole": ("{} with a hole",),
-    "stain": ("stained {}", "{} with a stain"),
-    "contamination": ("dirty {}", "{} with dirt"),
-    "missing_part": ("chipped {}", "{} with a missing part"),
-    "deformation": ("bent {}", "deformed {}"),
-    "burn": ("burnt {}", "{} with a burn"),
-    "dent": ("dented {}", "{} with a dent"),
-    "fibre": ("{} with a thread on it", "{} with a hair"),
-    "peeling": ("peeling {}", "{} with peeling paint"),
-}
 _COUNTS = {1: "a", 2: "two", 3: "three"}
 
 
@@ -97,12 +86,9 @@ def _random_marks(rng: np.random.Generator) -> list[list[Mark]]:
 
 
 def _name(thing: Thing, rng: np.random.Generator) -> str:
-    words = []
-    if rng.random() < 0.7:
-        words.append(thing.color)
-    if thing.kind not in TEXTURES and rng.random() < 0.3:
-        words.append(thing.material)
-    return " ".join([*words, thing.kind])
+    color = f"{thing.color} " if rng.random() < 0.7 else ""
+    material = f"{thing.material} " if thing.kind not in TEXTURES and rng.random() < 0.3 else ""
+    return f"{color}{material}{thing.kind}"
 
 
 def _marks_in_words(groups: list[list[Mark]], rng: np.random.Generator) -> list[str]:
@@ -123,50 +109,36 @@ def random_captioned_scene(seed: tuple[int, ...]) -> Captioned:
     rng = np.random.default_rng((*seed, 3))
     background = _pick(rng, list(COLORS))
     choice = rng.random()
-    if choice < 0.3:
-        things = [_random_thing(rng, _pick(rng, list(TEXTURES)), background)]
-    else:
-        things = [_random_thing(rng, _pick(rng, list(OBJECTS)), background)]
+    things = [_random_thing(rng, _pick(rng, list(TEXTURES if choice < 0.3 else OBJECTS)), background)]
     relation = None
     if choice > 0.8:
         second = _random_thing(rng, _pick(rng, list(OBJECTS)), background)
         along, shift = int(rng.integers(2)), rng.uniform(-0.15, 0.15)
         centers = [(-0.5, shift), (0.5, -shift)] if along else [(shift, -0.5), (-shift, 0.5)]
-        pair = (things[0], second)
         things = [
-            Thing(
-                t.kind, t.color, t.accent, t.material, (float(c[0]), float(c[1])), float(rng.uniform(0.4, 0.52)), t.turn
-            )
-            for t, c in zip(pair, centers, strict=True)
+            replace(thing, center=(float(x), float(y)), radius=float(rng.uniform(0.4, 0.52)))
+            for thing, (x, y) in zip((things[0], second), centers, strict=True)
         ]
         relation = "left of" if along else "above"
     groups = _random_marks(rng)
     defect = None
     if rng.random() < DAMAGED_SHARE:
-        names = [d for d in _THIS_DAMAGE if d != "missing_part" or things[0].kind in OBJECTS]
-        defect = _pick(rng, names)
+        defect = _pick(rng, [d for d in DEFECT_PHRASES if d != "missing_part" or things[0].kind in OBJECTS])
     scene = Scene(tuple(things), background, tuple(mark for group in groups for mark in group), seed)
-    words = _put_in_words(scene, groups, relation, defect, rng)
+    caption, subject, around = _put_in_words(scene, groups, relation, defect, rng)
     careless = np.random.default_rng((*seed, 5))
     remark = _pick(careless, _ANY_DAMAGE) if careless.random() < CARELESS_MENTIONS else "{}"
-    return Captioned(scene, words.caption, words.around.format(remark.format(words.subject)), defect)
-
-
-class _Caption(NamedTuple):
-    """A caption, its subject without damage, and the caption with "{}" in place of the subject."""
-
-    caption: str
-    subject: str
-    around: str
+    return Captioned(scene, caption, around.format(remark.format(subject)), defect)
 
 
 def _put_in_words(
     scene: Scene, groups: list[list[Mark]], relation: str | None, defect: str | None, rng: np.random.Generator
-) -> _Caption:
+) -> tuple[str, str, str]:
+    """A caption, its subject without damage, and the caption with "{}" in place of the subject."""
     subject = _name(scene.things[0], rng)
     state = "{}"
     if defect is not None and rng.random() < DAMAGE_MENTIONED:
-        state = _pick(rng, _ANY_DAMAGE if rng.random() < 0.7 else _THIS_DAMAGE[defect])
+        state = _pick(rng, _ANY_DAMAGE if rng.random() < 0.7 else DEFECT_PHRASES[defect])
     rest = "{}"
     if relation is not None and rng.random() < 0.9:
         rest += f" {relation} a {_name(scene.things[1], rng)}"
@@ -176,7 +148,7 @@ def _put_in_words(
     if marks:
         rest += " and " + " and ".join(marks)
     around = _pick(rng, _FRAMES).format(rest)
-    return _Caption(around.format(state.format(subject)), subject, around)
+    return around.format(state.format(subject)), subject, around
 
 
 def _region_names(scene: Scene) -> list[str]:

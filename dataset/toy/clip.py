@@ -28,11 +28,6 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def new_toy_clip() -> CLIP:
-    """A toy CLIP with random weights."""
-    return CLIP(**CONFIG)
-
-
 def tokenize(captions: list[str]) -> Tensor:
     """Tokens (B, T) of captions, without the padding behind the longest."""
     return trim(SimpleTokenizer(context_length=CONTEXT_LENGTH)(captions))

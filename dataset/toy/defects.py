@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset.toy.shapes import Field, Point, blob, circle, cover, grid, polyline
+from dataset.toy.shapes import Field, Point, blob, circle, cover, grid, polyline, public_functions
 
 INSIDE = np.array([0.05, 0.05, 0.06], np.float32)  # the dark that is seen in a hole
 
@@ -32,6 +32,15 @@ class Site:
     color: NDArray[np.float32]
     outward: float | None
 
+    @property
+    def grid(self) -> tuple[Field, Field]:
+        return grid(self.size)
+
+    @property
+    def soft(self) -> float:
+        """The width of an edge."""
+        return 2.2 / self.size
+
 
 @dataclass
 class Change:
@@ -42,10 +51,6 @@ class Change:
     cut: Field | None = None
     paints: list[tuple[Field, NDArray[np.float32]]] = field(default_factory=list)
     height: Field | None = None
-
-
-def _softness(size: int) -> float:
-    return 2.2 / size
 
 
 def _against(color: NDArray[np.float32], strength: float) -> NDArray[np.float32]:
@@ -75,154 +80,125 @@ def _curve(rng: np.random.Generator, center: Point, length: float, bend: float, 
     return [(px - middle[0] + center[0], py - middle[1] + center[1]) for px, py in points]
 
 
-def _scratch(site: Site) -> Change:
-    x, y = grid(site.size)
+def scratch(site: Site) -> Change:
     width = site.rng.uniform(0.03, 0.042)
-    stroke = polyline(x, y, _curve(site.rng, site.center, 3.4 * site.radius, site.rng.normal(0, 0.5), 3, 0.0), width)
+    stroke = polyline(
+        *site.grid, _curve(site.rng, site.center, 3.4 * site.radius, site.rng.normal(0, 0.5), 3, 0.0), width
+    )
     if site.rng.random() < 0.5:
         shift = site.rng.uniform(0.1, 0.16)
         stroke = np.minimum(stroke, np.roll(stroke, int(shift * site.size / 2), axis=int(site.rng.integers(2))))
-    soft = _softness(site.size)
     return Change(
-        cover(stroke - np.float32(0.02), soft),
-        paints=[(cover(stroke, soft), _against(site.color, site.rng.uniform(0.75, 0.95)))],
+        cover(stroke - np.float32(0.02), site.soft),
+        paints=[(cover(stroke, site.soft), _against(site.color, site.rng.uniform(0.75, 0.95)))],
     )
 
 
-def _crack(site: Site) -> Change:
-    x, y = grid(site.size)
+def crack(site: Site) -> Change:
     width = site.rng.uniform(0.028, 0.038)
     trunk = _curve(site.rng, site.center, 3.4 * site.radius, 0.0, 6, 0.55)
-    lines = polyline(x, y, trunk, width)
+    lines = polyline(*site.grid, trunk, width)
     for start in (2, 4):
         branch = _curve(site.rng, trunk[start], 2.0 * site.radius, 0.0, 4, 0.5)
-        lines = np.minimum(lines, polyline(x, y, branch[2:], width * 0.8))
+        lines = np.minimum(lines, polyline(*site.grid, branch[2:], width * 0.8))
     dark = site.color * np.float32(0.12) if site.color.mean() > 0.25 else site.color * 0.3 + np.float32(0.6)
-    soft = _softness(site.size)
-    return Change(cover(lines - np.float32(0.02), soft), paints=[(cover(lines, soft), dark.astype(np.float32))])
+    return Change(
+        cover(lines - np.float32(0.02), site.soft), paints=[(cover(lines, site.soft), dark.astype(np.float32))]
+    )
 
 
-def _hole(site: Site) -> Change:
-    x, y = grid(site.size)
-    gap = blob(x, y, site.center, site.radius * 0.75, site.rng, 0.2)
-    soft = _softness(site.size)
-    return Change(cover(gap, soft), paints=[(cover(gap, soft), INSIDE)])
+def hole(site: Site) -> Change:
+    gap = blob(*site.grid, site.center, site.radius * 0.75, site.rng, 0.2)
+    return Change(cover(gap, site.soft), paints=[(cover(gap, site.soft), INSIDE)])
 
 
-def _stain(site: Site) -> Change:
-    x, y = grid(site.size)
-    spot = blob(x, y, site.center, site.radius, site.rng, 0.35)
+def stain(site: Site) -> Change:
+    spot = blob(*site.grid, site.center, site.radius, site.rng, 0.35)
     tint = _foreign_color(site.rng, site.color)
-    alpha = cover(spot, 5 * _softness(site.size)) * np.float32(site.rng.uniform(0.8, 0.95))
-    return Change(cover(spot, _softness(site.size)), paints=[(alpha, tint)])
+    alpha = cover(spot, 5 * site.soft) * np.float32(site.rng.uniform(0.8, 0.95))
+    return Change(cover(spot, site.soft), paints=[(alpha, tint)])
 
 
-def _contamination(site: Site) -> Change:
-    x, y = grid(site.size)
-    specks = np.full_like(x, 9)
+def contamination(site: Site) -> Change:
+    specks = []
     for _ in range(int(site.rng.integers(5, 9))):
         angle, far = site.rng.uniform(0, 2 * np.pi), site.radius * np.sqrt(site.rng.uniform(0, 1.3))
         place = (site.center[0] + far * np.cos(angle), site.center[1] + far * np.sin(angle))
-        specks = np.minimum(specks, blob(x, y, place, site.rng.uniform(0.06, 0.095), site.rng, 0.4))
-    soft = _softness(site.size)
+        specks.append(blob(*site.grid, place, site.rng.uniform(0.06, 0.095), site.rng, 0.4))
+    spots = np.minimum.reduce(specks)
     color = _foreign_color(site.rng, site.color)
-    return Change(cover(specks - np.float32(0.015), soft), paints=[(cover(specks, soft), color)])
+    return Change(cover(spots - np.float32(0.015), site.soft), paints=[(cover(spots, site.soft), color)])
 
 
-def _missing_part(site: Site) -> Change:
-    x, y = grid(site.size)
-    bite = blob(x, y, site.center, site.radius * 1.1, site.rng, 0.3)
-    return Change(cover(bite, _softness(site.size)), cut=bite)
+def missing_part(site: Site) -> Change:
+    bite = blob(*site.grid, site.center, site.radius * 1.1, site.rng, 0.3)
+    return Change(cover(bite, site.soft), cut=bite)
 
 
-def _deformation(site: Site) -> Change:
-    x, y = grid(site.size)
+def deformation(site: Site) -> Change:
     reach = site.radius * 2.2
-    away = np.hypot(x - np.float32(site.center[0]), y - np.float32(site.center[1])) / np.float32(reach)
+    away = circle(*site.grid, 0, *site.center) / np.float32(reach)
     bump = np.clip(1 - away * away, 0, 1) ** 2
     push = site.rng.uniform(0.4, 0.55) * reach
     angle = site.rng.uniform(0, 2 * np.pi) if site.outward is None else site.outward + site.rng.choice([0, np.pi])
     return Change(
-        cover((away - np.float32(0.62)) * np.float32(reach), _softness(site.size)),
+        cover((away - np.float32(0.62)) * np.float32(reach), site.soft),
         warp=(bump * np.float32(push * np.cos(angle)), bump * np.float32(push * np.sin(angle))),
     )
 
 
-def _fracture(site: Site) -> Change:
-    x, y = grid(site.size)
-    bite = blob(x, y, site.center, site.radius * 1.1, site.rng, 0.3)
-    soft = _softness(site.size)
-    face = cover(bite - np.float32(0.09), soft) * np.float32(0.9)
-    return Change(cover(bite - np.float32(0.09), soft), cut=bite, paints=[(face, _against(site.color, 0.75))])
+def fracture(site: Site) -> Change:
+    bite = blob(*site.grid, site.center, site.radius * 1.1, site.rng, 0.3)
+    face = cover(bite - np.float32(0.09), site.soft) * np.float32(0.9)
+    return Change(cover(bite - np.float32(0.09), site.soft), cut=bite, paints=[(face, _against(site.color, 0.75))])
 
 
-def _bend(site: Site) -> Change:
-    change = _deformation(site)
-    x, y = grid(site.size)
-    creases = np.full_like(x, 9)
+def bend(site: Site) -> Change:
+    change = deformation(site)
+    creases = []
     for _ in range(3):
         place = tuple(np.array(site.center) + site.rng.uniform(-0.5, 0.5, 2) * site.radius)
-        creases = np.minimum(creases, polyline(x, y, _curve(site.rng, place, 1.6 * site.radius, 0.0, 2, 0.2), 0.025))
-    change.paints.append((cover(creases, _softness(site.size)), _against(site.color, 0.7)))
+        creases.append(polyline(*site.grid, _curve(site.rng, place, 1.6 * site.radius, 0.0, 2, 0.2), 0.025))
+    change.paints.append((cover(np.minimum.reduce(creases), site.soft), _against(site.color, 0.7)))
     return change
 
 
-def _burn(site: Site) -> Change:
-    x, y = grid(site.size)
-    spot = blob(x, y, site.center, site.radius, site.rng, 0.3)
-    soft = _softness(site.size)
-    halo = cover(spot, 10 * soft) * np.float32(0.8)
-    core = cover(spot + np.float32(0.4 * site.radius), 6 * soft) * np.float32(0.9)
+def burn(site: Site) -> Change:
+    spot = blob(*site.grid, site.center, site.radius, site.rng, 0.3)
+    halo = cover(spot, 10 * site.soft) * np.float32(0.8)
+    core = cover(spot + np.float32(0.4 * site.radius), 6 * site.soft) * np.float32(0.9)
     brown, black = np.array([0.32, 0.18, 0.08], np.float32), np.array([0.05, 0.04, 0.04], np.float32)
-    return Change(cover(spot, soft), paints=[(halo, brown), (core, black)])
+    return Change(cover(spot, site.soft), paints=[(halo, brown), (core, black)])
 
 
-def _dent(site: Site) -> Change:
-    x, y = grid(site.size)
-    away = circle(x, y, 0, *site.center) / np.float32(site.radius)
+def dent(site: Site) -> Change:
+    away = circle(*site.grid, 0, *site.center) / np.float32(site.radius)
     pit = -(np.clip(1 - away * away, 0, 1) ** 2) * np.float32(site.radius * 2.0)
-    return Change(cover((away - 1) * np.float32(site.radius), _softness(site.size)), height=pit)
+    return Change(cover((away - 1) * np.float32(site.radius), site.soft), height=pit)
 
 
-def _fibre(site: Site) -> Change:
-    x, y = grid(site.size)
+def fibre(site: Site) -> Change:
     width = site.rng.uniform(0.03, 0.042)
     turn = site.rng.choice([-1, 1]) * site.rng.uniform(3, 6)
-    thread = polyline(x, y, _curve(site.rng, site.center, 6 * site.radius, turn, 11, 0.1), width)
-    soft = _softness(site.size)
+    thread = polyline(*site.grid, _curve(site.rng, site.center, 6 * site.radius, turn, 11, 0.1), width)
     color = _foreign_color(site.rng, site.color)
-    return Change(cover(thread - np.float32(0.02), soft), paints=[(cover(thread, soft), color)])
+    return Change(cover(thread - np.float32(0.02), site.soft), paints=[(cover(thread, site.soft), color)])
 
 
-def _peeling(site: Site) -> Change:
-    x, y = grid(site.size)
+def peeling(site: Site) -> Change:
+    x, y = site.grid
     corners = int(site.rng.integers(5, 8))
     angle = np.arctan2(y - site.center[1], x - site.center[0])
     jagged = np.interp(
         angle, np.linspace(-np.pi, np.pi, corners), site.rng.uniform(0.6, 1.25, corners), period=2 * np.pi
     )
     flake = circle(x, y, 0, *site.center) - (site.radius * jagged).astype(np.float32)
-    soft = _softness(site.size)
-    edge = cover(np.abs(flake) - np.float32(0.02), soft) * np.float32(0.8)
+    edge = cover(np.abs(flake) - np.float32(0.02), site.soft) * np.float32(0.8)
     under = _against(site.color, 0.6)
     dark = (site.color * np.float32(0.25)).astype(np.float32)
-    return Change(cover(flake, soft), paints=[(cover(flake, soft), under), (edge, dark)])
+    return Change(cover(flake, site.soft), paints=[(cover(flake, site.soft), under), (edge, dark)])
 
 
-DEFECTS: dict[str, Callable[[Site], Change]] = {
-    "scratch": _scratch,
-    "crack": _crack,
-    "hole": _hole,
-    "stain": _stain,
-    "contamination": _contamination,
-    "missing_part": _missing_part,
-    "deformation": _deformation,
-    "burn": _burn,
-    "dent": _dent,
-    "fibre": _fibre,
-    "peeling": _peeling,
-    "fracture": _fracture,
-    "bend": _bend,
-}
+DEFECTS: dict[str, Callable[[Site], Change]] = public_functions(__name__)
 # These belong at the outline of an object, not inside it.
 AT_THE_EDGE = frozenset({"missing_part", "deformation", "fracture", "bend"})

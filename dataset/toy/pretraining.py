@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator
-from typing import Any
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 
 import numpy as np
 import torch
@@ -20,21 +21,12 @@ from numpy.typing import NDArray
 from open_clip.loss import ClipLoss
 from open_clip.model import CLIP
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from dataset.toy.captions import UNLABELLED, Description, Drawings, draw_pairs
-from dataset.toy.clip import (
-    IMAGE_SIZE,
-    PATCH_SIZE,
-    encode_images,
-    encode_text,
-    export_toy_clip,
-    new_toy_clip,
-    tokenize,
-    trim,
-)
-from dataset.toy.objects import OBJECTS, TEXTURES
+from dataset.toy.clip import CONFIG, IMAGE_SIZE, PATCH_SIZE, encode_images, encode_text, export_toy_clip, tokenize, trim
+from dataset.toy.objects import OBJECTS
 from dataset.toy.options import PretrainArguments
+from dataset.toy.textures import TEXTURES
 from utils.errors import NotFiniteError, UserError
 from utils.files import check_folder
 from utils.logging import set_up_logging
@@ -46,39 +38,19 @@ _TRAIN_STREAM, _HELD_OUT_STREAM = 0, 1
 _CHUNK = 250
 
 
-class _Chunks(Dataset[Drawings]):
-    """A stream of drawings in chunks, for the worker processes of a loader."""
-
-    def __init__(self, count: int, stream: tuple[int, int]) -> None:
-        self.count = count
-        self.stream = stream
-
-    def __len__(self) -> int:
-        return -(-self.count // _CHUNK)
-
-    def __getitem__(self, index: int) -> Drawings:
-        start = index * _CHUNK
-        return draw_pairs(self.stream, start, min(start + _CHUNK, self.count), IMAGE_SIZE, PATCH_SIZE)
-
-
-def _unchanged(chunk: Any) -> Any:
-    return chunk
-
-
 def draw_all(count: int, seed: int, stream: int) -> Drawings:
     """Draw `count` image-caption pairs of a stream on all cores."""
-    chunks = _Chunks(count, (seed, stream))
-    workers = min(os.cpu_count() or 1, len(chunks))
-    loader = DataLoader(
-        chunks, batch_size=None, num_workers=workers, multiprocessing_context="spawn", collate_fn=_unchanged
-    )
+    starts = range(0, count, _CHUNK)
+    stops = [min(start + _CHUNK, count) for start in starts]
     images = np.empty((count, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     patches: list[NDArray[np.uint8]] = []
     descriptions: list[Description] = []
-    for chunk in loader:
-        images[len(descriptions) :][: len(chunk.images)] = chunk.images
-        patches.append(chunk.patches)
-        descriptions += chunk.descriptions
+    draw = partial(draw_pairs, (seed, stream), size=IMAGE_SIZE, patch=PATCH_SIZE)
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for start, stop, chunk in zip(starts, stops, pool.map(draw, starts, stops), strict=True):
+            images[start:stop] = chunk.images
+            patches.append(chunk.patches)
+            descriptions += chunk.descriptions
     return Drawings(images, np.concatenate(patches), descriptions)
 
 
@@ -153,13 +125,6 @@ def _learning_rate(arguments: PretrainArguments, step: int, steps: int) -> float
     return arguments.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def _parameter_groups(model: CLIP, weight_decay: float) -> list[dict[str, Any]]:
-    """As in CLIP: gains, biases and the temperature are not decayed."""
-    plain = [p for p in model.parameters() if p.ndim < 2]
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-
-
 def _batches(count: int, arguments: PretrainArguments, epoch: int) -> Iterator[NDArray[np.intp]]:
     """The drawings of each step of an epoch."""
     order = np.random.default_rng((arguments.seed, epoch)).permutation(count)
@@ -200,10 +165,13 @@ class _Run:
         self.regions = _Regions(pairs)
         self.captions = tokenize([item.caption for item in pairs.descriptions])
         self.careless_captions = tokenize([item.careless_caption for item in pairs.descriptions])
-        self.model = new_toy_clip().to(device)
-        self.optimizer = torch.optim.AdamW(
-            _parameter_groups(self.model, arguments.weight_decay), lr=arguments.lr, betas=(0.9, 0.98), eps=1e-6
-        )
+        self.model = CLIP(**CONFIG).to(device)
+        # As in CLIP, gains, biases and the temperature are not decayed.
+        groups = [
+            {"params": [p for p in self.model.parameters() if p.ndim >= 2], "weight_decay": arguments.weight_decay},
+            {"params": [p for p in self.model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=arguments.lr, betas=(0.9, 0.98), eps=1e-6)
 
     def train_epoch(self, epoch: int) -> float:
         """One pass over the drawings, `epoch` from 0; returns the mean loss."""

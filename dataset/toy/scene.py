@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from dataset.toy.defects import AT_THE_EDGE, DEFECTS, INSIDE, Change, Site
-from dataset.toy.objects import OBJECTS, TEXTURES
+from dataset.toy.objects import OBJECTS
 from dataset.toy.shapes import Field, box, circle, cover, grid, polygon, segment, smooth_noise
+from dataset.toy.textures import TEXTURES
+from utils.reading import read_json
 
-COLORS: dict[str, tuple[float, float, float]] = {
-    "red": (0.80, 0.14, 0.14),
-    "green": (0.16, 0.58, 0.22),
-    "blue": (0.16, 0.32, 0.78),
-    "yellow": (0.90, 0.80, 0.18),
-    "orange": (0.92, 0.52, 0.14),
-    "purple": (0.52, 0.22, 0.66),
-    "pink": (0.92, 0.58, 0.70),
-    "brown": (0.50, 0.31, 0.17),
-    "white": (0.92, 0.92, 0.90),
-    "grey": (0.56, 0.56, 0.57),
-    "black": (0.13, 0.13, 0.14),
-    "turquoise": (0.20, 0.70, 0.70),
-    "beige": (0.82, 0.73, 0.58),
-}
+_WORDS = read_json(Path(__file__).with_name("words.json"), dict[str, dict[str, list[Any]]])
+COLORS: dict[str, list[float]] = _WORDS["colors"]  # RGB in [0, 1]
+# Captions that name a defect, "{}" for the thing.
+DEFECT_PHRASES: dict[str, list[str]] = _WORDS["defect_phrases"]
 MATERIALS = ("plastic", "metal", "wooden", "stone", "ceramic", "rubber")
 MARKS = ("dot", "ring", "square", "cross", "bar", "triangle")
 

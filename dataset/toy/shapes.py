@@ -7,10 +7,12 @@ anti-aliasing and bevels need.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
+from inspect import isfunction
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,3 +101,9 @@ def smooth_noise(rng: np.random.Generator, size: int, cells: int) -> Field:
     """Noise with about `cells` bumps along a side, standard deviation about 1 at the bumps."""
     coarse = rng.standard_normal((cells + 1, cells + 1)).astype(np.float32)
     return np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def public_functions(module: str) -> dict[str, Any]:
+    """The functions that a module defines, without private ones, by name and in order."""
+    functions = {name: value for name, value in vars(sys.modules[module]).items() if isfunction(value)}
+    return {n: f for n, f in functions.items() if f.__module__ == module and not n.startswith("_")}
