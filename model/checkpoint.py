@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.checkpoint_schema import SCHEMA, SavedConfig, SavedFile
+from model.checkpoint_schema import SCHEMA, SavedFile, check_state
 from model.config import COMPONENTS, SIDES, CrossAttentionConfig, ModelConfig
 from model.shared import Shared, read_shared
 from utils.errors import UserError
@@ -93,7 +93,7 @@ def on_cpu(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: on_cpu(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return tuple(map(on_cpu, value)) if isinstance(value, tuple) else list(map(on_cpu, value))
+        return type(value)(map(on_cpu, value))
     return value
 
 
@@ -114,11 +114,7 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -166,11 +162,7 @@ def as_checkpoint(content: Any, path: Path) -> Checkpoint:
     if type(schema) is int and schema != SCHEMA:
         raise UserError(f"{path}: has schema {schema}, but this version reads {SCHEMA}; use the version that wrote it")
     # Files of other code may have an empty optimizer.
-    content = {
-        name: value
-        for name, value in content.items()
-        if not (name in OPTIMIZERS and isinstance(value, dict) and not value)
-    }
+    content = {name: value for name, value in content.items() if name not in OPTIMIZERS or value != {}}
     check(content, SavedFile, path)
     optimizers = {name: content[name] for name in OPTIMIZERS if content.get(name)}
     for name, optimizer in optimizers.items():
@@ -191,11 +183,6 @@ def as_checkpoint(content: Any, path: Path) -> Checkpoint:
     if config is not None:
         checkpoint.model_config()
     return checkpoint
-
-
-def check_config(config: Mapping[str, Any], source: str) -> None:
-    """`UserError`, starting with `source`, for a `config` that no checkpoint can have."""
-    check(config, SavedConfig, source)
 
 
 def infer_choices(components: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
@@ -221,18 +208,7 @@ def infer_choices(components: Mapping[str, Mapping[str, Tensor]]) -> dict[str, A
 def load_component(module: nn.Module, state: Mapping[str, Tensor], name: str, source: Path) -> None:
     """Load one component; `UserError` with file, key, both shapes and the likely cause if it does not fit."""
     expected = module.state_dict()
-    for key, value in expected.items():
-        if key not in state:
-            raise UserError(f"{source}: {name} has no '{key}'; {_likely_cause(key, state, expected)}")
-        if tuple(state[key].shape) != tuple(value.shape):
-            raise UserError(
-                f"{source}: {name} '{key}' is {tuple(state[key].shape)}, but this model has {tuple(value.shape)}; "
-                "the file comes from another CLIP model (check --model_name)"
-            )
-    unknown = sorted(set(state) - set(expected))
-    if unknown:
-        cause = _likely_cause(unknown[0], state, expected)
-        raise UserError(f"{source}: {name} has '{unknown[0]}', which this model does not have; {cause}")
+    check_state(state, expected, f"{source}: {name}", lambda key: _likely_cause(key, state, expected))
     module.load_state_dict(state)
 
 

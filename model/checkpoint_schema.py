@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from model.config import CrossAttentionConfig, ModelConfig, SavedArguments
+from utils.errors import UserError
 from utils.schema import MayHoldMore, Plain
 
 SCHEMA = 1
@@ -33,6 +35,22 @@ class FloatTensor:
 
 
 State = dict[str, FloatTensor]
+
+
+def check_state(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str, likely_cause: Callable[[str], str]
+) -> None:
+    """`UserError`, starting with `source`, if a tensor is missing, unknown or of another shape than `expected`."""
+    for key, value in expected.items():
+        if key not in state:
+            raise UserError(f"{source} has no '{key}'; {likely_cause(key)}")
+        if state[key].shape != value.shape:
+            raise UserError(
+                f"{source} '{key}' is {tuple(state[key].shape)}, but this model has {tuple(value.shape)}; "
+                "the file comes from another CLIP model (check --model_name)"
+            )
+    for key in sorted(state.keys() - expected.keys()):
+        raise UserError(f"{source} has '{key}', which this model does not have; {likely_cause(key)}")
 
 
 def _from(low: int, default: Any) -> Any:

@@ -121,18 +121,14 @@ class FrozenCLIP(nn.Module):
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Prompts -> token ids (P, T), cut to the longest prompt; attention is causal, so padding has no effect."""
-        return cut_to_length(self.tokenizer(prompts))
+        tokens = self.tokenizer(prompts)
+        return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1]  # the end-of-text token has the largest id
 
 
 @functools.cache
 def _tokenizer(context_length: int) -> SimpleTokenizer:
     """CLIP's tokenizer, cached because its vocabulary is slow to read."""
     return SimpleTokenizer(context_length=context_length)
-
-
-def cut_to_length(tokens: Tensor) -> Tensor:
-    """Drop the columns after the last end-of-text token, the largest id of a row: (P, 77) -> (P, T)."""
-    return tokens[:, : int(tokens.argmax(dim=-1).max()) + 1]
 
 
 def digest_weights(clip: nn.Module) -> str:
@@ -145,22 +141,19 @@ def digest_weights(clip: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def check_architecture(clip: nn.Module, model_name: str) -> None:
+def check_architecture(clip: open_clip.CLIP, model_name: str) -> None:
     """`UserError` unless the towers are CLIP's plain ViT and causal text transformer."""
-    visual: Any = getattr(clip, "visual", None)
-    if (
-        not isinstance(clip, open_clip.CLIP)
-        or not isinstance(visual, VisionTransformer)
-        or any(
-            type(block) is not ResidualAttentionBlock
-            for block in (*clip.transformer.resblocks, *visual.transformer.resblocks)
-        )
-        or visual.pool_type != "tok"
-        or visual.attn_pool is not None
-        or visual.proj is None
-        or visual.image_size[0] != visual.image_size[1]
-        or clip.attn_mask is None
-        or clip.text_pool_type != "argmax"
-        or clip.text_projection is None
-    ):
+    visual: Any = clip.visual
+    plain = isinstance(visual, VisionTransformer) and (
+        visual.pool_type == "tok"
+        and visual.attn_pool is None
+        and visual.proj is not None
+        and visual.image_size[0] == visual.image_size[1]
+        and clip.attn_mask is not None
+        and clip.text_pool_type == "argmax"
+        and clip.text_projection is not None
+        and {type(block) for block in (*clip.transformer.resblocks, *visual.transformer.resblocks)}
+        == {ResidualAttentionBlock}
+    )
+    if not plain:
         raise UserError(f"{model_name}: only CLIP models with a plain ViT and a causal text transformer can be adapted")

@@ -8,7 +8,8 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import huggingface_hub
 import open_clip
@@ -18,7 +19,7 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg, resize_pos_embed
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 from torch import Tensor
 
-from model.checkpoint_schema import FloatTensor
+from model.checkpoint_schema import FloatTensor, check_state
 from model.clip import FrozenCLIP
 from model.config import ACTIVATIONS
 from utils.errors import UserError
@@ -88,16 +89,13 @@ class _ClipFile(MayHoldMore):
     preprocess_cfg: _Preprocessing | None = None
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Weights, their origin, and the activation they need (None: unknown)."""
+class _Source(NamedTuple):
+    """Weights, their origin, the activation they need (None: unknown), and `mean` and `std` of the images."""
 
     model_cfg: dict[str, Any]
     weights: Path
-    state: dict[str, Tensor] = field(repr=False)
-    activation: str | None
-    mean: tuple[float, ...] = open_clip.OPENAI_DATASET_MEAN
-    std: tuple[float, ...] = open_clip.OPENAI_DATASET_STD
+    activation: str | None = None
+    preprocessing: Mapping[str, Any] = MappingProxyType({})
 
 
 def load_clip(
@@ -121,7 +119,9 @@ def load_clip(
     """
     folder = _local_folder(model_name)
     source = _local_source(model_name, folder, clip_weights) if folder else _named_source(model_name, clip_weights)
-    chosen = _choose_activation(source, activation)
+    state = _read_state_dict(source.weights)
+    needed = source.activation or _infer_activation(model_name, source.weights, state)
+    chosen = _choose_activation(source.weights, needed, activation)
     size = check_image_size(model_name, source.model_cfg, img_size)
     model_cfg = {**source.model_cfg, "vision_cfg": {**source.model_cfg["vision_cfg"], "image_size": size}}
     model_cfg["quick_gelu"] = chosen == "quick_gelu"
@@ -130,10 +130,11 @@ def load_clip(
             shapes = open_clip.CLIP(**model_cfg)
     except (TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError) as error:  # sizes that do not fit
         raise UserError(f"{model_name}: only plain CLIP models can be adapted ({first_line(error)})") from error
-    state = _fitting_weights(shapes, source, model_name)
-    clip = filled(shapes, state)
+    clip = filled(shapes, _fitting_weights(shapes, state, source.weights, model_name))
     logger.info("CLIP %s at %d px, %s, weights from %s", model_name, size, chosen, source.weights)
-    return FrozenCLIP(clip, model_name, chosen, source.mean, source.std)
+    mean = source.preprocessing.get("mean") or open_clip.OPENAI_DATASET_MEAN
+    std = source.preprocessing.get("std") or open_clip.OPENAI_DATASET_STD
+    return FrozenCLIP(clip, model_name, chosen, mean, std)
 
 
 def filled(shapes: open_clip.CLIP, state: Mapping[str, Tensor]) -> open_clip.CLIP:
@@ -153,12 +154,8 @@ def is_tag(model_name: str, clip_weights: str) -> bool:
 def check_image_size(model_name: str, model_cfg: dict[str, Any], img_size: int | None) -> int:
     """The image size to use; `UserError` unless it is a multiple of the patch size, at least two patches."""
     vision = CLIPVisionCfg(**model_cfg["vision_cfg"])
-    size = (
-        DEFAULT_IMG_SIZES.get(model_name.removesuffix("-quickgelu"), vision.image_size)
-        if img_size is None
-        else img_size
-    )
-    patch = vision.patch_size
+    default = DEFAULT_IMG_SIZES.get(model_name.removesuffix("-quickgelu"), vision.image_size)
+    size, patch = default if img_size is None else img_size, vision.patch_size
     if size % patch or size < 2 * patch:
         near = max(2, round(size / patch)) * patch
         raise UserError(f"--img_size {size}: {model_name} has patches of {patch} px; choose a multiple, such as {near}")
@@ -171,22 +168,18 @@ def _local_folder(model_name: str) -> Path | None:
     return Path(model_name.removeprefix("local-dir:")) if model_name.startswith("local-dir:") else None
 
 
-def _choose_activation(source: _Source, activation: str | None) -> str:
-    if activation is not None and activation not in ACTIVATIONS:
+def _choose_activation(weights: Path, needed: str | None, activation: str | None) -> str:
+    if activation not in (None, *ACTIVATIONS):
         raise UserError(f"--activation {activation}: choose one of {', '.join(ACTIVATIONS)}")
-    chosen = activation or source.activation
+    chosen = activation or needed
     if chosen is None:
         raise UserError(
-            f"{source.weights}: the activation of these weights is unknown; "
+            f"{weights}: the activation of these weights is unknown; "
             "give --activation quick_gelu (OpenAI and its conversions) or --activation gelu (most others)"
         )
-    if source.activation not in (None, chosen):
-        logger.warning(
-            "%s: runs with %s (--activation), although these weights were trained with %s",
-            source.weights,
-            chosen,
-            source.activation,
-        )
+    if needed not in (None, chosen):
+        problem = "%s: runs with %s (--activation), although these weights were trained with %s"
+        logger.warning(problem, weights, chosen, needed)
     return chosen
 
 
@@ -197,24 +190,13 @@ def _local_source(model_name: str, folder: Path, clip_weights: str | Path | None
             f"--model_name {model_name}: {config_file} does not exist; give the folder of an open_clip model"
         )
     config = read_json(config_file, _ClipFile)
-    model_cfg, preprocess = config["model_cfg"], config.get("preprocess_cfg") or {}
-    weights = Path(clip_weights) if clip_weights else next(iter(_weight_files(folder)), None)
-    if weights is None or not weights.is_file():
-        raise UserError(f"{weights or folder}: no weights file (open_clip_model.safetensors)")
-    return _Source(
-        model_cfg,
-        weights,
-        _read_state_dict(weights),
-        # In open_clip's configuration files the default is GELU.
-        "quick_gelu" if model_cfg.get("quick_gelu", False) else "gelu",
-        tuple(preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN)),
-        tuple(preprocess.get("std", open_clip.OPENAI_DATASET_STD)),
-    )
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """Weights in an open_clip folder, safetensors first."""
-    return [file for ending in ("safetensors", "bin", "pth", "pt") for file in sorted(folder.glob(f"*.{ending}"))]
+    files = [file for ending in ("safetensors", "bin", "pth", "pt") for file in sorted(folder.glob(f"*.{ending}"))]
+    weights = Path(clip_weights) if clip_weights else next(iter(files), folder)
+    if not weights.is_file():
+        raise UserError(f"{weights}: no weights file (open_clip_model.safetensors)")
+    # In open_clip's configuration files the default is GELU.
+    activation = "quick_gelu" if config["model_cfg"].get("quick_gelu") else "gelu"
+    return _Source(config["model_cfg"], weights, activation, config.get("preprocess_cfg") or {})
 
 
 def _named_source(model_name: str, clip_weights: str | Path | None) -> _Source:
@@ -230,16 +212,13 @@ def _named_source(model_name: str, clip_weights: str | Path | None) -> _Source:
         raise UserError(
             f"--model_name {model_name}: only CLIP models with a plain ViT and CLIP's tokenizer can be adapted"
         )
-    file = Path(clip_weights) if clip_weights else None
-    if file is not None and file.is_file():
-        state = _read_state_dict(file)
-        return _Source(model_cfg, file, state, _infer_activation(model_name, file, state))
+    if clip_weights and Path(clip_weights).is_file():
+        return _Source(model_cfg, Path(clip_weights))
     tag = str(clip_weights or DEFAULT_TAG)
     tags = list_pretrained_tags_by_model(model_name)
     if tag not in tags:
-        problem = f"--clip_weights {tag}: no such file, and" if clip_weights else "no --clip_weights, and"
         raise UserError(
-            f"{problem} {model_name} has no weights of that tag (known: {', '.join(tags) or 'none'}); give a file"
+            f"--clip_weights {tag}: no such file, and no tag of {model_name} (its tags: {', '.join(tags) or 'none'})"
         )
     return _hub_source(model_name, model_cfg, tag)
 
@@ -259,14 +238,8 @@ def _hub_source(model_name: str, model_cfg: dict[str, Any], tag: str) -> _Source
             f"the {tag} weights of {model_name} cannot be downloaded ({first_line(error)}): download them from "
             f"{addresses} and give the file with --clip_weights FILE"
         ) from error
-    return _Source(
-        model_cfg,
-        Path(weights),
-        _read_state_dict(Path(weights)),
-        "quick_gelu" if known.get("quick_gelu", False) or tag == "openai" else "gelu",
-        tuple(known.get("mean") or open_clip.OPENAI_DATASET_MEAN),
-        tuple(known.get("std") or open_clip.OPENAI_DATASET_STD),
-    )
+    activation = "quick_gelu" if known.get("quick_gelu") or tag == "openai" else "gelu"
+    return _Source(model_cfg, Path(weights), activation, known)
 
 
 def _cached_weights(hub: str) -> str | None:
@@ -319,10 +292,12 @@ def _read_state_dict(file: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _fitting_weights(clip: open_clip.CLIP, source: _Source, model_name: str) -> dict[str, Tensor]:
-    """The weights of `source` for `clip`; `UserError` if a tensor is missing, invalid or of another shape."""
-    state = {key: value for key, value in source.state.items() if key not in OPENAI_ENTRIES and key != "attn_mask"}
-    check(state, dict[str, FloatTensor], source.weights)
+def _fitting_weights(
+    clip: open_clip.CLIP, content: Mapping[str, Tensor], source: Path, model_name: str
+) -> dict[str, Tensor]:
+    """The weights for `clip`; `UserError` if a tensor is missing, invalid or of another shape."""
+    state = {key: value for key, value in content.items() if key not in (*OPENAI_ENTRIES, "attn_mask")}
+    check(state, dict[str, FloatTensor], source)
     # OpenAI's archives are float16, in which a CPU cannot interpolate the positions.
     state = {key: value.float() for key, value in state.items()}
     if "logit_scale" in state and state["logit_scale"].numel() == 1:  # a scalar in some files, a vector in others
@@ -330,19 +305,6 @@ def _fitting_weights(clip: open_clip.CLIP, source: _Source, model_name: str) -> 
     try:
         resize_pos_embed(state, clip)
     except (IndexError, RuntimeError) as error:
-        raise UserError(
-            f"{source.weights}: 'visual.positional_embedding' does not fit a square image; check --model_name"
-        ) from error
-    expected = clip.state_dict()
-    for key, value in expected.items():
-        if key not in state:
-            raise UserError(f"{source.weights}: has no '{key}', which {model_name} needs; check --model_name")
-        if state[key].shape != value.shape:
-            raise UserError(
-                f"{source.weights}: '{key}' is {tuple(state[key].shape)}, but {model_name} has {tuple(value.shape)}; "
-                "check --model_name"
-            )
-    unknown = sorted(set(state) - set(expected))
-    if unknown:
-        raise UserError(f"{source.weights}: has '{unknown[0]}', which {model_name} does not have; check --model_name")
+        raise UserError(f"{source}: 'visual.positional_embedding' fits no square image; check --model_name") from error
+    check_state(state, clip.state_dict(), f"{source} for {model_name}:", lambda _: "check --model_name")
     return state

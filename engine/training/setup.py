@@ -27,11 +27,11 @@ from engine.training.start import Start, carry_over_moments, check_start, load_s
 from model.adapter import AdaptedCLIP
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.blocks import BlockRunner
-from model.checkpoint import check_config
-from model.checkpoint_schema import SCHEMA
+from model.checkpoint_schema import SCHEMA, SavedConfig
 from model.clip import FrozenCLIP
 from model.clip_loading import load_clip
 from model.config import SIDES, LoopForward, ModelConfig
+from utils.schema import check
 from utils.seeding import derive_seed
 from utils.version import PROJECT, project_version
 
@@ -103,7 +103,7 @@ def prepare(config: Config, script: str, start: Start | None = None, text_adapte
     else:
         model = AdaptedCLIP(clip, chosen)
     description = describe_run(config, script, accelerator, data, model, start)
-    check_config(description, "the config of this run's checkpoints")
+    check(description, SavedConfig, "the config of this run's checkpoints")
     signature = {
         "script": script,
         **config.signature(),
