@@ -28,7 +28,8 @@ class FrozenCLIP(nn.Module):
         std: per channel, of the image normalisation.
 
     Attributes:
-        img_size: side of the square image, pixels.
+        img_size: side of the square image, pixels; grid: the same in patches.
+        vision_width, vision_layers, text_width, text_layers: of the two transformers; embed_dim: of the embeddings.
         weights_digest: digest of all weights except the positions, which are resized with the image.
         run: runs its blocks (`BlockRunner`).
 
@@ -50,7 +51,14 @@ class FrozenCLIP(nn.Module):
         self.model_name = model_name
         self.activation = activation
         self.mean, self.std = tuple(mean), tuple(std)
-        self.img_size: int = clip.visual.image_size[0]
+        visual = clip.visual
+        self.img_size: int = visual.image_size[0]
+        self.grid: int = visual.grid_size[0]
+        self.vision_width: int = visual.transformer.width
+        self.vision_layers = len(visual.transformer.resblocks)
+        self.text_width: int = clip.transformer.width
+        self.text_layers = len(clip.transformer.resblocks)
+        self.embed_dim: int = visual.output_dim
         self.weights_digest = digest_weights(clip)
         self.run = BlockRunner()
         self.eval()
@@ -62,31 +70,6 @@ class FrozenCLIP(nn.Module):
     @property
     def tokenizer(self) -> SimpleTokenizer:
         return _tokenizer(self.clip.context_length)
-
-    @property
-    def vision_width(self) -> int:
-        return self.clip.visual.transformer.width
-
-    @property
-    def text_width(self) -> int:
-        return self.clip.transformer.width
-
-    @property
-    def embed_dim(self) -> int:
-        return self.clip.visual.output_dim
-
-    @property
-    def vision_layers(self) -> int:
-        return len(self.clip.visual.transformer.resblocks)
-
-    @property
-    def text_layers(self) -> int:
-        return len(self.clip.transformer.resblocks)
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side of the square image."""
-        return self.clip.visual.grid_size[0]
 
     @property
     def defaults(self) -> dict[str, Any]:

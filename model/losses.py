@@ -81,11 +81,6 @@ def segmentation_loss(similarity: Tensor, mask: Tensor, smoothing: float = 0.0) 
     )
 
 
-def mean_abnormal(parts: Sequence[Segmentation]) -> Tensor:
-    """p_abnormal averaged over levels, (B, S, S)."""
-    return torch.stack([part.abnormal for part in parts]).mean(dim=0)
-
-
 def stage1_losses(
     level_similarities: Sequence[Tensor],
     anchors: Tensor,
@@ -112,10 +107,10 @@ def stage1_losses(
     counted = level_similarities[-1:] if levels == "last" else level_similarities
     parts = [segmentation_loss(similarity, mask, smoothing) for similarity in counted]
     overlap = share.step_mean((anchors[..., 0] * anchors[..., 1]).sum(dim=-1).mean()) ** 2
-    losses = _mean_parts(parts, 1 / len(parts))
+    losses, abnormal = _join_levels(parts, 1 / len(parts))
     losses["overlap"] = overlap
     losses["total"] = torch.stack([part.total for part in parts]).mean() + norm_weight * overlap
-    return losses, mean_abnormal(parts)
+    return losses, abnormal
 
 
 def stage2_losses(
@@ -133,14 +128,14 @@ def stage2_losses(
         The named losses including "total", and the mean of p_abnormal over levels, (B, S, S).
     """
     parts = [segmentation_loss(similarity, mask, smoothing) for similarity in outputs.levels]
-    losses = _mean_parts(parts, 1.0)
+    losses, abnormal = _join_levels(parts, 1.0)
     losses["classification"] = F.cross_entropy(outputs.det, label)
     losses["total"] = losses["classification"] + torch.stack([part.total for part in parts]).sum()
-    return losses, mean_abnormal(parts)
+    return losses, abnormal
 
 
-def _mean_parts(parts: Sequence[Segmentation], factor: float) -> dict[str, Tensor]:
-    return {
-        name: factor * torch.stack([getattr(part, name) for part in parts]).sum()
-        for name in ("focal", "dice_normal", "dice_abnormal")
-    }
+def _join_levels(parts: Sequence[Segmentation], factor: float) -> tuple[dict[str, Tensor], Tensor]:
+    """Each loss term summed over levels times `factor`, and p_abnormal averaged over levels, (B, S, S)."""
+    names = ("focal", "dice_normal", "dice_abnormal")
+    losses = {name: factor * torch.stack([getattr(part, name) for part in parts]).sum() for name in names}
+    return losses, torch.stack([part.abnormal for part in parts]).mean(dim=0)

@@ -22,19 +22,6 @@ def test_the_device_its_name_precision_and_versions_are_logged(caplog: pytest.Lo
         assert part in line
 
 
-def test_a_launch_that_starts_one_process_in_place_of_several_is_warned_of(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    for name, value in {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "True"}.items():
-        monkeypatch.setenv(name, value)
-    check_device("cpu", "fp32")
-    assert "--multi_gpu" in caplog.text
-    caplog.clear()
-    monkeypatch.setenv("RANK", "0")
-    check_device("cpu", "fp32")
-    assert "--multi_gpu" not in caplog.text
-
-
 def test_each_of_several_processes_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -71,12 +58,3 @@ def test_and_otherwise_not(
     device = "meta" if why == "on the GPU" else "cpu"
     warn_of_unused_gpu(torch.device(device), nn.Linear(2, 2) if why == "small" else large)
     assert caplog.messages == []
-
-
-def test_nvidia_smi_tells_of_a_gpu_too(
-    large: nn.Module, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(engine.runtime.device, "NVIDIA_DRIVER", tmp_path / "none")
-    monkeypatch.setattr(engine.runtime.device.shutil, "which", {"nvidia-smi": "somewhere"}.get)
-    warn_of_unused_gpu(torch.device("cpu"), large)
-    assert len(caplog.messages) == 1

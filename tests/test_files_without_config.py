@@ -112,12 +112,6 @@ def test_a_branch_that_is_not_there_is_off(side: str, tmp_path: Path) -> None:
         built(checkpoint, **{f"{side}_cross_attn_weight": 0.1})
 
 
-def test_weights_asked_of_a_base_are_refused(tmp_path: Path) -> None:
-    checkpoint = write(adapted_clip(clip()), tmp_path / "base.pth")
-    with pytest.raises(UserError, match="has no cross-attention, so --image_cross_attn_weight has no effect"):
-        built(checkpoint, image_cross_attn_weight=0.1)
-
-
 def test_the_gradient_test_measures_such_a_file_as_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.training.gradients.load_clip_for", lambda *_, **__: clip())
     model = crossed()

@@ -9,7 +9,6 @@ import math
 import os
 import re
 import socket
-import stat
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -193,32 +192,34 @@ def check_folder(folder: Path, flag: str) -> None:
     """
     try:
         str(folder).encode("utf-8")
-        for parent in (folder, *folder.parents):
-            try:
-                mode = parent.stat().st_mode
-            except FileNotFoundError:
-                if parent.is_symlink():
-                    raise UserError(f"{flag} {folder}: {parent} is a symbolic link to nothing") from None
-                continue
-            if not stat.S_ISDIR(mode):
-                raise UserError(f"{flag} {folder}: {parent} is a file, not a folder")
-            # Permissions alone do not tell whether a file can be created.
-            with tempfile.TemporaryFile(dir=parent):
-                return
+        parent = next(parent for parent in (folder, *folder.parents) if _exists(parent))
+        if not parent.is_dir():
+            raise UserError(f"{flag} {folder}: {parent} is not a folder")
+        # Permissions alone do not tell whether a file can be created.
+        with tempfile.TemporaryFile(dir=parent):
+            return
     except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         shown = str(folder).encode("utf-8", "backslashreplace").decode()
         raise UserError(f"{flag} {shown}: {reason(error) or error}") from error
+
+
+def _exists(path: Path) -> bool:
+    """Whether a file, folder or symbolic link exists; raises `OSError` for a path that cannot be looked up."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files that ended processes of this machine left in `folder`."""
     for file in folder.glob(".*.tmp"):
         match = _TEMPORARY.fullmatch(file.name)
-        if match is None or match.group(2) != socket.gethostname():
-            continue
-        process = int(match.group(1))
-        if process == os.getpid() or not psutil.pid_exists(process):
+        if (
+            match
+            and match[2] == socket.gethostname()
+            and (int(match[1]) == os.getpid() or not psutil.pid_exists(int(match[1])))
+        ):
             with suppress(OSError):
                 file.unlink()

@@ -10,6 +10,7 @@ import functools
 import math
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
@@ -67,7 +68,14 @@ def check(value: Any, hint: Any, source: object, key: str = "", limits: Mapping[
     if hint is dict:
         origin, parts = dict, (str, Plain)
     if origin in (Union, types.UnionType):
-        _check_union(value, parts, source, key, limits)
+        if value is None and type(None) in parts:
+            return
+        *others, last = (part for part in parts if part is not type(None))
+        for part in others:
+            with suppress(UserError):
+                check(value, part, source, key, limits)
+                return
+        check(value, last, source, key, limits)
     elif is_dataclass(hint):
         check_fields(value, hint, source, key)
     elif origin in (list, tuple):
@@ -83,8 +91,7 @@ def check(value: Any, hint: Any, source: object, key: str = "", limits: Mapping[
             check(name, parts[0], source, f"a key of {key or 'it'}")
             check(item, parts[1], source, f"{key}[{_shown(name)}]", limits)
     elif hasattr(hint, "problem"):
-        problem = hint.problem(value)
-        if problem:
+        if problem := hint.problem(value):
             raise UserError(f"{source}: {key or 'it'} {problem}")
     else:
         _check_scalar(value, type(None) if hint is None else hint, source, key, limits or {})
@@ -98,31 +105,13 @@ def check_fields(values: Any, kind: Any, source: object, key: str = "") -> None:
         if name not in values and item.default is MISSING and item.default_factory is MISSING:
             raise UserError(f"{source}: {key or 'it'} has no '{name}', so it is damaged or of another version")
     for name, value in values.items():
-        if name not in known and not issubclass(kind, MayHoldMore):
-            raise UserError(f"{source}: {key or 'it'} has an unknown {_shown(name)}; use the version that wrote it")
-        within = f"{key}.{name}" if key else name
-        if name in known and value is None and known[name].default is None:
-            continue
         if name in known:
-            check(value, hints[name], source, within, known[name].metadata)
-        else:
+            if value is not None or known[name].default is not None:
+                check(value, hints[name], source, f"{key}.{name}" if key else name, known[name].metadata)
+        elif issubclass(kind, MayHoldMore):
             check(value, kind.more, source, f"{key}[{_shown(name)}]")
-
-
-def _check_union(
-    value: Any, parts: tuple[Any, ...], source: object, key: str, limits: Mapping[str, Any] | None
-) -> None:
-    if value is None and type(None) in parts:
-        return
-    problems = []
-    for part in parts:
-        if part is not type(None):
-            try:
-                check(value, part, source, key, limits)
-                return
-            except UserError as error:
-                problems.append(error)
-    raise problems[-1]
+        else:
+            raise UserError(f"{source}: {key or 'it'} has an unknown {_shown(name)}; use the version that wrote it")
 
 
 def _check_scalar(value: Any, kind: type, source: object, key: str, limits: Mapping[str, Any]) -> None:

@@ -35,22 +35,18 @@ def check_device(device: str, precision: str = "fp32", tf32: str = "off") -> str
     Raises:
         UserError: The device does not exist, or does not support the precision.
     """
-    name, _, index = device.partition(":")
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "auto":
-        device = name = "cuda" if cuda else "mps" if mps else "cpu"
-    if name not in ("cpu", "cuda", "mps") or (index and not (name == "cuda" and index.isdigit())):
-        raise UserError(f"--device {device}: choose auto, cpu, cuda, cuda:N or mps")
-    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
-        raise UserError(f"--device {device}: not available on this machine; --device cpu always is")
-    if index and env_world_size() > 1:
+    if ":" in device and env_world_size() > 1:
         raise UserError(f"--device {device}: each of the {env_world_size()} processes uses its own GPU; give cuda")
-    if index and int(index) >= torch.cuda.device_count():
-        raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()}, numbered from 0")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    available = ["cuda", *(f"cuda:{index}" for index in range(gpus))] if gpus else []
+    available += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
+    device = available[0] if device == "auto" else device
+    if device not in available:
+        raise UserError(f"--device {device}: not available; choose auto, {', '.join(available)}")
     precision = choose_precision(device, precision)
-    if precision == "fp16" and name == "cpu":
+    if precision == "fp16" and device == "cpu":
         raise UserError("--precision fp16 needs a GPU; use bf16 or fp32 on the CPU")
-    if name == "cuda":
+    if device.startswith("cuda"):
         # With half precision, the remaining float32 operations are float32 on purpose.
         faster = tf32 == "on" and precision == "fp32"
         torch.set_float32_matmul_precision("high" if faster else "highest")
@@ -58,14 +54,8 @@ def check_device(device: str, precision: str = "fp32", tf32: str = "off") -> str
         precision += f", TF32 {'on' if faster else 'off'}"
     if is_single_process_launch():
         logger.warning("accelerate launch --cpu starts one process; use --multi_gpu to start several on the CPU")
-    logger.info(
-        "Device: %s (%s), precision %s, torch %s, CUDA %s",
-        device,
-        device_name(device),
-        precision,
-        torch.__version__,
-        torch.version.cuda or "none",
-    )
+    versions = (torch.__version__, torch.version.cuda or "none")
+    logger.info("Device: %s (%s), precision %s, torch %s, CUDA %s", device, device_name(device), precision, *versions)
     return device
 
 
@@ -82,12 +72,11 @@ def check_compiler(device: str) -> None:
     try:
         torch.compile(lambda x: x + x, fullgraph=True)(torch.zeros(2, device=device))
     except RuntimeError as error:
-        # Earlier versions of torch name the backend first.
-        lines = (line.strip() for line in str(error).splitlines() if not line.startswith("backend="))
-        reason = next(filter(None, lines), type(error).__name__)
+        # Earlier versions of torch name the backend on the first line.
+        reason = str(error).split("raised:\n")[-1].split("\n")[0]
         raise UserError(
-            f"--compile: torch.compile does not work here ({reason}); install a C++ compiler, on a GPU Triton "
-            "too, or omit --compile"
+            f"--compile: torch.compile does not work here ({reason}); install a C++ compiler, on a GPU Triton too, or "
+            "omit --compile"
         ) from error
 
 
@@ -111,10 +100,7 @@ def warn_of_unused_gpu(device: torch.device, model: nn.Module) -> None:
     why = "is built without CUDA" if torch.version.cuda is None else f"with CUDA {torch.version.cuda} cannot use it"
     logger.warning(
         "Training %d million parameters on the CPU takes days. This machine has an NVIDIA driver, but torch %s %s. "
-        "Install a build for the driver (https://pytorch.org/get-started/locally), such as: pip install "
-        "--force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cu126, or: "
-        "python run.py --torch-index URL demo",
-        size // 1_000_000,
-        torch.__version__,
-        why,
+        "Install a build for the driver: pip install --force-reinstall torch torchvision --index-url "
+        "https://download.pytorch.org/whl/cu126, or python run.py --torch-index URL demo",
+        *(size // 1_000_000, torch.__version__, why),
     )

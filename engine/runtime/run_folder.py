@@ -58,10 +58,8 @@ def find_checkpoints(path: Path) -> list[Path]:
         raise UserError(f"{path}: not there; {path.parent} holds {_checkpoints_in(path.parent)}")
     if (path / SHARED_WEIGHTS).is_file():
         return [path / SHARED_WEIGHTS]
-    loops = _numbered(path, _LOOP)
-    epochs = _numbered(path, _EPOCH)
-    latest = [path / name for name in _LATEST if (path / name).is_file()]
-    checkpoints = [*epochs.values(), *loops.values()] or latest
+    checkpoints = [*_numbered(path, _EPOCH).values(), *_numbered(path, _LOOP).values()]
+    checkpoints = checkpoints or [path / name for name in _LATEST if (path / name).is_file()]
     if not checkpoints:
         raise UserError(f"{path}: no checkpoints in this folder")
     return checkpoints
@@ -76,8 +74,7 @@ def _numbered(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
 def find_loops(save_path: Path) -> dict[int, Path]:
     """The final checkpoints of a run's loops, by number and in order; `UserError` if there are none."""
     if not save_path.is_dir():
-        problem = "is a file; give its folder" if save_path.is_file() else "no such folder"
-        raise UserError(f"--save_path {save_path}: {problem}")
+        raise UserError(f"--save_path {save_path}: no such folder")
     loops = _numbered(save_path, _LOOP)
     if not loops:
         raise UserError(
@@ -106,11 +103,11 @@ def find_latest(path: Path, flag: str) -> Path:
         return path
     if not path.is_dir():
         raise UserError(f"{flag} {path}: no such file or folder")
-    latest = [file for name in (SHARED_WEIGHTS, f"{IMAGE_STEM}.pth") if (file := path / name).is_file()]
-    latest += reversed(_numbered(path, _EPOCH).values())
+    files = [*_numbered(path, _EPOCH).values(), path / f"{IMAGE_STEM}.pth", path / SHARED_WEIGHTS]
+    latest = [file for file in files if file.is_file()]
     if not latest:
         raise UserError(f"{flag} {path}: no {IMAGE_STEM}.pth in this folder; it holds {_checkpoints_in(path)}")
-    return latest[0]
+    return latest[-1]
 
 
 def _checkpoints_in(folder: Path) -> str:
