@@ -14,7 +14,7 @@ from model.blocks import run_block, take_tokens
 from model.clip import FrozenCLIP
 from model.config import SIDES, CrossAttentionConfig, LoopForward, ModelConfig, check_cross_attention
 from model.cross_attention import CrossAttention, prepare_context
-from model.frozen import ImageFeatures, SharedStreams, frozen_features, projected_features
+from model.frozen import ImageFeatures, SharedStreams, frozen_features
 from model.scoring import Outputs, compare
 from model.text import Prompts, begin_prompts, finish_classes, finish_prompts, pair_anchors
 
@@ -149,9 +149,8 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
     def _features_on_frozen_tokens(
         self, images: Tensor, loop: LoopForward, levels: Sequence[int], shared: SharedStreams | None = None
     ) -> ImageFeatures:
-        if loop.text_context == "projectors":
-            return projected_features(self.clip, images, self.config, self.seg_proj, levels, shared)
-        return frozen_features(self.clip, images, self.config, levels, shared)
+        projectors = self.seg_proj if loop.text_context == "projectors" else None
+        return frozen_features(self.clip, images, self.config, levels, shared, projectors)
 
     def text_context(self, features: ImageFeatures) -> Tensor:
         """The context of text tokens: first-level features plus the class embedding, (B, N, D)."""

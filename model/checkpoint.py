@@ -207,14 +207,6 @@ def infer_choices(components: Mapping[str, Mapping[str, Tensor]]) -> dict[str, A
 
 def load_component(module: nn.Module, state: Mapping[str, Tensor], name: str, source: Path) -> None:
     """Load one component; `UserError` with file, key, both shapes and the likely cause if it does not fit."""
-    expected = module.state_dict()
-    check_state(state, expected, f"{source}: {name}", lambda key: _likely_cause(key, state, expected))
+    flags = "--adapter, --relu, --levels, --text_adapt_until and --image_adapt_until"
+    check_state(state, module.state_dict(), f"{source}: {name}", flags)
     module.load_state_dict(state)
-
-
-def _likely_cause(key: str, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    if key.startswith(("seg_proj", "det_proj")):
-        return "its projectors differ (check --relu and --levels)"
-    if any(part.endswith("fc1.weight") for part in state) != any(part.endswith("fc1.weight") for part in expected):
-        return "its adapters are of another kind (check --adapter)"
-    return "its depths differ (check --text_adapt_until and --image_adapt_until)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,20 +37,21 @@ class FloatTensor:
 State = dict[str, FloatTensor]
 
 
-def check_state(
-    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str, likely_cause: Callable[[str], str]
-) -> None:
-    """`UserError`, starting with `source`, if a tensor is missing, unknown or of another shape than `expected`."""
+def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str, flags: str) -> None:
+    """`UserError`, starting with `source`, if a tensor is missing, unknown or of another shape than `expected`.
+
+    flags: the options that may have other values than in training.
+    """
     for key, value in expected.items():
         if key not in state:
-            raise UserError(f"{source} has no '{key}'; {likely_cause(key)}")
+            raise UserError(f"{source} has no '{key}'; check {flags}")
         if state[key].shape != value.shape:
             raise UserError(
                 f"{source} '{key}' is {tuple(state[key].shape)}, but this model has {tuple(value.shape)}; "
                 "the file comes from another CLIP model (check --model_name)"
             )
     for key in sorted(state.keys() - expected.keys()):
-        raise UserError(f"{source} has '{key}', which this model does not have; {likely_cause(key)}")
+        raise UserError(f"{source} has '{key}', which this model does not have; check {flags}")
 
 
 def _from(low: int, default: Any) -> Any:

@@ -306,5 +306,5 @@ def _fitting_weights(
         resize_pos_embed(state, clip)
     except (IndexError, RuntimeError) as error:
         raise UserError(f"{source}: 'visual.positional_embedding' fits no square image; check --model_name") from error
-    check_state(state, clip.state_dict(), f"{source} for {model_name}:", lambda _: "check --model_name")
+    check_state(state, clip.state_dict(), f"{source} for {model_name}:", "--model_name")
     return state

@@ -40,18 +40,16 @@ class SharedStreams:
     """The frozen streams of one batch of images, computed once for all models on the same CLIP."""
 
     def __init__(self) -> None:
-        self._cache: dict[tuple[str, int], tuple[dict[int, Tensor], Tensor]] = {}
+        self._cache: dict[tuple[str, int, tuple[int, ...]], tuple[list[Tensor], Tensor]] = {}
 
     def get(
         self, clip: FrozenCLIP, images: Tensor, config: ModelConfig, levels: Sequence[int]
     ) -> tuple[list[Tensor], Tensor]:
-        """As `surgery_stream`, whose stream at a level does not depend on the other levels."""
-        key = (config.surgery, config.surgery_until_layer)
-        if key not in self._cache or not self._cache[key][0].keys() >= set(levels):
-            streams, cls = surgery_stream(clip, images, config, levels)
-            self._cache[key] = (dict(zip(levels, streams, strict=True)), cls)
-        by_level, cls = self._cache[key]
-        return [by_level[level] for level in levels], cls
+        """As `surgery_stream`."""
+        key = (config.surgery, config.surgery_until_layer, tuple(levels))
+        if key not in self._cache:
+            self._cache[key] = surgery_stream(clip, images, config, levels)
+        return self._cache[key]
 
 
 def surgery_stream(
@@ -96,8 +94,9 @@ def frozen_features(
     config: ModelConfig,
     levels: Sequence[int] | None = None,
     shared: SharedStreams | None = None,
+    projectors: nn.ModuleList | None = None,
 ) -> ImageFeatures:
-    """CLIP's own image features by V-V attention (docs/method.md).
+    """Image features on the frozen encoder's tokens, by V-V attention (docs/method.md).
 
     Args:
         clip: the frozen CLIP.
@@ -105,15 +104,21 @@ def frozen_features(
         config: the surgery and the levels.
         levels: fewer levels than those of `config`.
         shared: streams of these images, shared between models.
+        projectors: trained projectors in place of CLIP's own projection (`--feedback_features projectors`).
 
     Returns:
-        Levels: unit patch features plus the unit class embedding, not normalised again; det: the class embedding. They
-        do not depend on the other images of the batch, except with `batch_axis`.
+        Levels: unit patch features plus the unit class embedding, not normalised again; with `projectors`, without the
+        class embedding. det: the class embedding. They do not depend on the other images of the batch, except with
+        `batch_axis`.
     """
     streams, cls = (shared or SharedStreams()).get(clip, images, config, levels or config.levels)
     embedding = unit(clip.project_image(cls))
-    features = [unit(clip.project_image(x[:, 1:])) + embedding[:, None] for x in streams]
-    return ImageFeatures(features, embedding, features[0])
+    if projectors is None:
+        features = [unit(clip.project_image(x[:, 1:])) + embedding[:, None] for x in streams]
+        return ImageFeatures(features, embedding, features[0])
+    pairs = zip(streams, projectors[: len(streams)], strict=True)
+    features = [unit(projector(clip.clip.visual.ln_post(x[:, 1:]))) for x, projector in pairs]
+    return ImageFeatures(features, embedding, features[0] + embedding[:, None])
 
 
 @torch.no_grad()
@@ -121,27 +126,6 @@ def frozen_patches(clip: FrozenCLIP, images: Tensor, config: ModelConfig) -> lis
     """Unit patch features of `dual` without the class embedding, (B, N, D) at each level, for normal references."""
     streams, _ = surgery_stream(clip, images, replace(config, surgery="dual"), config.levels)
     return [unit(clip.project_image(x[:, 1:])) for x in streams]
-
-
-@torch.no_grad()
-def projected_features(
-    clip: FrozenCLIP,
-    images: Tensor,
-    config: ModelConfig,
-    projectors: nn.ModuleList,
-    levels: Sequence[int] | None = None,
-    shared: SharedStreams | None = None,
-) -> ImageFeatures:
-    """Unit patch features of the trained projectors on the frozen encoder's tokens (`--feedback_features projectors`).
-
-    Arguments and shapes as for `frozen_features`.
-    """
-    streams, cls = (shared or SharedStreams()).get(clip, images, config, levels or config.levels)
-    embedding = unit(clip.project_image(cls))
-    ln_post = clip.clip.visual.ln_post
-    pairs = zip(streams, projectors[: len(streams)], strict=True)
-    features = [unit(projector(ln_post(x[:, 1:]))) for x, projector in pairs]
-    return ImageFeatures(features, embedding, features[0] + embedding[:, None])
 
 
 class UnadaptedCLIP(nn.Module):

@@ -16,7 +16,7 @@ from model.config import COMPONENTS, DET_SCORES, SHARED_CONFIG, SHARED_WEIGHTS, 
 from utils.errors import UserError
 from utils.files import replacing, write_json
 from utils.reading import read_json
-from utils.schema import check
+from utils.schema import MayHoldMore, check
 
 SHARED_FORMAT = 1
 # Of the checkpoint, as in its file.
@@ -31,16 +31,12 @@ class _Forward:
 
 
 @dataclass(frozen=True)
-class _Description:
+class _Description(MayHoldMore):
     """`config.json`; the entries of `POSITION` are checked like those of any checkpoint."""
 
     format: int
     name: str
     forward: _Forward
-    epoch: Any = None
-    loop: Any = None
-    steps: Any = None
-    config: Any = None
 
 
 class Shared(NamedTuple):

@@ -306,26 +306,6 @@ def test_another_size_names_key_and_both_shapes() -> None:
         assert part in message
 
 
-KINDS: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
-    ({"adapter": "bottleneck"}, {"adapter": "linear"}, "text_adapter", "--adapter"),
-    ({"adapter": "linear"}, {"adapter": "bottleneck"}, "image_adapter", "--adapter"),
-    ({"relu": False}, {"relu": True}, "image_adapter", "--relu"),
-    ({"levels": (2, 4)}, {}, "image_adapter", "--levels"),
-    ({"image_adapt_until": 2}, {}, "image_adapter", "--image_adapt_until"),
-    ({}, {"image_adapt_until": 2}, "image_adapter", "--image_adapt_until"),
-    ({"text_adapt_until": 1}, {}, "text_adapter", "--text_adapt_until"),
-]
-
-
-@pytest.mark.parametrize(("in_file", "in_model", "component", "flag"), KINDS, ids=str)
-def test_another_kind_names_the_likely_cause(
-    in_file: dict[str, Any], in_model: dict[str, Any], component: str, flag: str
-) -> None:
-    state = states_of(model_of(**in_file))[component]
-    message = refusal(model_of(**in_model).components[component], state, component)
-    assert flag in message, message
-
-
 def test_nothing_is_skipped_silently() -> None:
     model = model_of()
     state = checkpoint.state_of(model.text_adapter)

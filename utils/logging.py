@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -144,15 +144,12 @@ def _log_end(error: Exception) -> None:
                 handler.handle(record)
 
 
-def progress_bar(total: int, description: str) -> tqdm:
-    """A progress bar on standard error; none if that is not a terminal."""
+def progress_bar(total: int, description: str, items: Iterable[Any] | None = None) -> tqdm:
+    """A progress bar on standard error, around `items` if there are some; none if that is not a terminal."""
     disable = None if is_main_process() else True
-    return tqdm(total=total, desc=description, leave=False, disable=disable, file=sys.stderr, dynamic_ncols=True)
+    return tqdm(items, description, total, leave=False, disable=disable, file=sys.stderr, dynamic_ncols=True)
 
 
 def with_progress(items: Sequence[Item], description: str) -> Iterator[Item]:
     """The items, with a progress bar."""
-    with progress_bar(len(items), description) as bar:
-        for item in items:
-            yield item
-            bar.update()
+    return iter(progress_bar(len(items), description, items))

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from utils.errors import Interrupted, NotFiniteError, Stopped, UserError, original_message
 from utils.processes import another_process_ended, check_single_process, claim_message
@@ -99,7 +99,8 @@ def _explain(error: Exception, less_memory: str) -> tuple[str | None, int]:
         from utils.files import DISK_ERRORS, reason
 
         if error.filename is not None or error.errno in DISK_ERRORS:
-            return f"{_file_name(error.filename)}: {reason(error)}", USER_ERROR
+            name = os.fsdecode(error.filename) if error.filename else "a file or the output"
+            return f"{name}: {reason(error)}", USER_ERROR
     # Without an import of torch, the error is not one of its own.
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
@@ -111,12 +112,6 @@ def _report_thread(args: threading.ExceptHookArgs) -> None:
     """Print the traceback of a thread, except for file errors: TensorBoard raises those again at its next write."""
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)
-
-
-def _file_name(filename: Any) -> str:
-    if not filename:  # as for standard output
-        return "a file or the output"
-    return os.fsdecode(filename) if isinstance(filename, (str, bytes, os.PathLike)) else str(filename)
 
 
 def _print_end(message: str, status: int) -> int:
