@@ -194,7 +194,7 @@ def check_folder(folder: Path, flag: str) -> None:
         str(folder).encode("utf-8")
         parent = next(parent for parent in (folder, *folder.parents) if _exists(parent))
         if not parent.is_dir():
-            raise UserError(f"{flag} {folder}: {parent} is not a folder")
+            raise UserError(f"{flag} {folder}: {parent} is a file or a broken link, not a folder")
         # Permissions alone do not tell whether a file can be created.
         with tempfile.TemporaryFile(dir=parent):
             return
