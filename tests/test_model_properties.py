@@ -15,6 +15,7 @@ from model.adapter import AdaptedCLIP
 from model.adapter_modules import blend
 from model.clip import FrozenCLIP
 from model.config import ModelConfig, check_depths, depth_defaults
+from model.cross_attention import CrossAttention
 from model.frozen import ImageFeatures, frozen_features
 from model.losses import dice_loss, focal_loss, stage1_losses, stage2_losses
 from model.text import CLIP_TEXT
@@ -103,13 +104,18 @@ def test_train_mode_reaches_the_trainable_parts_only() -> None:
     assert not any(value.requires_grad for value in model.clip.parameters())
 
 
-def test_trainable_weights_are_xavier_uniform_and_without_biases() -> None:
-    model = adapted_clip(tiny_clip())
-    for name, weight in [item for part in model.components.values() for item in part.named_parameters()]:
-        assert name.endswith("weight")
-        bound = (6 / sum(weight.shape)) ** 0.5
-        assert 0.9 * bound < weight.abs().max() <= bound
-        assert abs(weight.std().item() / (bound / 3**0.5) - 1) < 0.1
+@pytest.mark.parametrize("module", ["adapters", "cross-attention"])
+def test_fresh_weights_are_xavier_uniform_with_zero_biases(module: str) -> None:
+    torch.manual_seed(0)
+    fresh = adapted_clip(tiny_clip()).components.values()
+    for part in fresh if module == "adapters" else [CrossAttention(96, 40, 64, weight=0.1)]:
+        for name, value in part.named_parameters():
+            if name.endswith("bias"):
+                assert module == "cross-attention" and not value.any()
+                continue
+            bound = (6 / sum(value.shape)) ** 0.5
+            assert 0.9 * bound < value.abs().max() <= bound
+            assert abs(value.std().item() / (bound / 3**0.5) - 1) < 0.1
 
 
 @given(

@@ -10,15 +10,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import dataset.toy_world
-from dataset.toy_world import write_toy_dataset
-from tests.helpers import draw_few
 from tests.in_process import ROOT
 from utils.errors import NotFiniteError, Stopped, UserError
 from utils.script import run_script
@@ -178,26 +174,6 @@ def test_output_that_nobody_reads_any_more() -> None:
     assert process.stderr.read() == ""
     process.stderr.close()
     assert process.wait(60) == 1
-
-
-@needs_signals
-def test_a_signal_while_the_toy_world_is_drawn_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    drawn = []
-
-    def draw(*arguments: object) -> object:
-        drawn.append(arguments)
-        if len(drawn) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(*arguments)
-
-    real = dataset.toy_world.draw_toy_class
-    draw_few(monkeypatch)
-    monkeypatch.setattr(dataset.toy_world, "draw_toy_class", draw)
-    assert end_of(lambda: write_toy_dataset("toy_test", tmp_path / "toy_test"), capsys) == (130, ["stopped"])
-    assert len(drawn) == 3
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_thread_that_ends_with_a_disk_error_is_left_to_the_next_write(capsys: pytest.CaptureFixture[str]) -> None:
