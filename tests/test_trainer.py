@@ -47,9 +47,11 @@ def epoch(**changes: Any) -> dict[str, Any]:
         ({"grad_norm/total": 0.005}, "low"),
         ({"grad_norm/total": 0.0005}, "vanishing"),
         ({"abnormal_inside": 0.01, "abnormal_outside": 0.001}, "all normal"),
-        # High in the wrong places; without anomalous pixels.
+        # High in the wrong places; without masks.
         ({"abnormal_inside": 0.01, "abnormal_outside": 0.3}, None),
-        ({"abnormal_inside": math.nan, "abnormal_outside": 0.001}, None),
+        ({"abnormal_inside": math.nan, "abnormal_outside": math.nan}, None),
+        ({"abnormal_inside": math.nan, "abnormal_outside": 0.001}, "undefined"),
+        ({"grad_norm/total": math.nan}, "undefined"),
     ],
 )
 def test_an_unhealthy_epoch_is_named(changes: dict[str, float], word: str | None) -> None:
@@ -68,7 +70,10 @@ def verdict(*rows: dict[str, Any], first: float = 3.0, feedback: bool = True) ->
         ([epoch(loss=2.99), epoch(loss=2.98)], "not learning", "--image_lr"),
         ([epoch(abnormal_inside=0.0, abnormal_outside=0.0)], "all normal", "--cross_attn_start_loop 2"),
         ([epoch(loss=4.6)], "exploding", "--grad_clip"),
-        ([epoch(**{"grad_norm/total": 0.0005})], "vanishing", "--image_lr"),
+        ([epoch(**{"grad_norm/total": 0.0005})], "vanishing", "a higher --image_lr"),
+        ([epoch(loss=3.2, **{"grad_norm/total": 0.0005})], "vanishing", "a lower --image_lr"),
+        ([epoch(abnormal_inside=math.nan)], "undefined", ""),
+        ([epoch(loss=math.nan)], "undefined", ""),
         ([epoch(loss=3.0, steps=40), epoch(loss=3.0, steps=40)], "too short to tell", ""),
     ],
 )

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from engine.config.training import BaseConfig, CrossAttentionRunConfig
 from engine.data.task import load_task, load_two_folders, mask_notes
@@ -140,6 +141,25 @@ def test_training_says_which_stage_needs_masks(world: Path, config: BaseConfig) 
         ):
             train(asked)
     assert not config.save_path.exists()
+
+
+@pytest.mark.parametrize("case", ["black", "no anomalies"])
+def test_training_without_an_anomalous_pixel_is_refused(
+    case: str, world: Path, config: BaseConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = shutil.copytree(world / "train", tmp_path / "data", ignore=shutil.ignore_patterns("*.jsonl"))
+    if case == "black":
+        for mask in data.rglob("ground_truth/*/*.png"):
+            Image.new("L", Image.open(mask).size).save(mask)
+    else:
+        for folder in [*data.glob("*/ground_truth"), *data.glob("*/test/spot")]:
+            shutil.rmtree(folder)
+    config = replace(config, dataset=str(data), training_mode="full_shot", image_epoch=1)
+    with pytest.raises(UserError, match=r"training images (are black|is anomalous).*; training needs"):
+        train_base(replace(config, image_loss_only=False))
+    assert not config.save_path.exists()
+    train_base(config)
+    assert ("learns nothing" in caplog.text) == (case == "no anomalies")
 
 
 def test_the_image_loss_trains_what_it_reaches_and_says_what_that_costs(config: BaseConfig, tmp_path: Path) -> None:

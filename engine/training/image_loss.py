@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import nn
 
+from dataset.images import read_mask
 from engine.config.training import RunConfig
 from engine.data.task import TaskData, check_masks
 from engine.training.stage2 import ImageStage
@@ -59,3 +60,20 @@ def check_labels(config: RunConfig, data: TaskData) -> None:
         "meaningful, and half of an image's score comes from its map",
         "remain those of the base" if getattr(config, "load_base_image_adapter", None) else "remain random",
     )
+
+
+def check_anomalies(config: RunConfig, data: TaskData) -> None:
+    """Raise `UserError` if no training image has an anomalous pixel; only a warning if the loss uses labels alone.
+
+    Reads masks until one is not black.
+    """
+    labels_only = getattr(config, "image_loss_only", False)
+    masks = [data.located.root / record.mask_path for record in data.records if record.label and record.mask_path]
+    if data.anomalous and (labels_only or any(read_mask(mask, data.mask_threshold).getbbox() for mask in masks)):
+        return
+    problem = f"{data.located.spec.name}: none of the {len(data.records)} training images is anomalous"
+    if data.anomalous:
+        problem = f"{data.located.spec.name}: the masks of all {data.anomalous} anomalous training images are black"
+    if not labels_only:
+        raise UserError(f"{problem}; training needs anomalous images with masks")
+    logger.warning("%s, so the classification learns nothing but to call every image normal", problem)

@@ -19,7 +19,7 @@ from engine.data.task import TaskData, choose_training_images
 from engine.runtime.device import check_compiler
 from engine.runtime.distributed import make_accelerator
 from engine.runtime.run_folder import STATE_FILE
-from engine.training.image_loss import check_labels
+from engine.training.image_loss import check_anomalies, check_labels
 from engine.training.optimizers import make_optimizer
 from engine.training.restart import locked_folder
 from engine.training.run import TrainingRun
@@ -89,6 +89,7 @@ def prepare(config: Config, script: str, start: Start | None = None, text_adapte
         )
     check_labels(config, data)
     data = choose_training_images(data, config.training_mode, config.shot, config.seed)
+    check_anomalies(config, data)
     if config.compile:
         check_compiler(str(accelerator.device))
     clip = load_clip(config.model_name, config.clip_weights, config.img_size, config.activation or start.activation)

@@ -66,6 +66,13 @@ def log_epoch(row: Row, epochs: int) -> None:
         logger.warning("  %s", warning)
 
 
+def undefined_values(row: Row) -> list[str]:
+    """The values of an epoch that are not finite; p_abnormal may be undefined inside and outside, without masks."""
+    names = ("loss", "opening_loss", "grad_norm/total", "abnormal_inside", "abnormal_outside")
+    undefined = [name for name in names if not math.isfinite(row[name])]
+    return undefined if undefined != list(names[-2:]) else []
+
+
 def is_collapsed(row: Row) -> bool:
     """Whether an epoch called everything normal; False for an epoch without anomalous pixels (NaN)."""
     return row["abnormal_inside"] < COLLAPSED_BELOW and row["abnormal_outside"] < COLLAPSED_BELOW
@@ -73,7 +80,7 @@ def is_collapsed(row: Row) -> bool:
 
 def epoch_warnings(row: Row) -> list[str]:
     """What is unhealthy about an epoch."""
-    warnings = []
+    warnings = [f"undefined: {name}" for name in undefined_values(row)]
     norm = row["grad_norm/total"]
     if norm < VANISHING_GRADIENT:
         warnings.append(f"gradients are vanishing: norm {norm:.2g}, below {VANISHING_GRADIENT}")
@@ -120,19 +127,24 @@ def judge_stage(rows: Sequence[Row], first_loss: float, remedies: Mapping[str, t
     """
     last = rows[-1]
     change = f"its loss went from {first_loss:.4f} to {last['loss']:.4f}"
+    fell = last["loss"] <= first_loss * (1 - FLAT_WITHIN)
 
     def verdict(label: str, reason: str) -> StageVerdict:
         return StageVerdict(label, reason, remedies.get(label, ()))
 
+    if undefined := undefined_values(last):
+        return StageVerdict("undefined", f"{', '.join(undefined)} not finite; {change}")
     if is_collapsed(last):
         return verdict('collapsed to "all normal"', f"not learning, it calls every pixel normal; {change}")
     if last["grad_norm/total"] < VANISHING_GRADIENT:
-        return verdict("vanishing", f"the gradient's norm is {last['grad_norm/total']:.2g}; {change}")
+        reason = f"the gradient's norm is {last['grad_norm/total']:.2g}; {change}"
+        # A far too high rate first saturates the losses, whose gradient then vanishes.
+        return StageVerdict("vanishing", reason, remedies.get("vanishing" if fell else "exploding", ()))
     if sum(row["steps"] for row in rows) < ENOUGH_STEPS:
         return StageVerdict("too short to tell", change)
     if last["loss"] > first_loss * EXPLODED_ABOVE:
         return verdict("exploding", change)
-    if last["loss"] > first_loss * (1 - FLAT_WITHIN):
+    if not fell:
         apart = last["abnormal_inside"] - last["abnormal_outside"]
         if apart > SEPARATES_BY:
             change += (
