@@ -96,11 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {options.model}: not a file that export.py wrote", file=sys.stderr)
         return 2
     if options.output_dir is not None:
-        try:
-            options.output_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            print(f"error: --output_dir {options.output_dir}: {error.strerror}", file=sys.stderr)
-            return 2
+        options.output_dir.mkdir(parents=True, exist_ok=True)
     print(f"{options.model.name}: {metadata.get('model')} for '{metadata.get('class_name')}'", file=sys.stderr)
     failed = 0
     taken: set[str] = set()

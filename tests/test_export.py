@@ -202,7 +202,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_the_example_runs_without_torch(calibrated: Path, tmp_path: Path) -> None:
     images = []
     for index, pixels in enumerate(images_of(70, 50, 2)):
-        images.append(tmp_path / f"{index}.png")
+        images.append(tmp_path / "ab"[index] / "x.png")
+        images[-1].parent.mkdir()
         Image.fromarray(pixels).save(images[-1])
     (tmp_path / "broken.png").write_bytes(b"no image")
     words = [calibrated / "model.onnx", *images, tmp_path / "broken.png", "--output_dir", tmp_path / "out"]
@@ -219,7 +220,7 @@ def test_the_example_runs_without_torch(calibrated: Path, tmp_path: Path) -> Non
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert f"error: {tmp_path / 'broken.png'}" in done.stderr and f"for '{CLASS}'" in done.stderr
     model = load_model(calibrated / "base", device="cpu")
-    for line, path in zip(done.stdout.splitlines(), images, strict=True):
+    for line, path, stem in zip(done.stdout.splitlines(), images, ("x", "b_x"), strict=True):
         expected = model.predict(path, CLASS)
         shown, score, decision, found = line.split("\t")
         # Pillow's resize is the model's own.
@@ -227,7 +228,7 @@ def test_the_example_runs_without_torch(calibrated: Path, tmp_path: Path) -> Non
         assert decision == expected.decision
         assert found == " ".join(",".join(map(str, region[:4])) for region in expected.regions)
         for ending in ("map", "mask"):
-            assert Image.open(tmp_path / "out" / f"{path.stem}_{ending}.png").size == (50, 70)
+            assert Image.open(tmp_path / "out" / f"{stem}_{ending}.png").size == (50, 70)
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.integers(1, 90), st.integers(1, 90))
@@ -253,42 +254,6 @@ def test_the_example_reads_images_as_the_model_does(mode: str, tmp_path: Path) -
     exif[0x0112] = 6
     (image or grey.convert(mode)).save(tmp_path / "image.tif", exif=exif)
     np.testing.assert_array_equal(run_onnx.read(tmp_path / "image.tif")[0], read_image(tmp_path / "image.tif"))
-
-
-def write_graph(path: Path, **outputs: np.ndarray) -> str:
-    """An ONNX file with constant outputs."""
-    constants = [onnx.numpy_helper.from_array(value, name) for name, value in outputs.items()]
-    nodes = [onnx.helper.make_node("Constant", [], [tensor.name], value=tensor) for tensor in constants]
-    images = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, ["batch", "height", "width", 3])
-    infos = [onnx.helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in constants]
-    graph = onnx.helper.make_graph(nodes, "constant", [images], infos)
-    opsets = [onnx.helper.make_opsetid("", 20)]
-    onnx.save(onnx.helper.make_model(graph, ir_version=10, opset_imports=opsets), path)
-    return str(path)
-
-
-def test_errors_of_the_example_and_equal_file_names(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    images = [tmp_path / folder / "x.png" for folder in "ab"]
-    for image in images:
-        image.parent.mkdir()
-        Image.fromarray(images_of(20, 30)[0]).save(image)
-    Image.new("RGB", (100, 100)).save(tmp_path / "large.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    found = {"anomaly_map": np.zeros((1, 1, 8, 8), np.float32), "pred_score": np.float32([0.25])}
-    model, out = write_graph(tmp_path / "model.onnx", **found), tmp_path / "out"
-    words = [model, str(images[0]), str(tmp_path / "large.png"), str(images[1]), "--output_dir", str(out)]
-    assert run_onnx.main(words) == 2
-    said = capsys.readouterr()
-    assert said.out.splitlines() == [f"{image}\t0.2500" for image in images]
-    assert f"error: {tmp_path / 'large.png'}: " in said.err
-    assert {file.name for file in out.iterdir()} == {"x_map.png", "b_x_map.png"}
-    assert run_onnx.main([model, str(images[0]), "--output_dir", str(images[0])]) == 2
-    assert f"error: --output_dir {images[0]}: " in capsys.readouterr().err
-    other = write_graph(tmp_path / "other.onnx", logits=np.zeros(3, np.float32))
-    assert run_onnx.main([other, str(images[0])]) == 2
-    assert "not a file that export.py wrote" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("kind", "features"), [("base", "both"), ("cross", "trained")])

@@ -218,17 +218,15 @@ def test_a_stopped_study_names_the_way_to_resume(tmp_path: Path) -> None:
 
 
 def test_gpus_are_those_that_are_visible(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for variable, gpus in (("2,3", ["2", "3"]), ("", []), ("-1", []), ("0,-1,1", ["0"]), ("GPU-a", ["GPU-a"])):
+    for variable, gpus in (("2,3", ["2", "3"]), ("", []), ("0,-1,1", ["0"]), ("GPU-a", ["GPU-a"])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
         assert visible_gpus() == gpus
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert visible_gpus() == []
-    tool = tmp_path / "nvidia_smi.py"
-    tool.write_text("print('0')\nprint('1')\n", encoding="utf-8")
-    real = subprocess.run
-    monkeypatch.setattr("shutil.which", lambda name: sys.executable)
-    monkeypatch.setattr("subprocess.run", lambda words, **rest: real([words[0], str(tool)], **rest))
+    query = partial(subprocess.run, [sys.executable, "-c", "print('0'); print('1')"])
+    monkeypatch.setattr("shutil.which", lambda name: "nvidia-smi")
+    monkeypatch.setattr("subprocess.run", lambda command, **options: query(**options))
     assert visible_gpus() == ["0", "1"]
 
 

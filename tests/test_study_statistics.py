@@ -88,14 +88,6 @@ def test_a_real_effect_is_found_as_often_as_the_power_says(seeds: int) -> None:
     assert decided(simulate(gains=(gain / 2,), seeds=seeds)).mean() < 0.5
 
 
-def test_power_holds_beside_arms_without_effect() -> None:
-    spread = math.sqrt(2 * (1.0 + 4.0 / CLASSES))
-    gain = detectable(SEEDS, LEVEL / ARMS) * spread
-    found = decided(simulate(gains=(gain, 0.0, 0.0)))[0].mean()
-    # Holm gives the first step its strictest level; what the simulation of the test counted, at that level.
-    assert found > 0.8 - 3 * math.sqrt(0.8 * 0.2 / STUDIES)
-
-
 def test_verdicts_are_those_of_the_test() -> None:
     """What `judge` says of single studies is what the error rates above are about."""
     differences = simulate(gains=(3.0, 0.0, -3.0), studies=6)
@@ -180,29 +172,22 @@ def test_few_seeds_cannot_show_anything() -> None:
     assert math.isnan(verdict.detectable_gain)
 
 
-def test_one_seed_or_none_is_no_study() -> None:
-    verdicts = judge([Comparison("m", (0,) * n, np.ones((n, CLASSES)), GROUPS) for n in (0, 1)], 0.5)
-    assert [verdict.outcome for verdict in verdicts] == ["not decided"] * 2
-    assert math.isnan(verdicts[0].gain)
-    assert verdicts[1].gain == 1.0
-
-
-def test_the_same_figures_are_no_difference() -> None:
+def test_degenerate_studies() -> None:
+    none, one = judge([Comparison("m", (0,) * n, np.ones((n, CLASSES)), GROUPS) for n in (0, 1)], 0.5)
+    assert none.outcome == one.outcome == "not decided"
+    assert math.isnan(none.gain) and one.gain == 1.0
     (verdict,) = judge([Comparison("m", tuple(range(6)), np.zeros((6, CLASSES)), GROUPS)], 0.5)
     assert verdict.outcome == "no difference of more than 0.5 percentage points"
     assert (verdict.p, verdict.probability_of_gain, verdict.detectable_gain) == (1.0, 0.5, 0.0)
 
 
-def test_a_gain_that_is_sure_and_small_is_said_to_be_small() -> None:
-    differences = 0.1 + np.random.default_rng(0).standard_normal((8, CLASSES)) / 100
-    (verdict,) = judge([Comparison("m", tuple(range(8)), differences, GROUPS)], 0.5)
+def test_qualified_gains() -> None:
+    small = 0.1 + np.random.default_rng(0).standard_normal((8, CLASSES)) / 100
+    (verdict,) = judge([Comparison("m", tuple(range(8)), small, GROUPS)], 0.5)
     assert (verdict.outcome, verdict.reason) == ("better", "but by less than 0.5 percentage points")
-
-
-def test_a_gain_on_these_classes_alone_is_said_to_be_one() -> None:
     effects = np.array([9.0, -7.0, 8.0, -6.5, 1.0, 0.5, -0.5, 0.1])
-    differences = effects + np.random.default_rng(0).standard_normal((8, 1)) / 20
-    (verdict,) = judge([Comparison("m", tuple(range(8)), differences, GROUPS)], 0.5)
+    on_classes = effects + np.random.default_rng(0).standard_normal((8, 1)) / 20
+    (verdict,) = judge([Comparison("m", tuple(range(8)), on_classes, GROUPS)], 0.5)
     assert verdict.outcome == "better"
     assert verdict.low < 0 < verdict.high
     assert "on these classes" in verdict.reason
@@ -216,13 +201,8 @@ def test_holm() -> None:
 
 def test_a_new_seed_by_the_t_distribution() -> None:
     differences = np.array([0.5, 1.0, 1.5, 2.0])
-    rng = np.random.default_rng(0)
-    # Studies of which the new seed is one of the five: how often it is above 0, given mean and spread, is what t says.
     expected = stats.t.cdf(1.25 / (differences.std(ddof=1) * math.sqrt(1.25)), 3)
     assert probability_of_gain(differences) == pytest.approx(expected)
-    drawn = rng.standard_normal((20000, 6)) + 0.8
-    said = [probability_of_gain(row[:5]) for row in drawn[:500]]
-    assert np.mean(said) == pytest.approx((drawn[:, 5] > 0).mean(), abs=0.05)
 
 
 def test_how_many_seeds_it_would_take() -> None:
