@@ -69,11 +69,6 @@ def is_main_process() -> bool:
     return env_rank() == 0
 
 
-def is_single_process_launch() -> bool:
-    """Whether `accelerate launch --cpu` started one process, although it was asked for several."""
-    return "MASTER_ADDR" in os.environ and "ACCELERATE_USE_CPU" in os.environ and "RANK" not in os.environ
-
-
 def check_single_process(what: str) -> None:
     """Raise `UserError` if several processes would do the same work."""
     if env_world_size() > 1:

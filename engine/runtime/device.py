@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from utils.errors import UserError
-from utils.processes import env_world_size, is_single_process_launch
+from utils.processes import env_world_size
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,6 @@ def check_device(device: str, precision: str = "fp32", tf32: str = "off") -> str
         torch.set_float32_matmul_precision("high" if faster else "highest")
         torch.backends.cudnn.allow_tf32 = False
         precision += f", TF32 {'on' if faster else 'off'}"
-    if is_single_process_launch():
-        logger.warning("accelerate launch --cpu starts one process; use --multi_gpu to start several on the CPU")
     versions = (torch.__version__, torch.version.cuda or "none")
     logger.info("Device: %s (%s), precision %s, torch %s, CUDA %s", device, device_name(device), precision, *versions)
     return device
