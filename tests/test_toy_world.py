@@ -131,20 +131,20 @@ def test_pairs_do_not_depend_on_the_chunk():
     assert one.descriptions[:2] == other.descriptions[3:]
 
 
-def test_patches_are_told_what_they_show_but_never_of_damage():
+def test_patch_labels_name_regions_but_no_damage():
     drawn = draw_pairs((0, 0), 0, 400, 96, 8)
     damaged = np.array([random_captioned_scene((0, 0, i)).defect is not None for i in range(400)])
     assert (drawn.patches[damaged] == UNLABELLED).all()
-    told = Counter()
+    labelled = Counter()
     for image, patches, words in zip(drawn.images, drawn.patches, drawn.descriptions, strict=True):
         cells = image.reshape(12, 8, 12, 8, 3).mean((1, 3)) / 255
         for number, name in enumerate(words.regions):
             where = patches == number
-            told[name.split()[-1]] += int(where.sum())
+            labelled[name.split()[-1]] += int(where.sum())
             if name.endswith(" background") and where.sum() >= 4:
                 # Light and noise change a colour a little; another named colour lies further away.
                 assert np.abs(np.median(cells[where], axis=0) - COLORS[name.split()[0]]).max() < 0.35
-    assert told["background"] > told["dot"] > 0 and told["wood"] > 0 and told["key"] > 0
+    assert labelled["background"] > labelled["dot"] > 0 and labelled["wood"] > 0 and labelled["key"] > 0
 
 
 def test_region_loss_counts_each_region_alike():
