@@ -9,8 +9,7 @@ from engine.config.evaluation import ComparisonArguments, InferenceArguments, Vi
 from engine.evaluation import calibrate, inference, own_images, side_by_side
 from engine.evaluation.calibrate import Entry
 from engine.evaluation.evaluate import Evaluation
-from engine.evaluation.own_images import Finding
-from engine.evaluation.references import ReferenceChoice
+from engine.evaluation.gallery import Finding
 from engine.report import compare
 
 
@@ -43,6 +42,4 @@ def _inference(checkpoint: object, **values: Any) -> InferenceArguments:
 
 
 def _values(values: dict[str, Any]) -> dict[str, Any]:
-    references: ReferenceChoice | None = values.pop("references", None)
-    chosen = references.arguments if references else {}
-    return {"device": "cpu", "num_workers": 0, **values, **chosen}
+    return {"device": "cpu", "num_workers": 0, **values}

@@ -21,7 +21,7 @@ from dataset.folders import find_images
 from dataset.images import read_image
 from engine import load_model
 from engine.config.evaluation import ALL
-from engine.evaluation.own_images import Finding
+from engine.evaluation.gallery import Finding
 from tests.evaluating import calibrate_images, evaluate_checkpoints, score_images
 from tests.scripts import error_line, run, save, write_world
 from utils.errors import UserError
@@ -32,31 +32,10 @@ from utils.logging import set_up_logging
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_world(tmp_path_factory.mktemp("world"), ("cork", "tile"))
     (folder / "test" / "tile" / "test" / "good").rename(folder / "no_normal_images")
-    run(
-        "train.py",
-        "--model_name",
-        f"local-dir:{folder / 'clip'}",
-        "--dataset",
-        folder / "train",
-        "--shot",
-        8,
-        "--text_epoch",
-        1,
-        "--image_epoch",
-        10,
-        "--text_batch_size",
-        4,
-        "--image_lr",
-        0.01,
-        "--num_workers",
-        0,
-        "--device",
-        "cpu",
-        "--tracker",
-        "none",
-        "--save_path",
-        folder / "run",
-    )
+    options = ["--model_name", f"local-dir:{folder / 'clip'}", "--dataset", folder / "train", "--shot", 8]
+    options += ["--text_epoch", 1, "--image_epoch", 10, "--text_batch_size", 4, "--image_lr", 0.01]
+    options += ["--num_workers", 0, "--device", "cpu", "--tracker", "none", "--save_path", folder / "run"]
+    run("train.py", *options)
     return folder
 
 
@@ -66,20 +45,8 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def test_a_folder_means_all_its_epochs_in_numeric_order(world: Path, tmp_path: Path) -> None:
-    errors = run(
-        "inference.py",
-        "--checkpoint",
-        world / "run",
-        "--dataset",
-        world / "test",
-        "--output_dir",
-        tmp_path,
-        "--device",
-        "cpu",
-        "--num_workers",
-        0,
-        apart=True,
-    )
+    options = ("--dataset", world / "test", "--output_dir", tmp_path, "--device", "cpu", "--num_workers", 0)
+    errors = run("inference.py", "--checkpoint", world / "run", *options, apart=True)
     rows = rows_of(tmp_path / "evaluation_test.csv")
     assert [row["model"] for row in rows[::3]] == [f"image_adapter_{epoch}" for epoch in range(1, 11)]
     assert "NOT ZERO-SHOT" not in errors
@@ -96,19 +63,8 @@ def test_a_folder_means_all_its_epochs_in_numeric_order(world: Path, tmp_path: P
 
 
 def test_unadapted_clip_is_scored_the_same_way(world: Path, tmp_path: Path) -> None:
-    run(
-        "inference.py",
-        "--checkpoint",
-        "none",
-        "--model_name",
-        f"local-dir:{world / 'clip'}",
-        "--dataset",
-        world / "test",
-        "--output_dir",
-        tmp_path,
-        "--num_workers",
-        0,
-    )
+    options = ("--model_name", f"local-dir:{world / 'clip'}", "--output_dir", tmp_path, "--num_workers", 0)
+    run("inference.py", "--checkpoint", "none", "--dataset", world / "test", *options)
     rows = rows_of(tmp_path / "unadapted_evaluation_test.csv")
     assert [row["class"] for row in rows] == ["cork", "tile", "average"]
 
@@ -148,17 +104,8 @@ def test_pictures_of_no_dataset_get_a_heatmap_and_a_score(world: Path, tmp_path:
     spotted = rng.integers(60, 120, (60, 80, 3))
     spotted[10:40, 20:60] += 130
     save(pictures / "spotted.png", spotted)
-    run(
-        "inference.py",
-        "--checkpoint",
-        world / "run",
-        "--image",
-        pictures,
-        "--class_name",
-        "metal screw",
-        "--output_dir",
-        tmp_path / "out",
-    )
+    options = ("--image", pictures, "--class_name", "metal screw", "--output_dir", tmp_path / "out")
+    run("inference.py", "--checkpoint", world / "run", *options)
     scores = {Path(row["path"]).stem: float(row["score"]) for row in rows_of(tmp_path / "out" / "scores.csv")}
     assert 0 <= scores["plain"] < scores["spotted"] <= 1
     with Image.open(tmp_path / "out" / "heatmaps" / "spotted_heatmap.png") as heatmap:
@@ -231,13 +178,6 @@ def test_names_that_are_no_utf8_are_logged_listed_and_drawn(
     assert len(figures) == 2 and all(str(figure).isascii() for figure in figures)
 
 
-@pytest.mark.parametrize("class_name", ["{0}{x}", "metal\nscrew", "100%s", "caf\udce9", "x" * 60])
-def test_any_class_name_makes_prompts(score_folder: Callable[..., object], tmp_path: Path, class_name: str) -> None:
-    save(tmp_path / "a.png", np.zeros((20, 20, 3)))
-    (found,) = score_folder(tmp_path / "a.png", tmp_path / "out", class_name)
-    assert 0 <= found.score <= 1
-
-
 @pytest.mark.parametrize(
     ("class_name", "expected"),
     [
@@ -301,14 +241,6 @@ def test_mistakes_end_in_one_line(world: Path, tmp_path: Path) -> None:
     assert mask.name in error_line(*asked[:3], "--dataset", data, "--num_workers", 0)
 
 
-def test_a_checkpoint_of_other_clip_weights_is_refused(world: Path, tmp_path: Path) -> None:
-    checkpoint = torch.load(world / "run" / "image_adapter.pth", weights_only=True)
-    checkpoint["config"]["model"]["weights_digest"] = "0" * 32
-    path = tmp_path / "image_adapter.pth"
-    torch.save(checkpoint, path)
-    assert "other weights" in error_line("inference.py", "--checkpoint", path, "--dataset", world / "test")
-
-
 def published_form(world: Path, folder: Path, relu: bool) -> Path:
     """An AA-CLIP checkpoint as published: linear adapters, text and image side in files of their own, no config."""
     folder.mkdir()
@@ -331,7 +263,7 @@ def test_a_published_checkpoint_loads_into_the_script_and_the_notebook(world: Pa
         "inference.py", "--checkpoint", file, "--dataset", world / "test", "--model_name", name, "--num_workers", 0
     )
     assert "assumed surgery sequential, adapters linear" in errors
-    assert "CLIP runs with gelu (as in the published code)" in errors
+    assert "assumed gelu and the published class names" in errors
     model = load_model(file, model_name=name, device="cpu")
     assert model.epoch == 20
     assert model.model.config.adapter == "linear"

@@ -22,8 +22,8 @@ from dataset.images import read_image
 from engine.config.evaluation import InferenceArguments
 from engine.detector.prediction import as_image
 from engine.evaluation import gallery as module
-from engine.evaluation.gallery import Gallery, scale_of
-from engine.evaluation.own_images import CSV_COLUMNS, Finding, class_of
+from engine.evaluation.gallery import Finding, Gallery, scale_of
+from engine.evaluation.own_images import CSV_COLUMNS, class_of
 from tests.browser import browser  # noqa: F401
 from tests.evaluating import score_images
 from tests.scripts import save, write_clip
@@ -83,7 +83,7 @@ def test_any_folder_gives_scores_heatmaps_and_a_page(
     assert len(findings) == len(FORMATS) + 1
     left_out = [line for line in caplog.messages if line.startswith("left out")]
     assert len(left_out) == 2 and all("\n" not in line for line in left_out)
-    assert "left out: 2 that cannot be read;" in caplog.text
+    assert "scored by unadapted, 2 could not be read" in caplog.text
     rows = rows_of(tmp_path / "out")
     assert tuple(rows[0]) == CSV_COLUMNS and len(rows) == len(findings)
     for row, found in zip(rows, findings, strict=True):
@@ -205,8 +205,8 @@ def test_the_slider_reaches_all_scores_in_fine_steps(scores: list[float]) -> Non
 
 def fill(gallery: Gallery, count: int) -> None:
     for index in range(count):
-        values = bumps((10, 10, 1.0)) * index / count
-        gallery.add(noise(200, 150), values, f"folder/{index}.png", "nut", index / count, Region(1, 2, 30, 40, 500))
+        values, path = bumps((10, 10, 1.0)) * index / count, f"folder/{index}.png"
+        gallery.add(noise(200, 150), values, Finding(Path(path), "nut", index / count, Region(1, 2, 30, 40, 500)), path)
 
 
 def test_a_long_page_is_written_without_being_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

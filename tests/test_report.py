@@ -22,7 +22,7 @@ from engine.config.training import BaseConfig, CrossAttentionRunConfig, Feedback
 from engine.evaluation.evaluate import METRICS, ClassResult, Evaluation, ImageScore
 from engine.report.commands import command_line, training_command
 from engine.report.comparison import Comparison, Row
-from engine.report.page import best_of_columns, class_charts, example_rows, main_row, one_of_each_class
+from engine.report.page import best_of_columns, example_rows, extreme_images, main_row
 from engine.report.runs import group_warnings, read_rows, until_checkpoint
 from model.checkpoint import Checkpoint
 from tests.browser import browser  # noqa: F401
@@ -214,10 +214,12 @@ def test_examples_are_of_the_best_loop_beside_the_references() -> None:
 
 
 def test_one_example_of_each_class() -> None:
-    pool = [(name, ImageScore(f"{name}{score}", True, score)) for name in "ab" for score in (0.1, 0.9)]
-    pool.append(("c", ImageScore("c", True, 0.5)))
-    assert [image.path for image in one_of_each_class(pool, highest=True)] == ["a0.9", "b0.9", "c"]
-    assert [image.path for image in one_of_each_class(pool, highest=False)] == ["a0.1", "b0.1", "c"]
+    scores = {"a": (0.1, 0.9), "b": (0.2, 0.8), "c": (0.5,)}
+    images = {name: tuple(ImageScore(f"{name}{score}", True, score) for score in scores[name]) for name in scores}
+    pool = Evaluation("m", "test", [ClassResult(name, {}, images[name]) for name in images])
+    assert [image.path for image in extreme_images(pool, True, highest=True)] == ["a0.9", "b0.8", "c0.5"]
+    assert [image.path for image in extreme_images(pool, True, highest=False)] == ["a0.1", "b0.2", "c0.5"]
+    assert extreme_images(pool, False, highest=True) == []
 
 
 def test_damaged_files_of_a_run_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -276,16 +278,6 @@ def test_commands_launch_processes_and_leave_defaults_out() -> None:
     assert command == "python train_cross_attention_feedback_v2.py --seed 4"
     values = {"a": None, "b": False, "c": True, "d": [1, 2], "e": Path("x y")}
     assert command_line("s.py", values) == "python s.py --c --d 1 2 --e 'x y'"
-
-
-def test_charts_of_names_and_values_that_are_not_ordinary() -> None:
-    values = {"a $x_{$ run": {"a_class_of_a_very_long_name" * 4: 3.0, "$b_{$": None}}
-    assert class_chart("Pixel AUC", values) is not None
-    assert class_chart("Image AUC", {"base": {"colon": None}}) is None
-    assert [chart.title for chart in class_charts(made_up(base={"image_auroc": None}))] == ["Pixel AUC", "AUPRO"]
-    row = {"loss": 1.0, "grad_norm/total": float("nan"), "abnormal_inside": 0.0, "abnormal_outside": 0.0, "epoch": 1}
-    history = [{**row, "loop": loop, "stage": stage} for loop in range(1, 11) for stage in ("text", "image")]
-    assert len(training_charts(history)) == 3
 
 
 def test_no_chart_cuts_its_legend_or_labels(monkeypatch: pytest.MonkeyPatch) -> None:

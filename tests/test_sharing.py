@@ -204,30 +204,19 @@ def test_other_weights_of_clip_are_refused(world: Path, tmp_path: Path) -> None:
         )
 
 
-def damaged(folder: Path, how: str) -> None:
-    weights, config = folder / "model.safetensors", folder / "config.json"
-    if how == "no config":
-        config.unlink()
-    elif how == "cut":
-        weights.write_bytes(weights.read_bytes()[:100])
-    elif how == "no JSON":
-        config.write_text("{", encoding="utf-8")
-    elif how == "list":
-        config.write_text("[]", encoding="utf-8")
-    elif how == "foreign":
-        config.write_text('{"architectures": ["BertModel"]}', encoding="utf-8")
-    elif how == "foreign weights":
-        save_file({"visual.proj": torch.zeros(2)}, weights)
-    elif how == "bad size":
-        said = json.loads(config.read_text(encoding="utf-8"))
-        said["forward"]["model"]["img_size"] = "large"
-        config.write_text(json.dumps(said), encoding="utf-8")
+DAMAGES: dict[str, tuple[str, bytes]] = {
+    "no config": ("config.json", b""),
+    "cut": ("model.safetensors", b"\x00" * 100),
+    "no JSON": ("config.json", b"{"),
+    "foreign": ("config.json", b'{"architectures": ["BertModel"]}'),
+}
 
 
-@pytest.mark.parametrize("how", ["no config", "cut", "no JSON", "list", "foreign", "foreign weights", "bad size"])
-def test_a_damaged_folder_is_one_line(how: str, world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_one_line(damage: str, world: Path, tmp_path: Path) -> None:
     folder = load(world, "cross").save_pretrained(tmp_path / "model")
-    damaged(folder, how)
+    name, content = DAMAGES[damage]
+    (folder / name).write_bytes(content)
     with pytest.raises(UserError) as caught:
         load_model(folder, device="cpu", model_name=f"local-dir:{world / 'clip'}")
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
@@ -346,12 +335,6 @@ def test_what_the_hub_does_not_have_is_one_line(address: str, stand_in: StandInH
     assert "\n" not in str(caught.value)
 
 
-def test_a_repository_of_something_else_is_refused(stand_in: StandInHub) -> None:
-    (stand_in.root / "org/name").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"holds no model\.safetensors"):
-        load_model("hf://org/name", device="cpu")
-
-
 def test_without_network_an_earlier_download_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -365,8 +348,8 @@ def test_without_network_an_earlier_download_is_taken(
     monkeypatch.setattr(clip_loading, "reach_hub", unreachable)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
     (tmp_path / "model.safetensors").touch()
-    assert hub.fetch(read_address("hf://org/name")) == tmp_path
-    assert "earlier download (no answer)" in caplog.text
+    assert hub.fetch("hf://org/name") == tmp_path
+    assert "using an earlier download, if there is one (no answer)" in caplog.text
 
 
 def test_a_push_that_fails_is_one_line_and_leaves_the_folder(
@@ -393,8 +376,3 @@ def test_a_push_that_fails_is_one_line_and_leaves_the_folder(
 def test_addresses_of_another_form_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="hf://ORG/NAME"):
         read_address(text)
-
-
-def test_addresses_have_a_revision_or_none() -> None:
-    assert read_address("hf://org/name") == ("org/name", None)
-    assert read_address("hf://o-1/n.a_b@refs/pr/1") == ("o-1/n.a_b", "refs/pr/1")

@@ -149,21 +149,23 @@ def loop_curves(panels: Mapping[str, Panel], path: Path, title: str) -> None:
 
 
 def draw_loops(axis: Axes, panel: Panel) -> None:
-    """One metric over the loops as a line, and other models' as horizontal lines with labels.
+    """One metric over the loops as a line, and other models' as horizontal lines with a legend.
 
     panel: the values by loop and those of other models by name, in percent; None is not drawn, and a missing loop
     interrupts the line.
     """
     values, references = panel
-    colours = reference_styles(references)
     loops = range(min(values, default=1), max(values, default=1) + 1)
     line = [np.nan if (value := values.get(loop)) is None else value for loop in loops]
     axis.plot(loops, line, color="tab:blue", marker="o", markersize=5)
     known = {name: value for name, value in references.items() if value is not None}
+    styles = reference_styles(references)
     for name, value in known.items():
-        axis.axhline(value, color=colours[name][0], linestyle=colours[name][1], linewidth=1.4, zorder=1)
+        colour, style = styles[name]
+        axis.axhline(value, color=colour, linestyle=style, linewidth=1.4, zorder=1, label=f"{name} {value:.2f}")
+    if known:
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=2, fontsize=7, frameon=False)
     _limit_to(axis, [*(value for value in line if not np.isnan(value)), *known.values()])
-    _label_lines(axis, known, {name: colour for name, (colour, _) in colours.items()})
     axis.set_xlim(loops[0] - 0.4, loops[-1] + 0.4)
     axis.set_xticks(loops)
     axis.set_xlabel("loop", fontsize=9)
@@ -181,28 +183,3 @@ def _limit_to(axis: Axes, values: Sequence[float]) -> None:
     low, high = (min(values), max(values)) if values else (0.0, 100.0)
     margin = max(0.1 * (high - low), 0.5)
     axis.set_ylim(low - margin, high + margin)
-
-
-def _label_lines(axis: Axes, values: Mapping[str, float], colours: Mapping[str, str], gap: float = 0.075) -> None:
-    """Name horizontal lines with their values right of the axis, at least `gap` of its height apart."""
-    bottom, top = axis.get_ylim()
-    names = sorted(values, key=lambda name: values[name])
-    places: list[float] = []
-    for name in names:
-        place = (values[name] - bottom) / (top - bottom)
-        places.append(max(place, places[-1] + gap) if places else place)
-    for index in range(len(places) - 1, -1, -1):
-        above = places[index + 1] - gap if index + 1 < len(places) else 1.0
-        places[index] = min(places[index], above)
-    for name, place in zip(names, places, strict=True):
-        axis.annotate(
-            f"{name} {values[name]:.2f}",
-            (1, values[name]),
-            xycoords=("axes fraction", "data"),
-            xytext=(1.06, place),
-            textcoords="axes fraction",
-            va="center",
-            fontsize=8,
-            color=colours[name],
-            arrowprops={"arrowstyle": "-", "color": colours[name], "linewidth": 0.8, "relpos": (0, 0.5)},
-        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -27,11 +28,9 @@ def on_scale(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.clip((values - low) / max(high - low, 1e-12), 0, 1)
 
 
-def overlay(
-    image: Image.Image, anomaly_map: np.ndarray, low: float = 0.0, high: float = 1.0, opacity: float = OPACITY
-) -> Image.Image:
-    """A heatmap over an image, at the image's size; anomaly_map (h, w), coloured from `low` to `high`."""
-    heat = Image.fromarray((on_scale(anomaly_map, low, high) * 255).astype(np.uint8))
+def overlay(image: Image.Image, anomaly_map: np.ndarray, opacity: float = OPACITY) -> Image.Image:
+    """A heatmap over an image, at the image's size; anomaly_map (h, w), coloured from 0 to 1."""
+    heat = Image.fromarray((on_scale(anomaly_map, 0, 1) * 255).astype(np.uint8))
     heat = heat.resize(image.size, Image.Resampling.BILINEAR)
     grey, mixed = np.asarray(heat), np.array(image.convert("RGB"))
     for top in range(0, image.height, _BAND):
@@ -74,6 +73,7 @@ class Heatmap:
 
 
 ATTENTION_COLOURS = "PuOr_r"
+NO_TICKS: dict[str, Any] = {"xticks": [], "yticks": []}
 
 
 def comparison_figure(
@@ -83,18 +83,9 @@ def comparison_figure(
     extra = list(dict.fromkeys(name for heatmap in heatmaps for name in heatmap.attention))
     columns, rows = 2 + len(heatmaps), 1 + len(extra)
     figure = Figure(figsize=(2.3 * columns + 0.8, 2.6 * rows + 0.5), layout="compressed")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.ravel():
-        axis.set_xticks([])
-        axis.set_yticks([])
-    for axis, name in zip(axes[0], ["Original", "Ground truth", *(literal(h.model) for h in heatmaps)], strict=True):
-        axis.set_title(name, fontsize=10)
-    axes[0, 0].imshow(image)
-    axes[0, 1].imshow(mask, cmap="gray", vmin=0, vmax=1)
-    for axis, heatmap in zip(axes[0, 2:], heatmaps, strict=True):
-        axis.imshow(overlay(image, heatmap.anomaly_map))
-        axis.set_xlabel(heatmap.caption, fontsize=9)
-        _outline(axis, mask)
+    axes = figure.subplots(rows, columns, squeeze=False, subplot_kw=NO_TICKS)
+    _draw(axes[0], image, mask, heatmaps)
+    _set_titles(axes[0], heatmaps)
     _colour_bar(figure, axes[0], COLOURS, 0, 1, "p(abnormal)")
     for row, name in zip(axes[1:], extra, strict=True):
         shown = [h.attention[name] for h in heatmaps if name in h.attention]
@@ -102,8 +93,7 @@ def comparison_figure(
         low, high = 1 - max(reach, 0.01), 1 + max(reach, 0.01)
         for axis in row[:2]:
             axis.set_axis_off()
-        first = next(column for column, heatmap in enumerate(heatmaps, start=2) if name in heatmap.attention)
-        row[first - 1].text(1, 0.5, name, ha="right", va="center", fontsize=10, transform=row[first - 1].transAxes)
+        row[1].text(1, 0.5, name, ha="right", va="center", fontsize=10, transform=row[1].transAxes)
         for axis, heatmap in zip(row[2:], heatmaps, strict=True):
             if name not in heatmap.attention:
                 axis.set_axis_off()
@@ -128,22 +118,13 @@ class Example:
 
 def example_grid(examples: Sequence[Example], path: Path, title: str) -> None:
     """Rows of image, mask and one heatmap for each model, on one scale from 0 to 1; all rows have the same models."""
-    columns = ["Image", "Ground truth", *(heatmap.model for heatmap in examples[0].heatmaps)]
-    figure = Figure(figsize=(1.75 * len(columns) + 0.6, 1.75 * len(examples) + 0.9), layout="compressed")
-    axes = figure.subplots(len(examples), len(columns), squeeze=False)
+    columns = 2 + len(examples[0].heatmaps)
+    figure = Figure(figsize=(1.75 * columns + 0.6, 1.75 * len(examples) + 0.9), layout="compressed")
+    axes = figure.subplots(len(examples), columns, squeeze=False, subplot_kw=NO_TICKS)
     for row, example in zip(axes, examples, strict=True):
-        row[0].imshow(example.image)
+        _draw(row, example.image, example.mask, example.heatmaps)
         row[0].set_ylabel(literal(example.title), fontsize=8)
-        row[1].imshow(example.mask, cmap="gray", vmin=0, vmax=1)
-        for axis, heatmap in zip(row[2:], example.heatmaps, strict=True):
-            axis.imshow(overlay(example.image, heatmap.anomaly_map))
-            _outline(axis, example.mask)
-            axis.set_xlabel(heatmap.caption, fontsize=8, labelpad=2)
-        for axis in row:
-            axis.set_xticks([])
-            axis.set_yticks([])
-    for axis, name in zip(axes[0], columns, strict=True):
-        axis.set_title(name, fontsize=9)
+    _set_titles(axes[0], examples[0].heatmaps)
     _colour_bar(figure, axes, COLOURS, 0, 1, "p(abnormal)")
     figure.suptitle(title, fontsize=11)
     save_png(figure, path)
@@ -152,17 +133,26 @@ def example_grid(examples: Sequence[Example], path: Path, title: str) -> None:
 def stacked_picture(image: Image.Image, mask: np.ndarray, heatmap: Heatmap, path: Path) -> None:
     """The result of one model, from top to bottom: original, ground truth, heatmap."""
     figure = Figure(figsize=(2.8, 8.2), layout="constrained")
-    axes = figure.subplots(3, 1)
+    axes = figure.subplots(3, 1, subplot_kw=NO_TICKS)
+    _draw(axes, image, mask, [heatmap])
+    _set_titles(axes, [heatmap])
+    save_png(figure, path)
+
+
+def _draw(axes: np.ndarray, image: Image.Image, mask: np.ndarray, heatmaps: Sequence[Heatmap]) -> None:
+    """An image, its ground truth and its heatmaps, one on each of the axes."""
     axes[0].imshow(image)
     axes[1].imshow(mask, cmap="gray", vmin=0, vmax=1)
-    axes[2].imshow(overlay(image, heatmap.anomaly_map))
-    _outline(axes[2], mask)
-    axes[2].set_xlabel(heatmap.caption, fontsize=9)
-    for axis, name in zip(axes, ("Original", "Ground truth", heatmap.model), strict=True):
+    for axis, heatmap in zip(axes[2:], heatmaps, strict=True):
+        axis.imshow(overlay(image, heatmap.anomaly_map))
+        axis.set_xlabel(heatmap.caption, fontsize=8, labelpad=2)
+        _outline(axis, mask)
+
+
+def _set_titles(axes: np.ndarray, heatmaps: Sequence[Heatmap]) -> None:
+    names = ["Original", "Ground truth", *(literal(heatmap.model) for heatmap in heatmaps)]
+    for axis, name in zip(axes, names, strict=True):
         axis.set_title(name, fontsize=10)
-        axis.set_xticks([])
-        axis.set_yticks([])
-    save_png(figure, path)
 
 
 def _outline(axis: Axes, mask: np.ndarray) -> None:

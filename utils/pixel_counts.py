@@ -8,7 +8,7 @@ equal bins, fine where ranks decide a metric. Pixels of one bin count as ties.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -47,9 +47,6 @@ class Bins:
     normals: NDArray
     normals_above: NDArray
     coverage: NDArray
-
-    def reversed(self) -> Bins:
-        return Bins(*(getattr(self, item.name)[::-1] for item in fields(self)))
 
 
 class PixelCounts:
@@ -131,7 +128,7 @@ class PixelCounts:
         )
         positives_above = positives.sum() - positives.cumsum()
         normals = at_least - more_than - positives
-        return Bins(positives, normals, more_than - positives_above, covered).reversed()
+        return Bins(*(each[::-1] for each in (positives, normals, more_than - positives_above, covered)))
 
     def _bins_in_order(self) -> tuple[NDArray, NDArray, NDArray, NDArray]:
         """The lowest key of each bin in ascending order, its pixels, its anomalous pixels, and their coverage."""

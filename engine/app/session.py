@@ -20,8 +20,9 @@ from engine.detector.calibration import CALIBRATION_FILE, Entry, add_entry, chec
 from engine.detector.detector import Detector
 from engine.detector.prediction import Prediction, decide
 from engine.evaluation.calibrate import calibrate_detector, score_and_peak
+from engine.evaluation.gallery import Finding
 from engine.evaluation.image_heatmaps import attention_heatmaps
-from engine.evaluation.own_images import Finding, make_finding, write_scores
+from engine.evaluation.own_images import make_finding, write_scores
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.graph import Thresholds
 from model.text import Prompts

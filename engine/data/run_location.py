@@ -45,11 +45,12 @@ def load_task_of_run(
     run: its arguments. Its data root is used if it contains the dataset, its metadata and file of class names for its
     own dataset, and `--class_names published` for every dataset. Paths that no longer exist are ignored with a message.
     """
-    if data_root is None:
-        data_root = _existing(run, "data_root")
-        if data_root is not None and not _contains(data_root, dataset):
-            logger.info("%s is not under the run's data root %s, which is ignored", dataset, data_root)
-            data_root = None
+    if data_root is None and (recorded := _existing(run, "data_root")):
+        try:
+            locate_dataset(dataset, recorded)
+            data_root = recorded
+        except UserError:
+            logger.info("%s is not under the run's data root %s, which is ignored", dataset, recorded)
     if class_names is None and run.get("class_names") in NAMES:
         class_names = run["class_names"]
         logger.info("--class_names is that of the run: %s", class_names)
@@ -60,20 +61,10 @@ def load_task_of_run(
 
 
 def _existing(run: Mapping[str, Any], name: str) -> Path | None:
-    recorded = run.get(name)
-    if not isinstance(recorded, str) or not recorded:
+    """A path among a run's arguments, if it still exists."""
+    if not run.get(name):
         return None
-    path = Path(recorded)
-    if path.exists():
-        logger.info("--%s is that of the run: %s", name, path)
-        return path
-    logger.info("the run's --%s %s no longer exists and is ignored", name, path)
-    return None
-
-
-def _contains(data_root: Path, dataset: str) -> bool:
-    try:
-        locate_dataset(dataset, data_root)
-    except UserError:
-        return False
-    return True
+    path = Path(run[name])
+    exists = path.exists()
+    logger.info("--%s of the run: %s%s", name, path, "" if exists else " no longer exists and is ignored")
+    return path if exists else None

@@ -17,6 +17,7 @@ from utils.errors import UserError
 from utils.files import write_json
 from utils.paths import is_file, is_no_file
 from utils.schema import check
+from utils.text import list_names
 
 CALIBRATION_FILE = "calibration.json"
 SCHEMA = 1
@@ -24,8 +25,6 @@ FALSE_ALARMS = 0.01
 CONFIDENCE = 0.95
 # Seconds to wait while another process adds to a file.
 LOCK_TIMEOUT = 20.0
-# Values listed in an error.
-MOST_LISTED = 5
 # Decisions: above the threshold, or not.
 ANOMALOUS, NORMAL = "anomalous", "normal"
 
@@ -147,21 +146,7 @@ def read_calibration(path: Path) -> list[Entry]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__}); calibrate again") from error
     check(content, _File, path)
-    entries = [Entry(**{**values, "interval": tuple(values["interval"])}) for values in content["entries"]]
-    for entry in entries:
-        _check_consistent(entry, path)
-    return entries
-
-
-def _check_consistent(entry: Entry, path: Path) -> None:
-    """Reject thresholds that do not follow from the entry's images, as the false alarm rate would not be theirs."""
-    complete = entry.images == len(entry.scores) == len(entry.peaks) >= images_needed(entry.false_alarms or 1e-9)
-    ordered = complete and entry.scores == sorted(entry.scores) and entry.peaks == sorted(entry.peaks)
-    k = order_of_threshold(entry.images, entry.false_alarms) if ordered else 0
-    if not ordered or (entry.image_threshold, entry.pixel_threshold) != (entry.scores[k - 1], entry.peaks[k - 1]):
-        raise UserError(
-            f"{path}: the thresholds of '{entry.class_name}' do not follow from its images; calibrate again"
-        )
+    return [Entry(**{**values, "interval": tuple(values["interval"])}) for values in content["entries"]]
 
 
 def add_entry(path: Path, entry: Entry) -> None:
@@ -173,28 +158,15 @@ def add_entry(path: Path, entry: Entry) -> None:
         write_json(path, {"schema": SCHEMA, "entries": [asdict(each) for each in (*others, entry)]})
 
 
-def find_entry(entries: Sequence[Entry], key: CalibrationKey) -> Entry | None:
-    """The entry of a key, if there is one."""
-    return next((entry for entry in entries if entry.key == key), None)
-
-
 def mismatch_reason(entries: Sequence[Entry], key: CalibrationKey) -> str:
-    """Why entries have no thresholds for a key: the first part of the key that differs, and their values."""
-    remaining = list(entries)
-    for name, template in (
-        ("checkpoint", "another model, or of this one with other options"),
-        ("class_name", "{values}, not of '{wanted}'"),
-        ("domain", "the domain {values}, not {wanted}"),
-        ("det_score", "the det score {values}, not {wanted}"),
-        ("references", "other references, or of none"),
-    ):
-        matching = [entry for entry in remaining if getattr(entry, name) == getattr(key, name)]
-        if not matching:
-            distinct = list(dict.fromkeys(getattr(entry, name) for entry in remaining))[:MOST_LISTED]
-            values = ", ".join(f"'{value}'" if name == "class_name" else str(value) for value in distinct)
-            return f"its thresholds are of {template.format(values=values, wanted=getattr(key, name))}"
-        remaining = matching
-    return "it holds no thresholds"
+    """Why entries have no thresholds for a key: what they were calibrated for."""
+    entries = [entry for entry in entries if entry.checkpoint == key.checkpoint]
+    if not entries:
+        return "its thresholds are of another model, or of this one with other options"
+    classes = list_names(list(dict.fromkeys(f"'{entry.class_name}'" for entry in entries)))
+    if all(entry.class_name != key.class_name for entry in entries):
+        return f"its thresholds are of {classes}, not of '{key.class_name}'"
+    return f"its thresholds of {classes} are for another domain, det score or set of references"
 
 
 def _exact(false_alarms: float) -> Fraction:

@@ -16,7 +16,7 @@ from torch import nn
 
 from dataset.images import content_digest, image_tensor
 from dataset.prompts import PUBLISHED_NAMES, build_prompts, readable_name
-from engine.detector.calibration import CalibrationKey, Entry, find_entry, mismatch_reason, read_calibration
+from engine.detector.calibration import CalibrationKey, Entry, mismatch_reason, read_calibration
 from engine.detector.hub import calibration_files
 from engine.detector.prediction import ImageInput, Prediction, apply_thresholds, as_image
 from engine.detector.references import References, patch_features
@@ -204,7 +204,7 @@ class Detector(nn.Module):
 
     def thresholds(self, key: CalibrationKey) -> Entry | None:
         """The thresholds of a key; None, or `UserError` if a given file was required to hold them."""
-        entry = find_entry(self.calibration, key)
+        entry = next((entry for entry in self.calibration if entry.key == key), None)
         if entry is None and self._required_calibration is not None:
             raise UserError(
                 f"{self._required_calibration}: {mismatch_reason(self.calibration, key)}; calibrate for it "
@@ -297,8 +297,8 @@ class Detector(nn.Module):
         parts = {name: state_of(part) for name, part in self._components().items() if name in self.source.components}
         shared = Shared(self.name, self.model.config, getattr(self.model, "cross_config", None), self.det_score)
         entries = [entry for entry in self.calibration if entry.checkpoint == self.digest]
-        checkpoint = replace(self.source, components=parts, shared=shared)
-        return write_pretrained(checkpoint, entries, Path(folder), licence, address)
+        checkpoint = replace(self.source, components=parts)
+        return write_pretrained(checkpoint, shared, entries, Path(folder), licence, address)
 
 
 def arguments_of(checkpoint: Checkpoint) -> Mapping[str, Any]:

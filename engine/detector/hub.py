@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 from engine.detector.calibration import CALIBRATION_FILE
 from engine.runtime.run_folder import find_checkpoints
@@ -26,27 +25,20 @@ _NAME = r"[A-Za-z0-9][\w.-]*"
 _REPOSITORY = re.compile(rf"{_NAME}/{_NAME}", re.ASCII)
 
 
-class Address(NamedTuple):
-    """A repository on the hub, ORG/NAME, and a branch, tag or commit (None: the main branch)."""
-
-    repository: str
-    revision: str | None
-
-    def __str__(self) -> str:
-        return f"{HUB}{self.repository}" + (f"@{self.revision}" if self.revision else "")
-
-
 def is_address(text: str | Path) -> bool:
     """Whether a checkpoint is a repository on the hub."""
     return isinstance(text, str) and text.startswith(HUB)
 
 
-def read_address(text: str | Path) -> Address:
-    """The parts of `hf://ORG/NAME@REVISION`; `UserError` for another form."""
+def read_address(text: str | Path) -> tuple[str, str | None]:
+    """The repository ORG/NAME of `hf://ORG/NAME@REVISION`, and its branch, tag or commit (None: the main branch).
+
+    Raises `UserError` for another form.
+    """
     repository, at, revision = str(text).removeprefix(HUB).partition("@")
     if not _REPOSITORY.fullmatch(repository) or (at and not revision):
         raise UserError(f"{text}: write {HUB}ORG/NAME or {HUB}ORG/NAME@REVISION for a model on the hub")
-    return Address(repository, revision or None)
+    return repository, revision or None
 
 
 def check_repository(text: str) -> str:
@@ -66,7 +58,7 @@ def check_checkpoint(checkpoint: str | Path) -> None:
 
 def local_path(checkpoint: str | Path) -> Path:
     """The path of a checkpoint; one on the hub is downloaded, or taken from the cache if the hub cannot be reached."""
-    return fetch(read_address(checkpoint)) if is_address(checkpoint) else Path(checkpoint)
+    return fetch(str(checkpoint)) if is_address(checkpoint) else Path(checkpoint)
 
 
 def folder_of(checkpoint: str | Path) -> Path | None:
@@ -83,29 +75,26 @@ def calibration_files(checkpoint: str | Path, file: Path | None = None) -> list[
     return list(dict.fromkeys(folder / CALIBRATION_FILE for folder in (written, file and file.parent) if folder))
 
 
-def fetch(address: Address) -> Path:
+def fetch(address: str) -> Path:
     """The folder in the hub's cache with the files of a model; `UserError` if they cannot be downloaded."""
     import huggingface_hub  # slow to import, and most checkpoints are files
 
     from model.clip_loading import reach_hub
 
-    def snapshot(local_files_only: bool) -> Path:
-        path = huggingface_hub.snapshot_download(
-            address.repository,
-            revision=address.revision,
-            allow_patterns=list(SHARED_FILES),
-            local_files_only=local_files_only,
-        )
-        return Path(path)
-
+    repository, revision = read_address(address)
+    offline = False
     try:
         try:
             reach_hub()
         except Exception as error:  # the hub's client raises its own kinds for network, disk and proxy failures
-            folder = snapshot(local_files_only=True)
-            logger.warning("%s: taken from an earlier download (%s)", address, first_line(error))
-        else:
-            folder = snapshot(local_files_only=False)
+            offline = True
+            logger.warning("%s: using an earlier download, if there is one (%s)", address, first_line(error))
+        files = list(SHARED_FILES)
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                repository, revision=revision, allow_patterns=files, local_files_only=offline
+            )
+        )
     except Exception as error:
         raise UserError(f"{address} cannot be downloaded ({first_line(error)})") from error
     if not (folder / SHARED_WEIGHTS).is_file():

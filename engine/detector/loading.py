@@ -165,41 +165,27 @@ def cross_attention_choices(checkpoint: Checkpoint, **overrides: Any) -> CrossAt
         name = f"{side}_cross_attn_weight"
         if name in chosen and f"{side}_cross_attn" not in checkpoint.components:
             raise UserError(f"{checkpoint.path}: has no {side}_cross_attn, so --{name} has no effect")
+    cross = replace(trained, **chosen)
     if checkpoint.config is not None:
         warn_of_changes(checkpoint, trained, chosen)
-        return replace(trained, **chosen)
-    used = replace(trained, **chosen)
-    logger.warning(
-        "%s has cross-attention and no config: assumed %s; change these with options of the same names",
-        checkpoint.path,
-        ", ".join(f"{name} {getattr(used, name)}" for name in CROSS_ATTENTION_OVERRIDES),
-    )
-    return used
+    else:
+        assumed = ", ".join(f"{name} {getattr(cross, name)}" for name in CROSS_ATTENTION_OVERRIDES)
+        logger.warning("%s has no config: assumed %s (options of the same names)", checkpoint.path, assumed)
+    return cross
 
 
 def log_activation(checkpoint: Checkpoint, activation: str, explicit: bool) -> None:
     """Log the activation that a file without config is assumed to need; explicit: it was set by an option."""
-    if checkpoint.is_published:
-        logger.info(
-            "%s has the form of AA-CLIP's published files: CLIP runs with %s (%s), and prompts use the published class "
-            "names; change these with --activation and --class_names",
-            checkpoint.path,
-            activation,
-            "set by --activation" if explicit else "as in the published code",
-        )
-    elif explicit or activation == "gelu":
-        logger.info(
-            "%s has no config: assumed trained with %s and the catalog's class names (--class_names)",
-            checkpoint.path,
-            activation,
-        )
-    else:
-        logger.warning(
-            "%s has no config: assumed trained with %s, which these weights of CLIP need, and the catalog's class "
-            "names; if it was trained otherwise, give --activation gelu or --class_names published",
-            checkpoint.path,
-            activation,
-        )
+    names = "published" if checkpoint.is_published else "catalog's"
+    # The weights of a fork's file may have been trained with another activation than CLIP's own.
+    uncertain = not (explicit or checkpoint.is_published or activation == "gelu")
+    logger.log(
+        logging.WARNING if uncertain else logging.INFO,
+        "%s has no config: assumed %s and the %s class names (--activation, --class_names)",
+        checkpoint.path,
+        activation,
+        names,
+    )
 
 
 def _assumed_config(checkpoint: Checkpoint, clip: FrozenCLIP, chosen: dict[str, Any]) -> ModelConfig:
@@ -213,13 +199,9 @@ def _assumed_config(checkpoint: Checkpoint, clip: FrozenCLIP, chosen: dict[str, 
         raise UserError(f"{checkpoint.path}: has another number of levels than {clip.model_name}'s {len(levels)}")
     # AA-CLIP's own code, which writes such files, puts V-V attention inside the blocks.
     assumed = {"surgery": "sequential", **choices, **chosen}
-    logger.info(
-        "%s has no config: assumed surgery %s, adapters %s, blend weights 0.1",
-        checkpoint.path,
-        assumed["surgery"],
-        assumed.get("adapter", ModelConfig.adapter),
-    )
-    return clip.model_config(**assumed)
+    config = clip.model_config(**assumed)
+    logger.info("%s has no config: assumed surgery %s, adapters %s", checkpoint.path, config.surgery, config.adapter)
+    return config
 
 
 def _explicit(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from string import Template
 from typing import Any
 
 from dataset.prompts import NAMES
@@ -18,27 +20,14 @@ from model.clip_loading import DEFAULT_TAG, is_tag
 from model.shared import Shared, is_shared, write_shared
 from utils.errors import UserError
 from utils.files import check_folder, write_text
+from utils.text import markdown_table
 
 logger = logging.getLogger(__name__)
 
-# Licences that the hub knows by name; others are "other" with a name.
-HUB_LICENCES = (
-    "apache-2.0",
-    "mit",
-    "bsd-2-clause",
-    "bsd-3-clause",
-    "gpl-3.0",
-    "agpl-3.0",
-    "lgpl-3.0",
-    "mpl-2.0",
-    "cc0-1.0",
-    "cc-by-4.0",
-    "cc-by-sa-4.0",
-    "cc-by-nc-4.0",
-    "cc-by-nc-sa-4.0",
-    "openrail",
-    "unknown",
-)
+CARD = Path(__file__).with_name("card.md")
+
+# Common licences under the hub's names; others are "other" with a name.
+HUB_LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "gpl-3.0", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0")
 NOT_STATED = "not stated"
 # CLIP models trained by OpenAI, under MIT.
 OPENAI_MODELS = ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336")
@@ -55,14 +44,16 @@ PATH_ARGUMENTS = (
 
 
 def write_pretrained(
-    checkpoint: Checkpoint, entries: Sequence[Entry], folder: Path, licence: str | None, address: str | None
+    checkpoint: Checkpoint,
+    shared: Shared,
+    entries: Sequence[Entry],
+    folder: Path,
+    licence: str | None,
+    address: str | None,
 ) -> Path:
-    """Write what `Detector.save_pretrained` writes, from a checkpoint that has `shared`; returns the folder."""
-    if checkpoint.shared is None:
-        raise ValueError("the checkpoint does not say with which forward it is shared")
+    """Write what `Detector.save_pretrained` writes, with the forward of `shared`; returns the folder."""
     check_target(folder)
-    name, model, cross, det_score = checkpoint.shared
-    shared = Shared(name, replace(model, model_name=without_folders(model.model_name)), cross, det_score)
+    shared = shared._replace(model=replace(shared.model, model_name=without_folders(shared.model.model_name)))
     config = None if checkpoint.config is None else public_config(checkpoint.config)
     position = {"epoch": checkpoint.epoch, "loop": checkpoint.loop, "steps": checkpoint.steps, "config": config}
     write_shared(folder, shared, checkpoint.components, position)
@@ -72,8 +63,7 @@ def write_pretrained(
         add_entry(thresholds, entry)
     weights = (checkpoint.config or {}).get("arguments", {}).get("clip_weights")
     licences = (licence, clip_licence(shared.model.model_name, weights))
-    metrics = read_metrics(checkpoint.path, {name, f"Loop {checkpoint.loop}"})
-    text = model_card(replace(checkpoint, config=config), shared, metrics, licences, address or folder.resolve().name)
+    text = model_card(replace(checkpoint, config=config), shared, licences, address or folder.resolve().name)
     write_text(folder / CARD_FILE, text)
     return folder
 
@@ -111,20 +101,16 @@ def without_folders(text: str) -> str:
 
 def read_metrics(checkpoint: Path, names: Collection[str]) -> list[dict[str, str]]:
     """The averages for a model with one of `names` in the CSV files next to its checkpoint."""
-    rows = []
+    averages = []
     folder = checkpoint.parent
     for file in [*sorted(folder.glob("results/evaluation_*.csv")), *sorted(folder.glob("comparison*.csv"))]:
         if file.stat().st_mtime < checkpoint.stat().st_mtime:
             logger.warning("%s is older than the checkpoint and is not included in the model card", file)
             continue
         with file.open(encoding="utf-8", newline="") as lines:
-            averages = [row for row in csv.DictReader(lines) if row.get("class") == "average"]
-        rows += [
-            {key: value or "" for key, value in row.items() if key not in ("model", "class")}
-            for row in averages
-            if row.get("model") in names
-        ]
-    return rows
+            rows = [row for row in csv.DictReader(lines) if row.pop("class", None) == "average"]
+        averages += [row for row in rows if row.pop("model", None) in names]
+    return averages
 
 
 def clip_licence(model_name: str, clip_weights: str | None) -> str:
@@ -135,59 +121,27 @@ def clip_licence(model_name: str, clip_weights: str | None) -> str:
     return "MIT, if they are OpenAI's" if openai else NOT_STATED
 
 
-def model_card(
-    checkpoint: Checkpoint,
-    shared: Shared,
-    metrics: Sequence[Mapping[str, str]],
-    licences: tuple[str | None, str],
-    address: str,
-) -> str:
+def model_card(checkpoint: Checkpoint, shared: Shared, licences: tuple[str | None, str], address: str) -> str:
     """The README of a shared model; licences: of the trained components, and of CLIP's weights."""
     licence, licence_of_clip = licences
-    head = ["tags: [anomaly-detection, zero-shot, clip]"]
+    model, tag = shared.model, ""
     if licence:
         known = licence.lower() in HUB_LICENCES
-        head += [f"license: {licence.lower()}"] if known else ["license: other", f"license_name: {json.dumps(licence)}"]
-    kind = "adapters and cross-attention" if shared.cross_attention else "adapters"
-    model = shared.model
-    lines = [
-        "---",
-        *head,
-        "---",
-        "",
-        f"# {shared.name}",
-        "",
-        f"Zero-shot anomaly detection: {kind} for a frozen CLIP. This folder holds the trained components, not CLIP.",
-        "",
-        "## Usage",
-        "",
-        "In a checkout of this project:",
-        "",
-        "```python",
-        "from engine import load_model",
-        "",
-        f"model = load_model({json.dumps(address)})",
-        'prediction = model.predict("image.png", class_name="metal screw")',
-        "```",
-        "",
-        f"CLIP's weights are loaded by name: {model.model_name} at {model.img_size} px with {model.activation}, digest "
-        f'`{model.weights_digest}`. `load_model(..., clip_weights="FILE")` reads them from a file. Weights with '
-        "another digest are rejected.",
-        "",
-        "## Training",
-        "",
-        _describe_training(checkpoint),
-        "",
-        "## Metrics",
-        "",
-        *_metrics_section(metrics, checkpoint.config),
-        "",
-        "## Licence",
-        "",
-        f"Trained components: {licence or NOT_STATED}. CLIP's weights: {licence_of_clip}.",
-        "",
-    ]
-    return "\n".join(lines)
+        tag = f"license: {licence.lower()}\n" if known else f"license: other\nlicense_name: {json.dumps(licence)}\n"
+    return Template(CARD.read_text(encoding="utf-8")).substitute(
+        licence_tag=tag,
+        name=shared.name,
+        components="adapters and cross-attention" if shared.cross_attention else "adapters",
+        address=json.dumps(address),
+        clip=model.model_name,
+        img_size=model.img_size,
+        activation=model.activation,
+        digest=model.weights_digest,
+        training=_describe_training(checkpoint),
+        metrics=_describe_metrics(checkpoint, {shared.name, f"Loop {checkpoint.loop}"}),
+        licence=licence or NOT_STATED,
+        clip_licence=licence_of_clip,
+    )
 
 
 def _describe_training(checkpoint: Checkpoint) -> str:
@@ -200,23 +154,20 @@ def _describe_training(checkpoint: Checkpoint) -> str:
     return f"{text} on {config['dataset']} ({images}), seed {config['seed']}."
 
 
-def _metrics_section(metrics: Sequence[Mapping[str, str]], config: Mapping[str, Any] | None) -> list[str]:
+def _describe_metrics(checkpoint: Checkpoint, names: Collection[str]) -> str:
+    """The metrics next to a checkpoint, as a table, with a note if they are not zero-shot."""
+    metrics = read_metrics(checkpoint.path, names)
     if not metrics:
-        return ["Not measured before this folder was written."]
-    columns = list(metrics[0])
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    lines += [f"| {' | '.join(_cell(row.get(column, '')) for column in columns)} |" for row in metrics]
-    lines += ["", "Averages over classes, in percent."]
-    trained_on = config and config["dataset"]
-    if any(row.get("dataset") == trained_on for row in metrics):
-        note = "the model was trained on it, so these metrics do not apply to unseen data."
-        lines += ["", f"**Not zero-shot on {trained_on}:** {note}"]
-    return lines
+        return "Not measured before this folder was written."
+    rows = [[_cell(row.get(column) or "") for column in metrics[0]] for row in metrics]
+    text = markdown_table(list(metrics[0]), rows) + "\n\nAverages over classes, in percent."
+    trained_on = checkpoint.config and checkpoint.config["dataset"]
+    if all(row.get("dataset") != trained_on for row in metrics):
+        return text
+    note = "the model was trained on it, so these metrics do not apply to unseen data."
+    return f"{text}\n\n**Not zero-shot on {trained_on}:** {note}"
 
 
 def _cell(value: str) -> str:
-    """A cell of a Markdown table: numbers with two decimals, text escaped."""
-    try:
-        return f"{float(value):.2f}" if "." in value else value
-    except ValueError:
-        return value.replace("|", "\\|").replace("\n", " ")
+    """A cell of a Markdown table: metrics with two decimals, text escaped."""
+    return f"{float(value):.2f}" if re.fullmatch(r"\d+\.\d+", value) else value.replace("|", "\\|")

@@ -17,8 +17,6 @@ from engine.detector.calibration import FALSE_ALARMS, Entry, add_entry, check_en
 from engine.detector.detector import Detector
 from engine.detector.hub import calibration_files
 from engine.evaluation.own_images import OwnImages, find_own_images, load_last_detector
-from engine.evaluation.references import ReferenceChoice, add_image_references
-from engine.runtime.device import check_device
 from utils.errors import UserError
 from utils.files import check_folder
 
@@ -42,7 +40,6 @@ def calibrate_images(arguments: InferenceArguments) -> list[Entry]:
     if folder is None:
         raise UserError("--calibrate is needed: a folder of normal images")
     rate = FALSE_ALARMS if arguments.false_alarms is None else arguments.false_alarms
-    device = check_device(arguments.device, "fp32")
     file = arguments.calibration or calibration_files(arguments.checkpoint)[0]
     check_folder(file.parent, "--calibration")
     if file.exists():
@@ -51,11 +48,7 @@ def calibrate_images(arguments: InferenceArguments) -> list[Entry]:
     counts = Counter(images.names.values())
     for name, count in counts.items():
         check_enough(count, rate, f"--calibrate {folder}: '{name}'")
-    detector = load_last_detector(arguments.checkpoint, arguments.clip_weights, device, **arguments.overrides())
-    images.check_prompts(detector)
-    references = ReferenceChoice.of(arguments)
-    if references is not None:
-        add_image_references(detector, images.classes, references, arguments.class_from_folder, class_names)
+    detector = load_last_detector(arguments, images.classes)
     numbers: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for path, name, pixels in different_images(images, detector):
         numbers[name].append(score_and_peak(detector, pixels, name, path, arguments.domain, class_names))

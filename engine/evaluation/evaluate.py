@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,12 +21,9 @@ from model.config import DET_SCORES
 from model.frozen import SharedStreams
 from model.references import joined_anomaly_map
 from model.scoring import Outputs, anomaly_map, class_image_scores, det_scores
-from utils.files import write_text
 from utils.logging import progress_bar
 from utils.metrics import PixelCounter, Pixels, image_metrics, pixels_of
-from utils.text import csv_table, format_table
-
-logger = logging.getLogger(__name__)
+from utils.text import format_table
 
 METRICS = {
     "pixel_auroc": "Pixel AUROC",
@@ -239,8 +234,8 @@ def det_score_suffix(det_score: str) -> str:
     return "" if det_score == DET_SCORES[0] else f"_det_{det_score}"
 
 
-def format_value(value: float | None) -> str:
-    return UNDEFINED if value is None else f"{value:.2f}"
+def format_value(value: float | None, digits: int = 2) -> str:
+    return UNDEFINED if value is None else f"{value:.{digits}f}"
 
 
 def evaluation_table(evaluation: Evaluation) -> str:
@@ -266,33 +261,17 @@ def summary_table(evaluations: Sequence[Evaluation]) -> str:
 
 def csv_rows(evaluation: Evaluation) -> list[list[object]]:
     """A row per class and one for the average, in the columns of `CSV_COLUMNS`; undefined values are `n/a`."""
-    e = evaluation
-    rows = [
+    classes = evaluation.classes
+    averages = {metric: evaluation.average(metric)[0] for metric in METRICS}
+    images, anomalous = sum(each.images for each in classes), sum(each.anomalous for each in classes)
+    rows = [(each.class_name, each.images, each.anomalous, each.values) for each in classes]
+    return [
         [
-            e.model,
-            e.dataset,
-            r.class_name,
-            r.images,
-            r.anomalous,
-            e.det_score,
-            *(format_exact(r.values[m]) for m in METRICS),
+            evaluation.model,
+            evaluation.dataset,
+            *counts,
+            evaluation.det_score,
+            *(format_value(values[m], 6) for m in METRICS),
         ]
-        for r in e.classes
+        for *counts, values in [*rows, ("average", images, anomalous, averages)]
     ]
-    images, anomalous = (sum(getattr(result, name) for result in e.classes) for name in ("images", "anomalous"))
-    averages = [format_exact(e.average(metric)[0]) for metric in METRICS]
-    return [*rows, [e.model, e.dataset, "average", images, anomalous, e.det_score, *averages]]
-
-
-def write_csv(evaluations: Sequence[Evaluation], path: Path) -> None:
-    """A row per model and class and one for each average; undefined values are `n/a`."""
-    write_csv_rows([row for evaluation in evaluations for row in csv_rows(evaluation)], path)
-
-
-def write_csv_rows(rows: Sequence[Sequence[object]], path: Path) -> None:
-    """Write rows of `csv_rows` under their header, whole or not at all."""
-    write_text(path, csv_table([CSV_COLUMNS, *rows]))
-
-
-def format_exact(value: float | None) -> str:
-    return UNDEFINED if value is None else f"{value:.6f}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -43,16 +43,20 @@ class StoredPicture(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GalleryImage:
-    """An image on the page; without a calibration, decision is empty and rank None."""
+class Finding:
+    """The result for one image: score in [0, 1], and the most anomalous region in pixels of the original image.
 
-    path: str
+    Empty or None without a calibration: decision, "anomalous" or "normal"; rank, the share of normal images with a
+    lower score; regions, the number of regions above the pixel threshold.
+    """
+
+    path: Path
     class_name: str
     score: float
     region: Region | None
-    decision: str
-    rank: float | None
-    pictures: tuple[StoredPicture, StoredPicture]
+    decision: str = ""
+    rank: float | None = None
+    regions: int | None = None
 
 
 class Scale(NamedTuple):
@@ -69,7 +73,7 @@ class Gallery:
 
     def __init__(self) -> None:
         self._pictures = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115
-        self.images: list[GalleryImage] = []
+        self.images: list[tuple[Finding, str, StoredPicture, StoredPicture]] = []
 
     def __enter__(self) -> Gallery:
         return self
@@ -77,28 +81,17 @@ class Gallery:
     def __exit__(self, *_: object) -> None:
         self._pictures.close()
 
-    def add(
-        self,
-        image: Image.Image,
-        anomaly_map: np.ndarray,
-        path: str,
-        class_name: str,
-        score: float,
-        region: Region | None,
-        decision: str = "",
-        rank: float | None = None,
-    ) -> None:
-        """Add an image and its heatmap, from an anomaly map (h, w), with a box around the region."""
+    def add(self, image: Image.Image, anomaly_map: np.ndarray, finding: Finding, name: str) -> None:
+        """Add an image, called `name`, and its heatmap, from an anomaly map (h, w), with a box around the region."""
         small = image.convert("RGB")
         small.thumbnail((SIDE, SIDE))
         heat = overlay(small, anomaly_map)
-        if region is not None:
+        if finding.region is not None:
             scale = (small.width / image.width, small.height / image.height)
-            left, top, right, bottom = (value * scale[index % 2] for index, value in enumerate(region[:4]))
+            left, top, right, bottom = (value * scale[index % 2] for index, value in enumerate(finding.region[:4]))
             box = (left, top, max(left, right - 1), max(top, bottom - 1))
             ImageDraw.Draw(heat).rectangle(box, outline="white")
-        pictures = (self._store(small), self._store(heat))
-        self.images.append(GalleryImage(path, class_name, score, region, decision, rank, pictures))
+        self.images.append((finding, name, self._store(small), self._store(heat)))
 
     def write(
         self,
@@ -113,8 +106,8 @@ class Gallery:
         facts: names and values above the images; problems: a line for each file that could not be read; threshold:
         initial value of the slider, by default the highest score.
         """
-        ranked = sorted(self.images, key=lambda image: (-image.score, image.path))
-        scores = [image.score for image in ranked]
+        ranked = sorted(self.images, key=lambda image: (-image[0].score, image[1]))
+        scores = [finding.score for finding, *_ in ranked]
         scale = scale_of(scores if threshold is None else [*scores, threshold])
         write_page(
             TEMPLATE,
@@ -126,7 +119,7 @@ class Gallery:
             scale=scale,
             threshold=scale.high if threshold is None else threshold,
             count=len(ranked),
-            several_classes=len({image.class_name for image in ranked}) > 1,
+            several_classes=len({finding.class_name for finding, *_ in ranked}) > 1,
             images=self._with_pictures(ranked),
         )
 
@@ -137,15 +130,15 @@ class Gallery:
         return StoredPicture(start, self._pictures.write(content.getvalue()), *picture.size)
 
     def _with_pictures(
-        self, images: Sequence[GalleryImage]
-    ) -> Iterator[tuple[GalleryImage, list[tuple[str, str, StoredPicture]]]]:
-        """Each image with its pictures: name, data URI and size."""
-        for image in images:
+        self, images: Iterable[tuple[Finding, str, StoredPicture, StoredPicture]]
+    ) -> Iterator[tuple[Finding, str, list[tuple[str, str, StoredPicture]]]]:
+        """Each image with its pictures: kind, data URI and size."""
+        for finding, name, *stored in images:
             pictures = []
-            for name, stored in zip(("image", "heatmap"), image.pictures, strict=True):
-                self._pictures.seek(stored.start)
-                pictures.append((name, data_uri(self._pictures.read(stored.length), "image/jpeg"), stored))
-            yield image, pictures
+            for kind, picture in zip(("image", "heatmap"), stored, strict=True):
+                self._pictures.seek(picture.start)
+                pictures.append((kind, data_uri(self._pictures.read(picture.length), "image/jpeg"), picture))
+            yield finding, name, pictures
 
 
 def scale_of(scores: Sequence[float]) -> Scale:

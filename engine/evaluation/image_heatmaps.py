@@ -95,28 +95,21 @@ def on_grid(values: torch.Tensor) -> np.ndarray:
     return values.reshape(side, side).cpu().numpy()
 
 
-def draw_overlays(detector: Detector, data: TaskData, per_class: int | None, folder: Path) -> list[Path]:
-    """Draw a figure for every image, or for `per_class` images of each class, alternately anomalous and normal.
+def draw_overlays(detector: Detector, data: TaskData, per_class: int | str, folder: Path) -> int:
+    """Draw a figure for `per_class` images of each class, alternately anomalous and normal, or for "all" images.
 
-    Returns the paths of the figures, which have the images' relative paths under `folder`.
+    The figures have the images' relative paths under `folder`. Returns their number.
     """
-    records = list(data.records) if per_class is None else some_of_each_class(data, per_class)
-    figures: list[Path] = []
+    records = []
+    for class_name in data.classes:
+        of_class = data.of_class(class_name)
+        by_label = ([record for record in of_class if record.label == label] for label in (1, 0))
+        alternating = [record for pair in zip_longest(*by_label) for record in pair if record is not None]
+        records += alternating if isinstance(per_class, str) else alternating[:per_class]
     taken: set[str] = set()
     for record in with_progress(records, "drawing"):
         picture = read_dataset_image(data, record)
-        figures.append(figure_path(folder, record.image_path, ".png", taken))
+        path = figure_path(folder, record.image_path, ".png", taken)
         heatmap = predict_heatmap(detector, picture, detector.name)
-        comparison_figure(picture.image, picture.mask, [heatmap], figures[-1], picture.title)
-    return figures
-
-
-def some_of_each_class(data: TaskData, count: int) -> list[Record]:
-    """The first `count` records of each class, alternately anomalous and normal while there are both."""
-    chosen = []
-    for class_name in data.classes:
-        records = data.of_class(class_name)
-        kinds = ([record for record in records if record.label == label] for label in (1, 0))
-        in_turn = [record for pair in zip_longest(*kinds) for record in pair if record is not None]
-        chosen += in_turn[:count]
-    return chosen
+        comparison_figure(picture.image, picture.mask, [heatmap], path, picture.title)
+    return len(records)

@@ -7,36 +7,41 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.config.evaluation import ALL, DEFAULT_CLASS, InferenceArguments
+from engine.config.evaluation import DEFAULT_CLASS, InferenceArguments
 from engine.data.run_location import load_task_of_run
 from engine.data.task import TaskData, load_two_folders, mask_notes
 from engine.detector.detector import Detector
 from engine.detector.hub import NO_CHECKPOINT, RESULTS, folder_of, local_path
 from engine.detector.loading import PUBLISHED_MODEL, build_detector, load_clip_for, unadapted_detector
 from engine.evaluation.evaluate import (
+    CSV_COLUMNS,
     Evaluation,
+    csv_rows,
     det_score_note,
     det_score_suffix,
     evaluate,
     evaluation_table,
     summary_table,
-    write_csv,
 )
 from engine.evaluation.image_heatmaps import draw_overlays
-from engine.evaluation.references import ReferenceChoice, add_dataset_references, references_note
+from engine.evaluation.references import ReferenceChoice, add_dataset_references, references_note, references_suffix
 from engine.runtime.device import check_compiler
 from engine.runtime.distributed import join_launch, main_process_first
-from engine.runtime.run_folder import find_checkpoints
+from engine.runtime.run_folder import find_checkpoints, find_latest
 from model.blocks import BlockRunner
 from model.checkpoint import Checkpoint, read_checkpoint
 from model.clip_loading import load_clip
 from utils.errors import UserError
-from utils.files import check_folder
+from utils.files import check_folder, write_text
 from utils.logging import set_up_logging
 from utils.paths import safe_name
 from utils.processes import is_main_process
+from utils.text import csv_table
 
 logger = logging.getLogger(__name__)
+
+# Names of the models that feedback loops are compared with.
+BASE, CROSS_ATTENTION = "base", "cross-attention"
 
 
 def load_detectors(checkpoint: str, clip_weights: str | None, device: str, **overrides: Any) -> list[Detector]:
@@ -61,6 +66,18 @@ def training_dataset(models: Sequence[Detector | Checkpoint]) -> str:
     if config is None:
         raise UserError("--dataset is needed: the checkpoint does not name its training dataset")
     return config["arguments"]["dataset"]
+
+
+def read_runs(base_path: Path | None, cross_path: Path | None) -> dict[str, Checkpoint]:
+    """The latest checkpoints of a base and a cross-attention run, by kind; `UserError` for a base as `--cross_path`."""
+    checkpoints = {}
+    if base_path is not None:
+        checkpoints[BASE] = read_checkpoint(find_latest(base_path, "--base_path"))
+    if cross_path is not None:
+        checkpoints[CROSS_ATTENTION] = checkpoint = read_checkpoint(find_latest(cross_path, "--cross_path"))
+        if not (checkpoint.config or {}).get("cross_attention"):
+            raise UserError(f"--cross_path {cross_path}: holds no cross-attention; give a base as --base_path")
+    return checkpoints
 
 
 def zero_shot_notes(configs: Mapping[str, Mapping[str, Any] | None], data: TaskData) -> list[str]:
@@ -109,13 +126,9 @@ def evaluate_checkpoints(arguments: InferenceArguments) -> list[Evaluation]:
         data = load_images(arguments, detectors)
     for note in [*zero_shot_notes({d.name: d.config for d in detectors}, data), *mask_notes(data)]:
         logger.warning("%s", note)
-    references = ReferenceChoice.of(arguments)
-    if references is not None:
-        add_dataset_references(detectors, data, references)
-    models = {detector.name: detector for detector in detectors}
-    evaluations = list(
-        evaluate(models, data, device, arguments.batch_size, arguments.num_workers, arguments.precision).values()
-    )
+    add_dataset_references(detectors, data, ReferenceChoice.of(arguments))
+    models, sizes = {detector.name: detector for detector in detectors}, (arguments.batch_size, arguments.num_workers)
+    evaluations = list(evaluate(models, data, device, *sizes, arguments.precision).values())
     if is_main_process():
         write_results(arguments, detectors, data, evaluations, folder)
     return evaluations
@@ -150,13 +163,13 @@ def write_results(
     # The log starts here, so that an interrupted evaluation leaves no files.
     set_up_logging(folder / "inference.log")
     name = "unadapted_" if arguments.checkpoint == NO_CHECKPOINT else ""
-    kind = det_score_suffix(detectors[0].det_score) + (references.suffix if references else "")
+    kind = det_score_suffix(detectors[0].det_score) + references_suffix(references)
     tested = safe_name(data.located.spec.name) + kind
     path = folder / f"{name}evaluation_{tested}.csv"
-    write_csv(evaluations, path)
+    rows = [row for evaluation in evaluations for row in csv_rows(evaluation)]
+    write_text(path, csv_table([CSV_COLUMNS, *rows]))
     logger.info("Written to %s", path)
     if arguments.visualize is not None:
-        drawn, last = folder / f"{name}pictures_{tested}", detectors[-1]
-        most = None if arguments.visualize == ALL else int(arguments.visualize)
-        figures = draw_overlays(last, data, most, drawn)
-        logger.info("%d heatmaps of %s in %s", len(figures), last.name, drawn)
+        drawn = folder / f"{name}pictures_{tested}"
+        count = draw_overlays(detectors[-1], data, arguments.visualize, drawn)
+        logger.info("%d heatmaps of %s in %s", count, detectors[-1].name, drawn)

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -20,9 +19,9 @@ from engine.detector.detector import Detector
 from engine.detector.hub import NO_CHECKPOINT, local_path
 from engine.detector.prediction import Prediction
 from engine.evaluation.evaluate import det_score_suffix
-from engine.evaluation.gallery import Gallery
+from engine.evaluation.gallery import Finding, Gallery
 from engine.evaluation.inference import load_detectors, output_folder
-from engine.evaluation.references import ReferenceChoice, add_image_references
+from engine.evaluation.references import ReferenceChoice, add_image_references, references_suffix
 from engine.runtime.device import check_device
 from engine.runtime.run_folder import find_checkpoints
 from model.text import Prompts
@@ -32,7 +31,7 @@ from utils.heatmaps import overlay, save_image
 from utils.logging import with_progress
 from utils.paths import figure_path, is_file
 from utils.regions import Region, worst_region
-from utils.text import csv_table
+from utils.text import csv_table, list_names
 
 logger = logging.getLogger(__name__)
 
@@ -50,23 +49,6 @@ CSV_COLUMNS = (
 MOST_LISTED = 20
 
 
-@dataclass(frozen=True)
-class Finding:
-    """The result for one image: score in [0, 1], and the most anomalous region in pixels of the original image.
-
-    Empty or None without a calibration: decision, "anomalous" or "normal"; rank, the share of normal images with a
-    lower score; regions, the number of regions above the pixel threshold.
-    """
-
-    path: Path
-    class_name: str
-    score: float
-    region: Region | None
-    decision: str = ""
-    rank: float | None = None
-    regions: int | None = None
-
-
 @dataclass
 class OwnImages:
     """The images of a folder, or one image, and the class of each.
@@ -82,11 +64,6 @@ class OwnImages:
     @property
     def classes(self) -> list[str]:
         return list(dict.fromkeys(self.names.values()))
-
-    def check_prompts(self, detector: Detector) -> None:
-        """Raise `UserError` for class names that are too long for CLIP."""
-        for name in self.classes:
-            Prompts.from_texts(detector.clip, [build_prompts(detector.name_in_prompts(name))])
 
     def read(self, doing: str) -> Iterator[tuple[Path, str, Image.Image]]:
         """Each readable image with its class; others are skipped with a warning, unless there is only one image."""
@@ -118,11 +95,20 @@ def find_own_images(place: Path, flag: str, class_name: str | None, class_from_f
     return OwnImages(place, flag, names, found.problems)
 
 
-def load_last_detector(checkpoint: str, clip_weights: str | None, device: str, **overrides: Any) -> Detector:
-    """The model of `--checkpoint`; for a folder of several checkpoints, the last one."""
+def load_last_detector(arguments: InferenceArguments, classes: Sequence[str]) -> Detector:
+    """The model of `--checkpoint`, the last one of a folder, with its references of these classes.
+
+    Raises `UserError` for class names that are too long for CLIP.
+    """
+    checkpoint, device = arguments.checkpoint, check_device(arguments.device, "fp32")
     if checkpoint != NO_CHECKPOINT:
         checkpoint = str(find_checkpoints(local_path(checkpoint))[-1])
-    return load_detectors(checkpoint, clip_weights, device, **overrides)[0]
+    (detector,) = load_detectors(checkpoint, arguments.clip_weights, device, **arguments.overrides())
+    for name in classes:
+        Prompts.from_texts(detector.clip, [build_prompts(detector.name_in_prompts(name))])
+    choice = ReferenceChoice.of(arguments)
+    add_image_references(detector, classes, choice, arguments.class_from_folder, arguments.class_names)
+    return detector
 
 
 def score_images(arguments: InferenceArguments) -> list[Finding]:
@@ -143,25 +129,19 @@ def score_images(arguments: InferenceArguments) -> list[Finding]:
     image, class_names = arguments.image, arguments.class_names
     if image is None:
         raise UserError("--image is needed: an image, or a folder of images")
-    device = check_device(arguments.device, "fp32")
     folder = output_folder(arguments.checkpoint, arguments.output_dir)
     images = find_own_images(image, "--image", arguments.class_name, arguments.class_from_folder)
     check_folder(folder, "--output_dir")
-    detector = load_last_detector(arguments.checkpoint, arguments.clip_weights, device, **arguments.overrides())
-    images.check_prompts(detector)
-    references = ReferenceChoice.of(arguments)
-    suffix = references.suffix if references else ""
-    if references is not None:
-        add_image_references(detector, images.classes, references, arguments.class_from_folder, class_names)
+    detector = load_last_detector(arguments, images.classes)
     detector.find_calibration(arguments.checkpoint, arguments.calibration)
     entries = thresholds_of(detector, images.classes, arguments.domain, class_names)
+    suffix = references_suffix(ReferenceChoice.of(arguments))
     kind = det_score_suffix(detector.det_score) + suffix
     scores, report, heatmaps = folder / f"{SCORES}{kind}.csv", folder / f"{REPORT}{kind}.html", f"{HEATMAPS}{suffix}"
     with Gallery() as gallery:
         findings = score_each(arguments, images, detector, gallery, folder / heatmaps)
         write_scores(findings, scores)
         facts = facts_of(image, detector, arguments.domain, findings, images.problems)
-        facts += facts_of_references(detector)
         for name, entry in entries.items():
             facts.append(("Decision" if len(entries) == 1 else f"Decision, {name}", f"anomalous {entry}"))
         # Several classes have different thresholds, so that the slider has no common start.
@@ -187,8 +167,7 @@ def score_each(
         name_in_report = path.name if path == images.place else path.relative_to(images.place).as_posix()
         drawn = overlay(pixels, prediction.anomaly_map)
         save_image(drawn, figure_path(heatmaps, name_in_report, "_heatmap.png", taken))
-        result = (finding.score, finding.region, finding.decision, finding.rank)
-        gallery.add(pixels, prediction.anomaly_map, name_in_report, name, *result)
+        gallery.add(pixels, prediction.anomaly_map, finding, name_in_report)
         findings.append(finding)
     if not findings:
         raise UserError(f"--image {images.place}: none of its {len(images.problems)} images can be read")
@@ -243,11 +222,11 @@ def make_finding(path: Path, class_name: str, size: tuple[int, int], prediction:
 def write_scores(findings: Iterable[Finding], path: Path) -> None:
     """Write a row for each image, with the columns `CSV_COLUMNS`; cells without a decision or region are empty."""
     rows: list[Sequence[object]] = [CSV_COLUMNS]
-    for found in findings:
-        region = found.region or [""] * len(Region._fields)
-        rank, regions = ("", "") if found.rank is None else (f"{found.rank:.6f}", found.regions)
-        row = [found.path.as_posix(), found.class_name, f"{found.score:.6f}", found.decision, rank, regions]
-        rows.append([*row, *region])
+    for finding in findings:
+        region = finding.region or [""] * len(Region._fields)
+        rank, regions = ("", "") if finding.rank is None else (f"{finding.rank:.6f}", finding.regions)
+        image = (finding.path.as_posix(), finding.class_name, f"{finding.score:.6f}")
+        rows.append([*image, finding.decision, rank, regions, *region])
     write_text(path, csv_table(rows))
 
 
@@ -255,25 +234,19 @@ def facts_of(
     image: Path, detector: Detector, domain: str, findings: Sequence[Finding], problems: Sequence[str]
 ) -> list[tuple[str, str]]:
     """The facts at the top of the report."""
-    classes = list(dict.fromkeys(finding.class_name for finding in findings))
-    more = f" and {len(classes) - 10} more" if len(classes) > 10 else ""
+    classes = list(dict.fromkeys(readable_name(finding.class_name) for finding in findings))
     count = f"{len(findings)} scored" + (f", {len(problems)} could not be read" if problems else "")
-    return [
+    facts = [
         ("Folder", image.as_posix()),
         ("Images", count),
         ("Model", f"{detector.name}, {detector.clip.model_name} at {detector.clip.img_size} pixels"),
-        ("Class in prompts", ", ".join(map(readable_name, classes[:10])) + more),
+        ("Class in prompts", list_names(classes, 10)),
         ("Score", "half the map's maximum, half the whole image's" if domain == "industrial" else "the map's maximum"),
     ]
-
-
-def facts_of_references(detector: Detector) -> list[tuple[str, str]]:
-    """The fact about references at the top of the report, if there are any."""
-    counts = [len(found.images) for found in detector.references.values()]
-    if not counts:
-        return []
-    count = f"{counts[0]}" if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
-    return [("Compared with", f"{count} normal images of each class")]
+    counts = sorted({len(references.images) for references in detector.references.values()})
+    if counts:
+        facts.append(("Compared with", f"{' to '.join(map(str, counts))} normal images of each class"))
+    return facts
 
 
 def summarise(
@@ -281,19 +254,14 @@ def summarise(
 ) -> None:
     """Log the most anomalous images, the number of skipped files, and the written files."""
     ranked = sorted(findings, key=lambda finding: -finding.score)
-    for found in ranked[:MOST_LISTED]:
-        logger.info("%.4f  %s%s", found.score, f"{found.decision:<9}  " if found.decision else "", found.path)
+    for finding in ranked[:MOST_LISTED]:
+        decision = f"{finding.decision:<9}  " if finding.decision else ""
+        logger.info("%.4f  %s%s", finding.score, decision, finding.path)
     if len(ranked) > MOST_LISTED:
         logger.info("and %d more, less anomalous", len(ranked) - MOST_LISTED)
-    judged = [found.decision for found in findings if found.decision]
-    if judged:
-        anomalous, alarms = judged.count(ANOMALOUS), sum(bool(found.regions) for found in findings)
-        logger.info("%d of %d anomalous; %d with a pixel above its threshold", anomalous, len(judged), alarms)
-    logger.info(
-        "%d images scored by %s%s; %s in %s",
-        len(findings),
-        detector.name,
-        f", left out: {len(problems)} that cannot be read" if problems else "",
-        ", ".join(path.name for path in written),
-        written[0].parent,
-    )
+    decisions = [finding.decision for finding in findings if finding.decision]
+    if decisions:
+        logger.info("%d of %d anomalous", decisions.count(ANOMALOUS), len(decisions))
+    skipped = f", {len(problems)} could not be read" if problems else ""
+    names = ", ".join(path.name for path in written)
+    logger.info("%d images scored by %s%s; %s in %s", len(findings), detector.name, skipped, names, written[0].parent)

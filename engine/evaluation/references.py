@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dataset.images import read_image
 from dataset.normals import choose_normals, normals_of_classes, training_normals
 from dataset.prompts import CATALOG_NAMES
+from engine.config.evaluation import REFERENCES
 from engine.data.task import TaskData
 from engine.detector.detector import Detector
 from model.config import REFERENCE_FEATURES, REFERENCE_WEIGHT
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ReferenceChoice:
-    """The options `--references` and `--reference_*`.
+    """The options `REFERENCES`, in their order.
 
     folder: without one, images come from a dataset's own training images; shots: how many of each class, None for all
     of the folder; seed: which ones. weight, features: as for `Detector.add_references`.
@@ -37,14 +37,8 @@ class ReferenceChoice:
     @classmethod
     def of(cls, arguments: object) -> ReferenceChoice | None:
         """The choice of a script's arguments; None if they give neither a folder nor a number of images."""
-        choice = cls(**{item.name: getattr(arguments, _option(item.name)) for item in fields(cls)})
+        choice = cls(*(getattr(arguments, name) for name in REFERENCES))
         return None if choice.folder is None and choice.shots is None else choice
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The options with another value than their default."""
-        values = ((item.name, getattr(self, item.name), item.default) for item in fields(self))
-        return {_option(name): value for name, value, default in values if value != default}
 
     def __str__(self) -> str:
         count = "the" if self.shots is None else f"{self.shots}"
@@ -52,19 +46,9 @@ class ReferenceChoice:
         seed = "" if self.shots is None else f" (seed {self.seed})"
         return f"{count} normal images of each class {source}{seed}, {self.features} features, weight {self.weight:g}"
 
-    @property
-    def suffix(self) -> str:
-        """Added to the names of result files, so that they do not replace those without references."""
-        return "_references" if self.shots is None else f"_{self.shots}_references"
-
     def choose(self, images: Mapping[str, Sequence[Path]]) -> dict[str, list[Path]]:
         """The images to compare with, among the normal images of each class."""
         return {name: choose_normals(paths, self.shots, self.seed, name) for name, paths in images.items()}
-
-
-def _option(name: str) -> str:
-    """The option of a field of `ReferenceChoice`."""
-    return "references" if name == "folder" else f"reference_{name}"
 
 
 def references_note(choice: ReferenceChoice | None) -> str:
@@ -72,8 +56,17 @@ def references_note(choice: ReferenceChoice | None) -> str:
     return "" if choice is None else ", compared with normal references"
 
 
-def add_dataset_references(detectors: Sequence[Detector], data: TaskData, choice: ReferenceChoice) -> None:
+def references_suffix(choice: ReferenceChoice | None) -> str:
+    """Added to the names of result files, so that they do not replace those without references."""
+    if choice is None:
+        return ""
+    return "_references" if choice.shots is None else f"_{choice.shots}_references"
+
+
+def add_dataset_references(detectors: Sequence[Detector], data: TaskData, choice: ReferenceChoice | None) -> None:
     """Let models compare each class of a dataset with normal images; images that are also tested are rejected."""
+    if choice is None:
+        return
     if choice.folder is None:
         images = {name: training_normals(data.located, name) for name in data.classes}
     else:
@@ -90,13 +83,13 @@ def add_dataset_references(detectors: Sequence[Detector], data: TaskData, choice
 def add_image_references(
     detector: Detector,
     classes: Sequence[str],
-    choice: ReferenceChoice,
+    choice: ReferenceChoice | None,
     class_from_folder: bool = False,
     class_names: str | None = None,
 ) -> None:
     """Let a model compare images of these classes with normal images of the folder, or of each class's subfolder."""
-    if choice.folder is None:
-        raise ValueError("images that belong to no dataset need a folder of references")
+    if choice is None or choice.folder is None:
+        return
     folders = normals_of_classes(choice.folder, classes if class_from_folder else [""])
     images = folders if class_from_folder else dict.fromkeys(classes, folders[""])
     for name, paths in choice.choose(images).items():

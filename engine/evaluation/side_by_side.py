@@ -14,9 +14,9 @@ from engine.data.task import TaskData, load_task
 from engine.detector.detector import Detector, arguments_of
 from engine.detector.loading import build_detector, load_clip_for
 from engine.evaluation.image_heatmaps import DatasetImage, predict_heatmap, read_dataset_image
-from engine.evaluation.inference import training_dataset
+from engine.evaluation.inference import read_runs, training_dataset
 from engine.runtime.device import check_device
-from engine.runtime.run_folder import find_latest, find_loops
+from engine.runtime.run_folder import find_loops
 from model.checkpoint import Checkpoint, read_checkpoint
 from utils.errors import UserError
 from utils.files import check_folder
@@ -65,8 +65,8 @@ def visualize_comparison(arguments: VisualizationArguments) -> list[Path]:
         indices = worst_indices(list(models.values())[-1], data, records)[: arguments.worst]
     figures = []
     for index in with_progress(indices, "drawing"):
-        image = read_dataset_image(data, records[index])
-        figures.append(draw(models, image, index, folder, arguments.attention))
+        picture = read_dataset_image(data, records[index])
+        figures.append(draw(models, picture, index, folder, arguments.attention))
         logger.info("%s  %s", figures[-1], records[index].image_path)
     logger.info("%d figures, each with one more for every model", len(figures))
     return figures
@@ -83,13 +83,8 @@ def list_images(arguments: VisualizationArguments) -> list[str]:
 
 def find_checkpoints_of(arguments: VisualizationArguments) -> dict[str, Checkpoint]:
     """The checkpoints of the given runs, by the title of their column."""
-    checkpoints = {}
-    runs = (("Base", "--base_path", arguments.base_path), ("Cross-attention", "--cross_path", arguments.cross_path))
-    for name, flag, path in runs:
-        if path is not None:
-            checkpoints[name] = read_checkpoint(find_latest(path, flag))
-            if flag == "--cross_path" and not (checkpoints[name].config or {}).get("cross_attention"):
-                raise UserError(f"--cross_path {path}: holds no cross-attention; give a base as --base_path")
+    runs = read_runs(arguments.base_path, arguments.cross_path)
+    checkpoints = {name.capitalize(): checkpoint for name, checkpoint in runs.items()}
     if arguments.feedback_path is not None:
         loops = find_loops(arguments.feedback_path)
         loop = max(loops) if arguments.feedback_loop is None else arguments.feedback_loop

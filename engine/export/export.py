@@ -80,9 +80,7 @@ def export_checkpoint(arguments: ExportArguments) -> list[Path]:
         )
     folder = Path() if detector.source is None or is_address(checkpoint) else detector.source.path.parent
     classes = list(dict.fromkeys(arguments.class_name))
-    choice = ReferenceChoice.of(arguments)
-    if choice is not None:
-        add_image_references(detector, classes, choice, class_names=arguments.class_names)
+    add_image_references(detector, classes, ReferenceChoice.of(arguments), class_names=arguments.class_names)
     files = []
     for class_name in classes:
         name = safe_name(f"{detector.name}_{class_name}") + ENDINGS[arguments.format]

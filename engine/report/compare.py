@@ -5,35 +5,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from engine.config.evaluation import ComparisonArguments
-from engine.config.training import MOST_LOOPS
 from engine.data.run_location import arguments_in, load_task_of_run
 from engine.data.task import TaskData, mask_notes
 from engine.detector.detector import UNADAPTED, Detector
-from engine.detector.loading import build_detector, load_clip_for, unadapted_detector
+from engine.detector.loading import build_detector, checkpoint_config, load_clip_for, unadapted_detector
 from engine.evaluation.evaluate import Evaluation, evaluate
-from engine.evaluation.inference import zero_shot_notes
+from engine.evaluation.inference import read_runs, zero_shot_notes
 from engine.evaluation.references import ReferenceChoice, add_dataset_references
 from engine.report.commands import command_line
-from engine.report.comparison import (
-    BASE,
-    CROSS_ATTENTION,
-    Comparison,
-    Row,
-    forward_notes,
-    unfair_notes,
-    write_comparison,
-)
+from engine.report.comparison import Comparison, Row, forward_notes, unfair_notes, write_comparison
 from engine.report.page import example_rows, write_report
-from engine.runtime.device import check_compiler, choose_precision
+from engine.runtime.device import check_compiler
 from engine.runtime.distributed import join_launch, main_process_first
-from engine.runtime.run_folder import REPORT_FILE, find_latest, find_loops, loop_file
+from engine.runtime.run_folder import REPORT_FILE, find_loops, loop_file
 from model.blocks import BlockRunner
-from model.checkpoint import Checkpoint, read_checkpoint
+from model.checkpoint import read_checkpoint
 from model.clip import FrozenCLIP
 from model.config import SIDES
 from model.scoring import DET_SCORES
@@ -55,14 +45,6 @@ class Setup:
     arguments: ComparisonArguments
     data: TaskData
     device: str
-
-    @property
-    def det_score(self) -> str:
-        return self.arguments.det_score or DET_SCORES[0]
-
-    @cached_property
-    def references(self) -> ReferenceChoice | None:
-        return ReferenceChoice.of(self.arguments)
 
 
 def compare_feedback_loops(arguments: ComparisonArguments) -> int:
@@ -88,7 +70,9 @@ def compare_feedback_loops(arguments: ComparisonArguments) -> int:
     if arguments.compile:
         check_compiler(device)
     unadapted = [Row(UNADAPTED)] if arguments.unadapted else []
-    rows = [*unadapted, *read_others(arguments), *(read_loop(number, file) for number, file in files.items())]
+    runs = read_runs(arguments.base_path, arguments.cross_path)
+    others = [Row(name, checkpoint=checkpoint) for name, checkpoint in runs.items()]
+    rows = [*unadapted, *others, *(read_loop(number, file) for number, file in files.items())]
     trained: dict[str, Any] = next((row.config["arguments"] for row in reversed(rows) if row.config), {})
     with main_process_first():
         data = load_task_of_run(trained, arguments.dataset, *arguments.image_choices())
@@ -105,7 +89,8 @@ def compare_feedback_loops(arguments: ComparisonArguments) -> int:
     if is_main_process():
         configs = {row.name: row.config for row in rows}
         notes = [*zero_shot_notes(configs, data), *mask_notes(data), *missing_notes(save_path, rows), *notes]
-        comparison = Comparison(data.located.spec.name, rows, evaluations, notes, setup.det_score, setup.references)
+        choices = (arguments.det_score or DET_SCORES[0], ReferenceChoice.of(arguments))
+        comparison = Comparison(data.located.spec.name, rows, evaluations, notes, *choices)
         # The log starts here, so that an interrupted comparison leaves no files.
         set_up_logging(folder / "comparison.log")
         write_comparison(comparison, save_path, folder)
@@ -123,25 +108,11 @@ def report(comparison: Comparison, clip: FrozenCLIP | None, setup: Setup, path: 
     write_report(comparison, models, setup.data, arguments.save_path, path, command)
 
 
-def read_others(arguments: ComparisonArguments) -> list[Row]:
-    """The base and cross-attention runs that the loops are compared with."""
-    paths = ((BASE, "--base_path", arguments.base_path), (CROSS_ATTENTION, "--cross_path", arguments.cross_path))
-    rows = []
-    for name, flag, path in paths:
-        if path is None:
-            continue
-        checkpoint = read_weights(find_latest(path, flag))
-        if name == CROSS_ATTENTION and not (checkpoint.config or {}).get("cross_attention"):
-            raise UserError(f"{flag} {checkpoint.path}: holds no cross-attention; give a base as --base_path")
-        rows.append(Row(name, checkpoint=checkpoint))
-    return rows
-
-
 def read_loop(number: int, file: Path) -> Row:
     """A loop's row; if its file cannot be read, or is no loop's, the row says why."""
     name = f"Loop {number}"
     try:
-        checkpoint = read_weights(file)
+        checkpoint = replace(read_checkpoint(file), optimizers={})
         cross = checkpoint.cross_attention()
         branches = [f"{side}_cross_attn" for side in SIDES if cross and side in cross.sides]
         needed = ("text_adapter", "image_adapter", *branches)
@@ -155,35 +126,18 @@ def read_loop(number: int, file: Path) -> Row:
     return Row(name, number, checkpoint)
 
 
-def read_weights(file: Path) -> Checkpoint:
-    """A checkpoint without its optimizers, to save memory."""
-    return replace(read_checkpoint(file), optimizers={})
-
-
 def load_shared_clip(rows: Sequence[Row], arguments: ComparisonArguments) -> FrozenCLIP | None:
     """The CLIP of the first loop, on which all rows are evaluated; None if no checkpoint can be read.
 
-    Raises `UserError` if the rows were trained on different weights.
+    Raises `UserError` if that checkpoint was trained on other weights.
     """
     checkpoints = [(row, row.checkpoint) for row in rows if row.checkpoint]
     if not checkpoints:
         return None
     # A file without config does not name its CLIP, so that of the others is assumed.
     _, first = min(checkpoints, key=lambda pair: (pair[0].config is None, pair[0].loop is None))
-    expected = first.model_config().weights_digest if first.config else None
-    for _, checkpoint in checkpoints:
-        if expected and checkpoint.config and checkpoint.model_config().weights_digest != expected:
-            config = checkpoint.model_config()
-            raise UserError(
-                f"{checkpoint.path} was trained on other weights of {config.model_name} ({config.weights_digest}) "
-                f"than {first.path} ({expected}), so they cannot be compared"
-            )
     clip = load_clip_for(first, arguments.clip_weights, **arguments.overrides())
-    if expected not in (None, clip.weights_digest):
-        raise UserError(
-            f"{first.path} was trained on other weights of {clip.model_name} ({expected}) than those loaded "
-            f"({clip.weights_digest}); give the file it was trained on with --clip_weights"
-        )
+    checkpoint_config(first, clip)
     return clip
 
 
@@ -199,9 +153,8 @@ def evaluate_rows(rows: Sequence[Row], clip: FrozenCLIP, setup: Setup) -> tuple[
     rows = [replace(row, checkpoint=None, problem=problems[row.name]) if row.name in problems else row for row in rows]
     if not detectors:
         return rows, {}
-    precision = choose_precision(setup.device, arguments.precision)
     sizes = (arguments.batch_size, arguments.num_workers)
-    return rows, evaluate(detectors, setup.data, setup.device, *sizes, precision)
+    return rows, evaluate(detectors, setup.data, setup.device, *sizes, arguments.precision)
 
 
 def build_detectors(rows: Sequence[Row], clip: FrozenCLIP, setup: Setup) -> tuple[dict[str, Detector], dict[str, str]]:
@@ -210,7 +163,7 @@ def build_detectors(rows: Sequence[Row], clip: FrozenCLIP, setup: Setup) -> tupl
     problems: dict[str, str] = {}
     for row in rows:
         if row.checkpoint is None:
-            detectors[row.name] = unadapted_detector(clip, setup.det_score).to(setup.device)
+            detectors[row.name] = unadapted_detector(clip, setup.arguments.det_score).to(setup.device)
             continue
         try:
             detectors[row.name] = build_detector(row.checkpoint, clip, **setup.arguments.overrides()).to(setup.device)
@@ -218,26 +171,20 @@ def build_detectors(rows: Sequence[Row], clip: FrozenCLIP, setup: Setup) -> tupl
             if row.loop is None:
                 raise
             problems[row.name] = str(error)
-    if setup.references is not None:
-        add_dataset_references(list(detectors.values()), setup.data, setup.references)
+    add_dataset_references(list(detectors.values()), setup.data, ReferenceChoice.of(setup.arguments))
     return detectors, problems
 
 
 def missing_notes(save_path: Path, rows: Sequence[Row]) -> list[str]:
     """Notes on loops that cannot be read and on loops without a file."""
     notes = [f"{row.name} is unreadable: {row.problem}" for row in rows if row.problem]
-    numbers = {row.loop for row in rows if row.loop is not None}
-    planned = planned_loops(save_path, rows)
-    missing = [number for number in range(1, max(*numbers, planned) + 1) if number not in numbers]
+    loops = {row.loop: row.config for row in rows if row.loop is not None}
+    # A resumed run may plan more loops than its first checkpoints say.
+    arguments = [*(config["arguments"] for config in loops.values() if config), arguments_in(save_path)]
+    planned = max((item.get("num_feedback_loops", 0) for item in arguments), default=0)
+    missing = [number for number in range(1, max(*loops, planned) + 1) if number not in loops]
     if missing:
-        files = ", ".join(map(loop_file, missing))
         plan = f" (the run planned {planned} loops)" if planned else ""
+        files = ", ".join(map(loop_file, missing))
         notes.append(f"Missing in {save_path}: {files}{plan}; the others are compared")
     return notes
-
-
-def planned_loops(save_path: Path, rows: Sequence[Row]) -> int:
-    """The number of loops that the run planned, from its checkpoints and `args.json`; 0 if unknown."""
-    arguments = [row.config["arguments"] for row in rows if row.loop is not None and row.config]
-    counts = [item.get("num_feedback_loops") for item in (*arguments, arguments_in(save_path))]
-    return max((count for count in counts if type(count) is int and count <= MOST_LOOPS), default=0)

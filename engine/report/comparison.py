@@ -5,47 +5,35 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from engine.evaluation.evaluate import (
+    CSV_COLUMNS,
     METRICS,
     UNDEFINED,
     Evaluation,
     csv_rows,
     det_score_note,
     format_value,
-    write_csv_rows,
 )
-from engine.evaluation.references import ReferenceChoice, references_note
+from engine.evaluation.inference import CROSS_ATTENTION
+from engine.evaluation.references import ReferenceChoice, references_note, references_suffix
 from model.checkpoint import Checkpoint
 from model.clip import FrozenCLIP
 from model.config import CrossAttentionConfig
 from model.scoring import DET_SCORES
 from utils.curves import Panel, loop_curves
 from utils.files import write_text
-from utils.text import format_table, markdown_table
+from utils.text import csv_table, format_table, markdown_table
 
 logger = logging.getLogger(__name__)
 
 # Column titles of the tables: shorter names of the metrics.
 COLUMNS = {metric: title.replace("AUROC", "AUC").removesuffix("-max") for metric, title in METRICS.items()}
-# The panels of `comparison.png`, row by row: pixel metrics on the left, image metrics on the right.
-PANELS = tuple(
-    metric
-    for pair in zip_longest(
-        [metric for metric in METRICS if not metric.startswith("image")],
-        [metric for metric in METRICS if metric.startswith("image")],
-    )
-    for metric in pair
-    if metric
-)
-# Names of the other rows.
-BASE, CROSS_ATTENTION = "base", "cross-attention"
 UNREADABLE = "unreadable"
-# Differences in these make a comparison unfair.
-TRAINING_FACTS = (DATA, HELD_OUT, SEED, TEXT_STEPS, IMAGE_STEPS) = (
+# Differences in these make a comparison unfair; the loops of one run have different numbers of steps.
+TRAINING_FACTS = (
     "training data",
     "share of the training images held out",
     "seed",
@@ -93,7 +81,7 @@ class Comparison:
     def file(self, name: str) -> str:
         """The name of a result file, which contains the references if there are any."""
         path = Path(name)
-        return name if self.references is None else path.stem + self.references.suffix + path.suffix
+        return path.stem + references_suffix(self.references) + path.suffix
 
     @property
     def loops(self) -> list[Row]:
@@ -117,37 +105,34 @@ def unfair_notes(rows: Sequence[Row]) -> list[str]:
         return []
     *others, last = loops
     other_models = [row for row in rows if row.loop is None and row.checkpoint]
-    # The loops of one run have different numbers of steps.
-    return [
-        *(note for row in other_models for note in differences(last, row, {**training(row), **steps(row)})),
-        *(note for row in others for note in differences(last, row, training(row))),
-    ]
+    return [note for row in (*other_models, *others) for note in differences(last, row)]
 
 
-def differences(last: Row, other: Row, facts: Mapping[str, Any]) -> list[str]:
-    """A sentence for each of `facts`, those of `other`, that differs from the last loop's."""
-    expected = {**training(last), **steps(last)}
+def differences(last: Row, other: Row) -> list[str]:
+    """A sentence for each fact about the training of `other` that differs from the last loop's."""
     notes = []
-    for fact, value in facts.items():
-        first, second = ("unknown" if item is None else item for item in (expected[fact], value))
-        values = f"{last.name} {first}, {other.name} {second}"
-        if None in (value, expected[fact]):
+    facts = zip(TRAINING_FACTS, training_facts(last), training_facts(other), strict=True)
+    for fact, expected, value in facts if other.loop is None else list(facts)[:-2]:
+        values = f"{last.name} {expected or 'unknown'}, {other.name} {value or 'unknown'}"
+        if not expected or not value:
             notes.append(f"Possibly unfair comparison: different {fact}? ({values})")
-        elif value != expected[fact]:
+        elif value != expected:
             notes.append(f"Unfair comparison: different {fact} ({values})")
     return notes
 
 
-def training(row: Row) -> dict[str, Any]:
-    """Data and seed of a row's training, by names of `TRAINING_FACTS`; None if unknown."""
-    config = row.config
-    if config is None:
-        return dict.fromkeys((DATA, HELD_OUT, SEED))
-    return {
-        DATA: describe_training_data(config),
-        HELD_OUT: config["arguments"].get("val_fraction") or 0.0,
-        SEED: config["seed"],
-    }
+def training_facts(row: Row) -> list[str | None]:
+    """The values of `TRAINING_FACTS` of a row; None if unknown. Steps include those of the run that it started from."""
+    config = row.config or {}
+    steps = (row.checkpoint and row.checkpoint.steps) or {}
+    facts = (
+        describe_training_data(config) if config else None,
+        (config["arguments"].get("val_fraction") or 0.0) if config else None,
+        config.get("seed"),
+        steps.get("text"),
+        steps.get("image"),
+    )
+    return [None if value is None else str(value) for value in facts]
 
 
 def describe_training_data(config: Mapping[str, Any]) -> str:
@@ -155,12 +140,6 @@ def describe_training_data(config: Mapping[str, Any]) -> str:
     shot = config.get("shot")
     images = config["training_mode"] if shot is None else f"{config['training_mode']} with {shot} images per class"
     return f"{config['dataset']} (image list {config['metadata_digest'][:12]}), {images}"
-
-
-def steps(row: Row) -> dict[str, Any]:
-    """Optimizer steps of a row's weights, including those of the run that it started from."""
-    known = (row.checkpoint and row.checkpoint.steps) or {}
-    return {TEXT_STEPS: known.get("text"), IMAGE_STEPS: known.get("image")}
 
 
 def forward_notes(rows: Sequence[Row], clip: FrozenCLIP) -> list[str]:
@@ -193,7 +172,8 @@ def write_comparison(comparison: Comparison, save_path: Path, folder: Path) -> N
         logger.info("%s", line)
     for note in comparison.notes:
         logger.warning("%s", note)
-    write_csv_rows([line for row in comparison.rows for line in csv_lines(comparison, row)], folder / table)
+    rows = [line for row in comparison.rows for line in csv_lines(comparison, row)]
+    write_text(folder / table, csv_table([CSV_COLUMNS, *rows]))
     write_text(folder / page, markdown(comparison, cells, lines, save_path))
     draw(comparison, folder / picture)
     logger.info("Written to %s, %s and %s", folder / table, page, picture)
@@ -249,22 +229,25 @@ def gains_of_last_loop(comparison: Comparison) -> list[tuple[str, list[str]]]:
     if not comparison.loops:
         return []
     *earlier, last = comparison.loops
-    rows = [*earlier[:1], *comparison.others]
-    return [(row.name, [gain(comparison, row, last, metric) for metric in METRICS]) for row in rows]
+    return [
+        (row.name, [gain(comparison.average(row, metric), comparison.average(last, metric)) for metric in METRICS])
+        for row in (*earlier[:1], *comparison.others)
+    ]
 
 
-def gain(comparison: Comparison, before: Row, after: Row, metric: str) -> str:
-    """The difference of a metric between two rows, in percentage points."""
-    old, new = (comparison.average(row, metric) for row in (before, after))
+def gain(before: float | None, after: float | None) -> str:
+    """A difference in percentage points."""
     # Adding 0 turns -0.0 into 0.0.
-    return UNDEFINED if old is None or new is None else f"{round(new - old, 2) + 0:+.2f}"
+    return UNDEFINED if before is None or after is None else f"{round(after - before, 2) + 0:+.2f}"
 
 
 def markdown(
     comparison: Comparison, cells: tuple[list[str], list[list[str]]], lines: Sequence[str], save_path: Path
 ) -> str:
     """The comparison in Markdown: the table, best loops, gains, notes, and the training of each row."""
-    facts = [[row.name, *training_cells(row)] for row in comparison.rows if row.checkpoint]
+    facts = [
+        [row.name, *(value or "unknown" for value in training_facts(row))] for row in comparison.rows if row.checkpoint
+    ]
     parts = [
         f"# Feedback loops of `{save_path.as_posix()}` on {comparison.dataset}",
         f"Metrics in percent, averaged over classes{comparison.heading_note}. Each class is in "
@@ -279,12 +262,6 @@ def markdown(
     return "\n\n".join(parts) + "\n"
 
 
-def training_cells(row: Row) -> list[str]:
-    """The values of `TRAINING_FACTS` of a row that has a checkpoint."""
-    facts = {**training(row), **steps(row)}
-    return ["unknown" if facts[name] is None else str(facts[name]) for name in TRAINING_FACTS]
-
-
 def panel_of(comparison: Comparison, metric: str) -> Panel:
     """A metric of the loops by their number, and of the other rows by name."""
     return (
@@ -296,7 +273,7 @@ def panel_of(comparison: Comparison, metric: str) -> Panel:
 def draw(comparison: Comparison, path: Path) -> None:
     """`comparison.png`: a panel per metric."""
     panels = {}
-    for metric in PANELS:
+    for metric in METRICS:
         best, title = best_loop(comparison, metric), COLUMNS[metric]
         heading = title if best is None else f"{title} (best: {best.name}, {comparison.average(best, metric):.2f})"
         panels[heading] = panel_of(comparison, metric)

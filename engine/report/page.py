@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image
@@ -21,12 +21,11 @@ from PIL import Image
 from dataset.images import resize_image, resize_mask
 from engine.data.task import TaskData
 from engine.detector.detector import Detector
-from engine.evaluation.evaluate import METRICS, UNDEFINED, ImageScore, format_value
+from engine.evaluation.evaluate import METRICS, UNDEFINED, Evaluation, ImageScore, format_value
 from engine.evaluation.image_heatmaps import predict_heatmap, read_dataset_image
-from engine.evaluation.pages import render_page
+from engine.evaluation.pages import write_page
 from engine.report.comparison import (
     COLUMNS,
-    PANELS,
     UNREADABLE,
     Comparison,
     Row,
@@ -37,8 +36,7 @@ from engine.report.comparison import (
     table_cells,
 )
 from engine.report.runs import describe_runs
-from utils.files import write_text
-from utils.heatmaps import COLOURS, outlined, overlay
+from utils.heatmaps import outlined, overlay
 from utils.svg_charts import Chart, class_chart, data_uri, loop_chart
 from utils.version import project_version
 
@@ -70,12 +68,12 @@ def write_report(
     repeats the comparison.
     """
     header, rows = table_cells(comparison)
-    page = render_page(
+    write_page(
         TEMPLATE,
+        path,
         title=f"Feedback loops of {save_path.as_posix()}",
         dataset=comparison.dataset,
         compared=comparison.references is not None,
-        scale=colour_scale(),
         written=f"{datetime.now():%Y-%m-%d %H:%M}, version {project_version()}",
         lines=best_lines(comparison),
         gained=f"Gain of {comparison.loops[-1].name} on" if comparison.loops else "",
@@ -83,7 +81,9 @@ def write_report(
         notes=comparison.notes,
         header=header,
         rows=[(row, marks) for row, marks in zip(rows, best_of_columns(comparison), strict=True)],
-        loop_charts=loop_charts(comparison),
+        loop_charts=[
+            loop_chart(COLUMNS[metric], panel_of(comparison, metric)) for metric in METRICS if comparison.loops
+        ],
         class_charts=class_charts(comparison),
         class_header=["Class", "Model", *COLUMNS.values()],
         class_rows=class_rows(comparison),
@@ -93,7 +93,6 @@ def write_report(
         without_config=[row.name for row in comparison.rows if row.checkpoint and not row.config],
         command=command,
     )
-    write_text(path, page)
     logger.info("Report written to %s", path)
 
 
@@ -112,35 +111,20 @@ def example_rows(comparison: Comparison) -> list[Row]:
 def best_of_columns(comparison: Comparison) -> list[list[bool]]:
     """For each row and metric of the table, whether no row has a higher printed value."""
     printed = [cells[1:] for cells in table_cells(comparison)[1]]
-    columns = zip(*printed, strict=True)
-    best = [max((float(cell) for cell in column if is_number(cell)), default=None) for column in columns]
-    return [[is_number(cell) and float(cell) == top for cell, top in zip(row, best, strict=True)] for row in printed]
-
-
-def is_number(cell: str) -> bool:
-    """Whether a cell of the table holds a number."""
-    return cell not in (UNDEFINED, UNREADABLE)
-
-
-def loop_charts(comparison: Comparison) -> list[Chart]:
-    """Every metric over the loops."""
-    if not comparison.loops:
-        return []
-    return [loop_chart(COLUMNS[metric], panel_of(comparison, metric)) for metric in PANELS]
+    values = [[-math.inf if cell in (UNDEFINED, UNREADABLE) else float(cell) for cell in row] for row in printed]
+    best = [max(column) for column in zip(*values, strict=True)]
+    return [[value == top > -math.inf for value, top in zip(row, best, strict=True)] for row in values]
 
 
 def class_charts(comparison: Comparison) -> list[Chart]:
     """Some metrics of every class, a marker for each of the shown rows."""
-    rows = example_rows(comparison)
-    if not rows:
-        return []
-    charts = (
-        class_chart(
-            COLUMNS[metric],
-            {r.name: {c.class_name: c.values[metric] for c in comparison.evaluations[r.name].classes} for r in rows},
-        )
-        for metric in CLASS_METRICS
-    )
+    charts = []
+    for metric in CLASS_METRICS:
+        values = {
+            row.name: {each.class_name: each.values[metric] for each in comparison.evaluations[row.name].classes}
+            for row in example_rows(comparison)
+        }
+        charts.append(class_chart(COLUMNS[metric], values))
     return [chart for chart in charts if chart is not None]
 
 
@@ -153,12 +137,6 @@ def class_rows(comparison: Comparison) -> list[list[str]]:
         for results in by_class
         for evaluation, result in zip(evaluations, results, strict=True)
     ]
-
-
-def colour_scale(steps: int = 9) -> list[str]:
-    """The heatmaps' colours from 0 to 1, as hexadecimal CSS colours."""
-    colours = matplotlib.colormaps[COLOURS](np.linspace(0, 1, steps))
-    return [matplotlib.colors.to_hex(colour) for colour in colours]
 
 
 def tested_facts(comparison: Comparison, data: TaskData) -> list[tuple[str, str]]:
@@ -188,30 +166,27 @@ def example_groups(
     main = main_row(comparison)
     if main is None or not models:
         return []
-    name = main.name
-    scores = [(c.class_name, image) for c in comparison.evaluations[name].classes for image in c.scores]
-    anomalous = [(class_name, image) for class_name, image in scores if image.anomalous]
-    normal = [(class_name, image) for class_name, image in scores if not image.anomalous]
     kinds = (
-        ("Best: anomalous images with the highest scores", anomalous, True),
-        ("Worst: anomalous images with the lowest scores", anomalous, False),
-        ("Worst: normal images with the highest scores", normal, True),
+        ("Best: anomalous images with the highest scores", True, True),
+        ("Worst: anomalous images with the lowest scores", True, False),
+        ("Worst: normal images with the highest scores", False, True),
     )
     groups = []
-    for title, pool, highest in kinds:
-        chosen = one_of_each_class(pool, highest)[:EXAMPLES]
-        order = f"Scores of {name} within each class, at most one image of a class"
-        if chosen:
-            groups.append((title, order, [make_example(image, models, data) for image in chosen]))
+    for title, anomalous, highest in kinds:
+        images = extreme_images(comparison.evaluations[main.name], anomalous, highest)[:EXAMPLES]
+        order = f"Scores of {main.name} within each class, at most one image of a class"
+        if images:
+            groups.append((title, order, [make_example(image, models, data) for image in images]))
     return groups
 
 
-def one_of_each_class(pool: Sequence[tuple[str, ImageScore]], highest: bool) -> list[ImageScore]:
-    """The image of each class with the highest or lowest score, in that order."""
-    chosen: dict[str, ImageScore] = {}
-    for class_name, image in sorted(pool, key=lambda item: item[1].score, reverse=highest):
-        chosen.setdefault(class_name, image)
-    return list(chosen.values())
+def extreme_images(evaluation: Evaluation, anomalous: bool, highest: bool) -> list[ImageScore]:
+    """The anomalous or normal image of each class with the highest or lowest score, in that order."""
+    images = []
+    for result in evaluation.classes:
+        pool = [image for image in result.scores if image.anomalous == anomalous]
+        images += sorted(pool, key=lambda image: image.score, reverse=highest)[:1]
+    return sorted(images, key=lambda image: image.score, reverse=highest)
 
 
 def make_example(image: ImageScore, models: Mapping[str, Detector], data: TaskData) -> ExampleImage:
