@@ -287,7 +287,7 @@ def test_false_alarms_lie_in_their_interval_on_images_drawn_anew() -> None:
     """
     detector = unadapted_detector(load_clip("toy"))
     drawn = (draw_toy_class("toy_test", "cup", None, 5000 + index)[0] for index in range(160))
-    numbers = np.array([score_and_peak(detector, Image.fromarray(image), "cup", Path("drawn")) for image in drawn])
+    numbers = np.array([score_and_peak(detector, Image.fromarray(image), "cup") for image in drawn])
     rng = np.random.default_rng(0)
     rate, count = 0.05, 59
     k = order_of_threshold(count, rate)

@@ -144,7 +144,7 @@ def test_what_is_assumed_of_a_base_is_said(tmp_path: Path, caplog: pytest.LogCap
     for file in ("text_adapter.pth", "image_adapter.pth"):
         assert f"{file} has no config: assumed trained on these weights of tiny at 40 px" in caplog.text
         assert f"{file} has no config: assumed trained with quick_gelu" in caplog.text
-    assert "give --activation gelu" in caplog.text
+    assert "--activation, --class_names" in caplog.text
     assert "not the text side" not in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO):

@@ -263,7 +263,7 @@ def test_a_published_checkpoint_loads_into_the_script_and_the_notebook(world: Pa
         "inference.py", "--checkpoint", file, "--dataset", world / "test", "--model_name", name, "--num_workers", 0
     )
     assert "assumed surgery sequential, adapters linear" in errors
-    assert "assumed gelu and the published class names" in errors
+    assert "assumed trained with gelu and the published class names" in errors
     model = load_model(file, model_name=name, device="cpu")
     assert model.epoch == 20
     assert model.model.config.adapter == "linear"

@@ -169,6 +169,7 @@ def draw_loops(axis: Axes, panel: Panel) -> None:
     axis.set_xlim(loops[0] - 0.4, loops[-1] + 0.4)
     axis.set_xticks(loops)
     axis.set_xlabel("loop", fontsize=9)
+    axis.locator_params(axis="y", nbins=5)
     axis.grid(alpha=0.25)
     axis.tick_params(labelsize=8)
 

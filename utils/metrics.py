@@ -19,7 +19,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from utils.errors import UserError
-from utils.pixel_counts import COARSE_BINS, Bins, PixelCounts, score_keys
+from utils.pixel_counts import Bins, PixelCounts, score_keys
 from utils.regions import EIGHT_CONNECTED
 
 FPR_LIMIT = 0.3
@@ -83,9 +83,6 @@ class Pixels(NamedTuple):
 @torch.no_grad()
 def pixels_of(maps: Tensor, masks: Tensor, names: Sequence[str]) -> Pixels:
     """A batch for `PixelCounter.add`; arguments and errors are those of `PixelCounter.update`."""
-    if maps.ndim != 3 or maps.shape != masks.shape or len(names) != len(maps):
-        shapes = f"maps {tuple(maps.shape)}, masks {tuple(masks.shape)}, {len(names)} names"
-        raise ValueError(f"maps and masks (B, H, W) and B names are needed, not {shapes}")
     # Apple's GPUs have no float64, which coverage needs.
     maps = maps.detach().to(device="cpu" if maps.device.type == "mps" else None, dtype=torch.float32)
     if maps.numel():
@@ -120,8 +117,6 @@ class PixelCounter:
     """
 
     def __init__(self, bins: int = 1 << 20, buffer: int = 1 << 22, fpr_limit: float = FPR_LIMIT) -> None:
-        if bins < COARSE_BINS:
-            raise ValueError(f"{bins} bins are too few: at least {COARSE_BINS} are needed")
         self.fpr_limit = fpr_limit
         self.counts = PixelCounts(bins, buffer)
         self._normals = 0
@@ -136,7 +131,6 @@ class PixelCounter:
 
         Raises:
             UserError: a score is NaN or infinite; nothing of the batch is counted then.
-            ValueError: the shapes do not match.
         """
         self.add(pixels_of(maps, masks, names))
 

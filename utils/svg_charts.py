@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -127,20 +128,13 @@ def class_chart(title: str, values: Mapping[str, Mapping[str, float | None]]) ->
     def on(figure: Figure) -> None:
         axis = figure.subplots()
         for index, (name, of_class) in enumerate(values.items()):
-            known = [(value, row) for row, value in enumerate(of_class.values()) if value is not None]
-            marker = MARKERS[index % len(MARKERS)]
-            if known:
-                points, rows = zip(*known, strict=True)
-                axis.plot(
-                    points,
-                    rows,
-                    color=colours[name],
-                    marker=marker,
-                    linestyle="none",
-                    markersize=6,
-                    alpha=0.9,
-                    label=literal(name),
-                )
+            points = [math.nan if value is None else value for value in of_class.values()]
+            style: dict[str, Any] = {
+                "color": colours[name],
+                "marker": MARKERS[index % len(MARKERS)],
+                "linestyle": "none",
+            }
+            axis.plot(points, range(len(points)), markersize=6, alpha=0.9, label=literal(name), **style)
         labels = [literal(name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…") for name in classes]
         axis.set_yticks(range(len(classes)), labels)
         axis.set_ylim(len(classes) - 0.5, -0.5)

@@ -143,7 +143,7 @@ class Session:
             if digest in references:
                 raise UserError(f"{upload.name} is one of the images to compare with: use other images")
             if digest not in numbers:
-                numbers[digest] = score_and_peak(detector, pixels, name, Path(upload.name), self.domain)
+                numbers[digest] = score_and_peak(detector, pixels, name, self.domain)
         check_enough(len(numbers), false_alarms, f"'{name}', without duplicates")
         entry = calibrate_detector(detector, numbers.values(), name, false_alarms, self.domain)
         self._entries = [*(other for other in self._entries if other.key != entry.key), entry]

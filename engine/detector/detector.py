@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -244,7 +245,8 @@ class Detector(nn.Module):
             The prediction, with a decision if there is a calibration for this class, domain, det score and references.
 
         Raises:
-            UserError: an unreadable image, an unknown domain or det score, or no cross-attention to return.
+            UserError: an unreadable image, an unknown domain or det score, no cross-attention to return, or a score
+                that is not finite.
         """
         det_score = check_det_score(det_score or self.det_score)
         if domain not in DOMAINS:
@@ -267,6 +269,8 @@ class Detector(nn.Module):
             levels = joined_calibrated_maps(outputs, distances, references.weight)
         mean = levels.mean(dim=0)
         score = float(calibrated_scores(mean, outputs, domain, det_score)[0])
+        if not math.isfinite(score):
+            raise UserError(f"{self.name}: the score of an image is not finite, so its weights cannot be used")
         prediction = Prediction(mean[0].cpu().numpy(), score, levels[:, 0].cpu().numpy())
         if entry is not None:
             prediction = apply_thresholds(prediction, entry, image.size)

@@ -181,7 +181,7 @@ def log_activation(checkpoint: Checkpoint, activation: str, explicit: bool) -> N
     uncertain = not (explicit or checkpoint.is_published or activation == "gelu")
     logger.log(
         logging.WARNING if uncertain else logging.INFO,
-        "%s has no config: assumed %s and the %s class names (--activation, --class_names)",
+        "%s has no config: assumed trained with %s and the %s class names (--activation, --class_names)",
         checkpoint.path,
         activation,
         names,

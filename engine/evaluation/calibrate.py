@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -50,8 +49,8 @@ def calibrate_images(arguments: InferenceArguments) -> list[Entry]:
         check_enough(count, rate, f"--calibrate {folder}: '{name}'")
     detector = load_last_detector(arguments, images.classes)
     numbers: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for path, name, pixels in different_images(images, detector):
-        numbers[name].append(score_and_peak(detector, pixels, name, path, arguments.domain, class_names))
+    for name, pixels in different_images(images, detector):
+        numbers[name].append(score_and_peak(detector, pixels, name, arguments.domain, class_names))
     for name in counts:
         check_enough(len(numbers[name]), rate, f"--calibrate {folder}: '{name}'")
     entries = [
@@ -64,7 +63,7 @@ def calibrate_images(arguments: InferenceArguments) -> list[Entry]:
     return entries
 
 
-def different_images(images: OwnImages, detector: Detector) -> Iterator[tuple[Path, str, Image.Image]]:
+def different_images(images: OwnImages, detector: Detector) -> Iterator[tuple[str, Image.Image]]:
     """Each image with its class, without duplicates; `UserError` for one that is also a reference."""
     seen: dict[tuple[str, str], Path] = {}
     for path, name, pixels in images.read("calibrating"):
@@ -79,23 +78,15 @@ def different_images(images: OwnImages, detector: Detector) -> Iterator[tuple[Pa
         if first != path:
             logger.warning("left out: %s is the same image as %s", path, first)
             continue
-        yield path, name, pixels
+        yield name, pixels
 
 
 def score_and_peak(
-    detector: Detector,
-    image: Image.Image,
-    class_name: str,
-    path: Path,
-    domain: str = "industrial",
-    class_names: str | None = None,
+    detector: Detector, image: Image.Image, class_name: str, domain: str = "industrial", class_names: str | None = None
 ) -> tuple[float, float]:
-    """An image's score and its map's maximum; `UserError` if one is not finite."""
+    """An image's score and its map's maximum."""
     prediction = detector.predict(image, class_name, domain, class_names=class_names)
-    numbers = (prediction.score, float(prediction.anomaly_map.max()))
-    if not all(map(math.isfinite, numbers)):
-        raise UserError(f"the score of {path} is not finite: the checkpoint's weights cannot be used")
-    return numbers
+    return prediction.score, float(prediction.anomaly_map.max())
 
 
 def calibrate_detector(

@@ -264,14 +264,9 @@ def csv_rows(evaluation: Evaluation) -> list[list[object]]:
     classes = evaluation.classes
     averages = {metric: evaluation.average(metric)[0] for metric in METRICS}
     images, anomalous = sum(each.images for each in classes), sum(each.anomalous for each in classes)
-    rows = [(each.class_name, each.images, each.anomalous, each.values) for each in classes]
-    return [
-        [
-            evaluation.model,
-            evaluation.dataset,
-            *counts,
-            evaluation.det_score,
-            *(format_value(values[m], 6) for m in METRICS),
-        ]
-        for *counts, values in [*rows, ("average", images, anomalous, averages)]
-    ]
+    rows: list[list[object]] = []
+    lines = [(each.class_name, each.images, each.anomalous, each.values) for each in classes]
+    for name, *counts, values in [*lines, ("average", images, anomalous, averages)]:
+        metrics = [format_value(values[metric], 6) for metric in METRICS]
+        rows.append([evaluation.model, evaluation.dataset, name, *counts, evaluation.det_score, *metrics])
+    return rows

@@ -91,13 +91,8 @@ def zero_shot_notes(configs: Mapping[str, Mapping[str, Any] | None], data: TaskD
         for name, config in configs.items()
         if config and (config["metadata_digest"] == data.digest or config["dataset"] == dataset)
     ]
-    if not seen:
-        return []
-    were = "was" if len(seen) == 1 else "were"
-    return [
-        f"NOT ZERO-SHOT: {', '.join(seen)} {were} trained on {dataset} and tested on it: "
-        "these results do not apply to unseen data"
-    ]
+    note = f"NOT ZERO-SHOT: trained on {dataset} and tested on it, so that the results do not apply to unseen data"
+    return [f"{note}: {', '.join(seen)}"] if seen else []
 
 
 def evaluate_checkpoints(arguments: InferenceArguments) -> list[Evaluation]:

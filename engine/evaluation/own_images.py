@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +56,6 @@ class OwnImages:
     """
 
     place: Path
-    flag: str
     names: dict[Path, str]
     problems: list[str] = field(default_factory=list)
 
@@ -92,7 +90,7 @@ def find_own_images(place: Path, flag: str, class_name: str | None, class_from_f
     names = {path: class_of(path, place) if class_from_folder else common for path in found.images}
     for name in dict.fromkeys(names.values()):
         build_prompts(readable_name(name))
-    return OwnImages(place, flag, names, found.problems)
+    return OwnImages(place, names, found.problems)
 
 
 def load_last_detector(arguments: InferenceArguments, classes: Sequence[str]) -> Detector:
@@ -207,11 +205,8 @@ def class_of(path: Path, image: Path) -> str:
 def make_finding(path: Path, class_name: str, size: tuple[int, int], prediction: Prediction) -> Finding:
     """The result for an image of a size (width, height), with its worst region.
 
-    That is the region above the pixel threshold, or else around the map's maximum. Raises `UserError` for a score that
-    is not finite.
+    That is the region above the pixel threshold, or else around the map's maximum.
     """
-    if not math.isfinite(prediction.score):
-        raise UserError(f"the score of {path} is not finite: the checkpoint's weights cannot be used")
     found = prediction.regions
     if found is None:
         return Finding(path, class_name, prediction.score, worst_region(prediction.anomaly_map, size))
@@ -257,8 +252,6 @@ def summarise(
     for finding in ranked[:MOST_LISTED]:
         decision = f"{finding.decision:<9}  " if finding.decision else ""
         logger.info("%.4f  %s%s", finding.score, decision, finding.path)
-    if len(ranked) > MOST_LISTED:
-        logger.info("and %d more, less anomalous", len(ranked) - MOST_LISTED)
     decisions = [finding.decision for finding in findings if finding.decision]
     if decisions:
         logger.info("%d of %d anomalous", decisions.count(ANOMALOUS), len(decisions))

@@ -147,16 +147,14 @@ def tested_facts(comparison: Comparison, data: TaskData) -> list[tuple[str, str]
         ("Classes", ", ".join(data.classes)),
         ("Image list", data.digest[:12]),
         ("Det score", comparison.det_score),
+        ("Versions", f"Python {platform.python_version()}, torch {torch.__version__}"),
     ]
     if comparison.references is not None:
         facts.append(("Compared with", str(comparison.references)))
-    configs = [row.config for row in comparison.rows if row.config]
-    if configs:
-        model = configs[-1]["model"]
-        facts.append(
-            ("CLIP", f"{model['model_name']}, {model['img_size']} px, {model['activation']}, {model['weights_digest']}")
-        )
-    return [*facts, ("Versions", f"Python {platform.python_version()}, torch {torch.__version__}")]
+    for model in [row.config["model"] for row in comparison.rows if row.config][-1:]:
+        names = ("model_name", "img_size", "activation", "weights_digest")
+        facts.append(("CLIP", ", ".join(str(model[name]) for name in names)))
+    return facts
 
 
 def example_groups(
@@ -206,10 +204,7 @@ def make_example(image: ImageScore, models: Mapping[str, Detector], data: TaskDa
 
 
 def picture_uri(image: Image.Image) -> str:
-    """A picture as a data URI: masks as PNG, photographs as JPEG."""
+    """A picture as a data URI."""
     content = io.BytesIO()
-    if image.mode == "1":
-        image.save(content, format="PNG")
-        return data_uri(content.getvalue(), "image/png")
     image.convert("RGB").save(content, format="JPEG", quality=88)
     return data_uri(content.getvalue(), "image/jpeg")

@@ -26,10 +26,7 @@ MOST_WARNINGS = 20
 
 @dataclass(frozen=True)
 class Run:
-    """One training run on the page; rows of tables are lists of cells.
-
-    monitored: whether there are files of the training, without which its warnings are unknown.
-    """
+    """One training run on the page; rows of tables are lists of cells."""
 
     name: str
     command: str
@@ -39,7 +36,6 @@ class Run:
     header: list[str]
     stages: list[list[str]]
     warnings: list[str]
-    monitored: bool
 
 
 def describe_runs(comparison: Comparison) -> list[Run]:
@@ -77,7 +73,6 @@ def describe_run(name: str, checkpoint: Checkpoint, config: Mapping[str, Any]) -
         stages,
         # Verdicts first: there may be many warnings of single epochs.
         [*verdicts, *group_warnings(warnings)],
-        bool(history or messages),
     )
 
 
@@ -101,8 +96,6 @@ def run_facts(
         ("Seed", str(config["seed"])),
         ("Optimizer steps", ", ".join(f"{steps.get(side, 'unknown')} {side}" for side in ("text", "image"))),
     ]
-    if config.get("processes", 1) > 1:
-        facts.append(("Processes", str(config["processes"])))
     if config.get("base") and any(config["base"].values()):
         facts.append(("Started from", "; ".join(filter(None, config["base"].values()))))
     if history:
