@@ -21,7 +21,7 @@ from engine.data.task import load_task
 from engine.evaluation.image_heatmaps import predict_heatmap, read_dataset_image
 from engine.evaluation.side_by_side import anomalous_records, list_images
 from tests.evaluating import visualize_comparison
-from tests.scripts import error_line, train_small_runs
+from tests.scripts import error_line, save, train_small_runs
 from utils.errors import UserError
 
 

@@ -245,8 +245,7 @@ class Detector(nn.Module):
             The prediction, with a decision if there is a calibration for this class, domain, det score and references.
 
         Raises:
-            UserError: an unreadable image, an unknown domain or det score, no cross-attention to return, or a score
-                that is not finite.
+            UserError: an unreadable image, an unknown domain or det score, no cross-attention, or a score of NaN.
         """
         det_score = check_det_score(det_score or self.det_score)
         if domain not in DOMAINS:
@@ -268,15 +267,18 @@ class Detector(nn.Module):
             distances = references.maps(self.model, outputs, pixels)
             levels = joined_calibrated_maps(outputs, distances, references.weight)
         mean = levels.mean(dim=0)
-        score = float(calibrated_scores(mean, outputs, domain, det_score)[0])
-        if not math.isfinite(score):
-            raise UserError(f"{self.name}: the score of an image is not finite, so its weights cannot be used")
+        score = self._check_finite(float(calibrated_scores(mean, outputs, domain, det_score)[0]))
         prediction = Prediction(mean[0].cpu().numpy(), score, levels[:, 0].cpu().numpy())
         if entry is not None:
             prediction = apply_thresholds(prediction, entry, image.size)
         if return_attention and isinstance(self.model, AdaptedCLIPWithCrossAttention):
             return replace(prediction, attention=self.model.attention(pixels, side, rows))
         return prediction
+
+    def _check_finite(self, score: float) -> float:
+        if not math.isfinite(score):
+            raise UserError(f"{self.name}: the score of an image is not finite, so its weights cannot be used")
+        return score
 
     def save_pretrained(self, folder: str | Path, licence: str | None = None, address: str | None = None) -> Path:
         """Write the trained components, thresholds and a model card to a folder that `load_model` accepts.
