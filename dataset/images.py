@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, UnidentifiedImageError
 
-from dataset.folders import images_in
 from dataset.records import HALF, NONZERO, Record
 from utils.errors import UserError
 from utils.paths import is_folder, is_no_file
@@ -128,6 +127,8 @@ def read_mask(path: Path, threshold: float | str = HALF) -> Image.Image:
     Raises:
         UserError: The mask cannot be read.
     """
+    from dataset.folders import images_in  # not needed to load a model and predict
+
     if is_folder(path):
         masks = [read_mask(file, threshold) for file in images_in(path)]
         if len({mask.size for mask in masks}) != 1:
