@@ -41,6 +41,7 @@ BASE = {
     "load_base_text_adapter": Path("base/text_adapter.pth"),
     "load_base_image_adapter": Path("base/image_adapter_1.pth"),
 }
+LOOPS = {"num_feedback_loops": 2, "text_epochs_per_loop": (1,), "image_epochs_per_loop": (3,)}
 
 
 class Halt(BaseException):
@@ -76,9 +77,8 @@ def world() -> Path:
             train_base(BaseConfig.of(**COMMON, **EPOCHS, save_path=Path("base")))
         with halting_after(2):
             train_cross_attention(CrossAttentionRunConfig.of(**COMMON, **EPOCHS, **BASE, save_path=Path("cross")))
-        loops = {"num_feedback_loops": 2, "text_epochs_per_loop": (1,), "image_epochs_per_loop": (3,)}
         with halting_after(6):
-            train_feedback(FeedbackConfig.of(**COMMON, **BASE, **loops, save_path=Path("feedback")))
+            train_feedback(FeedbackConfig.of(**COMMON, **BASE, **LOOPS, save_path=Path("feedback")))
     finally:
         os.chdir(before)
         root.handlers[:] = handlers
