@@ -148,6 +148,10 @@ def test_visa(visa, caplog):
         ),
         (lambda root: (root / "candle/Data/Images/Normal/0002.JPG").unlink(), [":5", "0002.JPG"]),
         (lambda root: (root / "pcb1/Data/Masks/Anomaly/000.png").unlink(), [":2", "Masks/Anomaly/000.png"]),
+        *(
+            (lambda root, content=content: table(root).write_bytes(content), ["1cls.csv", "--metadata"])
+            for content in (b"object,split\xff", b"\x00" * 100, b'object\n"' + b"x" * 200_000)
+        ),
     ],
 )
 def test_visa_that_is_incomplete(visa, damage, expected):
@@ -345,14 +349,6 @@ def test_symbolic_links_inside_the_folder_work(tmp_path):
     assert all(read_pair(root, record)[0].size == (4, 4) for record in records)
 
 
-@pytest.mark.parametrize("content", [b"object,split\xff", b"\x00" * 100, b'object\n"' + b"x" * 200_000])
-def test_a_damaged_table_of_visa(visa, content):
-    (visa / "split_csv" / "1cls.csv").write_bytes(content)
-    with pytest.raises(UserError, match=r"1cls\.csv") as error:
-        build_metadata(located("VisA", visa))
-    assert "\n" not in str(error.value) and "--metadata" in str(error.value)
-
-
 def test_file_made_elsewhere(tmp_path):
     file = tmp_path / "visa.jsonl"
     file.write_text(
@@ -380,38 +376,29 @@ def test_file_made_elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "expected"),
+    ("content", "expected"),
     [
-        ('{"image_path": ', "not valid JSON"),
-        ("[1]", "JSON object"),
-        ('{"label": 0, "class_name": "a"}', "image_path"),
-        ('{"image_path": "x.png", "label": 0, "class_name": 1}', "class_name"),
-        ('{"image_path": "x.png", "class_name": "a", "label": 2, "mask_path": "m.png"}', "label"),
-        ('{"image_path": "x.png", "class_name": "a", "label": [1], "mask_path": "m.png"}', "label"),
-        ('{"image_path": "x.png", "class_name": "a", "label": 1}', "mask_path"),
-        ('{"image_path": "x.png", "class_name": "a", "label": 1, "mask_path": " "}', "mask_path"),
-        ('{"image_path": "x.png", "class_name": "a", "label": NaN}', "label"),
-        ('{"image_path": "x.png", "class_name": "a", "label": 1' + "0" * 5000 + "}", "not valid JSON"),
-        ('{"image_path": "x.png", "class_name": "' + "a" * 201 + '", "label": 0}', "the limit is 200"),
-        ("[" * 100_000, "nested too deeply"),
+        (None, "own.jsonl"),
+        (b"\n\n", "no image"),
+        (b"\xff\xfe{}", "UTF-8"),
+        (b"\n[1]", ":2: "),
+        (b'{"image_path": ', ":1: not valid JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"label": 0, "class_name": "a"}', ":1: image_path"),
+        (b'{"image_path": "x.png", "class_name": "a", "label": NaN}', ":1: label"),
+        (b'{"image_path": "x.png", "class_name": "a", "label": 1, "mask_path": " "}', ":1: mask_path"),
+        (b'{"image_path": "x.png", "class_name": "' + b"a" * 201 + b'", "label": 0}', "the limit is 200"),
+        (b'{"schema": 2}', ":1: schema must be 1, not 2"),
+        (b'{"schema": 1, "dataset": "VisA", "layout": "visa"}', ":1: classes"),
     ],
 )
-def test_bad_line_is_named(tmp_path, line, expected):
-    file = tmp_path / "own.jsonl"
-    file.write_text('{"image_path": "x.png", "label": 0, "class_name": "a"}\n' + line + "\n")
-    with pytest.raises(UserError) as error:
-        load_records(located("VisA", tmp_path), file)
-    assert f"{file}:2: " in str(error.value) and expected in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("content", [None, b"", b"\n\n", b"\xff\xfe{}"])
-def test_bad_file_is_named(tmp_path, content):
+def test_a_bad_list_is_named(tmp_path, content, expected):
     file = tmp_path / "own.jsonl"
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(UserError) as error:
         load_records(located("VisA", tmp_path), file)
-    assert str(file) in str(error.value) and "\n" not in str(error.value)
+    assert str(file) in str(error.value) and expected in str(error.value) and "\n" not in str(error.value)
 
 
 def test_digest_is_of_the_records(mvtec, tmp_path):
@@ -427,22 +414,6 @@ def test_digest_is_of_the_records(mvtec, tmp_path):
         records[1:],
     ]
     assert len({digest, *map(metadata_digest, others)}) == 7
-
-
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ({"schema": 2}, "schema must be 1, not 2"),
-        ({"schema": 1, "dataset": "VisA", "layout": "visa"}, "classes must be a list of names"),
-        ({"schema": 1, "dataset": 3, "layout": "visa", "classes": []}, "dataset must be a non-empty text"),
-    ],
-)
-def test_bad_first_line_is_named(tmp_path, row, expected):
-    file = tmp_path / "own.jsonl"
-    file.write_text(json.dumps(row) + '\n{"image_path": "x.png", "label": 0, "class_name": "a"}\n')
-    with pytest.raises(UserError) as error:
-        load_records(located("VisA", tmp_path), file)
-    assert f"{file}:1: " in str(error.value) and expected in str(error.value)
 
 
 JSON_VALUES = st.recursive(

@@ -2,7 +2,6 @@
 
 import logging
 import random
-from argparse import ArgumentTypeError
 from dataclasses import replace
 from functools import partial
 
@@ -19,7 +18,6 @@ from dataset.images import drop_bad_images, find_bad_images, read_image, read_ma
 from dataset.options import DEFAULT_AUGMENTATION, AugmentationConfig
 from dataset.records import Record
 from dataset.samples import AnomalyDataset, SampleKey, SeededSampler
-from engine.config.common import share_or_nonzero
 from utils.errors import UserError, original_message
 
 MEAN, STD = (0.5, 0.25, 0.5), (0.5, 0.25, 0.25)
@@ -426,13 +424,6 @@ def test_the_noise_of_a_lossy_mask_is_below_half_of_its_largest_value(tmp_path):
     path = save(tmp_path / "x.jpg", values, quality=50)
     assert marked(path) == (values > 0).tolist()
     assert (np.asarray(read_mask(path, "nonzero")) > 0).sum() > 14 * 14
-
-
-def test_which_thresholds_there_are():
-    assert share_or_nonzero("nonzero") == "nonzero" and share_or_nonzero("0.25") == 0.25
-    for text in ("0", "1.5", "half", "nan", ""):
-        with pytest.raises(ArgumentTypeError):
-            share_or_nonzero(text)
 
 
 def test_global_generators_do_not_matter(tree):
