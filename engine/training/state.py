@@ -89,7 +89,7 @@ def restore(
     for side, optimizer in optimizers.items():
         content = saved.get(f"{side}_optimizer") or {"state": {}, "param_groups": []}
         groups = content["param_groups"]
-        fitting = len(groups) == len(optimizer.param_groups)
+        fitting = len(groups) == len(optimizer.param_groups) and all("lr" in group for group in groups)
         if not fitting or transfer_moments(optimizer, content) != len(content["state"]):
             raise UserError(f"{file}: {side}_optimizer is not of this run's parameters, so it is damaged")
         # The other settings follow from the arguments.
