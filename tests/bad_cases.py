@@ -390,7 +390,7 @@ def documents(document: Any, damages: Sequence[Damage]) -> Iterator[tuple[bytes,
     """JSON that is damaged, with the words of which an error must name one."""
     yield from ((content, "case/") for content in NO_JSON)
     for keys, change in damages:
-        yield json.dumps(damage(document, tuple(keys), change)).encode(), place_of(keys)
+        yield json.dumps(damage(document, tuple(keys), change)).encode(), place_of([*keys, "images/", "class"])
 
 
 def lists() -> Iterator[Case]:
