@@ -69,7 +69,13 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=project_version())
     parser.add_argument("command", choices=sorted(COMMANDS), help="what to run; check looks at style and format")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="handed on, such as test -k metadata")
+    if not words:
+        parser.print_help()
+        return 2
     arguments = parser.parse_args(words)
+    if not PYTHON.is_file() and not {"-h", "--help"}.isdisjoint(arguments.rest):
+        parser.print_help()  # the command's own help needs an environment
+        return 0
     if sys.version_info < (3, 10):  # noqa: UP036  an older Python gets as far as this line, and is to be told
         return fail("Python 3.10 or newer is needed, this is " + sys.version.split()[0])
     problem = set_up(REQUIREMENTS[arguments.command], found.torch_index)

@@ -276,8 +276,8 @@ def test_too_long_class_names_are_rejected(models: dict[str, Detector], images: 
 
 def test_errors_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"runs.demo holds no models of the demo: .*run.py demo"):
-        load_models(AppArguments.of())
+    with pytest.raises(UserError, match="must begin with /"):
+        AppArguments.of(root_path="anomalies").check()
     with pytest.raises(UserError, match=r"gone.pth"):
         check_files(AppArguments.of(checkpoint=("none", "gone.pth")))
     with pytest.raises(UserError, match="no such address"):
@@ -291,6 +291,15 @@ def test_errors_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("engine.config.tools.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"requirements-app\.txt"):
         AppArguments.of(checkpoint=("none",)).check()
+
+
+def test_without_the_demo_the_page_has_unadapted_clip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    models = load_models(AppArguments.of())
+    assert [model.clip.model_name for model in models.values()] == ["toy"]
+    assert "holds no models of the demo: make them with python run.py demo" in caplog.text
 
 
 def test_the_demos_models_are_the_default(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,10 +381,19 @@ def served(models: Mapping[str, Detector], tmp_path_factory: pytest.TempPathFact
         patched.setattr(socket, "getaddrinfo", watched_lookup)
         patched.chdir(tmp_path_factory.mktemp("here"))
         patched.setenv("GRADIO_ALLOWED_PATHS", "/")
+        for name, value in {"http_proxy": "http://127.0.0.1:1", "all_proxy": "socks5://127.0.0.1:1"}.items():
+            patched.setenv(name, value)
+        for name in ("no_proxy", "NO_PROXY"):
+            patched.setenv(name, "example.org")  # also restored at the end
         with page_served(models, "127.0.0.1", free_port()) as address:
             yield Served(address, Path.cwd())
         assert list(Path.cwd().iterdir()) == []
     assert elsewhere == []
+
+
+def test_a_page_behind_a_reverse_proxy(models: dict[str, Detector]) -> None:
+    with page_served(models, "127.0.0.1", free_port(), root_path="/anomalies") as address:
+        assert Served(address, Path()).config["root"].endswith("/anomalies")
 
 
 def test_files_cannot_be_read_by_their_paths(served: Served, images: list[Path], world: Path) -> None:

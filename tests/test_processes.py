@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,12 +21,14 @@ import engine.training.restart
 import engine.training.run
 from dataset.samples import SeededSampler, SharedBatches
 from engine.config.training import BaseConfig
+from engine.runtime.distributed import make_accelerator
 from engine.training.base import train_base
 from tests.helpers import relative_error
+from tests.in_process import ROOT
 from tests.launched import base_config, run_all
-from tests.scripts import error_line, fork, launch, run, train_small_runs, wait_for_rows
+from tests.scripts import environment, error_line, fork, free_port, launch, run, train_small_runs, wait_for_rows
 from utils.errors import UserError
-from utils.processes import Share, another_process_ended, claim_message
+from utils.processes import LAUNCH_NAMES, Share, another_process_ended, check_launch, claim_message, env_world_size
 
 RUNS = ("base", "cross", "feedback", "joint")
 WHY_NOT = "torch's launcher starts no processes on Windows"
@@ -86,7 +91,7 @@ def test_and_their_first_gradients_are_the_same(one: Path, several: tuple[Path, 
 
 
 def test_several_processes_test_as_one_does_digit_for_digit(one: Path, several: tuple[Path, str]) -> None:
-    for name in ("tested/evaluation_test.csv", "comparison.csv", "comparison_cache.json"):
+    for name in ("tested/evaluation_test.csv", "comparison.csv"):
         assert (several[0] / name).read_bytes() == (one / name).read_bytes(), name
 
 
@@ -183,7 +188,8 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """As one of three processes that torch's launcher started; the folder of the launch's attempt."""
     folder = tmp_path / "attempt_0"
     (folder / "1").mkdir(parents=True)
-    for name, value in {"WORLD_SIZE": 3, "RANK": 1, "TORCHELASTIC_ERROR_FILE": folder / "1" / "error.json"}.items():
+    launch = {"WORLD_SIZE": 3, "RANK": 1, "LOCAL_RANK": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
+    for name, value in {**launch, "TORCHELASTIC_ERROR_FILE": folder / "1" / "error.json"}.items():
         monkeypatch.setenv(name, str(value))
     return folder
 
@@ -216,3 +222,104 @@ def test_the_first_to_end_speaks_and_the_others_know(launched: Path) -> None:
 def test_a_process_alone_speaks_and_waits_for_nobody() -> None:
     assert claim_message() and claim_message()
     assert not another_process_ended()
+
+
+ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def no_launch(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in (*LAUNCH_NAMES, *(other for others in LAUNCH_NAMES.values() for other in others), *ADDRESS):
+        monkeypatch.setenv(name, "")  # restored at the end
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"LOCAL_RANK": "0"}, "contains LOCAL_RANK, but not WORLD_SIZE, RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "1"}, "contains RANK, but not WORLD_SIZE"),
+        ({"WORLD_SIZE": "2", **ADDRESS}, "contains WORLD_SIZE, but not RANK;"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_RANK, but not MASTER_ADDR"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: must be a whole number"),
+        ({"WORLD_SIZE": "2", "RANK": "2", **ADDRESS}, "RANK=2: must be below WORLD_SIZE=2"),
+    ],
+)
+def test_incomplete_launches_are_refused(
+    variables: dict[str, str], message: str, no_launch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        no_launch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        check_launch()
+
+
+@pytest.mark.parametrize(
+    ("variables", "processes", "local_rank"),
+    [
+        ({}, 1, None),
+        ({"LOCAL_RANK": "-1"}, 1, None),
+        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, 1, None),
+        ({"WORLD_SIZE": "3", "RANK": "2", **ADDRESS}, 3, "2"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1", "MPI_LOCALRANKID": "0", **ADDRESS}, 2, "0"),
+    ],
+)
+def test_complete_launches_get_the_names_of_torchs_launcher(
+    variables: dict[str, str], processes: int, local_rank: str | None, no_launch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        no_launch.setenv(name, value)
+    check_launch()
+    assert (env_world_size(), os.environ.get("LOCAL_RANK")) == (processes, local_rank)
+
+
+def test_options_are_not_changed_by_accelerates_variables(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    variables = {
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
+        "ACCELERATE_USE_FSDP": "true",
+        "ACCELERATE_TORCH_DEVICE": "meta",
+    }
+    harmless = {"ACCELERATE_DYNAMO_MODE": "default", "ACCELERATE_USE_DEEPSPEED": "False"}
+    for name, value in {**variables, **harmless}.items():
+        monkeypatch.setenv(name, value)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        accelerator, _ = make_accelerator("cpu", "fp32", "off", "none", Path())
+        assert accelerator.gradient_accumulation_steps == 1
+        assert accelerator.state.dynamo_plugin.backend == "NO"
+        assert (accelerator.distributed_type, accelerator.device.type) == ("NO", "cpu")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    (line,) = [message for message in caplog.messages if message.startswith("Ignored")]
+    assert all(f"{name}={value}" in line for name, value in variables.items())
+    assert not any(name in line for name in harmless)
+
+
+WAITING = """
+import engine.runtime.distributed as distributed
+from utils.script import run_script
+
+distributed.REPORT_INTERVAL = 0.0
+run_script(lambda: distributed.connect_processes(on_cpu=True), shared=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals to send")
+@pytest.mark.parametrize(("rank", "other"), [(0, "rank 1"), (1, "rank 0 (Connection refused)")])
+def test_a_process_that_waits_for_others_says_so_and_a_signal_ends_it(rank: int, other: str) -> None:
+    port = free_port()
+    launch = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-c", WAITING]
+    process = subprocess.Popen(command, cwd=ROOT, env={**environment(), **launch}, text=True, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith(
+        f"Rank {rank} is waiting for {other} at 127.0.0.1:{port}, 2 processes in all"
+    )
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[1].endswith("stopped\n")
+    assert process.returncode == 143

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -59,6 +60,27 @@ def test_a_change_of_an_included_file_of_requirements_is_installed(
     calls.clear()
     assert run.main(["test"]) == 0
     assert [Path(command[-1]).name for command in calls[:-1]] == ["requirements-dev.txt"]
+
+
+def test_help_needs_no_environment_and_no_command_is_an_error(
+    calls: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run.main([]) == 2
+    assert "{app,check,demo,test}" in capsys.readouterr().out
+    run.PYTHON.unlink()
+    assert run.main(["demo", "--help"]) == 0
+    assert "usage: " in capsys.readouterr().out
+    assert calls == []
+
+
+@pytest.mark.parametrize(("words", "status"), [(["--help"], 0), (["--epochs", "3"], 2), (["again"], 2)])
+def test_the_demo_takes_no_options(words: list[str], status: int) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "engine.cli.demo", *words], cwd=run.ROOT, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == status
+    assert ("usage: " in ended.stdout) == (status == 0)
+    assert ("unrecognized arguments: " in ended.stderr) == (status == 2)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send")

@@ -1,9 +1,11 @@
 """Reading pictures and masks of every kind, augmentation, seeded order, and errors from worker processes."""
 
 import logging
+import os
 import random
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +15,13 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+import engine.data.loaders
 from dataset.augmentation import Augmentation, change_colours, draw_augmentation
 from dataset.images import drop_bad_images, find_bad_images, read_image, read_mask
 from dataset.options import DEFAULT_AUGMENTATION, AugmentationConfig
 from dataset.records import Record
 from dataset.samples import AnomalyDataset, SampleKey, SeededSampler
+from engine.data.loaders import evaluation_loader, training_loader
 from utils.errors import UserError, original_message
 
 MEAN, STD = (0.5, 0.25, 0.5), (0.5, 0.25, 0.25)
@@ -524,3 +528,14 @@ def test_bad_images_are_found_logged_and_dropped(tree, caplog):
     assert all(name in message for (_, message), name in zip(bad, ("2.png", "mask_5.png", "3 x 3"), strict=True))
     assert drop_bad_images(root, records) == [records[i] for i in (0, 1, 3, 4, 6)]
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 3
+
+
+@pytest.mark.parametrize(("free", "expected"), [(63, 0), (64, 2)])
+def test_workers_need_shared_memory(free, expected, tmp_path, monkeypatch, caplog):
+    """Two workers need six batches of two images: 12 x 16 bytes a pixel."""
+    samples = AnomalyDataset(tmp_path, [Record("a.png", 0, "a")] * 20, 590, MEAN, STD)
+    monkeypatch.setattr(engine.data.loaders, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=free * 2**20, f_frsize=1), raising=False)
+    assert training_loader(samples, 2, 1, 0, 2).num_workers == expected
+    assert evaluation_loader(samples, 2, 2).num_workers == expected
+    assert ("--num_workers 0" in caplog.text and "--shm-size" in caplog.text) == (expected == 0)

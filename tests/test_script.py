@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,6 +59,12 @@ def end_of(main: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> tu
     return ended.value.code, capsys.readouterr().err.splitlines()
 
 
+WORKERS_LINE = (
+    "error: worker processes that load images ended, or had too little shared memory: give --num_workers 0, or a "
+    "container more memory (docker run --shm-size 2g); then start the same command again"
+)
+
+
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
@@ -66,6 +73,8 @@ def end_of(main: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> tu
         (Stopped("stopped in epoch 2", 15), 143, "stopped in epoch 2"),
         (torch.OutOfMemoryError("CUDA"), 2, "error: out of GPU memory; to need less: --image_batch_size"),
         (KeyboardInterrupt(), 130, "stopped"),
+        (RuntimeError("unable to allocate shared memory(shm) for file </torch_7_1_1>"), 2, WORKERS_LINE),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), 2, WORKERS_LINE),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "x"), 2, "error: x: is a folder, not a file"),
         (FileNotFoundError(errno.ENOENT, "No such file", b"x"), 2, "error: x: no such file or folder"),
         (
@@ -84,7 +93,10 @@ def test_errors_end_in_one_line_and_their_status(
     assert end_of(main, capsys) == (status, [line])
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("1 / 0"), OSError("not about a file")])
+@pytest.mark.parametrize(
+    "error",
+    [ZeroDivisionError("1 / 0"), OSError("not about a file"), ModuleNotFoundError("no module", name="engine.gone")],
+)
 def test_a_program_error_keeps_its_traceback(error: Exception) -> None:
     def main() -> None:
         raise error
@@ -190,3 +202,35 @@ def test_a_thread_that_ends_with_a_disk_error_is_left_to_the_next_write(capsys: 
     assert status == 0
     assert "a program error" in lines[-1]
     assert not any("No space" in line for line in lines)
+
+
+@pytest.mark.parametrize("words", [("train.py", "--help"), ("-m", "engine.cli.demo")])
+def test_a_missing_environment_is_named_with_the_command_that_creates_it(words: tuple[str, ...]) -> None:
+    ended = subprocess.run([sys.executable, "-S", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    (line,) = ended.stderr.splitlines()
+    assert ended.returncode == 2
+    for part in ("has no package PIL", "python run.py demo", "activate"):
+        assert part in line
+
+
+@needs_signals
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_connected_with_the_null_device(closed: str, tmp_path: Path) -> None:
+    code = f"""
+import subprocess, sys
+from pathlib import Path
+from utils.script import run_script
+
+def main():
+    print("output")
+    sys.stderr.write("errors")
+    file = Path({str(tmp_path / "file")!r}).open("w")
+    subprocess.run(["sh", "-c", "echo output; echo errors >&2"], check=True)
+    file.write(str(file.fileno()))
+    return 5
+
+run_script(main)
+"""
+    ended = subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code], cwd=ROOT, check=False)
+    assert ended.returncode == 5
+    assert int((tmp_path / "file").read_text()) > 2

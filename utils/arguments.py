@@ -103,7 +103,7 @@ def make_parser(config: type[Arguments], description: str | None) -> Parser:
     hints = get_type_hints(config)
     required = [item for item in fields(config) if item.default is MISSING]
     words = [_metavar(item) if _is_positional(item) else f"--{item.name} {item.name.upper()}" for item in required]
-    usage = " ".join(["%(prog)s", *words, "[--OPTION VALUE ...]"])
+    usage = " ".join(["%(prog)s", *words, "[--OPTION VALUE ...]" if fields(config) else "[-h] [--version]"])
     parser = Parser(usage=usage, description=description, argument_default=argparse.SUPPRESS)
     selectors = [item.metadata["choices"] for item in fields(config) if item.name in ("preset", "recipe")]
     presets = {name: config.preset_values(name) for choices in selectors for name in choices}

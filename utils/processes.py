@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -13,6 +14,18 @@ from utils.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
+# The variables of a launch, and their names in MPI launchers.
+LAUNCH_NAMES = {
+    "WORLD_SIZE": ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"),
+    "RANK": ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"),
+    "LOCAL_RANK": ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
+}
+ADDRESS_NAMES = ("MASTER_ADDR", "MASTER_PORT")
+# accelerate's variables that do not contradict an option, and values without effect.
+KEPT = ("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_LOG_LEVEL", "ACCELERATE_CPU_AFFINITY")
+NO_EFFECT = ("", "0", "1", "no", "none", "false", "default")
 # Seconds within which a launcher ends the other processes after one has ended.
 LAUNCHER_DELAY = 10.0
 
@@ -67,6 +80,51 @@ def env_rank() -> int:
 def is_main_process() -> bool:
     """Whether this is the launch's first process, which logs and writes files."""
     return env_rank() == 0
+
+
+def use_cpu_variable() -> bool:
+    """Whether `accelerate launch --cpu` started this process."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on")
+
+
+def check_launch() -> None:
+    """Give the launcher's variables the names of torch's launcher; `UserError` if some are missing or invalid."""
+    if os.environ.get("LOCAL_RANK") == "-1":  # no launch, in earlier versions of torch
+        del os.environ["LOCAL_RANK"]
+    present = [one for name, others in LAUNCH_NAMES.items() for one in (name, *others) if os.environ.get(one)]
+    for name, others in LAUNCH_NAMES.items():
+        for other in filter(os.environ.get, others):
+            os.environ.setdefault(name, os.environ[other])
+    values = {name: os.environ.get(name, "") for name in (*LAUNCH_NAMES, *ADDRESS_NAMES)}
+    for name in (*LAUNCH_NAMES, "MASTER_PORT"):
+        if values[name] and not values[name].isdecimal():
+            raise UserError(f"environment variable {name}={values[name]}: must be a whole number")
+    if not present:
+        return
+    if values["WORLD_SIZE"] == "1" and values["RANK"] in ("", "0"):
+        os.environ.pop("LOCAL_RANK", None)  # accelerate would connect the process with itself
+        return
+    missing = [name for name, value in values.items() if not value and name != "LOCAL_RANK"]
+    if missing:
+        raise UserError(
+            f"incomplete launch: the environment contains {', '.join(present)}, but not {', '.join(missing)}; start "
+            "with accelerate launch, which sets all, or unset the former to run one process"
+        )
+    if env_rank() >= env_world_size():
+        raise UserError(f"environment variable RANK={env_rank()}: must be below WORLD_SIZE={env_world_size()}")
+    os.environ.setdefault("LOCAL_RANK", values["RANK"])
+
+
+def ignore_accelerate_variables() -> None:
+    """Remove accelerate's variables that would change a run despite its options, with a warning that names them."""
+    names = [name for name in os.environ if name.startswith("ACCELERATE_") and name not in KEPT]
+    removed = {name: os.environ.pop(name) for name in names}
+    ignored = [f"{name}={value}" for name, value in removed.items() if value.lower() not in NO_EFFECT]
+    if ignored:
+        logger.warning(
+            "Ignored environment variables: %s. Options decide: --device, --precision, --compile, --accumulate",
+            ", ".join(ignored),
+        )
 
 
 def check_single_process(what: str) -> None:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import NoReturn
 
 from utils.errors import Interrupted, NotFiniteError, Stopped, UserError, original_message
-from utils.processes import another_process_ended, check_single_process, claim_message
+from utils.processes import another_process_ended, check_launch, check_single_process, claim_message
 
 USER_ERROR = 2
 NOT_FINITE = 3
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Packages of this project.
+OWN_PACKAGES = ("benchmarks", "dataset", "engine", "model", "tests", "utils")
+# torch's errors if worker processes end, or have too little shared memory.
+WORKER_ERRORS = re.compile("DataLoader worker .*(killed by signal|exited unexpectedly)|shared memory|</torch_")
+ACTIVATE = r".venv\Scripts\activate" if os.name == "nt" else "source .venv/bin/activate"
 # Longest word in a final message: the longest path of most systems.
 MAX_WORD = 1000
 
@@ -43,6 +49,7 @@ def run_script(main: Callable[[], int | None], less_memory: str = "smaller batch
             ignore_ended_workers()
             raise Interrupted(number)
 
+    open_missing_streams()
     for number in SIGNALS:
         signal.signal(number, interrupt)
     if hasattr(os, "register_at_fork"):
@@ -56,6 +63,7 @@ def run_script(main: Callable[[], int | None], less_memory: str = "smaller batch
 
 def _status_of(main: Callable[[], int | None], less_memory: str, shared: bool, received: list[int]) -> int:
     try:
+        check_launch()
         if not shared:
             check_single_process(Path(sys.argv[0]).name)
         status = main() or 0
@@ -101,11 +109,52 @@ def _explain(error: Exception, less_memory: str) -> tuple[str | None, int]:
         if error.filename is not None or error.errno in DISK_ERRORS:
             name = os.fsdecode(error.filename) if error.filename else "a file or the output"
             return f"{name}: {reason(error)}", USER_ERROR
+    if isinstance(error, ModuleNotFoundError):
+        return missing_package(error), USER_ERROR
+    if isinstance(error, RuntimeError) and WORKER_ERRORS.search(str(error)):
+        return (
+            "worker processes that load images ended, or had too little shared memory: give --num_workers 0, or a "
+            "container more memory (docker run --shm-size 2g); then start the same command again",
+            USER_ERROR,
+        )
     # Without an import of torch, the error is not one of its own.
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return f"out of GPU memory; to need less: {less_memory}", USER_ERROR
     return None, 1
+
+
+def missing_package(error: ModuleNotFoundError) -> str | None:
+    """The message for a package that is not installed; None for a module of this project."""
+    name = (error.name or "").partition(".")[0]
+    if name in OWN_PACKAGES:
+        return None
+    return (
+        f"{sys.executable} has no package {name}: python run.py demo installs all packages; then activate their "
+        f"environment ({ACTIVATE})"
+    )
+
+
+def explain_missing_packages() -> None:
+    """From now on, a package that is missing while a script is imported ends it in one line and status 2."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        message = missing_package(error) if isinstance(error, ModuleNotFoundError) else None
+        if message is None:
+            sys.__excepthook__(kind, error, trace)
+        else:
+            sys.exit(_print_end(f"error: {message}", USER_ERROR))
+
+    sys.excepthook = hook
+
+
+def open_missing_streams() -> None:
+    """Connect closed standard streams, as of a daemon, with the null device: other files would take their numbers."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(descriptor, True)
+            setattr(sys, name, os.fdopen(descriptor, mode, encoding="utf-8"))
 
 
 def _report_thread(args: threading.ExceptHookArgs) -> None:

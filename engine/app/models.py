@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,28 @@ from engine.runtime.device import check_device
 from engine.runtime.run_folder import DEMO_FOLDER, demo_checkpoints, find_checkpoints
 from model.checkpoint import Checkpoint, read_checkpoint
 from model.clip import FrozenCLIP
+from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def load_models(arguments: AppArguments) -> dict[str, Detector]:
     """Load the models of `--checkpoint`, by default those of the demo, with the calibrations next to them.
 
-    Checkpoints of the same CLIP share it. Raises `UserError` as `load_model` does.
+    If the demo has not run, unadapted CLIP alone is loaded, by default the toy CLIP. Checkpoints of the same CLIP share
+    it. Raises `UserError` as `load_model` does.
     """
     device = check_device(arguments.device, "fp32")
     names = ("det_score", "model_name", "img_size", "activation", "surgery", "surgery_until_layer")
     overrides = {name: getattr(arguments, name) for name in names}
     options: dict[Path, str] = {}
     if arguments.checkpoint is None:
-        files, with_unadapted = demo_checkpoints(DEMO_FOLDER), True
+        files, with_unadapted = {}, True
+        try:
+            files = demo_checkpoints(DEMO_FOLDER)
+        except UserError as error:
+            overrides["model_name"] = arguments.model_name or "toy"
+            logger.warning("%s. Until then, the page shows unadapted CLIP (%s) alone", error, overrides["model_name"])
     else:
         with_unadapted = NO_CHECKPOINT in arguments.checkpoint
         for option in filter(NO_CHECKPOINT.__ne__, arguments.checkpoint):
@@ -49,7 +59,7 @@ def load_models(arguments: AppArguments) -> dict[str, Detector]:
     if own is not None:
         unadapted = unadapted_detector(own, arguments.det_score).to(device)
     else:
-        overrides["model_name"] = next((clip.model_name for clip in clips.values()), arguments.model_name)
+        overrides["model_name"] = next((clip.model_name for clip in clips.values()), overrides["model_name"])
         (unadapted,) = load_detectors(NO_CHECKPOINT, arguments.clip_weights, device, **overrides)
     unadapted.find_calibration(NO_CHECKPOINT)
     return {UNADAPTED: unadapted, **models}

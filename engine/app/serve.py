@@ -28,7 +28,7 @@ def serve(arguments: AppArguments) -> None:
     """Load the models and serve the page until a signal. Raises `UserError` as `load_models` does."""
     check_address(arguments.host, arguments.port)
     models = load_models(arguments)
-    with page_served(models, arguments.host, arguments.port, arguments.domain) as address:
+    with page_served(models, arguments.host, arguments.port, arguments.domain, arguments.root_path) as address:
         logger.info("%s: %s. Press Ctrl-C to stop", address, ", ".join(models))
         if arguments.host not in ("127.0.0.1", "localhost", "::1"):
             logger.warning("--host %s: everyone who can reach this machine can use the page", arguments.host)
@@ -36,7 +36,9 @@ def serve(arguments: AppArguments) -> None:
 
 
 @contextmanager
-def page_served(models: Mapping[str, Detector], host: str, port: int, domain: str = "industrial") -> Iterator[str]:
+def page_served(
+    models: Mapping[str, Detector], host: str, port: int, domain: str = "industrial", root_path: str | None = None
+) -> Iterator[str]:
     """Serve the page in a context, and yield its address. Uploads are deleted at the end."""
     with tempfile.TemporaryDirectory(prefix="anomaly_page_") as folder:
         _configure_gradio(Path(folder))
@@ -51,6 +53,7 @@ def page_served(models: Mapping[str, Detector], host: str, port: int, domain: st
                 prevent_thread_lock=True,
                 quiet=True,
                 share=False,
+                root_path=root_path,
                 max_file_size=MAX_BYTES,
                 state_session_capacity=MAX_VISITORS,
                 footer_links=[],
@@ -85,7 +88,11 @@ def check_address(host: str, port: int) -> None:
 
 
 def _configure_gradio(folder: Path) -> None:
-    """Ignore Gradio's environment variables; switch off its analytics and update check, and set its upload folder."""
+    """Ignore Gradio's environment variables and proxies; switch off its analytics, and set its upload folder.
+
+    Gradio sends its only requests to the page itself, which a proxy cannot reach.
+    """
     for name in [name for name in os.environ if name.startswith("GRADIO_")]:
         del os.environ[name]
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    os.environ |= {"no_proxy": "*", "NO_PROXY": "*"}

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from dataset.records import Record
+from engine.cli.runner import Script
 from engine.config.evaluation import ComparisonArguments
 from engine.config.training import BaseConfig, FeedbackConfig
 from engine.data.task import TaskData, load_task
@@ -21,9 +22,8 @@ from engine.training.feedback import train_feedback
 from model.checkpoint import read_checkpoint
 from model.clip_loading import load_clip
 from model.config import SIDES
+from utils.arguments import Arguments
 from utils.heatmaps import Example, example_grid
-from utils.logging import set_up_logging
-from utils.script import run_script
 from utils.text import readable_time
 
 logger = logging.getLogger(__name__)
@@ -41,8 +41,7 @@ def feedback_from(base: BaseConfig, **changes: object) -> FeedbackConfig:
     return FeedbackConfig.of(**{"preset": "v3", **shared, **files, **changes})
 
 
-def main() -> None:
-    set_up_logging()
+def main(_arguments: Arguments) -> None:
     epochs = {"text_epochs_per_loop": (1,), "image_epochs_per_loop": (2,)}
     feedback = feedback_from(CONFIG, num_feedback_loops=3, **epochs, save_path=DEMO_FOLDER / "feedback")
     run_demo(CONFIG, feedback, DEMO_FOLDER)
@@ -109,5 +108,7 @@ def choose_examples(data: TaskData) -> list[Record]:
     return [*chosen, next(record for record in data.records if not record.label)]
 
 
+script = Script(__doc__, Arguments, "engine.cli.demo.main")
+
 if __name__ == "__main__":
-    run_script(main)
+    script.run()

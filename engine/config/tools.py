@@ -62,8 +62,16 @@ class AppArguments(TrainedModelArguments):
         "machine",
     )
     port: int = setting(PORT, "port to listen on", "machine", between=(1, 65535))
+    root_path: str | None = setting(
+        None,
+        "path of the page behind a reverse proxy that removes it, such as /anomalies, or the page's full address",
+        "machine",
+        unset="no reverse proxy, or one that does not change paths",
+    )
 
     def check(self) -> None:
+        if self.root_path is not None and not self.root_path.startswith(("/", "http://", "https://")):
+            raise UserError(f"--root_path {self.root_path}: must begin with / or https://")
         if find_spec("gradio") is None:
             raise UserError(
                 "Gradio is not installed: pip install -r requirements-app.txt, or start with python run.py app"

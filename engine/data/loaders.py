@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -19,6 +21,9 @@ from utils.errors import UserError
 from utils.seeding import derive_seed
 
 logger = logging.getLogger(__name__)
+
+# Through which workers pass batches, on Linux.
+SHARED_MEMORY = Path("/dev/shm")
 
 
 def make_dataset(
@@ -46,6 +51,7 @@ def training_loader(
 
     Each of the `world_size` processes loads its share of every batch.
     """
+    num_workers = usable_workers(samples, batch_size, num_workers)
     return DataLoader(
         samples,
         batch_sampler=SharedBatches(SeededSampler(len(samples), seed, stage), batch_size, rank, world_size),
@@ -64,8 +70,35 @@ def evaluation_loader(
     world_size: int = 1,
 ) -> DataLoader:
     """Batches of one class each, in the records' order; each of the `world_size` processes loads every n-th batch."""
+    num_workers = usable_workers(samples, batch_size * world_size, num_workers)
     batches = batches_of_classes(samples, batch_size)[rank::world_size]
     return DataLoader(samples, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory)
+
+
+def usable_workers(samples: AnomalyDataset, batch_size: int, num_workers: int) -> int:
+    """`num_workers`; 0, with a warning, if their batches do not fit into shared memory, as in many containers.
+
+    batch_size: of all processes.
+    """
+    if not num_workers or not SHARED_MEMORY.is_dir():
+        return num_workers
+    # Each worker loads two batches ahead; two more are passed on and in use.
+    batches = min(2 * num_workers + 2, -(-len(samples) // batch_size))
+    # Three channels and a mask of float32.
+    needed = batches * batch_size * 4 * 4 * samples.img_size**2
+    state = os.statvfs(SHARED_MEMORY)
+    free = state.f_bavail * state.f_frsize
+    if needed <= free:
+        return num_workers
+    logger.warning(
+        "%s has %d MB of free memory, but %d workers need about %d MB: images are loaded without workers, which is "
+        "slower. In a container, enlarge it (docker run --shm-size 2g); --num_workers 0 avoids this warning",
+        SHARED_MEMORY,
+        free / 2**20,
+        num_workers,
+        needed / 2**20,
+    )
+    return 0
 
 
 def batches_of_classes(samples: AnomalyDataset, batch_size: int) -> list[list[int]]:

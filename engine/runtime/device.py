@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from utils.errors import UserError
-from utils.processes import env_world_size
+from utils.processes import env_world_size, ignore_accelerate_variables, use_cpu_variable
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +36,14 @@ def check_device(device: str, precision: str = "fp32", tf32: str = "off") -> str
     Raises:
         UserError: The device does not exist, or does not support the precision.
     """
+    ignore_accelerate_variables()
     if ":" in device and env_world_size() > 1:
         raise UserError(f"--device {device}: each of the {env_world_size()} processes uses its own GPU; give cuda")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     available = ["cuda", *(f"cuda:{index}" for index in range(gpus))] if gpus else []
     available += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
-    device = available[0] if device == "auto" else device
+    if device == "auto":
+        device = "cpu" if use_cpu_variable() else available[0]
     if device not in available:
         raise UserError(f"--device {device}: not available; choose auto, {', '.join(available)}")
     precision = choose_precision(device, precision)
@@ -52,6 +55,8 @@ def check_device(device: str, precision: str = "fp32", tf32: str = "off") -> str
         torch.set_float32_matmul_precision("high" if faster else "highest")
         torch.backends.cudnn.allow_tf32 = False
         precision += f", TF32 {'on' if faster else 'off'}"
+    if device != "cpu":
+        os.environ.pop("ACCELERATE_USE_CPU", None)
     versions = (torch.__version__, torch.version.cuda or "none")
     logger.info("Device: %s (%s), precision %s, torch %s, CUDA %s", device, device_name(device), precision, *versions)
     return device

@@ -5,6 +5,9 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import socket
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -14,11 +17,12 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import DataLoaderConfiguration, broadcast_object_list
 
 from engine.runtime.device import check_device, choose_precision
 from utils.errors import Interrupted, UserError
-from utils.processes import another_process_ended, env_world_size, is_main_process
+from utils.processes import another_process_ended, env_rank, env_world_size, is_main_process
+from utils.text import list_names
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -26,6 +30,10 @@ Value = TypeVar("Value")
 # The others wait while the main process draws toy datasets, or reads all images for --skip_bad_images. The launcher
 # notices ended processes, so nothing is lost by waiting.
 TIMEOUT = timedelta(hours=6)
+# Seconds between messages of a process that waits for others, and between its attempts.
+REPORT_INTERVAL, POLL_INTERVAL = 30.0, 0.1
+# Within it, a computer that can be reached answers.
+CONNECTION_TIMEOUT = timedelta(seconds=10)
 
 
 def make_accelerator(device: str, precision: str, tf32: str, tracker: str, save_path: Path) -> tuple[Accelerator, str]:
@@ -39,6 +47,7 @@ def make_accelerator(device: str, precision: str, tf32: str, tracker: str, save_
         raise UserError("--tracker wandb: wandb is not installed; pip install wandb, or take tensorboard")
     if device.startswith("cuda:"):
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
+    connect_processes(device == "cpu")
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision="no" if precision == "fp32" else precision,
@@ -46,8 +55,8 @@ def make_accelerator(device: str, precision: str, tf32: str, tracker: str, save_
         project_dir=str(save_path),
         # Batches are in pinned memory then, and their copies need not be waited for.
         dataloader_config=DataLoaderConfiguration(non_blocking=device.startswith("cuda")),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
     )
+    os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
     return accelerator, precision
 
 
@@ -56,9 +65,63 @@ def join_launch(device: str, precision: str, tf32: str) -> str:
     device = check_device(device, precision, tf32)
     if env_world_size() == 1:
         return device
-    state = PartialState(cpu=device == "cpu", timeout=TIMEOUT)
+    connect_processes(device == "cpu")
+    state = PartialState()
     atexit.register(state.destroy_process_group)
     return str(state.device)
+
+
+def connect_processes(on_cpu: bool) -> None:
+    """Connect this process with the others of its launch, if any, once."""
+    if env_world_size() > 1 and not dist.is_initialized():
+        rank, world_size = env_rank(), env_world_size()
+        PartialState(cpu=on_cpu, timeout=TIMEOUT, store=_meet(rank, world_size), rank=rank, world_size=world_size)
+
+
+def _meet(rank: int, world_size: int) -> dist.Store:
+    """Wait for all processes of the launch, as torch does, but with messages, and so that signals end it.
+
+    Raises `UserError` if the address cannot be used.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # torch's launcher runs the server itself, for all its attempts.
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+    def unreachable() -> str:
+        try:
+            socket.create_connection((address, port), CONNECTION_TIMEOUT.total_seconds()).close()
+        except OSError as error:
+            return f"rank 0 ({error.strerror or error})"
+        return ""
+
+    try:
+        if not serves:
+            _wait(unreachable, f"{address}:{port}, {world_size} processes in all")
+        tcp = dist.TCPStore(address, port, world_size, serves, CONNECTION_TIMEOUT, wait_for_workers=False)
+        tcp.set_timeout(TIMEOUT)
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
+        store.set(f"rank {rank}", "")
+        ranks = [f"rank {other}" for other in range(world_size)]
+
+        def missing() -> str:
+            return "" if store.check(ranks) else list_names([name for name in ranks if not store.check([name])], 8)
+
+        _wait(missing, f"{address}:{port}, {world_size} processes in all")
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"MASTER_ADDR={address}, MASTER_PORT={port}: cannot meet there ({reason})") from error
+    return store
+
+
+def _wait(missing: Callable[[], str], place: str) -> None:
+    """Wait until `missing` names nobody."""
+    report = time.monotonic() + REPORT_INTERVAL
+    while names := missing():
+        if time.monotonic() > report:
+            # Not logged: only the first process logs.
+            sys.stderr.write(f"Rank {env_rank()} is waiting for {names} at {place}. Ctrl-C ends it\n")
+            report += REPORT_INTERVAL
+        time.sleep(POLL_INTERVAL)
 
 
 def is_distributed() -> bool:
