@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from engine.cli.runner import Script
 from engine.config.training import FeedbackConfig
 from engine.runtime import run_folder
 from engine.training.plan import plan_loops
+from engine.training.verdicts import LOW_GRADIENT, VANISHING_GRADIENT
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
+from model.checkpoint_schema import SavedFile
 from model.config import COMPONENTS, depth_defaults
 from tests.helpers import tiny_clip
 from utils.arguments import Arguments
@@ -123,6 +126,8 @@ def test_files_and_folders() -> None:
         "args.json",
     ]
     assert COMPONENTS == ("text_adapter", "text_cross_attn", "image_adapter", "image_cross_attn")
+    others = {"text_optimizer", "image_optimizer", "epoch", "loop", "steps", "config"}
+    assert {item.name for item in fields(SavedFile)} == {*COMPONENTS, *others}
 
 
 def test_the_model() -> None:
@@ -142,6 +147,10 @@ def test_the_model() -> None:
     assert adapters | projectors <= names
     assert depth_defaults(24, 12)["levels"] == (6, 12, 18, 24)
     assert all(isinstance(value, torch.Tensor) for value in model.state_dict().values())
+
+
+def test_warnings_of_small_gradients() -> None:
+    assert (LOW_GRADIENT, VANISHING_GRADIENT) == (0.01, 0.001)
 
 
 def test_source_of_the_model_and_of_version_1() -> None:
@@ -164,6 +173,9 @@ def test_source_of_the_model_and_of_version_1() -> None:
         "Ratio: ",
         "[OK] Cross-attention doesn't harm gradient flow significantly",
         "Improvement from ",
+        '"learning"',
+        '"not learning"',
+        '"exploding"',
     ],
 )
 def test_output_lines(line: str) -> None:
