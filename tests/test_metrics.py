@@ -315,6 +315,7 @@ CENTRES, WIDTHS = (
 )
 @example([0.9, 0.1], [1e-3, 1e-4, 1e-3, 1e-3], 0)
 @example([0.1, 0.9, 0.01, 0.5], [1e-4] * 4, 1)
+@example([-3.0, 1e-6, 0.01, 0.1], [1e-5] * 4, 0)
 def test_bands_of_scores_in_any_order(centres: list[float], widths: list[float], seed: int) -> None:
     """Later images whose scores lie in a narrow band, far from those that the bins were chosen by."""
     rng = generator_of(seed)

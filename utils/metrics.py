@@ -108,7 +108,7 @@ class PixelCounter:
     pixels covered an interval sparsely and many later pixels lie in a tiny part of it.
 
     Memory does not grow with the number of images: with the default sizes, up to 16 MiB for kept pixels, 12 bytes for
-    each kept anomalous pixel, and 25 MiB for bins.
+    each kept anomalous pixel, and 50 MiB for bins.
 
     Args:
         bins: the maximum number of bins, at least 65536.
@@ -116,7 +116,7 @@ class PixelCounter:
         fpr_limit: the false positive rate up to which AUPRO is integrated.
     """
 
-    def __init__(self, bins: int = 1 << 20, buffer: int = 1 << 22, fpr_limit: float = FPR_LIMIT) -> None:
+    def __init__(self, bins: int = 1 << 21, buffer: int = 1 << 22, fpr_limit: float = FPR_LIMIT) -> None:
         self.fpr_limit = fpr_limit
         self.counts = PixelCounts(bins, buffer)
         self._normals = 0
