@@ -1,10 +1,11 @@
-"""Set up and run: `python run.py demo` shows the project on the toy world, `python run.py app` opens its models to
-your own images in the browser, `python run.py test` runs all tests.
+"""Set up the environment and run a command in it: the demo, the web page, all tests, or the checks of style and types.
 
-Each creates `.venv` beside this file, installs what is missing and runs there. Needs nothing but Python 3.10 or newer.
+`python run.py demo` trains and compares models on the toy datasets, `python run.py app` scores your own images in the
+browser. Each command creates `.venv` next to this file and installs what is missing. Only Python 3.10 or newer is
+needed.
 
-On Windows, pip installs a torch that knows no GPU. A build with CUDA comes from PyTorch's own index, which
-https://pytorch.org/get-started/locally names for each CUDA version:
+On Windows, pip installs torch without CUDA. PyTorch's own index has CUDA builds
+(https://pytorch.org/get-started/locally lists an index for each CUDA version):
 
     python run.py --torch-index https://download.pytorch.org/whl/cu126 demo
 """
@@ -36,39 +37,39 @@ REQUIREMENTS["check"] = REQUIREMENTS["test"]
 COMMANDS = {
     "demo": [["-m", "engine.cli.demo"]],
     "app": [["app.py"]],
-    # A file's tests stay in one process, so that they share what they trained.
+    # All tests of a file run in one process, because they share trained models.
     "test": [["-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]],
-    "check": [["-m", "ruff", "check", "."], ["-m", "ruff", "format", "--check", "."]],
+    "check": [["-m", "ruff", "check", "."], ["-m", "ruff", "format", "--check", "."], ["-m", "mypy"]],
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are one line, as in the other scripts; these need what is not installed yet."""
+    """An argument parser with one-line errors. The parser of the other scripts needs packages that may be missing."""
 
     def error(self, message: str) -> NoReturn:
         sys.exit(fail(f"{message} (see run.py --help)"))
 
 
 def package_index(text: str) -> str:
-    """A package index as pip takes it: a URL, or a folder."""
+    """Check that the text is a package index for pip: a URL or a folder."""
     if "://" not in text and not (text and Path(text).is_dir()):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a URL, such as https://..., nor a folder")
     return text
 
 
 def main(words: list[str] | None = None) -> int:
-    # Read first, and from anywhere: what follows the command is handed on as it is.
+    # Parsed first and at any position, because the arguments after the command are passed on unchanged.
     index = Parser(add_help=False, allow_abbrev=False)
     index.add_argument(
         "--torch-index", metavar="URL", type=package_index, help="package index to install torch and torchvision from"
     )
-    found, words = index.parse_known_args(words)
+    options, words = index.parse_known_args(words)
     parser = Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[index], allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=project_version())
-    parser.add_argument("command", choices=sorted(COMMANDS), help="what to run; check looks at style and format")
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help="handed on, such as test -k metadata")
+    parser.add_argument("command", choices=sorted(COMMANDS), help="what to run; check: style, format and types")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="arguments of the command, such as test -k metadata")
     if not words:
         parser.print_help()
         return 2
@@ -76,9 +77,9 @@ def main(words: list[str] | None = None) -> int:
     if not PYTHON.is_file() and not {"-h", "--help"}.isdisjoint(arguments.rest):
         parser.print_help()  # the command's own help needs an environment
         return 0
-    if sys.version_info < (3, 10):  # noqa: UP036  an older Python gets as far as this line, and is to be told
+    if sys.version_info < (3, 10):  # noqa: UP036  older versions of Python reach this line
         return fail("Python 3.10 or newer is needed, this is " + sys.version.split()[0])
-    problem = set_up(REQUIREMENTS[arguments.command], found.torch_index)
+    problem = set_up(REQUIREMENTS[arguments.command], options.torch_index)
     if problem:
         return fail(problem)
     for command in COMMANDS[arguments.command]:
@@ -89,9 +90,9 @@ def main(words: list[str] | None = None) -> int:
 
 
 def call(command: list[str]) -> int:
-    """Run a command to its end and return its exit status; it, and not we, decides what a signal means."""
+    """Run a command and return its exit status. The command handles signals, not this process."""
     with subprocess.Popen(command, cwd=ROOT) as process:
-        # The terminal sends Ctrl-C to both; what is sent to us alone is handed on.
+        # The terminal sends SIGINT to both processes. SIGTERM is sent to this one only, so it is forwarded.
         before = {
             signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
             signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number)),
@@ -105,9 +106,9 @@ def call(command: list[str]) -> int:
 
 
 def set_up(requirements: list[str], torch_index: str | None = None) -> str | None:
-    """Create the environment and install `requirements` unless that was done; returns what went wrong.
+    """Create the environment and install `requirements` unless that is done; returns an error message or None.
 
-    torch_index: where torch and torchvision come from, in place of PyPI; a build that is there is replaced, once.
+    torch_index: the package index of torch and torchvision; an installed build is replaced once.
     """
     if not PYTHON.is_file():
         say(f"creating {VENV}")
@@ -128,20 +129,20 @@ def set_up(requirements: list[str], torch_index: str | None = None) -> str | Non
 
 
 def all_of(name: str) -> bytes:
-    """A requirements file with those that it includes."""
+    """The content of a requirements file and of the files that it includes."""
     content = (ROOT / name).read_bytes()
     included = re.findall(r"^-r (\S+)", content.decode("utf-8"), re.M)
     return b"".join([content, *map(all_of, included)])
 
 
 def install(stamped: str, what: str, arguments: list[str], wanted: str) -> bool:
-    """Install with pip unless the stamp says that what is wanted is there; returns whether it is now."""
-    # The stamp is written last, so an installation that was cut off is taken up again.
+    """Install with pip unless the stamp file equals `wanted`; returns whether it is installed."""
+    # Written last, so an interrupted installation is repeated.
     stamp = VENV / f".installed-{stamped}"
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
         return True
     large = stamped in ("torch", "requirements.txt")
-    say(f"installing {what}" + (" (the first time some 6 GB, most of it torch; a few minutes)" if large else ""))
+    say(f"installing {what}" + (" (6.5 GB, mostly torch; takes a few minutes)" if large else ""))
     if call([str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--quiet", *arguments]):
         return False
     stamp.write_text(wanted, encoding="utf-8")
