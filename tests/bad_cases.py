@@ -171,7 +171,6 @@ def without_environment() -> Iterator[None]:
 
 def run_py() -> Iterator[Case]:
     wrong = [
-        "",
         "nosuch",
         "--nosuch",
         "--nosuch demo",
