@@ -40,16 +40,18 @@ class SharedStreams:
     """The frozen streams of one batch of images, computed once for all models on the same CLIP."""
 
     def __init__(self) -> None:
-        self._cache: dict[tuple[str, int, tuple[int, ...]], tuple[list[Tensor], Tensor]] = {}
+        self._cache: dict[tuple[str, int], tuple[dict[int, Tensor], Tensor]] = {}
 
     def get(
         self, clip: FrozenCLIP, images: Tensor, config: ModelConfig, levels: Sequence[int]
     ) -> tuple[list[Tensor], Tensor]:
-        """As `surgery_stream`."""
-        key = (config.surgery, config.surgery_until_layer, tuple(levels))
-        if key not in self._cache:
-            self._cache[key] = surgery_stream(clip, images, config, levels)
-        return self._cache[key]
+        """As `surgery_stream`, whose stream at a level does not depend on the other levels."""
+        key = (config.surgery, config.surgery_until_layer)
+        if key not in self._cache or not self._cache[key][0].keys() >= set(levels):
+            streams, cls = surgery_stream(clip, images, config, levels)
+            self._cache[key] = (dict(zip(levels, streams, strict=True)), cls)
+        by_level, cls = self._cache[key]
+        return [by_level[level] for level in levels], cls
 
 
 def surgery_stream(

@@ -50,7 +50,7 @@ BLOCKS = [block for page in PAGES for block in blocks(page, read_page(page))]
 ALL_COMMANDS = [command for block in BLOCKS for command in commands(block)]
 METHOD = "docs/method.md"
 # Options of other programs, and of run.py.
-FOREIGN_FLAGS = {"--machine_rank", "--multi_gpu", "--num_processes", "--torch-index"}
+FOREIGN_FLAGS = {"--machine_rank", "--multi_gpu", "--num_processes", "--shm-size", "--torch-index"}
 # Files that runs write, or that are not in this repository.
 OTHER_FILES = {"comparison.md", "study.md", "forward_utils_cross_attention.py"}
 MOST_WORDS = 16_000
