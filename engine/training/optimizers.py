@@ -54,9 +54,9 @@ def transfer_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any])
             state = moments.get(name)
             if state is None or not are_moments_of(parameter, state):
                 continue
-            optimizer.state[parameter] = {
-                key: value.to(parameter) if torch.is_tensor(value) and key != "step" else value
-                for key, value in copy.deepcopy(state).items()
-            }
+            moments_of_parameter = copy.deepcopy(dict(state))
+            step = torch.as_tensor(moments_of_parameter.pop("step"), dtype=torch.float32)
+            averages = {key: value.to(parameter) for key, value in moments_of_parameter.items()}
+            optimizer.state[parameter] = {"step": step, **averages}
             transferred += 1
     return transferred
