@@ -155,7 +155,7 @@ def test_training_without_an_anomalous_pixel_is_refused(
         for folder in [*data.glob("*/ground_truth"), *data.glob("*/test/spot")]:
             shutil.rmtree(folder)
     config = replace(config, dataset=str(data), training_mode="full_shot", image_epoch=1)
-    with pytest.raises(UserError, match="training images is anomalous|images have no mask"):
+    with pytest.raises(UserError, match=r"training images is anomalous|images have no mask"):
         train_base(replace(config, image_loss_only=False))
     assert not config.save_path.exists()
     train_base(config)
