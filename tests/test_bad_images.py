@@ -1,4 +1,4 @@
-"""An image that cannot be read stops a run, which goes on without it (run in this process, on a tiny CLIP)."""
+"""An unreadable image stops a run, and the same command resumes without it (in this process, with a tiny CLIP)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run's data were is the default of whatever tests, draws or goes on with it."""
+"""The location of a run's data is the default of every script that tests, draws or resumes the run."""
 
 from __future__ import annotations
 
