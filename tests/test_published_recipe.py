@@ -26,7 +26,7 @@ from dataset.prompts import build_prompts
 from engine import load_model
 from engine.config.training import BaseConfig, CrossAttentionRunConfig
 from engine.data.loaders import make_dataset, training_loader
-from engine.data.run_location import load_task_of_run
+from engine.data.task import load_task
 from engine.evaluation.image_heatmaps import read_dataset_image
 from engine.training.base import train_base
 from engine.training.setup import RunSetup, prepare
@@ -417,7 +417,7 @@ def test_masks_are_read_alike_wherever_a_task_is_used(opening: RunSetup, tmp_pat
         blurred.save(file)
     counts = {}
     for threshold in (0.25, 0.5, "nonzero"):
-        data = load_task_of_run({}, str(folder), mask_threshold=threshold)
+        data = load_task(str(folder), mask_threshold=threshold)
         record = next(record for record in data.records if record.label)
         drawn = read_dataset_image(data, record).mask.sum()
         tested = make_dataset(data, opening.model.clip)[data.records.index(record)]["mask"].sum()

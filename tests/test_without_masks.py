@@ -207,6 +207,6 @@ def test_what_the_image_loss_does_not_go_with(config: BaseConfig, monkeypatch: p
     assert BaseConfig.of(image_loss_only=True, text_epoch=0).text_epoch == 0
     data = load_task(config.dataset)
     medical = replace(data, located=replace(data.located, spec=replace(data.located.spec, domain="medical")))
-    monkeypatch.setattr("engine.training.setup.load_task_of_run", lambda *_: medical)
+    monkeypatch.setattr("engine.training.setup.load_task", lambda *_: medical)
     with pytest.raises(UserError, match="scored by their maps alone"):
         train_base(config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import MISSING, field
 from typing import Any
 
@@ -11,7 +11,7 @@ POSITIONAL = "positional arguments"
 
 
 def limited(
-    default: Any = MISSING, *, between: tuple[float, float] | None = None, choices: Sequence[str] | None = None
+    default: Any = MISSING, *, between: tuple[float, float] | None = None, choices: Collection[str] | None = None
 ) -> Any:
     """A field with a range or choices, which `utils.schema.check` and `changed` read."""
     return field(default=default, metadata={"between": between, "choices": choices})
@@ -23,7 +23,7 @@ def setting(
     group: str,
     *,
     between: tuple[float, float] | None = None,
-    choices: Sequence[str] | None = None,
+    choices: Collection[str] | None = None,
     free: bool = False,
     unset: str | None = None,
     **argparse: Any,

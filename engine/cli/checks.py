@@ -19,9 +19,8 @@ from dataset.toy.classes import TOY_DATASETS
 from engine.config.evaluation import ComparisonArguments
 from engine.config.tools import ExportArguments
 from engine.config.training import RunConfig
-from engine.data.run_location import arguments_in
 from engine.detector.hub import NO_CHECKPOINT, check_checkpoint
-from engine.runtime.run_folder import STATE_FILE, check_same_run, find_latest, find_loops
+from engine.runtime.run_folder import STATE_FILE, arguments_in, check_same_run, find_latest, find_loops
 from utils.arguments import Arguments
 from utils.errors import UserError
 from utils.files import check_folder

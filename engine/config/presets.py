@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 RECIPES = ("toy",)
-BASE_PRESETS = ("recommended", "published")
-FEEDBACK_PRESETS = ("v3", "v2", "v1", "v1_original")
 
 # `--recipe toy`: the toy CLIP, with rates and depths for it. It is applied after a preset.
 TOY: dict[str, Any] = {
@@ -65,7 +63,9 @@ FEEDBACK: dict[str, tuple[Any, ...]] = {
 
 def _columns(names: tuple[str, ...], table: dict[str, tuple[Any, ...]]) -> dict[str, dict[str, Any]]:
     columns = zip(*table.values(), strict=True)
-    return {name: dict(zip(table, column, strict=True)) for name, column in zip(names, columns, strict=False)}
+    return {name: dict(zip(table, column, strict=True)) for name, column in zip(names, columns, strict=True)}
 
 
-PRESETS = {"toy": TOY, **_columns(BASE_PRESETS, BASE), **_columns(FEEDBACK_PRESETS, FEEDBACK)}
+BASE_PRESETS = _columns(("recommended", "published"), BASE)
+FEEDBACK_PRESETS = _columns(("v3", "v2", "v1", "v1_original"), FEEDBACK)
+PRESETS = {"toy": TOY, **BASE_PRESETS, **FEEDBACK_PRESETS}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dataset.catalog import mvtec_spec
 from dataset.class_names import class_display_names
@@ -15,7 +16,7 @@ from dataset.folders import find_images
 from dataset.images import drop_bad_images
 from dataset.locate import LocatedDataset, locate_dataset
 from dataset.metadata import load_records
-from dataset.prompts import build_prompts, readable_name
+from dataset.prompts import NAMES, build_prompts, readable_name
 from dataset.records import HALF, Record, metadata_digest, natural_key
 from utils.errors import UserError
 from utils.text import list_names
@@ -76,8 +77,13 @@ def load_task(
     class_names: str | Path | None = None,
     skip_bad_images: bool = False,
     mask_threshold: str | float = HALF,
+    run: Mapping[str, Any] | None = None,
 ) -> TaskData:
     """Load the test split of a dataset.
+
+    The arguments of a run replace missing ones: its data root if it contains the dataset, its metadata and file of
+    class names for its own dataset, and `--class_names published` for every dataset. Paths that no longer exist are
+    ignored with a message.
 
     Args:
         dataset: A name in the catalog, or a folder in MVTec's layout (`dataset.locate.locate_dataset`).
@@ -86,12 +92,36 @@ def load_task(
         class_names: The source of the names in prompts (`dataset.class_names.class_display_names`).
         skip_bad_images: Leave out images that cannot be read.
         mask_threshold: As for `dataset.images.read_mask`.
+        run: Arguments of a run.
 
     Raises:
         UserError: The dataset, the list or the names cannot be found or read.
     """
+    run = run or {}
+    if data_root is None and (recorded := _existing(run, "data_root")):
+        try:
+            locate_dataset(dataset, recorded)
+            data_root = recorded
+        except UserError:
+            logger.info("%s is not under the run's data root %s, which is ignored", dataset, recorded)
+    if class_names is None and run.get("class_names") in NAMES:
+        class_names = run["class_names"]
+        logger.info("--class_names is that of the run: %s", class_names)
+    if str(run.get("dataset")).lower() == dataset.lower():
+        metadata = metadata or _existing(run, "metadata")
+        class_names = class_names or _existing(run, "class_names")
     located = locate_dataset(dataset, data_root)
     return _make_task(located, load_records(located, metadata), class_names, skip_bad_images, mask_threshold)
+
+
+def _existing(run: Mapping[str, Any], name: str) -> Path | None:
+    """A path among a run's arguments, if it still exists."""
+    if not run.get(name):
+        return None
+    path = Path(run[name])
+    exists = path.exists()
+    logger.info("--%s of the run: %s%s", name, path, "" if exists else " no longer exists and is ignored")
+    return path if exists else None
 
 
 def load_two_folders(

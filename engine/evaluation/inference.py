@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.evaluation import DEFAULT_CLASS, InferenceArguments
-from engine.data.run_location import load_task_of_run
-from engine.data.task import TaskData, load_two_folders, mask_notes
+from engine.data.task import TaskData, load_task, load_two_folders, mask_notes
 from engine.detector.detector import Detector
 from engine.detector.hub import NO_CHECKPOINT, RESULTS, folder_of, local_path
 from engine.detector.loading import PUBLISHED_MODEL, build_detector, load_clip_for, unadapted_detector
@@ -136,7 +135,7 @@ def load_images(arguments: InferenceArguments, detectors: Sequence[Detector]) ->
         folders = (arguments.normal, arguments.anomalous)
         return load_two_folders(*folders, class_name, arguments.domain, arguments.skip_bad_images)
     dataset = arguments.dataset or training_dataset(detectors)
-    return load_task_of_run(detectors[0].arguments, dataset, *arguments.image_choices())
+    return load_task(dataset, *arguments.image_choices(), run=detectors[0].arguments)
 
 
 def write_results(

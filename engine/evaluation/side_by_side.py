@@ -9,7 +9,6 @@ from pathlib import Path
 from dataset.prompts import CATALOG_NAMES
 from dataset.records import Record
 from engine.config.evaluation import ALL, VisualizationArguments
-from engine.data.run_location import load_task_of_run
 from engine.data.task import TaskData, load_task
 from engine.detector.detector import Detector, arguments_of
 from engine.detector.loading import build_detector, load_clip_for
@@ -49,13 +48,13 @@ def visualize_comparison(arguments: VisualizationArguments) -> list[Path]:
     device = check_device(arguments.device, "fp32")
     checkpoints = find_checkpoints_of(arguments)
     host, *_ = trained = list(checkpoints.values())
-    data = load_task_of_run(
-        arguments_of(host),
+    data = load_task(
         arguments.dataset or training_dataset(trained),
         arguments.data_root,
         arguments.metadata,
         arguments.class_names,
         mask_threshold=arguments.mask_threshold,
+        run=arguments_of(host),
     )
     records = anomalous_records(data, arguments.class_name)
     indices = chosen_indices(arguments, len(records))

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.evaluation import ComparisonArguments
-from engine.data.run_location import arguments_in, load_task_of_run
-from engine.data.task import TaskData, mask_notes
+from engine.data.task import TaskData, load_task, mask_notes
 from engine.detector.detector import UNADAPTED, Detector
 from engine.detector.loading import build_detector, checkpoint_config, load_clip_for, unadapted_detector
 from engine.evaluation.evaluate import Evaluation, evaluate
@@ -21,7 +20,7 @@ from engine.report.comparison import Comparison, Row, forward_notes, unfair_note
 from engine.report.page import example_rows, write_report
 from engine.runtime.device import check_compiler
 from engine.runtime.distributed import join_launch, main_process_first
-from engine.runtime.run_folder import REPORT_FILE, find_loops, loop_file
+from engine.runtime.run_folder import REPORT_FILE, arguments_in, find_loops, loop_file
 from model.blocks import BlockRunner
 from model.checkpoint import read_checkpoint
 from model.clip import FrozenCLIP
@@ -75,7 +74,7 @@ def compare_feedback_loops(arguments: ComparisonArguments) -> int:
     rows = [*unadapted, *others, *(read_loop(number, file) for number, file in files.items())]
     trained: dict[str, Any] = next((row.config["arguments"] for row in reversed(rows) if row.config), {})
     with main_process_first():
-        data = load_task_of_run(trained, arguments.dataset, *arguments.image_choices())
+        data = load_task(arguments.dataset, *arguments.image_choices(), run=trained)
     setup = Setup(arguments, data, device)
     clip = load_shared_clip(rows, arguments)
     evaluations: dict[str, Evaluation] = {}

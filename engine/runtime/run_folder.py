@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
 
-from model.config import SHARED_WEIGHTS
+from model.config import SHARED_WEIGHTS, SavedArguments
 from utils.errors import UserError
+from utils.reading import read_json
 from utils.text import list_names
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.pth"
 LOG_FILE = "train.log"
@@ -37,6 +41,18 @@ def side_file(side: str, epoch: int | None = None) -> str:
 def loop_file(loop: int, stage: str = "final") -> str:
     """The checkpoint of a feedback loop after its "text" or "image" stage; by default, after its end."""
     return f"loop_{loop}_final.pth" if stage == "final" else f"loop_{loop}_{stage}_adapter.pth"
+
+
+def arguments_in(folder: Path) -> dict[str, Any]:
+    """The arguments of the run in a folder; empty if there is no run, or (with a warning) its file is damaged."""
+    file = folder / ARGUMENTS_FILE
+    if not file.is_file():
+        return {}
+    try:
+        return read_json(file, SavedArguments)
+    except UserError as error:
+        logger.warning("%s; it is ignored", error)
+        return {}
 
 
 def find_checkpoints(path: Path) -> list[Path]:

@@ -11,8 +11,7 @@ from torch.utils.data import DataLoader
 
 from engine.config.training import LOOP_BATCH, FeedbackConfig
 from engine.data.loaders import hold_out
-from engine.data.run_location import load_task_of_run
-from engine.data.task import TaskData
+from engine.data.task import TaskData, load_task
 from engine.detector.detector import Detector
 from engine.evaluation.evaluate import METRICS, det_score_note, evaluate, summary_table
 from engine.runtime.run_folder import CURVES_FILE, FINAL_FILE, loop_file
@@ -53,7 +52,7 @@ def train_feedback(config: FeedbackConfig) -> None:
         training, validation = hold_out(training, config.val_fraction, config.seed)
     tested = None
     if config.eval_dataset:
-        tested = load_task_of_run(config.to_dict(), config.eval_dataset, mask_threshold=config.mask_threshold)
+        tested = load_task(config.eval_dataset, mask_threshold=config.mask_threshold, run=config.to_dict())
     logger.info("%d feedback loops, preset %s\n\n%s\n", len(plan), config.preset, plan_table(plan))
     with open_run(setup, partial(loop_forward, config)) as run:
         finisher = LoopFinisher(run, config, {"validation": validation, "eval_dataset": tested})

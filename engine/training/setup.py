@@ -14,11 +14,10 @@ from accelerate import Accelerator
 
 from dataset.prompts import NAMES
 from engine.config.training import FROM_BASE, LOOP_BATCH, CrossAttentionArguments, FeedbackConfig, RunConfig
-from engine.data.run_location import arguments_in, load_task_of_run
-from engine.data.task import TaskData, choose_training_images
+from engine.data.task import TaskData, choose_training_images, load_task
 from engine.runtime.device import check_compiler
 from engine.runtime.distributed import make_accelerator
-from engine.runtime.run_folder import STATE_FILE
+from engine.runtime.run_folder import STATE_FILE, arguments_in
 from engine.training.image_loss import check_anomalies, check_labels
 from engine.training.optimizers import make_optimizer
 from engine.training.restart import locked_folder
@@ -78,14 +77,14 @@ def prepare(config: Config, script: str, start: Start | None = None, text_adapte
     config = replace(config, precision=precision)
     config.check_processes(accelerator.num_processes)
     with accelerator.main_process_first():  # it writes the metadata, and draws the toy datasets, on first use
-        data = load_task_of_run(
-            earlier,
+        data = load_task(
             config.dataset,
             config.data_root,
             config.metadata,
             config.class_names,
             config.skip_bad_images,
             config.mask_threshold,
+            earlier,
         )
     check_labels(config, data)
     data = choose_training_images(data, config.training_mode, config.shot, config.seed)
