@@ -78,7 +78,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def test_models_are_named_by_what_tells_them_apart_and_share_one_clip(models: dict[str, Detector]) -> None:
+def test_models_have_distinct_titles_and_share_one_clip(models: dict[str, Detector]) -> None:
     assert list(models) == ["unadapted", "image_adapter", "loop_1_final", "loop_2_final"]
     assert len({id(model.clip) for model in models.values()}) == 1
     paths = [Path("a/run/x.pth"), Path("b/run/x.pth"), Path("b/y.pth"), Path("b/y.pth")]
@@ -134,7 +134,7 @@ def test_unreadable_images_are_reported_and_the_others_analyzed(
         make_uploads([str(path) for path in [*bad, images[0]]], 3)
 
 
-def test_references_are_a_visitors_own(models: dict[str, Detector], images: list[Path], normals: list[Path]) -> None:
+def test_references_belong_to_one_visitor(models: dict[str, Detector], images: list[Path], normals: list[Path]) -> None:
     session, other = Session(models, uploads=uploads_of(images)), Session(models, uploads=uploads_of(images))
     session.compare_with(uploads_of(normals[:3]), "image_adapter", "cork")
     for name in ("image_adapter", "loop_2_final"):
@@ -168,7 +168,7 @@ def test_references_are_a_visitors_own(models: dict[str, Detector], images: list
     assert [result.references for result in session.results] == [0, 0]
 
 
-def test_thresholds_are_a_visitors_own(
+def test_thresholds_belong_to_one_visitor(
     world: Path, models: dict[str, Detector], images: list[Path], normals: list[Path]
 ) -> None:
     session = Session(models, uploads=uploads_of(images))
@@ -203,7 +203,7 @@ def test_thresholds_are_a_visitors_own(
     assert not list(world.rglob("calibration.json")), "nothing is written beside the checkpoint"
 
 
-def test_thresholds_beside_the_checkpoint_decide(world: Path, images: list[Path], normals: list[Path]) -> None:
+def test_thresholds_next_to_the_checkpoint_decide(world: Path, images: list[Path], normals: list[Path]) -> None:
 
     file = world / "base" / "image_adapter.pth"
     calibrate_images(str(file), normals[0].parent, "cork", false_alarms=0.05, device="cpu")
@@ -274,7 +274,7 @@ def test_too_long_class_names_are_rejected(models: dict[str, Detector], images: 
     assert session.results[0].finding.class_name == "object"
 
 
-def test_errors_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_before_the_page_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="must begin with /"):
         AppArguments.of(root_path="anomalies").check()

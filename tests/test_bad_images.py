@@ -43,7 +43,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "image_adapter.pth", weights_only=True)["image_adapter"]
 
 
-def test_a_run_that_a_bad_image_stopped_goes_on_without_it(config: BaseConfig, tmp_path: Path) -> None:
+def test_a_run_stopped_by_a_bad_image_resumes_without_it(config: BaseConfig, tmp_path: Path) -> None:
     bad = spoil(config.dataset)
     with pytest.raises(UserError, match=bad.name):
         train_base(config)
@@ -54,14 +54,14 @@ def test_a_run_that_a_bad_image_stopped_goes_on_without_it(config: BaseConfig, t
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_a_dataset_of_which_nothing_can_be_read(tmp_path: Path) -> None:
+def test_a_dataset_without_readable_images_is_an_error(tmp_path: Path) -> None:
     for image in write_dataset(tmp_path / "data", count=1).rglob("*.png"):
         image.write_bytes(b"")
     with pytest.raises(UserError, match=r"none of its 4 images in .* can be read"):
         load_task(str(tmp_path / "data"), skip_bad_images=True)
 
 
-def test_a_bad_image_that_is_held_out_is_found_before_training(tmp_path: Path) -> None:
+def test_a_bad_held_out_image_is_found_before_training(tmp_path: Path) -> None:
     data = load_task(str(write_dataset(tmp_path / "data", count=4)))
     _, held = hold_out(data, 0.25, seed=0)
     bad = tmp_path / "data" / held.records[0].image_path

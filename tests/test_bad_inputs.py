@@ -42,7 +42,7 @@ def of_each_kind() -> dict[str, list[Case]]:
     return {" ".join(key): list(cases) for key, cases in groupby(ordered, lambda case: (case.kind, case.script))}
 
 
-def test_there_are_cases_for_each_script() -> None:
+def test_every_script_has_cases() -> None:
     assert {case.script for case in CASES} == {*SCRIPTS, CONVERT, "run.py"}
     assert all(sum(case.script == script for case in CASES) >= 10 for script in SCRIPTS)
 
@@ -80,13 +80,13 @@ def test_the_undamaged_runs_resume(world: Path, run: str) -> None:
     ],
     ids=str,
 )
-def test_the_rule(changes: dict[str, object], changed: list[str], problem: str) -> None:
+def test_each_violation_of_the_rule_is_reported(changes: dict[str, object], changed: list[str], problem: str) -> None:
     sound, rejected = Answer(2, "Device: cpu\nerror: no such file\n", "", 0.1), Case(TEST, "any", (), says="such")
     assert verdict(rejected, sound, []) == []
     assert any(problem in found for found in verdict(rejected, sound._replace(**changes), changed))
 
 
-def test_a_file_that_a_script_creates_is_noticed(world: Path) -> None:
+def test_a_created_file_is_reported(world: Path) -> None:
     @contextmanager
     def writing() -> Iterator[None]:
         (world / "outside" / "more.txt").touch()
@@ -111,7 +111,7 @@ def test_a_damaged_file_is_used_or_rejected(world: Path, damaged: Damaged, reade
     assert not any("traceback" in problem for problem in problems), problems
 
 
-def test_answers_are_those_of_a_process(world: Path) -> None:
+def test_answers_equal_those_of_a_separate_process(world: Path) -> None:
     result = answer(TEST, ["--checkpoint", "nowhere"])
     assert (result.status, result.errors.count("\n")) == (2, 1)
     assert "error: nowhere: not there" in result.errors

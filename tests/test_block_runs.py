@@ -60,7 +60,7 @@ def flops_of(function: Callable[[], Any]) -> int:
 @pytest.mark.parametrize("surgery", ["dual", "sequential", "batch_axis"])
 @pytest.mark.parametrize("levels", [(2, 4, 6, 8), (2,), (2, 5)])
 @pytest.mark.parametrize("until", [1, 2, 7, 9])
-def test_frozen_features_are_the_same_without_what_nothing_reads(
+def test_skipping_unused_computation_leaves_frozen_features_unchanged(
     surgery: str, levels: tuple[int, ...], until: int
 ) -> None:
     clip, images = tiny_clip(), random_batch(40).images
@@ -78,7 +78,7 @@ def test_frozen_features_are_the_same_without_what_nothing_reads(
     assert cost == cost_of_all if until == 1 and levels[-1] == 8 else cost < cost_of_all
 
 
-def test_the_class_token_behind_the_last_level_needs_no_patches() -> None:
+def test_the_class_token_after_the_last_level_needs_no_patches() -> None:
     clip, images = tiny_clip(), random_batch(40).images
     model = adapted_clip(clip, levels=(2, 5))
     found = model.encode_image(images, with_context=True)
@@ -87,7 +87,7 @@ def test_the_class_token_behind_the_last_level_needs_no_patches() -> None:
     assert_agrees(found.context, expected.context, 1e-5)
 
 
-def test_shared_streams_are_those_of_each_model() -> None:
+def test_shared_streams_equal_those_of_each_model() -> None:
     """Of each surgery and depth their own, at the levels asked for, and each computed once."""
     clip, images, shared = tiny_clip(), random_batch(40).images, SharedStreams()
     for surgery, until, levels in (
@@ -146,7 +146,7 @@ class Storages(TorchDispatchMode):
         return sum(size for storage, size in self.made.values() if not storage.expired())
 
 
-def test_checkpointed_blocks_keep_less_and_compute_attention_once() -> None:
+def test_checkpointed_blocks_use_less_memory_and_compute_attention_once() -> None:
     stage, batch = make_stage("image", "base", "first"), make_batch()
     kept, backward = {}, {}
     for checkpointed in (False, True):
@@ -207,7 +207,7 @@ def test_compiled_blocks_have_the_same_gradients() -> None:
     assert_same_step("image", "base", "first", BlockRunner(compiled=[4]), 1e-4)
 
 
-def test_batches_of_other_sizes_are_not_compiled(graphs: list[torch.fx.GraphModule]) -> None:
+def test_batches_of_another_size_are_not_compiled(graphs: list[torch.fx.GraphModule]) -> None:
     clip = tiny_clip()
     clip.run = BlockRunner(compiled=[3])
     config = config_for(clip)
@@ -234,7 +234,7 @@ def test_a_restart_of_a_compiled_run_ends_with_the_same_weights(
     train_base(replace(again, image_epoch=3, compile=False))
 
 
-def test_where_nothing_can_be_compiled_a_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any, **__: Any) -> Any:
         raise RuntimeError(
             "backend='inductor' raised:\nInvalidCxxCompiler: No working C++ compiler found\n\nSet TORCH_LOGS"

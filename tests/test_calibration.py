@@ -51,7 +51,7 @@ KEY = CalibrationKey("c0ffee", "cork", "industrial", "abnormal")
 
 
 @pytest.mark.parametrize(("rate", "images"), [(0.05, 19), (0.01, 99), (0.1, 9), (0.03, 33), (0.001, 999), (0.5, 1)])
-def test_too_few_images_are_refused_with_the_number_needed(rate: float, images: int) -> None:
+def test_too_few_images_are_refused_with_the_required_number(rate: float, images: int) -> None:
     assert images_needed(rate) == images
     assert order_of_threshold(images, rate) == images
     check_enough(images, rate, "here")
@@ -63,7 +63,7 @@ def test_too_few_images_are_refused_with_the_number_needed(rate: float, images: 
 
 
 @pytest.mark.parametrize(("count", "rate"), [(19, 0.05), (30, 0.1), (99, 0.01), (250, 0.03)])
-def test_the_rate_holds_whatever_the_scores_are(count: int, rate: float) -> None:
+def test_the_false_alarm_rate_holds_for_any_scores(count: int, rate: float) -> None:
     """The mean rate over calibrations is at most the one asked for, and nearly that; the interval has its coverage."""
     k = order_of_threshold(count, rate)
     true_rates = []
@@ -78,7 +78,7 @@ def test_the_rate_holds_whatever_the_scores_are(count: int, rate: float) -> None
     assert np.mean([low <= found <= high for found in true_rates]) == pytest.approx(0.95, abs=0.02)
 
 
-def test_entries_are_kept_by_subject_and_no_other_is_found(tmp_path: Path) -> None:
+def test_entries_are_found_by_their_subject_only(tmp_path: Path) -> None:
     file = tmp_path / "calibration.json"
     values = RNG.random(19).tolist()
     others = [KEY._replace(**{name: "another"}) for name in CalibrationKey._fields]
@@ -120,7 +120,7 @@ def test_calibrations_at_the_same_time_lose_no_entry(tmp_path: Path, monkeypatch
     "change",
     [{"interval": [0.1]}, {"scores": "x"}, {"pixel_threshold": float("nan")}, {"unknown": 1}, {"images": None}],
 )
-def test_a_file_that_was_changed_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_a_changed_file_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     file = tmp_path / "calibration.json"
     values = RNG.random(19).tolist()
     add_entry(file, make_entry(KEY, "m", values, values, 0.05))
@@ -166,7 +166,7 @@ def model(world: Path) -> Detector:
     return load_model(world / "base" / "image_adapter.pth", device="cpu")
 
 
-def test_predict_decides_once_it_is_calibrated(world: Path, model: Detector) -> None:
+def test_predict_returns_decisions_after_calibration(world: Path, model: Detector) -> None:
     (entry,) = read_calibration(world / "base" / "calibration.json")
     assert entry.images == 24 and entry.model == "image_adapter_1" and entry.class_name == "cork"
     for index in range(24):
@@ -214,7 +214,7 @@ def test_thresholds_of_another_model_or_class_are_refused(world: Path, model: De
         load_model(world / "base" / "image_adapter.pth", device="cpu", calibration=tmp_path / "gone.json")
 
 
-def test_images_are_counted_once_and_broken_ones_not_at_all(
+def test_images_count_once_and_broken_ones_do_not_count(
     world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "normal"
@@ -235,7 +235,7 @@ def test_images_are_counted_once_and_broken_ones_not_at_all(
     assert [entry.images for entry in both] == [24, 24]
 
 
-def test_classes_of_a_folder_get_thresholds_of_their_own_and_everything_shows_them(
+def test_each_class_of_a_folder_gets_its_thresholds_and_all_outputs_show_them(
     world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -263,7 +263,7 @@ def test_classes_of_a_folder_get_thresholds_of_their_own_and_everything_shows_th
     assert "calibration.json: its thresholds are of 'cork', not of 'tile'; no decision for tile" in caplog.text
 
 
-def test_the_page_begins_at_the_threshold(
+def test_the_slider_of_the_page_starts_at_the_threshold(
     world: Path,
     model: Detector,
     tmp_path: Path,
@@ -280,7 +280,7 @@ def test_the_page_begins_at_the_threshold(
     assert f"higher than {100 * highest.rank:.1f} % of normal images" in page.locator("li").first.inner_text()
 
 
-def test_false_alarms_lie_in_their_interval_on_images_drawn_anew() -> None:
+def test_false_alarms_on_new_images_lie_in_the_interval() -> None:
     """100 splits of 160 normal images of a toy class: 59 to calibrate on, the others to count false alarms.
 
     The number of alarms among m images is beta-binomial; 95 % of splits lie in its interval, were they independent.

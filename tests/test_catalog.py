@@ -101,7 +101,7 @@ def test_data_root_that_is_the_dataset_itself(tmp_path):
         ("Liver", ("test/good/img",), "Liver_AD/Liver_AD"),
     ],
 )
-def test_archives_unpacked_into_a_folder_of_their_own(tmp_path, name, classes, folder):
+def test_archives_unpacked_into_separate_folders(tmp_path, name, classes, folder):
     if name == "Liver":
         write_files(tmp_path / folder, "test/good/img/1.png")
     else:
@@ -112,7 +112,7 @@ def test_archives_unpacked_into_a_folder_of_their_own(tmp_path, name, classes, f
     assert locate_dataset(name, tmp_path).root == tmp_path / folder
 
 
-def test_the_folder_that_holds_most_of_the_dataset_counts(tmp_path):
+def test_the_folder_with_most_of_the_dataset_is_used(tmp_path):
     make_folders(tmp_path, "mvtec_anomaly_detection", "MVTec/bottle/test/good")
     write_classes(tmp_path / "MVTec-AD", "screw")
     write_classes(tmp_path / "mvtec", "screw", "grid")
@@ -139,7 +139,7 @@ def test_two_archives_unpacked_flat_into_one_folder_are_two_datasets(tmp_path):
             assert (list(data.names), len(data.records)) == (list(CATALOG[name].class_names), count)
 
 
-def test_visa_in_the_one_class_layout_has_the_names_of_the_catalog(tmp_path):
+def test_visa_in_the_one_class_layout_has_catalog_names(tmp_path):
     root = write_classes(tmp_path / "VisA", "pcb1", "cashew")
     write_files(root, "pcb1/test/bad/000.JPG", "pcb1/Ground_Truth/bad/000.png")
     data = load_task("visa", tmp_path)
@@ -160,7 +160,7 @@ def test_visa_in_the_one_class_layout_has_the_names_of_the_catalog(tmp_path):
         ("Colon_cvc300", "polyp_x", "polyp x"),
     ],
 )
-def test_class_names_of_lists_made_elsewhere(tmp_path, name, listed, expected):
+def test_class_names_of_external_lists(tmp_path, name, listed, expected):
     assert class_display_names(CATALOG[name], None, [listed])[listed] == expected
     file = tmp_path / "names.json"
     known = next((known for known, text in CATALOG[name].class_names.items() if text == expected), listed)
@@ -168,7 +168,7 @@ def test_class_names_of_lists_made_elsewhere(tmp_path, name, listed, expected):
     assert class_display_names(CATALOG[name], file, [listed])[listed] == "thing"
 
 
-def test_a_layout_that_is_not_understood_is_described(tmp_path):
+def test_an_unknown_layout_is_described(tmp_path):
     write_files(tmp_path / "MVTec", "images/bottle/1.png", "labels.csv")
     with pytest.raises(UserError) as error:
         load_task("MVTec", tmp_path)
@@ -184,14 +184,14 @@ def test_a_layout_that_is_not_understood_is_described(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["x" * 5000, "~nosuchuser/data", "a" * 300])
-def test_paths_that_cannot_be_looked_at(path):
+def test_unreadable_paths(path):
     with pytest.raises(UserError, match="unknown dataset"):
         locate_dataset(path)
     with pytest.raises(UserError, match="does not exist"):
         locate_dataset("MVTec", Path(path))
 
 
-def test_data_root_from_the_environment_then_data(tmp_path, monkeypatch):
+def test_data_root_comes_from_the_environment_or_is_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_folders(tmp_path, "data/MPDD", "elsewhere/MPDD")
     monkeypatch.delenv(locate.DATA_ROOT_VARIABLE, raising=False)
@@ -218,13 +218,13 @@ def one_line(error):
 
 
 @pytest.mark.parametrize("name", ["MVTek", "", "no/such/folder"])
-def test_unknown_dataset_names_the_known_ones(name):
+def test_an_unknown_dataset_lists_the_known_ones(name):
     with pytest.raises(UserError) as error:
         locate_dataset(name)
     assert all(known in one_line(error) for known in CATALOG)
 
 
-def test_missing_folders_name_what_was_looked_for(tmp_path):
+def test_missing_folders_list_the_searched_paths(tmp_path):
     with pytest.raises(UserError) as error:
         locate_dataset("VisA", tmp_path / "nothing")
     assert str(tmp_path / "nothing") in one_line(error) and "--data_root" in one_line(error)
@@ -265,7 +265,7 @@ def test_class_names_from_a_file(tmp_path):
     assert CATALOG["VisA"].class_names["candle"] == "candle"
 
 
-def test_class_names_of_classes_that_only_the_metadata_knows(tmp_path):
+def test_class_names_of_classes_that_only_the_metadata_contains(tmp_path):
     names = class_display_names(CATALOG["BTAD"], None, ["01", "small_gear"])
     assert names == CATALOG["BTAD"].class_names | {"small_gear": "small gear"}
     assert "small_gear" not in CATALOG["BTAD"].class_names

@@ -99,7 +99,7 @@ def one_line(caught: pytest.ExceptionInfo[UserError], *parts: object) -> str:
 
 
 @pytest.mark.parametrize("relu", [False, True])
-def test_a_published_checkpoint_loads_and_computes_what_was_published(relu: bool, tmp_path: Path) -> None:
+def test_a_published_checkpoint_gives_published_outputs(relu: bool, tmp_path: Path) -> None:
     states = published_states(relu)
     model = load_by_its_keys(write_pair(tmp_path, states))
     config = model.config
@@ -131,7 +131,7 @@ def test_a_file_without_config_loads_by_its_keys(adapter: str, relu: bool, tmp_p
         assert all(torch.equal(value, states[name][key]) for key, value in state.items())
 
 
-def test_one_file_may_hold_both_sides(tmp_path: Path) -> None:
+def test_one_file_may_contain_both_sides(tmp_path: Path) -> None:
     states = states_of(model_of())
     torch.save({"epoch": 4, **states}, tmp_path / "both.pth")
     read = checkpoint.read_checkpoint(tmp_path / "both.pth")
@@ -141,14 +141,14 @@ def test_one_file_may_hold_both_sides(tmp_path: Path) -> None:
         read.model_config()
 
 
-def test_an_own_text_side_is_preferred_to_the_file_beside_it(tmp_path: Path) -> None:
+def test_the_text_side_in_the_file_is_preferred_to_the_separate_file(tmp_path: Path) -> None:
     states, other = states_of(model_of()), states_of(model_of(adapter="linear"))
     image = write_pair(tmp_path, other)
     torch.save({"epoch": 4, **states}, image)
     assert "0.fc1.weight" in checkpoint.read_checkpoint(image).components["text_adapter"]
 
 
-def test_the_text_side_and_its_optimizer_come_from_the_file_beside_it(
+def test_the_text_side_and_its_optimizer_come_from_the_separate_file(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     states = states_of(model_of())
@@ -215,14 +215,14 @@ def test_a_missing_text_side_is_an_error(tmp_path: Path) -> None:
     ],
     ids=["other keys", "empty", "list", "tensor", "number for a component", "text for a tensor", "text for a config"],
 )
-def test_what_is_no_checkpoint_is_refused(content: object, tmp_path: Path) -> None:
+def test_other_files_are_refused(content: object, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "image_adapter.pth")
     with pytest.raises(UserError) as caught:
         checkpoint.read_checkpoint(tmp_path / "image_adapter.pth")
     one_line(caught, tmp_path / "image_adapter.pth")
 
 
-def test_what_a_later_version_adds_beside_the_model_is_no_harm(tmp_path: Path) -> None:
+def test_additional_keys_of_later_versions_are_ignored(tmp_path: Path) -> None:
     model = model_of()
     path = tmp_path / "image_adapter.pth"
     config = config_of(model, script="train.py", arguments={"dataset": "any", "temperature": 2})
@@ -297,7 +297,7 @@ def refusal(module: nn.Module, state: State, name: str) -> str:
     return one_line(caught, "run/image_adapter.pth", name)
 
 
-def test_another_size_names_key_and_both_shapes() -> None:
+def test_a_wrong_shape_is_reported_with_its_key_and_both_shapes() -> None:
     model = model_of()
     state = checkpoint.state_of(model.image_adapter)
     state["seg_proj.2.fc.weight"] = torch.zeros(40, 64)
@@ -306,7 +306,7 @@ def test_another_size_names_key_and_both_shapes() -> None:
         assert part in message
 
 
-def test_nothing_is_skipped_silently() -> None:
+def test_missing_and_unknown_keys_are_errors() -> None:
     model = model_of()
     state = checkpoint.state_of(model.text_adapter)
     assert "'0.bias'" in refusal(model.text_adapter, {**state, "0.bias": torch.zeros(3)}, "text_adapter")
@@ -315,7 +315,7 @@ def test_nothing_is_skipped_silently() -> None:
 
 
 @pytest.mark.parametrize("form", ["torch", "pickle"])
-def test_a_file_that_holds_code_is_refused_and_nothing_runs(form: str, tmp_path: Path) -> None:
+def test_a_file_that_contains_code_is_refused_and_not_run(form: str, tmp_path: Path) -> None:
     path, target = tmp_path / "image_adapter.pth", tmp_path / "ran"
     content = {"image_adapter": {}, "text_adapter": {}, "epoch": RunsCode(target)}
     if form == "torch":

@@ -74,7 +74,7 @@ def one_line(caught: pytest.ExceptionInfo[UserError]) -> str:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_every_format_gives_the_same_clip(kind: str, tiny_name: str, tmp_path: Path) -> None:
+def test_every_weight_format_gives_the_same_clip(kind: str, tiny_name: str, tmp_path: Path) -> None:
     loaded = load_clip(tiny_name, weights_file(kind, tmp_path), activation="quick_gelu")
     assert_is_the_tiny_clip(loaded)
     assert loaded.weights_digest == tiny_clip().weights_digest
@@ -85,7 +85,7 @@ def test_every_format_gives_the_same_clip(kind: str, tiny_name: str, tmp_path: P
     assert all(torch.equal(value, expected[name]) for name, value in buffers.items())
 
 
-def test_a_local_folder_is_a_model_by_itself(tmp_path: Path) -> None:
+def test_a_local_folder_is_a_complete_model(tmp_path: Path) -> None:
     loaded = load_clip(local_folder(tmp_path, quick_gelu=True))
     assert_is_the_tiny_clip(loaded)
     assert loaded.activation == "quick_gelu"
@@ -107,20 +107,20 @@ def test_other_weights_have_another_digest(tiny_name: str, tmp_path: Path) -> No
     assert loaded.weights_digest != tiny_clip().weights_digest
 
 
-def test_a_state_dict_taken_from_an_archive_tells_too(tiny_name: str, tmp_path: Path) -> None:
+def test_the_activation_of_a_state_dict_from_an_archive_is_recognised(tiny_name: str, tmp_path: Path) -> None:
     state = tiny_open_clip().state_dict()
     numbers = {"input_resolution": torch.tensor(40), "context_length": torch.tensor(77), "vocab_size": torch.tensor(9)}
     torch.save({**state, **numbers}, tmp_path / "openai.pt")
     assert load_clip(tiny_name, tmp_path / "openai.pt").activation == "quick_gelu"
 
 
-def test_a_configuration_beside_the_weights_tells(tiny_name: str, tmp_path: Path) -> None:
+def test_the_activation_follows_from_a_configuration_next_to_the_weights(tiny_name: str, tmp_path: Path) -> None:
     for stated, expected in ((True, "quick_gelu"), (False, "gelu")):
         local_folder(tmp_path, quick_gelu=stated)
         assert load_clip(tiny_name, tmp_path / "open_clip_model.safetensors").activation == expected
 
 
-def test_weights_that_do_not_tell_their_activation_are_an_error(tiny_name: str, tmp_path: Path) -> None:
+def test_weights_without_known_activation_are_an_error(tiny_name: str, tmp_path: Path) -> None:
     file = weights_file("plain", tmp_path)
     with pytest.raises(UserError) as caught:
         load_clip(tiny_name, file)
@@ -132,7 +132,7 @@ def test_weights_that_do_not_tell_their_activation_are_an_error(tiny_name: str, 
         assert_is_the_tiny_clip(loaded, activation == "quick_gelu")
 
 
-def test_asking_for_the_other_activation_is_possible_and_said(
+def test_the_other_activation_can_be_chosen_and_is_logged(
     tiny_name: str, openai_archive: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -199,7 +199,7 @@ def test_an_unknown_or_unsupported_model_is_an_error(name: str) -> None:
     assert f"--model_name {name}" in one_line(caught)
 
 
-def test_a_tower_with_other_blocks_is_refused() -> None:
+def test_an_encoder_with_other_blocks_is_refused() -> None:
     clip = tiny_open_clip()
     clip.visual.pool_type = "avg"
     with pytest.raises(UserError, match="plain ViT"):
@@ -246,7 +246,7 @@ def damaged(kind: str, folder: Path) -> Path:
 @pytest.mark.parametrize(
     "kind", ["truncated", "text", "safetensors text", "list", "code", "missing", "checkpoint of this project"]
 )
-def test_a_damaged_file_is_one_line_that_names_it(kind: str, tiny_name: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_an_error_that_names_it(kind: str, tiny_name: str, tmp_path: Path) -> None:
     file = damaged(kind, tmp_path)
     with pytest.raises(UserError) as caught:
         load_clip(tiny_name, file, activation="gelu")
@@ -269,7 +269,7 @@ def test_a_missing_local_folder_or_file_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["ViT-L-14-336", "ViT-B-32"])
-def test_without_network_the_error_says_what_to_download_and_where(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_network_the_error_names_the_file_to_download(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> str:
         raise OSError("We couldn't connect to the hub\nand a second line")
 
@@ -282,7 +282,7 @@ def test_without_network_the_error_says_what_to_download_and_where(name: str, mo
     assert "--clip_weights" in message and name in message and "openai" in message
 
 
-def test_a_hub_that_cannot_be_reached_is_an_error_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_an_error_without_delay(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
@@ -294,7 +294,7 @@ def test_a_hub_that_cannot_be_reached_is_an_error_soon(monkeypatch: pytest.Monke
             load_clip("ViT-B-32")
 
 
-def test_weights_that_were_downloaded_before_need_no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_downloaded_weights_need_no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for file in ("open_clip_model.safetensors", "own.safetensors", "own.bin"):
         monkeypatch.setattr(
             model.clip_loading.huggingface_hub,
@@ -357,7 +357,7 @@ def test_a_damaged_configuration_is_refused_with_its_key(
 
 
 @pytest.mark.parametrize("kind", ["complex", "nan", "sparse", "one number"])
-def test_odd_weights_are_refused_with_their_key(kind: str, tmp_path: Path) -> None:
+def test_invalid_weights_are_refused_with_their_key(kind: str, tmp_path: Path) -> None:
     folder = write_clip(tmp_path / "clip")
     state = tiny_open_clip().state_dict()
     key = "visual.positional_embedding"

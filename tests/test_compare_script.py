@@ -101,7 +101,7 @@ def assert_printed(printed: Sequence[str], expected: Sequence[float]) -> None:
     assert [float(value) for value in printed] == pytest.approx(expected, rel=0, abs=0.005001)
 
 
-def test_table_and_files_hold_every_model_in_order(compared: tuple[Path, str]) -> None:
+def test_table_and_files_contain_every_model_in_order(compared: tuple[Path, str]) -> None:
     folder, errors = compared
     models = [*OTHERS, "Loop 1", "Loop 2", "Loop 3", "Loop 10"]
     rows = rows_of(folder)
@@ -146,7 +146,7 @@ def test_best_and_improvement_lines_follow_from_the_figures(compared: tuple[Path
     assert found["Loop 10"] != found["Loop 3"]
 
 
-def test_figures_are_those_of_inference(world: Path, compared: tuple[Path, str], tmp_path: Path) -> None:
+def test_values_equal_those_of_inference(world: Path, compared: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = compared
     rows = rows_of(folder)
     files = {
@@ -177,7 +177,7 @@ def test_missing_loops_are_a_warning(world: Path, loops: Path, deleted: int | No
 
 
 @pytest.mark.draws
-def test_a_single_loop_has_a_page_and_a_picture(world: Path, loops: Path) -> None:
+def test_a_single_loop_has_a_report_and_a_figure(world: Path, loops: Path) -> None:
     for number in (1, 3):
         (loops / f"loop_{number}_final.pth").unlink()
     assert compare(world, loops, base_path=world / "base") == 0
@@ -223,7 +223,7 @@ def heatmaps_in(page: Path) -> set[str]:
     return set(re.findall(r'<img src="([^"]+)" alt="[^"]+: (?:unadapted|Loop \d)"', text))
 
 
-def test_with_references_table_rows_and_heatmaps_are_others_and_say_so(loops: Path, with_normals: Path) -> None:
+def test_references_change_table_and_heatmaps_and_are_named(loops: Path, with_normals: Path) -> None:
     compare_feedback_loops(loops, str(with_normals), unadapted=True, report=True, device="cpu")
     before = {path.name: path.read_bytes() for path in loops.glob("comparison.*") if path.suffix != ".log"}
     choice = {"reference_shots": 2, "reference_weight": 0.7}
@@ -300,7 +300,7 @@ def test_kinds_of_damage(world: Path, loops: Path, edit: Callable[[dict[str, Any
     assert reason in line
 
 
-def test_nothing_but_damaged_loops(world: Path, loops: Path) -> None:
+def test_only_damaged_loops(world: Path, loops: Path) -> None:
     for number in (1, 2, 3):
         (loops / f"loop_{number}_final.pth").write_bytes(b"")
     assert compare(world, loops, unadapted=True) == 1
@@ -311,7 +311,7 @@ def test_nothing_but_damaged_loops(world: Path, loops: Path) -> None:
     assert float(averages(loops)["base"]["pixel_auroc"]) > 0
 
 
-def test_unfair_comparisons_are_named_with_both_values(compared: tuple[Path, str]) -> None:
+def test_unfair_comparisons_are_reported_with_both_values(compared: tuple[Path, str]) -> None:
     folder, errors = compared
     for sentence in (
         "Unfair comparison: different optimizer steps of the image side (Loop 10 48, base 16)",
@@ -340,7 +340,7 @@ CONTINUED = {"text": 16, "image": 48}
         ({}, None, "different optimizer steps of the text side? (Loop 3 16, base unknown)"),
     ],
 )
-def test_a_base_is_fair_where_data_seed_and_steps_are_the_same(
+def test_a_base_with_equal_data_seed_and_steps_is_fair(
     world: Path, loops: Path, tmp_path: Path, config: Mapping[str, Any], steps: Mapping[str, Any], sentence: str | None
 ) -> None:
     def edit(content: dict[str, Any]) -> None:
@@ -355,7 +355,7 @@ def test_a_base_is_fair_where_data_seed_and_steps_are_the_same(
         assert sentence in log_of(loops)
 
 
-def test_testing_on_the_training_images_is_said_loudly(world: Path, loops: Path, tmp_path: Path) -> None:
+def test_testing_on_training_images_is_a_warning(world: Path, loops: Path, tmp_path: Path) -> None:
     compare(world, loops, dataset="train", output_dir=tmp_path / "out")
     assert "NOT ZERO-SHOT" in log_of(tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
@@ -367,13 +367,13 @@ def test_testing_on_the_training_images_is_said_loudly(world: Path, loops: Path,
     assert not (loops / "comparison.csv").exists()
 
 
-def test_a_folder_without_loops_says_what_is_there(world: Path) -> None:
+def test_a_folder_without_loops_is_described(world: Path) -> None:
     message = error_line("compare_feedback_loops.py", *options_for(world, world / "base"))
     assert "no loop_*_final.pth" in message
     assert "image_adapter_1.pth" in message
 
 
-def test_mistakes_are_the_users(world: Path, loops: Path, tmp_path: Path) -> None:
+def test_mistakes_are_user_errors(world: Path, loops: Path, tmp_path: Path) -> None:
     broken = tmp_path / "image_adapter.pth"
     broken.write_bytes(b"not a checkpoint")
     other = change(world / "base" / "image_adapter.pth", other_weights, tmp_path / "other.pth")
@@ -395,14 +395,14 @@ def test_mistakes_are_the_users(world: Path, loops: Path, tmp_path: Path) -> Non
     assert not (loops / "comparison.csv").exists()
 
 
-def test_wrong_clip_weights_are_no_damage_of_the_loops(world: Path, loops: Path, tmp_path: Path) -> None:
+def test_wrong_clip_weights_are_not_reported_as_damaged_loops(world: Path, loops: Path, tmp_path: Path) -> None:
     state = load_file(world / "clip" / "open_clip_model.safetensors")
     torch.save({**state, "text_projection": -state["text_projection"]}, tmp_path / "other.pt")
     with pytest.raises(UserError, match="--clip_weights"):
         compare(world, loops, clip_weights=str(tmp_path / "other.pt"))
 
 
-def test_a_cross_attention_checkpoint_called_a_base_is_named(world: Path, loops: Path, tmp_path: Path) -> None:
+def test_a_cross_attention_checkpoint_given_as_base_is_an_error(world: Path, loops: Path, tmp_path: Path) -> None:
     crossed = world / "cross" / "image_adapter.pth"
     compare(world, loops, base_path=crossed)
     assert "The row base has the wrong kind of model" in log_of(loops)

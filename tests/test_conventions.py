@@ -137,7 +137,7 @@ def test_pairs_of_images_and_masks(images: str, masks: str, expected: dict[str, 
     assert {image.name: mask.name for image, mask in pairs.items()} == expected
 
 
-def test_several_masks_of_an_image_are_combined_each_at_its_own_maximum(tmp_path: Path) -> None:
+def test_several_masks_of_an_image_are_combined_each_by_its_maximum(tmp_path: Path) -> None:
     mask(tmp_path / "0.png", 254, slice(0, 2))
     mask(tmp_path / "1.png", 90, slice(8, 9))
     assert (np.asarray(read_mask(tmp_path)) > 0).any(axis=1).nonzero()[0].tolist() == [0, 1, 8]
@@ -164,7 +164,7 @@ def test_several_masks_of_an_image_are_combined_each_at_its_own_maximum(tmp_path
         ),
     ],
 )
-def test_masks_that_cannot_be_used_are_named_and_count_as_missing(
+def test_unusable_masks_are_reported_and_count_as_missing(
     tmp_path: Path, draw: Any, expected: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     draw(tmp_path / "part")

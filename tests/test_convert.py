@@ -68,7 +68,7 @@ def folder(tmp_path: Path) -> Path:
         ("filename", "label", "clsname", "maskname", "label_name"),
     ],
 )
-def test_lists_of_several_makers(
+def test_lists_in_several_formats(
     folder: Path, image: str, label: str, class_name: str, mask_path: str, kind: str
 ) -> None:
     rows = [
@@ -87,7 +87,7 @@ def test_lists_of_several_makers(
     ]
 
 
-def test_a_list_that_this_project_kept_and_one_of_whole_splits(folder: Path) -> None:
+def test_saved_lists_and_lists_of_whole_splits(folder: Path) -> None:
     tie = {"schema": 1, "dataset": "x", "layout": "mvtec", "classes": []}
     row = {"image_path": "a/test/dent/1.png", "label": 1, "class_name": "a", "mask_path": "raw/masks/1.png"}
     picture(folder / "a/test/dent/1.png")
@@ -134,7 +134,7 @@ def test_coco_polygons_and_boxes_become_masks(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_coco_masks_fit_an_image_that_a_camera_turned(folder: Path, turned: bool) -> None:
+def test_coco_masks_fit_images_with_exif_rotation(folder: Path, turned: bool) -> None:
     """Whether its annotations were made on what is shown (8 x 12) or on the file's own pixels."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -188,7 +188,7 @@ def test_two_folders_with_and_without_masks(tmp_path: Path) -> None:
         assert kinds == ["NOK", "NOK", "good", "unsure"]
 
 
-def test_images_are_linked_or_copied_and_nothing_is_made_twice(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_are_linked_or_copied_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     rows = [{"image_path": "raw/a/1.png", "label": 1, "class_name": "nut", "mask_path": "raw/masks/1.png"}]
     file = lines(folder / "list.jsonl", rows)
@@ -204,7 +204,7 @@ def test_images_are_linked_or_copied_and_nothing_is_made_twice(folder: Path, cap
     assert not (folder / "copied/nut/test/anomalous/1.png").samefile(folder / "raw/a/1.png")
 
 
-def test_where_files_cannot_be_linked_they_are_copied_with_a_word(
+def test_files_that_cannot_be_linked_are_copied_with_a_message(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: object) -> None:
@@ -219,7 +219,7 @@ def test_where_files_cannot_be_linked_they_are_copied_with_a_word(
     assert {path.name for path in (folder / "new/nut/test/good").iterdir()} == {"1.png", "3.png"}
 
 
-def test_nothing_is_overwritten_and_then_nothing_is_written(folder: Path) -> None:
+def test_an_existing_target_is_refused_before_writing(folder: Path) -> None:
     rows = [{"image_path": f"raw/b/{name}.png", "label": 0, "class_name": "nut"} for name in (1, 3)]
     own = picture(folder / "new/nut/test/good/3.png", value=7)
     before = own.read_bytes()
@@ -245,14 +245,14 @@ def test_names_of_the_source_stay_in_the_target(folder: Path, class_name: str, k
     assert (folder / "new" / record.image_path).resolve().is_relative_to(folder / "new")
 
 
-def test_an_image_cannot_be_both(folder: Path) -> None:
+def test_an_image_cannot_be_normal_and_anomalous(folder: Path) -> None:
     rows = [{"image_path": "raw/a/1.png", "label": label, "class_name": "nut"} for label in (0, 1)]
     with pytest.raises(UserError, match="both normal and anomalous"):
         convert(ConversionArguments(source=lines(folder / "list.jsonl", rows), target=folder / "new"))
     assert not (folder / "new").exists()
 
 
-def test_the_arguments_are_given_by_their_place() -> None:
+def test_arguments_are_positional() -> None:
     asked = vars(build_parser().parse_args(["a.jsonl", "b", "--copy"]))
     assert asked == {"source": Path("a.jsonl"), "target": Path("b"), "copy": True}
     assert "SOURCE TARGET" in build_parser().format_help()

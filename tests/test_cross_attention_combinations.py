@@ -69,7 +69,7 @@ def outputs_of(model: AdaptedCLIPWithCrossAttention) -> list[Tensor]:
     )
 )
 @example(choices={"context_norm": "layer", "cross_attn_residual": "matched", "text_context": "trained"})
-def test_any_choices_train_and_predict_from_their_checkpoint(choices: dict[str, Any]) -> None:
+def test_all_combinations_train_and_predict_from_their_checkpoint(choices: dict[str, Any]) -> None:
     """Gradients are finite and reach each side's own components; the file alone predicts what the model did."""
     cross = CrossAttentionConfig(cross_attn_heads=4, **choices)
     torch.manual_seed(3)
@@ -116,7 +116,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=lambda asked: "-".join(map(str, asked.values())),
 )
-def test_feedback_trains_and_each_file_says_what_it_is(asked: dict[str, Any], world: Path, tmp_path: Path) -> None:
+def test_feedback_trains_and_each_file_has_its_config(asked: dict[str, Any], world: Path, tmp_path: Path) -> None:
     config = replace(small_runs(world)[1], save_path=tmp_path / "run", **asked)
     train_feedback(config)
     for loop in (1, 2):

@@ -287,7 +287,7 @@ def test_invalid_choices_are_one_line(choices: dict[str, Any], words: str) -> No
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_choices_of_a_branch_that_is_off_are_not_refused() -> None:
+def test_options_of_a_disabled_branch_are_not_refused() -> None:
     off = {"text_cross_attn_weight": 0.0, "image_cross_attn_weight": 0.0}
     cross_model(shared_clip(), cross_attn_init="zero", cross_attn_residual="matched", **off)
     cross_model(shared_clip(), image_cross_attn_weight=1.5)
@@ -352,7 +352,7 @@ def test_zero_init_starts_at_the_base() -> None:
     assert model.text_cross_attn.out_proj.weight.grad.abs().max() > 0
 
 
-def test_attention_is_what_the_forward_uses() -> None:
+def test_returned_attention_is_that_of_the_forward_pass() -> None:
     """The weights sum to 1, are 0 at padding, and with the values give the branch's output in the forward."""
     model = model64()
     batch, prompts = random_batch(40).to(torch.float64), tiny_prompts(model.clip)
@@ -406,7 +406,7 @@ def test_an_image_does_not_depend_on_its_batch(text_context: str, rows: list[int
 
 @torch.no_grad()
 @pytest.mark.parametrize("text_context", ["frozen", "projectors"])
-def test_an_image_is_tested_by_itself_whatever_stage_1_saw(text_context: str) -> None:
+def test_an_image_is_tested_independently_of_stage_1(text_context: str) -> None:
     """`--surgery batch_axis`: Stage 1's features depend on the batch, those that anchors see in testing do not."""
     model = model64(text_context=text_context)
     model.config = replace(model.config, surgery="batch_axis", surgery_until_layer=9)
@@ -516,7 +516,7 @@ def check_a_fresh_cross_attention_is_a_small_disturbance(**setting: Any) -> None
     assert image_gradient(model) >= 0.8 * image_gradient(toy_model(image_cross_attn_weight=0.0))
 
 
-def test_row1_a_fresh_cross_attention_is_a_small_disturbance() -> None:
+def test_row1_a_new_cross_attention_is_a_small_disturbance() -> None:
     check_a_fresh_cross_attention_is_a_small_disturbance(**NEW)
     with pytest.raises(AssertionError):
         check_a_fresh_cross_attention_is_a_small_disturbance(**OLD)

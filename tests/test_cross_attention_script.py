@@ -94,7 +94,7 @@ def test_files_and_verification(finished: Path) -> None:
     assert {"text_adapter", "text_cross_attn", "image_adapter", "image_cross_attn"} <= set(checkpoint)
 
 
-def test_it_starts_from_the_base(world: Path, tmp_path: Path) -> None:
+def test_training_starts_from_the_base(world: Path, tmp_path: Path) -> None:
     """No epoch of training: what the state holds before it is the base's adapters."""
     run(*from_base(world, tmp_path, "--text_epoch", 0, "--image_epoch", 0))
     state = torch.load(tmp_path / "training_state.pth", weights_only=True)
@@ -105,7 +105,7 @@ def test_it_starts_from_the_base(world: Path, tmp_path: Path) -> None:
     assert torch.equal(moments[0]["exp_avg"], base["image_optimizer"]["state"][0]["exp_avg"])
 
 
-def test_v3_trains_image_cross_attention_alone_and_starts_as_its_base(world: Path, tmp_path: Path) -> None:
+def test_v3_trains_image_cross_attention_only_and_starts_as_its_base(world: Path, tmp_path: Path) -> None:
     epochs = ("--preset", "v3", "--text_epoch", 0, "--image_epoch", 1)
     run(*from_base(world, tmp_path / "begun", *epochs, "--image_lr", 0))
     run(*from_base(world, tmp_path / "trained", *epochs))
@@ -185,7 +185,7 @@ def test_mistakes_end_in_one_line(world: Path, finished: Path, tmp_path: Path) -
     assert not path.exists()
 
 
-def test_from_scratch_is_said_to_be_unfair(world: Path, tmp_path: Path) -> None:
+def test_training_from_scratch_warns_of_unfair_comparisons(world: Path, tmp_path: Path) -> None:
     errors = run(
         "train_cross_attention.py", *common(world), "--text_epoch", 1, "--image_epoch", 1, "--save_path", tmp_path
     )

@@ -72,7 +72,7 @@ def go_on(file: Path) -> None:
         optimizer.step()
 
 
-def test_sound_files_are_used() -> None:
+def test_undamaged_files_are_used() -> None:
     """What the test above would not notice: a check that refuses everything."""
     for name in SOUND:
         build_detector(read_any(world() / name), clip())
@@ -111,7 +111,7 @@ def test_a_damaged_state_is_refused_with_its_key(
     assert words in str(caught.value)
 
 
-def test_moments_of_a_run_are_put_beside_their_parameters() -> None:
+def test_moments_are_assigned_to_their_parameters() -> None:
     """The file holds them on the CPU, and torch's own loading moves them; here another precision stands for a GPU."""
     file = world() / "feedback" / STATE_FILE
     model, optimizers = run_of()

@@ -22,7 +22,7 @@ def test_the_device_its_name_precision_and_versions_are_logged(caplog: pytest.Lo
         assert part in line
 
 
-def test_each_of_several_processes_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(UserError, match="each of the 2 processes uses its own GPU; give cuda"):
@@ -40,7 +40,9 @@ def large(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> nn.Module:
     return nn.Linear(10, 10)
 
 
-def test_a_large_model_on_the_cpu_beside_a_gpu_is_warned_of(large: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_large_model_on_the_cpu_despite_a_gpu_is_a_warning(
+    large: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
     warn_of_unused_gpu(torch.device("cpu"), large)
     (line,) = caplog.messages
     for part in ("is built without CUDA", "--index-url https://download.pytorch.org/", "--torch-index"):
@@ -48,7 +50,7 @@ def test_a_large_model_on_the_cpu_beside_a_gpu_is_warned_of(large: nn.Module, ca
 
 
 @pytest.mark.parametrize("why", ["small", "no driver", "torch sees it", "on the GPU"])
-def test_and_otherwise_not(
+def test_no_warning_for_small_models_or_without_gpu(
     why: str, large: nn.Module, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     if why == "no driver":

@@ -21,13 +21,13 @@ other,,base,pixel_ap,6,-6.33,-9,-1,0.03,0.03,worse
 
 
 @pytest.mark.parametrize("page", pages())
-def test_tables_in_the_pages_are_those_of_the_studies(page: str) -> None:
+def test_tables_equal_the_studies_results(page: str) -> None:
     text = read_page(page)
     assert updated(text, DOCS / "results") == text
 
 
 @pytest.mark.parametrize("file", sorted((DOCS / "results").glob("*_verdicts.csv")), ids=lambda file: file.stem)
-def test_gains_follow_from_the_seeds(file: Path) -> None:
+def test_gains_are_computed_from_the_seeds(file: Path) -> None:
     """The gains were computed before the figures of the seeds were rounded."""
     values: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     with file.with_name(file.name.replace("_verdicts", "")).open(encoding="utf-8", newline="") as lines:
@@ -42,7 +42,7 @@ def test_gains_follow_from_the_seeds(file: Path) -> None:
             assert not row["gain"] or float(row["gain"]) == pytest.approx(statistics.mean(differences), abs=0.006), row
 
 
-def test_a_table_holds_the_arms_and_metrics_named(tmp_path: Path) -> None:
+def test_a_table_contains_the_named_arms_and_metrics(tmp_path: Path) -> None:
     (tmp_path / "mine_verdicts.csv").write_text(VERDICTS, encoding="utf-8")
     page = "Text.\n\n<!-- study: mine, compared with base: pixel_ap -->\n| old |\n| --- |\n\nMore.\n"
     table = "| Arm | Pixel AP |\n| --- | ---: |\n| other | +6.33 (+1.50 to +9.00) |\n| one seed | -0.20 |\n\nMore.\n"

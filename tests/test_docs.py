@@ -196,7 +196,7 @@ def results() -> dict[str, dict[str, list[float]]]:
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
-def test_figures_follow_from_the_seeds(page: str) -> None:
+def test_values_follow_from_the_seeds(page: str) -> None:
     """Means and standard deviations; those shown were computed before the values of the seeds were rounded."""
     metrics = {title: metric for metric, title in METRICS.items()}
     checked = 0

@@ -48,7 +48,7 @@ def test_help_needs_no_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["arguments", "files"])
-def test_what_needs_no_model_is_refused_without_torch(kind: str, tmp_path: Path) -> None:
+def test_wrong_options_are_refused_without_torch(kind: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / STATE_FILE).write_bytes(b"of another run")

@@ -89,7 +89,7 @@ def f1_max(labels: np.ndarray, scores: np.ndarray) -> float:
     return float((2 * precision * recall / np.maximum(precision + recall, 1e-12)).max())
 
 
-def test_metrics_are_scikit_learns_on_the_full_arrays(data: TaskData, models: dict[str, Detector]) -> None:
+def test_metrics_equal_scikit_learn_on_full_arrays(data: TaskData, models: dict[str, Detector]) -> None:
     found = evaluate(models, data, "cpu", batch_size=BATCH)
     assert found["model 1"].classes[0].values != found["model 2"].classes[0].values
     for name, detector in models.items():
@@ -107,7 +107,7 @@ def test_metrics_are_scikit_learns_on_the_full_arrays(data: TaskData, models: di
         assert [image.path for image in result.scores] == [r.image_path for r in data.records[: len(labels)]]
 
 
-def test_another_det_score_changes_image_scores_alone_and_says_so(data: TaskData, models: dict[str, Detector]) -> None:
+def test_another_det_score_changes_image_scores_only_and_is_named(data: TaskData, models: dict[str, Detector]) -> None:
     detector = models["model 1"]
     asked = Detector(detector.model, "asked", det_score="difference")
     found = evaluate({"model 1": detector, "asked": asked}, data, "cpu", batch_size=BATCH)
@@ -141,7 +141,7 @@ def test_image_metrics_are_undefined_without_normal_images(data: TaskData, model
     assert (reed.images, reed.anomalous) == (3, 3)
 
 
-def test_a_map_that_is_not_finite_names_its_image(
+def test_a_non_finite_map_is_reported_with_its_image(
     data: TaskData, models: dict[str, Detector], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def spoiled(*arguments: object) -> torch.Tensor:
@@ -154,7 +154,7 @@ def test_a_map_that_is_not_finite_names_its_image(
         evaluate(models, data, "cpu")
 
 
-def test_averages_say_how_many_classes_they_are_of(
+def test_averages_state_the_number_of_classes(
     data: TaskData, models: dict[str, Detector], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)

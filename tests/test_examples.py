@@ -71,7 +71,7 @@ def started(file: Path, folder: Path, nodes: int) -> list[list[str]]:
 
 @pytest.mark.skipif(sys.platform == "win32" or shutil.which("bash") is None, reason="needs bash")
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_what_a_job_starts_is_accepted(file: Path, tmp_path: Path) -> None:
+def test_commands_of_job_files_are_accepted(file: Path, tmp_path: Path) -> None:
     nodes = int(re.search(r"--nodes=(\d+)", file.read_text(encoding="utf-8")).group(1))
     found = started(file, tmp_path, nodes)
     assert len(found) == nodes

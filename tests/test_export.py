@@ -117,7 +117,7 @@ SHAPES = ((40, 40, 1), (90, 33, 3), (1, 1, 1), (7, 300, 2))
 
 
 @pytest.mark.parametrize("kind", [*CROSS, "published"])
-def test_onnx_is_the_model(kind: str, world: Path, tmp_path: Path) -> None:
+def test_onnx_outputs_equal_the_model(kind: str, world: Path, tmp_path: Path) -> None:
     model = load(world, kind)
     found = export.export(model, TARGET, tmp_path / "model.onnx")
     assert max(found) < 1e-4
@@ -167,7 +167,7 @@ def script_main(words: list[str]) -> None:
         script.script.main()
 
 
-def test_with_thresholds_the_file_decides(calibrated: Path) -> None:
+def test_a_file_with_thresholds_returns_decisions(calibrated: Path) -> None:
     session = session_of(calibrated / "model.onnx")
     images = images_of(40, 40, 2)
     found = dict(zip([o.name for o in session.get_outputs()], session.run(None, {"images": images}), strict=True))
@@ -233,7 +233,7 @@ def test_the_example_runs_without_torch(calibrated: Path, tmp_path: Path) -> Non
 
 @given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.integers(1, 90), st.integers(1, 90))
 @settings(max_examples=50, deadline=None)
-def test_the_example_finds_the_regions_that_the_model_finds(seed: int, share: float, width: int, height: int) -> None:
+def test_the_example_finds_the_regions_of_the_model(seed: int, share: float, width: int, height: int) -> None:
     rng = np.random.default_rng(seed)
     anomaly_map = rng.random((12, 12), dtype=np.float32)
     mask = rng.random((12, 12)) < share
@@ -242,7 +242,7 @@ def test_the_example_finds_the_regions_that_the_model_finds(seed: int, share: fl
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I", "I;16", "F", "1"])
-def test_the_example_reads_images_as_the_model_does(mode: str, tmp_path: Path) -> None:
+def test_the_example_reads_images_like_the_model(mode: str, tmp_path: Path) -> None:
     grey = Image.fromarray(images_of(20, 30)[0]).convert("L")
     values = np.asarray(grey)
     image = {
@@ -268,7 +268,7 @@ def test_references_are_in_the_file(kind: str, features: str, world: Path, tmp_p
     assert session.get_modelmeta().custom_metadata_map["references"].startswith("2 images")
 
 
-def test_a_torch_program_is_the_model(world: Path, tmp_path: Path) -> None:
+def test_a_torch_program_equals_the_model(world: Path, tmp_path: Path) -> None:
     """References in it."""
     model = load(world, "cross")
     model.add_references(list(images_of(55, 60, 2)), CLASS)
@@ -300,7 +300,7 @@ def test_half_precision_is_close_and_half_the_size(kind: str, world: Path, tmp_p
 
 
 @pytest.mark.parametrize("off", [(2e-3, 0.0), (float("nan"), 0.0), (0.0, 2e-3)])
-def test_a_file_that_differs_is_not_written(
+def test_a_file_with_different_outputs_is_not_written(
     off: tuple[float, float], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A difference in maps or scores on only the first image is enough."""
@@ -331,7 +331,7 @@ def test_a_file_that_differs_is_not_written(
 
 @pytest.mark.parametrize("shape", [(40, 40), (200, 320), (33, 500), (1, 1), (5, 7), (601, 602), (1200, 2300)])
 @pytest.mark.parametrize("size", [40, 96])
-def test_the_resize_is_pillows(shape: tuple[int, int], size: int) -> None:
+def test_the_resize_equals_pillow(shape: tuple[int, int], size: int) -> None:
     """Bit for bit if the width is at least the height, so that Pillow resizes along the width first."""
     noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     expected = np.asarray(Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC)).astype(int)
@@ -339,7 +339,7 @@ def test_the_resize_is_pillows(shape: tuple[int, int], size: int) -> None:
     np.testing.assert_array_equal(found, expected)
 
 
-def test_several_classes_get_a_file_each(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_class_gets_a_file(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = []
     monkeypatch.setattr(export, "export", lambda model, target, path, *_: files.append((target.class_name, path.name)))
     arguments = ExportArguments.of(checkpoint=str(world / "base"), class_name=("cup", "a/b", "cup"), format="torch")

@@ -76,7 +76,7 @@ def test_each_change_works(extended: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_each_change_keeps_to_the_style(extended: Path) -> None:
+def test_each_change_passes_the_style_checks(extended: Path) -> None:
     paths = {change.path for several in changes().values() for change in several}
     files = sorted(path for path in paths if path.endswith(".py"))
     for command in (["check"], ["format", "--check"]):

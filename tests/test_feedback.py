@@ -323,7 +323,7 @@ def test_v1_original_is_its_column_of_the_table() -> None:
         (100, 0.7, 4, [100, 70, 49, 34]),
     ],
 )
-def test_epochs_are_the_floor_of_what_decays_and_at_least_1(
+def test_decaying_epochs_are_rounded_down_to_at_least_1(
     first: int, rate: float, loops: int, expected: list[int]
 ) -> None:
     config = parse(
@@ -349,7 +349,7 @@ def test_epochs_are_the_floor_of_what_decays_and_at_least_1(
         (["--preset", "v1", "--num_feedback_loops", 5], "--text_epochs_per_loop 5 3 2 .*covers 3 of 5 loops"),
     ],
 )
-def test_a_plan_that_makes_no_sense_is_refused(arguments: list[object], flag: str) -> None:
+def test_invalid_plans_are_refused(arguments: list[object], flag: str) -> None:
     with pytest.raises(UserError, match=flag):
         plan_loops(parse(*arguments))
 
@@ -372,7 +372,7 @@ def test_rates_within_a_loop() -> None:
     assert factors("multistep", "image") == [1] * 10 + [0.5] * 6 + [0.25] * 4
 
 
-def test_optimizers_have_the_betas_and_decay_of_design_5(clip: FrozenCLIP) -> None:
+def test_optimizers_have_their_documented_betas_and_decay(clip: FrozenCLIP) -> None:
     model = AdaptedCLIPWithCrossAttention(clip, config_for(clip))
     for preset, kind, betas, decay in (
         ("v2", torch.optim.AdamW, (0.9, 0.999), 0.01),
@@ -440,7 +440,7 @@ def test_stage_1_of_loop_2_receives_the_trained_image_branch(clip: FrozenCLIP) -
     assert parts_that_change_loss(stage_in_loop(clip, 2, **delayed)) == {"layer_adapters", "seg_proj"}
 
 
-def test_stage_1_of_loop_2_may_receive_projectors_alone(clip: FrozenCLIP) -> None:
+def test_stage_1_of_loop_2_may_receive_projectors_only(clip: FrozenCLIP) -> None:
     projectors = {"feedback_features": "projectors"}
     assert parts_that_change_loss(stage_in_loop(clip, 1, **projectors)) == set()
     assert parts_that_change_loss(stage_in_loop(clip, 2, **projectors)) == {"seg_proj"}
@@ -462,7 +462,7 @@ def test_stage_1_gives_the_image_side_no_gradient(clip: FrozenCLIP, loop: int, f
     assert having == {"text_adapter", "text_cross_attn"}
 
 
-def test_only_the_side_that_is_trained_is_in_train_mode(finished: Finished) -> None:
+def test_only_the_trained_side_is_in_train_mode(finished: Finished) -> None:
     for moment in finished.seen.starts:
         assert moment.training == {f"{moment.side}_adapter", f"{moment.side}_cross_attn"}
         assert moment.max_norm == 1.0
@@ -506,7 +506,7 @@ def forgetful(world: Path) -> Finished:
     return Finished(folder, watch(config), Path())
 
 
-def test_row2_optimizers_that_are_reset_lose_their_moments(forgetful: Finished) -> None:
+def test_row2_reset_optimizers_lose_their_moments(forgetful: Finished) -> None:
     seen = forgetful.seen
     with pytest.raises(AssertionError):
         check_everything_persists(seen, 2)
@@ -579,7 +579,7 @@ def test_a_loop_without_cross_attention_is_the_base_with_its_adapters(delayed: F
     assert "off" in log_of(delayed.folder)
 
 
-def test_without_cross_attention_feedback_is_of_features_alone(world: Path, tmp_path: Path) -> None:
+def test_without_cross_attention_only_features_are_fed_back(world: Path, tmp_path: Path) -> None:
     zero = {"text_cross_attn_weight": 0.0, "image_cross_attn_weight": 0.0}
     seen = watch(asked(world, tmp_path, num_feedback_loops=2, **zero))
     check_everything_persists(seen, 2)
@@ -631,7 +631,7 @@ def test_each_file_alone_predicts_what_the_model_predicted(finished: Finished, n
     assert detector.loop == loop
 
 
-def test_predictions_differ_from_file_to_file(finished: Finished) -> None:
+def test_predictions_differ_between_files(finished: Finished) -> None:
     """Otherwise the equality above would be cheap."""
     found = [finished.seen.last(loop, side).prediction for loop in (1, 2, 3) for side in SIDES]
     for index, one in enumerate(found):
@@ -641,7 +641,7 @@ def test_predictions_differ_from_file_to_file(finished: Finished) -> None:
 @pytest.mark.parametrize(
     "name", ["loop_2_text_adapter.pth", "loop_1_image_adapter.pth", "final_model.pth", "training_state.pth"]
 )
-def test_each_file_starts_another_run(world: Path, finished: Finished, name: str, tmp_path: Path) -> None:
+def test_each_file_can_start_another_run(world: Path, finished: Finished, name: str, tmp_path: Path) -> None:
     """All components, and the moments of the sides that it holds; its rates and loops are the new run's own."""
     path = finished.folder / name
     begun = begin(asked(world, tmp_path, init_from=path, num_feedback_loops=1))
@@ -660,7 +660,7 @@ def test_each_file_starts_another_run(world: Path, finished: Finished, name: str
     assert state(tmp_path)["config"]["cross_attention"]["text_context"] == "frozen"
 
 
-def test_another_runs_start_is_another_run(world: Path, finished: Finished, tmp_path: Path) -> None:
+def test_a_run_with_another_start_is_another_run(world: Path, finished: Finished, tmp_path: Path) -> None:
     begin(asked(world, tmp_path, init_from=finished.folder / "loop_1_final.pth"))
     with pytest.raises(UserError, match="holds another run"):
         begin(asked(world, tmp_path, init_from=finished.folder / "loop_2_final.pth"))
@@ -694,7 +694,7 @@ def mistakes(world: Path, folder: Path, tmp_path: Path) -> dict[str, tuple[dict[
     }
 
 
-def test_mistakes_are_named_and_leave_nothing_behind(world: Path, finished: Finished, tmp_path: Path) -> None:
+def test_mistakes_are_errors_that_leave_no_files(world: Path, finished: Finished, tmp_path: Path) -> None:
     for what, (changes, message) in mistakes(world, finished.folder, tmp_path).items():
         path = tmp_path / "unused"
         with pytest.raises(UserError, match=message) as raised:
@@ -717,7 +717,7 @@ def test_mistakes_are_named_and_leave_nothing_behind(world: Path, finished: Fini
         ({"image_epochs_per_loop": (3,)}, "was started with 2 epochs"),
     ],
 )
-def test_a_save_path_of_another_run_is_refused_and_untouched(
+def test_the_save_path_of_another_run_is_refused_and_unchanged(
     world: Path, finished: Finished, changes: dict[str, Any], message: str
 ) -> None:
     before = {path.name: path.read_bytes() for path in finished.folder.iterdir()}
@@ -732,7 +732,7 @@ def test_a_save_path_of_another_run_is_refused_and_untouched(
 # Going on.
 
 
-def test_a_finished_run_goes_on_at_the_next_loop(world: Path, finished: Finished, tmp_path: Path) -> None:
+def test_a_finished_run_continues_with_the_next_loop(world: Path, finished: Finished, tmp_path: Path) -> None:
     """The test set may come and go: looking at it changes nothing of the training."""
     train_feedback(asked(world, tmp_path, num_feedback_loops=2, **{**choosing(world), "eval_dataset": None}))
     earlier = {name: (tmp_path / name).read_bytes() for name in files(2)}
@@ -752,7 +752,7 @@ def test_a_finished_run_goes_on_at_the_next_loop(world: Path, finished: Finished
     ]
 
 
-def test_a_run_may_go_on_with_a_longer_last_stage_whose_rate_allows_it(world: Path, tmp_path: Path) -> None:
+def test_the_last_stage_may_be_extended_if_its_rate_allows_it(world: Path, tmp_path: Path) -> None:
     """The loop is then finished again: its file must hold what the stage came to."""
     short = {"num_feedback_loops": 1, "lr_schedule": "constant", "text_epochs_per_loop": (1,)}
     train_feedback(asked(world, tmp_path, image_epochs_per_loop=(1,), **short))
@@ -764,7 +764,7 @@ def test_a_run_may_go_on_with_a_longer_last_stage_whose_rate_allows_it(world: Pa
     assert len(state(tmp_path)["loops"]) == 1
 
 
-def test_a_run_cut_short_after_a_loop_has_its_final_model(world: Path, tmp_path: Path) -> None:
+def test_a_run_stopped_after_a_loop_has_its_final_model(world: Path, tmp_path: Path) -> None:
     one = {"text_epochs_per_loop": (1,), "image_epochs_per_loop": (1,)}
     with Killer(kill_at=3).armed(epochs=True), pytest.raises(Halt):
         train_feedback(asked(world, tmp_path, num_feedback_loops=2, **one))
@@ -774,7 +774,7 @@ def test_a_run_cut_short_after_a_loop_has_its_final_model(world: Path, tmp_path:
     assert torch.load(tmp_path / "final_model.pth", weights_only=True)["loop"] == 1
 
 
-def test_loops_that_need_not_be_finished_again() -> None:
+def test_complete_loops_are_not_repeated() -> None:
     def phases(*epochs: int) -> list[Any]:
         return [
             SimpleNamespace(loop=1 + index // 2, side=SIDES[index % 2], epochs=count)
@@ -850,7 +850,7 @@ def kill_again_and_again(config: FeedbackConfig, chance: random.Random, most: in
     raise AssertionError("the run makes no progress")
 
 
-def test_a_run_killed_anywhere_ends_the_same(world: Path, finished: Finished, tmp_path: Path) -> None:
+def test_a_run_killed_anywhere_ends_with_the_same_weights(world: Path, finished: Finished, tmp_path: Path) -> None:
     """Weights, moments, history and the loops' metrics, bit for bit; nothing half-written stays."""
     where = kill_again_and_again(asked(world, tmp_path, **choosing(world)), random.Random(4), 24)
     assert len(where) >= 8
@@ -864,14 +864,14 @@ def test_a_run_killed_anywhere_ends_the_same(world: Path, finished: Finished, tm
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in finished.folder.iterdir()}
 
 
-def test_a_kill_in_a_loop_that_resets_does_not_reset_again(world: Path, forgetful: Finished, tmp_path: Path) -> None:
+def test_a_resumed_loop_does_not_reset_its_optimizers_again(world: Path, forgetful: Finished, tmp_path: Path) -> None:
     config = asked(world, tmp_path, num_feedback_loops=2, reset_optimizers=True, text_epochs_per_loop=(2, 2))
     where = kill_again_and_again(config, random.Random(1), 16)
     assert len(where) >= 4
     assert equal(results(tmp_path), results(forgetful.folder))
 
 
-def test_workers_change_nothing_and_do_not_pile_up(world: Path, finished: Finished, tmp_path: Path) -> None:
+def test_workers_change_nothing_and_do_not_accumulate(world: Path, finished: Finished, tmp_path: Path) -> None:
     """Nor where a run with workers was killed: an epoch repeated is the same epoch, dropout included."""
     config = asked(world, tmp_path, num_workers=1, **choosing(world))
     with Killer(1).armed(epochs=True), pytest.raises(Halt):
@@ -892,7 +892,7 @@ def test_workers_change_nothing_and_do_not_pile_up(world: Path, finished: Finish
     assert len(set(most)) == 1, most
 
 
-def test_what_a_kill_left_is_tidied_up(world: Path, finished: Finished, tmp_path: Path) -> None:
+def test_temporary_files_of_a_killed_run_are_removed(world: Path, finished: Finished, tmp_path: Path) -> None:
     path = shutil.copytree(finished.folder, tmp_path / "copy")
     leftover = f".training_state.pth.{2**22 + 1}@{socket.gethostname()}.tmp"
     (path / leftover).write_bytes(b"half")
@@ -910,7 +910,7 @@ def test_what_a_kill_left_is_tidied_up(world: Path, finished: Finished, tmp_path
 # Not finite.
 
 
-def test_a_loss_that_is_not_finite_stops_with_a_state_to_start_from(world: Path, tmp_path: Path) -> None:
+def test_a_non_finite_loss_stops_with_a_usable_state(world: Path, tmp_path: Path) -> None:
     path = tmp_path / "exploding"
     changes = {"num_feedback_loops": 2, "image_lr": 1e30, "grad_clip": 0.0}
     with pytest.raises(NotFiniteError) as raised:
@@ -927,7 +927,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_state_to_start_from(world: Path,
     assert all(np.isfinite(row["loss"]) for row in state(other)["history"])
 
 
-def test_a_last_step_of_an_epoch_that_ruins_the_weights_is_not_kept(world: Path, tmp_path: Path) -> None:
+def test_weights_ruined_by_the_last_step_of_an_epoch_are_not_saved(world: Path, tmp_path: Path) -> None:
     """With epochs of one step, the state named as good must still be one to start from."""
     path = tmp_path / "exploding"
     with pytest.raises(NotFiniteError):
@@ -938,7 +938,7 @@ def test_a_last_step_of_an_epoch_that_ruins_the_weights_is_not_kept(world: Path,
 # Choosing a loop.
 
 
-def test_held_out_images_are_of_every_kind_and_always_the_same(world: Path) -> None:
+def test_held_out_images_cover_every_kind_and_are_repeatable(world: Path) -> None:
     data = load_task(str(world / "train"))
     kept, held = hold_out(data, 0.3, seed=3)
     kinds = {(record.class_name, record.label) for record in data.records}
@@ -954,7 +954,7 @@ def test_held_out_images_are_of_every_kind_and_always_the_same(world: Path) -> N
             assert {(record.class_name, record.label) for record in part.records} == kinds
 
 
-def test_each_loop_is_evaluated_and_the_best_by_held_out_images_named(finished: Finished) -> None:
+def test_each_loop_is_evaluated_and_the_best_on_held_out_images_is_reported(finished: Finished) -> None:
     trained = set.union(*(moment.records for moment in finished.seen.starts))
     held, tested = finished.seen.evaluated[:2]
     assert len(trained) == 12 and len(held) == 4 and not trained & held
@@ -973,7 +973,7 @@ def test_each_loop_is_evaluated_and_the_best_by_held_out_images_named(finished: 
     assert float(said.group(2)) == pytest.approx(max(means), abs=0.01)
 
 
-def test_the_tests_of_a_run_take_the_det_score_that_it_was_asked_for(world: Path, tmp_path: Path) -> None:
+def test_tests_during_a_run_use_its_det_score(world: Path, tmp_path: Path) -> None:
     """It is written nowhere that a forward is read from; a restart with another one would mix the two."""
     wanted = {**choosing(world), "num_feedback_loops": 1, "det_score": "difference"}
     train_feedback(asked(world, tmp_path, **wanted))

@@ -161,7 +161,7 @@ def test_killed_runs_end_with_the_same_weights(world: Path, finished: Path, tmp_
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send")
-def test_signals_finish_the_step_and_say_how_to_go_on(world: Path, finished: Path, tmp_path: Path) -> None:
+def test_signals_finish_the_step_and_tell_how_to_resume(world: Path, finished: Path, tmp_path: Path) -> None:
     path = tmp_path / "stopped"
     for number, status, count in ((signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 7)):
         process = start(SCRIPT, *three_loops(world, path), slowly=True)
@@ -181,7 +181,7 @@ def test_signals_finish_the_step_and_say_how_to_go_on(world: Path, finished: Pat
     assert_same_run(path, finished)
 
 
-def test_v1_by_the_name_of_older_notes(world: Path, tmp_path: Path) -> None:
+def test_the_v1_script_of_older_notes(world: Path, tmp_path: Path) -> None:
     log = run(
         "train_cross_attention_feedback.py",
         *common(world),
@@ -205,7 +205,7 @@ def test_v1_by_the_name_of_older_notes(world: Path, tmp_path: Path) -> None:
     assert config["cross_attention"]["context_norm"] == "none"
 
 
-def test_inference_takes_a_loop_and_a_folder_of_them(world: Path, finished: Path, tmp_path: Path) -> None:
+def test_inference_accepts_a_loop_and_a_folder_of_loops(world: Path, finished: Path, tmp_path: Path) -> None:
     """With what training itself found after that loop."""
     test = ["--dataset", world / "test", "--device", "cpu", "--num_workers", 0]
     run("inference.py", "--checkpoint", finished, *test, "--output_dir", tmp_path)

@@ -50,7 +50,7 @@ def test_k_shots_are_half_anomalous_and_contain_fewer_shots(records, data, seed)
 
 @settings(deadline=None)
 @given(classes(), st.data())
-def test_defect_types_are_as_even_as_they_can_be(records, data):
+def test_defect_types_are_balanced(records, data):
     chosen = few_shot(records, data.draw(st.integers(1, len(records))), 3)
     there = Counter(r.image_path.split("/")[2] for r in records if r.label)
     taken = Counter(r.image_path.split("/")[2] for r in chosen if r.label)
@@ -58,7 +58,7 @@ def test_defect_types_are_as_even_as_they_can_be(records, data):
     assert all(taken[kind] >= min(most - 1, there[kind]) for kind in there)
 
 
-def test_every_class_gets_its_shots_whatever_the_others_and_the_order():
+def test_the_shots_of_a_class_do_not_depend_on_other_classes_or_order():
     wood, tile = make_class("wood", 20, hole=6, scratch=9), make_class("tile", 20, crack=20)
     both = few_shot(wood + tile, 8, seed=1)
     assert Counter((r.class_name, r.label) for r in both) == Counter(
@@ -70,7 +70,7 @@ def test_every_class_gets_its_shots_whatever_the_others_and_the_order():
     assert few_shot(tile, 8, seed=1) + few_shot(wood, 8, seed=1) == both
 
 
-def test_the_seed_decides():
+def test_the_seed_determines_the_choice():
     wood = make_class("wood", 50, hole=50)
     picks = {tuple(few_shot(wood, 8, seed)) for seed in range(20)}
     assert len(picks) == 20
@@ -78,7 +78,7 @@ def test_the_seed_decides():
     assert {r for pick in (few_shot(wood, 8, seed) for seed in range(200)) for r in pick} == set(wood)
 
 
-def test_filling_up_is_logged(caplog):
+def test_replacing_missing_kinds_is_logged(caplog):
     caplog.set_level(logging.INFO)
     toothbrush = make_class("toothbrush", 12, defective=30)
     assert labels(few_shot(toothbrush, 24, 0)) == {1: 12, 0: 12}
@@ -93,7 +93,7 @@ def test_filling_up_is_logged(caplog):
     assert "0 of 5 anomalous" in caplog.text
 
 
-def test_more_than_there_is_names_class_and_count():
+def test_too_many_shots_are_an_error_with_class_and_count():
     with pytest.raises(UserError) as error:
         few_shot(make_class("wood", 40, hole=40) + make_class("grid", 21, bent=57), 80, 0)
     assert "'grid' has 78 images" in str(error.value)
@@ -101,7 +101,7 @@ def test_more_than_there_is_names_class_and_count():
 
 
 @pytest.mark.parametrize(("shot", "anomalous", "normal"), [(7, 4, 3), (1, 1, 0), (8, 4, 4)])
-def test_what_a_shot_is_is_said(caplog, shot, anomalous, normal):
+def test_the_meaning_of_a_shot_is_logged(caplog, shot, anomalous, normal):
     caplog.set_level(logging.INFO)
     records = make_class("wood", 9, hole=9)
     data = TaskData(LocatedDataset(CATALOG["toy_train"], Path("data")), records, {"wood": "wood"}, "")

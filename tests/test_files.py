@@ -34,7 +34,7 @@ def test_a_disk_error_is_one_line(tmp_path: Path, code: int) -> None:
     assert str(caught.value) == f"{tmp_path / 'a'} cannot be written: {utils.files.REASONS[code]}"
 
 
-def test_what_libraries_make_of_a_full_disk_is_understood(tmp_path: Path) -> None:
+def test_disk_errors_of_libraries_are_recognised(tmp_path: Path) -> None:
     class SafetensorError(Exception):
         pass
 
@@ -76,7 +76,7 @@ def bad_folders(tmp_path: Path) -> dict[str, Path]:
     return found
 
 
-def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_reported_before_work(tmp_path: Path) -> None:
     folders = bad_folders(tmp_path)
     before = names(tmp_path)
     for kind, folder in folders.items():
@@ -119,7 +119,7 @@ def held_open(monkeypatch: pytest.MonkeyPatch, name: str, times: float) -> list[
 
 
 @pytest.mark.parametrize("times", [3, float("inf")])
-def test_a_checkpoint_that_is_held_open_is_replaced_later_or_an_error(
+def test_an_open_checkpoint_is_replaced_later_or_an_error(
     times: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "state.pth"
@@ -135,7 +135,7 @@ def test_a_checkpoint_that_is_held_open_is_replaced_later_or_an_error(
     assert names(tmp_path) == {path.name}
 
 
-def test_a_file_that_stays_held_open_is_kept_aside_and_said(
+def test_the_new_version_of_an_open_file_is_saved_next_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "history.jsonl"
@@ -154,7 +154,7 @@ def test_a_file_that_stays_held_open_is_kept_aside_and_said(
     assert path.read_text(encoding="utf-8") == "newer"
 
 
-def test_leftovers_of_dead_processes_are_removed_and_no_others(tmp_path: Path) -> None:
+def test_temporary_files_of_dead_processes_only_are_removed(tmp_path: Path) -> None:
     with replacing(tmp_path / "a.pth") as temporary:
         temporary.touch()
     here, dead = socket.gethostname(), 2**22 - 7
@@ -169,7 +169,7 @@ def test_leftovers_of_dead_processes_are_removed_and_no_others(tmp_path: Path) -
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits the size of files, which Windows cannot")
-def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_that_leaves_the_old_file(tmp_path: Path) -> None:
     """A limit on the size of files stands in for a full disk: torch, safetensors, Pillow and matplotlib all fail."""
     import resource
 

@@ -58,9 +58,7 @@ def built(checkpoint: Checkpoint, **overrides: Any) -> Detector:
     return build_detector(checkpoint, clip(), **overrides)
 
 
-def test_cross_attention_without_config_is_built_as_what_it_was(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_cross_attention_without_config_is_reconstructed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = crossed()
     with caplog.at_level(logging.INFO):
         detector = built(write(model, tmp_path / "image_adapter_cross_attn.pth"))
@@ -70,7 +68,7 @@ def test_cross_attention_without_config_is_built_as_what_it_was(
     assert "assumed text_cross_attn_weight 1.0, image_cross_attn_weight 1.0, context_norm none" in caplog.text
 
 
-def test_what_is_assumed_can_be_said_otherwise(tmp_path: Path) -> None:
+def test_options_override_assumptions(tmp_path: Path) -> None:
     asked = {
         "text_cross_attn_weight": 0.2,
         "image_cross_attn_weight": 0.1,
@@ -88,7 +86,7 @@ def test_what_is_assumed_can_be_said_otherwise(tmp_path: Path) -> None:
         built(read_any(tmp_path / "cross.pth"), cross_attn_heads=5)
 
 
-def test_of_a_file_with_config_another_weight_is_taken_and_said(
+def test_an_option_overrides_the_weight_in_a_config_with_a_message(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = crossed()
@@ -101,7 +99,7 @@ def test_of_a_file_with_config_another_weight_is_taken_and_said(
 
 
 @pytest.mark.parametrize("side", ["text", "image"])
-def test_a_branch_that_is_not_there_is_off(side: str, tmp_path: Path) -> None:
+def test_a_missing_branch_is_disabled(side: str, tmp_path: Path) -> None:
     checkpoint = write(crossed(), tmp_path / "cross.pth", without=(f"{side}_cross_attn",))
     detector = built(checkpoint)
     off = {f"{side}_cross_attn_weight": 0.0}
@@ -112,7 +110,7 @@ def test_a_branch_that_is_not_there_is_off(side: str, tmp_path: Path) -> None:
         built(checkpoint, **{f"{side}_cross_attn_weight": 0.1})
 
 
-def test_the_gradient_test_measures_such_a_file_as_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gradient_test_accepts_files_without_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.training.gradients.load_clip_for", lambda *_, **__: clip())
     model = crossed()
     checkpoint = write(model, tmp_path / "cross.pth")
@@ -137,7 +135,7 @@ def base_of(folder: Path, model: AdaptedCLIP) -> Start:
     )
 
 
-def test_what_is_assumed_of_a_base_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_assumptions_about_a_base_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     start = base_of(tmp_path, adapted_clip(clip()))
     with caplog.at_level(logging.INFO):
         start_from(start)
@@ -153,14 +151,14 @@ def test_what_is_assumed_of_a_base_is_said(tmp_path: Path, caplog: pytest.LogCap
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
 
 
-def test_another_text_side_than_the_image_files_own_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_different_text_side_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     start = base_of(tmp_path, adapted_clip(clip()))
     start.text.components["text_adapter"]["0.fc1.weight"] += 1
     start_from(start)
     assert "text_adapter.pth is not the text side stored in" in caplog.text
 
 
-def test_other_names_in_prompts_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_class_names_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     start = base_of(tmp_path, adapted_clip(clip()))
     names = {"nut": "hex nut", "rope": "rope"}
     config = {"model": config_for(clip()).to_dict(), "prompt_names": names}

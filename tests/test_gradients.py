@@ -122,7 +122,7 @@ def settings(model: AdaptedCLIPWithCrossAttention) -> tuple[float, float, str]:
     return model.i_ca_w, model.t_ca_w, model.cross_config.context_norm
 
 
-def test_a_checkpoint_is_measured_with_its_own_options_unless_others_are_given(world: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_is_measured_with_its_options_by_default(world: Path, tmp_path: Path) -> None:
     final = world / "feedback" / "final_model.pth"
     model = model_of(final)
     trained = torch.load(final, weights_only=True)["image_cross_attn"]["q_proj.weight"]

@@ -69,7 +69,7 @@ def test_unadapted_clip_is_scored_the_same_way(world: Path, tmp_path: Path) -> N
     assert [row["class"] for row in rows] == ["cork", "tile", "average"]
 
 
-def test_visualize_draws_the_images_it_has_evaluated(world: Path, tmp_path: Path) -> None:
+def test_visualize_draws_evaluated_images(world: Path, tmp_path: Path) -> None:
     asked = ("--dataset", world / "test", "--output_dir", tmp_path, "--num_workers", 0)
     errors = run("inference.py", "--checkpoint", world / "run", *asked, "--visualize", 3)
     folder = tmp_path / "pictures_test"
@@ -82,7 +82,7 @@ def test_visualize_draws_the_images_it_has_evaluated(world: Path, tmp_path: Path
         assert picture.width > 2 * picture.height
 
 
-def test_visualize_alone_means_every_image(world: Path, tmp_path: Path) -> None:
+def test_visualize_without_number_draws_all_images(world: Path, tmp_path: Path) -> None:
     asked = {"output_dir": tmp_path, "device": "cpu", "visualize": ALL}
     evaluate_checkpoints(str(world / "run" / "image_adapter_2.pth"), str(world / "test"), **asked)
     assert len(list((tmp_path / "pictures_test").rglob("*.png"))) == 18
@@ -91,13 +91,13 @@ def test_visualize_alone_means_every_image(world: Path, tmp_path: Path) -> None:
     assert "0 is not between 1 and" in error_line(*asked[:3], "--visualize", 0)
 
 
-def test_without_dataset_it_is_the_training_dataset_and_says_loudly_what_that_means(world: Path) -> None:
+def test_the_default_is_the_training_dataset_with_a_warning(world: Path) -> None:
     errors = run("inference.py", "--checkpoint", world / "run" / "image_adapter_2.pth", "--num_workers", 0)
     assert "NOT ZERO-SHOT" in errors
     assert (world / "run" / "results" / "evaluation_train.csv").is_file()
 
 
-def test_pictures_of_no_dataset_get_a_heatmap_and_a_score(world: Path, tmp_path: Path) -> None:
+def test_own_images_get_a_heatmap_and_a_score(world: Path, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     rng = np.random.default_rng(5)
     save(pictures / "plain.png", rng.integers(60, 120, (60, 80, 3)))
@@ -122,7 +122,7 @@ def score_folder(world: Path) -> Callable[..., list[Finding]]:
     return score
 
 
-def test_images_of_one_name_and_two_endings_leave_two_heatmaps(
+def test_images_that_differ_in_extension_only_get_two_heatmaps(
     score_folder: Callable[..., object], tmp_path: Path
 ) -> None:
     for name in ("a.png", "a.jpg", "A.png", "con.png"):
@@ -135,7 +135,7 @@ def test_images_of_one_name_and_two_endings_leave_two_heatmaps(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="files that Windows does not have")
-def test_what_is_no_image_file_is_left_out_of_a_folder(tmp_path: Path) -> None:
+def test_other_files_of_a_folder_are_skipped(tmp_path: Path) -> None:
     save(tmp_path / "a.png", np.zeros((20, 20, 3)))
     (tmp_path / "folder.png").mkdir()
     os.mkfifo(tmp_path / "pipe.png")
@@ -152,7 +152,7 @@ def test_what_is_no_image_file_is_left_out_of_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names that Windows does not have")
-def test_names_that_are_no_utf8_are_logged_listed_and_drawn(
+def test_file_names_that_are_not_utf8_work(
     world: Path, score_folder: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As Python opens it; pytest's own takes UTF-8 only.
@@ -187,7 +187,7 @@ def test_names_that_are_no_utf8_are_logged_listed_and_drawn(
         ("q1 " * 60, "fills CLIP's 77 tokens"),
     ],
 )
-def test_class_names_that_make_no_prompts(
+def test_class_names_that_do_not_fit_a_prompt(
     score_folder: Callable[..., object], tmp_path: Path, class_name: str, expected: str
 ) -> None:
     save(tmp_path / "a.png", np.zeros((20, 20, 3)))
@@ -196,7 +196,7 @@ def test_class_names_that_make_no_prompts(
     assert not (tmp_path / "out").exists()
 
 
-def test_another_det_score_has_files_of_its_own(world: Path, tmp_path: Path) -> None:
+def test_another_det_score_has_separate_files(world: Path, tmp_path: Path) -> None:
     file, test = str(world / "run" / "image_adapter_2.pth"), world / "test"
     images = {}
     for det_score in (None, "difference"):
@@ -281,7 +281,7 @@ def test_a_published_checkpoint_loads_into_the_script_and_the_notebook(world: Pa
     assert model.predict(good / "000.png", "cork").anomaly_map.max() < 1e-5
 
 
-def test_load_model_predicts_from_path_picture_and_array(world: Path) -> None:
+def test_load_model_predicts_from_path_image_and_array(world: Path) -> None:
     model = load_model(world / "run" / "image_adapter.pth", device="cpu")
     path = world / "test" / "cork" / "test" / "spot" / "000.png"
     first = model.predict(path, class_name="cork")

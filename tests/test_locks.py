@@ -52,7 +52,7 @@ def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(utils.locks, name, seconds)
 
 
-def test_a_folder_has_one_writer_who_is_named(path: Path) -> None:
+def test_a_folder_has_one_writer_which_the_error_names(path: Path) -> None:
     with locked(path):
         with pytest.raises(UserError) as refused, locked(path):
             pass
@@ -127,7 +127,7 @@ def test_a_lock_of_another_machine_is_judged_by_its_heartbeat(path: Path, short_
 
 
 @pytest.mark.parametrize("stale", [False, True])
-def test_of_many_starts_in_one_moment_one_wins(path: Path, stale: bool) -> None:
+def test_one_of_many_simultaneous_starts_wins(path: Path, stale: bool) -> None:
     """Without a lock, and with one whose holder has ended."""
     for _ in range(20):
         if stale:
@@ -159,7 +159,7 @@ def race(path: Path, count: int) -> list[str]:
     return results
 
 
-def test_a_run_that_was_taken_over_says_so_and_leaves_the_lock(path: Path) -> None:
+def test_a_run_whose_lock_was_taken_over_ends_and_leaves_the_lock(path: Path) -> None:
     with locked(path):
         check_ours(path)
         write_lock(path)
@@ -171,7 +171,7 @@ def test_a_run_that_was_taken_over_says_so_and_leaves_the_lock(path: Path) -> No
 
 
 @pytest.mark.parametrize("folder", ["file", "x" * 300])
-def test_a_lock_that_cannot_be_written_is_one_line(tmp_path: Path, folder: str) -> None:
+def test_an_unwritable_lock_is_an_error(tmp_path: Path, folder: str) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(WriteError) as refused, locked(tmp_path / folder / ".run.lock"):
         pass

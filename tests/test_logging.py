@@ -36,9 +36,7 @@ def messages(file: Path) -> list[str]:
     return [line.split(" ", 2)[2] for line in lines if line.startswith("20")]
 
 
-def test_a_log_begins_with_what_was_said_before_it_was_opened(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_log_starts_with_earlier_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     set_up_logging()
     logger.info("early")
     logger.warning("  early warning")
@@ -69,7 +67,7 @@ def test_a_log_begins_with_what_was_said_before_it_was_opened(
         (Stopped("stopped in epoch 2", 15), "INFO stopped in epoch 2"),
     ],
 )
-def test_what_ends_a_run_is_in_its_log(tmp_path: Path, error: Exception, line: str) -> None:
+def test_the_final_error_is_in_the_log(tmp_path: Path, error: Exception, line: str) -> None:
     with pytest.raises(type(error)), log_to_files(tmp_path / "train.log", tmp_path / "warnings.jsonl"):
         raise error
     assert messages(tmp_path / "train.log") == [line]
@@ -78,7 +76,7 @@ def test_what_ends_a_run_is_in_its_log(tmp_path: Path, error: Exception, line: s
     assert "Traceback" in (tmp_path / "other.log").read_text(encoding="utf-8")
 
 
-def test_nothing_is_written_before_something_is_said(tmp_path: Path) -> None:
+def test_no_log_is_created_before_the_first_message(tmp_path: Path) -> None:
     set_up_logging(tmp_path / "new" / "train.log")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("", encoding="utf-8")
@@ -86,9 +84,7 @@ def test_nothing_is_written_before_something_is_said(tmp_path: Path) -> None:
         set_up_logging(tmp_path / "file" / "train.log")
 
 
-def test_a_full_disk_ends_the_run_and_a_file_held_open_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_ends_the_run_but_an_open_file_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "train.log"
     real, trouble = utils.logging.append_text, []
 

@@ -154,14 +154,14 @@ def test_visa(visa, caplog):
         ),
     ],
 )
-def test_visa_that_is_incomplete(visa, damage, expected):
+def test_incomplete_visa(visa, damage, expected):
     damage(visa)
     with pytest.raises(UserError) as error:
         build_metadata(located("VisA", visa))
     assert all(part in Path(str(error.value)).as_posix() for part in expected)
 
 
-def test_btad_whose_endings_differ(tmp_path):
+def test_btad_with_different_extensions(tmp_path):
     root = draw(
         tmp_path,
         "01/test/ok/0000.bmp",
@@ -204,7 +204,7 @@ def test_colon(tmp_path):
         ("Colon_Kvasir", ["images/2.png"], "masks/2.png"),
     ],
 )
-def test_missing_mask_names_the_path_expected(tmp_path, name, images, expected):
+def test_a_missing_mask_is_reported_with_its_path(tmp_path, name, images, expected):
     with pytest.raises(UserError) as error:
         build_metadata(located(name, draw(tmp_path, *images)))
     assert (tmp_path / images[0]).as_posix() in Path(str(error.value)).as_posix()
@@ -212,7 +212,7 @@ def test_missing_mask_names_the_path_expected(tmp_path, name, images, expected):
 
 
 @pytest.mark.parametrize("name", CATALOG)
-def test_folder_without_images_names_the_layout(tmp_path, name):
+def test_a_folder_without_images_is_an_error_with_the_layout(tmp_path, name):
     with pytest.raises(UserError, match=r"expected|1cls\.csv") as error:
         build_metadata(located(name, tmp_path))
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
@@ -236,14 +236,14 @@ def test_list_is_saved_once(mvtec):
     assert load_records(dataset) == built and list_file(dataset).stat() == before
 
 
-def test_names_beyond_ascii_come_back(tmp_path):
+def test_non_ascii_names_are_preserved(tmp_path):
     root = draw(tmp_path / "Gehäuse", "Schräube/test/good/über.png", "Schräube/test/good/a\u2028b.png")
     dataset = locate_dataset(str(root))
     assert load_records(dataset) == load_records(dataset)
     assert {record.class_name for record in load_records(dataset)} == {"Schräube"}
 
 
-def test_folder_that_cannot_be_written_keeps_nothing(mvtec, monkeypatch, caplog):
+def test_no_list_is_saved_in_an_unwritable_folder(mvtec, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
 
     def refuse(*_):
@@ -270,14 +270,14 @@ def test_added_and_removed_images_are_reported_and_listed(mvtec, caplog):
     assert "no images of" in warning and "wood" in warning
 
 
-def test_own_folders_are_listed_again_and_keep_nothing(tmp_path):
+def test_own_folders_are_listed_again_and_no_list_is_saved(tmp_path):
     root = draw(tmp_path / "parts", "bolt/test/good/1.png")
     assert len(load_records(locate_dataset(str(root)))) == 1
     draw(root, "bolt/test/good/2.png")
     assert len(load_records(locate_dataset(str(root)))) == 2 and [path.name for path in root.iterdir()] == ["bolt"]
 
 
-def test_a_saved_list_of_another_dataset_or_layout_is_replaced_and_other_files_are_kept(mvtec, caplog):
+def test_a_saved_list_of_another_dataset_is_replaced(mvtec, caplog):
     dataset = located("MVTec", mvtec)
     built = load_records(dataset)
     saved = list_file(dataset).read_bytes()
@@ -299,7 +299,7 @@ def test_a_list_given_for_another_dataset_is_refused(mvtec):
         load_records(located("VisA", mvtec), list_file(dataset))
 
 
-def test_clutter_is_no_data(mvtec):
+def test_unrelated_files_are_ignored(mvtec):
     before = build_metadata(located("MVTec", mvtec))
     draw(
         mvtec,
@@ -322,7 +322,7 @@ def test_ground_truth_in_any_letter_case(mvtec, name):
 
 @pytest.mark.skipif(os.name == "nt", reason="names that Windows does not have")
 @pytest.mark.parametrize("name", [b"caf\xe9.png", b" blank.png", b"back\\slash.png", b"two\nlines.png"])
-def test_odd_file_names_come_back_from_the_kept_list(tmp_path, name):
+def test_unusual_file_names_are_preserved_in_the_saved_list(tmp_path, name):
     root = draw(tmp_path / "parts", f"bolt/test/good/{os.fsdecode(name)}")
     dataset = locate_dataset(str(root))
     first = load_records(dataset)
@@ -350,7 +350,7 @@ def test_symbolic_links_inside_the_folder_work(tmp_path):
     assert all(read_pair(root, record)[0].size == (4, 4) for record in records)
 
 
-def test_file_made_elsewhere(tmp_path):
+def test_external_lists(tmp_path):
     file = tmp_path / "visa.jsonl"
     file.write_text(
         "\n".join(
@@ -393,7 +393,7 @@ def test_file_made_elsewhere(tmp_path):
         (b'{"schema": 1, "dataset": "VisA", "layout": "visa"}', ":1: classes"),
     ],
 )
-def test_a_bad_list_is_named(tmp_path, content, expected):
+def test_a_bad_list_is_an_error(tmp_path, content, expected):
     file = tmp_path / "own.jsonl"
     if content is not None:
         file.write_bytes(content)
@@ -402,7 +402,7 @@ def test_a_bad_list_is_named(tmp_path, content, expected):
     assert str(file) in str(error.value) and expected in str(error.value) and "\n" not in str(error.value)
 
 
-def test_digest_is_of_the_records(mvtec, tmp_path):
+def test_the_digest_depends_on_the_records(mvtec, tmp_path):
     records = build_metadata(located("MVTec", mvtec))
     digest = metadata_digest(records)
     rows = ({"mask_path": r.mask_path, "label": float(r.label), **vars(r)} for r in records)
@@ -451,7 +451,7 @@ def damaged_lists(draw):
 
 @settings(deadline=None, max_examples=300)
 @given(damaged_lists())
-def test_a_damaged_list_is_one_line_or_still_sound(tmp_path_factory, content):
+def test_a_damaged_list_is_an_error_or_harmless(tmp_path_factory, content):
     folder = tmp_path_factory.getbasetemp()
     file = folder / "damaged.jsonl"
     file.write_bytes(content)

@@ -200,7 +200,7 @@ def test_hard_cases_agree_with_the_references(kind, what, sizes):
     assert_within(counter, full_reference(as_counted(counter, maps), masks), ROUNDING)
 
 
-def test_undefined_metrics_are_none_and_all_anomalous_is_found():
+def test_undefined_metrics_are_none():
     maps = torch.rand(2, 5, 5)
     for sizes in (TINY, {}):
         nothing = stream(maps, torch.zeros(2, 5, 5, dtype=torch.bool), **sizes).result()
@@ -262,7 +262,7 @@ FLOATS = st.floats(allow_nan=False, allow_infinity=False, width=32)
 @given(st.lists(st.tuples(FLOATS, st.booleans()), min_size=1, max_size=40), st.integers(0, 40))
 @example([(0.0, True), (-0.0, False)], 0)
 @example([(2.0, False), (np.nextafter(np.float32(2), np.float32(3)).item(), True), (1.0, False)], 0)
-def test_any_finite_scores(pixels, buffer):
+def test_all_finite_scores_are_accepted(pixels, buffer):
     maps = torch.tensor([score for score, _ in pixels], dtype=torch.float32).reshape(-1, 1, 1)
     masks = torch.tensor([label for _, label in pixels]).reshape(-1, 1, 1)
     counter = stream(maps, masks, bins=COARSE_BINS, buffer=buffer)
@@ -272,7 +272,7 @@ def test_any_finite_scores(pixels, buffer):
 @settings(deadline=None)
 @given(st.lists(FLOATS, min_size=1))
 @example([0.0, -0.0, 1e-45, -1e-45, 3.4028234663852886e38, -3.4028234663852886e38])
-def test_keys_order_scores_as_floats_do(scores):
+def test_integer_keys_are_ordered_like_floats(scores):
     scores = torch.tensor(scores, dtype=torch.float32)
     ranks = np.unique(scores.numpy(), return_inverse=True)[1]
     assert np.array_equal(np.unique(score_keys(scores).numpy(), return_inverse=True)[1], ranks)
@@ -290,7 +290,7 @@ def many_pixels(seed: int = 3) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("outlier", [None, 1e30])
-def test_anomalies_above_all_that_the_bins_were_chosen_by(outlier):
+def test_anomalies_above_the_range_of_the_bins(outlier):
     rng = generator_of(5)
     masks = torch.zeros(20, 60, 60, dtype=torch.bool)
     masks[15:, 5:20, 5:20] = True
@@ -337,7 +337,7 @@ def test_bands_that_overlap_are_exact_in_small_sets(centres: list[float], widths
 
 
 @pytest.mark.parametrize("buffer", [16, 1000, 1 << 21])
-def test_batches_do_not_matter(buffer):
+def test_the_batch_size_does_not_matter(buffer):
     maps, masks = many_pixels()
     results = [stream(maps, masks, batch, bins=1 << 17, buffer=buffer).result() for batch in (1, 5, 12)]
     for other in results[1:]:
@@ -402,7 +402,7 @@ def test_regions_touch_diagonally_and_not_across_images():
 
 @SIZES
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_scores_that_are_not_finite_name_their_image(bad, sizes):
+def test_non_finite_pixel_scores_are_reported_with_their_image(bad, sizes):
     maps, masks = case(normal_scores, "some")
     counter = PixelCounter(**sizes)
     feed(counter, maps, masks)
@@ -445,6 +445,6 @@ def test_image_metrics_are_exact(images):
     assert found == pytest.approx(expected, abs=ROUNDING)
 
 
-def test_image_scores_that_are_not_finite_name_their_image():
+def test_non_finite_image_scores_are_reported_with_their_image():
     with pytest.raises(UserError, match=r"b\.png"):
         image_metrics(np.array([0, 1]), np.array([0.5, np.nan]), ["a.png", "b.png"])

@@ -79,7 +79,7 @@ prompt_words = st.lists(
 @example(prompts=[[], ["nut"] * 12])
 @example(prompts=[["photosynthesis"] * 100])
 @few_examples
-def test_text_cut_to_length_equals_the_full_length(prompts: list[list[str]]) -> None:
+def test_truncated_text_equals_full_length_text(prompts: list[list[str]]) -> None:
     clip, texts = clip64(), [" ".join(words) for words in prompts]
     cut, full = clip.tokenize(texts), clip.tokenizer(texts)
     longest = max(int(row.argmax()) + 1 for row in full)
@@ -92,7 +92,7 @@ def test_text_cut_to_length_equals_the_full_length(prompts: list[list[str]]) -> 
         assert_agrees(encode_prompts(clip, cut), clip.clip.encode_text(full, normalize=True), 1e-9)
 
 
-def test_train_mode_reaches_the_trainable_parts_only() -> None:
+def test_train_mode_affects_trainable_parts_only() -> None:
     model = adapted_clip(tiny_clip()).eval()
     assert not any(module.training for module in model.modules())
     model.train()

@@ -119,7 +119,7 @@ def committed() -> NotebookNode:
     return notebook
 
 
-def test_the_committed_notebook_was_run_from_top_to_bottom(committed: NotebookNode) -> None:
+def test_the_committed_notebook_has_outputs_in_order(committed: NotebookNode) -> None:
     """Without tracebacks, printed lines, and paths of the machine that ran it."""
     check_pictures(committed)
     cells = code_cells(committed)
@@ -132,7 +132,7 @@ def test_the_committed_notebook_was_run_from_top_to_bottom(committed: NotebookNo
     assert NOTEBOOK.stat().st_size < 1_500_000
 
 
-def test_it_runs_from_its_own_folder_on_another_run(world: Path) -> None:
+def test_the_notebook_runs_in_its_folder_on_another_run(world: Path) -> None:
     run, data = str(world / "run"), str(world / "data")
     notebook = execute_with(NOTEBOOK.parent, RUN=run, DATA_ROOT=data, DATASET=TEST_DATASET, CLASS="coin", INDEX=3)
     check_pictures(notebook)
@@ -143,7 +143,7 @@ def test_it_runs_from_its_own_folder_on_another_run(world: Path) -> None:
     assert all(picture != before.get(name) for name, picture in pictures(notebook).items())
 
 
-def test_without_a_checkpoint_one_line_says_how_to_make_it(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_an_error_with_the_command(tmp_path: Path) -> None:
     with pytest.raises(CellExecutionError) as caught:
         execute_with(ROOT, RUN=str(tmp_path / "missing"), DATA_ROOT=str(tmp_path))
     assert caught.value.ename == "UserError"

@@ -75,7 +75,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_any_folder_gives_scores_heatmaps_and_a_page(
+def test_any_folder_gives_scores_heatmaps_and_a_report(
     clip: str, mixed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -119,7 +119,7 @@ def test_results_in_the_folder_are_not_scored_again(clip: str, tmp_path: Path) -
         assert len(images_below(folder).images) == 1
 
 
-def test_where_nothing_can_be_read_nothing_is_left(clip: str, tmp_path: Path) -> None:
+def test_a_folder_without_readable_images_gives_no_files(clip: str, tmp_path: Path) -> None:
     for name in ("a.png", "b.gif"):
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / name).write_text("no image", encoding="utf-8")
@@ -130,7 +130,7 @@ def test_where_nothing_can_be_read_nothing_is_left(clip: str, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
-def test_the_first_folder_on_the_way_names_the_class(tmp_path: Path) -> None:
+def test_the_first_folder_below_the_input_is_the_class(tmp_path: Path) -> None:
     parts = tmp_path / "parts"
     assert class_of(parts / "screw/monday/1.png", parts) == "screw"
     assert class_of(parts / "screw/1.png", parts / "screw") == "screw"
@@ -150,13 +150,13 @@ def test_the_first_folder_on_the_way_names_the_class(tmp_path: Path) -> None:
         ({"class_from_folder": True}, "leave --class_from_folder out"),
     ],
 )
-def test_arguments_that_do_not_go_together(changes: dict[str, Any], says: str) -> None:
+def test_incompatible_arguments(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         InferenceArguments.of(checkpoint="none", **changes).check()
 
 
 @pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32, "LA", "P", "RGBA", "CMYK"])
-def test_an_opened_image_is_taken_as_its_file_is(kind: Any, tmp_path: Path) -> None:
+def test_an_opened_image_equals_its_file(kind: Any, tmp_path: Path) -> None:
     """What `predict` gets in a notebook, as a path or as an image."""
     values = np.asarray(noise().convert("L")).astype(np.float64)
     scale = {np.uint16: 257, np.float32: 1 / 255}.get(kind, 1)
@@ -173,7 +173,7 @@ def bumps(*places: tuple[int, int, float], size: int = 40) -> np.ndarray:
     return ndimage.gaussian_filter(values, 2.0)
 
 
-def test_the_worst_region_is_where_the_map_is_highest() -> None:
+def test_the_worst_region_contains_the_maximum_of_the_map() -> None:
     """Of two bumps the higher one, down to half of its height."""
     two = bumps((10, 12, 1.0), (30, 25, 0.8))
     found = worst_region(two, (40, 40))
@@ -187,7 +187,7 @@ def test_the_worst_region_is_where_the_map_is_highest() -> None:
     assert wide.area == pytest.approx(20 * found.area, rel=0.15)
 
 
-def test_a_heatmap_is_mixed_in_bands_as_in_one_piece() -> None:
+def test_a_heatmap_blended_in_bands_equals_the_whole() -> None:
     image, values = noise(20, 700), RNG.random((40, 40), dtype=np.float32)
     heat = Image.fromarray((values * 255).astype(np.uint8)).resize(image.size, Image.Resampling.BILINEAR)
     coloured = matplotlib.colormaps["turbo"](np.asarray(heat))[..., :3]
@@ -209,7 +209,7 @@ def fill(gallery: Gallery, count: int) -> None:
         gallery.add(noise(200, 150), values, Finding(Path(path), "nut", index / count, Region(1, 2, 30, 40, 500)), path)
 
 
-def test_a_long_page_is_written_without_being_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_report_is_written_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "IN_MEMORY", 2**16)
     with Gallery() as gallery:
         fill(gallery, 150)
@@ -221,7 +221,7 @@ def test_a_long_page_is_written_without_being_held_in_memory(tmp_path: Path, mon
     assert size > 2**21 and peak < size / 2
 
 
-def test_the_slider_marks_what_is_above_it(tmp_path: Path, browser: Browser) -> None:  # noqa: F811
+def test_the_slider_marks_images_above_it(tmp_path: Path, browser: Browser) -> None:  # noqa: F811
     with Gallery() as gallery:
         fill(gallery, 10)
         gallery.write(tmp_path / "report.html", "Ten", [("Images", "10")], ["x.png cannot be read"])

@@ -15,7 +15,7 @@ from utils.paths import expanded, figure_path, is_file, is_folder, safe_name
 @pytest.mark.parametrize(
     "name", ["bottle", "metal_nut", "Schräube 2", "a.b", ".hidden", "console", "com10", "-x", "100%"]
 )
-def test_names_that_are_fine_stay(name: str) -> None:
+def test_valid_names_are_unchanged(name: str) -> None:
     assert safe_name(name) == name
 
 
@@ -24,7 +24,7 @@ DEVICES = ["CON", "con.png", "Aux.tar.gz", "COM1", "lpt9.txt", "CONIN$"]
 
 
 @pytest.mark.parametrize("name", [*BAD_NAMES, *DEVICES])
-def test_names_that_are_not(name: str) -> None:
+def test_invalid_names_are_replaced(name: str) -> None:
     assert safe_name(name) != name
     assert_is_one_name(safe_name(name))
 
@@ -40,13 +40,13 @@ ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=200)
 
 
 @given(ANY_TEXT, ANY_TEXT)
-def test_any_text_is_one_name_and_different_texts_have_different_ones(one: str, other: str) -> None:
+def test_different_texts_have_different_file_names(one: str, other: str) -> None:
     for text in (one, other):
         assert_is_one_name(safe_name(text))
     assert (safe_name(one) == safe_name(other)) == (one == other)
 
 
-def test_figures_stay_in_their_folder_and_apart(tmp_path: Path) -> None:
+def test_figures_stay_in_their_folder_with_different_names(tmp_path: Path) -> None:
     taken: set[str] = set()
     images = ["a/000.png", "a/000.jpg", "A/000.JPG", "/data/a/001.png", "../../b.png", "a/../../../b.png", ".."]
     figures = [figure_path(tmp_path, image, ".png", taken) for image in images]
@@ -62,7 +62,7 @@ def test_figures_stay_in_their_folder_and_apart(tmp_path: Path) -> None:
         figure.touch()
 
 
-def test_looking_at_any_path(tmp_path: Path) -> None:
+def test_checking_any_path(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for path in (tmp_path / "loop", Path("x" * 5000), Path("a\0b"), tmp_path / "nothing"):
         assert not is_file(path) and not is_folder(path)

@@ -45,7 +45,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda", 0)])
-def test_auto_is_bf16_where_a_gpu_has_it(device: Any, gpu: pytest.MonkeyPatch) -> None:
+def test_auto_is_bf16_on_a_gpu_that_supports_it(device: Any, gpu: pytest.MonkeyPatch) -> None:
     assert choose_precision(device, "auto") == "bf16"
     # Some that do not have it would compute it slowly by other means.
     gpu.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
@@ -69,7 +69,7 @@ def test_auto_is_fp32_elsewhere(device: str, gpu: pytest.MonkeyPatch) -> None:
         ("auto", "on", "highest", "precision bf16, TF32 off"),
     ],
 )
-def test_tf32_is_for_fp32_alone(
+def test_tf32_applies_to_fp32_only(
     precision: str, tf32: str, product: str, said: str, gpu: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -80,7 +80,7 @@ def test_tf32_is_for_fp32_alone(
     assert said in caplog.messages[-1]
 
 
-def test_the_cpu_is_left_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+def test_cpu_settings_are_unchanged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     check_device("cpu", "auto", "on")
     assert torch.get_float32_matmul_precision() == "highest"
@@ -109,7 +109,7 @@ class Products(TorchDispatchMode):
         ("high", torch.float64, torch.float64, torch.float64),
     ],
 )
-def test_a_full_product_is_not_shortened(
+def test_similarities_are_not_computed_in_tf32(
     allowed: str, given: torch.dtype, computed: torch.dtype, returned: torch.dtype
 ) -> None:
     a, b = torch.randn(2, 5, 4, dtype=given), torch.randn(2, 4, 2, dtype=given)
@@ -121,7 +121,7 @@ def test_a_full_product_is_not_shortened(
 
 
 @pytest.mark.parametrize(("side", "kind", "loop"), COMBINATIONS)
-def test_losses_and_what_they_compare_are_float32_in_half_precision(
+def test_losses_and_their_inputs_are_float32_in_half_precision(
     side: str, kind: str, loop: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage, batch = make_stage(side, kind, loop), make_batch()

@@ -69,7 +69,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in json.loads(line).items() if name not in TIMED} for line in lines]
 
 
-def test_several_processes_train_as_one_does(one: Path, several: tuple[Path, str]) -> None:
+def test_several_processes_train_like_one(one: Path, several: tuple[Path, str]) -> None:
     """Both stages, also accumulated; feedback with cross-attention and its dropout; a step with an image too few."""
     for name in RUNS:
         first, expected = rows(several[0] / name), rows(one / name)
@@ -79,7 +79,7 @@ def test_several_processes_train_as_one_does(one: Path, several: tuple[Path, str
             assert row == pytest.approx(other, rel=1e-5, abs=1e-6), (name, row, other)
 
 
-def test_and_their_first_gradients_are_the_same(one: Path, several: tuple[Path, str]) -> None:
+def test_first_gradients_of_several_processes_equal_those_of_one(one: Path, several: tuple[Path, str]) -> None:
     for name in RUNS:
         first, expected = (torch.load(folder / f"{name}_gradients.pth") for folder in (several[0], one))
         assert first.keys() == expected.keys() and len(first) > 4
@@ -90,21 +90,19 @@ def test_and_their_first_gradients_are_the_same(one: Path, several: tuple[Path, 
                 assert relative_error(value, expected[key]) < 1e-4, (name, key)
 
 
-def test_several_processes_test_as_one_does_digit_for_digit(one: Path, several: tuple[Path, str]) -> None:
+def test_several_processes_give_identical_test_results(one: Path, several: tuple[Path, str]) -> None:
     for name in ("tested/evaluation_test.csv", "comparison.csv"):
         assert (several[0] / name).read_bytes() == (one / name).read_bytes(), name
 
 
-def test_all_stop_at_the_step_at_which_one_is_told_to_and_go_on_to_the_same(
-    one: Path, several: tuple[Path, str]
-) -> None:
+def test_all_processes_stop_at_the_same_step_and_resume_identically(one: Path, several: tuple[Path, str]) -> None:
     lines = {file.read_text(encoding="utf-8") for file in several[0].glob("stopped_*.txt")}
     assert lines == {"stopped in loop 1, image epoch 1: the same command resumes, and repeats this epoch"}
     assert rows(several[0] / "stopped") == rows(several[0] / "base")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason=WHY_NOT)
-def test_a_killed_process_ends_the_others_and_any_number_goes_on(world: Path, one: Path, tmp_path: Path) -> None:
+def test_a_killed_process_ends_the_others_and_any_number_resumes(world: Path, one: Path, tmp_path: Path) -> None:
     config = replace(base_config(world, tmp_path / "run"), image_epoch=3, accumulate=1)
     names = ("model_name", "dataset", "shot", "text_batch_size", "image_batch_size", "text_epoch", "image_epoch")
     given = [word for name in names for word in (f"--{name}", getattr(config, name))]
@@ -139,7 +137,7 @@ def test_machines_must_share_the_save_path_and_have_the_same_files(
     assert not config.save_path.exists()
 
 
-def test_several_processes_speak_as_one(several: tuple[Path, str]) -> None:
+def test_only_the_first_process_prints(several: tuple[Path, str]) -> None:
     said = [line for line in several[1].splitlines() if "Complete: " in line]
     assert len(said) == len(RUNS) + 1
     assert "Warning" not in several[1] and "Traceback" not in several[1]
@@ -147,7 +145,7 @@ def test_several_processes_speak_as_one(several: tuple[Path, str]) -> None:
 
 @pytest.mark.parametrize("total", [1, 2, 5, 6, 7])
 @pytest.mark.parametrize("processes", [1, 2, 3, 6])
-def test_shares_are_even_and_make_up_the_step(total: int, processes: int) -> None:
+def test_shares_are_even_and_add_up_to_the_step(total: int, processes: int) -> None:
     shares = [Share.of(total, process, processes) for process in range(processes)]
     found = [position for share in shares for position in range(share.first, share.first + share.size)]
     assert found == list(range(total))
@@ -194,7 +192,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_launch_is_refused_in_one_line_before_anything_is_built(launched: Path, tmp_path: Path) -> None:
+def test_an_invalid_launch_is_refused_before_the_model_is_built(launched: Path, tmp_path: Path) -> None:
     said = error_line("train.py", "--image_batch_size", 4, "--text_batch_size", 6, "--save_path", tmp_path / "run")
     assert said.startswith("error: --image_batch_size 4 cannot be divided among 3 processes")
     # Another process has said it.
@@ -209,17 +207,17 @@ def test_a_launch_is_refused_in_one_line_before_anything_is_built(launched: Path
         ("inference.py", "--checkpoint", "none", "--image", "somewhere"),
     ],
 )
-def test_what_processes_cannot_share_is_refused(words: tuple[str, ...], launched: Path) -> None:
+def test_options_for_one_process_only_are_refused(words: tuple[str, ...], launched: Path) -> None:
     assert "in one process: leave accelerate launch out" in error_line(*words)
 
 
-def test_the_first_to_end_speaks_and_the_others_know(launched: Path) -> None:
+def test_the_first_process_to_end_prints_the_message(launched: Path) -> None:
     assert claim_message()
     assert not claim_message()
     assert another_process_ended()
 
 
-def test_a_process_alone_speaks_and_waits_for_nobody() -> None:
+def test_a_single_process_prints_and_does_not_wait() -> None:
     assert claim_message() and claim_message()
     assert not another_process_ended()
 
@@ -265,7 +263,7 @@ def test_incomplete_launches_are_refused(
         ({"PMI_SIZE": "2", "PMI_RANK": "1", "MPI_LOCALRANKID": "0", **ADDRESS}, 2, "0"),
     ],
 )
-def test_complete_launches_get_the_names_of_torchs_launcher(
+def test_complete_launches_get_the_variables_of_torchrun(
     variables: dict[str, str], processes: int, local_rank: str | None, no_launch: pytest.MonkeyPatch
 ) -> None:
     for name, value in variables.items():
@@ -311,7 +309,7 @@ run_script(lambda: distributed.connect_processes(on_cpu=True), shared=True)
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals to send")
 @pytest.mark.parametrize(("rank", "other"), [(0, "rank 1"), (1, "rank 0 (Connection refused)")])
-def test_a_process_that_waits_for_others_says_so_and_a_signal_ends_it(rank: int, other: str) -> None:
+def test_a_waiting_process_logs_it_and_ends_at_a_signal(rank: int, other: str) -> None:
     port = free_port()
     launch = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-c", WAITING]

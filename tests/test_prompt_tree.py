@@ -33,7 +33,7 @@ def prompts_of(kind: str) -> Prompts:
 
 
 @pytest.mark.parametrize("kind", ["short", "real"])
-def test_features_and_gradients_are_those_of_each_prompt_alone(kind: str) -> None:
+def test_features_and_gradients_equal_those_of_single_prompts(kind: str) -> None:
     prompts, model = prompts_of(kind), adapted_clip(tiny_clip()).double()
     fill_with_noise(model.text_adapter)
     found = encode_classes(model.clip, prompts, model.text_modules)
@@ -48,7 +48,7 @@ def test_features_and_gradients_are_those_of_each_prompt_alone(kind: str) -> Non
     assert any(name.startswith("text_adapter") for name in trainable(model))
 
 
-def test_beginnings_that_are_shared_are_not_computed_again() -> None:
+def test_shared_prefixes_are_computed_once() -> None:
     clip, prompts = tiny_clip(), prompts_of("real")
     with FlopCounterMode(display=False) as together:
         encode_classes(clip, prompts)
@@ -60,7 +60,7 @@ def test_beginnings_that_are_shared_are_not_computed_again() -> None:
 
 
 @pytest.mark.parametrize("residual", ["add", "matched"])
-def test_words_that_see_an_image_are_encoded_alike(residual: str) -> None:
+def test_conditioned_prompts_are_encoded_alike(residual: str) -> None:
     clip, prompts = tiny_clip(), prompts_of("real")
     cross = CrossAttentionConfig(text_cross_attn_weight=0.5, cross_attn_residual=residual)
     model = AdaptedCLIPWithCrossAttention(clip, config_for(clip), cross=cross).double().eval()
@@ -75,7 +75,7 @@ def test_words_that_see_an_image_are_encoded_alike(residual: str) -> None:
     assert_agrees(found, expected, 1e-10)
 
 
-def test_dropout_is_drawn_for_every_prompt() -> None:
+def test_dropout_is_independent_for_every_prompt() -> None:
     """In Stage 1, where it is on: a run's random numbers stay what they were."""
     clip, prompts = tiny_clip(), prompts_of("real")
     model = AdaptedCLIPWithCrossAttention(clip, config_for(clip))

@@ -76,7 +76,7 @@ def test_the_segmentation_loss_is_the_published_one(
         assert abs(segmentation_loss(similarity, known["mask"].to(dtype)).total.item() - known["loss"].item()) > 0.01
 
 
-def test_smoothing_caps_the_loss_of_a_confident_error_and_takes_its_gradient() -> None:
+def test_smoothing_limits_the_loss_of_a_confident_error_and_removes_its_gradient() -> None:
     def loss_and_gradient(margin: float, smoothing: float) -> tuple[float, float]:
         logits = torch.tensor([margin, 0.0], dtype=torch.float64).reshape(1, 2, 1, 1).requires_grad_()
         loss = focal_loss(logits, torch.ones(1, 1, 1), smoothing=smoothing)
@@ -143,7 +143,7 @@ def published_anchors(ref: reference.Reference, opening: RunSetup, classes: list
     return [pairs[name] for name in classes]
 
 
-def test_a_step_of_stage_1_is_that_of_the_published_code(opening: RunSetup) -> None:
+def test_a_step_of_stage_1_equals_the_published_code(opening: RunSetup) -> None:
     batch = first_batch(opening, "geometric", 6, 1)
     ref = published_reference(opening)
     anchors = published_anchors(ref, opening, batch["class_name"])
@@ -157,7 +157,7 @@ def test_a_step_of_stage_1_is_that_of_the_published_code(opening: RunSetup) -> N
     check_step(opening.model, batch, loss_of, expected, ref, "text_adapter")
 
 
-def test_a_step_of_stage_2_is_that_of_the_published_code(opening: RunSetup) -> None:
+def test_a_step_of_stage_2_equals_the_published_code(opening: RunSetup) -> None:
     batch = first_batch(opening, "full", 4, 2)
     ref = published_reference(opening)
     anchors = published_anchors(ref, opening, batch["class_name"])
@@ -198,7 +198,7 @@ def check_step(
     ],
     ids=str,
 )
-def test_what_is_given_wins_and_makes_another_step(
+def test_explicit_options_override_the_preset_and_change_the_step(
     change: dict[str, Any], opening: RunSetup, world: Path, tmp_path: Path
 ) -> None:
     """None of the deviations is too small for the comparisons above."""
@@ -212,7 +212,7 @@ def test_what_is_given_wins_and_makes_another_step(
     assert relative_error(loss_of(changed), loss_of(opening)) > 1e-5
 
 
-def test_presets_combine_and_given_values_win() -> None:
+def test_presets_combine_and_explicit_options_win() -> None:
     assert BaseConfig.of() == BaseConfig() == BaseConfig.of(preset="recommended")
     toy = BaseConfig.of(preset="published", recipe="toy")
     assert (toy.model_name, toy.image_lr, toy.text_adapt_weight, toy.text_norm_weight) == ("toy", 1e-3, 0.3, 3.0)
@@ -221,7 +221,7 @@ def test_presets_combine_and_given_values_win() -> None:
     assert CrossAttentionRunConfig.of(preset="published").surgery == "batch_axis"
 
 
-def test_a_published_run_to_its_end_where_there_are_no_published_names(
+def test_a_complete_published_run_without_published_names(
     world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -275,7 +275,7 @@ def maps_by_hand(file: Path, opening: RunSetup, picture: Path, name: str, quick_
         return reference.calibrated_map(levels, reference.anchor_pair(ref, list(normal), list(abnormal)), 40)
 
 
-def test_a_published_checkpoint_is_what_it_was_trained_as(
+def test_a_published_checkpoint_keeps_its_settings(
     opening: RunSetup, world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """GELU and the published names without a flag, in `predict` too; both can be asked otherwise."""
@@ -314,7 +314,7 @@ def test_a_published_checkpoint_is_what_it_was_trained_as(
     assert default != evaluated(activation="quick_gelu")
 
 
-def test_of_a_forks_file_it_is_said_what_is_assumed(
+def test_assumptions_about_a_forks_file_are_logged(
     opening: RunSetup, world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = write_published_form(tmp_path / "fork", opening, adapter="bottleneck")
@@ -330,9 +330,7 @@ def test_of_a_forks_file_it_is_said_what_is_assumed(
     assert np.array_equal(maps[0], maps[1]) and not np.array_equal(maps[0], maps[2])
 
 
-def test_training_goes_on_from_a_published_base_as_it_was_trained(
-    opening: RunSetup, world: Path, tmp_path: Path
-) -> None:
+def test_training_continues_a_published_base_with_its_settings(opening: RunSetup, world: Path, tmp_path: Path) -> None:
     file = write_published_form(tmp_path / "published", opening)
 
     def started(**changes: Any) -> RunSetup:
@@ -382,7 +380,7 @@ def test_every_published_name_is_a_class_of_the_catalog_and_fits_a_prompt() -> N
 
 
 @pytest.mark.parametrize(("dataset", "listed"), [("Colon_Kvasir", "Kvasir"), ("Colon_cvc300", "CVC-300")])
-def test_a_class_goes_by_either_name(dataset: str, listed: str, tmp_path: Path) -> None:
+def test_both_names_of_a_class_are_accepted(dataset: str, listed: str, tmp_path: Path) -> None:
     spec = CATALOG[dataset]
     assert class_display_names(spec, "published", [listed])[listed] == "colon endoscopy image"
     assert class_display_names(spec, "published", [dataset])[dataset] == "colon endoscopy image"
@@ -393,7 +391,7 @@ def test_a_class_goes_by_either_name(dataset: str, listed: str, tmp_path: Path) 
             assert class_display_names(spec, file, [met])[met] == "a polyp"
 
 
-def test_a_file_called_published_is_meant_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_named_published_is_used_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("published").write_text('{"tubes": "of the file"}', encoding="utf-8")
     spec, parse = CATALOG["MPDD"], make_parser(BaseConfig, None).parse_args
@@ -409,7 +407,7 @@ def test_a_file_called_published_is_meant_by_its_path(tmp_path: Path, monkeypatc
     assert class_display_names(spec, Path("published"))["tubes"] == "of the file"
 
 
-def test_masks_are_read_alike_wherever_a_task_is_used(opening: RunSetup, tmp_path: Path) -> None:
+def test_every_script_reads_masks_alike(opening: RunSetup, tmp_path: Path) -> None:
     folder = write_dataset(tmp_path / "lossy", classes=("felt",), count=2)
     for file in folder.rglob("*_mask.png"):
         with Image.open(file) as image:

@@ -301,7 +301,7 @@ def assert_scores_agree(
 
 
 @pytest.mark.parametrize("kind", scoring.DET_SCORES)
-def test_det_scores_are_between_0_and_1_at_the_extremes(kind: str) -> None:
+def test_extreme_det_scores_are_between_0_and_1(kind: str) -> None:
     """Of anchors that are opposite both kinds say the same; of anchors that coincide the difference says nothing."""
     outputs = scoring.Outputs([], torch.tensor([[1.0, -1.0], [-1.0, 1.0], [0.3, -0.3]]))
     assert_agrees(scoring.det_scores(outputs, kind), torch.tensor([0.0, 1.0, 0.35]), 1e-6)

@@ -37,7 +37,7 @@ def unit(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("most", [1, 100, None])
-def test_the_distance_is_to_the_nearest_patch_however_it_is_split(most: int | None) -> None:
+def test_the_distance_to_the_nearest_patch_does_not_depend_on_chunks(most: int | None) -> None:
     features, memory = unit(3, 16, 8), unit(40, 8, seed=1)
     found = nearest_distances(features, memory, most)
     for image in range(3):
@@ -48,7 +48,7 @@ def test_the_distance_is_to_the_nearest_patch_however_it_is_split(most: int | No
     assert nearest_distances(-memory[None, :1], memory[:1]) == pytest.approx(2)
 
 
-def test_words_and_references_join_on_one_scale() -> None:
+def test_text_and_references_are_combined_on_one_scale() -> None:
     features, memory = [unit(2, 36, 8, seed=n) for n in (0, 1)], [unit(20, 8, seed=n) for n in (2, 3)]
     found = reference_maps(features, memory, 12)
     for level, pair in enumerate(zip(features, memory, strict=True)):
@@ -87,7 +87,7 @@ def paths_of(folder: Path, count: int = 4) -> list[Path]:
 
 
 @pytest.mark.parametrize("features", ["trained", "frozen", "both"])
-def test_an_image_that_is_remembered_is_at_no_distance(world: Path, model: Detector, features: str) -> None:
+def test_a_reference_image_has_distance_0(world: Path, model: Detector, features: str) -> None:
     paths = paths_of(world / "normal" / "cork")
     plain = model.predict(paths[0], "cork")
     references = model.add_references(paths, "cork", weight=1.0, features=features)
@@ -103,7 +103,7 @@ def test_an_image_that_is_remembered_is_at_no_distance(world: Path, model: Detec
     assert (again.anomaly_map == plain.anomaly_map).all() and again.score == plain.score
 
 
-def test_unadapted_clip_remembers_too(world: Path, model: Detector) -> None:
+def test_unadapted_clip_accepts_references(world: Path, model: Detector) -> None:
     detector = unadapted_detector(model.clip)
     path = world / "normal/cork/0.png"
     detector.add_references([path], "cork", weight=1.0)
@@ -115,7 +115,7 @@ def test_unadapted_clip_remembers_too(world: Path, model: Detector) -> None:
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
-def test_evaluation_scores_by_the_joined_map(world: Path, model: Detector) -> None:
+def test_evaluation_uses_the_combined_map(world: Path, model: Detector) -> None:
     data = load_task(str(world / "test"))
     before = evaluate({"m": model}, data, "cpu")["m"].classes[0]
     found = model.add_references(paths_of(world / "normal" / "cork"), "cork", class_names="catalog", key="cork")
@@ -154,7 +154,7 @@ def test_shots_come_from_the_datasets_training_images(
         evaluate_checkpoints(where[0], str(world / "train"), reference_shots=1, **asked)
 
 
-def test_a_reference_that_is_tested_is_refused(world: Path, tmp_path: Path) -> None:
+def test_a_reference_among_the_test_images_is_refused(world: Path, tmp_path: Path) -> None:
     folder = tmp_path / "normal"
     shutil.copytree(world / "normal", folder)
     shutil.copy(world / "test/cork/test/good/000.png", folder / "cork" / "another_name.png")
@@ -165,7 +165,7 @@ def test_a_reference_that_is_tested_is_refused(world: Path, tmp_path: Path) -> N
         evaluate_checkpoints(*where, references=folder / "cork", output_dir=tmp_path, device="cpu")
 
 
-def test_the_seeds_choice_contains_that_of_fewer_shots(tmp_path: Path) -> None:
+def test_more_shots_contain_the_references_of_fewer(tmp_path: Path) -> None:
     paths = [tmp_path / f"{index}.png" for index in range(12)]
     chosen = [choose_normals(paths, shots, 3, "cork") for shots in (1, 2, 4, 8)]
     assert all(set(few) < set(more) for few, more in pairwise(chosen))
@@ -198,7 +198,7 @@ def test_references_and_calibration(world: Path, tmp_path: Path) -> None:
         calibrate_images(checkpoint, tmp_path / "new", "cork", false_alarms=0.05, **asked)
 
 
-def test_each_class_of_a_folder_has_references_of_its_own(
+def test_each_class_of_a_folder_has_its_references(
     world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked = {"class_from_folder": True, "output_dir": tmp_path, "device": "cpu"}
@@ -222,7 +222,7 @@ def test_a_toy_dataset_draws_its_normal_images_on_first_use(tmp_path: Path) -> N
     assert GOOD_IMAGES["toy_test"] < 10_000  # those drawn anew come after them
 
 
-def test_one_image_is_a_reference_too(tmp_path: Path) -> None:
+def test_a_single_image_can_be_the_reference(tmp_path: Path) -> None:
     image = tmp_path / "0.png"
     save(image, np.zeros((4, 4, 3)))
     assert normals_of_classes(image, [""]) == {"": [image]}

@@ -69,7 +69,7 @@ def page(request: pytest.FixtureRequest, browser: Browser, report: Path) -> Iter
     assert complaints == []
 
 
-def test_every_picture_is_there_and_legible(page: Page) -> None:
+def test_every_image_exists_and_is_legible(page: Page) -> None:
     # Pictures in closed details would have no size.
     assert page.evaluate("document.querySelectorAll('details img').length") == 0
     pictures = page.evaluate(
@@ -100,7 +100,7 @@ OVERFLOWING = """() => {
 }"""
 
 
-def test_nothing_overflows(page: Page) -> None:
+def test_no_element_overflows(page: Page) -> None:
     assert page.evaluate(OVERFLOWING) == []
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
@@ -116,7 +116,7 @@ def test_charts_follow_the_colour_scheme(page: Page, request: pytest.FixtureRequ
     )
 
 
-def test_the_table_is_the_comparison(page: Page, report: Path) -> None:
+def test_the_table_equals_the_comparison(page: Page, report: Path) -> None:
     cells = page.evaluate(
         "[...document.querySelectorAll('#metrics tbody tr')].map(r => [...r.cells].map(c => c.innerText))"
     )
@@ -133,7 +133,7 @@ def test_the_table_is_the_comparison(page: Page, report: Path) -> None:
         assert float(value) == max(float(row[column]) for row in cells)
 
 
-def test_the_page_says_what_was_run(world: Path, report: Path) -> None:
+def test_the_report_lists_the_run_and_its_commands(world: Path, report: Path) -> None:
     text = report.read_text(encoding="utf-8")
     assert "gradients are &lt;vanishing&gt; &amp; low (3 times)" in text
     assert "<vanishing>" not in text
@@ -161,7 +161,7 @@ def test_the_page_says_what_was_run(world: Path, report: Path) -> None:
     )
 
 
-def test_a_report_without_history_and_of_nothing_readable(world: Path, tmp_path: Path) -> None:
+def test_reports_without_history_or_readable_files(world: Path, tmp_path: Path) -> None:
     run = shutil.copytree(world / RUN, tmp_path / "run")
     for name in ("history.jsonl", "warnings.jsonl"):
         (run / name).unlink(missing_ok=True)
@@ -189,7 +189,7 @@ def made_up(**rows: dict[str, float | None]) -> Comparison:
     return Comparison("test", listed, found, [])
 
 
-def test_the_best_of_a_column_is_by_printed_values() -> None:
+def test_the_best_value_of_a_column_is_chosen_by_printed_values() -> None:
     comparison = made_up(
         base={"pixel_auroc": 80.001, "image_ap": None, "aupro": 0.0},
         Loop_1={"pixel_auroc": 80.004, "image_ap": None, "aupro": None},
@@ -203,7 +203,7 @@ def test_the_best_of_a_column_is_by_printed_values() -> None:
     assert not any(unreadable)
 
 
-def test_examples_are_of_the_best_loop_beside_the_references() -> None:
+def test_examples_show_the_best_loop_next_to_base_and_unadapted() -> None:
     comparison = made_up(base={}, Loop_1={"pixel_auroc": 60.0}, Loop_2={"pixel_auroc": 55.0})
     assert [row.name for row in example_rows(comparison)] == ["base", "Loop 1"]
     assert [row.name for row in example_rows(made_up(unadapted={}, base={}))] == ["unadapted", "base"]
@@ -220,7 +220,7 @@ def test_one_example_of_each_class() -> None:
     assert extreme_images(pool, False, highest=True) == []
 
 
-def test_damaged_files_of_a_run_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_files_of_a_run_are_omitted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "history.jsonl"
     assert read_rows(file) == []
     file.write_text('{"loop": 1}\n', encoding="utf-8")
@@ -239,7 +239,7 @@ def test_warnings_that_differ_in_numbers_are_grouped() -> None:
     assert many[-1] == "and 10 more"
 
 
-def test_a_run_that_went_on_is_shown_until_its_checkpoint() -> None:
+def test_a_resumed_run_is_shown_up_to_its_checkpoint() -> None:
     def rows(*stages: tuple[int, str, int]) -> list[dict[str, Any]]:
         return [{"loop": loop, "stage": stage, "epoch": epoch} for loop, stage, epoch in stages]
 
@@ -262,13 +262,13 @@ CONFIGS: list[tuple[RunConfig, str]] = [
 
 
 @pytest.mark.parametrize(("config", "script"), CONFIGS)
-def test_the_command_trains_the_same_run(config: RunConfig, script: str) -> None:
+def test_the_shown_command_repeats_the_run(config: RunConfig, script: str) -> None:
     words = shlex.split(training_command({"arguments": config.to_dict(), "script": script}))
     parser = import_module(Path(words[1]).stem).script.parser()
     assert type(config).of(**vars(parser.parse_args(words[2:]))) == config
 
 
-def test_commands_launch_processes_and_leave_defaults_out() -> None:
+def test_commands_contain_the_launcher_and_no_defaults() -> None:
     config = {"arguments": BaseConfig().to_dict(), "script": BASE, "processes": 2}
     assert training_command(config) == "accelerate launch --num_processes 2 train.py"
     other = replace(FeedbackConfig.of(preset="v2"), seed=4)
@@ -278,7 +278,7 @@ def test_commands_launch_processes_and_leave_defaults_out() -> None:
     assert command_line("s.py", values) == "python s.py --c --d 1 2 --e 'x y'"
 
 
-def test_no_chart_cuts_its_legend_or_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_legends_and_labels_of_charts_are_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Figure] = []
 
     def draw_only(draw: Callable[[Figure], None], height: float) -> str:

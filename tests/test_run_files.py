@@ -90,7 +90,7 @@ def test_a_refused_run_leaves_no_folder(world: Path, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"file", "base"}
 
 
-def test_a_run_that_was_taken_over_writes_nothing_more(
+def test_a_run_whose_lock_was_taken_over_stops_writing(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
@@ -107,7 +107,7 @@ def test_a_run_that_was_taken_over_writes_nothing_more(
     assert (run / ".run.lock").is_file()
 
 
-def test_a_disk_that_is_full_of_tensorboard_events_ends_the_run_in_a_line(
+def test_a_full_disk_in_tensorboard_ends_the_run_with_an_error(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
@@ -133,7 +133,7 @@ def test_a_disk_that_is_full_of_tensorboard_events_ends_the_run_in_a_line(
         assert all(torch.equal(value, expected[key]) for key, value in trained.items())
 
 
-def test_a_history_that_is_held_open_does_not_end_the_run_and_a_state_does(
+def test_an_open_history_file_does_not_end_the_run_but_an_open_state_does(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Path.replace
@@ -161,7 +161,7 @@ def test_a_history_that_is_held_open_does_not_end_the_run_and_a_state_does(
     assert sorted(path.name for path in run.glob("*.not_replaced")) == []
 
 
-def test_an_interruption_between_epochs_says_how_to_go_on(
+def test_an_interruption_between_epochs_tells_how_to_resume(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> None:
@@ -175,7 +175,7 @@ def test_an_interruption_between_epochs_says_how_to_go_on(
     train_base(base_config(world, tmp_path / "run"))
 
 
-def test_a_log_begins_with_the_first_line(world: Path) -> None:
+def test_a_log_starts_with_the_first_line(world: Path) -> None:
     log = (world / "base" / "train.log").read_text(encoding="utf-8")
     assert "Device: cpu (" in log.splitlines()[0]
     assert "Training on train: 8 images" in log

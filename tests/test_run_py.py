@@ -29,7 +29,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return found
 
 
-def test_torch_comes_from_the_index_that_is_given_and_the_rest_from_pypi(calls: list[list[str]]) -> None:
+def test_torch_comes_from_the_given_index_and_the_rest_from_pypi(calls: list[list[str]]) -> None:
     assert run.main(["--torch-index", INDEX, "test", "-k", "metadata", "-x"]) == 0
     torch, *rest, tests = calls
     assert torch[torch.index("--index-url") + 1] == INDEX
@@ -85,7 +85,7 @@ def test_the_demo_takes_no_options(words: list[str], status: int) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 7)])
-def test_what_is_run_decides_what_a_signal_means(number: int, status: int) -> None:
+def test_the_running_command_handles_signals(number: int, status: int) -> None:
     """SIGTERM is handed on; of Ctrl-C the terminal has told it already."""
     code = "import time, sys; time.sleep(0.6); sys.exit(7)"
 

@@ -146,14 +146,14 @@ def damaged_files(folder):
 
 
 @pytest.mark.parametrize("read", [read_image, read_mask])
-def test_what_cannot_be_read_is_named(tmp_path, read):
+def test_unreadable_files_are_named(tmp_path, read):
     for name in damaged_files(tmp_path):
         with pytest.raises(UserError) as error:
             read(tmp_path / name)
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value), name
 
 
-def test_image_too_large_to_be_meant(tmp_path, monkeypatch):
+def test_too_large_images_are_refused(tmp_path, monkeypatch):
     path = save(tmp_path / "x.png", COLOURS)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
     with pytest.raises(UserError, match="cannot be read"):
@@ -198,7 +198,7 @@ def test_masks_of_any_kind(tmp_path, name, image, expected):
     assert marked(save(tmp_path / name, image)) == [[bool(value) for value in expected]]
 
 
-def test_a_mask_that_is_not_finite_is_refused(tmp_path):
+def test_a_non_finite_mask_is_refused(tmp_path):
     with pytest.raises(UserError, match="not finite"):
         read_mask(save(tmp_path / "nan.tif", np.array([[0, np.nan]], np.float32)))
 
@@ -266,7 +266,7 @@ def test_image_and_mask_move_together(tree, augment):
         assert inside.median() > outside.quantile(0.95), seed
 
 
-def test_full_is_geometric_and_colour(tree):
+def test_full_augmentation_is_geometric_and_colour(tree):
     plain, geometric, full = (make_dataset(tree, augment) for augment in ("none", "geometric", "full"))
     for seed in range(20):
         parameters = draw_augmentation(seed)
@@ -279,7 +279,7 @@ def test_full_is_geometric_and_colour(tree):
         assert torch.equal(samples[1]["image"], samples[2]["image"]) != coloured
 
 
-def test_chances_and_ranges_of_augmentation():
+def test_probabilities_and_ranges_of_augmentation():
     drawn = [draw_augmentation(seed) for seed in range(4000)]
     right, down = np.array([a.shift for a in drawn]).T
     values = {name: np.array([getattr(a, name) for a in drawn], float) for name in vars(drawn[0]) if name != "shift"}
@@ -344,14 +344,14 @@ def test_nearest_resampling_makes_no_new_colours(tmp_path, monkeypatch):
     ],
     ids=["moved out", "partly moved out", "empty before", "as published"],
 )
-def test_label_of_a_defect_that_is_moved(tmp_path, monkeypatch, moves, columns, keep_label, expected):
+def test_label_of_a_moved_defect(tmp_path, monkeypatch, moves, columns, keep_label, expected):
     monkeypatch.setattr("dataset.samples.draw_augmentation", lambda seed: shifted(0.15, 0.0))
     choices = AugmentationConfig(augment_moves=moves, keep_label=keep_label)
     sample = one_defect(tmp_path, slice(4, 9), columns, choices=choices)[SampleKey(0, 0)]
     assert (sample["label"], bool(sample["mask"].any())) == expected
 
 
-def test_defect_that_is_only_lost_between_pixels_keeps_its_label(tmp_path, monkeypatch):
+def test_a_defect_lost_in_resampling_keeps_its_label(tmp_path, monkeypatch):
     outcomes = set()
     for place in range(8, 12):
         dataset = one_defect(tmp_path, slice(3, 4), slice(place, place + 1))
@@ -365,7 +365,7 @@ def test_defect_that_is_only_lost_between_pixels_keeps_its_label(tmp_path, monke
 
 @pytest.mark.parametrize("fill", ["mean", "black"])
 @pytest.mark.parametrize("resampling", ["nearest", "bilinear"])
-def test_separate_moves_turn_the_normalised_image_then_shift_it_by_whole_pixels(tree, monkeypatch, fill, resampling):
+def test_separate_moves_rotate_then_shift_by_whole_pixels(tree, monkeypatch, fill, resampling):
     parameters = shifted(0.1, -0.07, angle=17.0)
     monkeypatch.setattr("dataset.samples.draw_augmentation", lambda seed: replace(parameters, flip_horizontal=True))
     choices = AugmentationConfig(augment_fill=fill, augment_resampling=resampling, augment_moves="separate")
@@ -407,7 +407,7 @@ def test_colours_can_be_changed_before_the_image_is_resized(tree, monkeypatch):
     ("threshold", "expected"),
     [(0.5, [0, 0, 0, 1, 1]), (0.25, [0, 0, 1, 1, 1]), (1.0, [0, 0, 0, 0, 1]), ("nonzero", [0, 1, 1, 1, 1])],
 )
-def test_from_which_value_on_a_pixel_is_anomalous(tmp_path, threshold, expected):
+def test_mask_threshold(tmp_path, threshold, expected):
     values = np.array([[0, 3, 70, 130, 250]], np.uint8)
     path = save(tmp_path / "m.png", values)
     assert (np.asarray(read_mask(path, threshold)) > 0).astype(int).tolist() == [expected]
@@ -445,7 +445,7 @@ def test_global_generators_do_not_matter(tree):
     assert not equal(dataset[SampleKey(3, 5)], dataset[SampleKey(3, 6)])
 
 
-def test_mask_of_another_size_names_both(tmp_path):
+def test_a_mask_of_another_size_is_reported_with_both_sizes(tmp_path):
     save(tmp_path / "x.png", np.zeros((20, 30), np.uint8))
     save(tmp_path / "m.png", np.zeros((30, 20), np.uint8))
     dataset = make_dataset((tmp_path, [Record("x.png", 1, "part", "m.png")]))
@@ -455,7 +455,7 @@ def test_mask_of_another_size_names_both(tmp_path):
     assert f"{tmp_path / 'x.png'} is 30 x 20" in message and f"{tmp_path / 'm.png'} is 20 x 30" in message
 
 
-def test_sizes_are_compared_as_turned(tmp_path):
+def test_sizes_are_compared_after_exif_rotation(tmp_path):
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     save(tmp_path / "x.png", np.zeros((20, 30), np.uint8), exif=exif)
@@ -467,7 +467,7 @@ def test_sizes_are_compared_as_turned(tmp_path):
 
 
 class TestSeededSampler:
-    def test_every_index_once_in_a_repeatable_order(self):
+    def test_every_index_occurs_once_in_a_repeatable_order(self):
         sampler = SeededSampler(50, seed=3, stage=1)
         sampler.set_position(loop=2, epoch=4)
         keys = list(sampler)
@@ -479,7 +479,7 @@ class TestSeededSampler:
         assert list(again) == keys
 
     @pytest.mark.parametrize("other", [(4, 1, 2, 4), (3, 2, 2, 4), (3, 1, 3, 4), (3, 1, 2, 5)])
-    def test_every_part_of_the_position_changes_order_and_seeds(self, other):
+    def test_order_and_seeds_depend_on_every_part_of_the_position(self, other):
         runs = []
         for seed, stage, loop, epoch in ((3, 1, 2, 4), other):
             sampler = SeededSampler(50, seed, stage)
@@ -504,7 +504,7 @@ def test_batches_do_not_depend_on_workers(tree):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_error_of_a_worker_is_one_line(tree, workers):
+def test_an_error_in_a_worker_is_one_line(tree, workers):
     root, _ = tree
     (root / "5.png").unlink()
     with pytest.raises(UserError) as error:

@@ -177,7 +177,7 @@ def test_worker_processes_end_quietly_when_the_signal_reaches_them_too(number: i
 
 
 @needs_signals
-def test_output_that_nobody_reads_any_more() -> None:
+def test_a_closed_output_pipe() -> None:
     code = "from utils.script import run_script; run_script(lambda: [print('line') for _ in range(10**6)] and None)"
     process = start_code(code)
     assert process.stdout is not None and process.stderr is not None
@@ -188,7 +188,7 @@ def test_output_that_nobody_reads_any_more() -> None:
     assert process.wait(60) == 1
 
 
-def test_a_thread_that_ends_with_a_disk_error_is_left_to_the_next_write(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_disk_error_in_a_thread_is_raised_at_the_next_write(capsys: pytest.CaptureFixture[str]) -> None:
     def fail(error: Exception) -> None:
         raise error
 

@@ -103,9 +103,7 @@ def load(world: Path, kind: str) -> Detector:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_shared_model_is_the_same_one_on_a_machine_that_has_clip_elsewhere(
-    kind: str, world: Path, tmp_path: Path
-) -> None:
+def test_a_shared_model_is_identical_on_a_machine_with_clip_elsewhere(kind: str, world: Path, tmp_path: Path) -> None:
     model = load(world, kind)
     folder = model.save_pretrained(tmp_path / "model")
     shutil.copytree(world / "clip", tmp_path / "elsewhere")
@@ -118,7 +116,7 @@ def test_a_shared_model_is_the_same_one_on_a_machine_that_has_clip_elsewhere(
     assert again.arguments.get("class_names") == (None if "base" in kind else model.arguments.get("class_names"))
 
 
-def test_the_folder_holds_what_was_trained_alone_and_no_path_of_this_machine(world: Path, tmp_path: Path) -> None:
+def test_the_folder_contains_trained_weights_only_and_no_local_path(world: Path, tmp_path: Path) -> None:
     model = load(world, "base")
     folder = model.save_pretrained(tmp_path / "model", licence="apache-2.0")
     assert sorted(file.name for file in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
@@ -133,7 +131,7 @@ def test_the_folder_holds_what_was_trained_alone_and_no_path_of_this_machine(wor
     assert model.clip.weights_digest in text and "local-dir:clip" in text
 
 
-def test_the_card_says_data_metrics_licence_and_how_to_load(world: Path, tmp_path: Path) -> None:
+def test_the_card_contains_data_metrics_licence_and_loading(world: Path, tmp_path: Path) -> None:
     shutil.copytree(world / "base", tmp_path / "base")
     results = tmp_path / "base" / "results"
     results.mkdir()
@@ -159,7 +157,7 @@ def test_the_card_says_data_metrics_licence_and_how_to_load(world: Path, tmp_pat
     assert "Not zero-shot" in (again.save_pretrained(tmp_path / "model") / "README.md").read_text(encoding="utf-8")
 
 
-def test_thresholds_go_along_and_still_decide(world: Path, tmp_path: Path) -> None:
+def test_thresholds_are_shared_and_still_decide(world: Path, tmp_path: Path) -> None:
     model = load(world, "base, otherwise")
     found = model.predict(IMAGE, "cup")
     below = [found.score * (1 - step / 100) for step in range(1, 20)]
@@ -173,7 +171,7 @@ def test_thresholds_go_along_and_still_decide(world: Path, tmp_path: Path) -> No
     assert not (folder / "calibration.json").exists()
 
 
-def test_the_page_gives_each_model_the_clip_that_it_was_shared_with(world: Path, tmp_path: Path) -> None:
+def test_the_web_page_uses_the_clip_of_each_shared_model(world: Path, tmp_path: Path) -> None:
     asked = {"model_name": f"local-dir:{world / 'clip'}", "device": "cpu"}
     for kind in ("base, otherwise", "published", "published, otherwise"):
         load(world, kind).save_pretrained(tmp_path / kind)
@@ -185,7 +183,7 @@ def test_the_page_gives_each_model_the_clip_that_it_was_shared_with(world: Path,
     assert len(set(clips)) == 3
 
 
-def test_every_way_to_name_a_checkpoint_takes_a_shared_folder(world: Path, tmp_path: Path) -> None:
+def test_every_checkpoint_option_accepts_a_shared_folder(world: Path, tmp_path: Path) -> None:
     folder = load(world, "base").save_pretrained(tmp_path / "model")
     assert find_latest(folder, "--base_path") == folder / "model.safetensors"
     models = load_detectors(str(folder), None, "cpu", model_name=f"local-dir:{world / 'clip'}")
@@ -213,7 +211,7 @@ DAMAGES: dict[str, tuple[str, bytes]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_folder_is_one_line(damage: str, world: Path, tmp_path: Path) -> None:
+def test_a_damaged_folder_is_an_error(damage: str, world: Path, tmp_path: Path) -> None:
     folder = load(world, "cross").save_pretrained(tmp_path / "model")
     name, content = DAMAGES[damage]
     (folder / name).write_bytes(content)
@@ -222,7 +220,7 @@ def test_a_damaged_folder_is_one_line(damage: str, world: Path, tmp_path: Path) 
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_nothing_else_is_overwritten(world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_files_are_not_overwritten(world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "README.md").write_text("mine", encoding="utf-8")
     model = load(world, "base")
     with pytest.raises(UserError, match=r"holds README\.md, and no shared model"):
@@ -303,7 +301,7 @@ def test_to_the_hub_and_back(world: Path, tmp_path: Path, stand_in: StandInHub) 
     assert load_detectors("hf://org/name@v1", None, "cpu", model_name=name)[0].name == "loop_2_final"
 
 
-def test_thresholds_come_from_the_hub_and_from_where_they_are_kept_here(
+def test_thresholds_come_from_the_hub_or_the_local_file(
     world: Path, tmp_path: Path, stand_in: StandInHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -328,14 +326,14 @@ def test_thresholds_come_from_the_hub_and_from_where_they_are_kept_here(
 
 
 @pytest.mark.parametrize("address", ["hf://org/other", "hf://org/name@v2"])
-def test_what_the_hub_does_not_have_is_one_line(address: str, stand_in: StandInHub) -> None:
+def test_a_missing_model_on_the_hub_is_an_error(address: str, stand_in: StandInHub) -> None:
     (stand_in.root / "org/name").mkdir(parents=True)
     with pytest.raises(UserError, match=rf"^{address} cannot be downloaded \(.+\)$") as caught:
         load_model(address, device="cpu")
     assert "\n" not in str(caught.value)
 
 
-def test_without_network_an_earlier_download_is_taken(
+def test_without_network_an_earlier_download_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def unreachable() -> None:
@@ -352,7 +350,7 @@ def test_without_network_an_earlier_download_is_taken(
     assert "using an earlier download, if there is one (no answer)" in caplog.text
 
 
-def test_a_push_that_fails_is_one_line_and_leaves_the_folder(
+def test_a_failed_push_is_an_error_and_leaves_the_folder(
     world: Path, tmp_path: Path, stand_in: StandInHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(**_: object) -> None:

@@ -51,7 +51,7 @@ def test_cells_and_their_commands(tmp_path: Path) -> None:
     assert tested.command[1:5] == ("--bonus", "1", "--checkpoint", f"{better}/run/model.json")
 
 
-def test_what_changed_is_another_cell_and_nothing_else_is(tmp_path: Path) -> None:
+def test_only_changed_cells_are_run_again(tmp_path: Path) -> None:
     before = folders(plan_of(write_world(tmp_path)))
     common = folders(plan_of(write_world(tmp_path, **{"study.arguments": {"epochs": 3}})))
     assert all(common[arm] != before[arm] for arm in ("plain", "better", "tested"))
@@ -120,7 +120,7 @@ def test_errors_in_the_file_are_named(tmp_path: Path, changes: dict[str, Any], m
     assert message in str(error.value)
 
 
-def test_a_file_that_is_no_study(tmp_path: Path) -> None:
+def test_other_files_are_not_a_study(tmp_path: Path) -> None:
     file = tmp_path / "study.toml"
     for content, message in (("[study", "not valid TOML"), ("[study]\n", "tables"), ("arms = 1\nstudy = 2\n", "table")):
         file.write_text(content, encoding="utf-8")
@@ -144,7 +144,7 @@ def test_every_command_of_the_studies_is_accepted_by_its_script(file: Path) -> N
             parser_of(script).parse_args(arguments)
 
 
-def test_the_published_study_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_published_study_names_missing_requirements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ANOMALY_DATA_ROOT", str(tmp_path / "none"))
     plan = plan_of(ROOT / "studies" / "published.toml")
     lines = describe_plan(plan)

@@ -62,7 +62,7 @@ def files(plan: Plan) -> dict[str, str]:
     return {name: (plan.folder / f"study.{name}").read_text(encoding="utf-8") for name in ("csv", "md", "html")}
 
 
-def test_the_csv_holds_every_seed_class_and_metric(plan: Plan, files: dict[str, str]) -> None:
+def test_the_csv_contains_every_seed_class_and_metric(plan: Plan, files: dict[str, str]) -> None:
     rows = list(csv.DictReader(files["csv"].splitlines()))
     assert len(rows) == 4 * 6 * 3 * 2, "arms, seeds, test datasets, classes"
     row = next(
@@ -73,7 +73,7 @@ def test_the_csv_holds_every_seed_class_and_metric(plan: Plan, files: dict[str, 
     assert row["image_auroc"] == "n/a"
 
 
-def test_the_figures_are_means_over_classes_datasets_and_pairs(plan: Plan) -> None:
+def test_values_are_means_over_classes_datasets_and_pairs(plan: Plan) -> None:
     results = read_results(plan)
     (setting,) = results.settings
     better = next(arm for arm in setting.arms if arm.name == "better")
@@ -142,7 +142,7 @@ def test_fairness(plan: Plan) -> None:
     assert fairness.unfair == ["better differs in optimizer steps, only: 12 compared with 6"]
 
 
-def test_facts_of_a_checkpoint_count_first(tmp_path: Path) -> None:
+def test_facts_in_a_checkpoint_have_priority(tmp_path: Path) -> None:
     plan = run(tmp_path, **{"study.seeds": [0]})
     cell = plan.by_key["", "plain", 0, 0]
     tests = {"test arguments": "none", "test images": "12 (6 anomalous)"}
@@ -159,7 +159,7 @@ def test_facts_of_a_checkpoint_count_first(tmp_path: Path) -> None:
     }
 
 
-def test_arguments_that_differ(plan: Plan) -> None:
+def test_different_arguments(plan: Plan) -> None:
     header, rows = argument_differences(read_results(plan))
     assert header == ["Argument", "untrained", "plain", "better", "tested"]
     found = {row[0]: row[1:] for row in rows}
@@ -221,7 +221,7 @@ def test_every_arm_to_compare_with_has_a_report(tmp_path: Path) -> None:
     assert "study_against_better.html" in first
 
 
-def test_settings_are_studies_of_their_own(tmp_path: Path) -> None:
+def test_settings_are_separate_studies(tmp_path: Path) -> None:
     plan = run(tmp_path, **{"study.settings": {"short": {"epochs": 1}, "long": {"epochs": 3}}, "study.arguments": {}})
     results = write_study_report(plan, ["python"])
     assert [setting.name for setting in results.settings] == ["short", "long"]
@@ -235,7 +235,7 @@ def test_settings_are_studies_of_their_own(tmp_path: Path) -> None:
     assert not results.missing
 
 
-def test_a_csv_of_several_models_means_the_last(tmp_path: Path) -> None:
+def test_the_last_model_of_a_csv_is_used(tmp_path: Path) -> None:
     lines = [
         "model,dataset,class,images,anomalous,x",
         "epoch 1,d,cup,4,2,1.0",
@@ -252,7 +252,7 @@ def test_a_csv_of_several_models_means_the_last(tmp_path: Path) -> None:
     assert read_evaluation(tmp_path) == []
 
 
-def test_literature_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_literature(tmp_path: Path) -> None:
     file = write_world(tmp_path, **{"study.literature": "no/such.csv"})
     with pytest.raises(UserError, match=r"no/such\.csv"):
         run_study(StudyArguments.of(study=file, save_path=tmp_path / "studies", report_only=True))

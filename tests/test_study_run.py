@@ -65,9 +65,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-def test_a_study_writes_its_files_and_runs_no_finished_cell_again(
-    finished: Path, log: pytest.LogCaptureFixture
-) -> None:
+def test_finished_cells_are_not_repeated(finished: Path, log: pytest.LogCaptureFixture) -> None:
     plan = plan_in(finished)
     assert all((plan.folder / name).stat().st_size for name in FILES)
     assert all(step.log.is_file() and step.seconds >= 0 for cell in plan.cells for step in cell.steps)
@@ -84,7 +82,7 @@ def test_a_study_writes_its_files_and_runs_no_finished_cell_again(
     assert results(finished) == before
 
 
-def test_a_failure_is_logged_and_stops_no_other_cell(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+def test_a_failure_is_logged_and_does_not_stop_other_cells(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     file = write_world(tmp_path, **{"arms.better.arguments": {"fail": 1}})
     assert run_study(arguments(file, tmp_path, jobs=2)) == 1
     lines = [line for line in log.text.splitlines() if "ERROR" in line]
@@ -199,7 +197,7 @@ def test_a_keeper_ends_its_command_with_its_study(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a process cannot be sent Ctrl-C alone there")
-def test_a_stopped_study_names_the_way_to_resume(tmp_path: Path) -> None:
+def test_a_stopped_study_tells_how_to_resume(tmp_path: Path) -> None:
     write_world(tmp_path, **{"study.arguments": {"epochs": 2, "delay": 30.0}})
 
     def stop() -> None:
@@ -217,7 +215,7 @@ def test_a_stopped_study_names_the_way_to_resume(tmp_path: Path) -> None:
     assert not list((tmp_path / "studies").rglob("train.done"))
 
 
-def test_gpus_are_those_that_are_visible(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_only_visible_gpus_are_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for variable, gpus in (("2,3", ["2", "3"]), ("", []), ("0,-1,1", ["0"]), ("GPU-a", ["GPU-a"])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
         assert visible_gpus() == gpus

@@ -77,7 +77,7 @@ def test_an_arm_without_effect_is_seldom_called_better_or_worse(noise) -> None:
 
 
 @pytest.mark.parametrize("seeds", [6, 8, 10])
-def test_a_real_effect_is_found_as_often_as_the_power_says(seeds: int) -> None:
+def test_a_real_effect_is_found_with_the_computed_power(seeds: int) -> None:
     # A seed's difference: two runs' shared luck, and that of their classes averaged.
     spread = math.sqrt(2 * (1.0 + 4.0 / CLASSES))
     gain = detectable(seeds, LEVEL) * spread
@@ -88,7 +88,7 @@ def test_a_real_effect_is_found_as_often_as_the_power_says(seeds: int) -> None:
     assert decided(simulate(gains=(gain / 2,), seeds=seeds)).mean() < 0.5
 
 
-def test_verdicts_are_those_of_the_test() -> None:
+def test_verdicts_follow_from_the_test() -> None:
     """What `judge` says of single studies is what the error rates above are about."""
     differences = simulate(gains=(3.0, 0.0, -3.0), studies=6)
     found = decided(differences)
@@ -101,7 +101,7 @@ def test_verdicts_are_those_of_the_test() -> None:
     assert {"better", "worse", "not decided"} <= set(words)
 
 
-def test_no_difference_is_seldom_said_of_one_that_matters() -> None:
+def test_relevant_differences_are_seldom_called_no_difference() -> None:
     """A difference of just the margin is said to be within it in at most 5 % of studies, and one of 0 is often."""
     quiet = 0.12
     for gain, least, most in ((0.5, 0.0, LEVEL), (0.0, 0.8, 1.0)):
@@ -138,7 +138,7 @@ def test_means_are_over_classes_then_datasets_then_pairs() -> None:
     assert np.isnan(found[2])
 
 
-def test_the_bootstrap_leaves_out_what_is_undefined() -> None:
+def test_the_bootstrap_omits_undefined_values() -> None:
     differences = np.tile([1.0, 2.0, np.nan], (6, 1)) + np.arange(6)[:, None] / 10
     groups = Groups.of([("a", "b", str(index)) for index in range(3)])
     low, high = bootstrap_interval(differences, groups)
@@ -148,7 +148,7 @@ def test_the_bootstrap_leaves_out_what_is_undefined() -> None:
     assert all(map(math.isnan, bootstrap_interval(differences, groups)))
 
 
-def test_the_simulated_test_is_the_test() -> None:
+def test_the_simulated_test_equals_the_test() -> None:
     """Power is that of scipy's permutation test, which gives the p values."""
     drawn = np.random.default_rng(2).standard_normal((400, 7)) + 0.6
     for level in (0.05, 0.05 / 3):
@@ -199,13 +199,13 @@ def test_holm() -> None:
     assert holm(np.array([0.01, np.nan, 0.03]))[[0, 2]] == pytest.approx([0.02, 0.03])
 
 
-def test_a_new_seed_by_the_t_distribution() -> None:
+def test_the_gain_of_a_new_seed_follows_the_t_distribution() -> None:
     differences = np.array([0.5, 1.0, 1.5, 2.0])
     expected = stats.t.cdf(1.25 / (differences.std(ddof=1) * math.sqrt(1.25)), 3)
     assert probability_of_gain(differences) == pytest.approx(expected)
 
 
-def test_how_many_seeds_it_would_take() -> None:
+def test_number_of_required_seeds() -> None:
     assert seeds_to_show(1.0, 1.0, LEVEL) == next(n for n in range(6, 100) if detectable(n, LEVEL) <= 1.0)
     assert seeds_to_show(0.01, 1.0, LEVEL) is None
     assert seeds_to_show(1.0, 0.0, LEVEL) == 6

@@ -43,7 +43,7 @@ def test_datasets_do_not_share_classes_and_differ_in_defects():
     assert found["toy_test"] & found["toy_train"]
 
 
-def test_layout_is_mvtecs(toy_test: Path):
+def test_the_layout_is_that_of_mvtec(toy_test: Path):
     assert {folder.name for folder in toy_test.iterdir()} == set(TOY_DATASETS["toy_test"])
     for folder in toy_test.iterdir():
         defects = toy_defects("toy_test", folder.name)
@@ -65,7 +65,7 @@ def test_masks_are_8_bit_and_cover_a_patch_to_a_quarter(toy_test: Path):
         assert toy_world.SMALLEST_DEFECT <= (mask > 0).mean() < 0.25, path
 
 
-def test_pictures_on_disk_do_not_depend_on_order(toy_test: Path):
+def test_saved_images_do_not_depend_on_order(toy_test: Path):
     write_toy_dataset("toy_test", toy_test)  # changes nothing
     image, mask = draw_toy_class("toy_test", "brick_wall", "burn", 2)
     drawn = np.asarray(Image.open(toy_test / "brick_wall" / "test" / "burn" / "002.png"))
@@ -75,7 +75,7 @@ def test_pictures_on_disk_do_not_depend_on_order(toy_test: Path):
 
 
 @pytest.mark.parametrize("kind", [*OBJECTS, *TEXTURES])
-def test_every_kind_draws_and_repeats(kind: str):
+def test_every_kind_is_drawn_reproducibly(kind: str):
     scene = _scene(kind)
     image = draw(scene, 64)
     assert image.shape == (64, 64, 3)
@@ -86,7 +86,7 @@ def test_every_kind_draws_and_repeats(kind: str):
 
 @pytest.mark.parametrize("defect", DEFECTS)
 @pytest.mark.parametrize("kind", ["plate", "brick wall"])
-def test_what_the_mask_covers_is_what_changed(defect: str, kind: str):
+def test_the_mask_covers_changed_pixels(defect: str, kind: str):
     scene = _scene(kind, seed=3)
     sound = draw(scene, 96).astype(int)
     damaged, mask = draw_with_mask(scene, 96, defect)
@@ -97,7 +97,7 @@ def test_what_the_mask_covers_is_what_changed(defect: str, kind: str):
     assert change[mask].mean() > 5 * change[~mask].mean()
 
 
-def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failure_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
@@ -107,7 +107,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     assert not list((tmp_path / "data").iterdir())
 
 
-def test_captions_repeat_and_damage_is_rare_and_mostly_unsaid():
+def test_captions_are_reproducible_and_seldom_mention_damage():
     samples = [random_captioned_scene((0, i)) for i in range(2000)]
     assert random_captioned_scene((0, 17)) == samples[17]
     damaged = [s for s in samples if s.defect is not None]
@@ -131,7 +131,7 @@ def test_pairs_do_not_depend_on_the_chunk():
     assert one.descriptions[:2] == other.descriptions[3:]
 
 
-def test_patch_labels_name_regions_but_no_damage():
+def test_patch_labels_describe_regions_but_no_damage():
     drawn = draw_pairs((0, 0), 0, 400, 96, 8)
     damaged = np.array([random_captioned_scene((0, 0, i)).defect is not None for i in range(400)])
     assert (drawn.patches[damaged] == UNLABELLED).all()
@@ -147,7 +147,7 @@ def test_patch_labels_name_regions_but_no_damage():
     assert labelled["background"] > labelled["dot"] > 0 and labelled["wood"] > 0 and labelled["key"] > 0
 
 
-def test_region_loss_counts_each_region_alike():
+def test_the_region_loss_weighs_regions_equally():
     random = torch.Generator().manual_seed(0)
     patches, phrases = torch.randn(2, 5, 4, generator=random), torch.randn(3, 4, generator=random)
     regions = torch.tensor([[0, 0, 0, 2, -1], [1, 0, -1, -1, -1]])

@@ -83,14 +83,14 @@ def test_files_and_log(finished: Path) -> None:
     assert not list(finished.glob(".*.tmp"))
 
 
-def test_warnings_of_before_are_not_in_a_run(world: Path, tmp_path: Path) -> None:
+def test_earlier_warnings_are_not_in_a_run(world: Path, tmp_path: Path) -> None:
     set_up_logging()
     logging.getLogger("another").warning("of another script")
     run("train.py", *arguments(world, tmp_path / "new", text_epoch=1, image_epoch=0))
     assert not (tmp_path / "new" / "warnings.jsonl").exists()
 
 
-def test_complete_run_says_so_and_changes_nothing(world: Path, finished: Path) -> None:
+def test_a_complete_run_is_reported_and_unchanged(world: Path, finished: Path) -> None:
     before = {path.name: path.read_bytes() for path in finished.glob("*.pth")}
     assert "Complete" in run("train.py", *arguments(world, finished))
     assert before == {path.name: path.read_bytes() for path in finished.glob("*.pth")}
@@ -112,7 +112,7 @@ def test_killed_runs_end_with_the_same_weights(world: Path, finished: Path, tmp_
     assert same_weights(path / "image_adapter.pth", finished / "image_adapter.pth")
 
 
-def test_sigterm_finishes_the_step_and_says_how_to_go_on(world: Path, finished: Path, tmp_path: Path) -> None:
+def test_sigterm_finishes_the_step_and_tells_how_to_resume(world: Path, finished: Path, tmp_path: Path) -> None:
     path = tmp_path / "stopped"
     process = start("train.py", *arguments(world, path), slowly=True)
     wait_for_rows(path / "history.jsonl", 1, process)
@@ -125,7 +125,7 @@ def test_sigterm_finishes_the_step_and_says_how_to_go_on(world: Path, finished: 
     assert same_weights(path / "image_adapter.pth", finished / "image_adapter.pth")
 
 
-def test_more_image_epochs_go_on(world: Path, finished: Path, tmp_path: Path) -> None:
+def test_more_image_epochs_continue_the_run(world: Path, finished: Path, tmp_path: Path) -> None:
     longer = shutil.copytree(finished, tmp_path / "longer")
     run("train.py", *arguments(world, longer, image_epoch=4))
     assert torch.load(longer / "image_adapter.pth", weights_only=True)["epoch"] == 4
@@ -134,13 +134,13 @@ def test_more_image_epochs_go_on(world: Path, finished: Path, tmp_path: Path) ->
     assert same_weights(longer / "image_adapter.pth", direct / "image_adapter.pth")
 
 
-def test_other_settings_on_the_same_path_are_refused_with_the_difference(world: Path, finished: Path) -> None:
+def test_different_settings_in_the_same_folder_are_refused_by_name(world: Path, finished: Path) -> None:
     assert "image_lr was 0.005, now 0.1" in error_line("train.py", *arguments(world, finished, image_lr=0.1))
     assert "text stage ended after 3 epochs" in error_line("train.py", *arguments(world, finished, text_epoch=9))
     assert "has 3 image epochs, more than 1" in error_line("train.py", *arguments(world, finished, image_epoch=1))
 
 
-def test_without_stage_1_anchors_are_clips_own(world: Path, tmp_path: Path) -> None:
+def test_without_stage_1_anchors_come_from_clip(world: Path, tmp_path: Path) -> None:
     path = tmp_path / "image_only"
     run("train.py", *arguments(world, path, text_epoch=0, image_epoch=1))
     checkpoint = torch.load(path / "image_adapter.pth", weights_only=True)
@@ -174,7 +174,7 @@ def test_a_bad_image_ends_in_one_line_also_in_a_worker(world: Path, tmp_path: Pa
     assert "1 images cannot be read and are left out" in errors
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step(world: Path, tmp_path: Path) -> None:
+def test_a_non_finite_loss_stops_before_the_step(world: Path, tmp_path: Path) -> None:
     path = tmp_path / "exploding"
     errors = run("train.py", *arguments(world, path, image_lr=1e30, text_epoch=1), status=3)
     assert "the step was not taken" in errors.splitlines()[-1]

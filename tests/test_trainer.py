@@ -53,7 +53,7 @@ def epoch(**changes: Any) -> dict[str, Any]:
         ({"grad_norm/total": math.nan}, "undefined"),
     ],
 )
-def test_an_unhealthy_epoch_is_named(changes: dict[str, float], word: str | None) -> None:
+def test_a_failing_epoch_is_reported(changes: dict[str, float], word: str | None) -> None:
     warnings = epoch_warnings(epoch(**changes))
     assert [word in warning for warning in warnings] == [True] * (word is not None)
 
@@ -76,14 +76,14 @@ def verdict(*rows: dict[str, Any], first: float = 3.0, feedback: bool = True) ->
         ([epoch(loss=3.0, steps=40), epoch(loss=3.0, steps=40)], "too short to tell", ""),
     ],
 )
-def test_a_stage_is_judged_and_given_remedies(rows: list[dict[str, Any]], label: str, remedy: str) -> None:
+def test_a_stage_gets_a_verdict_with_remedies(rows: list[dict[str, Any]], label: str, remedy: str) -> None:
     found = verdict(*rows)
     assert label in found.label
     assert remedy in str(found)
     assert bool(found.remedies) == bool(remedy)
 
 
-def test_remedies_name_flags_that_the_script_has() -> None:
+def test_remedies_name_options_of_the_script() -> None:
     assert "--cross_attn_start_loop" not in str(verdict(epoch(loss=2.99), feedback=False))
     assert "--grad_clip" not in str(verdict(epoch(loss=4.6), feedback=False))
 
@@ -102,7 +102,7 @@ def test_later_loops_are_judged_by_the_first_loss_of_the_run() -> None:
     assert len(summary) == 6
 
 
-def test_a_history_read_from_json_has_null_for_what_was_not_finite(tmp_path: Path) -> None:
+def test_non_finite_values_are_null_in_the_history(tmp_path: Path) -> None:
     history = [{**epoch(abnormal_inside=math.nan, loss=math.inf), "loop": 1, "epoch": 1}]
     write_json_lines(tmp_path / "history.jsonl", history)
     (line,) = (tmp_path / "history.jsonl").read_text(encoding="utf-8").splitlines()
@@ -155,7 +155,7 @@ def test_warm_up_takes_at_most_half_the_stage() -> None:
     assert warmup_cosine(1, 100)(0) == 1.0
 
 
-def test_a_loop_starts_from_its_own_rate_not_from_where_the_last_ended() -> None:
+def test_a_loop_starts_from_its_own_rate() -> None:
     optimizer = one_weight()
     rates(optimizer, Schedule({optimizer: 1.0}, warmup_cosine(4, 1)), 4)
     assert rates(optimizer, Schedule({optimizer: 0.5}, warmup_cosine(4, 1)), 2) == [0.5, 0.5]
@@ -169,7 +169,7 @@ def phases(*epochs: int, can_grow: bool = True) -> list[Any]:
     ]
 
 
-def test_a_run_may_grow_where_it_stands_and_nowhere_else() -> None:
+def test_a_run_may_only_be_extended_at_its_end() -> None:
     folder = Path("somewhere")
     assert check_phases([3, 0], [5, 20], phases(5, 20), folder) == [3, 0]
     assert check_phases([5, 20], [5, 20], phases(5, 30), folder) == [5, 20]
@@ -179,7 +179,7 @@ def test_a_run_may_grow_where_it_stands_and_nowhere_else() -> None:
             check_phases(done, [5, 20, 4, 16], phases(*asked), folder)
 
 
-def test_a_stage_whose_rate_falls_to_its_end_cannot_grow_once_begun() -> None:
+def test_a_started_stage_with_a_falling_rate_cannot_be_extended() -> None:
     folder = Path("somewhere")
     with pytest.raises(UserError, match="was started with 20 epochs"):
         check_phases([5, 3], [5, 20], phases(5, 30, can_grow=False), folder)
@@ -189,11 +189,11 @@ def test_a_stage_whose_rate_falls_to_its_end_cannot_grow_once_begun() -> None:
     assert check_phases([5, 20], [5, 20], phases(5, 20, 4, 16, can_grow=False), folder) == [5, 20, 0, 0]
 
 
-def test_differences_are_named_with_both_values() -> None:
+def test_differences_are_reported_with_both_values() -> None:
     assert describe_differences({"a": 1, "b": 2, "gone": 5}, {"a": 1, "b": 3}) == "b was 2, now 3"
 
 
-def test_a_start_from_a_checkpoint_is_another_run_than_one_from_a_base_or_from_scratch(tmp_path: Path) -> None:
+def test_a_run_from_a_checkpoint_differs_from_one_from_a_base(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"weights")
     checkpoint = Checkpoint(tmp_path / "file", {})
     starts = [Start(), Start(checkpoint, checkpoint), Start(checkpoint, checkpoint, whole=True), Start(checkpoint)]
@@ -262,14 +262,14 @@ def test_a_step_that_the_gradient_scaler_skips_does_not_count() -> None:
     assert (row["steps"], row["grad_norm/total"], row["lr"], schedule.step) == (4, 4.0, 1.0, 4)
 
 
-def test_a_gradient_is_clipped_and_its_norm_reported_as_it_was() -> None:
+def test_the_reported_norm_is_that_before_clipping() -> None:
     weights, row, _ = train([4.0, 0.25], batch_size=1, max_norm=1.0)
     assert weights == pytest.approx([-1.0, -1.25], rel=1e-5)
     assert row["grad_norm/total"] == pytest.approx((4.0 + 0.25) / 2)
 
 
 @pytest.mark.parametrize("image", [math.inf, math.nan])
-def test_a_step_that_is_not_finite_is_not_taken(image: float) -> None:
+def test_a_non_finite_step_is_not_taken(image: float) -> None:
     stage = OneWeight()
     with pytest.raises(NotFiniteError, match="the step was not taken"):
         train([1.0, image], batch_size=1, stage=stage)

@@ -36,7 +36,7 @@ def draw(world: Path, folder: Path, image_idx: tuple[int | str, ...] = (0,), **r
     return [figure.name for figure in figures]
 
 
-def test_a_figure_and_a_stacked_picture_per_model(world: Path, tmp_path: Path) -> None:
+def test_one_figure_per_image_and_one_per_model(world: Path, tmp_path: Path) -> None:
     runs = {"base_path": world / "base", "feedback_path": world / "feedback", "attention": True}
     assert draw(world, tmp_path, (2, 0), **runs) == ["cork_002.png", "cork_000.png"]
     stacked = {f"cork_{index}_{model}.png" for index in ("000", "002") for model in ("base", "feedback_loop_2")}
@@ -48,7 +48,7 @@ def test_a_figure_and_a_stacked_picture_per_model(world: Path, tmp_path: Path) -
         assert without.height < height / 2
 
 
-def test_all_and_the_worst_by_score(world: Path, tmp_path: Path) -> None:
+def test_all_images_or_the_worst_by_score(world: Path, tmp_path: Path) -> None:
     assert draw(world, tmp_path, ("all",), base_path=world / "base") == [f"cork_00{index}.png" for index in range(3)]
     model = load_model(world / "base" / "image_adapter.pth", device="cpu")
     records = anomalous_records(load_task(str(world / "test")), "cork")
@@ -62,7 +62,7 @@ def test_indices_count_the_anomalous_images_in_metadata_order(world: Path) -> No
     assert [line.split() for line in lines] == [[str(n), f"reed/test/spot/{n:03d}.png"] for n in range(3)]
 
 
-def test_attention_is_relative_to_even_attention(world: Path) -> None:
+def test_attention_is_relative_to_uniform_attention(world: Path) -> None:
     data = load_task(str(world / "test"))
     record: Record = anomalous_records(data, "cork")[0]
     model = load_model(world / "feedback" / "loop_2_final.pth", device="cpu")
@@ -94,7 +94,7 @@ def test_titles_tell_classes_and_kinds_apart(world: Path) -> None:
     assert replace(picture, record=replace(pcb, label=0), domain="medical").title == "pcb 1, normal"
 
 
-def test_a_mask_of_another_size_is_named(world: Path) -> None:
+def test_a_mask_of_another_size_is_an_error(world: Path) -> None:
     data = load_task(str(world / "test"))
     record = anomalous_records(data, "cork")[1]
     smaller = replace(record, mask_path="smaller.png")
@@ -103,7 +103,7 @@ def test_a_mask_of_another_size_is_named(world: Path) -> None:
         read_dataset_image(data, smaller)
 
 
-def test_the_caption_is_the_score_and_this_images_pixel_auroc(world: Path) -> None:
+def test_the_caption_contains_score_and_pixel_auroc(world: Path) -> None:
     data = load_task(str(world / "test"))
     picture = read_dataset_image(data, anomalous_records(data, "cork")[0])
     model = load_model(world / "base" / "image_adapter.pth", device="cpu")
@@ -117,7 +117,7 @@ def test_the_caption_is_the_score_and_this_images_pixel_auroc(world: Path) -> No
     )
 
 
-def test_mistakes_are_named(world: Path, tmp_path: Path) -> None:
+def test_mistakes_are_errors(world: Path, tmp_path: Path) -> None:
     base = {"base_path": world / "base"}
     for image_idx, runs, words in (
         ((3,), base, "3 anomalous images"),
@@ -135,7 +135,7 @@ def test_mistakes_are_named(world: Path, tmp_path: Path) -> None:
     assert "no such class" in error_line("visualize_comparison.py", *arguments)
 
 
-def test_a_class_name_is_no_way_out_of_the_folder(world: Path, tmp_path: Path) -> None:
+def test_a_class_name_cannot_leave_the_folder(world: Path, tmp_path: Path) -> None:
     rows = [
         {"image_path": f"cork/test/{kind}/000.png", "label": int(kind == "spot"), "class_name": "../../evil"}
         | ({"mask_path": "cork/ground_truth/spot/000_mask.png"} if kind == "spot" else {})

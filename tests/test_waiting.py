@@ -92,7 +92,7 @@ COMBINATIONS = [
 
 
 @pytest.mark.parametrize(("side", "kind", "loop"), COMBINATIONS)
-def test_forward_and_backward_fetch_nothing(side: str, kind: str, loop: str) -> None:
+def test_forward_and_backward_do_not_synchronise(side: str, kind: str, loop: str) -> None:
     stage, batch = make_stage(side, kind, loop), make_batch()
     with CountFetches() as calls:
         stage(batch).losses["total"].backward()
@@ -100,7 +100,7 @@ def test_forward_and_backward_fetch_nothing(side: str, kind: str, loop: str) -> 
     assert not calls.found
 
 
-def test_what_would_wait_is_counted() -> None:
+def test_synchronisations_are_counted() -> None:
     values = torch.arange(4.0)
     with CountFetches() as calls:
         values[values > 1].sum()
@@ -136,7 +136,7 @@ def counted(side: str, kind: str, steps: int) -> Counter[str]:
 
 @pytest.mark.parametrize("kind", ["base", "words"])
 @pytest.mark.parametrize("side", STAGES)
-def test_a_step_fetches_once(side: str, kind: str) -> None:
+def test_a_step_synchronises_once(side: str, kind: str) -> None:
     """What an epoch fetches at its end does not depend on its steps."""
     few, many = counted(side, kind, 2), counted(side, kind, 5)
     assert many - few == Counter(tolist=3)
@@ -154,7 +154,7 @@ def sync_warnings() -> Iterator[list[warnings.WarningMessage]]:
 
 @pytest.mark.parametrize("kind", ["base", "words"])
 @pytest.mark.parametrize("side", STAGES)
-def test_a_step_on_a_gpu_waits_once(side: str, kind: str, sync_warnings: list[warnings.WarningMessage]) -> None:
+def test_a_step_on_a_gpu_synchronises_once(side: str, kind: str, sync_warnings: list[warnings.WarningMessage]) -> None:
     stage, batch = make_stage(side, kind, "first", "cuda"), make_batch("cuda")
     epoch_of(stage, [batch] * 2)  # libraries set themselves up
     counts = []
@@ -175,7 +175,7 @@ def test_rows_of_classes_are_those_of_their_names() -> None:
     assert present.tolist() == [0, 2] and rows.tolist() == [1, 0, 1, 1]
 
 
-def test_what_is_watched_is_summed_inside_and_outside_the_masks() -> None:
+def test_p_abnormal_is_summed_inside_and_outside_the_masks() -> None:
     abnormal = torch.tensor([[[0.5, 0.25], [torch.nan, 1.0]]])
     mask = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
     found = {name: value.item() for name, value in watch_abnormal(abnormal, mask).items()}

@@ -76,7 +76,7 @@ def test_a_class_that_lacks_one_mask_has_no_pixel_metrics(world: Path, tmp_path:
     )
 
 
-def test_masks_that_come_later_are_found(world: Path, tmp_path: Path) -> None:
+def test_masks_added_later_are_found(world: Path, tmp_path: Path) -> None:
     shutil.copytree(world / "some", tmp_path / "some")
     data = load_task(str(tmp_path / "some"))
     assert mask_notes(data)
@@ -85,7 +85,7 @@ def test_masks_that_come_later_are_found(world: Path, tmp_path: Path) -> None:
     assert not mask_notes(load_task(str(tmp_path / "some")))
 
 
-def test_two_folders_are_tested_like_a_class(world: Path, tmp_path: Path) -> None:
+def test_two_folders_are_tested_as_one_class(world: Path, tmp_path: Path) -> None:
     test = world / "test" / "cork" / "test"
     folders = {"normal": test / "good", "anomalous": test / "spot", "class_name": "cork"}
     (found,) = evaluated(world, None, tmp_path, **folders, visualize=1).classes
@@ -107,7 +107,7 @@ def test_two_folders_that_share_images_are_refused(world: Path) -> None:
         load_two_folders(test / "good", test / "nothing", "cork")
 
 
-def test_a_comparison_without_masks_says_why(world: Path, tmp_path: Path) -> None:
+def test_a_comparison_without_masks_tells_the_reason(world: Path, tmp_path: Path) -> None:
     asked = {"base_path": world / "base", "device": "cpu", "report": True, "output_dir": tmp_path}
     assert compare_feedback_loops(world / "feedback", str(world / "none"), **asked) == 0
     for page in ("report.html", "comparison.md"):
@@ -133,7 +133,7 @@ def weights(file: Path) -> dict[str, torch.Tensor]:
     return torch.load(file, weights_only=True)["image_adapter"]
 
 
-def test_training_says_which_stage_needs_masks(world: Path, config: BaseConfig) -> None:
+def test_training_without_masks_names_the_stage(world: Path, config: BaseConfig) -> None:
     feedback = replace(small_runs(world)[1], dataset=config.dataset)
     for train, asked in ((train_base, replace(config, image_loss_only=False)), (train_feedback, feedback)):
         with pytest.raises(
@@ -162,7 +162,7 @@ def test_training_without_an_anomalous_pixel_is_refused(
     assert ("learns nothing" in caplog.text) == (case == "no anomalies")
 
 
-def test_the_image_loss_trains_what_it_reaches_and_says_what_that_costs(config: BaseConfig, tmp_path: Path) -> None:
+def test_the_image_loss_trains_adapters_and_det_proj_only(config: BaseConfig, tmp_path: Path) -> None:
     assert config.text_epoch == 0
     set_up_logging()  # as scripts begin; what is said before there is a folder comes first in the log
     train_base(replace(config, image_epoch=1))
@@ -190,7 +190,7 @@ def test_the_image_loss_trains_what_it_reaches_and_says_what_that_costs(config: 
         train_base(replace(config, image_loss_only=False, dataset=config.dataset.removesuffix("_none")))
 
 
-def test_cross_attention_may_start_from_a_base(world: Path, config: BaseConfig) -> None:
+def test_cross_attention_with_the_image_loss_starts_from_a_base(world: Path, config: BaseConfig) -> None:
     sides = {f"load_base_{side}_adapter": world / "base" / f"{side}_adapter.pth" for side in ("text", "image")}
     values = {name: value for name, value in vars(config).items() if name != "text_epoch"}
     set_up_logging()
@@ -201,7 +201,7 @@ def test_cross_attention_may_start_from_a_base(world: Path, config: BaseConfig) 
     assert changed == {"layer_adapters", "det_proj"}
 
 
-def test_what_the_image_loss_does_not_go_with(config: BaseConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_image_loss_is_refused_by_other_options(config: BaseConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="leave --text_epoch out"):
         BaseConfig.of(image_loss_only=True, text_epoch=3)
     assert BaseConfig.of(image_loss_only=True, text_epoch=0).text_epoch == 0
