@@ -25,12 +25,13 @@ NORMAL_NAMES = _words(
     """
     good ok normal normals negative negatives neg nondefective nondefect nodefect nodefects defectfree undamaged
     intact healthy nonanomalous noanomaly noanomalies anomalyfree pass passed flawless faultless nofault io
+    withoutdefect withoutdefects nodamage
     """
 )
 ANOMALOUS_NAMES = _words(
     """
     anomalous anomaly anomalies abnormal bad defect defects defective ng nok notok positive positives pos fail
-    failed faulty damaged ungood nio
+    failed faulty damaged ungood withdefect withdefects nio
     """
 )
 GROUND_TRUTH_NAMES = _words("groundtruth groundtruths gt gts")
@@ -61,10 +62,11 @@ def normalized(text: str) -> str:
 
 def same_name(one: str, other: str) -> bool:
     """Whether two names differ in letter case, Unicode form, blanks, hyphens and underscores at most."""
-    return _without_separators(one) == _without_separators(other)
+    return without_separators(one) == without_separators(other)
 
 
-def _without_separators(name: str) -> str:
+def without_separators(name: str) -> str:
+    """A name in small letters without blanks, hyphens and underscores."""
     return re.sub(r"[\s_-]+", "", normalized(name).casefold())
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
@@ -22,6 +22,7 @@ from dataset.conventions import (
     is_normal_name,
     mask_key,
     may_be_mask_name,
+    normalized,
     possible_masks,
     same_name,
 )
@@ -80,9 +81,14 @@ def images_and_masks_in(folder: Path) -> tuple[list[Path], list[Path]]:
 
 @dataclass
 class FoundImages:
-    """The images of a folder, messages about entries that cannot be read, and why other files are skipped."""
+    """The images of a folder, messages about entries that cannot be read, and why other files are skipped.
+
+    Masks are not among the images; they are in `mask_folders`, or in `masks` if they are next to their images.
+    """
 
     images: list[Path] = field(default_factory=list)
+    mask_folders: list[Path] = field(default_factory=list)
+    masks: list[Path] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
 
@@ -100,11 +106,12 @@ def skip_reason(path: Path) -> str:
     return extension_note(path) if is_file(path) else "other than regular files"
 
 
-def images_below(folder: Path) -> FoundImages:
+def images_below(folder: Path, masks_named: str | None = None) -> FoundImages:
     """Find all images in a folder and below, folder by folder in order of their names.
 
     Images are recognised by the extensions that Pillow reads, or by their content if they have none. Links are
-    followed; every folder is visited once. Masks and the heatmaps of earlier runs are skipped.
+    followed; every folder is visited once. Masks and the heatmaps of earlier runs are skipped. `masks_named` is the
+    name, or the path below `folder`, of the only folders that contain masks.
 
     Raises:
         UserError: `folder` cannot be read.
@@ -125,16 +132,27 @@ def images_below(folder: Path) -> FoundImages:
             found.problems.append(str(error))
             continue
         folders = [entry for entry in entries if is_folder(entry)]
-        skipped = {entry: f"in the mask folder {entry.name}" for entry in find_mask_folders(folders)}
+        images, masks = images_and_masks_in(current)
+        mask_folders = find_mask_folders(folders)
+        if masks_named is not None:
+            images, masks = images_in(current), []
+            mask_folders = [entry for entry in folders if is_called(entry, masks_named, folder)]
+        skipped = {entry: f"in the mask folder {entry.name}" for entry in mask_folders}
         skipped |= {entry: f"in the output folder {entry.name}" for entry in folders if _is_output(entry, entries)}
         for entry, reason in skipped.items():
             found.skipped[reason] += sum(map(is_image_name, files_below(entry)))
         waiting += reversed([entry for entry in folders if entry not in skipped])
-        images, masks = images_and_masks_in(current)
         found.images += images
+        found.masks += masks
+        found.mask_folders += mask_folders
         found.skipped["masks next to their images"] += len(masks)
         found.skipped.update(map(skip_reason, set(entries).difference(folders, images, masks)))
     return found
+
+
+def is_called(folder: Path, name: str, root: Path) -> bool:
+    """Whether a folder below `root` has this name, or this path below `root`."""
+    return same_name(folder.name, name) or folder == root / name
 
 
 def _is_output(folder: Path, entries: Iterable[Path]) -> bool:
@@ -145,11 +163,12 @@ def _is_output(folder: Path, entries: Iterable[Path]) -> bool:
 
 
 def is_named_like_masks(folder: Path) -> bool:
-    """Whether a folder holds masks by its name; for names such as "label", its first image is looked at as well."""
+    """Whether a folder holds masks by its name; for names such as "label", two of its images are looked at as well."""
     if is_ground_truth_name(folder.name) or not may_be_mask_name(folder.name):
         return is_ground_truth_name(folder.name)
-    first = next(filter(is_image, files_below(folder)), None)
-    return first is not None and looks_like_mask(first)
+    # The last one too: a class may have such a name, and masks of its own.
+    images = [file for file in files_below(folder) if is_image(file)]
+    return bool(images) and looks_like_mask(images[0]) and looks_like_mask(images[-1])
 
 
 def find_mask_folders(folders: Sequence[Path], candidates: Sequence[Path] | None = None) -> list[Path]:
@@ -235,6 +254,17 @@ def describe_folder(folder: Path) -> str:
     files = [entry.name for entry in listing(folder) if not is_folder(entry)]
     parts = [f"{kind} {list_names(names)}" for kind, names in (("the folders", folders), ("the files", files)) if names]
     return " and ".join(parts) or "nothing"
+
+
+def existing_path(root: Path, path: str) -> str:
+    """The path of a list in the Unicode form that the files in `root` have; unchanged if there is none."""
+    if path.isascii() or Path(path).is_absolute() or is_file(root / path):
+        return path
+    folder = root
+    for part in PurePosixPath(path).parts:
+        entries = listing(folder) if is_folder(folder) else []
+        folder /= next((entry.name for entry in entries if normalized(entry.name) == normalized(part)), part)
+    return folder.relative_to(root).as_posix()
 
 
 def _children_named(parent: Path, name: str) -> Iterator[Path]:

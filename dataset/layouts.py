@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from dataset.conventions import IMAGE_FOLDER_NAMES, folder_word, is_normal_name, pair_masks, same_name
+from dataset.conventions import IMAGE_FOLDER_NAMES, folder_word, is_normal_name, pair_masks, without_separators
 from dataset.folders import (
     files_below,
     find_folder,
@@ -23,6 +23,7 @@ from dataset.folders import (
     skipped_note,
     subfolders,
 )
+from dataset.masks import group_masks, pair_in_folders, shared_files
 from dataset.records import Record, path_within
 from utils.errors import UserError
 from utils.paths import is_file, is_folder
@@ -77,21 +78,29 @@ def _class_records(
     """The records of a class; `skipped` counts the files of its test folder that are not used."""
     mask_folders = [child for child in (*subfolders(class_folder), *subfolders(test)) if is_named_like_masks(child)]
     kinds = [kind for kind in subfolders(test) if kind not in mask_folders]
+    mask_folders += [child for kind in kinds for child in subfolders(kind) if is_named_like_masks(child)]
+    content = {kind: images_and_masks_in(image_folder(kind)) for kind in kinds}
     # A kind that has masks is surely no folder of masks, and need not be looked at.
-    mask_folders += find_mask_folders(kinds, [kind for kind in kinds if not _masks_of(kind, mask_folders)])
+    masked = {without_separators(child.name) for folder in mask_folders for child in subfolders(folder)}
+    mask_folders += find_mask_folders(kinds, [kind for kind in kinds if without_separators(kind.name) not in masked])
     kinds = [kind for kind in kinds if kind not in mask_folders]
     normal = [kind for kind in kinds if is_normal_name(kind.name)]
-    images = {kind: images_and_masks_in(image_folder(kind))[0] for kind in kinds}
-    if any(images.values()) and not normal:
+    if any(content[kind][0] for kind in kinds) and not normal:
         names = list_names([kind.name for kind in kinds])
         advice = "such a folder is called good, ok, normal or similar"
         logger.warning("%s: none of the folders %s in %s has normal images: %s", class_name, names, test, advice)
-    mask_of = _pair_masks({kind: images[kind] for kind in kinds if kind not in normal}, mask_folders)
+    groups = group_masks(class_folder, mask_folders, [mask for kind in kinds for mask in content[kind][1]])
+    anomalous = [image for kind in kinds if kind not in normal for image in content[kind][0]]
+    mask_of = pair_in_folders(class_folder, anomalous, groups)
+    for mask in sorted(shared := shared_files(mask_of))[:1]:
+        logger.warning("%s is the mask of several images by its name, and is not used: use ground_truth/DEFECT/", mask)
+    mask_of = {image: mask for image, mask in mask_of.items() if mask not in shared}
     for kind in kinds:
-        for image in images[kind]:
+        for image in content[kind][0]:
             mask_path = _relative(mask_of[image], root) if image in mask_of else None
             yield Record(_relative(image, root), int(kind not in normal), class_name, mask_path)
-    skipped.update(_unused(test, mask_folders, {*mask_of.values(), *chain.from_iterable(images.values())}))
+    used = chain(mask_of.values(), *(content[kind][0] for kind in kinds))
+    skipped.update(_unused(test, mask_folders, set(used)))
 
 
 def _class_folder(root: Path, class_name: str, class_names: Sequence[str]) -> Path | None:
@@ -108,60 +117,6 @@ def image_folder(kind: Path) -> Path:
     """The folder of the images of a kind: itself, or a folder such as "rgb" in it."""
     inner = (child for child in subfolders(kind) if folder_word(child.name) in IMAGE_FOLDER_NAMES)
     return kind if images_in(kind) else next(inner, kind)
-
-
-def _masks_of(kind: Path, mask_folders: Sequence[Path]) -> list[Path]:
-    """The masks of a kind, in the first of these places that holds any: a folder of its name, in it, next to images."""
-    folders = [find_folder(folder, kind.name) for folder in mask_folders]
-    folders += [child for child in subfolders(kind) if is_named_like_masks(child)]
-    entries = (_mask_entries(folder) for folder in folders if folder is not None)
-    return next(filter(None, entries), None) or images_and_masks_in(image_folder(kind))[1]
-
-
-def _mask_entries(folder: Path) -> list[Path]:
-    """Masks in a folder: images, and folders of the masks of one image each."""
-    return [*images_in(folder), *subfolders(folder)]
-
-
-def _pair_masks(images: Mapping[Path, Sequence[Path]], mask_folders: Sequence[Path]) -> dict[Path, Path]:
-    """The masks of the images of each kind; a warning names masks that match no image."""
-    flat = [mask for folder in mask_folders for mask in images_in(folder)]
-    flat += [
-        mask
-        for folder in mask_folders
-        for mask in subfolders(folder)
-        if not any(same_name(mask.name, kind.name) for kind in images)
-    ]
-    mask_of: dict[Path, Path] = {}
-    for kind in images:
-        masks = _masks_of(kind, mask_folders)
-        pairs = pair_masks(images[kind], masks)
-        if masks and images[kind] and not pairs:
-            _warn_of_mask_names(kind, images[kind], masks)
-        mask_of.update(pairs)
-    rest = [image for kind in images for image in images[kind] if image not in mask_of]
-    pairs = pair_masks(rest, flat)
-    shared = {mask for mask, count in Counter(pairs.values()).items() if count > 1}
-    if shared:
-        logger.warning(
-            "%s is the mask of several images by its name, and is not used: use ground_truth/DEFECT/", min(shared)
-        )
-    if flat and rest and not pairs:
-        _warn_of_mask_names(rest[0].parent, rest, flat)
-    return {**mask_of, **{image: mask for image, mask in pairs.items() if mask not in shared}}
-
-
-def _warn_of_mask_names(kind: Path, images: Sequence[Path], masks: Sequence[Path]) -> None:
-    stem = images[0].stem
-    logger.warning(
-        "%s: none of the %d masks in %s is named like an image, such as %s: expected %s_mask.png or %s.png (also "
-        "-mask, _gt, _label, _seg), or several masks in a folder %s",
-        kind,
-        len(masks),
-        masks[0].parent,
-        list_names([mask.name for mask in masks], 3),
-        *(stem, stem, stem),
-    )
 
 
 def _unused(test: Path, mask_folders: Sequence[Path], used: Collection[Path]) -> Iterator[str]:

@@ -15,22 +15,20 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dataset.catalog import CATALOG
-from dataset.conventions import normalized
-from dataset.folders import describe_folder, listing
+from dataset.folders import describe_folder, existing_path
 from dataset.images import without_black_masks
 from dataset.layouts import LAYOUTS, missing_mask
 from dataset.locate import LocatedDataset
 from dataset.prompts import MAX_NAME_LENGTH
-from dataset.records import Record, natural_key, path_within
+from dataset.records import Record, natural_key, parse_label, path_within
 from utils.errors import UserError
 from utils.files import write_text
-from utils.paths import is_file, is_folder, safe_name
+from utils.paths import is_file, safe_name
 from utils.reading import read_json_lines, short_repr
 
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
-_LABELS = {0: 0, 1: 1, "0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 
 
 @dataclass(frozen=True)
@@ -130,28 +128,34 @@ def build_metadata(located: LocatedDataset) -> list[Record]:
     """
     spec, root = located.spec, located.root
     layout = LAYOUTS[located.layout()[0]]
-    expected = ", or ".join(LAYOUTS[name].expected for name in spec.layouts)
-    help_line = f"expected {expected}; for any other layout list the images with --metadata FILE"
+    expected = f"expected {', or '.join(LAYOUTS[name].expected for name in spec.layouts)}"
     try:
         records = layout.records(root, list(spec.class_names))
         unmasked = next((record for record in records if record.lacks_mask), None)
         if unmasked is not None and CATALOG.get(spec.name) is spec:
             raise UserError(missing_mask(root, unmasked))
     except UserError as error:
-        raise UserError(f"{error} ({help_line})") from error
-    if not spec.class_names:
-        raise UserError(
-            f"there is no folder named test in {root}, which holds {describe_folder(root)}: expected {expected}; "
-            f"convert other layouts with python -m dataset.convert {root} NEW_FOLDER, list the images with --metadata "
-            "FILE, score images without labels with --image, or name a dataset of the catalog, with --data_root"
-        )
+        raise UserError(f"{error} ({expected}; for any other layout list the images with --metadata FILE)") from error
     if not records:
         raise UserError(
-            f"no test images of {spec.name} in {root}, which holds {describe_folder(root)}: {help_line} "
-            "(use the name of a dataset of the catalog, with --data_root)"
+            f"no test images of {spec.name} in {root}, which holds {describe_folder(root)}: {expected}; or list the "
+            "images with --metadata FILE, score images without labels with --image, or name a dataset of the catalog "
+            f"and --data_root. {_conversion_note(root)}"
         )
     order = {class_name: i for i, class_name in enumerate(spec.class_names)}
     return sorted(records, key=lambda record: (order[record.class_name], natural_key(record.image_path)))
+
+
+def _conversion_note(root: Path) -> str:
+    """Whether `dataset.convert` reads a folder."""
+    from dataset.convert.arguments import ConversionArguments
+    from dataset.convert.sources import read_source
+
+    try:
+        read_source(ConversionArguments(source=root, target=root / "NEW_FOLDER"))
+    except UserError as error:
+        return f"Conversion: {error}"
+    return f"Conversion to this layout: python -m dataset.convert {root} NEW_FOLDER"
 
 
 def read_list(path: Path) -> tuple[ListHeader | None, list[Record]]:
@@ -168,18 +172,8 @@ def read_list(path: Path) -> tuple[ListHeader | None, list[Record]]:
 
 def _with_existing_paths(record: Record, root: Path) -> Record:
     """A record whose paths have the Unicode form of the files, since lists are often made on another system."""
-    mask_path = None if record.mask_path is None else _existing_path(root, record.mask_path)
-    return replace(record, image_path=_existing_path(root, record.image_path), mask_path=mask_path)
-
-
-def _existing_path(root: Path, path: str) -> str:
-    if path.isascii() or is_file(root / path):
-        return path
-    folder = root
-    for part in PurePosixPath(path).parts:
-        entries = listing(folder) if is_folder(folder) else []
-        folder /= next((entry.name for entry in entries if normalized(entry.name) == normalized(part)), part)
-    return folder.relative_to(root).as_posix()
+    mask_path = None if record.mask_path is None else existing_path(root, record.mask_path)
+    return replace(record, image_path=existing_path(root, record.image_path), mask_path=mask_path)
 
 
 def _parse_header(row: dict[str, Any], source: str) -> ListHeader:
@@ -214,12 +208,3 @@ def _text(row: dict[str, Any], key: str, source: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{source}: {key} must be a non-empty text, not {short_repr(value)}")
     return value
-
-
-def parse_label(value: object, source: str) -> int:
-    """A label as lists have it, 0 (normal) or 1 (anomalous); otherwise `UserError`, which begins with `source`."""
-    key = value.strip().lower() if isinstance(value, str) else value
-    # True and 1.0 equal 1; lists and objects cannot be looked up.
-    if not isinstance(key, str | int | float) or key not in _LABELS:
-        raise UserError(f"{source}: label must be 0 (normal) or 1 (anomalous), not {short_repr(value)}")
-    return _LABELS[key]

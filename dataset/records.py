@@ -15,6 +15,7 @@ from utils.reading import short_repr
 
 # Values of `--mask_threshold`: anomalous pixels have at least this share of a mask's largest value, or any but 0.
 HALF, NONZERO = 0.5, "nonzero"
+_LABELS = {0: 0, 1: 1, "0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 
 
 @dataclass(frozen=True)
@@ -71,3 +72,12 @@ def _is_file_name(path: str) -> bool:
         return b"\0" not in os.fsencode(path)
     except UnicodeEncodeError:
         return False
+
+
+def parse_label(value: object, source: str) -> int:
+    """A label as lists have it, 0 (normal) or 1 (anomalous); otherwise `UserError`, which begins with `source`."""
+    key = value.strip().lower() if isinstance(value, str) else value
+    # True and 1.0 equal 1; lists and objects cannot be looked up.
+    if not isinstance(key, str | int | float) or key not in _LABELS:
+        raise UserError(f"{source}: label must be 0 (normal) or 1 (anomalous), not {short_repr(value)}")
+    return _LABELS[key]

@@ -31,7 +31,7 @@ from utils.errors import UserError
 RNG = np.random.default_rng(3)
 SHAPE = (16, 16)
 NORMAL = """good OK ok normal Normal NORMAL negative non_defective non-defective defect_free DefectFree 01_good 1-ok
-good_images OKParts nofault good_2 i.O."""
+good_images OKParts nofault good_2 i.O. Without_Defect"""
 OTHERS = "defective NG abnormal bad not_ok nok anomalous damaged good_defect goods okay2 1"
 NFC, NFD = (unicodedata.normalize(form, "Prüfung") for form in ("NFC", "NFD"))
 

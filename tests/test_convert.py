@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.convert import ConversionArguments, build_parser, convert
+from dataset.convert.arguments import ConversionArguments, build_parser
+from dataset.convert.files import convert
 from dataset.images import read_mask, read_pair
 from dataset.locate import locate_dataset
 from dataset.metadata import build_metadata
@@ -29,10 +31,10 @@ def picture(path: Path, value: int = 90, size: tuple[int, int] = SIZE, mode: str
     return path
 
 
-def mask(path: Path) -> Path:
+def mask(path: Path, value: int = 255) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     content = Image.new("L", SIZE)
-    content.paste(255, (2, 3, 6, 5))
+    content.paste(value, (2, 3, 6, 5))
     content.save(path)
     return path
 
@@ -123,9 +125,9 @@ def test_coco_polygons_and_boxes_become_masks(folder: Path) -> None:
     drawn = np.asarray(read_mask(folder / "new" / record.mask_path)) > 0
     np.testing.assert_array_equal(drawn, expected)
     box = [{"image_id": 1, "category_id": 8, "segmentation": [], "bbox": [2, 3, 4, 2]}]
-    (_, record) = converted(coco(folder / "raw/coco.json", annotations=box), folder / "boxes")
-    # A defect that somebody calls "good" is not taken for a normal image.
-    assert record.image_path == "object/test/good_anomalous/1.png"
+    box[0]["category_id"] = 9  # a category without a name
+    (record, _) = converted(coco(folder / "raw/coco.json", annotations=box), folder / "boxes")
+    assert record.image_path == "object/test/anomalous/1.png"
     np.testing.assert_array_equal(np.asarray(read_mask(folder / "boxes" / record.mask_path)) > 0, expected)
     # One annotation of each kind.
     both = [*box, {"image_id": 1, "category_id": 7, "bbox": [0, 0, 1, 1]}]
@@ -175,7 +177,7 @@ def test_two_folders_with_and_without_masks(tmp_path: Path) -> None:
     for name in ("OK/1.png", "NOK/bent/1.png", "NOK/2.png", "unsure/9.png"):
         picture(tmp_path / "screw" / name)
     mask(tmp_path / "screw/masks/bent/1_mask.png")
-    records = converted(tmp_path / "screw", tmp_path / "new", anomalous=Path("NOK"))
+    records = converted(tmp_path / "screw", tmp_path / "new", anomalous="NOK")
     assert records == [
         Record("screw/test/NOK/2.png", 1, "screw"),
         Record("screw/test/bent/1.png", 1, "screw", "screw/ground_truth/bent/1_mask.png"),
@@ -185,7 +187,231 @@ def test_two_folders_with_and_without_masks(tmp_path: Path) -> None:
     inside = tmp_path / "screw" / "converted"
     for _ in range(2):
         kinds = [Path(record.image_path).parent.name for record in converted(tmp_path / "screw", inside)]
-        assert kinds == ["NOK", "NOK", "good", "unsure"]
+        assert kinds == ["NOK", "bent", "good", "unsure"]
+
+
+def photo(path: Path, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(60, 200, (8, 12, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def text(path: Path, content: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
+
+
+def labelme(path: Path, *shapes: tuple[str, str, list[list[float]]]) -> None:
+    rows = [{"label": label, "shape_type": kind, "points": points} for label, kind, points in shapes]
+    text(path, json.dumps({"shapes": rows, "imageWidth": 12, "imageHeight": 8}))
+
+
+RECTANGLE = [[2, 3], [6, 5]]
+POLYGON = [[2, 3], [5, 3], [5, 4], [2, 4]]
+# Files of a folder by extension: photographs, masks, or text; and what each image becomes.
+FOLDERS: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "labelme": (
+        {
+            "bad/1.json": [
+                ("dent", "polygon", POLYGON),
+                ("dent", "polygon", [[0, 0], [1, 1]]),
+                ("ok", "point", [[1, 1]]),
+            ],
+            "bad/2.json": [("dent", "point", [[2, 3]])],
+            "bad/1.png bad/2.png bad/3.png good/1.png": None,
+        },
+        {"dent/1 8", "dent/2 -", "bad/3 -", "good/1"},
+    ),
+    "labelme_apart": (
+        {
+            "json/1.json": [("dent", "rectangle", RECTANGLE)],
+            "json/2.json": [("hole", "circle", [[4, 4], [6, 4]])],
+            "json/3.json": [("OK", "rectangle", RECTANGLE)],
+            "json/4.json": [],
+            "img/1.png img/2.png img/3.png img/4.png img/5.png": None,
+        },
+        {"dent/1 8", "hole/2 18", "good/3", "good/4", "good/5"},
+    ),
+    "yolo": (
+        {
+            "train/labels/1.txt": "1 0.375 0.5 0.25 0.25\n",
+            "train/labels/2.txt": "0 0.5 0.5 1 1 0.9\n",
+            "val/labels/1.txt": "",
+            "val/labels/2.txt": "1 0.2 0.4 0.45 0.4 0.45 0.55 0.2 0.55 0.8\n",
+            "data.yaml": "names: ['ok', 'dent']\n",
+            "train/images/1.png train/images/2.png val/images/1.png val/images/2.png val/images/3.png": None,
+        },
+        {"dent/1 6", "good/2", "good/1", "dent/2 8", "good/3"},
+    ),
+    "yolo_without_names": ({"1.txt": "3 0.5 0.5 0.5 0.5\n", "1.png": None}, {"class_3/1 24"}),
+    "yolo_names": ({"1.txt": "0 0.5 0.5 0.5 0.5\n", "classes.txt": "hole", "1.png": None}, {"hole/1 24"}),
+    "images_and_masks": (
+        {"images/1.jpg images/2.jpg": None, "masks/1_segmentation.png masks/2_segmentation.png": 255},
+        {"anomalous/1 8", "anomalous/2 8"},
+    ),
+    "next_to_images": (
+        {"a/1.jpg a/2.jpg b/1.jpg b/2.jpg": None, "a/1_label.bmp b/1.png": 255, "a/2_label.bmp b/2.png": 0},
+        {"a/1 8", "b/1 8", "good/2", "good/b_2"},
+    ),
+    "dagm": (
+        {"Train/1.png Train/2.png Test/2.png": None, "Train/Label/2_label.png Test/Label/2_label.png": 255},
+        {"good/1", "anomalous/2 8", "anomalous/Train_2 8"},
+    ),
+    "several_masks": (
+        {"bad/1.png bad/2.png ok/1.png": None, "masks/1/1.png masks/1/2.png masks/2/1.png": 255},
+        {"bad/1 8", "bad/2 8", "good/1"},
+    ),
+    "masks_of_kinds": (
+        {"ok/1.png bent/1.png cut/1.png": None, "mask_dir/bent/1.png": 255},
+        {"good/1", "bent/1 8", "cut/1 -"},
+    ),
+    "classes": (
+        {"nut/good/1.png nut/bad/2.png screw/good/3.png screw/bent/4.png": None},
+        {"nut:good/1", "nut:bad/2 -", "screw:good/3", "screw:bent/4 -"},
+    ),
+}
+
+
+def draw(root: Path, files: dict[str, Any]) -> Path:
+    for names, content in files.items():
+        for number, name in enumerate(names.split() if content is None or isinstance(content, int) else [names]):
+            if content is None:
+                photo(root / name, number)
+            elif isinstance(content, int):
+                mask(root / name, content)
+            elif isinstance(content, str):
+                text(root / name, content)
+            else:
+                labelme(root / name, *content)
+    return root
+
+
+def described(root: Path, records: list[Record]) -> set[str]:
+    """Kind, name and anomalous pixels of each record, with its class if there are several."""
+    several = len({record.class_name for record in records}) > 1
+    found = set()
+    for record in records:
+        path = Path(record.image_path)
+        pixels = np.count_nonzero(read_pair(root, record)[1]) if record.mask_path else "-"
+        words = f"{path.parent.name}/{path.stem}" + (f" {pixels}" if record.label else "")
+        found.add(f"{record.class_name}:{words}" if several else words)
+    return found
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folders_of_labelling_tools(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    files, expected = FOLDERS[name]
+    records = converted(draw(tmp_path / "raw", files), tmp_path / "new")
+    assert described(tmp_path / "new", records) == expected
+    assert ("count as normal" in caplog.text) == (name in ("labelme_apart", "yolo", "dagm"))
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "expected"),
+    [
+        ({"ok/1.png x/1.png": None, "truth/1.png": 255}, {"masks": "truth"}, {"good/1", "x/1 8"}),
+        (
+            {"a/1.png b/2.png": None, "x/masks/b/2.png x/b/2.png": 255},
+            {"normal": "a", "masks": "x"},
+            {"good/1", "b/2 8"},
+        ),
+        ({"test/a/1.png test/good/2.png": None, "w/a/1.png": 255}, {"masks": "w"}, {"a/1 8", "good/2"}),
+    ],
+)
+def test_options_say_which_folders_hold_masks_and_normal_images(
+    tmp_path: Path, files: dict[str, Any], options: dict[str, str], expected: set[str]
+) -> None:
+    records = converted(draw(tmp_path / "raw", files), tmp_path / "new", **options)
+    assert described(tmp_path / "new", records) == expected
+
+
+RUNS = {"size": [8, 12], "counts": [19, 2, 6, 2, 6, 2, 6, 2, 51]}
+
+
+@pytest.mark.parametrize(
+    ("annotation", "expected"),
+    [
+        ({"segmentation": RUNS}, {"scratch/1 8", "good/3"}),
+        ({"segmentation": {**RUNS, "counts": "c02600000]1"}}, {"scratch/1 8", "good/3"}),
+        ({"segmentation": [[2, 3, 5, 3, 5, 4, 2, 4], [9, 1, 9, 2]]}, {"scratch/1 8", "good/3"}),
+        ({"segmentation": [[9, 1, 9, 2]], "bbox": [9, 1, 0, 1]}, {"good/1", "good/3"}),
+        ({"bbox": [9, 1, 0, 1]}, {"good/1", "good/3"}),
+        ({"bbox": [2, 3, 4, 2], "category_id": 8}, {"good/1", "good/3"}),
+    ],
+)
+def test_coco_masks_stray_clicks_and_normal_categories(
+    folder: Path, annotation: dict[str, Any], expected: set[str]
+) -> None:
+    images = [{"id": 1, "file_name": "a/1.png", "width": 12.0, "height": 8.0}, {"id": 2, "file_name": "b\\3.png"}]
+    file = coco(folder / "raw/coco.json", images=images, annotations=[{"image_id": 1, "category_id": 7, **annotation}])
+    assert described(folder / "new", converted(file, folder / "new")) == expected
+
+
+REAL_IAD = {
+    "meta": {"prefix": "raw/", "normal_class": "OK"},
+    "train": [{"category": "a", "anomaly_class": "OK", "image_path": "b/3.png", "mask_path": None}],
+    "test": [{"category": "a", "anomaly_class": "BX", "image_path": "a/1.png", "mask_path": "masks/1.png"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.csv", "filename,label\nraw/a/1.png,1\nraw/b/3.png,0\n", {"anomalous/1 -", "good/3"}),
+        (
+            "a.csv",
+            "Image;Class;Mask\r\nraw\\a\\1.png;Hole;raw/masks/1.png\r\nraw/b/3.png;Good;\r\n",
+            {"Hole/1 8", "good/3"},
+        ),
+        ("a.tsv", "path\tIs Anomaly\nraw/a/1.png\tTrue\nraw/b/3.png\tno\n", {"anomalous/1 -", "good/3"}),
+        ("a.csv", "file,defect_type,category\nraw/a/1.png,bent,x\nraw/b/3.png,none,x\n", {"bent/1 -", "good/3"}),
+        ("a.json", json.dumps(REAL_IAD, indent=1), {"BX/1 8"}),
+    ],
+)
+def test_lists_of_tables_and_of_real_iad(folder: Path, name: str, content: str, expected: set[str]) -> None:
+    text(folder / name, content)
+    assert described(folder / "new", converted(folder / name, folder / "new")) == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "source", "message"),
+    [
+        ({"a/1.png": None, "list.csv": "filename,label\na/1.png,Gut\n"}, "list.csv", "labels are Gut; set .* --normal"),
+        ({"a/1.png": None, "list.csv": "a/1.png,0\na/1.png,0\n"}, "list.csv", "expected image_path and label"),
+        ({"a/1.png": None, "list.csv": "file,label\nD:\\a\\1.png,0\n"}, "list.csv", "absolute path of Windows"),
+        ({"a/1.png": None, "a/1.txt": "a red nut\n"}, "", r"a/1\.txt:1: expected a class of YOLO"),
+        (
+            {"good/1.png": None, "good/1.txt": "0 0.5 0.5 0.5 0.5\n"},
+            "",
+            "folder of normal images, but .* marks class_0",
+        ),
+        ({"a/1.png b/1.png": None, "masks/1.png": 255}, "", r"masks/1\.png belongs to several images"),
+        ({"a/1.png": None, "1.json": [("dent", "polygon", POLYGON)]}, "1.json", "convert its folder"),
+    ],
+)
+def test_sources_that_are_refused(tmp_path: Path, files: dict[str, Any], source: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        convert(ConversionArguments(source=draw(tmp_path, files) / source, target=tmp_path / "new"))
+
+
+@pytest.mark.parametrize(
+    ("files", "of_dataset", "of_convert"),
+    [
+        ({"images/1.png": None, "a.csv": "file,label\n"}, "the path of a list such as a.csv", "such as a.csv"),
+        ({"images/1.png": None, "images/2.HEIC": ""}, "pip install pillow-heif", "pip install pillow-heif"),
+        ({"a/b/part/test/ok/1.png": None}, "use --dataset .*/b", "use --dataset .*/b"),
+        ({"test/1.jpg": None, "test/1_GT.png": 255}, "python -m dataset.convert", None),
+        ({"part/test/ok/1.png": None}, None, "use --dataset"),
+    ],
+)
+def test_dataset_and_convert_name_each_other_only_if_the_other_reads_it(
+    tmp_path: Path, files: dict[str, Any], of_dataset: str | None, of_convert: str | None
+) -> None:
+    root = draw(tmp_path / "raw", files)
+    with pytest.raises(UserError, match=of_dataset) if of_dataset else nullcontext():
+        build_metadata(locate_dataset(str(root)))
+    with pytest.raises(UserError, match=of_convert) if of_convert else nullcontext():
+        convert(ConversionArguments(source=root, target=tmp_path / "new"))
 
 
 def test_images_are_linked_or_copied_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

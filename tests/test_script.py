@@ -204,7 +204,9 @@ def test_a_disk_error_in_a_thread_is_raised_at_the_next_write(capsys: pytest.Cap
     assert not any("No space" in line for line in lines)
 
 
-@pytest.mark.parametrize("words", [("train.py", "--help"), ("-m", "engine.cli.demo")])
+@pytest.mark.parametrize(
+    "words", [("train.py", "--help"), ("-m", "engine.cli.demo"), ("-m", "dataset.convert", "a", "b")]
+)
 def test_a_missing_environment_is_named_with_the_command_that_creates_it(words: tuple[str, ...]) -> None:
     ended = subprocess.run([sys.executable, "-S", *words], cwd=ROOT, capture_output=True, text=True, check=False)
     (line,) = ended.stderr.splitlines()

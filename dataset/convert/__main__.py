@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataset.convert import ConversionArguments, build_parser, convert
-from utils.logging import set_up_logging
+from dataset.convert.arguments import ConversionArguments, build_parser
 from utils.script import run_script
 
 
 def main() -> None:
     arguments = ConversionArguments.of(**vars(build_parser().parse_args()))
+    # Imported here, so that a missing package ends in one line.
+    from dataset.convert.files import convert
+    from utils.logging import set_up_logging
+
     set_up_logging()
     convert(arguments)
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from utils.arguments import Arguments, Parser, make_parser
 from utils.fields import POSITIONAL, setting
 
-DESCRIPTION = """Convert images to MVTec's layout, from a list in JSON lines, COCO annotations, VisA's or two folders.
+DESCRIPTION = """Convert images to MVTec's layout.
 
-Nothing is overwritten, and nothing is written before all of SOURCE has been read.
+SOURCE is a list (JSON lines, JSON, meta.json, Real-IAD's, CSV), a file of COCO annotations, or a folder: VisA's, one of
+normal and anomalous images, of images and masks, or with files of labelme or YOLO (docs/datasets.md). Nothing is
+overwritten, and nothing is written before all of SOURCE has been read.
 """
 
 
@@ -18,9 +20,7 @@ Nothing is overwritten, and nothing is written before all of SOURCE has been rea
 class ConversionArguments(Arguments):
     """Arguments of `python -m dataset.convert`."""
 
-    source: Path = setting(
-        MISSING, "list in JSON lines, meta.json, COCO file, VisA's folder, or folder of folders", POSITIONAL
-    )
+    source: Path = setting(MISSING, "list, COCO file, or folder of images", POSITIONAL)
     target: Path = setting(MISSING, "folder of the dataset in MVTec's layout; it may exist already", POSITIONAL)
     images: Path | None = setting(
         None, "folder that the paths in a list or COCO file are relative to", "data", unset="the file's own"
@@ -28,11 +28,17 @@ class ConversionArguments(Arguments):
     class_name: str | None = setting(
         None, "class of the images if SOURCE names none", "data", unset="the folder's name, or object"
     )
-    normal: Path | None = setting(
-        None, "folder in SOURCE with normal images", "data", unset="the one named good, ok or normal"
+    normal: str | None = setting(
+        None,
+        "folder in SOURCE with normal images, or their label in a list",
+        "data",
+        unset="good, ok, normal and similar",
     )
-    anomalous: Path | None = setting(
+    anomalous: str | None = setting(
         None, "folder in SOURCE with anomalous images", "data", unset="all others, each a kind of defect"
+    )
+    masks: str | None = setting(
+        None, "folder in SOURCE with masks", "data", unset="by its name, or if its images look like masks"
     )
     copy: bool = setting(False, "copy images instead of linking them, which takes no disk space", "output")
 

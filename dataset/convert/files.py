@@ -114,6 +114,8 @@ def plan(items: Sequence[Item], target: Path) -> Iterator[Step]:
         stem = _free_stem(item.image, folder, stems)
         yield Step(target / folder / f"{stem}{_ending(item.image)}", item.image)
         mask = f"{class_folder}/ground_truth/{kind}/{stem}_mask"
+        if not item.label:
+            continue
         if isinstance(item.mask, Outlines):
             yield Step(target / f"{mask}.png", item.image, True, item.mask)
         elif item.mask is not None:

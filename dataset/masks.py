@@ -1,0 +1,93 @@
+"""Find the mask of each image, in mask folders and next to the images."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+
+from dataset.conventions import (
+    IMAGE_FOLDER_NAMES,
+    folder_word,
+    is_ground_truth_name,
+    may_be_mask_name,
+    pair_masks,
+    without_separators,
+)
+from dataset.folders import files_below, is_image, subfolders
+from utils.paths import is_file
+from utils.text import list_names
+
+logger = logging.getLogger(__name__)
+
+# Files by the names of the folders that the image of each must lie in.
+Groups = Mapping[frozenset[str], Sequence[Path]]
+
+
+def grouped(root: Path, files: Iterable[Path], ignored: Iterable[str] = ()) -> dict[frozenset[str], list[Path]]:
+    """Masks or other files of images by their folders below `root`, but for `ignored` and those like "masks"."""
+    groups: dict[frozenset[str], list[Path]] = defaultdict(list)
+    for file in files:
+        names = (
+            without_separators(name)
+            for name in file.relative_to(root).parts[:-1]
+            if folder_word(name) not in IMAGE_FOLDER_NAMES
+            and not (may_be_mask_name(name) or is_ground_truth_name(name))
+        )
+        groups[frozenset(names).difference(map(without_separators, ignored))].append(file)
+    return groups
+
+
+def group_masks(root: Path, mask_folders: Iterable[Path], masks: Iterable[Path]) -> dict[frozenset[str], list[Path]]:
+    """Masks in folders and next to images; a folder in a mask folder may also hold several masks of one image."""
+    folders = list(mask_folders)
+    inside = [file for folder in folders for file in files_below(folder) if is_image(file)]
+    children = [child for folder in folders for child in subfolders(folder)]
+    several = chain(children, *map(subfolders, children))
+    return grouped(root, [*inside, *several, *masks], [folder.name for folder in folders])
+
+
+def pair_in_folders(root: Path, images: Iterable[Path], groups: Groups) -> dict[Path, Path]:
+    """The file of each image that has one, by its folders and its name (`pair_masks`).
+
+    A warning names the files of a folder if none of them is named like an image.
+    """
+    folders: dict[Path, list[Path]] = defaultdict(list)
+    for image in images:
+        folders[image.parent].append(image)
+    names = {folder: set(map(without_separators, folder.relative_to(root).parts)) for folder in folders}
+    pairs: dict[Path, Path] = {}
+    for required in sorted(groups, key=len, reverse=True):
+        # A folder named like one of images holds their masks, not several masks of one image.
+        files = [file for file in groups[required] if without_separators(file.name) not in set().union(*names.values())]
+        rest = [
+            [image for image in folders[folder] if image not in pairs]
+            for folder in folders
+            if required <= names[folder]
+        ]
+        matches = [pair_masks(images, files) for images in rest if images]
+        if matches and not any(matches) and any(map(is_file, files)):
+            _warn_of_names(next(filter(None, rest))[0], files)
+        for match in matches:
+            pairs.update(match)
+    return pairs
+
+
+def shared_files(pairs: Mapping[Path, Path]) -> set[Path]:
+    """The files that belong to several images by their names."""
+    return {file for file, count in Counter(pairs.values()).items() if count > 1}
+
+
+def _warn_of_names(image: Path, masks: Sequence[Path]) -> None:
+    stem = image.stem
+    logger.warning(
+        "%s: none of the %d masks in %s is named like an image, such as %s: expected %s_mask.png or %s.png (also "
+        "-mask, _gt, _label, _seg), or several masks in a folder %s",
+        image.parent,
+        len(masks),
+        masks[0].parent,
+        list_names([mask.name for mask in masks], 3),
+        *(stem, stem, stem),
+    )
