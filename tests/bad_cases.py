@@ -381,7 +381,7 @@ OF_COCO = [
     *at("images 0 id", [1], 7),
     *at("images 0 width", "x"),
     *at("annotations 0 bbox", ..., [1, 2, 3], [1, 2, -3, 4], "x", [None] * 4, [900, 900, 3, 3]),
-    *at("annotations 0 segmentation", "rle", {"counts": [1], "size": [2, 2]}, [["x"] * 6], [3, 4]),
+    *at("annotations 0 segmentation", "rle", {"counts": [1], "size": [2, 2]}, [["x"] * 6], [3, 4, 5]),
 ]
 
 
