@@ -23,7 +23,7 @@ from dataset.folders import (
     skipped_note,
     subfolders,
 )
-from dataset.masks import group_masks, pair_in_folders, shared_files
+from dataset.masks import group_masks, pair_in_folders
 from dataset.records import Record, path_within
 from utils.errors import UserError
 from utils.paths import is_file, is_folder
@@ -92,9 +92,6 @@ def _class_records(
     groups = group_masks(class_folder, mask_folders, [mask for kind in kinds for mask in content[kind][1]])
     anomalous = [image for kind in kinds if kind not in normal for image in content[kind][0]]
     mask_of = pair_in_folders(class_folder, anomalous, groups)
-    for mask in sorted(shared := shared_files(mask_of))[:1]:
-        logger.warning("%s is the mask of several images by its name, and is not used: use ground_truth/DEFECT/", mask)
-    mask_of = {image: mask for image, mask in mask_of.items() if mask not in shared}
     for kind in kinds:
         for image in content[kind][0]:
             mask_path = _relative(mask_of[image], root) if image in mask_of else None

@@ -17,6 +17,7 @@ from dataset.conventions import (
     without_separators,
 )
 from dataset.folders import files_below, is_image, subfolders
+from utils.errors import UserError
 from utils.paths import is_file
 from utils.text import list_names
 
@@ -52,7 +53,8 @@ def group_masks(root: Path, mask_folders: Iterable[Path], masks: Iterable[Path])
 def pair_in_folders(root: Path, images: Iterable[Path], groups: Groups) -> dict[Path, Path]:
     """The file of each image that has one, by its folders and its name (`pair_masks`).
 
-    A warning names the files of a folder if none of them is named like an image.
+    A warning names the files of a folder if none of them is named like an image. Raises `UserError` if a file belongs
+    to several images.
     """
     folders: dict[Path, list[Path]] = defaultdict(list)
     for image in images:
@@ -72,12 +74,10 @@ def pair_in_folders(root: Path, images: Iterable[Path], groups: Groups) -> dict[
             _warn_of_names(next(filter(None, rest))[0], files)
         for match in matches:
             pairs.update(match)
+    for file, count in Counter(pairs.values()).items():
+        if count > 1:
+            raise UserError(f"{file} belongs to {count} images by its name: put it in a folder named like theirs")
     return pairs
-
-
-def shared_files(pairs: Mapping[Path, Path]) -> set[Path]:
-    """The files that belong to several images by their names."""
-    return {file for file, count in Counter(pairs.values()).items() if count > 1}
 
 
 def _warn_of_names(image: Path, masks: Sequence[Path]) -> None:

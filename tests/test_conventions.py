@@ -155,10 +155,6 @@ def test_several_masks_of_an_image_are_combined_each_by_its_maximum(tmp_path: Pa
         ),
         (lambda root: part(root, "ground_truth/{}_xy.png"), ["a_xy.png, b_xy.png", "expected a_mask.png or a.png"]),
         (
-            lambda root: part(part(root, None, bad="hole"), "ground_truth/{}_mask.png"),
-            ["is the mask of several images by its name"],
-        ),
-        (
             lambda root: [mask(root / f"ground_truth/dent/{name}_mask.png", 0) for name in "ab"] and part(root, None),
             ["2 of 2 masks have no anomalous pixel"],
         ),

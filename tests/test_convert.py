@@ -237,13 +237,12 @@ FOLDERS: dict[str, tuple[dict[str, Any], set[str]]] = {
             "train/labels/1.txt": "1 0.375 0.5 0.25 0.25\n",
             "train/labels/2.txt": "0 0.5 0.5 1 1 0.9\n",
             "val/labels/1.txt": "",
-            "val/labels/2.txt": "1 0.2 0.4 0.45 0.4 0.45 0.55 0.2 0.55 0.8\n",
+            "val/labels/2.txt": "3 0.2 0.4 0.45 0.4 0.45 0.55 0.2 0.55 0.8\n",
             "data.yaml": "names: ['ok', 'dent']\n",
             "train/images/1.png train/images/2.png val/images/1.png val/images/2.png val/images/3.png": None,
         },
-        {"dent/1 6", "good/2", "good/1", "dent/2 8", "good/3"},
+        {"dent/1 6", "good/2", "good/1", "class_3/2 8", "good/3"},
     ),
-    "yolo_without_names": ({"1.txt": "3 0.5 0.5 0.5 0.5\n", "1.png": None}, {"class_3/1 24"}),
     "yolo_names": ({"1.txt": "0 0.5 0.5 0.5 0.5\n", "classes.txt": "hole", "1.png": None}, {"hole/1 24"}),
     "images_and_masks": (
         {"images/1.jpg images/2.jpg": None, "masks/1_segmentation.png masks/2_segmentation.png": 255},
@@ -385,7 +384,7 @@ def test_lists_of_tables_and_of_real_iad(folder: Path, name: str, content: str, 
             "",
             "folder of normal images, but .* marks class_0",
         ),
-        ({"a/1.png b/1.png": None, "masks/1.png": 255}, "", r"masks/1\.png belongs to several images"),
+        ({"a/1.png b/1.png": None, "masks/1.png": 255}, "", r"masks/1\.png belongs to 2 images"),
         ({"a/1.png": None, "1.json": [("dent", "polygon", POLYGON)]}, "1.json", "convert its folder"),
     ],
 )
@@ -402,6 +401,7 @@ def test_sources_that_are_refused(tmp_path: Path, files: dict[str, Any], source:
         ({"a/b/part/test/ok/1.png": None}, "use --dataset .*/b", "use --dataset .*/b"),
         ({"test/1.jpg": None, "test/1_GT.png": 255}, "python -m dataset.convert", None),
         ({"part/test/ok/1.png": None}, None, "use --dataset"),
+        ({"test/ok/1.png test/a/1.png test/b/1.png": None, "gt/1.png": 255}, "belongs to 2 images", "use --dataset"),
     ],
 )
 def test_dataset_and_convert_name_each_other_only_if_the_other_reads_it(

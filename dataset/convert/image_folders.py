@@ -25,7 +25,7 @@ from dataset.folders import (
 )
 from dataset.images import read_mask
 from dataset.layouts import visa_records
-from dataset.masks import Groups, group_masks, grouped, pair_in_folders, shared_files
+from dataset.masks import group_masks, grouped, pair_in_folders
 from utils.errors import UserError
 from utils.text import list_names
 
@@ -39,17 +39,10 @@ _SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "va
 
 def read_visa(source: Path, classes: Sequence[str]) -> list[Item]:
     """The images of VisA's folders, with its split."""
+    rows = ((row, split) for split in ("train", "test") for row in visa_records(source, classes, split))
     return [
-        Item(
-            source / record.image_path,
-            record.label,
-            record.class_name,
-            "bad",
-            None if record.mask_path is None else source / record.mask_path,
-            split,
-        )
-        for split in ("train", "test")
-        for record in visa_records(source, classes, split)
+        Item(source / r.image_path, r.label, r.class_name, "bad", source / r.mask_path if r.mask_path else None, split)
+        for r, split in rows
     ]
 
 
@@ -65,7 +58,7 @@ def read_folder(arguments: ConversionArguments) -> list[Item]:
     has_normal = 0 in labels.values()
     annotations = _annotations(source, found.images, files)
     groups = group_masks(source, found.mask_folders, found.masks)
-    masks = _pairs(source, [image for image, label in labels.items() if label != 0], groups)
+    masks = pair_in_folders(source, [image for image, label in labels.items() if label != 0], groups)
     if not found.images or not (has_normal or arguments.anomalous or annotations or masks):
         lists = [file.relative_to(source).as_posix() for file in files if file.suffix.lower() in LISTS]
         raise UserError(
@@ -138,14 +131,10 @@ def _folder_names(
     The first folders are classes if there are several and each has normal images in a folder.
     """
     common = os.path.commonpath([image.parent for image in labels])
-    names = {
-        image: [
-            name
-            for name in image.relative_to(common).parts[:-1]
-            if name.lower() not in _SPLITS and folder_word(name) not in IMAGE_FOLDER_NAMES
-        ]
-        for image in labels
-    }
+    names = {}
+    for image in labels:
+        folders = image.relative_to(common).parts[:-1]
+        names[image] = [name for name in folders if folder_word(name) not in IMAGE_FOLDER_NAMES | _SPLITS]
     class_of = dict.fromkeys(labels, arguments.class_name or arguments.source.resolve().name or "object")
     tops = {image: folders[0] if folders else "" for image, folders in names.items()}
     classes = {tops[image] for image, label in labels.items() if label == 0}
@@ -164,19 +153,12 @@ def _annotations(source: Path, images: Sequence[Path], files: Sequence[Path]) ->
     file_of = {file.with_suffix(".png"): file for file in files if file.suffix.lower() in SUFFIXES}
     names = class_names(files)
     annotations = {}
-    for image, named_like_image in _pairs(source, images, grouped(source, file_of, TOOLS)).items():
+    for image, named_like_image in pair_in_folders(source, images, grouped(source, file_of, TOOLS)).items():
         file = file_of[named_like_image]
         outlines = read_outlines(file, image, names)
         if outlines is not None:
             annotations[image] = (file, outlines)
     return annotations
-
-
-def _pairs(source: Path, images: Iterable[Path], groups: Groups) -> dict[Path, Path]:
-    pairs = pair_in_folders(source, images, groups)
-    if shared := shared_files(pairs):
-        raise UserError(f"{min(shared)} belongs to several images by its name: put it in a folder named like theirs")
-    return pairs
 
 
 def _unused(files: Iterable[Path]) -> str:
