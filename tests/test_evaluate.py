@@ -18,7 +18,7 @@ from engine.evaluation.evaluate import METRICS, evaluate
 from model import frozen
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.clip_loading import load_clip
-from model.scoring import anomaly_map, class_image_scores, det_scores
+from model.scoring import anomaly_map, calibrated_maps, class_image_scores, det_scores
 from tests.helpers import adapted_clip
 from tests.scripts import write_clip, write_dataset
 from tests.test_metrics import plain_aupro
@@ -65,13 +65,13 @@ def test_models_share_frozen_features(
 
 @torch.inference_mode()
 def full_arrays(detector: Detector, data: TaskData, class_name: str) -> tuple[np.ndarray, ...]:
-    """All maps (n, S, S), masks, labels (n,) and published image scores of a class, kept whole.
+    """All published maps (n, S, S), masks, labels (n,), scores, published scores, and maps of `predict`, of a class.
 
     In batches as `evaluate` takes them: others round in another way, and may order scores that are nearly equal so.
     """
     row, prompts = data.classes.index(class_name), data.prompts(detector.clip)
     side = detector.model.text_side(prompts)
-    maps, masks, labels, det = [], [], [], []
+    maps, masks, labels, det, calibrated, scores = [], [], [], [], [], []
     for batch in evaluation_loader(make_dataset(data, detector.clip, "none"), BATCH, 0):
         if batch["class_name"][0] == class_name:
             outputs = detector.model(batch["image"], side, torch.full((len(batch["label"]),), row))
@@ -79,9 +79,12 @@ def full_arrays(detector: Detector, data: TaskData, class_name: str) -> tuple[np
             masks.append(batch["mask"][:, 0] > 0.5)
             labels.append(batch["label"])
             det.append(det_scores(outputs))
-    maps, masks, labels, det = (torch.cat(parts) for parts in (maps, masks, labels, det))
-    scores = class_image_scores(maps.amax(dim=(1, 2)), maps.amin(dim=(1, 2)), det, "industrial")
-    return tuple(values.numpy() for values in (maps, masks, labels, scores))
+            calibrated.append(calibrated_maps(outputs, batch["mask"].shape[-1]).mean(dim=0))
+            scores.append(0.5 * calibrated[-1].amax(dim=(1, 2)) + 0.5 * det[-1])
+    parts = (maps, masks, labels, det, calibrated, scores)
+    maps, masks, labels, det, calibrated, scores = (torch.cat(part) for part in parts)
+    published = class_image_scores(maps.amax(dim=(1, 2)), maps.amin(dim=(1, 2)), det, "industrial")
+    return tuple(values.numpy() for values in (maps, masks, labels, scores, published, calibrated))
 
 
 def f1_max(labels: np.ndarray, scores: np.ndarray) -> float:
@@ -89,18 +92,26 @@ def f1_max(labels: np.ndarray, scores: np.ndarray) -> float:
     return float((2 * precision * recall / np.maximum(precision + recall, 1e-12)).max())
 
 
-def test_metrics_equal_scikit_learn_on_full_arrays(data: TaskData, models: dict[str, Detector]) -> None:
+@pytest.mark.parametrize("published", [True, False])
+def test_metrics_equal_scikit_learn_on_full_arrays(
+    data: TaskData, models: dict[str, Detector], published: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "in_catalog", lambda _: published)
     found = evaluate(models, data, "cpu", batch_size=BATCH)
     assert found["model 1"].classes[0].values != found["model 2"].classes[0].values
     for name, detector in models.items():
         result = found[name].classes[0]
-        maps, masks, labels, scores = full_arrays(detector, data, "cork")
+        of_class, masks, labels, scores, normalised, of_image = full_arrays(detector, data, "cork")
+        maps = of_class if published else of_image
+        kinds = [("pixel", masks, maps), ("image", labels, scores), ("published_image", labels, normalised)]
         expected = {
             f"{kind}_{metric}": 100 * function(truth.ravel(), values.ravel())
-            for kind, truth, values in (("pixel", masks, maps), ("image", labels, scores))
+            for kind, truth, values in kinds
             for metric, function in (("auroc", roc_auc_score), ("ap", average_precision_score), ("f1_max", f1_max))
         }
         expected["aupro"] = plain_aupro(maps, masks)
+        if not published:
+            expected |= {metric: None for metric in METRICS if metric.startswith("published")}
         assert {metric: result.values[metric] for metric in expected} == pytest.approx(expected, abs=0.01)
         assert [image.score for image in result.scores] == pytest.approx(scores.tolist(), abs=1e-6)
         assert [image.anomalous for image in result.scores] == labels.astype(bool).tolist()
@@ -114,11 +125,10 @@ def test_another_det_score_changes_image_scores_only_and_is_named(data: TaskData
     published, difference = found["model 1"], found["asked"]
     assert (published.det_score, difference.det_score) == ("abnormal", "difference")
     for one, other in zip(published.classes, difference.classes, strict=True):
-        pixels = [metric for metric in METRICS if not metric.startswith("image")]
+        pixels = [metric for metric in METRICS if "image" not in metric]
         assert [one.values[metric] for metric in pixels] == [other.values[metric] for metric in pixels]
         assert [image.score for image in one.scores] != [image.score for image in other.scores]
-    # By hand: half of each, from the extremes of the class.
-    maps, _, _, _ = full_arrays(detector, data, "cork")
+    *_, maps = full_arrays(detector, data, "cork")
     side, rows = detector.model.text_side(data.prompts(detector.clip)), data.classes.index("cork")
     with torch.inference_mode():
         batches = [
@@ -127,9 +137,7 @@ def test_another_det_score_changes_image_scores_only_and_is_named(data: TaskData
             if batch["class_name"][0] == "cork"
         ]
         det = torch.cat([detector.model(images, side, torch.full((len(images),), rows)).det for images in batches])
-    gap = (det[:, 1] - det[:, 0]).numpy()
-    peaks = (maps.max(axis=(1, 2)) - maps.min()) / (maps.max() - maps.min())
-    expected = 0.5 * peaks + 0.5 * (gap - gap.min()) / (gap.max() - gap.min())
+    expected = 0.5 * maps.max(axis=(1, 2)) + 0.5 * (det[:, 1] - det[:, 0] + 2).numpy() / 4
     assert [image.score for image in difference.classes[0].scores] == pytest.approx(expected.tolist(), abs=1e-4)
     with pytest.raises(UserError, match="--det_score nonsense: choose one of abnormal, difference"):
         Detector(detector.model, "asked", det_score="nonsense")
@@ -137,7 +145,8 @@ def test_another_det_score_changes_image_scores_only_and_is_named(data: TaskData
 
 def test_image_metrics_are_undefined_without_normal_images(data: TaskData, models: dict[str, Detector]) -> None:
     _, reed = evaluate(models, data, "cpu")["model 1"].classes
-    assert {name for name, value in reed.values.items() if value is None} == set(IMAGE_METRICS)
+    published = {f"published_{name}" for name in IMAGE_METRICS}
+    assert {name for name, value in reed.values.items() if value is None} == published | set(IMAGE_METRICS)
     assert (reed.images, reed.anomalous) == (3, 3)
 
 
@@ -145,11 +154,11 @@ def test_a_non_finite_map_is_reported_with_its_image(
     data: TaskData, models: dict[str, Detector], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def spoiled(*arguments: object) -> torch.Tensor:
-        maps = anomaly_map(*arguments)
-        maps[1, 3, 3] = float("nan")
+        maps = calibrated_maps(*arguments)
+        maps[:, 1, 3, 3] = float("nan")
         return maps
 
-    monkeypatch.setattr(module, "anomaly_map", spoiled)
+    monkeypatch.setattr(module, "calibrated_maps", spoiled)
     with pytest.raises(UserError, match=data.records[1].image_path):
         evaluate(models, data, "cpu")
 
@@ -165,5 +174,5 @@ def test_averages_state_the_number_of_classes(
     table = module.evaluation_table(evaluation)
     assert "average of 2" in table
     assert [line.split()[2::2] for line in table.splitlines() if "defined in" in line] == [
-        [str(evaluation.average(metric)[1]) for metric in METRICS]
+        [str(evaluation.average(metric)[1]) for metric in evaluation.metrics]
     ]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
 from dataset.locate import locate_dataset
 from dataset.normals import choose_normals, normals_of_classes, training_normals
@@ -22,6 +23,7 @@ from engine.data.task import load_task
 from engine.detector.calibration import read_calibration
 from engine.detector.detector import Detector
 from engine.detector.loading import unadapted_detector
+from engine.evaluation import evaluate as evaluate_module
 from engine.evaluation.evaluate import evaluate
 from engine.training.base import train_base
 from model.references import joined_anomaly_map, joined_calibrated_maps, nearest_distances, reference_maps
@@ -115,7 +117,7 @@ def test_unadapted_clip_accepts_references(world: Path, model: Detector) -> None
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
-def test_evaluation_uses_the_combined_map(world: Path, model: Detector) -> None:
+def test_evaluation_uses_the_combined_map(world: Path, model: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
     data = load_task(str(world / "test"))
     before = evaluate({"m": model}, data, "cpu")["m"].classes[0]
     found = model.add_references(paths_of(world / "normal" / "cork"), "cork", class_names="catalog", key="cork")
@@ -133,7 +135,13 @@ def test_evaluation_uses_the_combined_map(world: Path, model: Detector) -> None:
                 lowest.append(joined.min())
                 det.append(det_scores(outputs)[0])
     expected = class_image_scores(*map(torch.stack, (highest, lowest, det)), "industrial")
-    assert [image.score for image in after.scores] == pytest.approx(expected.tolist(), abs=1e-4)
+    predicted = [model.predict(world / "test" / image.path, "cork").score for image in after.scores]
+    assert [image.score for image in after.scores] == pytest.approx(predicted, abs=1e-5)
+    monkeypatch.setattr(evaluate_module, "in_catalog", lambda _: True)
+    published = evaluate({"m": model}, data, "cpu")["m"].classes[0]
+    labels = [image.anomalous for image in published.scores]
+    assert published.values["published_image_auroc"] == pytest.approx(100 * roc_auc_score(labels, expected))
+    monkeypatch.undo()
     model.references.clear()
     assert evaluate({"m": model}, data, "cpu")["m"].classes[1].values == unchanged.values
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from engine.config.training import BaseConfig, CrossAttentionRunConfig
 from engine.data.task import load_task, load_two_folders, mask_notes
@@ -20,7 +21,7 @@ from engine.evaluation.image_heatmaps import read_dataset_image
 from engine.training.base import train_base
 from engine.training.cross_attention import train_cross_attention
 from engine.training.feedback import train_feedback
-from tests.evaluating import compare_feedback_loops, evaluate_checkpoints
+from tests.evaluating import compare_feedback_loops, evaluate_checkpoints, score_images
 from tests.scripts import small_runs, train_small_runs
 from utils.errors import UserError
 from utils.logging import set_up_logging
@@ -97,6 +98,28 @@ def test_two_folders_are_tested_as_one_class(world: Path, tmp_path: Path) -> Non
     assert len(list((tmp_path / "out/pictures_good_and_spot").rglob("*.png"))) == 1
     data = load_task(str(world / "none"))
     assert read_dataset_image(data, data.records[-1]).title == "reed, spot (no mask)"
+
+
+@pytest.mark.parametrize("references", [False, True])
+def test_the_reported_image_metrics_are_those_of_the_scores_that_decide(
+    world: Path, tmp_path: Path, references: bool
+) -> None:
+    """`--normal/--anomalous`, an own dataset and the scores in the file of `--image`."""
+    checkpoint, test = world / "base/image_adapter.pth", world / "test" / "cork" / "test"
+    more = {"references": next((world / "train").glob("*/test/good")), "reference_shots": 2} if references else {}
+    reported = evaluated(
+        world, None, tmp_path, normal=test / "good", anomalous=test / "spot", class_name="cork", **more
+    )
+    score_images(checkpoint, test, "cork", output_dir=tmp_path / "scored", **more)
+    (file,) = (tmp_path / "scored").glob("scores*.csv")
+    with file.open(encoding="utf-8", newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    labels, scores = ["spot" in row["path"] for row in rows], [float(row["score"]) for row in rows]
+    assert reported.classes[0].values["image_auroc"] == 100 * roc_auc_score(labels, scores)
+    assert reported.classes[0].values["image_ap"] == 100 * average_precision_score(labels, scores)
+    ours = {Path(image.path).name + str(image.anomalous): image.score for image in reported.classes[0].scores}
+    theirs = {Path(row["path"]).name + str("spot" in row["path"]): float(row["score"]) for row in rows}
+    assert ours == pytest.approx(theirs, abs=1e-5)
 
 
 def test_two_folders_that_share_images_are_refused(world: Path) -> None:

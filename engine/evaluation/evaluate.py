@@ -1,4 +1,4 @@
-"""Zero-shot evaluation: published scores and metrics per class, for one or several models on the same images."""
+"""Zero-shot evaluation: scores and metrics per class, for one or several models on the same images."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dataset.catalog import CATALOG
 from dataset.prompts import readable_name
 from engine.data.loaders import batches_of_classes, evaluation_loader, make_dataset
 from engine.data.task import TaskData
@@ -19,8 +20,8 @@ from engine.runtime.device import choose_precision
 from engine.runtime.distributed import from_main_process, gather_in_order, is_distributed, rank_and_world_size
 from model.config import DET_SCORES
 from model.frozen import SharedStreams
-from model.references import joined_anomaly_map
-from model.scoring import Outputs, anomaly_map, class_image_scores, det_scores
+from model.references import joined_anomaly_map, joined_calibrated_maps
+from model.scoring import Outputs, anomaly_map, calibrated_maps, calibrated_scores, class_image_scores, det_scores
 from utils.logging import progress_bar
 from utils.metrics import PixelCounter, Pixels, image_metrics, pixels_of
 from utils.text import format_table
@@ -33,7 +34,11 @@ METRICS = {
     "image_auroc": "Image AUROC",
     "image_ap": "Image AP",
     "image_f1_max": "Image F1-max",
+    "published_image_auroc": "Published AUROC",
+    "published_image_ap": "Published AP",
+    "published_image_f1_max": "Published F1-max",
 }
+PUBLISHED = "published_"
 # Table cell of an undefined metric.
 UNDEFINED = "n/a"
 CSV_COLUMNS = ("model", "dataset", "class", "images", "anomalous", "det_score", *METRICS)
@@ -41,7 +46,7 @@ CSV_COLUMNS = ("model", "dataset", "class", "images", "anomalous", "det_score", 
 
 @dataclass(frozen=True)
 class ImageScore:
-    """An image's path under the dataset's root, whether it is anomalous, and its score among those of its class."""
+    """An image's path under the dataset's root, whether it is anomalous, and its score as in `Detector.predict`."""
 
     path: str
     anomalous: bool
@@ -74,6 +79,13 @@ class Evaluation:
     classes: list[ClassResult]
     det_score: str = DET_SCORES[0]
 
+    @property
+    def metrics(self) -> dict[str, str]:
+        """Titles of the metrics that are reported: those of published scores only if they are defined in a class."""
+        return {
+            name: title for name, title in METRICS.items() if not name.startswith(PUBLISHED) or self.average(name)[1]
+        }
+
     def average(self, metric: str) -> tuple[float | None, int]:
         """The mean of a metric in percent, and the number of classes in which it is defined."""
         values = [value for result in self.classes if (value := result.values[metric]) is not None]
@@ -81,7 +93,10 @@ class Evaluation:
 
 
 class _BatchScores(NamedTuple):
-    """A model's result for a batch: pixels, None without masks; and (3, B): map maximum, map minimum, det score."""
+    """A model's result for a batch.
+
+    pixels: None without masks; numbers: image score, maximum and minimum of the published map, det score, (4, B).
+    """
 
     pixels: Pixels | None
     numbers: Tensor
@@ -101,9 +116,13 @@ class _Batch(NamedTuple):
 
 @dataclass
 class _ClassScores:
-    """Pixel counts and image numbers of one class, from which its metrics follow."""
+    """Pixel counts and image numbers of one class, from which its metrics follow.
+
+    published: whether metrics of the published image scores, which need all images of a class, are computed too.
+    """
 
     domain: str
+    published: bool
     pixels: PixelCounter = field(default_factory=PixelCounter)
     paths: list[str] = field(default_factory=list)
     numbers: list[Tensor] = field(default_factory=list)
@@ -118,10 +137,14 @@ class _ClassScores:
 
     def result(self, class_name: str) -> ClassResult:
         """The class's metrics, after all its images have been added."""
-        maxima, minima, det = torch.cat(self.numbers, dim=1).cpu()
+        scores, maxima, minima, det = torch.cat(self.numbers, dim=1).cpu()
         labels = torch.cat(self.labels).to(det)
-        scores = class_image_scores(maxima, minima, det, self.domain)
         of_images = image_metrics(labels.numpy(), scores.numpy(), self.paths)
+        published = dict.fromkeys(of_images)
+        if self.published:
+            normalised = class_image_scores(maxima, minima, det, self.domain)
+            published = image_metrics(labels.numpy(), normalised.numpy(), self.paths)
+        of_images |= {PUBLISHED + name: value for name, value in published.items()}
         if labels.all():
             # AP and F1-max would be 100 for any model.
             of_images = dict.fromkeys(of_images)
@@ -141,9 +164,11 @@ def evaluate(
 ) -> dict[str, Evaluation]:
     """Evaluate models that share one CLIP on all images of `data`, which are loaded once.
 
-    Scores are normalised per class (docs/method.md, "Scores"). Frozen features are computed once for all models that
-    use the same ones, and maps are counted, not kept. Several processes share the batches, and return the results of
-    one process.
+    Image scores are those of `Detector.predict`. Datasets of the catalog also get the metrics of the published image
+    scores, which are normalised over all images of a class, and their pixel metrics are those of the published maps;
+    other images use the maps of `predict` (docs/method.md, "Scores"). Frozen features are computed once for all models
+    that use the same ones, and maps are counted, not kept. Several processes share the batches, and return the results
+    of one process.
 
     Args:
         models: the models by name, with their det scores and references.
@@ -151,7 +176,7 @@ def evaluate(
         device: where the models are.
         batch_size: images in a forward pass, all of one class.
         num_workers: processes that load images.
-        precision: "fp32", "bf16", "fp16", or "auto" (bf16 on a GPU that has it, else fp32).
+        precision: "fp32", "bf16", "fp16", or "auto" (bf16 on a GPU that has it, for a dataset of the catalog).
 
     Returns:
         The evaluation of each model by its name.
@@ -169,7 +194,7 @@ def evaluate(
         _scored(models, data, loader, device, precision), len(batches_of_classes(samples, batch_size))
     )
     for class_name, of_class in groupby(batches, key=lambda batch: batch.class_name):
-        scores = {name: _ClassScores(data.located.spec.domain) for name in models}
+        scores = {name: _ClassScores(data.located.spec.domain, in_catalog(data)) for name in models}
         for batch in of_class:
             for name, class_scores in scores.items():
                 of_batch = batch.of_models[name]
@@ -183,13 +208,21 @@ def evaluate(
     return {name: Evaluation(name, dataset, rows, models[name].det_score) for name, rows in results.items()}
 
 
-def joined_map_of(detector: Detector, class_name: str, outputs: Outputs, images: Tensor, domain: str) -> Tensor | None:
-    """Published maps joined with the detector's references of a class, (B, S, S); None if it has none."""
-    references = detector.references.get(readable_name(class_name))
+def in_catalog(data: TaskData) -> bool:
+    """Whether these are the images of a dataset of the catalog, which papers report results on."""
+    return CATALOG.get(data.located.spec.name) is data.located.spec
+
+
+def _anomaly_maps(
+    detector: Detector, class_name: str, outputs: Outputs, images: Tensor, domain: str
+) -> tuple[Tensor, Tensor]:
+    """The published maps and those of `Detector.predict`, (B, S, S) each, with the references of the class."""
+    size, references = images.shape[-1], detector.references.get(readable_name(class_name))
     if references is None:
-        return None
+        return anomaly_map(outputs, size, domain), calibrated_maps(outputs, size).mean(dim=0)
     distances = references.maps(detector.model, outputs, images)
-    return joined_anomaly_map(outputs, distances, references.weight, domain)
+    published = joined_anomaly_map(outputs, distances, references.weight, domain)
+    return published, joined_calibrated_maps(outputs, distances, references.weight).mean(dim=0)
 
 
 def _scored(
@@ -200,6 +233,9 @@ def _scored(
     text_sides = {name: detector.text_side(prompts) for name, detector in models.items()}
     domain = data.located.spec.domain
     masked = {name: not data.lacking_masks(name) for name in data.classes}
+    published = in_catalog(data)
+    if precision == "auto" and not published:
+        precision = "fp32"  # as in `predict`, so that the same scores are reported
     for batch in loader:
         class_name, masks = batch["class_name"][0], batch["mask"].flatten(0, 1)
         images = batch["image"].to(device, non_blocking=True)
@@ -208,11 +244,14 @@ def _scored(
         for name, detector in models.items():
             with autocast(device, precision):
                 outputs = detector.model(images, text_sides[name], rows, shared)
-                joined = joined_map_of(detector, class_name, outputs, images, domain)
-            maps = (anomaly_map(outputs, masks.shape[-1], domain) if joined is None else joined).float()
+                of_class, of_image = (
+                    maps.float() for maps in _anomaly_maps(detector, class_name, outputs, images, domain)
+                )
+            maps = of_class if published else of_image
             pixels = pixels_of(maps, masks, batch["image_path"]) if masked[class_name] else None
-            low, high = torch.aminmax(maps.flatten(1), dim=1)
-            numbers = torch.stack([high, low, det_scores(outputs, detector.det_score).float()])
+            low, high = torch.aminmax(of_class.flatten(1), dim=1)
+            score = calibrated_scores(of_image, outputs, domain, detector.det_score)
+            numbers = torch.stack([score, high, low, det_scores(outputs, detector.det_score)]).float()
             scores = _BatchScores(pixels, numbers)
             of_models[name] = scores.to("cpu") if is_distributed() else scores
         yield _Batch(class_name, batch["image_path"], batch["label"], of_models)
@@ -241,22 +280,23 @@ def format_value(value: float | None, digits: int = 2) -> str:
 def evaluation_table(evaluation: Evaluation) -> str:
     """One model's metrics: a row for each class and the average."""
     rows = [
-        [result.class_name, str(result.images), *(format_value(result.values[metric]) for metric in METRICS)]
+        [result.class_name, str(result.images), *(format_value(result.values[metric]) for metric in evaluation.metrics)]
         for result in evaluation.classes
     ]
-    averages = [evaluation.average(metric) for metric in METRICS]
+    averages = [evaluation.average(metric) for metric in evaluation.metrics]
     images = sum(result.images for result in evaluation.classes)
     rows.append([f"average of {len(evaluation.classes)}", str(images), *(format_value(value) for value, _ in averages)])
     counts = [count for _, count in averages]
     if min(counts) < len(evaluation.classes):
         rows.append(["  defined in", "", *(f"{count} classes" for count in counts)])
-    return format_table(["Class", "Images", *METRICS.values()], rows)
+    return format_table(["Class", "Images", *evaluation.metrics.values()], rows)
 
 
 def summary_table(evaluations: Sequence[Evaluation]) -> str:
     """Averages of several models, a row each."""
-    rows = [[e.model, *(format_value(e.average(metric)[0]) for metric in METRICS)] for e in evaluations]
-    return format_table(["Model", *METRICS.values()], rows)
+    metrics = evaluations[0].metrics
+    rows = [[e.model, *(format_value(e.average(metric)[0]) for metric in metrics)] for e in evaluations]
+    return format_table(["Model", *metrics.values()], rows)
 
 
 def csv_rows(evaluation: Evaluation) -> list[list[object]]:

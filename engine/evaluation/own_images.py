@@ -220,7 +220,7 @@ def write_scores(findings: Iterable[Finding], path: Path) -> None:
     for finding in findings:
         region = finding.region or [""] * len(Region._fields)
         rank, regions = ("", "") if finding.rank is None else (f"{finding.rank:.6f}", finding.regions)
-        image = (finding.path.as_posix(), finding.class_name, f"{finding.score:.6f}")
+        image = (finding.path.as_posix(), finding.class_name, f"{finding.score:.9g}")
         rows.append([*image, finding.decision, rank, regions, *region])
     write_text(path, csv_table(rows))
 

@@ -20,7 +20,9 @@ from engine.report.comparison import Comparison, Row, forward_notes, unfair_note
 from engine.report.page import example_rows, write_report
 from engine.runtime.device import check_compiler
 from engine.runtime.distributed import join_launch, main_process_first
-from engine.runtime.run_folder import REPORT_FILE, arguments_in, find_loops, loop_file
+from engine.runtime.run_folder import REPORT_FILE, STATE_FILE, arguments_in, find_loops, loop_file
+from engine.training.state import read_state
+from engine.training.verdicts import validated_loop
 from model.blocks import BlockRunner
 from model.checkpoint import read_checkpoint
 from model.clip import FrozenCLIP
@@ -89,7 +91,8 @@ def compare_feedback_loops(arguments: ComparisonArguments) -> int:
         configs = {row.name: row.config for row in rows}
         notes = [*zero_shot_notes(configs, data), *mask_notes(data), *missing_notes(save_path, rows), *notes]
         choices = (arguments.det_score or DET_SCORES[0], ReferenceChoice.of(arguments))
-        comparison = Comparison(data.located.spec.name, rows, evaluations, notes, *choices)
+        selected = selected_loop(save_path)
+        comparison = Comparison(data.located.spec.name, rows, evaluations, notes, *choices, selected)
         # The log starts here, so that an interrupted comparison leaves no files.
         set_up_logging(folder / "comparison.log")
         write_comparison(comparison, save_path, folder)
@@ -172,6 +175,14 @@ def build_detectors(rows: Sequence[Row], clip: FrozenCLIP, setup: Setup) -> tupl
             problems[row.name] = str(error)
     add_dataset_references(list(detectors.values()), setup.data, ReferenceChoice.of(setup.arguments))
     return detectors, problems
+
+
+def selected_loop(save_path: Path) -> int | None:
+    """The loop that a run's held-out training images selected; None for a run without `--val_fraction`."""
+    state = save_path / STATE_FILE
+    if not arguments_in(save_path).get("val_fraction") or not state.is_file():
+        return None
+    return validated_loop(read_state(state)["loops"])
 
 
 def missing_notes(save_path: Path, rows: Sequence[Row]) -> list[str]:

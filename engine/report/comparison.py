@@ -29,8 +29,8 @@ from utils.text import csv_table, format_table, markdown_table
 
 logger = logging.getLogger(__name__)
 
-# Column titles of the tables: shorter names of the metrics.
-COLUMNS = {metric: title.replace("AUROC", "AUC").removesuffix("-max") for metric, title in METRICS.items()}
+# Short names of the metrics, for column titles.
+COLUMNS = {metric: title.removesuffix("-max") for metric, title in METRICS.items()}
 UNREADABLE = "unreadable"
 # Differences in these make a comparison unfair; the loops of one run have different numbers of steps.
 TRAINING_FACTS = (
@@ -63,7 +63,8 @@ class Row:
 class Comparison:
     """Rows in the order of the table, metrics by a row's name, and notes on their interpretation.
 
-    references: the normal images that all rows were compared with, if any.
+    references: the normal images that all rows were compared with, if any. selected: the loop that held-out training
+    images selected; None for the last loop. No loop is selected by the metrics of the comparison.
     """
 
     dataset: str
@@ -72,6 +73,19 @@ class Comparison:
     notes: list[str]
     det_score: str = DET_SCORES[0]
     references: ReferenceChoice | None = None
+    selected: int | None = None
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Column titles of the reported metrics."""
+        reported = next(iter(self.evaluations.values())).metrics if self.evaluations else METRICS
+        return {metric: COLUMNS[metric] for metric in reported}
+
+    @property
+    def main_row(self) -> Row | None:
+        """The selected loop, or the last row with metrics."""
+        selected = [row for row in self.loops if row.loop == self.selected]
+        return next(reversed([*self.others, *self.loops, *selected]), None)
 
     @property
     def heading_note(self) -> str:
@@ -183,11 +197,11 @@ def table_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the summary table: averages over classes in percent."""
     rows = []
     for row in comparison.rows:
-        values = [UNREADABLE] * len(METRICS)
+        values = [UNREADABLE] * len(comparison.columns)
         if row.name in comparison.evaluations:
-            values = [format_value(comparison.average(row, metric)) for metric in METRICS]
+            values = [format_value(comparison.average(row, metric)) for metric in comparison.columns]
         rows.append([row.name, *values])
-    return ["Loop", *(COLUMNS[metric] for metric in METRICS)], rows
+    return ["Loop", *comparison.columns.values()], rows
 
 
 def csv_lines(comparison: Comparison, row: Row) -> list[list[object]]:
@@ -199,7 +213,7 @@ def csv_lines(comparison: Comparison, row: Row) -> list[list[object]]:
 
 
 def best_lines(comparison: Comparison) -> list[str]:
-    """The loop with the highest pixel and image AUC, the first of equals."""
+    """The loop with the highest pixel and image AUROC on these test images, the first of equals."""
     lines = []
     for metric in ("pixel_auroc", "image_auroc"):
         best = best_loop(comparison, metric)
@@ -219,7 +233,7 @@ def improvement_lines(comparison: Comparison) -> list[str]:
     """The gains of the last loop, one line for each row that it is compared with."""
     lines = []
     for name, gains in gains_of_last_loop(comparison):
-        values = ", ".join(f"{COLUMNS[metric]} {value}" for metric, value in zip(METRICS, gains, strict=True))
+        values = ", ".join(f"{title} {value}" for title, value in zip(comparison.columns.values(), gains, strict=True))
         lines.append(f"Improvement from {name} to {comparison.loops[-1].name}: {values} percentage points")
     return lines
 
@@ -230,7 +244,7 @@ def gains_of_last_loop(comparison: Comparison) -> list[tuple[str, list[str]]]:
         return []
     *earlier, last = comparison.loops
     return [
-        (row.name, [gain(comparison.average(row, metric), comparison.average(last, metric)) for metric in METRICS])
+        (row.name, [gain(comparison.average(row, name), comparison.average(last, name)) for name in comparison.columns])
         for row in (*earlier[:1], *comparison.others)
     ]
 
@@ -273,8 +287,8 @@ def panel_of(comparison: Comparison, metric: str) -> Panel:
 def draw(comparison: Comparison, path: Path) -> None:
     """`comparison.png`: a panel per metric."""
     panels = {}
-    for metric in METRICS:
-        best, title = best_loop(comparison, metric), COLUMNS[metric]
+    for metric, title in comparison.columns.items():
+        best = best_loop(comparison, metric)
         heading = title if best is None else f"{title} (best: {best.name}, {comparison.average(best, metric):.2f})"
         panels[heading] = panel_of(comparison, metric)
     loop_curves(panels, path, f"Feedback loops on {comparison.dataset}, in percent{comparison.heading_note}")

@@ -21,7 +21,7 @@ from PIL import Image
 from dataset.images import resize_image, resize_mask
 from engine.data.task import TaskData
 from engine.detector.detector import Detector
-from engine.evaluation.evaluate import METRICS, UNDEFINED, Evaluation, ImageScore, format_value
+from engine.evaluation.evaluate import UNDEFINED, Evaluation, ImageScore, format_value
 from engine.evaluation.image_heatmaps import predict_heatmap, read_dataset_image
 from engine.evaluation.pages import write_page
 from engine.report.comparison import (
@@ -30,7 +30,6 @@ from engine.report.comparison import (
     Comparison,
     Row,
     best_lines,
-    best_loop,
     gains_of_last_loop,
     panel_of,
     table_cells,
@@ -82,10 +81,12 @@ def write_report(
         header=header,
         rows=[(row, marks) for row, marks in zip(rows, best_of_columns(comparison), strict=True)],
         loop_charts=[
-            loop_chart(COLUMNS[metric], panel_of(comparison, metric)) for metric in METRICS if comparison.loops
+            loop_chart(title, panel_of(comparison, metric))
+            for metric, title in comparison.columns.items()
+            if comparison.loops
         ],
         class_charts=class_charts(comparison),
-        class_header=["Class", "Model", *COLUMNS.values()],
+        class_header=["Class", "Model", *comparison.columns.values()],
         class_rows=class_rows(comparison),
         tested=tested_facts(comparison, data),
         groups=example_groups(comparison, models, data),
@@ -96,15 +97,9 @@ def write_report(
     logger.info("Report written to %s", path)
 
 
-def main_row(comparison: Comparison) -> Row | None:
-    """The row that selects the examples: the best loop by pixel AUROC, or the last row with metrics."""
-    evaluated = comparison.loops or comparison.others
-    return best_loop(comparison, "pixel_auroc") or (evaluated[-1] if evaluated else None)
-
-
 def example_rows(comparison: Comparison) -> list[Row]:
     """The rows in examples and class charts: the other models, and the main row last."""
-    main = main_row(comparison)
+    main = comparison.main_row
     return [row for row in comparison.others if row is not main] + ([main] if main else [])
 
 
@@ -133,7 +128,7 @@ def class_rows(comparison: Comparison) -> list[list[str]]:
     evaluations = [comparison.evaluations[row.name] for row in comparison.rows if row.name in comparison.evaluations]
     by_class = zip(*(evaluation.classes for evaluation in evaluations), strict=True)
     return [
-        [result.class_name, evaluation.model, *(format_value(result.values[metric]) for metric in METRICS)]
+        [result.class_name, evaluation.model, *(format_value(result.values[metric]) for metric in comparison.columns)]
         for results in by_class
         for evaluation, result in zip(evaluations, results, strict=True)
     ]
@@ -161,7 +156,7 @@ def example_groups(
     comparison: Comparison, models: Mapping[str, Detector], data: TaskData
 ) -> list[tuple[str, str, list[ExampleImage]]]:
     """Title, explanation and images of each kind of example, selected by the scores of the main row."""
-    main = main_row(comparison)
+    main = comparison.main_row
     if main is None or not models:
         return []
     kinds = (
@@ -172,7 +167,7 @@ def example_groups(
     groups = []
     for title, anomalous, highest in kinds:
         images = extreme_images(comparison.evaluations[main.name], anomalous, highest)[:EXAMPLES]
-        order = f"Scores of {main.name} within each class, at most one image of a class"
+        order = f"By the scores of {main.name}, at most one image of a class"
         if images:
             groups.append((title, order, [make_example(image, models, data) for image in images]))
     return groups
@@ -200,7 +195,7 @@ def make_example(image: ImageScore, models: Mapping[str, Detector], data: TaskDa
         heatmap = predict_heatmap(model, sample, name)
         coloured = outlined(overlay(photo, heatmap.anomaly_map), np.array(mask))
         pictures.append((name, picture_uri(coloured), heatmap.caption))
-    return ExampleImage(sample.title, f"{image.score:.2f} within its class, {image.path}", pictures)
+    return ExampleImage(sample.title, f"{image.score:.2f}, {image.path}", pictures)
 
 
 def picture_uri(image: Image.Image) -> str:

@@ -129,7 +129,8 @@ def _summary(verdicts: Mapping[str, Verdict], metrics: Sequence[str]) -> str:
 
 def metric_title(metric: str) -> str:
     """A metric's name in words, with the usual capitals."""
-    title = " ".join(CAPITALS.get(word, word) for word in metric.split("_")).replace("F1 max", "F1-max")
+    words = metric.replace("published_image", "published").split("_")
+    title = " ".join(CAPITALS.get(word, word) for word in words).replace("F1 max", "F1-max")
     return title[:1].upper() + title[1:]
 
 
@@ -148,7 +149,10 @@ def missing_cells(plan: Plan, evaluations: Evaluations) -> list[str]:
 
 
 def read_literature(results: Results) -> list[dict[str, str]]:
-    """The rows of the study's literature file for its pairs; `UserError` if the file cannot be read."""
+    """The rows of the study's literature file for its pairs; `UserError` if the file cannot be read.
+
+    Image metrics are those of published scores.
+    """
     study = results.plan.study
     if not study.literature:
         return []
@@ -159,7 +163,11 @@ def read_literature(results: Results) -> list[dict[str, str]]:
     except OSError as error:
         raise UserError(f"literature = {study.literature!r}: cannot be read ({error})") from error
     pairs = {(pair.train, test) for pair in study.pairs for test in pair.test}
-    return [row for row in rows if (row.get("train"), row.get("test")) in pairs]
+    return [
+        {f"published_{name}" if name.startswith("image") else name: value for name, value in row.items()}
+        for row in rows
+        if (row.get("train"), row.get("test")) in pairs
+    ]
 
 
 def dataset_means(arm: ArmResult) -> dict[tuple[str, str], np.ndarray]:

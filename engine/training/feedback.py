@@ -24,7 +24,7 @@ from engine.training.stage1 import TextStage
 from engine.training.stage2 import ImageStage, JointStage
 from engine.training.stages import Stage
 from engine.training.start import Start, read_base, read_whole
-from engine.training.verdicts import run_summary
+from engine.training.verdicts import run_summary, validated_loop
 from model.text import Prompts
 from utils.curves import training_curves
 from utils.errors import UserError
@@ -58,8 +58,8 @@ def train_feedback(config: FeedbackConfig) -> None:
         finisher = LoopFinisher(run, config, {"validation": validation, "eval_dataset": tested})
         results = run.run(feedback_phases(config, plan, run, training), finisher)
         logger.info("\nSummary\n\n%s\n", run_summary(run.history, feedback=True))
-        if validation is not None:
-            log_best_loop(results)
+        if (selected := validated_loop(results)) is not None:
+            logger.info("Best loop by held-out training images: loop %d (mean of pixel and image AUROC)", selected)
         logger.info("Complete: %d loops, in %s", len(plan), config.save_path)
 
 
@@ -164,16 +164,3 @@ class LoopFinisher:
             "Loop %d of %d complete: %s", loop, self.config.num_feedback_loops, self.config.save_path / loop_file(loop)
         )
         return results
-
-
-def log_best_loop(results: list[dict[str, Any]]) -> None:
-    """Log the loop with the best mean of pixel and image AUROC on the held-out images."""
-    scores = []
-    for result in results:
-        values = [result.get("validation", {}).get(metric) for metric in ("pixel_auroc", "image_auroc")]
-        known = [value for value in values if value is not None]
-        if known:
-            scores.append((sum(known) / len(known), -result["loop"]))
-    if scores:
-        best, loop = max(scores)
-        logger.info("Best loop by held-out training images: loop %d (mean of pixel and image AUROC %.2f)", -loop, best)

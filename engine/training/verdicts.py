@@ -201,3 +201,17 @@ def advice(history: Sequence[Row], feedback: bool) -> list[str]:
 def run_summary(history: Sequence[Row], feedback: bool) -> str:
     """A table with a row for each stage of each loop, and the advice."""
     return "\n".join([format_table(*summary_cells(history, feedback)), *advice(history, feedback)])
+
+
+def validated_loop(results: Sequence[Mapping[str, Any]]) -> int | None:
+    """The loop with the best mean of pixel and image AUROC on held-out training images, the first of equals.
+
+    results: of each loop, as in the run's state. None if no images were held out.
+    """
+    scores = []
+    for result in results:
+        values = [result.get("validation", {}).get(metric) for metric in ("pixel_auroc", "image_auroc")]
+        known = [value for value in values if value is not None]
+        if known:
+            scores.append((sum(known) / len(known), -result["loop"]))
+    return -max(scores)[1] if scores else None
