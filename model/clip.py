@@ -13,7 +13,7 @@ from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 from model.blocks import BlockRunner
-from model.config import ModelConfig, depth_defaults
+from model.config import ModelConfig, depth_defaults, limits_of
 from utils.errors import UserError
 
 
@@ -32,6 +32,7 @@ class FrozenCLIP(nn.Module):
         vision_width, vision_layers, text_width, text_layers: of the two transformers; embed_dim: of the embeddings.
         weights_digest: digest of all weights except the positions, which are resized with the image.
         run: runs its blocks (`BlockRunner`).
+        limits: which images it must not be used for, if that is known.
 
     Raises:
         UserError: `clip` is not a plain ViT with a causal text transformer.
@@ -49,6 +50,7 @@ class FrozenCLIP(nn.Module):
         check_architecture(clip, model_name)
         self.clip = clip.requires_grad_(False).eval()
         self.model_name = model_name
+        self.limits = limits_of(model_name)
         self.activation = activation
         self.mean, self.std = tuple(mean), tuple(std)
         visual = clip.visual

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from model.checkpoint_schema import FloatTensor, check_state
 from model.clip import FrozenCLIP
-from model.config import ACTIVATIONS
+from model.config import ACTIVATIONS, TOY
 from utils.errors import UserError
 from utils.reading import read_json
 from utils.schema import MayHoldMore, Plain, check
@@ -163,7 +163,7 @@ def check_image_size(model_name: str, model_cfg: dict[str, Any], img_size: int |
 
 
 def _local_folder(model_name: str) -> Path | None:
-    if model_name == "toy":
+    if model_name == TOY:
         return TOY_CLIP
     return Path(model_name.removeprefix("local-dir:")) if model_name.startswith("local-dir:") else None
 

@@ -9,6 +9,8 @@ from utils.errors import UserError
 from utils.fields import limited
 from utils.schema import MayHoldMore, Plain, check_fields
 
+# The name of the toy CLIP.
+TOY = "toy"
 # The trainable components, by their names in checkpoints, state dicts and logs.
 COMPONENTS = ("text_adapter", "text_cross_attn", "image_adapter", "image_cross_attn")
 SIDES = ("text", "image")
@@ -27,6 +29,11 @@ TEXT_CONTEXTS = ("frozen", "trained", "projectors")
 # Patch features to compare with normal references, and the weight of the reference map (docs/results.md).
 REFERENCE_FEATURES = ("trained", "frozen", "both")
 REFERENCE_WEIGHT = 0.5
+
+
+def limits_of(model_name: str) -> str | None:
+    """Which images a CLIP must not be used for, if that is known."""
+    return "The toy CLIP knows drawings at 96 px, not photographs" if model_name == TOY else None
 
 
 def rounded(value: float) -> int:

@@ -37,6 +37,8 @@ from engine.detector.calibration import (
 from engine.detector.detector import Detector
 from engine.detector.loading import unadapted_detector
 from engine.evaluation.calibrate import score_and_peak
+from engine.evaluation.gallery import Finding
+from engine.evaluation.own_images import drift_notes
 from engine.training.base import train_base
 from model.clip_loading import load_clip
 from tests.browser import browser  # noqa: F401
@@ -76,6 +78,17 @@ def test_the_false_alarm_rate_holds_for_any_scores(count: int, rate: float) -> N
     assert np.mean(true_rates) == pytest.approx(expected, rel=0.05)
     low, high = false_alarm_interval(count, rate)
     assert np.mean([low <= found <= high for found in true_rates]) == pytest.approx(0.95, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("shift", "count", "says"), [(0.0, 40, ""), (0.2, 40, "higher"), (-0.2, 40, "lower"), (0.2, 19, "")]
+)
+def test_scores_unlike_those_of_the_calibration_are_reported(shift: float, count: int, says: str) -> None:
+    rng = np.random.default_rng(0)
+    entry = make_entry(KEY, "m", rng.normal(0.5, 0.05, 100), rng.random(100), 0.05)
+    found = [Finding(Path("a.png"), "cork", score, None) for score in rng.normal(0.5 + shift, 0.05, count)]
+    notes = drift_notes(found, {"cork": entry})
+    assert [says in note for note in notes] == ([True] if says else [])
 
 
 def test_entries_are_found_by_their_subject_only(tmp_path: Path) -> None:

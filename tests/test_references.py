@@ -167,7 +167,7 @@ def test_a_reference_among_the_test_images_is_refused(world: Path, tmp_path: Pat
     shutil.copytree(world / "normal", folder)
     shutil.copy(world / "test/cork/test/good/000.png", folder / "cork" / "another_name.png")
     where = (str(world / "base"), str(world / "test"))
-    with pytest.raises(UserError, match=r"another_name\.png is the tested image .*000\.png"):
+    with pytest.raises(UserError, match=r"another_name\.png is also the image .*000\.png"):
         evaluate_checkpoints(*where, references=folder, output_dir=tmp_path, device="cpu")
     with pytest.raises(UserError, match="no folder 'cork'"):
         evaluate_checkpoints(*where, references=folder / "cork", output_dir=tmp_path, device="cpu")
@@ -204,6 +204,31 @@ def test_references_and_calibration(world: Path, tmp_path: Path) -> None:
     Image.open(choose_normals(paths_of(normal, 10), 4, 0, "cork")[0]).save(tmp_path / "new" / "copy.bmp")
     with pytest.raises(UserError, match=r"copy\.bmp is also a reference"):
         calibrate_images(checkpoint, tmp_path / "new", "cork", false_alarms=0.05, **asked)
+
+
+def test_references_and_calibration_share_a_folder(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The references are set aside before anything is computed; too few other images are refused then too."""
+    rng = np.random.default_rng(9)
+    for index in range(21):
+        save(tmp_path / "new" / f"{index}.png", rng.integers(60, 120, (SIZE, SIZE, 3)))
+    asked: dict[str, Any] = {"calibration": tmp_path / "c.json", "reference_shots": 2, "false_alarms": 0.05}
+    (entry,) = calibrate_images(world / "base", tmp_path / "new", "cork", **asked)
+    assert len(entry.scores) == 19 and entry.references is not None
+    same = {"references": tmp_path / "new", "reference_shots": 2, "calibration": tmp_path / "c.json"}
+    assert score_images(world / "base", world / "test/cork/test", "cork", output_dir=tmp_path / "out", **same)[
+        0
+    ].decision
+    monkeypatch.setattr(Detector, "predict", None)
+    for folder in (None, tmp_path / "new"):
+        with pytest.raises(UserError, match="18 normal images are too few"):
+            calibrate_images(
+                world / "base", tmp_path / "new", "cork", **{**asked, "reference_shots": 3, "references": folder}
+            )
+    shutil.copy(tmp_path / "new/0.png", tmp_path / "copy.png")
+    with pytest.raises(UserError, match=r"copy\.png is also the image .*0\.png"):
+        calibrate_images(world / "base", tmp_path / "new", "cork", false_alarms=0.05, references=tmp_path / "copy.png")
 
 
 def test_each_class_of_a_folder_has_its_references(

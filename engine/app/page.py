@@ -74,16 +74,20 @@ def build_page(
         domain: How images are scored.
     """
     with _Page(title="Anomaly detection", analytics_enabled=False, delete_cache=(3600, EXPIRY)) as page:
-        _Layout(list(models), examples).connect(_Handlers(models, examples, folder, domain))
+        _Layout(list(models), examples, next(iter(models.values())).clip.limits).connect(
+            _Handlers(models, examples, folder, domain)
+        )
     return page
 
 
 class _Layout:
     """The components of the page."""
 
-    def __init__(self, names: list[str], examples: Sequence[Example]) -> None:
+    def __init__(self, names: list[str], examples: Sequence[Example], limits: str | None) -> None:
         self.state = gr.State(None, time_to_live=EXPIRY)
         gr.Markdown("# Anomaly detection\nUpload images and name what they show; the model marks anomalous regions.")
+        if limits:
+            gr.Markdown(f"**{limits}.**")
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
                 self._add_inputs(names)

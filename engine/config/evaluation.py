@@ -130,7 +130,7 @@ class ReferenceArguments(Arguments):
     )
     reference_shots: int | None = _references(
         None,
-        "number of references of each class; without --references, from the dataset's train/good",
+        "number of references of each class; without --references, from the dataset's train/good or --calibrate",
         between=(1, 100_000),
         unset="all of --references",
     )
@@ -208,7 +208,7 @@ class InferenceArguments(ReferenceArguments, TestingArguments):
         if mode == "two folders" and None in (self.normal, self.anomalous):
             missing = "anomalous" if self.normal else "normal"
             raise UserError(f"--{missing} is needed too: the metrics compare normal images with anomalous ones")
-        if mode != "dataset" and self.reference_shots and not self.references:
+        if mode not in ("dataset", "calibrate") and self.reference_shots and not self.references:
             raise UserError("--reference_shots takes images from a dataset's train/good: give --references FOLDER here")
         if mode in ("image", "calibrate"):
             check_single_process(f"--{mode}")

@@ -17,6 +17,7 @@ from engine.detector.calibration import CALIBRATION_FILE, Entry, add_entry
 from engine.detector.hub import CARD_FILE, SHARED_FILES
 from model.checkpoint import Checkpoint
 from model.clip_loading import DEFAULT_TAG, is_tag
+from model.config import limits_of
 from model.shared import Shared, is_shared, write_shared
 from utils.errors import UserError
 from utils.files import check_folder, write_text
@@ -134,6 +135,7 @@ def model_card(checkpoint: Checkpoint, shared: Shared, licences: tuple[str | Non
         components="adapters and cross-attention" if shared.cross_attention else "adapters",
         address=json.dumps(address),
         clip=model.model_name,
+        limits=f"\n{limits}." if (limits := limits_of(model.model_name)) else "",
         img_size=model.img_size,
         activation=model.activation,
         digest=model.weights_digest,

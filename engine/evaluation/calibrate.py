@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from engine.detector.calibration import FALSE_ALARMS, Entry, add_entry, check_en
 from engine.detector.detector import Detector
 from engine.detector.hub import calibration_files
 from engine.evaluation.own_images import OwnImages, find_own_images, load_last_detector
+from engine.evaluation.references import ReferenceChoice, check_disjoint, image_references
 from utils.errors import UserError
 from utils.files import check_folder
 
@@ -44,10 +45,15 @@ def calibrate_images(arguments: InferenceArguments) -> list[Entry]:
     if file.exists():
         read_calibration(file)  # fails now, not after all images have been scored
     images = find_own_images(folder, "--calibrate", arguments.class_name, arguments.class_from_folder)
-    counts = Counter(images.names.values())
+    classes = images.classes
+    references = image_references(ReferenceChoice.of(arguments), classes, arguments.class_from_folder)
+    chosen = {path for paths in references.values() for path in paths}
+    images.names = {path: name for path, name in images.names.items() if path not in chosen}
+    check_disjoint(chosen, images.names)
+    counts = {name: list(images.names.values()).count(name) for name in classes}
     for name, count in counts.items():
         check_enough(count, rate, f"--calibrate {folder}: '{name}'")
-    detector = load_last_detector(arguments, images.classes)
+    detector = load_last_detector(arguments, classes, references)
     numbers: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for name, pixels in different_images(images, detector):
         numbers[name].append(score_and_peak(detector, pixels, name, arguments.domain, class_names))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from engine.detector.prediction import Prediction
 from engine.evaluation.evaluate import det_score_suffix
 from engine.evaluation.gallery import Finding, Gallery
 from engine.evaluation.inference import load_detectors, output_folder
-from engine.evaluation.references import ReferenceChoice, add_image_references, references_suffix
+from engine.evaluation.references import ReferenceChoice, add_image_references, image_references, references_suffix
 from engine.runtime.device import check_device
 from engine.runtime.run_folder import find_checkpoints
 from model.text import Prompts
@@ -44,6 +45,8 @@ CSV_COLUMNS = (
     "regions",
     *(f"region_{name}" for name in Region._fields),
 )
+# Images of a class, and level of the test, for a warning of scores that differ from those of the calibration.
+LEAST_FOR_DRIFT, DRIFT_LEVEL = 20, 0.001
 # Scores listed in the log.
 MOST_LISTED = 20
 
@@ -93,8 +96,10 @@ def find_own_images(place: Path, flag: str, class_name: str | None, class_from_f
     return OwnImages(place, names, found.problems)
 
 
-def load_last_detector(arguments: InferenceArguments, classes: Sequence[str]) -> Detector:
-    """The model of `--checkpoint`, the last one of a folder, with its references of these classes.
+def load_last_detector(
+    arguments: InferenceArguments, classes: Sequence[str], references: Mapping[str, Sequence[Path]]
+) -> Detector:
+    """The model of `--checkpoint`, the last one of a folder, with its references (`image_references`).
 
     Raises `UserError` for class names that are too long for CLIP.
     """
@@ -104,8 +109,7 @@ def load_last_detector(arguments: InferenceArguments, classes: Sequence[str]) ->
     (detector,) = load_detectors(checkpoint, arguments.clip_weights, device, **arguments.overrides())
     for name in classes:
         Prompts.from_texts(detector.clip, [build_prompts(detector.name_in_prompts(name))])
-    choice = ReferenceChoice.of(arguments)
-    add_image_references(detector, classes, choice, arguments.class_from_folder, arguments.class_names)
+    add_image_references(detector, references, ReferenceChoice.of(arguments), arguments.class_names)
     return detector
 
 
@@ -130,10 +134,12 @@ def score_images(arguments: InferenceArguments) -> list[Finding]:
     folder = output_folder(arguments.checkpoint, arguments.output_dir)
     images = find_own_images(image, "--image", arguments.class_name, arguments.class_from_folder)
     check_folder(folder, "--output_dir")
-    detector = load_last_detector(arguments, images.classes)
+    choice = ReferenceChoice.of(arguments)
+    references = image_references(choice, images.classes, arguments.class_from_folder)
+    detector = load_last_detector(arguments, images.classes, references)
     detector.find_calibration(arguments.checkpoint, arguments.calibration)
     entries = thresholds_of(detector, images.classes, arguments.domain, class_names)
-    suffix = references_suffix(ReferenceChoice.of(arguments))
+    suffix = references_suffix(choice)
     kind = det_score_suffix(detector.det_score) + suffix
     scores, report, heatmaps = folder / f"{SCORES}{kind}.csv", folder / f"{REPORT}{kind}.html", f"{HEATMAPS}{suffix}"
     with Gallery() as gallery:
@@ -142,6 +148,9 @@ def score_images(arguments: InferenceArguments) -> list[Finding]:
         facts = facts_of(image, detector, arguments.domain, findings, images.problems)
         for name, entry in entries.items():
             facts.append(("Decision" if len(entries) == 1 else f"Decision, {name}", f"anomalous {entry}"))
+        for note in [*filter(None, [detector.clip.limits]), *drift_notes(findings, entries)]:
+            logger.warning("%s", note)
+            facts.append(("Note", note))
         # Several classes have different thresholds, so that the slider has no common start.
         common = {entry.image_threshold for entry in entries.values()} if len(images.classes) == 1 else set()
         start = next(iter(common), None)
@@ -189,6 +198,28 @@ def thresholds_of(
             why = mismatch_reason(detector.calibration, key)
             logger.warning("%s: %s; no decision for %s without --calibrate", CALIBRATION_FILE, why, name)
     return found
+
+
+def drift_notes(findings: Sequence[Finding], entries: Mapping[str, Entry]) -> list[str]:
+    """A sentence for each class whose scores differ from those of its calibration images, in either direction.
+
+    By a two-sample Kolmogorov-Smirnov test, for at least `LEAST_FOR_DRIFT` images.
+    """
+    from scipy.stats import ks_2samp  # slow to import, and needed after a calibration only
+
+    notes = []
+    for name, entry in entries.items():
+        scores = [finding.score for finding in findings if finding.class_name == name]
+        p = ks_2samp(scores, entry.scores).pvalue if len(scores) >= LEAST_FOR_DRIFT else 1.0
+        if p < DRIFT_LEVEL:
+            medians = (statistics.median(scores), statistics.median(entry.scores))
+            direction = "higher" if medians[0] > medians[1] else "lower"
+            notes.append(
+                f"{name}: scores are {direction} than those of the calibration images (medians {medians[0]:.4f} and "
+                f"{medians[1]:.4f}, Kolmogorov-Smirnov p = {p:.1g}): many are anomalous, or camera, light or product "
+                "changed; in that case, calibrate again"
+            )
+    return notes
 
 
 def class_of(path: Path, image: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dataset.images import read_image
@@ -24,8 +24,9 @@ logger = logging.getLogger(__name__)
 class ReferenceChoice:
     """The options `REFERENCES`, in their order.
 
-    folder: without one, images come from a dataset's own training images; shots: how many of each class, None for all
-    of the folder; seed: which ones. weight, features: as for `Detector.add_references`.
+    folder: without one, images come from a dataset's own training images, or from the folder of `--calibrate`; shots:
+    how many of each class, None for all of the folder; seed: which ones. weight, features: as for
+    `Detector.add_references`.
     """
 
     folder: Path | None = None
@@ -38,7 +39,9 @@ class ReferenceChoice:
     def of(cls, arguments: object) -> ReferenceChoice | None:
         """The choice of a script's arguments; None if they give neither a folder nor a number of images."""
         choice = cls(*(getattr(arguments, name) for name in REFERENCES))
-        return None if choice.folder is None and choice.shots is None else choice
+        if choice.folder is None and choice.shots is None:
+            return None
+        return replace(choice, folder=choice.folder or getattr(arguments, "calibrate", None))
 
     def __str__(self) -> str:
         count = "the" if self.shots is None else f"{self.shots}"
@@ -80,19 +83,21 @@ def add_dataset_references(detectors: Sequence[Detector], data: TaskData, choice
         _add(detectors, paths, data.names[name], choice, CATALOG_NAMES, key=name)
 
 
-def add_image_references(
-    detector: Detector,
-    classes: Sequence[str],
-    choice: ReferenceChoice | None,
-    class_from_folder: bool = False,
-    class_names: str | None = None,
-) -> None:
-    """Let a model compare images of these classes with normal images of the folder, or of each class's subfolder."""
+def image_references(
+    choice: ReferenceChoice | None, classes: Sequence[str], class_from_folder: bool = False
+) -> dict[str, list[Path]]:
+    """The references of each class: normal images of the choice's folder, or of the class's subfolder."""
     if choice is None or choice.folder is None:
-        return
+        return {}
     folders = normals_of_classes(choice.folder, classes if class_from_folder else [""])
-    images = folders if class_from_folder else dict.fromkeys(classes, folders[""])
-    for name, paths in choice.choose(images).items():
+    return choice.choose(folders if class_from_folder else dict.fromkeys(classes, folders[""]))
+
+
+def add_image_references(
+    detector: Detector, images: Mapping[str, Sequence[Path]], choice: ReferenceChoice | None, class_names: str | None
+) -> None:
+    """Let a model compare images of each class with its references."""
+    for name, paths in images.items() if choice else ():
         _add([detector], paths, name, choice, class_names)
 
 
@@ -118,4 +123,4 @@ def check_disjoint(references: Iterable[Path], tested: Iterable[Path]) -> None:
     for path in tested:
         for reference in by_size.get(path.stat().st_size, ()) if is_file(path) else ():
             if reference.read_bytes() == path.read_bytes():
-                raise UserError(f"the reference {reference} is the tested image {path}: use other references")
+                raise UserError(f"the reference {reference} is also the image {path}: use other references")

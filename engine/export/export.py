@@ -25,7 +25,7 @@ from engine.detector.loading import load_model
 from engine.detector.prediction import Prediction
 from engine.detector.sharing import clip_licence, without_folders
 from engine.evaluation.inference import load_detectors
-from engine.evaluation.references import ReferenceChoice, add_image_references
+from engine.evaluation.references import ReferenceChoice, add_image_references, image_references
 from model.graph import Memory, ScoringGraph, Thresholds, resize
 from model.text import Prompts
 from utils.errors import UserError
@@ -80,7 +80,8 @@ def export_checkpoint(arguments: ExportArguments) -> list[Path]:
         )
     folder = Path() if detector.source is None or is_address(checkpoint) else detector.source.path.parent
     classes = list(dict.fromkeys(arguments.class_name))
-    add_image_references(detector, classes, ReferenceChoice.of(arguments), class_names=arguments.class_names)
+    choice = ReferenceChoice.of(arguments)
+    add_image_references(detector, image_references(choice, classes), choice, arguments.class_names)
     files = []
     for class_name in classes:
         name = safe_name(f"{detector.name}_{class_name}") + ENDINGS[arguments.format]
@@ -222,6 +223,7 @@ def metadata(
         "clip": without_folders(clip.model_name),
         "clip_digest": clip.weights_digest,
         "clip_activation": clip.activation,
+        "limits": clip.limits or "unknown",
         "clip_licence": clip_licence(clip.model_name, weights),
         "calibration": str(entry or "none"),
         "versions": ", ".join([f"{PROJECT} {project_version()}", *(f"{name} {version(name)}" for name in libraries)]),

@@ -35,6 +35,7 @@ from engine.report.comparison import (
     table_cells,
 )
 from engine.report.runs import describe_runs
+from model.config import limits_of
 from utils.heatmaps import outlined, overlay
 from utils.svg_charts import Chart, class_chart, data_uri, loop_chart
 from utils.version import project_version
@@ -149,6 +150,8 @@ def tested_facts(comparison: Comparison, data: TaskData) -> list[tuple[str, str]
     for model in [row.config["model"] for row in comparison.rows if row.config][-1:]:
         names = ("model_name", "img_size", "activation", "weights_digest")
         facts.append(("CLIP", ", ".join(str(model[name]) for name in names)))
+        if limits := limits_of(model["model_name"]):
+            facts.append(("Limits", limits))
     return facts
 
 
