@@ -96,9 +96,9 @@ def image_references(
 def add_image_references(
     detector: Detector, images: Mapping[str, Sequence[Path]], choice: ReferenceChoice | None, class_names: str | None
 ) -> None:
-    """Let a model compare images of each class with its references."""
-    for name, paths in images.items() if choice else ():
-        _add([detector], paths, name, choice, class_names)
+    """Let a model compare images of each class with its references (`image_references`)."""
+    for name, paths in images.items():
+        _add([detector], paths, name, choice or ReferenceChoice(), class_names)
 
 
 def _add(
