@@ -52,9 +52,7 @@ def _test_folder_classes(root: Path, class_names: Sequence[str]) -> list[str]:
     return [
         name
         for name in class_names
-        if any(
-            images_in(image_folder(kind)) for kind in subfolders(test_folder(_class_folder(root, name, class_names)))
-        )
+        if any(images_in(image_folder(kind)) for kind in _kinds(test_folder(_class_folder(root, name, class_names))))
     ]
 
 
@@ -77,7 +75,7 @@ def _class_records(
 ) -> Iterator[Record]:
     """The records of a class; `skipped` counts the files of its test folder that are not used."""
     mask_folders = [child for child in (*subfolders(class_folder), *subfolders(test)) if is_named_like_masks(child)]
-    kinds = [kind for kind in subfolders(test) if kind not in mask_folders]
+    kinds = [kind for kind in _kinds(test) if kind not in mask_folders]
     mask_folders += [child for kind in kinds for child in subfolders(kind) if is_named_like_masks(child)]
     content = {kind: images_and_masks_in(image_folder(kind)) for kind in kinds}
     # A kind that has masks is surely no folder of masks, and need not be looked at.
@@ -108,6 +106,11 @@ def _class_folder(root: Path, class_name: str, class_names: Sequence[str]) -> Pa
 def test_folder(class_folder: Path | None) -> Path | None:
     """The folder of a class's test images; in MVTec AD 2 it is called test_public."""
     return find_folder(class_folder, "test") or find_folder(class_folder, "test_public")
+
+
+def _kinds(test: Path | None) -> list[Path]:
+    """The folders of a test folder, but for one called "images", which is no type of defect: YOLO's test split."""
+    return [kind for kind in subfolders(test) if folder_word(kind.name) not in ("images", "image", "imgs", "img")]
 
 
 def image_folder(kind: Path) -> Path:

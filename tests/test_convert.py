@@ -190,49 +190,66 @@ def test_two_folders_with_and_without_masks(tmp_path: Path) -> None:
         assert kinds == ["NOK", "bent", "good", "unsure"]
 
 
-def photo(path: Path, seed: int = 0) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(60, 200, (8, 12, 3), dtype=np.uint8)).save(path)
-    return path
-
-
 def text(path: Path, content: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content, encoding="utf-8")
 
 
-def labelme(path: Path, *shapes: tuple[str, str, list[list[float]]]) -> None:
+def draw(root: Path, files: dict[str, Any]) -> Path:
+    """Photographs (None), masks (a value) or text for names with blanks between."""
+    for names, content in files.items():
+        for number, name in enumerate(names.split()):
+            if content is None:
+                pixels = np.random.default_rng(number).integers(60, 200, (8, 12, 3), dtype=np.uint8)
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(root / name)
+            elif isinstance(content, int):
+                mask(root / name, content)
+            else:
+                text(root / name, content)
+    return root
+
+
+def labelme(*shapes: tuple[str, str, list[list[float]]]) -> str:
     rows = [{"label": label, "shape_type": kind, "points": points} for label, kind, points in shapes]
-    text(path, json.dumps({"shapes": rows, "imageWidth": 12, "imageHeight": 8}))
+    return json.dumps({"shapes": rows, "imageWidth": 12, "imageHeight": 8})
 
 
-RECTANGLE = [[2, 3], [6, 5]]
-POLYGON = [[2, 3], [5, 3], [5, 4], [2, 4]]
-# Files of a folder by extension: photographs, masks, or text; and what each image becomes.
-FOLDERS: dict[str, tuple[dict[str, Any], set[str]]] = {
-    "labelme": (
+def described(root: Path, records: list[Record]) -> set[str]:
+    """Kind, name and anomalous pixels of each record, and its class if there are several."""
+    first = 0 if len({record.class_name for record in records}) > 1 else 2
+    words = set()
+    for record in records:
+        pixels = np.count_nonzero(read_pair(root, record)[1]) if record.mask_path else "-"
+        name = "/".join(Path(record.image_path).with_suffix("").parts[first:])
+        words.add(f"{name} {pixels}" if record.label else name)
+    return words
+
+
+DENT = ("dent", "polygon", [[2, 3], [5, 3], [5, 4], [2, 4]])
+OK = ("OK", "rectangle", [[2, 3], [6, 5]])
+# The files of a folder, what each image becomes, and options.
+FOLDERS: list[tuple[dict[str, Any], str, dict[str, str]]] = [
+    (
         {
-            "bad/1.json": [
-                ("dent", "polygon", POLYGON),
-                ("dent", "polygon", [[0, 0], [1, 1]]),
-                ("ok", "point", [[1, 1]]),
-            ],
-            "bad/2.json": [("dent", "point", [[2, 3]])],
+            "bad/1.json": labelme(DENT, ("dent", "polygon", [[0, 0], [1, 1]]), ("ok", "point", [[1, 1]])),
+            "bad/2.json": labelme(("dent", "point", [[2, 3]])),
             "bad/1.png bad/2.png bad/3.png good/1.png": None,
         },
-        {"dent/1 8", "dent/2 -", "bad/3 -", "good/1"},
+        "dent/1 8, dent/2 -, bad/3 -, good/1",
+        {},
     ),
-    "labelme_apart": (
+    (
         {
-            "json/1.json": [("dent", "rectangle", RECTANGLE)],
-            "json/2.json": [("hole", "circle", [[4, 4], [6, 4]])],
-            "json/3.json": [("OK", "rectangle", RECTANGLE)],
-            "json/4.json": [],
-            "img/1.png img/2.png img/3.png img/4.png img/5.png": None,
+            "json/1.json": labelme(("dent", "rectangle", OK[2])),
+            "json/2.json": labelme(("hole", "circle", [[4, 4], [6, 4]])),
+            "json/3.json": labelme(OK),
+            "img/1.png img/2.png img/3.png img/4.png": None,
         },
-        {"dent/1 8", "hole/2 18", "good/3", "good/4", "good/5"},
+        "dent/1 8, hole/2 18, good/3, good/4",
+        {},
     ),
-    "yolo": (
+    (
         {
             "train/labels/1.txt": "1 0.375 0.5 0.25 0.25\n",
             "train/labels/2.txt": "0 0.5 0.5 1 1 0.9\n",
@@ -241,109 +258,48 @@ FOLDERS: dict[str, tuple[dict[str, Any], set[str]]] = {
             "data.yaml": "names: ['ok', 'dent']\n",
             "train/images/1.png train/images/2.png val/images/1.png val/images/2.png val/images/3.png": None,
         },
-        {"dent/1 6", "good/2", "good/1", "class_3/2 8", "good/3"},
+        "dent/1 6, good/2, good/1, class_3/2 8, good/3",
+        {},
     ),
-    "yolo_names": ({"1.txt": "0 0.5 0.5 0.5 0.5\n", "classes.txt": "hole", "1.png": None}, {"hole/1 24"}),
-    "images_and_masks": (
-        {"images/1.jpg images/2.jpg": None, "masks/1_segmentation.png masks/2_segmentation.png": 255},
-        {"anomalous/1 8", "anomalous/2 8"},
-    ),
-    "next_to_images": (
-        {"a/1.jpg a/2.jpg b/1.jpg b/2.jpg": None, "a/1_label.bmp b/1.png": 255, "a/2_label.bmp b/2.png": 0},
-        {"a/1 8", "b/1 8", "good/2", "good/b_2"},
-    ),
-    "dagm": (
-        {"Train/1.png Train/2.png Test/2.png": None, "Train/Label/2_label.png Test/Label/2_label.png": 255},
-        {"good/1", "anomalous/2 8", "anomalous/Train_2 8"},
-    ),
-    "several_masks": (
-        {"bad/1.png bad/2.png ok/1.png": None, "masks/1/1.png masks/1/2.png masks/2/1.png": 255},
-        {"bad/1 8", "bad/2 8", "good/1"},
-    ),
-    "masks_of_kinds": (
-        {"ok/1.png bent/1.png cut/1.png": None, "mask_dir/bent/1.png": 255},
-        {"good/1", "bent/1 8", "cut/1 -"},
-    ),
-    "classes": (
-        {"nut/good/1.png nut/bad/2.png screw/good/3.png screw/bent/4.png": None},
-        {"nut:good/1", "nut:bad/2 -", "screw:good/3", "screw:bent/4 -"},
-    ),
-}
+    ({"1.txt": "0 0.5 0.5 0.5 0.5\n", "classes.txt": "hole", "1.png": None}, "hole/1 24", {}),
+    ({"images/1.jpg": None, "masks/1_segmentation.png": 255}, "anomalous/1 8", {}),
+    ({"a/1.jpg a/2.jpg": None, "a/1_label.bmp": 255, "a/2_label.bmp": 0}, "anomalous/1 8, good/2", {}),
+    ({"a/1.jpg b/2.jpg": None, "a/1.png": 255, "b/2.png": 0}, "a/1 8, good/2", {}),
+    ({"x/1.png x/2.png": None, "x/Label/1_label.png": 255}, "good/2, anomalous/1 8", {}),
+    ({"bad/1.png ok/1.png": None, "masks/1/1.png masks/1/2.png": 255}, "bad/1 8, good/1", {}),
+    ({"ok/1.png bent/1.png cut/1.png": None, "mask_dir/bent/1.png": 255}, "good/1, bent/1 8, cut/1 -", {}),
+    ({"a/ok/1.png a/bad/2.png b/ok/3.png": None}, "a/test/good/1, a/test/bad/2 -, b/test/good/3", {}),
+    ({"ok/1.png x/1.png": None, "truth/1.png": 255}, "good/1, x/1 8", {"masks": "truth"}),
+    ({"a/1.png b/2.png": None, "x/b/2.png": 255}, "good/1, b/2 8", {"normal": "a", "masks": "x"}),
+    ({"test/a/1.png test/good/2.png": None, "w/a/1.png": 255}, "a/1 8, good/2", {"masks": "w"}),
+]
 
 
-def draw(root: Path, files: dict[str, Any]) -> Path:
-    for names, content in files.items():
-        for number, name in enumerate(names.split() if content is None or isinstance(content, int) else [names]):
-            if content is None:
-                photo(root / name, number)
-            elif isinstance(content, int):
-                mask(root / name, content)
-            elif isinstance(content, str):
-                text(root / name, content)
-            else:
-                labelme(root / name, *content)
-    return root
-
-
-def described(root: Path, records: list[Record]) -> set[str]:
-    """Kind, name and anomalous pixels of each record, with its class if there are several."""
-    several = len({record.class_name for record in records}) > 1
-    found = set()
-    for record in records:
-        path = Path(record.image_path)
-        pixels = np.count_nonzero(read_pair(root, record)[1]) if record.mask_path else "-"
-        words = f"{path.parent.name}/{path.stem}" + (f" {pixels}" if record.label else "")
-        found.add(f"{record.class_name}:{words}" if several else words)
-    return found
-
-
-@pytest.mark.parametrize("name", FOLDERS)
-def test_folders_of_labelling_tools(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
-    files, expected = FOLDERS[name]
-    records = converted(draw(tmp_path / "raw", files), tmp_path / "new")
-    assert described(tmp_path / "new", records) == expected
-    assert ("count as normal" in caplog.text) == (name in ("labelme_apart", "yolo", "dagm"))
-
-
-@pytest.mark.parametrize(
-    ("files", "options", "expected"),
-    [
-        ({"ok/1.png x/1.png": None, "truth/1.png": 255}, {"masks": "truth"}, {"good/1", "x/1 8"}),
-        (
-            {"a/1.png b/2.png": None, "x/masks/b/2.png x/b/2.png": 255},
-            {"normal": "a", "masks": "x"},
-            {"good/1", "b/2 8"},
-        ),
-        ({"test/a/1.png test/good/2.png": None, "w/a/1.png": 255}, {"masks": "w"}, {"a/1 8", "good/2"}),
-    ],
-)
-def test_options_say_which_folders_hold_masks_and_normal_images(
-    tmp_path: Path, files: dict[str, Any], options: dict[str, str], expected: set[str]
+@pytest.mark.parametrize(("files", "expected", "options"), FOLDERS)
+def test_folders_of_labelling_tools_and_with_masks(
+    tmp_path: Path, files: dict[str, Any], expected: str, options: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     records = converted(draw(tmp_path / "raw", files), tmp_path / "new", **options)
-    assert described(tmp_path / "new", records) == expected
+    assert described(tmp_path / "new", records) == set(expected.split(", "))
+    unlabelled = {"img/4.png", "val/images/3.png", "x/2.png"}
+    assert ("count as normal" in caplog.text) == any(name in names.split() for names in files for name in unlabelled)
 
 
 RUNS = {"size": [8, 12], "counts": [19, 2, 6, 2, 6, 2, 6, 2, 51]}
 
 
-@pytest.mark.parametrize(
-    ("annotation", "expected"),
-    [
-        ({"segmentation": RUNS}, {"scratch/1 8", "good/3"}),
-        ({"segmentation": {**RUNS, "counts": "c02600000]1"}}, {"scratch/1 8", "good/3"}),
-        ({"segmentation": [[2, 3, 5, 3, 5, 4, 2, 4], [9, 1, 9, 2]]}, {"scratch/1 8", "good/3"}),
-        ({"segmentation": [[9, 1, 9, 2]], "bbox": [9, 1, 0, 1]}, {"good/1", "good/3"}),
-        ({"bbox": [9, 1, 0, 1]}, {"good/1", "good/3"}),
-        ({"bbox": [2, 3, 4, 2], "category_id": 8}, {"good/1", "good/3"}),
-    ],
-)
-def test_coco_masks_stray_clicks_and_normal_categories(
-    folder: Path, annotation: dict[str, Any], expected: set[str]
-) -> None:
-    images = [{"id": 1, "file_name": "a/1.png", "width": 12.0, "height": 8.0}, {"id": 2, "file_name": "b\\3.png"}]
-    file = coco(folder / "raw/coco.json", images=images, annotations=[{"image_id": 1, "category_id": 7, **annotation}])
-    assert described(folder / "new", converted(file, folder / "new")) == expected
+def annotated(**annotation: Any) -> str:
+    """A COCO file of two images, one with an annotation of the category scratch."""
+    return json.dumps(
+        {
+            "images": [
+                {"id": 1, "file_name": "raw/a/1.png", "width": 12.0, "height": 8.0},
+                {"id": 2, "file_name": "raw\\b\\3.png"},
+            ],
+            "categories": [{"id": 7, "name": "scratch"}, {"id": 8, "name": "Good"}],
+            "annotations": [{"image_id": 1, "category_id": 7, **annotation}],
+        }
+    )
 
 
 REAL_IAD = {
@@ -351,33 +307,40 @@ REAL_IAD = {
     "train": [{"category": "a", "anomaly_class": "OK", "image_path": "b/3.png", "mask_path": None}],
     "test": [{"category": "a", "anomaly_class": "BX", "image_path": "a/1.png", "mask_path": "masks/1.png"}],
 }
+POLYGONS = [[2, 3, 5, 3, 5, 4, 2, 4], [9, 1, 9, 2]]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.csv", "filename,label\nraw/a/1.png,1\nraw/b/3.png,0\n", {"anomalous/1 -", "good/3"}),
+        ("a.json", annotated(segmentation=RUNS), "scratch/1 8, good/3"),
+        ("a.json", annotated(segmentation={**RUNS, "counts": "c02600000]1"}), "scratch/1 8, good/3"),
+        ("a.json", annotated(segmentation=POLYGONS), "scratch/1 8, good/3"),
+        ("a.json", annotated(segmentation=POLYGONS[1:], bbox=[9, 1, 1, 1]), "good/1, good/3"),
+        ("a.json", annotated(bbox=[9, 1, 0, 1]), "good/1, good/3"),
+        ("a.json", annotated(bbox=[2, 3, 4, 2], category_id=8), "good/1, good/3"),
+        ("a.csv", "filename,label\nraw/a/1.png,1\nraw/b/3.png,0\n", "anomalous/1 -, good/3"),
         (
             "a.csv",
             "Image;Class;Mask\r\nraw\\a\\1.png;Hole;raw/masks/1.png\r\nraw/b/3.png;Good;\r\n",
-            {"Hole/1 8", "good/3"},
+            "Hole/1 8, good/3",
         ),
-        ("a.tsv", "path\tIs Anomaly\nraw/a/1.png\tTrue\nraw/b/3.png\tno\n", {"anomalous/1 -", "good/3"}),
-        ("a.csv", "file,defect_type,category\nraw/a/1.png,bent,x\nraw/b/3.png,none,x\n", {"bent/1 -", "good/3"}),
-        ("a.json", json.dumps(REAL_IAD, indent=1), {"BX/1 8"}),
+        ("a.tsv", "path\tIs Anomaly\nraw/a/1.png\tTrue\nraw/b/3.png\tno\n", "anomalous/1 -, good/3"),
+        ("a.csv", "file,defect_type,category\nraw/a/1.png,bent,x\nraw/b/3.png,none,x\n", "bent/1 -, good/3"),
+        ("a.json", json.dumps(REAL_IAD, indent=1), "BX/1 8"),
     ],
 )
-def test_lists_of_tables_and_of_real_iad(folder: Path, name: str, content: str, expected: set[str]) -> None:
+def test_coco_files_tables_and_the_lists_of_real_iad(folder: Path, name: str, content: str, expected: str) -> None:
     text(folder / name, content)
-    assert described(folder / "new", converted(folder / name, folder / "new")) == expected
+    assert described(folder / "new", converted(folder / name, folder / "new")) == set(expected.split(", "))
 
 
 @pytest.mark.parametrize(
     ("files", "source", "message"),
     [
-        ({"a/1.png": None, "list.csv": "filename,label\na/1.png,Gut\n"}, "list.csv", "labels are Gut; set .* --normal"),
-        ({"a/1.png": None, "list.csv": "a/1.png,0\na/1.png,0\n"}, "list.csv", "expected image_path and label"),
-        ({"a/1.png": None, "list.csv": "file,label\nD:\\a\\1.png,0\n"}, "list.csv", "absolute path of Windows"),
+        ({"a/1.png": None, "a.csv": "filename,label\na/1.png,Gut\n"}, "a.csv", "labels are Gut; set .* --normal"),
+        ({"a/1.png": None, "a.csv": "a/1.png,0\na/1.png,0\n"}, "a.csv", "expected image_path and label"),
+        ({"a/1.png": None, "a.csv": "file,label\nD:\\a\\1.png,0\n"}, "a.csv", "absolute path of Windows"),
         ({"a/1.png": None, "a/1.txt": "a red nut\n"}, "", r"a/1\.txt:1: expected a class of YOLO"),
         (
             {"good/1.png": None, "good/1.txt": "0 0.5 0.5 0.5 0.5\n"},
@@ -385,7 +348,7 @@ def test_lists_of_tables_and_of_real_iad(folder: Path, name: str, content: str, 
             "folder of normal images, but .* marks class_0",
         ),
         ({"a/1.png b/1.png": None, "masks/1.png": 255}, "", r"masks/1\.png belongs to 2 images"),
-        ({"a/1.png": None, "1.json": [("dent", "polygon", POLYGON)]}, "1.json", "convert its folder"),
+        ({"a/1.png": None, "1.json": labelme(DENT)}, "1.json", "convert its folder"),
     ],
 )
 def test_sources_that_are_refused(tmp_path: Path, files: dict[str, Any], source: str, message: str) -> None:
@@ -401,6 +364,7 @@ def test_sources_that_are_refused(tmp_path: Path, files: dict[str, Any], source:
         ({"a/b/part/test/ok/1.png": None}, "use --dataset .*/b", "use --dataset .*/b"),
         ({"test/1.jpg": None, "test/1_GT.png": 255}, "python -m dataset.convert", None),
         ({"part/test/ok/1.png": None}, None, "use --dataset"),
+        ({"test/images/1.png": None, "test/labels/1.txt": "0 0.5 0.5 1 1"}, "python -m dataset.convert", None),
         ({"test/ok/1.png test/a/1.png test/b/1.png": None, "gt/1.png": 255}, "belongs to 2 images", "use --dataset"),
     ],
 )

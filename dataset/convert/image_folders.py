@@ -61,10 +61,11 @@ def read_folder(arguments: ConversionArguments) -> list[Item]:
     masks = pair_in_folders(source, [image for image, label in labels.items() if label != 0], groups)
     if not found.images or not (has_normal or arguments.anomalous or annotations or masks):
         lists = [file.relative_to(source).as_posix() for file in files if file.suffix.lower() in LISTS]
+        note = _unused(file for file in files if not is_image(file))
         raise UserError(
             f"{source} holds {describe_folder(source)}: expected images in a folder good, ok or normal (or --normal) "
             "and in others, VisA's layout, masks, files of labelme or YOLO, or the path of a list"
-            f"{' such as ' * bool(lists)}{list_names(lists, 3)} ({_unused(files)})"
+            f"{' such as ' * bool(lists)}{list_names(lists, 3)}{note and f' ({note})'}"
         )
     class_of, kind_of = _folder_names(labels, arguments)
     items, unlabelled = [], 0
@@ -163,4 +164,4 @@ def _annotations(source: Path, images: Sequence[Path], files: Sequence[Path]) ->
 
 def _unused(files: Iterable[Path]) -> str:
     """Why each of these files is not used, with numbers."""
-    return skipped_note(Counter("unused images or masks" if is_image(file) else skip_reason(file) for file in files))
+    return skipped_note(Counter("unused masks" if is_image(file) else skip_reason(file) for file in files))
