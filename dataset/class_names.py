@@ -95,6 +95,6 @@ def read_class_names(path: Path) -> dict[str, str]:
     for class_name, name in names.items():
         if not isinstance(name, str) or not name.strip():
             raise UserError(
-                f"--class_names {path}: {short_repr(class_name)} must be a non-empty text, not {short_repr(name)}"
+                f"--class_names {path}: {short_repr(class_name)} must be non-empty text, not {short_repr(name)}"
             )
     return {class_name: " ".join(name.split()) for class_name, name in names.items()}

@@ -206,5 +206,5 @@ def _parse_row(row: Any, source: str, clean_paths: bool) -> Record:
 def _text(row: dict[str, Any], key: str, source: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{source}: {key} must be a non-empty text, not {short_repr(value)}")
+        raise UserError(f"{source}: {key} must be non-empty text, not {short_repr(value)}")
     return value

@@ -193,7 +193,7 @@ def _local_source(model_name: str, folder: Path, clip_weights: str | Path | None
     files = [file for ending in ("safetensors", "bin", "pth", "pt") for file in sorted(folder.glob(f"*.{ending}"))]
     weights = Path(clip_weights) if clip_weights else next(iter(files), folder)
     if not weights.is_file():
-        raise UserError(f"{weights}: no weights file (open_clip_model.safetensors)")
+        raise UserError(f"{weights}: no weights file (open_clip_model.safetensors); give one with --clip_weights")
     # In open_clip's configuration files the default is GELU.
     activation = "quick_gelu" if config["model_cfg"].get("quick_gelu") else "gelu"
     return _Source(config["model_cfg"], weights, activation, config.get("preprocess_cfg") or {})

@@ -26,7 +26,7 @@ from utils.logging import AppendingHandler, ScreenHandler
 
 ROOT = Path(__file__).resolve().parent.parent
 # Seconds after which a script counts as hanging.
-PATIENCE = 60
+PATIENCE = 300
 
 
 class Answer(NamedTuple):

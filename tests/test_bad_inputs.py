@@ -114,4 +114,4 @@ def test_a_damaged_file_is_used_or_rejected(world: Path, damaged: Damaged, reade
 def test_answers_equal_those_of_a_separate_process(world: Path) -> None:
     result = answer(TEST, ["--checkpoint", "nowhere"])
     assert (result.status, result.errors.count("\n")) == (2, 1)
-    assert "error: nowhere: not there" in result.errors
+    assert "error: nowhere: does not exist" in result.errors

@@ -278,7 +278,7 @@ def test_class_names_of_classes_that_only_the_metadata_contains(tmp_path):
     ("text", "expected"),
     [
         ('{"candel": "candle"}', "'candel'; its classes are candle, "),
-        ('{"candle": " "}', "'candle' must be a non-empty text"),
+        ('{"candle": " "}', "'candle' must be non-empty text"),
         (None, "cannot be read"),
         (b" " * 2_000_000, "larger than 1 MiB"),
     ],

@@ -326,7 +326,7 @@ CONFIG_DAMAGE: list[tuple[tuple[str, ...], Any, str]] = [
     (("model_cfg", "embed_dim"), None, "model_cfg has no 'embed_dim'"),
     (("model_cfg", "embed_dim"), "40", "model_cfg.embed_dim is '40', expected a whole number"),
     (("model_cfg", "vision_cfg", "layers"), 10**6, "model_cfg.vision_cfg.layers is 1000000, expected 1 to 1000"),
-    (("model_cfg", "vision_cfg", "depth"), 8, "model_cfg.vision_cfg has an unknown 'depth'"),
+    (("model_cfg", "vision_cfg", "depth"), 8, "model_cfg.vision_cfg has an unknown key 'depth'"),
     (("preprocess_cfg", "mean"), [0.5, 0.5], "preprocess_cfg.mean is a list, expected a list of 3"),
     (("preprocess_cfg", "std"), [0.5, 0.5, 0], "preprocess_cfg.std[2] is 0"),
     # Rejected before memory is allocated.

@@ -102,7 +102,7 @@ def test_settings_pairs_and_launchers(tmp_path: Path) -> None:
         ({"study.seeds": [0, 0]}, "twice"),
         ({"study.seeds": ["0"]}, "expected a whole number"),
         ({"study.compare_with": "nobody"}, "compare with, 'nobody', is not"),
-        ({"study.nonsense": 1}, "unknown 'nonsense'"),
+        ({"study.nonsense": 1}, "unknown key 'nonsense'"),
         ({"study.test_script": None}, "has no 'test_script'"),
         ({"study.name": "a/b"}, "names a folder"),
         ({"study.pairs": [{"train": "a", "test": ["b"]}, {"train": "a", "test": ["c"]}]}, "two pairs"),

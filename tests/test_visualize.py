@@ -127,7 +127,7 @@ def test_mistakes_are_errors(world: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             draw(world, tmp_path, image_idx, **runs)
-    with pytest.raises(UserError, match="no such class, but cork, reed"):
+    with pytest.raises(UserError, match="no such class; it has cork, reed"):
         list_images(VisualizationArguments(class_name="nail", dataset=str(world / "test")))
     with pytest.raises(UserError, match="--image_idx 1 all"):
         draw(world, tmp_path, (1, "all"), **base)

@@ -16,7 +16,7 @@ from utils.version import project_version
 # The groups of `--help`, in their order.
 GROUPS = (
     POSITIONAL,
-    "what to do",
+    "task",
     "references",
     "model",
     "adapters",

@@ -18,7 +18,7 @@ from utils.errors import UserError
 
 type_hints = functools.cache(get_type_hints)
 MAX_DEPTH = 8
-_NAMES = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", type(None): "nothing"}
+_NAMES = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", type(None): "null"}
 
 
 class MayHoldMore:
@@ -111,7 +111,7 @@ def check_fields(values: Any, kind: Any, source: object, key: str = "") -> None:
         elif issubclass(kind, MayHoldMore):
             check(value, kind.more, source, f"{key}[{_shown(name)}]")
         else:
-            raise UserError(f"{source}: {key or 'it'} has an unknown {_shown(name)}; use the version that wrote it")
+            raise UserError(f"{source}: {key or 'it'} has an unknown key {_shown(name)}; use the version that wrote it")
 
 
 def _check_scalar(value: Any, kind: type, source: object, key: str, limits: Mapping[str, Any]) -> None:
@@ -145,5 +145,5 @@ def _shown(value: Any) -> str:
     if isinstance(value, (int, float)) and abs(value) >= 1e30 and math.isfinite(value if type(value) is float else 0):
         return "a huge number"
     if value is None or isinstance(value, (int, float)):
-        return "nothing" if value is None else str(value)
+        return "null" if value is None else str(value)
     return ascii(value[:40]) if isinstance(value, str) else f"a {type(value).__name__}"

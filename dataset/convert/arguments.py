@@ -40,7 +40,7 @@ class ConversionArguments(Arguments):
     masks: str | None = setting(
         None, "folder in SOURCE with masks", "data", unset="by its name, or if its images look like masks"
     )
-    copy: bool = setting(False, "copy images instead of linking them, which takes no disk space", "output")
+    copy: bool = setting(False, "copy images; hard links, the default, take no disk space", "output")
 
 
 def build_parser() -> Parser:

@@ -97,7 +97,7 @@ def _item(row: Any, source: str, root: Path, arguments: ConversionArguments, wor
     name = values.get("class", arguments.class_name or "object")
     name = arguments.class_name if name is None else name
     if not isinstance(name, str) or not name.strip():
-        raise UserError(f"{source}: class_name must be a non-empty text, not {short_repr(name)} (or --class_name)")
+        raise UserError(f"{source}: class_name must be non-empty text, not {short_repr(name)} (or --class_name)")
     mask = None
     if label and values.get("mask") not in (None, ""):
         mask = existing_file(values["mask"], source, "mask_path", root)

@@ -26,7 +26,7 @@ class PretrainArguments(Arguments):
         0.25, "value that this share falls to, linearly, in the second half", "training", between=(0, 0.99)
     )
     careful_epochs: int = setting(
-        4, "first epochs, whose captions mention damage only if there is some", "training", between=(0, 10_000)
+        4, "first epochs, in which captions mention damage only if there is some", "training", between=(0, 10_000)
     )
     batch_size: int = setting(128, "pairs in a step of the contrastive loss", "training", between=(2, 100_000))
     region_weight: float = setting(1.0, "weight of the loss between patches and words", "training", between=(0, 1000))

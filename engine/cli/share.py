@@ -1,4 +1,4 @@
-"""Write a folder to share from a checkpoint: trained components and a model card; and upload it to the hub."""
+"""Write a checkpoint as a folder to share, with trained weights and a model card, and upload it to the hub."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from utils.fields import changed, setting
 
 # auto: bf16 on a GPU that supports it, else fp32.
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-DET_SCORE = "image score: similarity to the abnormal anchor, or its difference from that to the normal one"
+DET_SCORE = "image score: similarity to the abnormal anchor, or difference of the similarities to both anchors"
 
 _model, _data = partial(setting, group="model"), partial(setting, group="data")
 _model_config = partial(changed, ModelConfig, group="model")
@@ -98,7 +98,7 @@ class MachineArguments(Arguments):
 
     device: str = _machine("auto", "auto, cpu, cuda, cuda:N or mps")
     precision: str = _machine(
-        "auto", "of matrix products; auto: bf16 on a GPU that supports it, else fp32", choices=PRECISIONS, free=False
+        "auto", "type of matrix products; auto: bf16 if the GPU supports it, else fp32", choices=PRECISIONS, free=False
     )
     tf32: str = _machine("on", "allow TF32 for fp32 products in the encoders", choices=("on", "off"), free=False)
     compile: bool = _machine(False, "compile the encoders' blocks with torch.compile")

@@ -70,7 +70,7 @@ OVERRIDES = (
 # Options of `engine.evaluation.references.ReferenceChoice`.
 REFERENCES = ("references", "reference_shots", "reference_seed", "reference_weight", "reference_features")
 
-_task, _references = partial(setting, group="what to do"), partial(setting, group="references")
+_task, _references = partial(setting, group="task"), partial(setting, group="references")
 _as_trained = partial(changed, ModelArguments, default=None, unset=TRAINED)
 _cross = partial(changed, CrossAttentionArguments, default=None)
 
@@ -163,16 +163,16 @@ class InferenceArguments(ReferenceArguments, TestingArguments):
         unset="0.01",
     )
     calibration: Path | None = _task(
-        None, "thresholds, which must contain this model and class", unset="calibration.json next to the checkpoint"
+        None, "thresholds, with an entry for this model and class", unset="calibration.json next to the checkpoint"
     )
     normal: Path | None = _task(None, "folder of normal images, to test on with --anomalous instead of a dataset")
     anomalous: Path | None = _task(None, "folder of anomalous images, without masks, for image metrics")
     class_name: str | None = _task(None, 'class of these images, such as "metal screw"', unset=DEFAULT_CLASS)
     class_from_folder: bool = _task(False, "the class of an image is the first folder below --image or --calibrate")
-    domain: str = _task("industrial", "scoring of these images", choices=("industrial", "medical"))
+    domain: str = _task("industrial", "kind of images, which decides the scoring", choices=("industrial", "medical"))
     visualize: str | int | None = _task(
         None,
-        "draw heatmaps of N images of each class, or of all; of several checkpoints, with the last",
+        "draw heatmaps of N images of each class, or of all images; with several checkpoints, those of the last",
         type=all_or_number,
         nargs="?",
         const=ALL,
@@ -220,7 +220,7 @@ class ComparisonArguments(ReferenceArguments, TestingArguments):
     """Options of `compare_feedback_loops.py`."""
 
     save_path: Path = _task(MISSING, "folder of the feedback run, with its loop_*_final.pth")
-    dataset: str | None = changed(TestingArguments, "dataset", unset="none, it must be given")
+    dataset: str | None = changed(TestingArguments, "dataset", unset="none; required")
     base_path: Path | None = _task(None, "folder or image checkpoint of a base run")
     cross_path: Path | None = _task(None, "folder or image checkpoint of a cross-attention run")
     unadapted: bool = _task(False, "evaluate unadapted CLIP as well")

@@ -36,7 +36,7 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 Config = TypeVar("Config", bound="GradientTest")
 
-_task, _data = partial(setting, group="what to do"), partial(setting, group="data")
+_task, _data = partial(setting, group="task"), partial(setting, group="data")
 _output = partial(setting, group="output")
 _cross = partial(changed, CrossAttentionArguments, default=None)
 
@@ -89,7 +89,7 @@ class ExportArguments(ReferenceArguments, TrainedModelArguments):
     )
     class_name: tuple[str, ...] = _task((DEFAULT_CLASS,), 'classes, such as "metal screw"; one file for each')
     format: str = _task(ONNX, "onnx, or a program of torch.export", choices=tuple(ENDINGS))
-    precision: str = _task("fp32", "of weights and products; fp16 halves the file", choices=("fp32", "fp16"))
+    precision: str = _task("fp32", "type of weights and products; fp16 halves the file size", choices=("fp32", "fp16"))
     domain: str = changed(InferenceArguments, "domain")
     class_names: str | None = _task(
         None,

@@ -242,10 +242,10 @@ class FeedbackConfig(CrossAttentionArguments):
     preset: str = _feedback("v2", "values of other options", choices=FEEDBACK_PRESETS, free=True)
     num_feedback_loops: int = _feedback(5, "loops of Stage 1 and Stage 2", between=(1, MOST_LOOPS), free=True)
     text_epochs_per_loop: tuple[int, ...] = _feedback(
-        (5,), "epochs of Stage 1 in loop 1, which decay, or one number for each loop", between=(1, EPOCHS), free=True
+        (5,), "epochs of Stage 1: one number, which decays, or one for each loop", between=(1, EPOCHS), free=True
     )
     image_epochs_per_loop: tuple[int, ...] = _feedback(
-        (15,), "epochs of Stage 2 in loop 1, which decay, or one number for each loop", between=(1, EPOCHS), free=True
+        (15,), "epochs of Stage 2: one number, which decays, or one for each loop", between=(1, EPOCHS), free=True
     )
     epochs_decay_rate: float = _feedback(
         0.8, "factor r of the epochs: loop k has floor(first * r^(k - 1)), at least 1", between=(1e-6, 1), free=True

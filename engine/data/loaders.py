@@ -132,7 +132,9 @@ def hold_out(data: TaskData, fraction: float, seed: int) -> tuple[TaskData, Task
     for (class_name, label), records in groups.items():
         kind = "anomalous" if label else "normal"
         if len(records) < 2:
-            raise UserError(f"--val_fraction: class {class_name!r} has a single {kind} image, none can be held out")
+            raise UserError(
+                f"--val_fraction: class {class_name!r} has a single {kind} image: add more, or omit the option"
+            )
         generator = torch.Generator().manual_seed(derive_seed(seed, len(validation)))
         order = torch.randperm(len(records), generator=generator).tolist()
         count = min(max(1, round(fraction * len(records))), len(records) - 1)

@@ -195,8 +195,8 @@ def _assumed_config(checkpoint: Checkpoint, clip: FrozenCLIP, chosen: dict[str, 
             raise UserError(f"{checkpoint.path}: has no '{name}'")
     choices = infer_choices(checkpoint.components)
     levels = clip.defaults["levels"]
-    if choices.pop("n_levels") != len(levels):
-        raise UserError(f"{checkpoint.path}: has another number of levels than {clip.model_name}'s {len(levels)}")
+    if (count := choices.pop("n_levels")) != len(levels):
+        raise UserError(f"{checkpoint.path}: has {count} levels, {clip.model_name} {len(levels)}; check --model_name")
     # AA-CLIP's own code, which writes such files, puts V-V attention inside the blocks.
     assumed = {"surgery": "sequential", **choices, **chosen}
     config = clip.model_config(**assumed)

@@ -100,7 +100,7 @@ def anomalous_records(data: TaskData, class_name: str) -> list[Record]:
     """The class's anomalous images in the order of the metadata; `UserError` for an unknown class."""
     if class_name not in data.names:
         raise UserError(
-            f"--class_name {class_name}: {data.located.spec.name} has no such class, but {', '.join(data.classes)}"
+            f"--class_name {class_name}: {data.located.spec.name} has no such class; it has {', '.join(data.classes)}"
         )
     return [record for record in data.of_class(class_name) if record.label]
 

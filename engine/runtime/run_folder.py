@@ -71,7 +71,7 @@ def find_checkpoints(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UserError(f"{path}: not there; {path.parent} holds {_checkpoints_in(path.parent)}")
+        raise UserError(f"{path}: does not exist; {path.parent} contains {_checkpoints_in(path.parent)}")
     if (path / SHARED_WEIGHTS).is_file():
         return [path / SHARED_WEIGHTS]
     checkpoints = [*_numbered(path, _EPOCH).values(), *_numbered(path, _LOOP).values()]
