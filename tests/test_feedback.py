@@ -32,12 +32,13 @@ from engine.data.loaders import hold_out
 from engine.data.task import load_task
 from engine.detector.detector import Detector
 from engine.report.compare import selected_loop
-from engine.training.feedback import rate_factor, train_feedback
+from engine.training.feedback import loop_phase, rate_factor, train_feedback
 from engine.training.optimizers import make_optimizer
 from engine.training.plan import loop_forward, plan_loops, plan_table
 from engine.training.restart import unchanged_loops
 from engine.training.run import TrainingRun
 from engine.training.stage1 import TextStage
+from engine.training.stage2 import ImageStage
 from engine.training.trainer import Trainer
 from engine.training.verdicts import validated_loop
 from model.adapter import AdaptedCLIP
@@ -372,6 +373,15 @@ def test_rates_within_a_loop() -> None:
         assert factors("constant", side) == [1] * 20
     assert factors("multistep", "text") == [1] * 20
     assert factors("multistep", "image") == [1] * 10 + [0.5] * 6 + [0.25] * 4
+
+
+def test_schedules_count_optimizer_steps_not_batches() -> None:
+    """10 batches of which 4 make a step, and the rest one: 3 steps an epoch."""
+    config = FeedbackConfig.of(preset="v2", accumulate=4)
+    loop, run = plan_loops(config)[0], SimpleNamespace(model=SimpleNamespace(components={}))
+    factor = loop_phase(config, loop, "image", ImageStage, run, (None, ()), range(10)).factor
+    assert factor(3 * config.warmup_epochs - 1) == 1 > factor(3 * config.warmup_epochs - 2)
+    assert factor(3 * loop.image_epochs - 1) > 0 == factor(3 * loop.image_epochs)
 
 
 def test_optimizers_have_their_documented_betas_and_decay(clip: FrozenCLIP) -> None:

@@ -40,6 +40,8 @@ from tests.helpers import (
 )
 
 NORM_WEIGHT = 0.1
+# The two sides differ in all choices, so that none of them can stand in for the other's.
+DIFFERENT = {"text_adapt_until": 2, "image_adapt_until": 3, "text_adapt_weight": 0.1, "image_adapt_weight": 0.3}
 
 adapters = pytest.mark.parametrize("adapter", ["bottleneck", "linear"])
 relus = pytest.mark.parametrize("relu", [False, True], ids=["plain", "relu"])
@@ -75,7 +77,7 @@ def shared_clip(quick_gelu: bool) -> FrozenCLIP:
 
 def make_case(quick_gelu: bool = True, **changes: Any) -> Case:
     clip = shared_clip(quick_gelu)
-    model = adapted_clip(clip, **{"text_adapt_until": 2, "image_adapt_until": 3, **changes})
+    model = adapted_clip(clip, **{**DIFFERENT, **changes})
     return Case(model, reference_of(model), random_batch(clip.img_size), tiny_prompts(clip))
 
 

@@ -64,6 +64,14 @@ def read(path: Path) -> Any:
     return torch.load(path, weights_only=True)
 
 
+def test_the_rates_of_a_base(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    phases: list[Any] = []
+    monkeypatch.setattr(TrainingRun, "run", lambda _, planned: phases.extend(planned))
+    train_base(base_config(world, tmp_path))
+    text, image = ([phase.factor(step) for step in (0, 15999, 16000, 31999, 32000)] for phase in phases)
+    assert (text, image) == ([1] * 5, [1, 1, 0.5, 0.5, 0.25])
+
+
 def test_two_runs_at_once_on_one_folder(world: Path, tmp_path: Path) -> None:
     """The second is refused and leaves no trace, in a used folder and in a new one."""
     used, new = shutil.copytree(world / "base", tmp_path / "used"), tmp_path / "new"
