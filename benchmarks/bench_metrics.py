@@ -1,13 +1,15 @@
-"""Metrics of one class from `utils.metrics` and from scikit-learn on the full arrays: seconds and differences.
+"""Metrics of one class from `utils.metrics` and from scikit-learn or anomalib: seconds, memory and differences.
 
 Anomaly maps are smooth noise on CLIP's patch grid with higher values at most defects, enlarged bilinearly, means of
-four levels. Every second image has defects. scikit-learn computes pixel AUROC and AP, this project all seven metrics.
-Times are processor time. The benchmark needs about 60 bytes of memory per pixel.
+four levels. Every second image has defects. scikit-learn computes pixel AUROC and AP on the full arrays, anomalib the
+four pixel metrics, this project all seven metrics. Times are processor time, memory is the increase of the process's
+peak. scikit-learn needs about 60 bytes per pixel; anomalib is not among the requirements (`pip install anomalib`).
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import time
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=200, help="images of the class")
     parser.add_argument("--size", type=int, default=518, help="side of the maps in pixels")
     parser.add_argument("--batch_size", type=int, default=8, help="maps per update")
+    parser.add_argument("--library", choices=("scikit-learn", "anomalib"), default="scikit-learn", help="to compare")
     return parser.parse_args()
 
 
@@ -37,18 +40,22 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     masks = draw_masks(arguments.images, arguments.size, generator)
     maps = draw_maps(masks, generator)
-    expected, reference_s = timed(reference_areas, maps, masks)
-    values, seconds = timed(streamed, maps, masks, arguments.batch_size)
+    compared = anomalib_metrics if arguments.library == "anomalib" else reference_areas
+    for function, more in ((streamed, (arguments.batch_size,)), (compared, ())):
+        function(maps[:2], masks[:2], *more)  # imports the libraries
+    values, seconds, gib = measured(streamed, maps, masks, arguments.batch_size)
+    expected, reference_s, reference_gib = measured(compared, maps, masks)
     largest = max(abs(values[name] - expected[name]) for name in expected)
-    print(f"scikit-learn, 2 metrics: {reference_s:.2f} s\nthis project, 7 metrics: {seconds:.2f} s")
+    print(f"{arguments.library}, {len(expected)} metrics: {reference_s:.2f} s, {reference_gib:.2f} GiB")
+    print(f"this project, 7 metrics: {seconds:.2f} s, {gib:.2f} GiB")
     print(f"largest difference: {largest:.1e} percentage points")
 
 
-def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-    """The result of a function, and its processor time in seconds."""
-    start = time.process_time()
+def measured(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float, float]:
+    """The result of a function, its processor time in seconds, and the growth of the peak memory in GiB."""
+    start, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result = function(*arguments)
-    return result, time.process_time() - start
+    return result, time.process_time() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 2**20
 
 
 def draw_masks(images: int, size: int, generator: torch.Generator) -> Tensor:
@@ -85,6 +92,18 @@ def streamed(maps: Tensor, masks: Tensor, batch_size: int) -> dict[str, float | 
         counter.update(maps[rows], masks[rows], names[rows])
     labels, scores = masks.flatten(1).any(dim=1).numpy(), maps.flatten(1).amax(dim=1).numpy()
     return {**counter.result(), **image_metrics(labels, scores, names)}
+
+
+def anomalib_metrics(maps: Tensor, masks: Tensor) -> dict[str, float]:
+    from anomalib.metrics import aupr, aupro, auroc, f1_score
+
+    classes = {"auroc": auroc._AUROC, "ap": aupr._AUPR, "f1_max": f1_score._F1Max}
+    values = {}
+    for name, metric in {**{f"pixel_{name}": kind for name, kind in classes.items()}, "aupro": aupro._AUPRO}.items():
+        computed = metric()
+        computed.update(maps, masks.int())
+        values[name] = 100 * float(computed.compute())
+    return values
 
 
 def reference_areas(maps: Tensor, masks: Tensor) -> dict[str, float]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -100,7 +101,7 @@ def test_entries_are_found_by_their_subject_only(tmp_path: Path) -> None:
     entries = read_calibration(file)
     assert {entry.key for entry in entries} == {KEY, *others} and len(entries) == 6
     (alone,) = (entry for entry in entries if entry.key == KEY)
-    assert alone == make_entry(KEY, "m", values, values, 0.05)
+    assert alone == make_entry(KEY, "m", values, values, 0.05) and alone.pillow == PIL.__version__
     for key, says in zip(others, ("model", "of 'cork'", "domain", "det score", "references"), strict=True):
         assert says in mismatch_reason([alone], key)
 

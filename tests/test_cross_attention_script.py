@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import PIL
 import pytest
 import torch
 
@@ -91,6 +92,7 @@ def test_files_and_verification(finished: Path) -> None:
     assert "image optimizer: moments of 9 tensors loaded from" in log
     checkpoint = torch.load(finished / "image_adapter.pth", weights_only=True)
     assert checkpoint["config"]["cross_attention"]["text_conditioning"] == "image"
+    assert checkpoint["config"]["versions"]["pillow"] == PIL.__version__
     assert {"text_adapter", "text_cross_attn", "image_adapter", "image_cross_attn"} <= set(checkpoint)
 
 

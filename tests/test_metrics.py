@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks import bench_metrics
 from model.scoring import Outputs, anomaly_map
 from utils.errors import UserError
-from utils.metrics import PixelCounter, image_metrics
+from utils.metrics import PixelCounter, image_metrics, region_coverage
 from utils.pixel_counts import COARSE_BINS, score_keys
 
 # In percentage points.
@@ -358,6 +358,7 @@ def state_bytes(value: object) -> int:
 
 
 def test_memory_does_not_grow_with_images():
+    assert PixelCounter.__init__.__defaults__ == (1 << 21, 1 << 22, 0.3), "the sizes of which docs/testing.md speaks"
     maps, masks = (tensor.repeat(1, 3, 3) for tensor in many_pixels())
     counter = PixelCounter(buffer=1 << 18)
     for _ in range(6):
@@ -390,11 +391,14 @@ def test_regions_touch_diagonally_and_not_across_images():
     """One region of two pixels and one of one: half of the first found, then the second, before any normal pixel."""
     masks = torch.zeros(2, 3, 3, dtype=torch.bool)
     masks[0, 1, 1] = masks[0, 2, 2] = masks[1, 0, 0] = True
+    assert [part.tolist() for part in region_coverage(masks.numpy())] == [[4, 8, 9], [0.5, 0.5, 1]]
     maps = torch.zeros(2, 3, 3)
     maps[0, 2, 2] = 2.0
     found = stream(maps, masks).result()["aupro"]
     # PRO starts at (1/2 + 0) / 2 and reaches 1 on a straight line at a false positive rate of 1.
     assert found == pytest.approx(100 * (0.25 + 0.75 * 0.3 / 2))
+    # A mask counts from above one half on.
+    assert stream(maps, 0.5 + masks / 2).result()["aupro"] == found
     maps[0, 2, 2], maps[1, 0, 0] = 0.0, 2.0
     found = stream(maps, masks).result()["aupro"]
     assert found == pytest.approx(100 * (0.5 + 0.5 * 0.3 / 2))

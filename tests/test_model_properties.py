@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from model.clip import FrozenCLIP
 from model.config import ModelConfig, check_depths, depth_defaults
 from model.cross_attention import CrossAttention
 from model.frozen import ImageFeatures, frozen_features
-from model.losses import dice_loss, focal_loss, stage1_losses, stage2_losses
+from model.losses import dice_loss, focal_loss, segmentation_loss, stage1_losses, stage2_losses
 from model.text import CLIP_TEXT
 from tests.helpers import adapted_clip, assert_agrees, config_for, encode_prompts, random_batch, tiny_clip, tiny_prompts
 from utils.errors import UserError
@@ -107,7 +109,8 @@ def test_train_mode_affects_trainable_parts_only() -> None:
 @pytest.mark.parametrize("module", ["adapters", "cross-attention"])
 def test_fresh_weights_are_xavier_uniform_with_zero_biases(module: str) -> None:
     torch.manual_seed(0)
-    fresh = adapted_clip(tiny_clip()).components.values()
+    kinds: list[dict[str, Any]] = [{}, {"adapter": "linear", "relu": True}]
+    fresh = [part for kind in kinds for part in adapted_clip(tiny_clip(), **kind).components.values()]
     for part in fresh if module == "adapters" else [CrossAttention(96, 40, 64, weight=0.1)]:
         for name, value in part.named_parameters():
             if name.endswith("bias"):
@@ -171,6 +174,30 @@ def test_losses_stay_finite_at_extreme_logits(fraction: float, sharpness: float)
     loss = focal_loss(logits, mask) + dice_loss(p[:, 0], 1 - mask) + dice_loss(p[:, 1], mask)
     loss.backward()
     assert loss.isfinite() and logits.grad.isfinite().all()
+
+
+def test_losses_and_scores_by_hand() -> None:
+    """One image of one pixel; the defaults are the exact focal loss and the published det score."""
+    even, mask = torch.zeros(1, 1, 2), torch.ones(1, 1, 1)
+    assert segmentation_loss(even, mask).focal.item() == pytest.approx(0.25 * math.log(2))
+    assert focal_loss(torch.zeros(1, 2, 1, 1), mask).item() == pytest.approx(0.25 * math.log(2))
+    sure = torch.tensor([[[-50.0, 50.0]]])
+    for _, abnormal in (
+        stage1_losses([even, sure], torch.zeros(1, 4, 2), mask, 0.1),
+        stage2_losses(scoring.Outputs([even, sure], torch.zeros(1, 2)), mask, torch.ones(1, dtype=torch.long)),
+    ):
+        assert abnormal.tolist() == [[[0.75]]]
+    outputs = scoring.Outputs([], torch.tensor([[0.2, 0.6]]))
+    assert scoring.det_scores(outputs).item() == pytest.approx(0.8)
+    assert scoring.calibrated_scores(mask, outputs, "industrial").item() == pytest.approx(0.9)
+
+
+def test_decisions_and_ranks_by_hand() -> None:
+    """A score at the threshold is normal, and a normal image does not rank above its equal."""
+    scores, maps = torch.tensor([0.1, 0.5, 0.7]), torch.tensor([[[0.2, 0.3, 0.4]]])
+    images, pixels = scoring.decisions(scores, maps, 0.5, 0.3)
+    assert (images.tolist(), pixels.tolist()) == ([False, False, True], [[[False, False, True]]])
+    assert scoring.ranks(scores, torch.tensor([0.5, 0.3, 0.6])).tolist() == [0, 0.25, 0.75]
 
 
 @surgeries

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import open_clip
@@ -41,7 +42,13 @@ from tests.helpers import (
 
 NORM_WEIGHT = 0.1
 # The two sides differ in all choices, so that none of them can stand in for the other's.
-DIFFERENT = {"text_adapt_until": 2, "image_adapt_until": 3, "text_adapt_weight": 0.1, "image_adapt_weight": 0.3}
+DIFFERENT = {
+    "text_adapt_until": 2,
+    "image_adapt_until": 3,
+    "text_adapt_weight": 0.1,
+    "image_adapt_weight": 0.3,
+    "levels": (1, 2, 5, 8),
+}
 
 adapters = pytest.mark.parametrize("adapter", ["bottleneck", "linear"])
 relus = pytest.mark.parametrize("relu", [False, True], ids=["plain", "relu"])
@@ -245,7 +252,7 @@ def test_unadapted_clip(domain: str, surgery: str) -> None:
         features = [reference.frozen_image(case.ref, image.double()) for image in case.batch.images]
         expected = reference_scores(features, case.image_anchors(), case.model.clip.img_size, domain)
         for model, batch, tolerance in case.precisions():
-            baseline = UnadaptedCLIP(model.clip, config_for(model.clip, surgery=surgery))
+            baseline = UnadaptedCLIP(model.clip, replace(model.config, surgery=surgery))
             outputs = baseline(batch.images, baseline.text_side(case.prompts), batch.rows)
             assert_scores_agree(outputs, expected, domain, tolerance)
 
@@ -313,13 +320,15 @@ def test_extreme_det_scores_are_between_0_and_1(kind: str) -> None:
 
 
 @domains
-def test_maps_of_a_single_hot_patch_show_the_blur(domain: str) -> None:
-    """One patch in a corner of the grid: what reflection and enlargement make of it, on a grid of odd proportions."""
-    similarity = torch.zeros(1, 81, 2, dtype=torch.float64)
+@pytest.mark.parametrize("side", [9, 2])
+def test_maps_of_a_single_hot_patch_show_the_blur(domain: str, side: int) -> None:
+    """One patch in a corner of the grid: reflection and enlargement of it. A small grid narrows the kernel."""
+    similarity = torch.zeros(1, side**2, 2, dtype=torch.float64)
     similarity[0, 0, 1] = 100.0
     outputs = scoring.Outputs([similarity], torch.zeros(1, 2, dtype=torch.float64))
     grid = reference.to_grid((similarity[0, :, 1] + 1 - similarity[0, :, 0]) / 2)
-    expected = reference.enlarge(reference.blur(grid, *reference.BLUR[domain]), 50)
+    kernel, sigma = reference.BLUR[domain]
+    expected = reference.enlarge(reference.blur(grid, min(kernel, 2 * side - 1), sigma), 50)
     assert_agrees(scoring.anomaly_map(outputs, 50, domain)[0], expected, 1e-9)
 
 

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from engine.runtime.run_folder import describe_differences
 from engine.training.restart import check_phases
 from engine.training.schedules import Schedule, halved_at, warmup_cosine
 from engine.training.stages import WATCHED, StageOutput
 from engine.training.start import Start
-from engine.training.trainer import Trainer, gradient_norms
+from engine.training.trainer import StopRequest, Trainer, gradient_norms
 from engine.training.verdicts import StageVerdict, epoch_warnings, judge_run, judge_stage, remedies_for, run_summary
 from model.checkpoint import Checkpoint
 from utils.errors import NotFiniteError, UserError
 from utils.files import write_json_lines
+from utils.processes import Share
 
 
 def epoch(**changes: Any) -> dict[str, Any]:
@@ -211,33 +214,80 @@ class OneWeight(nn.Module):
         self.part = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(self.part.weight)
 
-    def forward(self, batch: dict[str, Tensor]) -> StageOutput:
+    def forward(self, batch: dict[str, Any]) -> StageOutput:
         loss = self.part(batch["image"][:, None]).mean()
-        watch = dict.fromkeys(WATCHED, torch.zeros(()))
-        return StageOutput({"total": loss}, watch)
+        watch = dict(zip(WATCHED, torch.tensor([1.0, 2, 3, 4]), strict=True))
+        return StageOutput({"total": loss, "focal": loss + 1}, watch)
+
+
+class Steep(OneWeight):
+    """Its loss is finite, its gradient is not."""
+
+    def forward(self, batch: dict[str, Any]) -> StageOutput:
+        output = super().forward(batch)
+        return output._replace(losses={"total": output.losses["total"].sqrt()})
 
 
 def train(
     images: Sequence[float],
     batch_size: int,
-    accumulate: int = 1,
     scaler: torch.amp.GradScaler | None = None,
-    max_norm: float | None = None,
     stage: OneWeight | None = None,
-) -> tuple[list[float], dict[str, float], Schedule]:
+    shares: list[Share] | None = None,
+    stop: bool = False,
+    **options: Any,
+) -> tuple[list[float], dict[str, float] | None, Schedule]:
     """One epoch of SGD at rate 1; the weight after each step, the epoch's row, and the schedule."""
     stage = stage or OneWeight()
     batches = [{"image": part, "label": torch.zeros(len(part))} for part in torch.tensor(images).split(batch_size)]
-    optimizer = torch.optim.SGD(stage.parameters(), lr=0.0)
+    optimizer, other = torch.optim.SGD(stage.parameters(), lr=0.0), one_weight()
     weights: list[float] = []
     optimizer.register_step_post_hook(lambda *_: weights.append(stage.part.weight.item()))
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = scaler
-    schedule = Schedule({optimizer: 1.0}, halved_at(()))
-    trainer = Trainer(stage, {"part": stage.part}, batches, [optimizer], schedule, accelerator, accumulate, max_norm)
-    row = trainer.train_epoch("epoch")
-    assert row is not None
-    return weights, row, schedule
+    schedule = Schedule({optimizer: 1.0, other: 0.5}, halved_at(()))
+    trainer = Trainer(stage, {"part": stage.part}, batches, [optimizer, other], schedule, accelerator, **options)
+    return weights, trainer.train_epoch("epoch", lambda: stop, shares), schedule
+
+
+def test_the_row_of_an_epoch() -> None:
+    """22 batches: the loss is -(k - 1) in the k-th, and the opening loss that of the first two."""
+    _, row, _ = train([1.0] * 44, batch_size=2)
+    assert (row["loss"], row["focal"], row["opening_loss"], row["lr"]) == (-10.5, -9.5, -0.5, 1.0)
+    assert (row["abnormal_inside"], row["abnormal_outside"], row["images"], row["steps"]) == (0.5, 0.75, 44, 22)
+    assert not set(WATCHED) & set(row) and "total" not in row
+    assert 0 < row["seconds"] < 60 and row["images_per_second"] == pytest.approx(44 / row["seconds"])
+    assert row["memory_gib"] == pytest.approx(psutil.Process().memory_info().rss / 2**30, rel=0.2)
+    assert train([1.0] * 10, batch_size=1)[1]["opening_loss"] == 0
+    assert train([1.0] * 20, batch_size=1)[1]["opening_loss"] == -0.5
+
+
+def test_a_share_of_a_step_weighs_as_its_images() -> None:
+    """Of 3 images one process has 2, the other 1: the weight of their losses is 4/3 and 2/3."""
+    shares = [Share.of(3, rank, 2) for rank in range(2)] + [Share.of(1, 1, 2)]
+    weights, row, _ = train([1.0] * 3, batch_size=1, shares=shares)
+    assert weights == pytest.approx([-4 / 3, -2, -2])
+    assert row["abnormal_inside"] == 0.5 and row["images"] == 7
+    assert train([1.0], 1, shares=shares[1:2])[1]["abnormal_inside"] == 0.5
+    assert math.isnan(train([1.0], 1, shares=shares[2:])[1]["abnormal_inside"])
+
+
+def test_a_stop_ends_the_epoch_after_its_step() -> None:
+    weights, row, _ = train([1.0] * 3, batch_size=1, stop=True)
+    assert (weights, row) == ([-1.0], None)
+
+
+def test_a_second_interruption_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.training.trainer.ignore_ended_workers", lambda: None)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with StopRequest() as stop:
+        assert not stop()
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop() and stop.signal_number == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
 def test_a_partial_step_at_the_end_is_the_mean_of_its_own_batches() -> None:
@@ -268,9 +318,9 @@ def test_the_reported_norm_is_that_before_clipping() -> None:
     assert row["grad_norm/total"] == pytest.approx((4.0 + 0.25) / 2)
 
 
-@pytest.mark.parametrize("image", [math.inf, math.nan])
-def test_a_non_finite_step_is_not_taken(image: float) -> None:
-    stage = OneWeight()
+@pytest.mark.parametrize(("stage", "images"), [(OneWeight, [math.inf]), (OneWeight, [math.nan]), (Steep, [1.0])])
+def test_a_non_finite_step_is_not_taken(stage: type[OneWeight], images: list[float]) -> None:
+    trained = stage()
     with pytest.raises(NotFiniteError, match="the step was not taken"):
-        train([1.0, image], batch_size=1, stage=stage)
-    assert stage.part.weight.item() == -1.0
+        train(images, batch_size=1, stage=trained)
+    assert trained.part.weight.item() == 0

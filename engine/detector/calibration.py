@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +49,8 @@ class Entry:
     """Thresholds of one key for a false alarm rate, from `images` normal images.
 
     model: the checkpoint's name. interval: the 95 % interval of the true false alarm rate, which is the same for
-    images and pixels. scores, peaks: image scores and map maxima of the normal images, each in ascending order.
+    images and pixels. scores, peaks: image scores and map maxima of the normal images, each in ascending order. pillow:
+    the version that resized them, because versions differ.
     """
 
     checkpoint: str
@@ -64,6 +66,7 @@ class Entry:
     interval: tuple[float, float]
     scores: list[float]
     peaks: list[float]
+    pillow: str = ""
 
     @property
     def key(self) -> CalibrationKey:
@@ -132,7 +135,9 @@ def make_entry(
     scores, peaks = sorted(scores), sorted(peaks)
     k = order_of_threshold(len(scores), false_alarms)
     interval = false_alarm_interval(len(scores), false_alarms)
-    return Entry(*key, model, len(scores), false_alarms, scores[k - 1], peaks[k - 1], interval, scores, peaks)
+    return Entry(
+        *key, model, len(scores), false_alarms, scores[k - 1], peaks[k - 1], interval, scores, peaks, version("pillow")
+    )
 
 
 def read_calibration(path: Path) -> list[Entry]:

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 Config = TypeVar("Config", bound=RunConfig)
 
-LIBRARIES = ("torch", "torchvision", "open_clip_torch", "accelerate", "numpy")
+LIBRARIES = ("torch", "torchvision", "open_clip_torch", "accelerate", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
