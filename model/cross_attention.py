@@ -31,8 +31,8 @@ class CrossAttention(nn.Module):
         context_width: int,
         inner_width: int,
         weight: float,
-        heads: int = 8,
-        dropout: float = 0.1,
+        heads: int,
+        dropout: float,
         init: str = "xavier",
         norm: str = "unit",
     ) -> None:

@@ -111,7 +111,7 @@ def test_fresh_weights_are_xavier_uniform_with_zero_biases(module: str) -> None:
     torch.manual_seed(0)
     kinds: list[dict[str, Any]] = [{}, {"adapter": "linear", "relu": True}]
     fresh = [part for kind in kinds for part in adapted_clip(tiny_clip(), **kind).components.values()]
-    for part in fresh if module == "adapters" else [CrossAttention(96, 40, 64, weight=0.1)]:
+    for part in fresh if module == "adapters" else [CrossAttention(96, 40, 64, weight=0.1, heads=8, dropout=0.0)]:
         for name, value in part.named_parameters():
             if name.endswith("bias"):
                 assert module == "cross-attention" and not value.any()
