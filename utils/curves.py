@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from utils.figures import save_png
 
@@ -56,7 +56,7 @@ def draw_losses(axis: Axes, spans: Sequence[Span]) -> None:
     _draw_spans(axis, spans, lambda row: row["loss"])
     losses = [row["loss"] for _, rows in spans for _, row in rows]
     if max(losses) > 8 * min(losses) > 0:
-        axis.set_yscale("log")
+        _use_log_scale(axis)
     _finish_epochs(axis, spans, "loss")
 
 
@@ -64,7 +64,7 @@ def draw_norms(axis: Axes, spans: Sequence[Span]) -> None:
     """The gradient's norm in every epoch, and that of the cross-attention alone."""
     _draw_spans(axis, spans, lambda row: row["grad_norm/total"])
     _draw_spans(axis, spans, _cross_attention_norm, linestyle=":", marker=".")
-    axis.set_yscale("log")
+    _use_log_scale(axis)
     _finish_epochs(axis, spans, "gradient norm")
 
 
@@ -74,6 +74,14 @@ def draw_watch(axis: Axes, spans: Sequence[Span]) -> None:
     _draw_spans(axis, spans, lambda row: row["abnormal_outside"], linestyle="--", marker=".")
     axis.set_ylim(bottom=0)
     _finish_epochs(axis, spans, "mean p(abnormal)")
+
+
+def _use_log_scale(axis: Axes) -> None:
+    """A logarithmic y axis with plain numbers, such as 0.05 and 20."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _cross_attention_norm(row: Mapping[str, Any]) -> float:
@@ -131,6 +139,8 @@ def bottom_legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str])
 
 
 REFERENCE_STYLES = (("tab:orange", "--"), ("tab:green", "-."), ("tab:gray", ":"), ("tab:purple", (0, (5, 1))))
+# Percentage points from the loops within which other models are drawn.
+FAR = 10.0
 Panel = tuple[Mapping[int, float | None], Mapping[str, float | None]]
 
 
@@ -151,8 +161,8 @@ def loop_curves(panels: Mapping[str, Panel], path: Path, title: str) -> None:
 def draw_loops(axis: Axes, panel: Panel) -> None:
     """One metric over the loops as a line, and other models' as horizontal lines with a legend.
 
-    panel: the values by loop and those of other models by name, in percent; None is not drawn, and a missing loop
-    interrupts the line.
+    The axis shows the loops; models that are far from them are named in the legend only. panel: the values by loop and
+    those of other models by name, in percent; None is not drawn, and a missing loop interrupts the line.
     """
     values, references = panel
     loops = range(min(values, default=1), max(values, default=1) + 1)
@@ -160,12 +170,16 @@ def draw_loops(axis: Axes, panel: Panel) -> None:
     axis.plot(loops, line, color="tab:blue", marker="o", markersize=5)
     known = {name: value for name, value in references.items() if value is not None}
     styles = reference_styles(references)
+    found = [value for value in line if not np.isnan(value)] or list(known.values())
+    reach = max(FAR, 2 * (max(found) - min(found))) if found else 0.0
+    near = [value for value in known.values() if min(found) - reach <= value <= max(found) + reach]
     for name, value in known.items():
         colour, style = styles[name]
-        axis.axhline(value, color=colour, linestyle=style, linewidth=1.4, zorder=1, label=f"{name} {value:.2f}")
+        label = f"{name} {value:.2f}" + ("" if value in near else " (not in the chart)")
+        axis.axhline(value, color=colour, linestyle=style, linewidth=1.4, zorder=1, label=label)
     if known:
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=2, fontsize=7, frameon=False)
-    _limit_to(axis, [*(value for value in line if not np.isnan(value)), *known.values()])
+    _limit_to(axis, [*found, *near])
     axis.set_xlim(loops[0] - 0.4, loops[-1] + 0.4)
     axis.set_xticks(loops)
     axis.set_xlabel("loop", fontsize=9)

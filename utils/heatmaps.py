@@ -73,6 +73,8 @@ class Heatmap:
 
 
 ATTENTION_COLOURS = "PuOr_r"
+# Of attention maps: from half to one and a half times uniform attention.
+LEAST_REACH = 0.5
 NO_TICKS: dict[str, Any] = {"xticks": [], "yticks": []}
 
 
@@ -88,9 +90,7 @@ def comparison_figure(
     _set_titles(axes[0], heatmaps)
     _colour_bar(figure, axes[0], COLOURS, 0, 1, "p(abnormal)")
     for row, name in zip(axes[1:], extra, strict=True):
-        shown = [h.attention[name] for h in heatmaps if name in h.attention]
-        reach = max(float(np.abs(values - 1).max()) for values in shown)
-        low, high = 1 - max(reach, 0.01), 1 + max(reach, 0.01)
+        low, high = attention_range([h.attention[name] for h in heatmaps if name in h.attention])
         for axis in row[:2]:
             axis.set_axis_off()
         row[1].text(1, 0.5, name, ha="right", va="center", fontsize=10, transform=row[1].transAxes)
@@ -137,6 +137,12 @@ def stacked_picture(image: Image.Image, mask: np.ndarray, heatmap: Heatmap, path
     _draw(axes, image, mask, [heatmap])
     _set_titles(axes, [heatmap])
     save_png(figure, path)
+
+
+def attention_range(maps: Sequence[np.ndarray]) -> tuple[float, float]:
+    """A range around 1, uniform attention, for all maps; at least `LEAST_REACH`, so that tiny differences look tiny."""
+    reach = max(LEAST_REACH, *(float(np.abs(values - 1).max()) for values in maps))
+    return 1 - reach, 1 + reach
 
 
 def _draw(axes: np.ndarray, image: Image.Image, mask: np.ndarray, heatmaps: Sequence[Heatmap]) -> None:

@@ -16,7 +16,7 @@ from engine.app.session import ImageResult, Session, decide_on
 from engine.evaluation.own_images import Finding
 from engine.evaluation.pages import render_page
 from model.graph import Thresholds
-from utils.heatmaps import ATTENTION_COLOURS, COLOURS, on_scale, overlay
+from utils.heatmaps import ATTENTION_COLOURS, COLOURS, attention_range, on_scale, overlay
 from utils.regions import Region
 from utils.svg_charts import data_uri
 
@@ -58,7 +58,7 @@ def result_html(result: ImageResult, manual: Thresholds | None) -> str:
         levels=[_uri(coloured(level)) for level in prediction.level_maps],
         levels_note="They do not include the references." if result.references else "",
         attention=[
-            (title, _uri(coloured(values, ATTENTION_COLOURS, *range_around_one(values))), values.min(), values.max())
+            (title, _uri(coloured(values, ATTENTION_COLOURS, *attention_range([values]))), values.min(), values.max())
             for title, values in result.attention.items()
         ],
     )
@@ -110,12 +110,6 @@ def coloured(values: np.ndarray, colours: str = COLOURS, low: float = 0.0, high:
     """A map (H, W) as a picture of its size, coloured from `low` to `high`."""
     colour = matplotlib.colormaps[colours](on_scale(values, low, high))[..., :3]
     return Image.fromarray((colour * 255).astype(np.uint8))
-
-
-def range_around_one(values: np.ndarray) -> tuple[float, float]:
-    """The smallest symmetric range around 1 (uniform attention) that contains all values."""
-    reach = max(float(np.abs(values - 1).max()), 0.01)
-    return 1 - reach, 1 + reach
 
 
 def messages_html(lines: Sequence[str], problems: Sequence[str] = ()) -> str:

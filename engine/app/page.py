@@ -88,11 +88,13 @@ class _Layout:
         gr.Markdown("# Anomaly detection\nUpload images and name what they show; the model marks anomalous regions.")
         if limits:
             gr.Markdown(f"**{limits}.**")
-        with gr.Row():
-            with gr.Column(scale=2, min_width=280):
+        with gr.Row(elem_id="layout"):
+            with gr.Column(elem_id="inputs"):
                 self._add_inputs(names)
-            with gr.Column(scale=5, min_width=280):
+            with gr.Column(elem_id="outputs"):
                 self._add_outputs(examples)
+            with gr.Column(elem_id="panels"):
+                self._add_panels()
 
     def _add_inputs(self, names: list[str]) -> None:
         self.files = _files("Images", "images")
@@ -106,13 +108,14 @@ class _Layout:
         self.model = gr.Dropdown(names, value=names[-1], label="Model", elem_id="model", filterable=False)
         self.analyze = gr.Button("Analyze", variant="primary", elem_id="analyze")
         gr.Markdown(LIMITS)
+
+    def _add_panels(self) -> None:
         with gr.Accordion("Compare with normal images", open=False):
             gr.Markdown(
                 f"Up to {MAX_REFERENCES} normal images of this class. All images are then also compared with their "
-                "patches. Click again without images to stop comparing."
+                "patches. Remove them to stop comparing."
             )
             self.references = _files("Normal images to compare with", "references")
-            self.compare = gr.Button("Compare", elem_id="compare")
         with gr.Accordion("Find thresholds", open=False):
             gr.Markdown(
                 f"Up to {MAX_NORMAL} other normal images of this class. Their scores set the threshold above which an "
@@ -139,13 +142,13 @@ class _Layout:
     def connect(self, handlers: _Handlers) -> None:
         """Connect the events of the components to their handlers."""
         state, images = self.state, [self.state, *self.thresholds]
-        request: list[Any] = [state, self.model, self.class_name]
+        request: list[Any] = [state, self.model, self.class_name, self.references]
         results = [state, self.messages, self.overview, self.controls, *self.thresholds, self.result, self.save]
         analysis: dict[str, Any] = {"fn": handlers.analyze, "inputs": request, "outputs": results, **_MODEL}
         self.files.change(handlers.upload, [state, self.files], state, **_PRIVATE).success(**analysis)
-        gr.on([self.analyze.click, self.class_name.submit, self.model.input], **analysis)
+        changes = [self.analyze.click, self.class_name.submit, self.model.input, self.references.change]
+        gr.on(changes, **analysis)
         self.examples.select(handlers.try_example, state, [state, self.class_name], **_PRIVATE).success(**analysis)
-        self.compare.click(handlers.compare_with, [*request, self.references], results, **_MODEL)
         self.calibrate.click(handlers.find_thresholds, [*request, self.normals, self.rate], results, **_MODEL)
         sliders = [slider.input for slider in self.thresholds]
         gr.on(sliders, handlers.set_thresholds, images, [state, self.overview, self.result], **_QUICK)
@@ -178,17 +181,18 @@ class _Handlers:
         session.uploads = [example.image]
         return session, example.class_name
 
-    def analyze(self, session: Session | None, model: str, name: str, progress: gr.Progress = _PROGRESS) -> list[Any]:
-        session = self._session(session)
-        return _results(session, lambda: session.analyze(model, name, _steps(progress)))
-
-    def compare_with(
-        self, session: Session | None, model: str, name: str, files: list[str], progress: gr.Progress = _PROGRESS
+    def analyze(
+        self,
+        session: Session | None,
+        model: str,
+        name: str,
+        references: list[str] | None,
+        progress: gr.Progress = _PROGRESS,
     ) -> list[Any]:
         session = self._session(session)
 
         def work() -> None:
-            session.compare_with(make_uploads(files, MAX_REFERENCES), model, name)
+            session.compare_with(make_uploads(references, MAX_REFERENCES), model, name)
             session.analyze(model, name, _steps(progress))
 
         return _results(session, work)
@@ -198,6 +202,7 @@ class _Handlers:
         session: Session | None,
         model: str,
         name: str,
+        references: list[str] | None,
         files: list[str] | None,
         rate: str,
         progress: gr.Progress = _PROGRESS,
@@ -205,6 +210,7 @@ class _Handlers:
         session = self._session(session)
 
         def work() -> None:
+            session.compare_with(make_uploads(references, MAX_REFERENCES), model, name)
             session.calibrate(make_uploads(files, MAX_NORMAL), model, name, RATES[rate], _steps(progress))
             session.analyze(model, name, _steps(progress))
 

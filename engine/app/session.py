@@ -20,7 +20,7 @@ from engine.detector.calibration import CALIBRATION_FILE, Entry, add_entry, chec
 from engine.detector.detector import Detector
 from engine.detector.prediction import Prediction, decide
 from engine.evaluation.calibrate import calibrate_detector, score_and_peak
-from engine.evaluation.gallery import Finding
+from engine.evaluation.gallery import Finding, Gallery
 from engine.evaluation.image_heatmaps import attention_heatmaps
 from engine.evaluation.own_images import make_finding, write_scores
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
@@ -111,6 +111,8 @@ class Session:
         Raises `UserError`, and changes nothing, if an image cannot be read.
         """
         name = class_name.strip() or DEFAULT_CLASS
+        if list(images) == list(self.normals.get(readable_name(name), ())):
+            return
         self._prepare(model, name)
         for upload in images:
             upload.read()
@@ -150,8 +152,8 @@ class Session:
         return entry
 
     def write_zip(self, path: Path, opacity: float) -> None:
-        """Write scores, heatmaps and the visitor's thresholds to a file."""
-        with tempfile.TemporaryDirectory() as temporary:
+        """Write scores, heatmaps, a report and the visitor's thresholds to a file."""
+        with tempfile.TemporaryDirectory() as temporary, Gallery() as gallery:
             folder = Path(temporary)
             taken: set[str] = set()
             findings = []
@@ -159,7 +161,9 @@ class Session:
                 findings.append(decide_on(result, self.manual)[1])
                 picture = overlay(result.image, result.prediction.anomaly_map, opacity=opacity)
                 save_image(picture, figure_path(folder / "heatmaps", result.name, "_heatmap.png", taken))
+                gallery.add(result.image, result.prediction.anomaly_map, findings[-1], result.name, result.size)
             write_scores(findings, folder / "scores.csv")
+            gallery.write(folder / "report.html", "Results", [("Model", ", ".join({r.model for r in self.results}))])
             for entry in self._entries:
                 add_entry(folder / CALIBRATION_FILE, entry)
             with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -81,13 +81,24 @@ class Gallery:
     def __exit__(self, *_: object) -> None:
         self._pictures.close()
 
-    def add(self, image: Image.Image, anomaly_map: np.ndarray, finding: Finding, name: str) -> None:
-        """Add an image, called `name`, and its heatmap, from an anomaly map (h, w), with a box around the region."""
+    def add(
+        self,
+        image: Image.Image,
+        anomaly_map: np.ndarray,
+        finding: Finding,
+        name: str,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        """Add an image, called `name`, and its heatmap, from an anomaly map (h, w), with a box around the region.
+
+        size: (width, height) that the region refers to. Default: the image's.
+        """
+        width, height = size or image.size
         small = image.convert("RGB")
         small.thumbnail((SIDE, SIDE))
         heat = overlay(small, anomaly_map)
         if finding.region is not None:
-            scale = (small.width / image.width, small.height / image.height)
+            scale = (small.width / width, small.height / height)
             left, top, right, bottom = (value * scale[index % 2] for index, value in enumerate(finding.region[:4]))
             box = (left, top, max(left, right - 1), max(top, bottom - 1))
             ImageDraw.Draw(heat).rectangle(box, outline="white")

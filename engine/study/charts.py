@@ -36,9 +36,12 @@ def forest_charts(results: Results, setting: SettingResult) -> list[Chart]:
 
 
 def _draw_forest(figure: Figure, verdicts: Mapping[str, Verdict], margin: float, label: str) -> None:
-    axis = figure.subplots()
+    axis, rows = figure.subplots(), range(len(verdicts))
     axis.axvspan(-margin, margin, color="grey", alpha=0.15, linewidth=0)
-    axis.axvline(0, color="grey", linewidth=0.8)
+    # Only next to the intervals: the labels are between them.
+    axis.vlines(
+        [0] * len(verdicts), [row - 0.15 for row in rows], [row + 0.3 for row in rows], color="grey", linewidth=0.8
+    )
     for row, (name, verdict) in enumerate(verdicts.items()):
         colour = COLOURS.get(verdict.outcome, "tab:blue")
         if not math.isnan(verdict.low):
