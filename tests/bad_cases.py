@@ -299,7 +299,7 @@ DATASETS: dict[str, tuple[str, Callable[[Path], object]]] = {
 
 
 def changed_images(change: Callable[[Path], object]) -> Prepare:
-    """Prepares a copy of the images with a change, without the list that is kept of them."""
+    """Prepares a copy of the images with a change, without their saved list."""
     unlisted = shutil.ignore_patterns("*.jsonl")
     return lambda: (shutil.copytree("images", CASE / "data", ignore=unlisted), change(CASE / "data"))
 
@@ -351,7 +351,7 @@ def at(places: str, *values: Any) -> list[Damage]:
 
 
 def place_of(keys: Sequence[Any]) -> str:
-    """The words of which an error must name one: the keys of the place, or the file."""
+    """Words of which an error must contain one: the keys of the place, or the file."""
     return "|".join(["case/", *(key for key in keys if isinstance(key, str))])
 
 
@@ -386,7 +386,7 @@ OF_COCO = [
 
 
 def documents(document: Any, damages: Sequence[Damage]) -> Iterator[tuple[bytes, str]]:
-    """JSON that is damaged, with the words of which an error must name one."""
+    """Damaged JSON, with words of which an error must contain one."""
     yield from ((content, "case/") for content in NO_JSON)
     for keys, change in damages:
         yield json.dumps(damage(document, tuple(keys), change)).encode(), place_of([*keys, "images/", "class"])

@@ -91,7 +91,7 @@ def scratch() -> Iterator[Path]:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[object, ...]]:
-    """All that is in a folder, by path: its kind, its size, and a file's content as a digest."""
+    """The entries of a folder by path: type, size, and digest of a file's content."""
     found: dict[str, tuple[object, ...]] = {}
     folders = [str(folder)]
     while folders:
@@ -134,7 +134,7 @@ def problems_of(case: Case, folder: Path) -> list[str]:
 
 
 def verdict(case: Case, result: Answer, changed: Sequence[str]) -> list[str]:
-    """The rule that all cases are judged by."""
+    """The rule for all cases."""
     lines = result.errors.splitlines()
     marked = [line for line in lines if line.startswith("error: ")]
     wrong = []

@@ -46,7 +46,7 @@ LIMIT = 1800
 
 @dataclass(frozen=True)
 class Item:
-    """A command or Python block: where it is, what is run (None: only parsed), and the expected exit status."""
+    """A command or Python block: its place, the command to run (None: only parsed), and the expected exit status."""
 
     place: str
     text: str

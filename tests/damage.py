@@ -1,4 +1,4 @@
-"""Sound files of small runs, and what damages them: for all tests of files that somebody else made."""
+"""Valid files of small runs and ways to damage them, for all tests of damaged files."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ LOOPS = {"num_feedback_loops": 2, "text_epochs_per_loop": (1,), "image_epochs_pe
 
 
 class Halt(BaseException):
-    """Ends a run as a kill does."""
+    """Ends a run like a kill."""
 
 
 @contextlib.contextmanager
 def halting_after(epochs: int) -> Iterator[None]:
-    """Training stops in the middle of an epoch, once so many are finished."""
+    """Training stops in the middle of the epoch after this many."""
     train_epoch, started = Trainer.train_epoch, []
 
     def count(*arguments: Any) -> Any:
@@ -89,14 +89,14 @@ def world() -> Path:
 
 @functools.cache
 def sound(name: str) -> dict[str, Any]:
-    """A file's content; with "without config" behind its name, as an older version would have written it."""
+    """A file's content; without its config if "without config" follows the name."""
     name, _, older = name.partition(" ")
     content = torch.load(world() / name, weights_only=True)
     return {key: value for key, value in content.items() if not older or key != "config"}
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The paths of all that is nested in a value."""
+    """The paths of all values nested in a value."""
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
     return [place for key, item in inside for place in [(*path, key), *places(item, (*path, key))]]
 
@@ -149,7 +149,7 @@ def damage(content: dict[str, Any], path: tuple[Any, ...], change: Callable[[Any
 
 
 class Damaged(NamedTuple):
-    """What a damaged file holds, the sound file that it was, and where the damage is."""
+    """A damaged file's content, the original file, and the place of the damage."""
 
     content: dict[str, Any]
     name: str
@@ -158,7 +158,7 @@ class Damaged(NamedTuple):
 
 @st.composite
 def damaged_files(draw: st.DrawFn) -> Damaged:
-    """A sound file in which something is another, each depth as likely, or is gone; some without a config."""
+    """A valid file in which a value at any depth is replaced or missing; some without a config."""
     name = draw(st.sampled_from([*SOUND, *(f"{name} without config" for name in SOUND)]))
     found = places(sound(name))
     depth = draw(st.sampled_from(sorted({len(path) for path in found})))

@@ -54,7 +54,7 @@ def check_metric() -> None:
 
 
 def train(folder: Path, **asked: object) -> list[dict[str, float]]:
-    """Train a tiny base for an epoch of each stage that is asked for; the rows of its history."""
+    """Train a tiny base for an epoch of Stage 2; the rows of its history."""
     common = {"model_name": f"local-dir:{folder / 'clip'}", "dataset": str(folder / "train"), "shot": 2}
     machine = {"device": "cpu", "num_workers": 0, "tracker": "none", "text_epoch": 0, "image_epoch": 1}
     config = BaseConfig.of(**{**common, **machine, **asked})

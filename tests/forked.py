@@ -22,7 +22,7 @@ CAN_FORK = hasattr(os, "fork")
 
 @functools.cache
 def _server() -> subprocess.Popen[str]:
-    """The process from which others are forked; it ends with this one."""
+    """The process from which scripts are forked; it ends with this one."""
     command = [sys.executable, "-m", "tests.forked"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     return subprocess.Popen(command, cwd=Path(__file__).parents[1], text=True, encoding="utf-8", **pipes)
@@ -35,7 +35,7 @@ def _ask(**request: Any) -> Any:
 
 
 class Forked:
-    """A script, and what `subprocess.Popen` tells of a process; `slowly`: with a pause before each step."""
+    """A script with the interface of `subprocess.Popen`; `slowly`: with a pause before each step."""
 
     def __init__(self, words: Sequence[str], cwd: Path, environment: Mapping[str, str], slowly: bool) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -68,7 +68,7 @@ class Forked:
 
 
 def serve() -> tuple[list[str], bool] | None:
-    """Answer requests; in a process that was forked for one, what it is to run: the words, and whether slowly."""
+    """Answer requests; in a forked process, return its command and whether it runs slowly."""
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:
@@ -86,7 +86,7 @@ def serve() -> tuple[list[str], bool] | None:
 
 
 def become(cwd: str, environment: Mapping[str, str], said: str) -> None:
-    """Take the streams, folder and environment that a process of its own would have."""
+    """Set the streams, folder and environment of a separate process."""
     for number, file in enumerate((Path(os.devnull), Path(said, "1"), Path(said, "2"))):
         os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), number)
     os.chdir(cwd)

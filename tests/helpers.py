@@ -97,7 +97,7 @@ def save_openai_archive(clip: open_clip.CLIP, path: Path, half: bool = False) ->
 
 
 def config_for(clip: FrozenCLIP, **changes: Any) -> ModelConfig:
-    """The defaults of this CLIP, changed where asked for."""
+    """The defaults of this CLIP, with changes."""
     values = {**clip.defaults, **changes}
     return ModelConfig(clip.model_name, clip.weights_digest, clip.activation, clip.img_size, **values)
 
@@ -125,7 +125,7 @@ def tiny_prompts(clip: FrozenCLIP) -> Prompts:
 
 
 def encode_prompts(clip: FrozenCLIP, tokens: Tensor, modules: TextModules = CLIP_TEXT) -> Tensor:
-    """Token ids (P, T) -> unit prompt features (P, D), each prompt by itself: what trees of prompts must equal."""
+    """Token ids (P, T) -> unit prompt features (P, D), each prompt computed separately."""
     return finish_prompts(clip, begin_prompts(clip, tokens), tokens, modules)
 
 
@@ -173,7 +173,7 @@ def assert_all_agree(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor
 
 
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every gradient that there is, those of tensors that should have none included."""
+    """All gradients, including those of tensors that should have none."""
     return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
 
 
@@ -184,7 +184,7 @@ KINK_TOLERANCE = 1e-5
 
 @contextmanager
 def leaky_relu_hooks(model: nn.Module, hook: Callable[..., Tensor | None]) -> Iterator[None]:
-    """`hook(name, module, inputs, output)` after each call of each LeakyReLU; what it returns replaces the output."""
+    """Call `hook(name, module, inputs, output)` after each LeakyReLU; its return value replaces the output."""
     parts = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.LeakyReLU)]
     handles = [part.register_forward_hook(partial(hook, name)) for name, part in parts]
     try:
@@ -208,7 +208,7 @@ def recorded_sides(model: nn.Module) -> Iterator[Sides]:
 
 @contextmanager
 def same_sides(model: nn.Module, sides: Sides) -> Iterator[None]:
-    """Take the sides of another run; only pre-activations that are nearly 0 may fall on another one by themselves."""
+    """Use the sides of another run; only pre-activations near 0 may have another side."""
     calls = {name: iter(of_calls) for name, of_calls in sides.items()}
 
     def take(name: str, module: nn.LeakyReLU, inputs: tuple[Tensor], output: Tensor) -> Tensor:
@@ -226,7 +226,7 @@ def same_sides(model: nn.Module, sides: Sides) -> Iterator[None]:
 def gradients_by_sides(
     model: nn.Module, loss_of: Callable[[], Tensor], sides: Sides | None = None
 ) -> tuple[dict[str, Tensor], Sides]:
-    """All gradients of `loss_of()`, on the sides of LeakyReLU's kink given or its own; and the sides it took."""
+    """All gradients of `loss_of()` and the sides of LeakyReLU's kink, which can be prescribed."""
     model.zero_grad()
     if sides is None:
         with recorded_sides(model) as sides:
@@ -268,7 +268,7 @@ def assert_gradients_agree(
 
 
 class RunsCode:
-    """Pickled, it runs code when it is read without `weights_only`: it writes `target`."""
+    """Its pickle writes `target` if it is read without `weights_only`."""
 
     def __init__(self, target: Path) -> None:
         self.target = target

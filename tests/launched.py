@@ -107,7 +107,7 @@ def first_gradients(file: Path) -> Iterator[None]:
 
 
 def stop_one_and_go_on(config: BaseConfig) -> None:
-    """Train; the last process alone is told to stop before the second step of Stage 2, and all do; then go on."""
+    """Train; only the last process gets a stop request before Stage 2's second step, and all stop; then resume."""
     gradient_norms, steps = trainer.gradient_norms, 0
 
     def look(components: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -27,12 +27,12 @@ SIZE = 40
 
 
 def environment() -> dict[str, str]:
-    """Of the processes that tests start. Nothing may be downloaded."""
+    """The environment of processes that tests start. Nothing may be downloaded."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
 
 
 def start(script: str, *arguments: object, cwd: Path = ROOT, slowly: bool = False) -> subprocess.Popen[str] | Forked:
-    """Start a script; `slowly` where it is to be stopped in the middle (from the repository's root alone)."""
+    """Start a script; `slowly` to stop it in the middle (only from the repository's root)."""
     words = [str(ROOT / script), *map(str, arguments)]
     if slowly and CAN_FORK:
         return Forked(words, cwd, environment(), slowly)
@@ -79,7 +79,7 @@ def free_port() -> int:
 
 
 def run(script: str, *arguments: object, cwd: Path = ROOT, status: int = 0, apart: bool = False) -> str:
-    """Run a script to its end and return what it said on standard error; its exit status must be `status`.
+    """Run a script to its end and return its standard error; its exit status must be `status`.
 
     It runs in this process, which has the libraries; `apart`, in one of its own, as a user's does.
     """

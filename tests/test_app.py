@@ -1,4 +1,4 @@
-"""The page: its results without a browser, its protection against other requests, and its use in Chromium."""
+"""The web page: its results without a browser, its protection against other requests, and its use in Chromium."""
 
 from __future__ import annotations
 

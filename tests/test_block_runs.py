@@ -1,4 +1,4 @@
-"""How blocks are run: what is not computed, computed again, or compiled, and that none of it changes a result."""
+"""Skipped, checkpointed and compiled blocks give the same results."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from utils.errors import UserError
 
 @contextmanager
 def everything_computed() -> Iterator[None]:
-    """All tokens of the last block, whoever reads them."""
+    """All tokens of the last block."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model.frozen, "run_block_for_class", blocks.run_block)
         patch.setattr(model.adapter, "run_block_for_class", blocks.run_block)
@@ -88,7 +88,7 @@ def test_the_class_token_after_the_last_level_needs_no_patches() -> None:
 
 
 def test_shared_streams_equal_those_of_each_model() -> None:
-    """Of each surgery and depth their own, at the levels asked for, and each computed once."""
+    """Each surgery and depth has its own streams at its levels, each computed once."""
     clip, images, shared = tiny_clip(), random_batch(40).images, SharedStreams()
     for surgery, until, levels in (
         ("dual", 7, (2,)),
@@ -126,7 +126,7 @@ def assert_same_step(side: str, kind: str, loop: str, run: BlockRunner, toleranc
 
 
 class Storages(TorchDispatchMode):
-    """What operations have made, and how much of it is still held."""
+    """The tensors that operations created, and the memory still held."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ def test_checkpointed_blocks_use_less_memory_and_compute_attention_once() -> Non
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
-    """The graphs that are taken of what is compiled, which is run as it is: a compiler takes its time."""
+    """The graphs of compiled code, which run without a compiler to save time."""
     taken: list[torch.fx.GraphModule] = []
 
     def note(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
@@ -220,7 +220,7 @@ def test_batches_of_another_size_are_not_compiled(graphs: list[torch.fx.GraphMod
 def test_a_restart_of_a_compiled_run_ends_with_the_same_weights(
     graphs: list[torch.fx.GraphModule], tmp_path: Path
 ) -> None:
-    """To 1e-4; and whether it is compiled makes it no other run."""
+    """Equal to 1e-4; `--compile` may change when a run resumes."""
     write_clip(tmp_path / "clip")
     write_dataset(tmp_path / "train", count=2)
     whole = replace(small_runs(tmp_path, compile=True)[0], image_epoch=2)

@@ -1,4 +1,4 @@
-"""Thresholds from normal images alone, and what is decided by them (docs/method.md, "Calibration")."""
+"""Thresholds from normal images, and decisions by them (docs/method.md, "Calibration")."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_too_few_images_are_refused_with_the_required_number(rate: float, images
 
 @pytest.mark.parametrize(("count", "rate"), [(19, 0.05), (30, 0.1), (99, 0.01), (250, 0.03)])
 def test_the_false_alarm_rate_holds_for_any_scores(count: int, rate: float) -> None:
-    """The mean rate over calibrations is at most the one asked for, and nearly that; the interval has its coverage."""
+    """The mean rate over calibrations is just below the requested rate; the interval has its coverage."""
     k = order_of_threshold(count, rate)
     true_rates = []
     for _ in range(1500):
@@ -107,7 +107,7 @@ def test_entries_are_found_by_their_subject_only(tmp_path: Path) -> None:
 
 
 def test_calibrations_at_the_same_time_lose_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each reads the file, changes it and writes it: nobody else may do so in between."""
+    """Reading, changing and writing the file is one atomic step."""
     file, values = tmp_path / "calibration.json", RNG.random(19).tolist()
     read, gate = engine.detector.calibration.read_calibration, threading.Barrier(6)
 

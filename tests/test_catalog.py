@@ -24,7 +24,7 @@ def make_folders(root, *paths):
 
 
 def write_files(root, *paths):
-    """Files of which only the names are looked at."""
+    """Files of which only the names matter."""
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).touch()

@@ -1,4 +1,4 @@
-"""Checkpoint files of this project and of others: what loads, and what is said of what does not."""
+"""Checkpoint files of this project and of others: which load, and the errors of the others."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def states_of(model: AdaptedCLIP) -> dict[str, State]:
 
 
 def config_of(adapted: AdaptedCLIP, **changes: Any) -> dict[str, Any]:
-    """The `config` of a checkpoint, as little as every version has written."""
+    """The smallest `config` of a checkpoint."""
     return {
         "schema": SCHEMA,
         "model": adapted.config.to_dict(),
@@ -80,7 +80,7 @@ def write_pair(folder: Path, states: dict[str, State], epoch: int | None = 20) -
 
 
 def load_by_its_keys(path: Path) -> AdaptedCLIP:
-    """A file without config, in a model of the choices that its keys tell."""
+    """A file without config, loaded into a model inferred from its keys."""
     read = checkpoint.read_checkpoint(path)
     choices = checkpoint.infer_choices(read.components)
     assert choices.pop("n_levels") == 4
@@ -288,7 +288,7 @@ def test_invalid_content_is_an_error_that_names_the_key(
 
 
 def refusal(module: nn.Module, state: State, name: str) -> str:
-    """The message, once it is sure that nothing was loaded."""
+    """The error message; nothing may have been loaded."""
     before = checkpoint.state_of(module)
     with pytest.raises(UserError) as caught:
         checkpoint.load_component(module, state, name, Path("run/image_adapter.pth"))

@@ -1,4 +1,4 @@
-"""Weights files in the formats that people have, and what is said when they do not fit."""
+"""Weights files in common formats, and errors if they do not fit."""
 
 from __future__ import annotations
 
@@ -309,7 +309,7 @@ def test_downloaded_weights_need_no_hub(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_hub_weights_run_with_their_own_activation(
     tiny_name: str, openai_archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tag tells the activation and the normalisation, whatever form its file has."""
+    """A tag determines activation and normalisation for any file format."""
     known = {"openai": {"quick_gelu": True, "mean": (0.5, 0.5, 0.5)}, "own": {"quick_gelu": False}}
     monkeypatch.setattr(model.clip_loading, "list_pretrained_tags_by_model", lambda _: list(known))
     monkeypatch.setattr(model.clip_loading, "get_pretrained_cfg", lambda _, tag: known[tag])

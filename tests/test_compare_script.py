@@ -59,7 +59,7 @@ def options_for(world: Path, save_path: Path) -> list[object]:
 
 
 def compare(world: Path, save_path: Path, dataset: str = "test", **options: Any) -> int:
-    """The script's function without the start of a process."""
+    """The script's function in this process."""
     return compare_feedback_loops(save_path, str(world / dataset), device="cpu", **options)
 
 
@@ -256,7 +256,7 @@ def test_references_change_table_and_heatmaps_and_are_named(loops: Path, with_no
 
 
 def test_a_damaged_loop_is_unreadable_and_the_others_are_evaluated(world: Path, loops: Path) -> None:
-    """Whatever is wrong with a loop's file is found where it is: in reading it, or where it meets the model."""
+    """Damage of a loop's file is found in reading it or in building the model."""
     file = loops / "loop_2_final.pth"
     file.write_bytes(file.read_bytes()[:5000])
     errors = run("compare_feedback_loops.py", *options_for(world, loops), status=1)

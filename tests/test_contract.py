@@ -179,7 +179,7 @@ def test_source_of_the_model_and_of_version_1() -> None:
     ],
 )
 def test_output_lines(line: str) -> None:
-    """The lines with values are tested where they are written; this notices a change of words alone."""
+    """Lines with values are tested elsewhere; this test checks the words."""
     sources = (path.read_text(encoding="utf-8") for path in (ROOT / "engine").rglob("*.py"))
     assert any(line in source for source in sources)
 

@@ -137,7 +137,7 @@ def test_coco_polygons_and_boxes_become_masks(folder: Path) -> None:
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_coco_masks_fit_images_with_exif_rotation(folder: Path, turned: bool) -> None:
-    """Whether its annotations were made on what is shown (8 x 12) or on the file's own pixels."""
+    """Annotations may refer to the rotated image (8 x 12) or to the file's pixels."""
     exif = Image.Exif()
     exif[0x0112] = 6
     pixels = Image.new("RGB", SIZE)

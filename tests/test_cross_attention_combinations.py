@@ -1,4 +1,4 @@
-"""Everything that cross-attention can be, together: training, checkpoints, and what these predict."""
+"""All combinations of cross-attention options: training, checkpoints and predictions."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def outputs_of(model: AdaptedCLIPWithCrossAttention) -> list[Tensor]:
 )
 @example(choices={"context_norm": "layer", "cross_attn_residual": "matched", "text_context": "trained"})
 def test_all_combinations_train_and_predict_from_their_checkpoint(choices: dict[str, Any]) -> None:
-    """Gradients are finite and reach each side's own components; the file alone predicts what the model did."""
+    """Gradients are finite and reach the components of their side; the file predicts like the model."""
     cross = CrossAttentionConfig(cross_attn_heads=4, **choices)
     torch.manual_seed(3)
     try:

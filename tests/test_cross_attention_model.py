@@ -1,4 +1,4 @@
-"""Cross-attention against the plain reference, and what must hold whatever the weights are (docs/method.md)."""
+"""Cross-attention against the plain reference, and properties for any weights (docs/method.md)."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ MODEL_FIELDS = ("adapter", "relu", "surgery", "surgery_until_layer", "levels", "
 
 @functools.cache
 def shared_clip() -> FrozenCLIP:
-    """Built once for all cases: frozen means that none of them changes it."""
+    """Built once for all cases, which do not change it."""
     return tiny_clip()
 
 
 def cross_model(clip: FrozenCLIP, seed: int = 4, **changes: Any) -> AdaptedCLIPWithCrossAttention:
-    """A model whose cross-attentions have biases, 0 when fresh, and look sharply at few tokens, not alike at all."""
+    """A model whose cross-attentions have non-zero biases and attend sharply to few tokens."""
     values = {"text_adapt_until": 2, "image_adapt_until": 3, **changes}
     of_model = {name: values.pop(name) for name in MODEL_FIELDS if name in values}
     torch.manual_seed(seed)
@@ -124,11 +124,11 @@ class Case(NamedTuple):
         yield in_double(self.model), self.batch.to(torch.float64), 1e-9
 
     def words(self) -> list[Tensor]:
-        """What the tokens of each image of the batch attend to."""
+        """The context of each image's tokens."""
         return [reference.words_of(self.ref, list(self.prompts.tokens[row])) for row in self.batch.rows]
 
     def patches(self) -> list[Tensor | None]:
-        """What the prompts of each image attend to, each image's own."""
+        """The context of each image's prompts."""
         if self.ref.cross.text_conditioning == "none":
             return [None] * len(self.batch.rows)
         images = self.batch.images.double()
@@ -163,7 +163,7 @@ def make_case(name: str) -> Case:
 
 
 def stage1_features(model: AdaptedCLIPWithCrossAttention, batch: Batch, prompts: Prompts) -> ImageFeatures:
-    """What Stage 1 looks at, as `TextStage` asks for it."""
+    """The features of Stage 1, as `TextStage` requests them."""
     return model.stage1_features(batch.images, prompts, batch.rows)
 
 
@@ -219,7 +219,7 @@ def agree_by_branch(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 
 @cases
 def test_stage1(name: str) -> None:
-    """Conditioned anchors, loss, and gradients, which reach nothing but the text side."""
+    """Conditioned anchors, loss, and gradients, which reach only the text side."""
     case = make_case(name)
     anchors, expected = reference_stage1(case)
     gradients = reference_gradients(case, expected, "text")
@@ -327,7 +327,7 @@ def test_at_weight_0_the_model_is_the_base_bit_for_bit(conditioning: str, train:
 
 
 def test_zero_init_starts_at_the_base() -> None:
-    """The image side to the bit; prompts are expanded to each image, so their sums may come in another order."""
+    """The image side is bit-identical; prompts are expanded per image, so their sums may have another order."""
     clip = model64().clip
     base = adapted_clip(clip, text_adapt_until=2, image_adapt_until=3)
     torch.manual_seed(3)
@@ -407,7 +407,7 @@ def test_an_image_does_not_depend_on_its_batch(text_context: str, rows: list[int
 @torch.no_grad()
 @pytest.mark.parametrize("text_context", ["frozen", "projectors"])
 def test_an_image_is_tested_independently_of_stage_1(text_context: str) -> None:
-    """`--surgery batch_axis`: Stage 1's features depend on the batch, those that anchors see in testing do not."""
+    """`--surgery batch_axis`: features of Stage 1 depend on the batch, the context of anchors in testing does not."""
     model = model64(text_context=text_context)
     model.config = replace(model.config, surgery="batch_axis", surgery_until_layer=9)
     batch, prompts = random_batch(40).to(torch.float64), tiny_prompts(model.clip)
@@ -424,7 +424,7 @@ def test_an_image_is_tested_independently_of_stage_1(text_context: str) -> None:
 
 
 def test_stage_1_gives_the_image_side_no_gradient() -> None:
-    """Not even if its features require one."""
+    """Even if its features require one."""
     model = cross_model(shared_clip(), text_context="trained")
     batch, prompts = random_batch(40), tiny_prompts(model.clip)
     features = model.image_features(batch.images, model.text_side(prompts), batch.rows)
@@ -439,7 +439,7 @@ def test_stage_1_gives_the_image_side_no_gradient() -> None:
 @example(padding=[0])
 @settings(max_examples=6, deadline=None)
 def test_padding_does_not_matter(padding: list[int]) -> None:
-    """Neither its length nor its tokens, for images, anchors and scores."""
+    """Its length and tokens do not change images, anchors or scores."""
     model = model64()
     batch, prompts = random_batch(40).to(torch.float64), tiny_prompts(model.clip)
     length = prompts.tokens.shape[-1]
@@ -488,7 +488,7 @@ def toy_clip() -> FrozenCLIP:
 
 
 def toy_model(**changes: Any) -> AdaptedCLIPWithCrossAttention:
-    """Fresh, without text cross-attention, so that nothing but the image side differs between two of them."""
+    """New, without text cross-attention, so that two models differ in the image side only."""
     clip = toy_clip()
     torch.manual_seed(0)
     cross = CrossAttentionConfig(**{"text_cross_attn_weight": 0.0, **changes})
@@ -496,7 +496,7 @@ def toy_model(**changes: Any) -> AdaptedCLIPWithCrossAttention:
 
 
 def contribution(model: AdaptedCLIPWithCrossAttention) -> float:
-    """|w * out| / |x|, mean over tokens: how much of the stream is the cross-attention's."""
+    """|w * out| / |x|, mean over tokens: the cross-attention's share of the stream."""
     batch, text_side = random_batch(model.clip.img_size), model.text_side(tiny_prompts(model.clip))
     with torch.no_grad():
         x = run_block(model.clip.clip.visual.transformer.resblocks[0], model.clip.embed_image(batch.images))

@@ -97,7 +97,7 @@ def test_files_and_verification(finished: Path) -> None:
 
 
 def test_training_starts_from_the_base(world: Path, tmp_path: Path) -> None:
-    """No epoch of training: what the state holds before it is the base's adapters."""
+    """Before the first epoch, the state contains the base's adapters."""
     run(*from_base(world, tmp_path, "--text_epoch", 0, "--image_epoch", 0))
     state = torch.load(tmp_path / "training_state.pth", weights_only=True)
     base = torch.load(world / "base" / "image_adapter.pth", weights_only=True)
@@ -128,7 +128,7 @@ def test_zero_initialisation_needs_an_added_residual(world: Path) -> None:
 
 
 def test_killed_runs_end_with_the_same_weights(world: Path, finished: Path, tmp_path: Path) -> None:
-    """Dropout is on while training: its stream, too, must not depend on where a run was killed."""
+    """Dropout is active in training: its random numbers must not depend on where a run was killed."""
     path = tmp_path / "killed"
     chance = random.Random(time.time_ns())
     for rows in (1, 3):
@@ -144,7 +144,7 @@ def test_killed_runs_end_with_the_same_weights(world: Path, finished: Path, tmp_
 
 
 def test_evaluation_uses_cross_attention(world: Path, finished: Path, tmp_path: Path) -> None:
-    """Row 3 of docs/method.md, "Known defects": left out at test time, it gives other results."""
+    """Row 3 of docs/method.md, "Known defects": results without it differ."""
     run("inference.py", "--checkpoint", finished, "--dataset", world / "test", "--num_workers", 0, "--device", "cpu")
     model = load_model(finished / "image_adapter.pth", device="cpu")
     picture = world / "test" / "cork" / "test" / "spot" / "000.png"

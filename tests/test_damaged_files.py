@@ -1,4 +1,4 @@
-"""Checkpoints and states that are damaged somewhere: used where that does no harm, otherwise refused in one line."""
+"""Damaged checkpoints and states are used if the damage is harmless, and otherwise refused in one line."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from utils.errors import UserError
 
 @functools.cache
 def clip() -> FrozenCLIP:
-    """The kept runs' CLIP, under the name that they know it by."""
+    """The CLIP of the runs, under its recorded name."""
     loaded = load_clip(f"local-dir:{world() / 'clip'}")
     loaded.model_name = "local-dir:clip"
     return loaded
 
 
 def used_or_refused(use: Callable[[], object], file: Path) -> None:
-    """No other end than to be used, or one line that names the file."""
+    """The file is used, or refused in one line that names it."""
     try:
         use()
     except UserError as error:
@@ -52,7 +52,7 @@ def test_damage_is_harmless_or_refused(damaged: Damaged, tmp_path_factory: pytes
 
 
 def run_of() -> tuple[AdaptedCLIPWithCrossAttention, dict[str, torch.optim.Optimizer]]:
-    """A fresh model with optimizers, as the kept feedback run has them."""
+    """A new model with the optimizers of the feedback run."""
     model = AdaptedCLIPWithCrossAttention(clip(), read_any(world() / "feedback" / STATE_FILE).model_config())
     kinds = ("adapter", "cross_attn")
     groups = {
@@ -63,7 +63,7 @@ def run_of() -> tuple[AdaptedCLIPWithCrossAttention, dict[str, torch.optim.Optim
 
 
 def go_on(file: Path) -> None:
-    """Take up what a state holds, and do the first step."""
+    """Load a state and do the first step."""
     model, optimizers = run_of()
     restore(read_state(file), model.components, optimizers, file)
     for parameter in (parameter for part in model.components.values() for parameter in part.parameters()):
@@ -73,7 +73,7 @@ def go_on(file: Path) -> None:
 
 
 def test_undamaged_files_are_used() -> None:
-    """What the test above would not notice: a check that refuses everything."""
+    """The test above would not notice a check that refuses everything."""
     for name in SOUND:
         build_detector(read_any(world() / name), clip())
     go_on(world() / "feedback" / STATE_FILE)
@@ -112,7 +112,7 @@ def test_a_damaged_state_is_refused_with_its_key(
 
 
 def test_moments_are_assigned_to_their_parameters() -> None:
-    """The file holds them on the CPU, and torch's own loading moves them; here another precision stands for a GPU."""
+    """The file contains them for the CPU, and loading moves them; here another precision replaces a GPU."""
     file = world() / "feedback" / STATE_FILE
     model, optimizers = run_of()
     model.double()

@@ -1,4 +1,4 @@
-"""What is said of the device, and of a GPU that lies idle."""
+"""Messages about the device and an unused GPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_each_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> nn.Module:
-    """A large model on a machine with an NVIDIA driver, whose torch knows no CUDA."""
+    """A large model on a machine with an NVIDIA driver and torch without CUDA."""
     monkeypatch.setattr(engine.runtime.device, "LARGE", 10)
     monkeypatch.setattr(engine.runtime.device, "NVIDIA_DRIVER", tmp_path)
     monkeypatch.setattr(engine.runtime.device.shutil, "which", lambda _: None)

@@ -1,4 +1,4 @@
-"""Tables in the documentation follow from what studies wrote, and their gains from the seeds."""
+"""Tables in the documentation follow from the files of studies, and their gains from the seeds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_tables_equal_the_studies_results(page: str) -> None:
 
 @pytest.mark.parametrize("file", sorted((DOCS / "results").glob("*_verdicts.csv")), ids=lambda file: file.stem)
 def test_gains_are_computed_from_the_seeds(file: Path) -> None:
-    """The gains were computed before the figures of the seeds were rounded."""
+    """Gains were computed before the values of the seeds were rounded."""
     values: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     with file.with_name(file.name.replace("_verdicts", "")).open(encoding="utf-8", newline="") as lines:
         for row in csv.DictReader(lines):

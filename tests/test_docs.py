@@ -73,7 +73,7 @@ def known_flags() -> frozenset[str]:
 
 
 def link_problem(page: str, target: str) -> str | None:
-    """What is wrong with a link; addresses elsewhere are not fetched."""
+    """The problem of a link; external addresses are not fetched."""
     if re.match(r"https?://|mailto:", target):
         return None
     path, _, anchor = unquote(target).partition("#")

@@ -1,4 +1,4 @@
-"""What is said before torch is imported, which takes seconds."""
+"""Errors and help that need no torch, whose import takes seconds."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ for script, arguments in json.load(sys.stdin):
 
 
 def statuses(commands: list[tuple[str, list[str]]], folder: Path) -> tuple[list[str], str]:
-    """The exit status of each command, and all that was said on standard error."""
+    """The exit status of each command, and its standard error."""
     given = json.dumps([(str(ROOT / script), arguments) for script, arguments in commands])
     words = [sys.executable, "-c", WITHOUT_TORCH]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}

@@ -45,7 +45,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Detector]:
 def test_models_share_frozen_features(
     models: dict[str, Detector], data: TaskData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unadapted CLIP and two whose prompts see frozen features: the same figures, from one pass for all."""
+    """Unadapted CLIP and two models conditioned on frozen features: one pass for all gives the same values."""
     passes, taken = [], frozen.surgery_stream
     monkeypatch.setattr(frozen, "surgery_stream", lambda *given: passes.append(given) or taken(*given))
     clip = next(iter(models.values())).clip

@@ -1,4 +1,4 @@
-"""The files in examples/: what they start under Slurm, whose programs are stood in for here."""
+"""The commands that the files in examples/ start under Slurm, whose programs are replaced here."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ with Path("started.jsonl").open("a") as file:
 
 
 def usage(file: Path) -> list[str]:
-    """The words of a file's own example, behind its name."""
+    """The arguments in a file's usage example."""
     line = re.search(r"^#   sbatch (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE).group(1)
     words = shlex.split(line)
     return words[words.index(f"examples/{file.name}") + 1 :]

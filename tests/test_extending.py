@@ -1,4 +1,4 @@
-"""docs/extending.md: its changes are made in a copy of the repository, where they work and keep to the style."""
+"""The changes of docs/extending.md work in a copy of the repository and pass the style checks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAGE = "docs/extending.md"
 
 
 class Change(NamedTuple):
-    """What a `diff` block of the page does to a file: each pair of texts, before and after; none before: a new file."""
+    """The change of a file by a `diff` block: pairs of texts before and after."""
 
     path: str
     parts: list[tuple[str, str]]
@@ -37,7 +37,7 @@ def changes() -> dict[str, list[Change]]:
 
 
 def read_change(lines: tuple[str, ...]) -> Change:
-    """The lines of a block: `--- PATH`, then lines that begin with a blank, `-` or `+`; `@@` stands between parts."""
+    """Parse a block: `--- PATH`, then lines that begin with a blank, `-` or `+`; `@@` separates parts."""
     first, *rest = lines
     parts = []
     for part in re.split(r"^@@.*\n", "\n".join(rest) + "\n", flags=re.MULTILINE):
@@ -48,7 +48,7 @@ def read_change(lines: tuple[str, ...]) -> Change:
 
 
 def make(change: Change, root: Path) -> None:
-    """Change a file below `root`; what stands before must be there once."""
+    """Change a file below `root`; the text before must occur once."""
     file = root / change.path
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     for before, after in change.parts:

@@ -1,4 +1,4 @@
-"""The feedback driver in this process: plan, what a loop changes, persistence, files, restarts."""
+"""Feedback training in this process: plan, changes in a loop, persistence, files, restarts."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ Moments = dict[str, dict[str, Tensor]]
 
 @pytest.fixture(autouse=True)
 def logging_as_it_was() -> Iterator[None]:
-    """A run takes over the root logger."""
+    """A run configures the root logger."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     yield
@@ -108,7 +108,7 @@ def asked(world: Path, save_path: Path, preset: str = "v2", **changes: Any) -> F
 
 
 class Moment(NamedTuple):
-    """The start or end of an epoch: what the model and both optimizers are, and what the model says of a picture."""
+    """The start or end of an epoch: the state of the model and both optimizers, and a prediction."""
 
     loop: int
     side: str
@@ -122,12 +122,12 @@ class Moment(NamedTuple):
 
 
 class Halt(BaseException):
-    """Ends a run as a kill does: nothing of the run's own may catch it."""
+    """Ends a run like a kill; the run must not catch it."""
 
 
 @dataclass
 class Recorder:
-    """Looks over the shoulder of one run."""
+    """Records the epochs of one run."""
 
     halt_at_start: bool = False
     picture: Path | None = None
@@ -228,7 +228,7 @@ def watch(config: FeedbackConfig, picture: Path | None = None) -> Recorder:
 
 
 def begin(config: FeedbackConfig) -> Moment:
-    """What a run starts its first epoch with."""
+    """The state at the start of a run's first epoch."""
     set_up_logging()
     with Recorder(halt_at_start=True).watching() as recorder, pytest.raises(Halt):
         train_feedback(config)
@@ -240,7 +240,7 @@ def state(folder: Path) -> dict[str, Any]:
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """All that a run has found, apart from the time that it took."""
+    """The results of a run without times."""
     saved = state(folder)
     rows = [{name: value for name, value in row.items() if name not in TIMED} for row in saved["history"]]
     written = [json.loads(line) for line in (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -255,7 +255,7 @@ def log_of(folder: Path) -> str:
 
 
 class Finished(NamedTuple):
-    """An uninterrupted run, and what was seen of it; tests that change the folder copy it first."""
+    """An uninterrupted run and its records; tests that change the folder copy it first."""
 
     folder: Path
     seen: Recorder
@@ -403,7 +403,7 @@ def test_optimizers_have_their_documented_betas_and_decay(clip: FrozenCLIP) -> N
 
 
 def stage_in_loop(clip: FrozenCLIP, loop: int, **changes: Any) -> TextStage:
-    """Stage 1 as the driver has it in this loop, on a model without chance."""
+    """Stage 1 of this loop, on a model without dropout."""
     config = FeedbackConfig.of(preset="v2", **{"num_feedback_loops": 2, "cross_attn_dropout": 0.0, **changes})
     torch.manual_seed(0)
     model = AdaptedCLIPWithCrossAttention(clip, config_for(clip), cross=config.cross_attention())
@@ -461,7 +461,7 @@ def test_stage_1_of_loop_2_may_receive_projectors_only(clip: FrozenCLIP) -> None
 @pytest.mark.parametrize("features", ["branch", "projectors"])
 @pytest.mark.parametrize("loop", [1, 2])
 def test_stage_1_gives_the_image_side_no_gradient(clip: FrozenCLIP, loop: int, features: str) -> None:
-    """Not even where its parameters ask for one."""
+    """Even if its parameters require one."""
     stage = stage_in_loop(clip, loop, feedback_features=features)
     asking = {name for name, part in stage.model.components.items() if all(p.requires_grad for p in part.parameters())}
     assert asking == {"text_adapter", "text_cross_attn"}
@@ -484,7 +484,7 @@ def test_only_the_trained_side_is_in_train_mode(finished: Finished) -> None:
 
 
 def check_everything_persists(seen: Recorder, loops: int) -> None:
-    """Each stage of each loop starts with the tensors and moments that the stage before it left, its own included."""
+    """Each stage of each loop starts with the tensors and moments of the previous stage."""
     for loop in range(2, loops + 1):
         for side in SIDES:
             start, end = seen.first(loop, side), seen.last(loop - 1, side)
@@ -534,7 +534,7 @@ def test_row2_reset_optimizers_lose_their_moments(forgetful: Finished) -> None:
 
 
 def test_the_loops_learning_rates_are_those_of_the_plan(world: Path, tmp_path: Path) -> None:
-    """The schedule of a loop starts from the loop's rate, whatever the loop before left in the optimizer."""
+    """The schedule of a loop starts from the loop's rate, not from the optimizer's last rate."""
     config = asked(
         world,
         tmp_path,
@@ -644,7 +644,7 @@ def test_each_file_alone_predicts_what_the_model_predicted(finished: Finished, n
 
 
 def test_predictions_differ_between_files(finished: Finished) -> None:
-    """Otherwise the equality above would be cheap."""
+    """Otherwise the equality above would be trivial."""
     found = [finished.seen.last(loop, side).prediction for loop in (1, 2, 3) for side in SIDES]
     for index, one in enumerate(found):
         assert all(abs(one - other).max() > 1e-6 for other in found[index + 1 :])
@@ -654,7 +654,7 @@ def test_predictions_differ_between_files(finished: Finished) -> None:
     "name", ["loop_2_text_adapter.pth", "loop_1_image_adapter.pth", "final_model.pth", "training_state.pth"]
 )
 def test_each_file_can_start_another_run(world: Path, finished: Finished, name: str, tmp_path: Path) -> None:
-    """All components, and the moments of the sides that it holds; its rates and loops are the new run's own."""
+    """All components, and the moments of its sides; rates and loops are those of the new run."""
     path = finished.folder / name
     begun = begin(asked(world, tmp_path, init_from=path, num_feedback_loops=1))
     content = torch.load(path, weights_only=True)
@@ -681,7 +681,7 @@ def test_a_run_with_another_start_is_another_run(world: Path, finished: Finished
 
 
 def mistakes(world: Path, folder: Path, tmp_path: Path) -> dict[str, tuple[dict[str, Any], str]]:
-    """Changes of a run's arguments, and what the one line must say."""
+    """Changes of a run's arguments, and the expected message."""
     final = folder / "final_model.pth"
     content = torch.load(final, weights_only=True)
     other = tmp_path / "other.pth"
@@ -745,7 +745,7 @@ def test_the_save_path_of_another_run_is_refused_and_unchanged(
 
 
 def test_a_finished_run_continues_with_the_next_loop(world: Path, finished: Finished, tmp_path: Path) -> None:
-    """The test set may come and go: looking at it changes nothing of the training."""
+    """The test set may change: testing does not affect training."""
     train_feedback(asked(world, tmp_path, num_feedback_loops=2, **{**choosing(world), "eval_dataset": None}))
     earlier = {name: (tmp_path / name).read_bytes() for name in files(2)}
     assert torch.load(tmp_path / "final_model.pth", weights_only=True)["loop"] == 2
@@ -765,7 +765,7 @@ def test_a_finished_run_continues_with_the_next_loop(world: Path, finished: Fini
 
 
 def test_the_last_stage_may_be_extended_if_its_rate_allows_it(world: Path, tmp_path: Path) -> None:
-    """The loop is then finished again: its file must hold what the stage came to."""
+    """The loop then ends again, and its file must contain the result of the longer stage."""
     short = {"num_feedback_loops": 1, "lr_schedule": "constant", "text_epochs_per_loop": (1,)}
     train_feedback(asked(world, tmp_path, image_epochs_per_loop=(1,), **short))
     train_feedback(asked(world, tmp_path, image_epochs_per_loop=(2,), **short))
@@ -804,7 +804,7 @@ def test_complete_loops_are_not_repeated() -> None:
 
 @dataclass
 class Killer:
-    """Ends a run at the event of this number, as SIGKILL would: nothing of what comes after it is done."""
+    """Ends a run at the event of this number, like SIGKILL."""
 
     kill_at: int
     events: int = 0
@@ -818,7 +818,7 @@ class Killer:
 
     @contextmanager
     def armed(self, epochs: bool = False) -> Iterator[Killer]:
-        """epochs: events are the ends of epochs' last steps alone."""
+        """epochs: only the ends of the last steps of epochs are events."""
         with pytest.MonkeyPatch.context() as patch:
             self.wrap(patch, Trainer, "train_epoch", "epoch", before=False)
             if not epochs:
@@ -863,7 +863,7 @@ def kill_again_and_again(config: FeedbackConfig, chance: random.Random, most: in
 
 
 def test_a_run_killed_anywhere_ends_with_the_same_weights(world: Path, finished: Finished, tmp_path: Path) -> None:
-    """Weights, moments, history and the loops' metrics, bit for bit; nothing half-written stays."""
+    """Weights, moments, history and metrics are bit-identical; no temporary file remains."""
     where = kill_again_and_again(asked(world, tmp_path, **choosing(world)), random.Random(4), 24)
     assert len(where) >= 8
     assert len(set(where)) >= 6, where
@@ -884,7 +884,7 @@ def test_a_resumed_loop_does_not_reset_its_optimizers_again(world: Path, forgetf
 
 
 def test_workers_change_nothing_and_do_not_accumulate(world: Path, finished: Finished, tmp_path: Path) -> None:
-    """Nor where a run with workers was killed: an epoch repeated is the same epoch, dropout included."""
+    """Also after a kill: a repeated epoch is identical, including dropout."""
     config = asked(world, tmp_path, num_workers=1, **choosing(world))
     with Killer(1).armed(epochs=True), pytest.raises(Halt):
         train_feedback(config)
@@ -940,7 +940,7 @@ def test_a_non_finite_loss_stops_with_a_usable_state(world: Path, tmp_path: Path
 
 
 def test_weights_ruined_by_the_last_step_of_an_epoch_are_not_saved(world: Path, tmp_path: Path) -> None:
-    """With epochs of one step, the state named as good must still be one to start from."""
+    """With epochs of one step, the named state must still be usable."""
     path = tmp_path / "exploding"
     with pytest.raises(NotFiniteError):
         train_feedback(asked(world, path, num_feedback_loops=1, text_lr=1e30, grad_clip=0.0, text_batch_size=16))
@@ -984,7 +984,7 @@ def test_each_loop_is_evaluated_and_the_best_on_held_out_images_is_reported(fini
 
 
 def test_tests_during_a_run_use_its_det_score(world: Path, tmp_path: Path) -> None:
-    """It is written nowhere that a forward is read from; a restart with another one would mix the two."""
+    """Checkpoints do not store it for the forward pass; a restart with another value would mix both."""
     wanted = {**choosing(world), "num_feedback_loops": 1, "det_score": "difference"}
     train_feedback(asked(world, tmp_path, **wanted))
     assert "Loop 1 on test, image scores with det score difference" in log_of(tmp_path)

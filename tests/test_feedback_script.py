@@ -50,7 +50,7 @@ def common(world: Path) -> list[object]:
 
 
 def three_loops(world: Path, save_path: Path, *more: object) -> list[object]:
-    """From a base, with everything on that happens at the end of a loop."""
+    """From a base, with evaluation and held-out images."""
     base = world / "base"
     return [
         *common(world),
@@ -92,7 +92,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def assert_same_run(one: Path, two: Path) -> None:
-    """The same weights bit for bit in every file, the same history and results, nothing half-written left."""
+    """Every file has bit-identical weights; history and results are equal; no temporary file remains."""
     names = sorted(path.name for path in two.glob("*.pth"))
     assert sorted(path.name for path in one.glob("*.pth")) == names
     for name in names:
@@ -206,7 +206,7 @@ def test_the_v1_script_of_older_notes(world: Path, tmp_path: Path) -> None:
 
 
 def test_inference_accepts_a_loop_and_a_folder_of_loops(world: Path, finished: Path, tmp_path: Path) -> None:
-    """With what training itself found after that loop."""
+    """Compared with the evaluation during training."""
     test = ["--dataset", world / "test", "--device", "cpu", "--num_workers", 0]
     run("inference.py", "--checkpoint", finished, *test, "--output_dir", tmp_path)
     with (tmp_path / "evaluation_test.csv").open(encoding="utf-8") as file:

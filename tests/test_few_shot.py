@@ -1,4 +1,4 @@
-"""The rule of few-shot training: K per class, half anomalous, spread, nested, chosen by the seed alone."""
+"""Few-shot selection: K images per class, half anomalous, balanced, nested, determined by the seed."""
 
 import logging
 import random

@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all, one line that says why not, and what another program holds open."""
+"""Files are written completely or not at all; errors are one line; files may be open in another program."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_temporary_files_of_dead_processes_only_are_removed(tmp_path: Path) -> N
 
 @pytest.mark.skipif(os.name != "posix", reason="limits the size of files, which Windows cannot")
 def test_a_full_disk_is_an_error_that_leaves_the_old_file(tmp_path: Path) -> None:
-    """A limit on the size of files stands in for a full disk: torch, safetensors, Pillow and matplotlib all fail."""
+    """A limit on file sizes replaces a full disk: torch, safetensors, Pillow and matplotlib all fail."""
     import resource
 
     noise = np.random.default_rng(0).integers(0, 255, (99, 99, 3), dtype=np.uint8)

@@ -121,7 +121,7 @@ def test_the_gradient_test_accepts_files_without_config(tmp_path: Path, monkeypa
 
 
 def start_from(start: Start, **changes: Any) -> None:
-    """`check_start`, for a run whose CLIP and model are the tiny ones, changed where asked for."""
+    """`check_start` for a run with the tiny CLIP and model, with changes."""
     run = CrossAttentionRunConfig(activation=changes.pop("activation", None))
     check_start(start, config_for(clip(), **changes), run, NAMES)
 

@@ -75,7 +75,7 @@ def test_the_default_is_the_cross_attention_of_train_cross_attention(measure: Ru
 
 
 def test_row1_the_original_setting_fails_as_preset_and_as_options(measure: Run) -> None:
-    """Row 1 of docs/method.md, "Known defects". Its ratio alone is as healthy as the defaults'."""
+    """Row 1 of docs/method.md, "Known defects". Its ratio alone looks like that of the defaults."""
     status, output = measure(**ORIGINAL)
     assert status == 1
     assert 0.8 <= number(output, "Ratio") <= 1.25

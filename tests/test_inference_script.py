@@ -242,7 +242,7 @@ def test_mistakes_end_in_one_line(world: Path, tmp_path: Path) -> None:
 
 
 def published_form(world: Path, folder: Path, relu: bool) -> Path:
-    """An AA-CLIP checkpoint as published: linear adapters, text and image side in files of their own, no config."""
+    """An AA-CLIP checkpoint as published: linear adapters, one file per side, no config."""
     folder.mkdir()
     torch.manual_seed(3)
     middle = ".fc.0.weight" if relu else ".fc.weight"

@@ -1,4 +1,4 @@
-"""Defects that this method's code had in practice (docs/method.md, "Known defects").
+"""Defects of earlier code of this method (docs/method.md, "Known defects").
 
 Each test holds a check and a small re-creation of the old behaviour: the code must pass the check, and the old
 behaviour, put in its place, must fail it.
@@ -106,7 +106,7 @@ def test_row5_clip_gets_no_gradient() -> None:
 
 
 def open_clips_own_choice(model_name: str, file: Path, state: dict[str, Tensor]) -> str:
-    """open_clip follows the architecture's name, whatever the weights, and only warns."""
+    """open_clip follows the architecture's name, not the weights, and only warns."""
     return "gelu"
 
 

@@ -1,4 +1,4 @@
-"""The lock of a run's folder: one winner, and none that outlives its process."""
+"""The lock of a run's folder: it has one owner and ends with its process."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_one_of_many_simultaneous_starts_wins(path: Path, stale: bool) -> None:
 
 
 def race(path: Path, count: int) -> list[str]:
-    """How `count` threads end that take a lock at the same time; the winner holds it until all have tried."""
+    """The results of `count` threads that request a lock at the same time; the owner keeps it until all have tried."""
     start, end = threading.Barrier(count), threading.Barrier(count)
     results: list[str] = []
 

@@ -1,4 +1,4 @@
-"""What the log's files hold: all that the screen had, from the first line on."""
+"""The log files contain all lines of the screen."""
 
 from __future__ import annotations
 

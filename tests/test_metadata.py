@@ -36,7 +36,7 @@ def located(name: str, root: Path) -> LocatedDataset:
 
 @pytest.fixture
 def mvtec(tmp_path):
-    """Two of the classes, written in another order than the catalog's, with files that are no images."""
+    """Two classes, in another order than in the catalog, with other files."""
     root = draw(
         tmp_path / "mvtec",
         *(f"wood/test/good/{i:03}.png" for i in range(2)),
@@ -431,7 +431,7 @@ SOUND_ROWS = [
 
 @st.composite
 def damaged_lists(draw):
-    """A sound list in which one value is another, one key is gone, or some bytes are."""
+    """A valid list in which a value is replaced, or a key or some bytes are missing."""
     rows = [dict(row) for row in SOUND_ROWS]
     row = draw(st.sampled_from(rows))
     key = draw(st.sampled_from(sorted(row)))

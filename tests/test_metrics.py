@@ -100,7 +100,7 @@ def as_counted(counter: PixelCounter, maps: Tensor) -> Tensor:
 
 
 def assert_within(counter: PixelCounter, expected: dict[str, float | None], allowed: float) -> None:
-    """Errors are within `allowed` points."""
+    """Errors are within `allowed` percentage points."""
     values = counter.result()
     for name, value in expected.items():
         if value is None:
@@ -221,7 +221,7 @@ def test_undefined_metrics_are_none():
     st.integers(COARSE_BINS, COARSE_BINS + 3000),
 )
 def test_pixels_of_a_bin_are_ties(kind, what, seed, raised, batch, buffer, bins):
-    """Nothing else is lost: with each score replaced by its bin the references agree."""
+    """With each score replaced by its bin, the references agree exactly."""
     maps, masks = case(kind, what, seed, raised=raised)
     counter = stream(maps, masks, batch, bins=bins, buffer=buffer)
     assert_within(counter, full_reference(as_counted(counter, maps), masks), ROUNDING)

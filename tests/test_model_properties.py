@@ -1,4 +1,4 @@
-"""Properties that hold whatever the weights and the inputs are."""
+"""Properties that hold for any weights and inputs."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def rows_of(features: ImageFeatures, rows: list[int]) -> ImageFeatures:
 @example(rows=[1, 1])
 @few_examples
 def test_features_do_not_depend_on_the_batch(kind: str, rows: list[int]) -> None:
-    """Any selection of images, in any order and with repetitions, has the features of the images by themselves."""
+    """Any selection of images, in any order and with repetitions, has the features of the single images."""
     with torch.no_grad():
         together = features_of(kind, images64())
         assert_same_features(features_of(kind, images64()[rows]), rows_of(together, rows))
@@ -166,7 +166,7 @@ def test_class_scores_lie_between_0_and_1_and_keep_the_order(maxima: list[float]
 @given(fraction=st.sampled_from([0.0, 0.2, 1.0]), sharpness=st.sampled_from([0.0, 1.0, 1e2, 1e4]))
 @few_examples
 def test_losses_stay_finite_at_extreme_logits(fraction: float, sharpness: float) -> None:
-    """log-softmax instead of log(softmax): a certain and wrong pixel costs much, not infinitely much."""
+    """log-softmax instead of log(softmax): the loss of a confident error is large but finite."""
     generator = torch.Generator().manual_seed(0)
     mask = (torch.rand(2, 8, 8, generator=generator) < fraction).float()
     logits = (sharpness * torch.randn(2, 2, 8, 8, generator=generator)).requires_grad_()

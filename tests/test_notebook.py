@@ -60,13 +60,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def own_jupyter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the user's IPython profile nor their list of running kernels has a part in it."""
+    """Independent of the user's IPython profile and running kernels."""
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
 
 
 def execute(notebook: NotebookNode, cwd: Path) -> NotebookNode:
-    """Run a notebook from top to bottom, in a kernel that starts in `cwd`; it says nothing of when and where it ran."""
+    """Run a notebook in a kernel that starts in `cwd`, without recording time or place."""
     resources = {"metadata": {"path": str(cwd)}}
     client = NotebookClient(notebook, kernel_name="python3", timeout=300, record_timing=False, resources=resources)
     client.execute(env=environment())

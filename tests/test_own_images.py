@@ -1,4 +1,4 @@
-"""`inference.py --image`: any folder of images, and the page that shows what a model says of them."""
+"""`inference.py --image`: any folder of images, and its report."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of many formats and sizes in nested folders, two broken files, and what is no image."""
+    """Images of many formats and sizes in nested folders, two broken files, and other files."""
     folder = tmp_path_factory.mktemp("mixed")
     for index, ending in enumerate(FORMATS):
         path = folder / ("nut" if index % 2 else "metal_screw/monday") / f"{index} <b>.{ending}"
@@ -157,7 +157,7 @@ def test_incompatible_arguments(changes: dict[str, Any], says: str) -> None:
 
 @pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32, "LA", "P", "RGBA", "CMYK"])
 def test_an_opened_image_equals_its_file(kind: Any, tmp_path: Path) -> None:
-    """What `predict` gets in a notebook, as a path or as an image."""
+    """Inputs of `predict` in a notebook: paths and images."""
     values = np.asarray(noise().convert("L")).astype(np.float64)
     scale = {np.uint16: 257, np.float32: 1 / 255}.get(kind, 1)
     image = noise().convert(kind) if isinstance(kind, str) else Image.fromarray((values * scale).astype(kind))
@@ -174,7 +174,7 @@ def bumps(*places: tuple[int, int, float], size: int = 40) -> np.ndarray:
 
 
 def test_the_worst_region_contains_the_maximum_of_the_map() -> None:
-    """Of two bumps the higher one, down to half of its height."""
+    """The higher of two peaks, down to half of its height."""
     two = bumps((10, 12, 1.0), (30, 25, 0.8))
     found = worst_region(two, (40, 40))
     ys, xs = np.mgrid[:40, :40]

@@ -1,4 +1,4 @@
-"""Which precision a run computes in, that it keeps it, and what stays in float32 whatever it is."""
+"""The precision of a run, its resumption, and computations that stay in float32."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def as_before() -> Iterator[None]:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A machine with a GPU that has bf16."""
+    """A machine with a GPU that supports bf16."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")

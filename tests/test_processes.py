@@ -44,14 +44,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(world: Path) -> Path:
-    """What one process makes."""
+    """The results of one process."""
     run_all(world, world / "one")
     return world / "one"
 
 
 @pytest.fixture(scope="module", params=(2, 3))
 def several(world: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Path, str]]:
-    """What several processes make, two by accelerate's launcher and three by themselves; what they say on the way."""
+    """The results and output of two processes with accelerate's launcher and three without."""
     if sys.platform == "win32":
         pytest.skip(WHY_NOT)
     output = world / f"{request.param} processes"
@@ -70,7 +70,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_several_processes_train_like_one(one: Path, several: tuple[Path, str]) -> None:
-    """Both stages, also accumulated; feedback with cross-attention and its dropout; a step with an image too few."""
+    """Both stages, with accumulation; feedback with cross-attention and dropout; an incomplete step."""
     for name in RUNS:
         first, expected = rows(several[0] / name), rows(one / name)
         assert [list(row) for row in first] == [list(row) for row in expected]

@@ -1,4 +1,4 @@
-"""Prompts that begin alike are encoded together, and each as if it were alone."""
+"""Prompts with shared prefixes are encoded together, with the results of separate encoding."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_conditioned_prompts_are_encoded_alike(residual: str) -> None:
 
 
 def test_dropout_is_independent_for_every_prompt() -> None:
-    """In Stage 1, where it is on: a run's random numbers stay what they were."""
+    """In Stage 1, where it is active, random numbers are those of separate prompts."""
     clip, prompts = tiny_clip(), prompts_of("real")
     model = AdaptedCLIPWithCrossAttention(clip, config_for(clip))
     features = model.stage1_features(random_batch(40).images, prompts, torch.tensor([0, 2, 0, 1]))

@@ -126,7 +126,7 @@ def first_batch(opening: RunSetup, augment: str, size: int, stage: int) -> dict[
 
 
 def published_reference(opening: RunSetup) -> reference.Reference:
-    """On the weights of a fresh start, under GELU."""
+    """With new weights and GELU."""
     clip = tiny_open_clip(quick_gelu=False)
     clip.load_state_dict(opening.model.clip.clip.state_dict())
     weights = {name: value.detach().double().requires_grad_() for name, value in trainable(opening.model).items()}
@@ -201,7 +201,7 @@ def check_step(
 def test_explicit_options_override_the_preset_and_change_the_step(
     change: dict[str, Any], opening: RunSetup, world: Path, tmp_path: Path
 ) -> None:
-    """None of the deviations is too small for the comparisons above."""
+    """Each deviation is large enough for the comparisons above."""
     batch = first_batch(opening, "geometric", 6, 1)
 
     def loss_of(other: RunSetup) -> Tensor:
@@ -256,7 +256,7 @@ def write_published_form(folder: Path, opening: RunSetup, adapter: str = "linear
 
 
 def maps_by_hand(file: Path, opening: RunSetup, picture: Path, name: str, quick_gelu: bool) -> Tensor:
-    """The calibrated map that the reference gives, with this name in the prompts and this activation, (S, S)."""
+    """The reference's calibrated map for this class name and activation, (S, S)."""
     clip = tiny_open_clip(quick_gelu)
     clip.load_state_dict(opening.model.clip.clip.state_dict())
     files = [torch.load(part, weights_only=True) for part in (file, file.with_name("text_adapter.pth"))]
@@ -278,7 +278,7 @@ def maps_by_hand(file: Path, opening: RunSetup, picture: Path, name: str, quick_
 def test_a_published_checkpoint_keeps_its_settings(
     opening: RunSetup, world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """GELU and the published names without a flag, in `predict` too; both can be asked otherwise."""
+    """GELU and published names are the default, also in `predict`; options override both."""
     caplog.set_level(logging.INFO)
     file = write_published_form(tmp_path / "published", opening)
     picture = world / "data" / "MPDD" / "tubes" / "test" / "spot" / "000.png"

@@ -78,7 +78,7 @@ class Case(NamedTuple):
 
 @functools.cache
 def shared_clip(quick_gelu: bool) -> FrozenCLIP:
-    """Built once for all cases: frozen means that none of them changes it."""
+    """Built once for all cases, which do not change it."""
     return tiny_clip(quick_gelu)
 
 
@@ -258,7 +258,7 @@ def test_unadapted_clip(domain: str, surgery: str) -> None:
 
 
 class Scores(NamedTuple):
-    """Published maps and scores, taking the images as one class; calibrated ones, of each image by itself."""
+    """Published maps and scores of the images as one class, and calibrated ones of each image."""
 
     maps: Tensor
     det: Tensor
@@ -311,7 +311,7 @@ def assert_scores_agree(
 
 @pytest.mark.parametrize("kind", scoring.DET_SCORES)
 def test_extreme_det_scores_are_between_0_and_1(kind: str) -> None:
-    """Of anchors that are opposite both kinds say the same; of anchors that coincide the difference says nothing."""
+    """For opposite anchors both scores agree; for equal anchors the difference is constant."""
     outputs = scoring.Outputs([], torch.tensor([[1.0, -1.0], [-1.0, 1.0], [0.3, -0.3]]))
     assert_agrees(scoring.det_scores(outputs, kind), torch.tensor([0.0, 1.0, 0.35]), 1e-6)
     same = scoring.Outputs([], torch.tensor([[0.9, 0.9], [-0.2, -0.2]]))

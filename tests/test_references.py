@@ -183,7 +183,7 @@ def test_more_shots_contain_the_references_of_fewer(tmp_path: Path) -> None:
 
 
 def test_references_and_calibration(world: Path, tmp_path: Path) -> None:
-    """Thresholds are of a model with its references: others, and none, decide nothing; no image may be both."""
+    """Thresholds belong to a model with its references; no image may be used for both."""
     rng = np.random.default_rng(9)
     for index in range(20):
         save(tmp_path / "new" / f"{index}.png", rng.integers(60, 120, (SIZE, SIZE, 3)))
@@ -209,7 +209,7 @@ def test_references_and_calibration(world: Path, tmp_path: Path) -> None:
 def test_references_and_calibration_share_a_folder(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The references are set aside before anything is computed; too few other images are refused then too."""
+    """References are separated first; too few remaining images are refused."""
     rng = np.random.default_rng(9)
     for index in range(21):
         save(tmp_path / "new" / f"{index}.png", rng.integers(60, 120, (SIZE, SIZE, 3)))

@@ -1,4 +1,4 @@
-"""`report.html`: what it says, and how a browser shows it on a desk and on a phone, light and dark."""
+"""`report.html`: its content and its layout on desktops and phones, light and dark."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(world: Path) -> Path:
-    """The report of the runs, with all that it can show."""
+    """The report of the runs with all sections."""
     asked = {"base_path": world / "base", "unadapted": True, "device": "cpu", "report": True}
     assert compare_feedback_loops(world / RUN, str(world / "test"), **asked) == 0
     return world / RUN / "report.html"
@@ -60,7 +60,7 @@ def report(world: Path) -> Path:
 
 @pytest.fixture(params=VIEWS, ids=[f"{width} px, {scheme}" for width, scheme in VIEWS])
 def page(request: pytest.FixtureRequest, browser: Browser, report: Path) -> Iterator[Page]:  # noqa: F811
-    """The report in a window; it must ask for nothing else, and log nothing."""
+    """The report in a window; it must request and log nothing."""
     width, scheme = request.param
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
     complaints: list[str] = []

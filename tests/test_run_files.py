@@ -1,4 +1,4 @@
-"""A run's folder: one run at a time, disks that are full, files that are held open."""
+"""A run's folder: one run at a time, full disks, open files."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_rates_of_a_base(world: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_two_runs_at_once_on_one_folder(world: Path, tmp_path: Path) -> None:
-    """The second is refused and leaves no trace, in a used folder and in a new one."""
+    """The second is refused and leaves no files, in a used and in a new folder."""
     used, new = shutil.copytree(world / "base", tmp_path / "used"), tmp_path / "new"
     new.mkdir()
     for run in (used, new):

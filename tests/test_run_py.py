@@ -1,4 +1,4 @@
-"""`run.py`: what it installs from where, and what it hands on."""
+"""`run.py`: packages, indexes, arguments and signals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INDEX = "https://download.pytorch.org/whl/cu126"
 
 @pytest.fixture
 def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands that would be run, with an environment that is there and empty."""
+    """The commands that would run, with an existing, empty environment."""
     python = tmp_path / "python"
     python.write_text("", encoding="utf-8")
     monkeypatch.setattr(run, "VENV", tmp_path)
@@ -86,7 +86,7 @@ def test_the_demo_takes_no_options(words: list[str], status: int) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 7)])
 def test_the_running_command_handles_signals(number: int, status: int) -> None:
-    """SIGTERM is handed on; of Ctrl-C the terminal has told it already."""
+    """SIGTERM is forwarded; the terminal sends Ctrl-C to both processes."""
     code = "import time, sys; time.sleep(0.6); sys.exit(7)"
 
     def send() -> None:

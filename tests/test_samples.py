@@ -1,4 +1,4 @@
-"""Reading pictures and masks of every kind, augmentation, seeded order, and errors from worker processes."""
+"""Reading images and masks of every kind, augmentation, seeded order, and errors from worker processes."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""How scripts end: in one line for user errors and for signals at any moment."""
+"""User errors and signals end scripts with one line."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_program_error_keeps_its_traceback(error: Exception) -> None:
 def test_a_signal_ends_a_script_in_one_line_after_cleaning_up(
     number: int, status: int, library_error: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also if a library turns the interruption into an error of its own."""
+    """Also if a library turns the interruption into another error."""
     cleaned = []
 
     def main() -> None:

@@ -1,4 +1,4 @@
-"""Seeds follow from their parts, and from all of them."""
+"""Seeds depend on all of their parts."""
 
 import subprocess
 import sys

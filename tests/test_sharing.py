@@ -1,4 +1,4 @@
-"""Models to share: a folder that loads as the same model anywhere, its card, and the hub (a stand-in of its client)."""
+"""Shared models: a folder that loads identically anywhere, its card, and the hub (with a replaced client)."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_every_checkpoint_option_accepts_a_shared_folder(world: Path, tmp_path: 
 
 
 def test_other_weights_of_clip_are_refused(world: Path, tmp_path: Path) -> None:
-    """Also for a model that came from a file without config, which itself cannot tell."""
+    """Also for a model from a file without config."""
     folder = load(world, "published").save_pretrained(tmp_path / "model")
     state = load_file(world / "clip" / "open_clip_model.safetensors")
     state["ln_final.weight"] += 1
@@ -311,7 +311,7 @@ def test_thresholds_come_from_the_hub_or_the_local_file(
     Image.fromarray(IMAGE).save(tmp_path / "image.png")
 
     def decision(class_name: str) -> set[str]:
-        """What the script, `load_model` and the page say."""
+        """The messages of the script, `load_model` and the page."""
         (found,) = score_images("hf://org/name", tmp_path / "image.png", class_name, output_dir=tmp_path / "o", **asked)
         page = load_models(AppArguments.of(checkpoint=("hf://org/name",), **asked))
         models = [load_model("hf://org/name", **asked), *page.values()]

@@ -1,4 +1,4 @@
-"""What a study file becomes: cells, commands, digests; and the files in `studies/`."""
+"""Cells, commands and digests of a study file, and the files in `studies/`."""
 
 from __future__ import annotations
 
@@ -155,6 +155,6 @@ def test_the_published_study_names_missing_requirements(monkeypatch: pytest.Monk
 
 
 def test_planning_needs_no_torch() -> None:
-    """A study of many commands is listed at once."""
+    """A large study is listed without delay."""
     code = "import sys, engine.study.run; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0

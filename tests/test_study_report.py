@@ -1,4 +1,4 @@
-"""What a study's files say, of whole studies and of partial ones."""
+"""The result files of complete and partial studies."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_a_partial_study_is_reported(tmp_path: Path) -> None:
 
 
 def test_every_arm_to_compare_with_has_a_report(tmp_path: Path) -> None:
-    """Turned round, a gain is a loss; each report corrects for its own comparisons."""
+    """Exchanging the arms changes the sign of a gain; each report corrects for its own comparisons."""
     plan = run(
         tmp_path,
         **{

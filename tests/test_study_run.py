@@ -52,7 +52,7 @@ def results(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a study that was run without a break."""
+    """A folder with an uninterrupted study."""
     folder = tmp_path_factory.mktemp("world")
     assert run_study(arguments(write_world(folder), folder, jobs=3)) == 0
     return folder
@@ -139,7 +139,7 @@ def has_begun(process: subprocess.Popen[str], folder: Path) -> bool:
 
 
 def assert_equals_uninterrupted(folder: Path, finished: Path) -> None:
-    """Every epoch was trained once, and the metrics are those of the study that ran without a break."""
+    """Every epoch was trained once, and the metrics equal those of an uninterrupted study."""
     for history in folder.rglob("history.jsonl"):
         rows = history.read_text(encoding="utf-8").splitlines()
         assert [json.loads(row)["epoch"] for row in rows] == [1, 2]
@@ -148,7 +148,7 @@ def assert_equals_uninterrupted(folder: Path, finished: Path) -> None:
 
 
 def test_a_killed_study_ends_with_the_same_metrics(finished: Path, tmp_path: Path) -> None:
-    """SIGKILL leaves the runner no time to end its processes."""
+    """After SIGKILL, the runner cannot end its processes."""
     write_world(tmp_path, **{"study.arguments": {"epochs": 2, "delay": 0.4}})
     for part in range(2):
         process = start_process(tmp_path, "--jobs", "2")

@@ -1,4 +1,4 @@
-"""The statistics of studies: each by itself, and their error rate and power on simulated studies."""
+"""The statistics of studies, and their error rate and power on simulated studies."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def gaussian(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def skewed(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Log-normal noise: now and then a run goes badly wrong."""
+    """Log-normal noise: a few runs are much worse."""
     return 1.6 - np.exp(rng.standard_normal(shape))
 
 
@@ -67,7 +67,7 @@ def decided(differences: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("noise", [gaussian, skewed, heavy])
 def test_an_arm_without_effect_is_seldom_called_better_or_worse(noise) -> None:
-    """Of single arms, and of whole studies with three arms in which any arm is: both at most 6.5 %."""
+    """The error rate of single arms, and of any arm in studies with three, is at most 6.5 %."""
     found = decided(simulate(noise))
     alone = decided(simulate(noise, gains=(0.0,)))
     assert alone.mean() <= MOST_ERRORS
@@ -89,7 +89,7 @@ def test_a_real_effect_is_found_with_the_computed_power(seeds: int) -> None:
 
 
 def test_verdicts_follow_from_the_test() -> None:
-    """What `judge` says of single studies is what the error rates above are about."""
+    """`judge` gives the verdicts whose error rates are tested above."""
     differences = simulate(gains=(3.0, 0.0, -3.0), studies=6)
     found = decided(differences)
     words = []
@@ -102,7 +102,7 @@ def test_verdicts_follow_from_the_test() -> None:
 
 
 def test_relevant_differences_are_seldom_called_no_difference() -> None:
-    """A difference of just the margin is said to be within it in at most 5 % of studies, and one of 0 is often."""
+    """A difference equal to the margin is called smaller in at most 5 % of studies, a difference of 0 often."""
     quiet = 0.12
     for gain, least, most in ((0.5, 0.0, LEVEL), (0.0, 0.8, 1.0)):
         differences = gain + quiet * (simulate(gains=(0.0,), studies=100)[0])
@@ -149,7 +149,7 @@ def test_the_bootstrap_omits_undefined_values() -> None:
 
 
 def test_the_simulated_test_equals_the_test() -> None:
-    """Power is that of scipy's permutation test, which gives the p values."""
+    """The power equals that of scipy's permutation test, which computes the p values."""
     drawn = np.random.default_rng(2).standard_normal((400, 7)) + 0.6
     for level in (0.05, 0.05 / 3):
         assert sign_flip_power(drawn, level) == (sign_flip_test(drawn) <= level).mean()

@@ -1,4 +1,4 @@
-"""The toy world: drawings depend on their seed alone, datasets have MVTec's layout, masks show what changed."""
+"""The toy world: drawings depend on their seed, datasets have MVTec's layout, masks show the defects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training loop's own sayings and safeguards, restarts' rules, and how errors reach the user."""
+"""The training loop: verdicts, safeguards, rules of restarts, and errors."""
 
 from __future__ import annotations
 

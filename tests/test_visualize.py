@@ -1,4 +1,4 @@
-"""`visualize_comparison.py`: which images, which models, which pictures (run in this process, on a tiny CLIP)."""
+"""`visualize_comparison.py`: its images, models and figures (in this process, with a tiny CLIP)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training step waits for the device once, to look whether loss and gradient are finite, and for nothing else."""
+"""A training step waits for the device once, to check that loss and gradient are finite."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_synchronisations_are_counted() -> None:
 
 @pytest.fixture(autouse=True)
 def accelerate_as_new() -> Iterator[None]:
-    """A process has one device for accelerate, the first that was asked for."""
+    """accelerate keeps the first device of a process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -137,7 +137,7 @@ def counted(side: str, kind: str, steps: int) -> Counter[str]:
 @pytest.mark.parametrize("kind", ["base", "words"])
 @pytest.mark.parametrize("side", STAGES)
 def test_a_step_synchronises_once(side: str, kind: str) -> None:
-    """What an epoch fetches at its end does not depend on its steps."""
+    """Synchronisations at the end of an epoch do not depend on its steps."""
     few, many = counted(side, kind, 2), counted(side, kind, 5)
     assert many - few == Counter(tolist=3)
 

@@ -1,4 +1,4 @@
-"""Labels of whole images without masks: metrics of images, and training that needs none (docs/datasets.md)."""
+"""Image labels without masks: image metrics, and training without masks (docs/datasets.md)."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_a_comparison_without_masks_tells_the_reason(world: Path, tmp_path: Path
 
 @pytest.fixture
 def config(world: Path, tmp_path: Path) -> BaseConfig:
-    """The loss of images alone on images without masks."""
+    """The image loss on images without masks."""
     base, _ = small_runs(world)
     values = {
         **vars(base),
