@@ -431,16 +431,15 @@ def test_a_full_queue_rejects_requests_and_recovers(
     monkeypatch.setattr(Session, "analyze", lambda *args: (resume.wait(60), look(*args))[1])
     function, count = served.index("analyze", "click"), MAX_WAITING + 12
     with ThreadPoolExecutor(count) as pool:
-        asked = [
-            pool.submit(served.ask, function, [None, "image_adapter", "cork", None], f"many{index}") for index in range(count)
-        ]
+        click = [None, "image_adapter", "cork", None]
+        asked = [pool.submit(served.ask, function, click, f"many{index}") for index in range(count)]
         wait(asked, 60, return_when=FIRST_COMPLETED)
         resume.set()
         answers = [one.result() for one in asked]
     assert {} in answers
     assert sum(bool(answer) for answer in answers) >= MAX_WAITING
     assert all(answer["success"] for answer in answers if answer)
-    assert served.ask(function, [None, "image_adapter", "cork", None], "after")["success"]
+    assert served.ask(function, click, "after")["success"]
 
 
 @pytest.fixture(scope="module")
