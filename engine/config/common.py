@@ -86,7 +86,7 @@ class DataArguments(Arguments):
         unset="catalog",
         type=names_or_file,
     )
-    mask_threshold: str | float = _data(
+    mask_threshold: str | float | None = _data(
         HALF, "share of a mask's largest value from which its pixels are anomalous, or nonzero", type=share_or_nonzero
     )
     skip_bad_images: bool = _data(False, "skip images that cannot be read, and list them", free=True)
