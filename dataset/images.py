@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import os
 import struct
+import warnings
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +23,15 @@ from PIL import Image, ImageChops, UnidentifiedImageError
 from dataset.records import HALF, NONZERO, Record
 from utils.errors import UserError
 from utils.paths import is_folder, is_no_file
+from utils.reading import wrong_content
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+# With the limit of `--max_megapixels`, for worker processes too.
+MAX_MEGAPIXELS_VARIABLE = "ANOMALY_MAX_MEGAPIXELS"
 # What Pillow raises for damaged files; for most formats it is an OSError.
 _DECODE_ERRORS = (
     OSError,
@@ -56,6 +61,17 @@ _TRANSPOSE_OF_ORIENTATION = {
 _CLASS_INDICES = 32
 
 
+def allow_megapixels(megapixels: str) -> None:
+    """Read images of up to so many megapixels in this process and its workers, instead of Pillow's 179."""
+    os.environ[MAX_MEGAPIXELS_VARIABLE] = megapixels
+    Image.MAX_IMAGE_PIXELS = int(megapixels) * 500_000  # where Pillow warns; it refuses twice as many
+
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+if MAX_MEGAPIXELS_VARIABLE in os.environ:
+    allow_megapixels(os.environ[MAX_MEGAPIXELS_VARIABLE])
+
+
 def read_image(
     path: Path, content: bytes | None = None, formats: tuple[str, ...] | None = None, max_pixels: int | None = None
 ) -> Image.Image:
@@ -73,7 +89,9 @@ def read_image(
     Raises:
         UserError: The image cannot be read.
     """
-    return to_rgb(_open(path, content, formats, max_pixels), path)
+    image = to_rgb(_open(path, content, formats, max_pixels), path)
+    image.info.clear()  # its orientation has been applied
+    return image
 
 
 def to_rgb(image: Image.Image, path: Path | str = "this image") -> Image.Image:
@@ -262,15 +280,27 @@ def _open(
         with opened as file, Image.open(file, formats=formats) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise UserError(f"{path} has {image.width} x {image.height} pixels; the limit is {max_pixels:,}")
-            image.load()
-            transpose = _transpose(image)
-            return image.copy() if transpose is None else image.transpose(transpose)
+            return upright(image)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except UnidentifiedImageError as error:
-        raise UserError(f"{path} cannot be read as an image: unknown format") from error
+        raise UserError(
+            f"{path} {wrong_content(path, error) or 'cannot be read as an image: unknown format'}"
+        ) from error
+    except Image.DecompressionBombError as error:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        raise UserError(
+            f"{path} has more than {limit:.0f} megapixels: resize it, or allow more with --max_megapixels"
+        ) from error
     except _DECODE_ERRORS as error:
         raise UserError(f"{path} cannot be read as an image: {' '.join(str(error).split())}") from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A copy of an image, rotated as its EXIF tag says."""
+    image.load()  # rotates a TIFF
+    transpose = _transpose(image)
+    return image.copy() if transpose is None else image.transpose(transpose)
 
 
 def _transpose(image: Image.Image) -> Image.Transpose | None:

@@ -55,6 +55,10 @@ def path_within(path: str, source: str, key: str) -> str:
 
     Symbolic links in the folder may lead out of it.
     """
+    if re.match(r"[A-Za-z]:[\\/]", path):
+        raise UserError(
+            f"{source}: {key} is an absolute Windows path: make it relative to the dataset's folder ({path})"
+        )
     depth, lowest = 0, 0
     for part in PurePosixPath(path).parts:
         depth += -1 if part == ".." else 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +29,25 @@ def read(path: Path) -> np.ndarray:
         image = ImageOps.exif_transpose(opened)
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= 65535):  # also for NaN
+            raise ValueError(f"has values from {values.min():g} to {values.max():g}: convert it to 8 or 16 bits")
         scale = 1 / 257 if values.max() > 255 else 255 if image.mode == "F" and values.max() <= 1 else 1
-        image = Image.fromarray(np.rint(values * scale).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray(np.rint(values * scale).astype(np.uint8))
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA")
     return np.asarray(image.convert("RGB"))[None]
+
+
+def images_in(paths: list[Path], excluded: Path | None) -> list[Path]:
+    """The files among `paths`, and the images in its folders and below, without those in the folder `excluded`."""
+    endings = Image.registered_extensions()
+    files: list[Path] = []
+    for path in paths:
+        below = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in endings and file.is_file()]
+        files += [file for file in below if excluded is None or not file.resolve().is_relative_to(excluded.resolve())]
+        if not below:
+            files.append(path)
+    return files
 
 
 def free_stem(path: Path, taken: set[str]) -> str:
@@ -78,7 +93,7 @@ def overlay(image: np.ndarray, anomaly_map: np.ndarray) -> Image.Image:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="file that export.py wrote")
-    parser.add_argument("images", type=Path, nargs="+", help="images of its class, of any size")
+    parser.add_argument("images", type=Path, nargs="+", help="images of its class, or folders of such, of any size")
     parser.add_argument("--output_dir", type=Path, help="folder for heatmaps and masks")
     return parser
 
@@ -98,9 +113,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.output_dir is not None:
         options.output_dir.mkdir(parents=True, exist_ok=True)
     print(f"{options.model.name}: {metadata.get('model')} for '{metadata.get('class_name')}'", file=sys.stderr)
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     failed = 0
     taken: set[str] = set()
-    for path in options.images:
+    for path in images_in(options.images, options.output_dir):
         try:
             image = read(path)
         except Exception as error:  # Pillow raises many types of errors for damaged files

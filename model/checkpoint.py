@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.checkpoint_schema import SCHEMA, SavedFile, check_state
+from model.checkpoint_schema import SCHEMA, SavedFile, check_state, without_wrappers
 from model.config import COMPONENTS, SIDES, CrossAttentionConfig, ModelConfig
 from model.shared import Shared, read_shared
 from utils.errors import UserError
 from utils.files import replacing
+from utils.reading import wrong_content
 from utils.schema import check
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,8 @@ def load(path: Path) -> Any:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except Exception as error:  # torch's reader raises many kinds of errors for damaged files
-        raise UserError(f"{path}: damaged, or not a checkpoint of plain data ({type(error).__name__})") from error
+        problem = wrong_content(path, error) or f"is damaged, or no checkpoint of plain data ({type(error).__name__})"
+        raise UserError(f"{path}: {problem}") from error
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
@@ -155,6 +157,7 @@ def read_any(path: Path) -> Checkpoint:
 
 def as_checkpoint(content: Any, path: Path) -> Checkpoint:
     """The content of a file as a checkpoint; `UserError`, with file and key, if it is invalid."""
+    content = without_wrappers(content)
     if not isinstance(content, dict) or not any(name in content for name in COMPONENTS):
         raise UserError(f"{path}: not a checkpoint of this project (it has none of {', '.join(COMPONENTS)})")
     config = content.get("config")
@@ -163,6 +166,7 @@ def as_checkpoint(content: Any, path: Path) -> Checkpoint:
         raise UserError(f"{path}: has schema {schema}, but this version reads {SCHEMA}; use the version that wrote it")
     # Files of other code may have an empty optimizer.
     content = {name: value for name, value in content.items() if name not in OPTIMIZERS or value != {}}
+    content |= {name: without_wrappers(content[name]) for name in COMPONENTS if name in content}
     check(content, SavedFile, path)
     optimizers = {name: content[name] for name in OPTIMIZERS if content.get(name)}
     for name, optimizer in optimizers.items():

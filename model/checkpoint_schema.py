@@ -35,6 +35,16 @@ class FloatTensor:
 
 
 State = dict[str, FloatTensor]
+# Modules that data parallel training and torch.compile put around a model, in the names of its tensors.
+WRAPPERS = ("module", "_orig_mod")
+
+
+def without_wrappers(state: Any) -> Any:
+    """A state dict whose keys name no `WRAPPERS`; anything else, and keys that would become the same, unchanged."""
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        return state
+    plain = {".".join(part for part in key.split(".") if part not in WRAPPERS): state[key] for key in state}
+    return plain if len(plain) == len(state) else state
 
 
 def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str, flags: str) -> None:

@@ -19,11 +19,11 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg, resize_pos_embed
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 from torch import Tensor
 
-from model.checkpoint_schema import FloatTensor, check_state
+from model.checkpoint_schema import FloatTensor, check_state, without_wrappers
 from model.clip import FrozenCLIP
 from model.config import ACTIVATIONS, TOY
 from utils.errors import UserError
-from utils.reading import read_json
+from utils.reading import read_json, wrong_content
 from utils.schema import MayHoldMore, Plain, check
 from utils.text import first_line
 
@@ -34,6 +34,10 @@ DEFAULT_TAG = "openai"
 HUB_TIMEOUT = 5.0  # seconds
 # The published method uses ViT-L-14-336 at 37 x 37 patches.
 DEFAULT_IMG_SIZES = {"ViT-L-14-336": 518}
+TRANSFORMERS = (
+    "these weights have transformers' format; take the same model's file for open_clip, such as "
+    "open_clip_model.safetensors on its page of the hub, or a tag of open_clip (--clip_weights openai)"
+)
 # Additional entries of OpenAI's own archives; no other distribution has them.
 OPENAI_ENTRIES = ("input_resolution", "context_length", "vocab_size")
 
@@ -108,8 +112,9 @@ def load_clip(
 
     Args:
         model_name: a name of open_clip, `toy` (the included toy CLIP), or `local-dir:FOLDER`.
-        clip_weights: a weights file in any format that open_clip reads (including OpenAI's archives), or one of
-            open_clip's tags for the model; None uses OpenAI's weights from the hub, or those in the local folder.
+        clip_weights: a weights file in any format that open_clip reads (including OpenAI's archives), the folder of
+            one, or one of open_clip's tags for the model; None uses OpenAI's weights from the hub, or those in the
+            local folder.
         img_size: pixels, a multiple of the patch size; None is 518 for ViT-L-14-336 and otherwise the model's own.
         activation: "gelu" or "quick_gelu"; None follows the weights.
 
@@ -186,17 +191,27 @@ def _choose_activation(weights: Path, needed: str | None, activation: str | None
 def _local_source(model_name: str, folder: Path, clip_weights: str | Path | None) -> _Source:
     config_file = folder / "open_clip_config.json"
     if not config_file.is_file():
+        transformers = f" ({TRANSFORMERS})" if (folder / "config.json").is_file() else ""
         raise UserError(
             f"--model_name {model_name}: {config_file} does not exist; give the folder of an open_clip model"
+            f"{transformers}"
         )
     config = read_json(config_file, _ClipFile)
-    files = [file for ending in ("safetensors", "bin", "pth", "pt") for file in sorted(folder.glob(f"*.{ending}"))]
-    weights = Path(clip_weights) if clip_weights else next(iter(files), folder)
-    if not weights.is_file():
-        raise UserError(f"{weights}: no weights file (open_clip_model.safetensors); give one with --clip_weights")
+    weights = _weights_in(Path(clip_weights or folder))
     # In open_clip's configuration files the default is GELU.
     activation = "quick_gelu" if config["model_cfg"].get("quick_gelu") else "gelu"
     return _Source(config["model_cfg"], weights, activation, config.get("preprocess_cfg") or {})
+
+
+def _weights_in(path: Path) -> Path:
+    """A weights file, or the one in a folder, preferably open_clip's; `UserError` if there is none."""
+    endings = [".safetensors", ".bin", ".pth", ".pt"]
+    files = [file for file in path.glob("*.*") if file.suffix in endings and file.is_file()]
+    files.sort(key=lambda file: (not file.name.startswith("open_clip"), endings.index(file.suffix), file.name))
+    weights = path if path.is_file() else next(iter(files), None)
+    if weights is None:
+        raise UserError(f"{path}: no weights file (open_clip_model.safetensors); give one with --clip_weights")
+    return weights
 
 
 def _named_source(model_name: str, clip_weights: str | Path | None) -> _Source:
@@ -212,8 +227,8 @@ def _named_source(model_name: str, clip_weights: str | Path | None) -> _Source:
         raise UserError(
             f"--model_name {model_name}: only CLIP models with a plain ViT and CLIP's tokenizer can be adapted"
         )
-    if clip_weights and Path(clip_weights).is_file():
-        return _Source(model_cfg, Path(clip_weights))
+    if clip_weights and Path(clip_weights).exists():
+        return _Source(model_cfg, _weights_in(Path(clip_weights)))
     tag = str(clip_weights or DEFAULT_TAG)
     tags = list_pretrained_tags_by_model(model_name)
     if tag not in tags:
@@ -284,12 +299,16 @@ def _read_state_dict(file: Path) -> dict[str, Tensor]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated
                 return torch.jit.load(file, map_location="cpu").state_dict()
-        return open_clip.factory.load_state_dict(str(file), device="cpu", weights_only=True)
+        state = without_wrappers(open_clip.factory.load_state_dict(str(file), device="cpu", weights_only=True))
     except Exception as error:  # each format raises its own errors for damaged files
-        raise UserError(
-            f"{file}: not a CLIP weights file that open_clip reads ({type(error).__name__}); "
+        problem = wrong_content(file, error) or (
+            f"not a CLIP weights file that open_clip reads ({type(error).__name__}); "
             "use safetensors, a state dict saved by torch, or OpenAI's archive"
-        ) from error
+        )
+        raise UserError(f"{file}: {problem}") from error
+    if any(key.startswith(("text_model.", "vision_model.")) for key in state):
+        raise UserError(f"{file}: {TRANSFORMERS}")
+    return state
 
 
 def _fitting_weights(

@@ -15,7 +15,7 @@ from torch import Tensor
 from model.config import COMPONENTS, DET_SCORES, SHARED_CONFIG, SHARED_WEIGHTS, CrossAttentionConfig, ModelConfig
 from utils.errors import UserError
 from utils.files import replacing, write_json
-from utils.reading import read_json
+from utils.reading import read_json, wrong_content
 from utils.schema import MayHoldMore, check
 
 SHARED_FORMAT = 1
@@ -89,7 +89,8 @@ def read_shared(path: Path) -> tuple[Shared, dict[str, Any]]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path.parent}: damaged, or no model to share ({type(error).__name__})") from error
+        problem = wrong_content(path, error) or f"is damaged, or no model to share ({type(error).__name__})"
+        raise UserError(f"{path}: {problem}") from error
     description = read_json(source)
     if isinstance(description, dict) and description.get("format") != SHARED_FORMAT:
         raise UserError(f"{source}: not a model of this project, or of another version (format {SHARED_FORMAT})")

@@ -642,6 +642,8 @@ COMBINATIONS: list[tuple[str, str, Values]] = [
     (V2, "--init_from", {"init_from": "feedback/loop_1_final.pth"}),
     (V2, "cross_attn_heads", {"init_from": "feedback/loop_1_final.pth", "cross_attn_heads": 4, **_NO_BASE}),
     (CROSS, "--freeze_base", {"freeze_base": True, "text_cross_attn_weight": 0}),
+    (CROSS, "--freeze_base", {"freeze_base": True, **_NO_BASE}),
+    (V2, "unknown dataset 'gone'", {"eval_dataset": "gone"}),
     (V2, "--cross_attn_start_loop", {"cross_attn_start_loop": 2}),
     (V2, "text_epochs_per_loop", {"num_feedback_loops": 3, "text_epochs_per_loop": ["1", "1"]}),
     (V2, "text_epochs_per_loop", {"preset": "v1", "num_feedback_loops": 4, "text_epochs_per_loop": None}),

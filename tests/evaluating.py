@@ -17,8 +17,11 @@ def evaluate_checkpoints(checkpoint: object, dataset: object = None, **values: A
     return inference.evaluate_checkpoints(_inference(checkpoint, dataset=dataset and str(dataset), **values))
 
 
-def score_images(checkpoint: object, image: Path, class_name: str | None = None, **values: Any) -> list[Finding]:
-    return own_images.score_images(_inference(checkpoint, image=image, class_name=class_name, **values))
+def score_images(
+    checkpoint: object, image: Path | list[Path], class_name: str | None = None, **values: Any
+) -> list[Finding]:
+    images = tuple(image) if isinstance(image, list) else (image,)
+    return own_images.score_images(_inference(checkpoint, image=images, class_name=class_name, **values))
 
 
 def calibrate_images(checkpoint: object, folder: Path, class_name: str | None = None, **values: Any) -> list[Entry]:

@@ -7,6 +7,7 @@ import io
 import logging
 import pickle
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from model import checkpoint
 from model.adapter import AdaptedCLIP
 from model.checkpoint_schema import SCHEMA
 from model.clip import FrozenCLIP
+from model.clip_loading import load_clip
 from tests import reference
 from tests.helpers import RunsCode, adapted_clip, assert_agrees, config_for, random_batch, tiny_clip, tiny_prompts
 from utils.errors import UserError
@@ -129,6 +131,43 @@ def test_a_file_without_config_loads_by_its_keys(adapter: str, relu: bool, tmp_p
     for name, state in states_of(loaded).items():
         assert state.keys() == states[name].keys()
         assert all(torch.equal(value, states[name][key]) for key, value in state.items())
+
+
+@pytest.mark.parametrize("place", ["file", "component", "inside"])
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_of_wrapping_modules_are_ignored(wrapper: str, place: str, tmp_path: Path) -> None:
+    states: dict[str, Any] = states_of(model_of())
+    old, new = {"file": ("", ""), "component": ("", wrapper), "inside": (".", f".{wrapper}")}[place]
+    states = {
+        (wrapper if place == "file" else "") + name: {key.replace(old, new, 1): value for key, value in state.items()}
+        for name, state in states.items()
+    }
+    torch.save(states, tmp_path / "image_adapter.pth")
+    load_by_its_keys(tmp_path / "image_adapter.pth")
+
+
+NOT_ITSELF = {
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n", "is a Git LFS pointer"),
+    "page": (b"\n<!DOCTYPE html>\n<html></html>", "is a web page"),
+    "pickle": (pickle.dumps(torch.Size([1])), "holds Python objects"),
+    "objects": (torch.nn.Linear(1, 1), "holds Python objects"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_ITSELF)
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+@pytest.mark.parametrize("read", [checkpoint.read_any, partial(load_clip, "ViT-B-32")])
+def test_a_file_that_holds_something_else_says_what(read: Any, ending: str, kind: str, tmp_path: Path) -> None:
+    content, says = NOT_ITSELF[kind]
+    file = tmp_path / f"weights.{ending}"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    if isinstance(content, bytes) or ending == "pth":
+        with pytest.raises(UserError, match=says) as caught:
+            read(file)
+        one_line(caught, file)
 
 
 def test_one_file_may_contain_both_sides(tmp_path: Path) -> None:

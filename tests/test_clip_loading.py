@@ -30,7 +30,7 @@ from tests.helpers import (
 from tests.scripts import write_clip
 from utils.errors import UserError
 
-FORMATS = ("plain", "state_dict", "module_prefix", "safetensors", "archive")
+FORMATS = ("plain", "state_dict", "module_prefix", "compiled", "safetensors", "archive")
 
 
 def weights_file(kind: str, folder: Path) -> Path:
@@ -41,6 +41,8 @@ def weights_file(kind: str, folder: Path) -> Path:
     file = folder / f"{kind}.{'safetensors' if kind == 'safetensors' else 'pt'}"
     if kind == "safetensors":
         save_file(state, file)
+    elif kind == "compiled":
+        torch.save({f"_orig_mod.{key}": value for key, value in state.items()}, file)
     elif kind == "module_prefix":
         torch.save({"epoch": 3, "state_dict": {f"module.{key}": value for key, value in state.items()}}, file)
     else:
@@ -252,6 +254,22 @@ def test_a_damaged_file_is_an_error_that_names_it(kind: str, tiny_name: str, tmp
         load_clip(tiny_name, file, activation="gelu")
     assert str(file) in one_line(caught)
     assert not (tmp_path / "ran").exists()
+
+
+def test_the_weights_in_a_folder_are_used(tiny_name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no weights file"):
+        load_clip(tiny_name, tmp_path)
+    (tmp_path / "model.safetensors").write_text("of transformers", encoding="utf-8")
+    local_folder(tmp_path, quick_gelu=True)
+    assert load_clip(tiny_name, tmp_path).weights_digest == tiny_clip().weights_digest
+
+
+def test_weights_in_the_format_of_transformers_are_named(tiny_name: str, tmp_path: Path) -> None:
+    save_file({"text_model.final_layer_norm.bias": torch.zeros(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    for name, weights in ((tiny_name, tmp_path), (f"local-dir:{tmp_path}", None)):
+        with pytest.raises(UserError, match="these weights have transformers' format"):
+            load_clip(name, weights)
 
 
 def test_a_missing_local_folder_or_file_is_an_error(tmp_path: Path) -> None:

@@ -126,6 +126,8 @@ def test_onnx_outputs_equal_the_model(kind: str, world: Path, tmp_path: Path) ->
     for shape in SHAPES:
         images = images_of(*shape)
         assert_is_the_model(session.run(None, {"images": images}), images, model, 1e-3)
+    assert session.get_inputs()[0].shape == ["batch", "height", "width", 3]
+    assert session.get_outputs()[0].shape[0] == "batch"
     about = session.get_modelmeta().custom_metadata_map
     assert about["class_name"] == CLASS and about["model_digest"] == model.digest
     assert about["clip_digest"] == model.clip.weights_digest and about["clip_licence"] == "not stated"
@@ -254,6 +256,22 @@ def test_the_example_reads_images_like_the_model(mode: str, tmp_path: Path) -> N
     exif[0x0112] = 6
     (image or grey.convert(mode)).save(tmp_path / "image.tif", exif=exif)
     np.testing.assert_array_equal(run_onnx.read(tmp_path / "image.tif")[0], read_image(tmp_path / "image.tif"))
+
+
+@pytest.mark.parametrize("value", [-1, np.nan, 65536])
+def test_the_example_refuses_values_like_the_model(value: float, tmp_path: Path) -> None:
+    Image.fromarray(np.array([[value, 1]], np.float32)).save(tmp_path / "image.tif")
+    for read, error in ((run_onnx.read, ValueError), (read_image, UserError)):
+        with pytest.raises(error, match="has values from"):
+            read(tmp_path / "image.tif")
+
+
+def test_the_example_takes_folders(tmp_path: Path) -> None:
+    for name in ("b/x.PNG", "out/x_map.png", "a.jpg", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    file = tmp_path / "notes.txt"
+    assert run_onnx.images_in([tmp_path, file], tmp_path / "out") == [tmp_path / "a.jpg", tmp_path / "b/x.PNG", file]
 
 
 @pytest.mark.parametrize(("kind", "features"), [("base", "both"), ("cross", "trained")])

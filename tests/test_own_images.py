@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from playwright.sync_api import Browser
 from scipy import ndimage
@@ -20,10 +21,12 @@ from scipy import ndimage
 from dataset.folders import images_below
 from dataset.images import read_image
 from engine.config.evaluation import InferenceArguments
+from engine.detector.loading import unadapted_detector
 from engine.detector.prediction import as_image
 from engine.evaluation import gallery as module
 from engine.evaluation.gallery import Finding, Gallery, scale_of
 from engine.evaluation.own_images import CSV_COLUMNS, class_of
+from model.clip_loading import load_clip
 from tests.browser import browser  # noqa: F401
 from tests.evaluating import score_images
 from tests.scripts import save, write_clip
@@ -66,7 +69,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def score(clip: str, image: Path, output_dir: Path, **more: Any) -> list[Finding]:
+def score(clip: str, image: Path | list[Path], output_dir: Path, **more: Any) -> list[Finding]:
     return score_images("none", image, model_name=clip, output_dir=output_dir, device="cpu", **more)
 
 
@@ -148,6 +151,11 @@ def test_the_first_folder_below_the_input_is_the_class(tmp_path: Path) -> None:
         ({"anomalous": Path("b")}, "--normal"),
         ({"normal": Path("b"), "anomalous": Path("c"), "metadata": Path("d")}, "leave --metadata out"),
         ({"class_from_folder": True}, "leave --class_from_folder out"),
+        ({"image": (Path("a"),), "metadata": Path("b")}, "leave --metadata out"),
+        ({"calibrate": Path("a"), "batch_size": 2}, "leave --batch_size out"),
+        ({"image": (Path("a"),), "precision": "bf16"}, "leave --precision out"),
+        ({"normal": Path("a"), "anomalous": Path("b"), "mask_threshold": 0.3}, "leave --mask_threshold out"),
+        ({"dataset": "VisA", "surgery": "sequential"}, "leave --surgery out"),
     ],
 )
 def test_incompatible_arguments(changes: dict[str, Any], says: str) -> None:
@@ -164,6 +172,49 @@ def test_an_opened_image_equals_its_file(kind: Any, tmp_path: Path) -> None:
     image.save(tmp_path / "image.tif")
     with Image.open(tmp_path / "image.tif") as opened:
         np.testing.assert_array_equal(as_image(opened), read_image(tmp_path / "image.tif"))
+
+
+def turned(tmp_path: Path, ending: str) -> tuple[Path, Image.Image]:
+    """A file on its side with the tag that says so, and its image upright."""
+    upright, tag = noise(24, 16), Image.Exif()
+    tag[0x0112] = 6
+    path = tmp_path / f"turned.{ending}"
+    upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=tag)
+    return path, upright
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_an_image_in_any_form_is_upright(ending: str, tmp_path: Path) -> None:
+    path, upright = turned(tmp_path, ending)
+    for image in (str(path), path, Image.open(path), Image.open(path).convert("RGBA"), read_image(path), upright):
+        np.testing.assert_array_equal(as_image(image), upright)
+    np.testing.assert_array_equal(as_image(np.asarray(upright)), upright)
+
+
+@pytest.mark.parametrize("image", [None, b"png", np.zeros((3, 8, 8), np.uint8), np.zeros((8, 8, 3)), torch.zeros(3, 8)])
+def test_what_is_no_image_is_refused_in_one_line(image: Any) -> None:
+    with pytest.raises(UserError, match=r"^an image cannot be .*: give a path, [^\n]*$"):
+        as_image(image)
+
+
+def test_a_list_of_images_gives_a_list_of_predictions(clip: str, tmp_path: Path) -> None:
+    path, upright = turned(tmp_path, "png")
+    model = unadapted_detector(load_clip(clip))
+    forms = [path, Image.open(path), np.asarray(upright)]
+    assert {found.score for found in model.predict(forms, "nut")} == {model.predict(upright, "nut").score}
+    assert model.predict([]) == []
+
+
+def test_several_images_and_folders(clip: str, tmp_path: Path) -> None:
+    for name in ("a/x.png", "a/nut/x.png", "b/x.png"):
+        save(tmp_path / "in" / name, RNG.integers(0, 255, (20, 20, 3)))
+    (tmp_path / "in/b/broken.png").write_text("no image", encoding="utf-8")
+    places = [tmp_path / "in" / name for name in ("a", "b/x.png", "a/x.png", "b/broken.png")]
+    findings = score(clip, places, tmp_path / "out", class_from_folder=True)
+    classes = {found.path.relative_to(tmp_path / "in").as_posix(): found.class_name for found in findings}
+    assert classes == {"a/nut/x.png": "nut", "a/x.png": "a", "b/x.png": "b"}
+    drawn = sorted(path.relative_to(tmp_path / "out").as_posix() for path in tmp_path.rglob("*_heatmap.png"))
+    assert drawn == [f"heatmaps/{name}_heatmap.png" for name in ("a/nut/x", "a/x", "b/x")]
 
 
 def bumps(*places: tuple[int, int, float], size: int = 40) -> np.ndarray:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -299,25 +301,34 @@ def test_options_are_not_changed_by_accelerates_variables(
 
 
 WAITING = """
+import sys
 import engine.runtime.distributed as distributed
 from utils.script import run_script
 
-distributed.REPORT_INTERVAL = 0.0
+distributed.REPORT_INTERVAL, distributed.ANSWER_TIMEOUT = 0.0, float(sys.argv[1])
 run_script(lambda: distributed.connect_processes(on_cpu=True), shared=True)
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals to send")
-@pytest.mark.parametrize(("rank", "other"), [(0, "rank 1"), (1, "rank 0 (Connection refused)")])
-def test_a_waiting_process_logs_it_and_ends_at_a_signal(rank: int, other: str) -> None:
+@pytest.mark.parametrize(
+    ("rank", "other", "patience"),
+    [(0, "rank 1", None), (1, "rank 0 (Connection refused)", None), (1, "the answer", 600.0), (1, "the answer", 1.0)],
+)
+def test_a_process_that_waits_says_so_and_ends(rank: int, other: str, patience: float | None) -> None:
+    """On a signal, or after `patience` seconds with another program, which accepts connections and never answers."""
     port = free_port()
     launch = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-c", WAITING]
-    process = subprocess.Popen(command, cwd=ROOT, env={**environment(), **launch}, text=True, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    assert process.stderr.readline().startswith(
-        f"Rank {rank} is waiting for {other} at 127.0.0.1:{port}, 2 processes in all"
-    )
-    process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=60)[1].endswith("stopped\n")
-    assert process.returncode == 143
+    command = [sys.executable, "-c", WAITING, str(patience or 0)]
+    with socket.create_server(("127.0.0.1", port)) if patience else nullcontext():
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**environment(), **launch}, text=True, stderr=subprocess.PIPE
+        )
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith(f"Rank {rank} is waiting for {other}")
+        if patience == 1.0:
+            assert "another program listens there" in process.communicate(timeout=60)[1]
+        else:
+            process.send_signal(signal.SIGTERM)
+            assert process.communicate(timeout=60)[1].endswith("stopped\n")
+    assert process.returncode == (2 if patience == 1.0 else 143)

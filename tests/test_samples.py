@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -17,10 +18,12 @@ from torchvision.transforms.v2 import functional as F
 
 import engine.data.loaders
 from dataset.augmentation import Augmentation, change_colours, draw_augmentation
-from dataset.images import drop_bad_images, find_bad_images, read_image, read_mask
+from dataset.images import MAX_MEGAPIXELS_VARIABLE, drop_bad_images, find_bad_images, read_image, read_mask
 from dataset.options import DEFAULT_AUGMENTATION, AugmentationConfig
 from dataset.records import Record
 from dataset.samples import AnomalyDataset, SampleKey, SeededSampler
+from engine.cli.checks import check_files
+from engine.config.evaluation import InferenceArguments
 from engine.data.loaders import evaluation_loader, training_loader
 from utils.errors import UserError, original_message
 
@@ -156,8 +159,13 @@ def test_unreadable_files_are_named(tmp_path, read):
 def test_too_large_images_are_refused(tmp_path, monkeypatch):
     path = save(tmp_path / "x.png", COLOURS)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="more than 0 megapixels: resize it"):
         read_image(path)
+    monkeypatch.setenv(MAX_MEGAPIXELS_VARIABLE, "")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
+    with suppress(UserError):
+        check_files(InferenceArguments(checkpoint="absent", max_megapixels=3))
+    assert Image.MAX_IMAGE_PIXELS == 1_500_000 and os.environ[MAX_MEGAPIXELS_VARIABLE] == "3"
 
 
 BLACK_RED_GREY = np.array([[[0, 0, 0], [255, 0, 0], [90, 90, 90]]], np.uint8)

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from engine.config.training import BaseConfig
 from engine.runtime.run_folder import describe_differences
 from engine.training.restart import check_phases
 from engine.training.schedules import Schedule, halved_at, warmup_cosine
@@ -204,6 +205,12 @@ def test_a_run_from_a_checkpoint_differs_from_one_from_a_base(tmp_path: Path) ->
         for other in starts:
             same = not describe_differences(one.signature(), other.signature())
             assert same == (one is other)
+
+
+def test_the_folder_of_own_images_may_move() -> None:
+    before, moved, other = (BaseConfig.of(dataset=name).signature() for name in ("a/own", "b/own", "VisA"))
+    assert not describe_differences(before, moved)
+    assert describe_differences(before, other) == "dataset was None, now VisA"
 
 
 class OneWeight(nn.Module):

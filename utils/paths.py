@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from itertools import chain, count
 from pathlib import Path, PurePath
 
@@ -62,6 +63,14 @@ def is_folder(path: Path) -> bool:
 def is_no_file(path: Path) -> bool:
     """Whether a path exists but is not a regular file: a folder, or a pipe or device whose reading may not end."""
     return os.path.exists(path) and not is_file(path)  # noqa: PTH110
+
+
+def common_folder(folders: Sequence[Path]) -> Path:
+    """The folder that contains all of these absolute paths, or the drive of the first if they are on several."""
+    try:
+        return Path(os.path.commonpath(folders))
+    except ValueError:  # on two drives of Windows
+        return Path(folders[0].anchor)
 
 
 def expanded(path: str | Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
-from utils.paths import is_no_file
+from utils.paths import is_file, is_no_file
 from utils.schema import check
 
 if sys.version_info >= (3, 11):
@@ -90,6 +91,22 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not valid TOML ({error})") from error
+
+
+def wrong_content(path: Path, error: Exception) -> str | None:
+    """What a file that a library could not read holds instead, as the end of a sentence; None if that is unknown."""
+    start = b""
+    if is_file(path):
+        with path.open("rb") as file:
+            start = file.read(100).lstrip()
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself: fetch that with git lfs pull"
+    if start.startswith(b"<"):
+        return "is a web page, not the file itself: download it from the link of the file, not of its page"
+    # torch names the class that it does not load; it does not read what recent versions of pickle write.
+    if "GLOBAL" in str(error) or re.match(rb"\x80[\x03-\x05]", start):
+        return "holds Python objects, which may run code when they are loaded: save only a state dict of tensors"
+    return None
 
 
 def short_repr(value: object) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.arguments import Arguments
+from utils.errors import UserError
 from utils.fields import setting
 
 
@@ -37,3 +38,10 @@ class PretrainArguments(Arguments):
     output: Path = setting(Path("ckpt/toy_clip"), "folder of the exported model", "output")
     device: str = setting("cpu", "auto, cpu, cuda, cuda:N or mps", "machine")
     threads: int | None = setting(None, "CPU threads of torch", "machine", between=(1, 1024), unset="all")
+
+    def check(self) -> None:
+        if self.drawings < self.batch_size:
+            raise UserError(
+                f"--drawings {self.drawings} is less than --batch_size {self.batch_size}: increase --drawings or "
+                "lower --batch_size"
+            )

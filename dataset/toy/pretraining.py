@@ -27,7 +27,7 @@ from dataset.toy.clip import CONFIG, IMAGE_SIZE, PATCH_SIZE, encode_images, enco
 from dataset.toy.objects import OBJECTS
 from dataset.toy.options import PretrainArguments
 from dataset.toy.textures import TEXTURES
-from utils.errors import NotFiniteError, UserError
+from utils.errors import NotFiniteError
 from utils.files import check_folder
 from utils.logging import set_up_logging
 
@@ -221,11 +221,7 @@ def pretrain_toy_clip(arguments: PretrainArguments, device: str = "cpu") -> tupl
         UserError: There are fewer drawings than a batch needs, or `--output` cannot be written.
         NotFiniteError: The loss is infinite or NaN.
     """
-    if arguments.drawings < arguments.batch_size:
-        raise UserError(
-            f"--drawings {arguments.drawings} is less than --batch_size {arguments.batch_size}: increase --drawings or "
-            "lower --batch_size"
-        )
+    arguments.check()
     check_folder(arguments.output, "--output")
     set_up_logging(arguments.output / "pretrain.log")
     logger.info("Drawing %d pairs", HELD_OUT + arguments.drawings)

@@ -13,6 +13,7 @@ from typing import Any
 
 from dataset.class_names import read_class_names
 from dataset.folders import find_images
+from dataset.images import allow_megapixels
 from dataset.locate import known_dataset, locate_dataset
 from dataset.prompts import NAMES
 from dataset.toy.classes import TOY_DATASETS
@@ -36,6 +37,8 @@ OUTPUTS = ("save_path", "output_dir", "output", "work")
 def check_files(arguments: Arguments) -> None:
     """Raise `UserError` for a dataset, file or folder in the arguments that does not exist or cannot be used."""
     values = {name: value for name, value in vars(arguments).items() if value is not None}
+    if "max_megapixels" in arguments.changed():
+        allow_megapixels(str(values["max_megapixels"]))
     for name, value in values.items():
         if name in FILES and not is_file(value):
             raise UserError(f"--{name} {value}: no such file")
@@ -43,8 +46,10 @@ def check_files(arguments: Arguments) -> None:
             for checkpoint in value if isinstance(value, tuple) else (value,):
                 if checkpoint != NO_CHECKPOINT:
                     check_checkpoint(checkpoint)
-        if name in IMAGES and not is_file(value) and not is_folder(value):
-            find_images(value, f"--{name}")
+        if name in IMAGES:
+            for image in value if isinstance(value, tuple) else (value,):
+                if not is_file(image) and not is_folder(image):
+                    find_images(image, f"--{name}")
         if name in RUNS:
             find_latest(value, f"--{name}")
         if name == "feedback_path" or (name == "save_path" and isinstance(arguments, ComparisonArguments)):
@@ -58,6 +63,8 @@ def check_files(arguments: Arguments) -> None:
         check_same_run(arguments.save_path, before, {name: now[name] for name in now if name in known})
     if "dataset" in values:
         check_dataset(arguments)
+    if "eval_dataset" in values and known_dataset(values["eval_dataset"]) is None:
+        locate_dataset(values["eval_dataset"])
 
 
 def check_dataset(arguments: Any) -> None:

@@ -46,7 +46,10 @@ class ModelArguments(Arguments):
         "ViT-L-14-336", "open_clip model name, local-dir:FOLDER, or toy (the toy CLIP in this repository)"
     )
     clip_weights: str | None = _model(
-        None, "weights file that open_clip reads, or an open_clip tag", free=True, unset="OpenAI's from the hub"
+        None,
+        "weights file that open_clip reads, its folder, or an open_clip tag",
+        free=True,
+        unset="OpenAI's from the hub",
     )
     img_size: int | None = _model_config(
         "img_size",
@@ -86,9 +89,10 @@ class DataArguments(Arguments):
         unset="catalog",
         type=names_or_file,
     )
-    mask_threshold: str | float | None = _data(
+    mask_threshold: str | float = _data(
         HALF, "share of a mask's largest value from which its pixels are anomalous, or nonzero", type=share_or_nonzero
     )
+    max_megapixels: int = _data(179, "largest image that is read, in megapixels", free=True, between=(1, 100_000))
     skip_bad_images: bool = _data(False, "skip images that cannot be read, and list them", free=True)
 
 

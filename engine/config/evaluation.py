@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dataset.prompts import NAMES
-from dataset.records import HALF
 from engine.config.common import DET_SCORE, DataArguments, MachineArguments, ModelArguments
 from engine.config.training import CrossAttentionArguments
+from engine.detector.hub import NO_CHECKPOINT
 from model.config import DET_SCORES, REFERENCE_FEATURES, REFERENCE_WEIGHT, CrossAttentionConfig
 from utils.arguments import Arguments, number
 from utils.errors import UserError
@@ -30,19 +30,27 @@ _NO_DECISION = {
     "false_alarms": "--false_alarms needs --calibrate",
     "calibration": "--calibration needs --image, which reads it, or --calibrate, which writes it",
 }
+_NO_DATASET = {
+    **dict.fromkeys(("metadata", "mask_threshold"), "without a dataset there are no masks and lists"),
+    **dict.fromkeys(("batch_size", "compile"), "images that are not in a dataset are processed one at a time"),
+}
 _REJECTED = {
     "calibrate": {
+        **_NO_DATASET,
         **dict.fromkeys(("dataset", "image", "normal", "anomalous"), "--calibrate takes only normal images"),
         **dict.fromkeys(("visualize", "output_dir"), "--calibrate writes only thresholds, to --calibration"),
     },
     "image": {
+        **_NO_DATASET,
         **dict.fromkeys(("dataset", "normal", "anomalous"), "--image scores images that are not in a dataset"),
         "visualize": "--image draws a heatmap of each image anyway",
         "false_alarms": _NO_DECISION["false_alarms"],
     },
     "two folders": {
         **_NO_DECISION,
-        **dict.fromkeys(("dataset", "metadata", "class_names"), "--normal and --anomalous replace a dataset"),
+        **dict.fromkeys(
+            ("dataset", "metadata", "class_names", "mask_threshold"), "--normal and --anomalous replace a dataset"
+        ),
         "class_from_folder": "--normal and --anomalous contain images of one class",
     },
     "dataset": {
@@ -68,6 +76,8 @@ OVERRIDES = (
     "cross_attn_residual",
     "cross_attn_heads",
 )
+# Those that unadapted CLIP has no use for.
+ADAPTED = tuple(name for name in OVERRIDES if name not in ("model_name", "img_size", "activation", "det_score"))
 # Options of `engine.evaluation.references.ReferenceChoice`.
 REFERENCES = ("references", "reference_shots", "reference_seed", "reference_weight", "reference_features")
 
@@ -110,7 +120,6 @@ class TestingArguments(MachineArguments, DataArguments, TrainedModelArguments):
     )
     data_root: Path | None = changed(DataArguments, "data_root", unset=TEST_ROOT)
     class_names: str | None = changed(DataArguments, "class_names", unset=f"{ASSUMED} the catalog's")
-    mask_threshold: str | float | None = changed(DataArguments, "mask_threshold", None, unset=f"{ASSUMED} {HALF}")
     batch_size: int = setting(8, "images in a forward pass", "machine", between=(1, 100_000))
 
     def overrides(self) -> dict[str, Any]:
@@ -118,7 +127,7 @@ class TestingArguments(MachineArguments, DataArguments, TrainedModelArguments):
         names = (item.name for item in fields(self))
         return {name: value for name in names if name in OVERRIDES and (value := getattr(self, name)) is not None}
 
-    def image_choices(self) -> tuple[Path | None, Path | None, str | None, bool, str | float | None]:
+    def image_choices(self) -> tuple[Path | None, Path | None, str | None, bool, str | float]:
         """Where images are and how they are read, for `load_task`."""
         return self.data_root, self.metadata, self.class_names, self.skip_bad_images, self.mask_threshold
 
@@ -156,7 +165,9 @@ class InferenceArguments(ReferenceArguments, TestingArguments):
     """Options of `inference.py`."""
 
     checkpoint: str = _task(MISSING, "checkpoint file, folder (all its epochs, in order), or none for unadapted CLIP")
-    image: Path | None = _task(None, "image, or folder of images in any layout, to score instead of a dataset")
+    image: tuple[Path, ...] | None = _task(
+        None, "images, or folders of images in any layout, to score instead of a dataset"
+    )
     calibrate: Path | None = _task(None, "folder of normal images, whose scores set the threshold of anomalous images")
     false_alarms: float | None = _task(
         None,
@@ -205,6 +216,10 @@ class InferenceArguments(ReferenceArguments, TestingArguments):
         mode = self.mode()
         for name in self.not_default(_REJECTED[mode]):
             raise UserError(f"{_REJECTED[mode][name]}: leave --{name} out")
+        for name in self.not_default(ADAPTED) if self.checkpoint == NO_CHECKPOINT else ():
+            raise UserError(f"--checkpoint none is unadapted CLIP, which has no adapters to change: leave --{name} out")
+        if mode in ("image", "calibrate") and self.precision not in ("auto", "fp32"):
+            raise UserError(f"--{mode} computes in fp32: leave --precision out")
         if mode in ("image", "calibrate") and self.class_names not in (None, *NAMES):
             raise UserError(f"--{mode} takes the class's name as --class_name: --class_names FILE is for a dataset")
         if mode == "two folders" and None in (self.normal, self.anomalous):
@@ -255,6 +270,5 @@ class VisualizationArguments(DataArguments):
     clip_weights: str | None = changed(TestingArguments, "clip_weights")
     dataset: str | None = changed(TestingArguments, "dataset")
     data_root: Path | None = changed(TestingArguments, "data_root")
-    mask_threshold: str | float | None = changed(TestingArguments, "mask_threshold")
     device: str = changed(MachineArguments, "device")
     output_dir: Path | None = setting(None, "folder of the figures", "output", unset="results/visualize")

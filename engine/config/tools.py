@@ -103,6 +103,7 @@ class ExportArguments(ReferenceArguments, TrainedModelArguments):
     calibration: Path | None = changed(
         InferenceArguments, "calibration", unset="calibration.json next to the checkpoint, if it contains this model"
     )
+    max_megapixels: int = changed(DataArguments, "max_megapixels")
     output: Path | None = setting(
         None, "file to write, for one class", "output", unset="CHECKPOINT_CLASS.onnx or .pt2 in the checkpoint's folder"
     )
@@ -164,6 +165,7 @@ class GradientTest(TrainedModelArguments):
     cross_attn_residual: str | None = _cross("cross_attn_residual", unset=f"{ASSUMED} matched")
     dataset: str = changed(DataArguments, "dataset", "toy_train")
     data_root: Path | None = changed(DataArguments, "data_root")
+    max_megapixels: int = changed(DataArguments, "max_megapixels")
     batches: int = _data(1, "batches to average over", between=(1, 1_000_000))
     batch_size: int = _data(8, "images in a batch", between=(1, 100_000))
     seed: int = changed(RunConfig, "seed", help="seed of fresh weights and of the batches", group="data")

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from dataset.locate import known_dataset
 from dataset.options import AugmentationConfig
 from engine.config.common import DET_SCORE, DataArguments, MachineArguments, ModelArguments
 from engine.config.presets import BASE_PRESETS, FEEDBACK_PRESETS, RECIPES
@@ -151,6 +152,8 @@ class RunConfig(MachineArguments, DataArguments, ModelArguments):
         signature = {item.name: values[item.name] for item in fields(self) if not item.metadata["free"]}
         if self.training_mode == "full_shot":
             del signature["shot"]
+        if known_dataset(self.dataset) is None:  # a folder, which may have moved; its list is compared by its digest
+            del signature["dataset"]
         return signature
 
 
@@ -231,6 +234,13 @@ class CrossAttentionRunConfig(CrossAttentionArguments, BaseConfig):
     @property
     def frozen(self) -> tuple[str, ...]:
         return ("text_adapter", "image_adapter") if self.freeze_base else ()
+
+    def check(self) -> None:
+        if self.freeze_base and not (self.load_base_text_adapter or self.load_base_image_adapter):
+            raise UserError(
+                "--freeze_base would leave adapters untrained: give --load_base_text_adapter and _image_adapter"
+            )
+        super().check()
 
 
 @dataclass(frozen=True)

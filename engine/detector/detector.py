@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from PIL import Image
@@ -28,11 +28,10 @@ from model.clip import FrozenCLIP
 from model.config import REFERENCE_FEATURES, REFERENCE_WEIGHT, LoopForward
 from model.frozen import UnadaptedCLIP
 from model.references import joined_calibrated_maps
-from model.scoring import DET_SCORES, DOMAINS, calibrated_maps, calibrated_scores
+from model.scoring import DET_SCORES, DOMAINS, Outputs, calibrated_maps, calibrated_scores
 from model.shared import Shared
 from model.text import Prompts
 from utils.errors import UserError
-from utils.paths import is_file
 
 # The name of unadapted CLIP in tables and figures.
 UNADAPTED = "unadapted"
@@ -193,7 +192,7 @@ class Detector(nn.Module):
         `UserError` for a file that is damaged or of another model.
         """
         beside = calibration_files(checkpoint, self.source.path if self.source else None)
-        files = list(filter(is_file, beside)) if calibration is None else [calibration]
+        files = list(filter(Path.is_file, beside)) if calibration is None else [calibration]
         if not files:
             return
         self.calibration = [entry for file in files for entry in read_calibration(file)]
@@ -213,27 +212,32 @@ class Detector(nn.Module):
             )
         return entry
 
+    @overload
+    def predict(self, image: ImageInput, *options: Any, **named: Any) -> Prediction: ...
+
+    @overload
+    def predict(self, image: list[Any] | tuple[Any, ...], *options: Any, **named: Any) -> list[Prediction]: ...
+
     @torch.inference_mode()
     def predict(
         self,
-        image: ImageInput,
+        image: ImageInput | list[Any] | tuple[Any, ...],
         class_name: str = "object",
         domain: str = "industrial",
         return_attention: bool = False,
         det_score: str | None = None,
         class_names: str | None = None,
         references: References | None = None,
-    ) -> Prediction:
-        """Predict the anomaly map and score of one image.
+    ) -> Prediction | list[Prediction]:
+        """Predict the anomaly map and score of one image, or of each in a list.
 
-            prediction = model.predict("image.png", class_name="metal screw")
-            prediction.score, prediction.anomaly_map
+            model.predict("image.png", class_name="metal screw").score
 
         A single image has no class statistics to normalise by. So the map is the calibrated one, and the score is
         half its maximum plus half the det score, or for `domain="medical"` the maximum (docs/method.md, "Scores").
 
         Args:
-            image: a path, a PIL image, or uint8 RGB (H, W, 3).
+            image: a path, a PIL image, or uint8 RGB (H, W, 3), or a list of these. EXIF orientation is applied.
             class_name: the object's name in prompts; domain: "industrial" or "medical".
             return_attention: also return cross-attention weights, in `Prediction.attention`.
             det_score: one of `DET_SCORES`. Default: the detector's.
@@ -242,11 +246,16 @@ class Detector(nn.Module):
             references: normal images to compare with. Default: those added for the class.
 
         Returns:
-            The prediction, with a decision if there is a calibration for this class, domain, det score and references.
+            The prediction, with a decision if there is a calibration for this class, domain, det score and references;
+            for a list, a list of predictions.
 
         Raises:
-            UserError: an unreadable image, an unknown domain or det score, no cross-attention, or a score of NaN.
+            UserError: an unreadable image or another type, an unknown domain or det score, no cross-attention, or a
+                score of NaN.
         """
+        if isinstance(image, (list, tuple)):
+            options = (class_name, domain, return_attention, det_score, class_names, references)
+            return [self.predict(each, *options) for each in image]
         det_score = check_det_score(det_score or self.det_score)
         if domain not in DOMAINS:
             raise UserError(f"domain {domain}: choose one of {', '.join(DOMAINS)}")
@@ -261,11 +270,7 @@ class Detector(nn.Module):
             entry = self.thresholds(key._replace(references=references.digest if references else None))
         side, rows = self._encode_class(class_name, class_names)
         outputs = self.model(pixels, side, rows)
-        if references is None:
-            levels = calibrated_maps(outputs, self.clip.img_size)
-        else:
-            distances = references.maps(self.model, outputs, pixels)
-            levels = joined_calibrated_maps(outputs, distances, references.weight)
+        levels = self._level_maps(outputs, pixels, references)
         mean = levels.mean(dim=0)
         score = self._check_finite(float(calibrated_scores(mean, outputs, domain, det_score)[0]))
         prediction = Prediction(mean[0].cpu().numpy(), score, levels[:, 0].cpu().numpy())
@@ -274,6 +279,12 @@ class Detector(nn.Module):
         if return_attention and isinstance(self.model, AdaptedCLIPWithCrossAttention):
             return replace(prediction, attention=self.model.attention(pixels, side, rows))
         return prediction
+
+    def _level_maps(self, outputs: Outputs, pixels: torch.Tensor, references: References | None) -> torch.Tensor:
+        """The calibrated maps of all levels (levels, B, S, S), joined with the distances to references."""
+        if references is None:
+            return calibrated_maps(outputs, self.clip.img_size)
+        return joined_calibrated_maps(outputs, references.maps(self.model, outputs, pixels), references.weight)
 
     def _check_finite(self, score: float) -> float:
         if not math.isfinite(score):

@@ -98,7 +98,7 @@ def load_clip_for(checkpoint: Checkpoint, clip_weights: str | Path | None = None
         raise UserError(f"{checkpoint.path} was trained on {config.model_name}, not on {name}")
     warn_of_changes(checkpoint, config, _select(("img_size", "activation"), chosen))
     recorded = checkpoint.config.get("arguments", {}).get("clip_weights")
-    if clip_weights is None and recorded and (Path(recorded).is_file() or is_tag(name, recorded)):
+    if clip_weights is None and recorded and (Path(recorded).exists() or is_tag(name, recorded)):
         clip_weights = recorded
     return load_clip(
         name, clip_weights, chosen.get("img_size", config.img_size), chosen.get("activation", config.activation)

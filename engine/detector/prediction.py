@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dataset.images import read_image, to_rgb
+from dataset.images import read_image, to_rgb, upright
 from engine.detector.calibration import ANOMALOUS, NORMAL, Entry
 from model.adapter_cross_attention import Attention
 from model.scoring import decisions, ranks
+from utils.errors import UserError
 
 if TYPE_CHECKING:
     from utils.regions import Region
@@ -55,13 +56,21 @@ class Prediction:
 
 
 def as_image(image: ImageInput) -> Image.Image:
-    """RGB from a path, a PIL image, or uint8 RGB (H, W, 3); only files are rotated by their EXIF tag.
+    """RGB from a path, a PIL image, or uint8 RGB (H, W, 3); files and PIL images are rotated by their EXIF tag.
 
-    Raises `UserError` for a file that cannot be read.
+    Raises `UserError` for a file that cannot be read, and for anything else.
     """
     if isinstance(image, (str, Path)):
         return read_image(Path(image))
-    return to_rgb(Image.fromarray(image) if isinstance(image, np.ndarray) else image)
+    if isinstance(image, Image.Image):
+        try:
+            return to_rgb(upright(image))
+        except OSError as error:  # opened, and damaged further on
+            raise UserError(f"this image cannot be read: {error}") from error
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        return Image.fromarray(image)
+    kind = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+    raise UserError(f"an image cannot be {kind}: give a path, a PIL image, or a uint8 RGB array (H, W, 3)")
 
 
 def decide(prediction: Prediction, image: float, pixel: float, size: tuple[int, int]) -> Prediction:

@@ -44,7 +44,7 @@ def calibrate_images(arguments: InferenceArguments) -> list[Entry]:
     check_folder(file.parent, "--calibration")
     if file.exists():
         read_calibration(file)  # fails now, not after all images have been scored
-    images = find_own_images(folder, "--calibrate", arguments.class_name, arguments.class_from_folder)
+    images = find_own_images([folder], "--calibrate", arguments.class_name, arguments.class_from_folder)
     classes = images.classes
     references = image_references(ReferenceChoice.of(arguments), classes, arguments.class_from_folder)
     chosen = {path for paths in references.values() for path in paths}

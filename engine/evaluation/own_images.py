@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from utils.errors import UserError
 from utils.files import check_folder, write_text
 from utils.heatmaps import overlay, save_image
 from utils.logging import with_progress
-from utils.paths import figure_path, is_file
+from utils.paths import common_folder, figure_path, is_file
 from utils.regions import Region, worst_region
 from utils.text import csv_table, list_names
 
@@ -53,9 +54,10 @@ MOST_LISTED = 20
 
 @dataclass
 class OwnImages:
-    """The images of a folder, or one image, and the class of each.
+    """The images of one or several files and folders, and the class of each.
 
-    problems: a line for each file that cannot be read, including those that `read` finds.
+    place: the only one of these, or the folder that contains all; problems: a line for each file that cannot be read,
+    including those that `read` finds.
     """
 
     place: Path
@@ -65,6 +67,12 @@ class OwnImages:
     @property
     def classes(self) -> list[str]:
         return list(dict.fromkeys(self.names.values()))
+
+    def short_name(self, path: Path) -> str:
+        """The path of an image below `place`."""
+        if path == self.place:
+            return path.name
+        return (path.relative_to(self.place) if path.is_relative_to(self.place) else path).as_posix()
 
     def read(self, doing: str) -> Iterator[tuple[Path, str, Image.Image]]:
         """Each readable image with its class; others are skipped with a warning, unless there is only one image."""
@@ -80,20 +88,27 @@ class OwnImages:
             yield path, name, pixels
 
 
-def find_own_images(place: Path, flag: str, class_name: str | None, class_from_folder: bool) -> OwnImages:
-    """An image, or all images in a folder and its subfolders, with their classes.
+def find_own_images(places: Sequence[Path], flag: str, class_name: str | None, class_from_folder: bool) -> OwnImages:
+    """Images, or all images in folders and their subfolders, with their classes.
 
     class_name: the class of all images, by default "object"; class_from_folder: the class is a folder's name
     (`class_of`). Raises `UserError`, naming `flag`, if there are no images, and for names that do not fit a prompt.
     """
     if class_from_folder and class_name is not None:
         raise UserError("--class_from_folder names the classes: leave --class_name out")
-    found = find_images(place, flag)
     common = DEFAULT_CLASS if class_name is None else class_name
-    names = {path: class_of(path, place) if class_from_folder else common for path in found.images}
-    for name in dict.fromkeys(names.values()):
+    images = OwnImages(places[0], {})
+    if len(places) > 1:
+        # An image of a folder that is given too is one image.
+        places = [Path(os.path.abspath(place)) for place in places]  # noqa: PTH100
+        images.place = common_folder([place.parent if is_file(place) else place for place in places])
+    for place in places:
+        found = find_images(place, flag)
+        images.problems += found.problems
+        images.names |= {path: class_of(path, place) if class_from_folder else common for path in found.images}
+    for name in images.classes:
         build_prompts(readable_name(name))
-    return OwnImages(place, names, found.problems)
+    return images
 
 
 def load_last_detector(
@@ -128,11 +143,11 @@ def score_images(arguments: InferenceArguments) -> list[Finding]:
     Raises:
         UserError: If no image can be read, and as `evaluate_checkpoints` does.
     """
-    image, class_names = arguments.image, arguments.class_names
-    if image is None:
+    class_names = arguments.class_names
+    if arguments.image is None:
         raise UserError("--image is needed: an image, or a folder of images")
     folder = output_folder(arguments.checkpoint, arguments.output_dir)
-    images = find_own_images(image, "--image", arguments.class_name, arguments.class_from_folder)
+    images = find_own_images(arguments.image, "--image", arguments.class_name, arguments.class_from_folder)
     check_folder(folder, "--output_dir")
     choice = ReferenceChoice.of(arguments)
     references = image_references(choice, images.classes, arguments.class_from_folder)
@@ -145,7 +160,7 @@ def score_images(arguments: InferenceArguments) -> list[Finding]:
     with Gallery() as gallery:
         findings = score_each(arguments, images, detector, gallery, folder / heatmaps)
         write_scores(findings, scores)
-        facts = facts_of(image, detector, arguments.domain, findings, images.problems)
+        facts = facts_of(images.place, detector, arguments.domain, findings, images.problems)
         for name, entry in entries.items():
             facts.append(("Decision" if len(entries) == 1 else f"Decision, {name}", f"anomalous {entry}"))
         for note in [*filter(None, [detector.clip.limits]), *drift_notes(findings, entries)]:
@@ -154,7 +169,7 @@ def score_images(arguments: InferenceArguments) -> list[Finding]:
         # Several classes have different thresholds, so that the slider has no common start.
         common = {entry.image_threshold for entry in entries.values()} if len(images.classes) == 1 else set()
         start = next(iter(common), None)
-        gallery.write(report, f"Images of {image.resolve().name or image}", facts, images.problems, start)
+        gallery.write(report, f"Images of {images.place.resolve().name or images.place}", facts, images.problems, start)
     summarise(findings, images.problems, detector, (report, scores, folder / heatmaps))
     return findings
 
@@ -171,7 +186,7 @@ def score_each(
         prediction = detector.predict(pixels, name, arguments.domain, class_names=arguments.class_names)
         finding = make_finding(path, name, pixels.size, prediction)
         duplicates += bool(known) and content_digest(pixels) in known
-        name_in_report = path.name if path == images.place else path.relative_to(images.place).as_posix()
+        name_in_report = images.short_name(path)
         drawn = overlay(pixels, prediction.anomaly_map)
         save_image(drawn, figure_path(heatmaps, name_in_report, "_heatmap.png", taken))
         gallery.add(pixels, prediction.anomaly_map, finding, name_in_report)

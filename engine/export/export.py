@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 # Largest accepted difference of a file from the model, in maps and scores, both from 0 to 1.
 TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2}
-INPUT = "images"
+INPUT, AXES = "images", ("batch", "height", "width")
 METADATA = "metadata.json"
 # A protocol buffer, such as an ONNX file, has at most 2 GiB.
 MAX_ONNX_BYTES = 2**31 - 2**24
@@ -186,6 +186,17 @@ def to_onnx(program: ExportedProgram, graph: ScoringGraph, content: Mapping[str,
     exported = torch.onnx.export(program, dynamo=True, input_names=[INPUT], output_names=names, verbose=False)
     assert exported is not None  # with dynamo
     model = exported.model_proto
+    # Instead of numbered symbols.
+    (image,) = model.graph.input
+    named = {
+        axis.dim_param: name
+        for axis, name in zip(image.type.tensor_type.shape.dim, AXES, strict=False)
+        if axis.dim_param
+    }
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.dim_param in named:
+                axis.dim_param = named[axis.dim_param]
     for node in (*model.graph.node, *(node for function in model.functions for node in function.node)):
         del node.metadata_props[:]  # the trace, which is large
     onnx.helper.set_model_props(model, dict(content))

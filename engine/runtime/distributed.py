@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -21,7 +24,7 @@ from accelerate.utils import DataLoaderConfiguration, broadcast_object_list
 
 from engine.runtime.device import check_device, choose_precision
 from utils.errors import Interrupted, UserError
-from utils.processes import another_process_ended, env_rank, env_world_size, is_main_process
+from utils.processes import UNENDING_THREAD, another_process_ended, env_rank, env_world_size, is_main_process
 from utils.text import list_names
 
 Item = TypeVar("Item")
@@ -34,6 +37,8 @@ TIMEOUT = timedelta(hours=6)
 REPORT_INTERVAL, POLL_INTERVAL = 30.0, 0.1
 # Within it, a computer that can be reached answers.
 CONNECTION_TIMEOUT = timedelta(seconds=10)
+# Seconds within which a store that accepted a connection answers; other programs may never do so.
+ANSWER_TIMEOUT = 60.0
 
 
 def make_accelerator(device: str, precision: str, tf32: str, tracker: str, save_path: Path) -> tuple[Accelerator, str]:
@@ -94,29 +99,44 @@ def _meet(rank: int, world_size: int) -> dist.Store:
             return f"rank 0 ({error.strerror or error})"
         return ""
 
+    tcp: Future[dist.TCPStore] = Future()
+
+    def connect() -> None:
+        try:
+            tcp.set_result(dist.TCPStore(address, port, world_size, serves, CONNECTION_TIMEOUT, wait_for_workers=False))
+        except (RuntimeError, ValueError) as error:
+            tcp.set_exception(error)
+
+    place = f"{address}:{port}, {world_size} processes in all"
     try:
-        if not serves:
-            _wait(unreachable, f"{address}:{port}, {world_size} processes in all")
-        tcp = dist.TCPStore(address, port, world_size, serves, CONNECTION_TIMEOUT, wait_for_workers=False)
-        tcp.set_timeout(TIMEOUT)
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", tcp)
+        if serves:
+            connect()
+        else:
+            _wait(unreachable, place)
+            # torch waits for the answer in native code, without a timeout, and no signal ends it.
+            Thread(target=connect, name=UNENDING_THREAD, daemon=True).start()
+            _wait(lambda: "" if tcp.done() else "the answer of rank 0", place, ANSWER_TIMEOUT)
+        tcp.result(timeout=0).set_timeout(TIMEOUT)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt {attempt}", tcp.result())
         store.set(f"rank {rank}", "")
         ranks = [f"rank {other}" for other in range(world_size)]
 
         def missing() -> str:
             return "" if store.check(ranks) else list_names([name for name in ranks if not store.check([name])], 8)
 
-        _wait(missing, f"{address}:{port}, {world_size} processes in all")
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
+        _wait(missing, place)
+    except (RuntimeError, ValueError, TimeoutError) as error:
+        reason = str(error).partition("\n")[0] or "another program listens there: give a free port"
         raise UserError(f"MASTER_ADDR={address}, MASTER_PORT={port}: cannot meet there ({reason})") from error
     return store
 
 
-def _wait(missing: Callable[[], str], place: str) -> None:
-    """Wait until `missing` names nobody."""
-    report = time.monotonic() + REPORT_INTERVAL
-    while names := missing():
+def _wait(missing: Callable[[], str], place: str, longest: float = math.inf) -> None:
+    """Wait until `missing` names nobody, at most `longest` seconds."""
+    start = time.monotonic()
+    report = start + REPORT_INTERVAL
+    while (names := missing()) and time.monotonic() < start + longest:
         if time.monotonic() > report:
             # Not logged: only the first process logs.
             sys.stderr.write(f"Rank {env_rank()} is waiting for {names} at {place}. Ctrl-C ends it\n")
