@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import run
 
@@ -97,3 +99,12 @@ def test_the_running_command_handles_signals(number: int, status: int) -> None:
     thread.start()
     assert run.call([sys.executable, "-S", "-c", code]) == status
     thread.join()
+
+
+def test_the_tested_versions_are_within_the_bounds() -> None:
+    lines = (run.ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    for file in run.ROOT.glob("requirements*.txt"):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if not line.startswith(("#", "-r")) and (requirement := Requirement(line)).marker is None:
+                assert requirement.specifier.contains(tested[canonicalize_name(requirement.name)]), line
