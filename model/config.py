@@ -148,8 +148,8 @@ def check_settings(config: Any) -> None:
             raise UserError(f"--{item.name} {value}: choose one of {', '.join(choices)}")
         numbers = value if isinstance(value, tuple) else (value,)
         if between and not all(between[0] <= number <= between[1] for number in numbers):
-            shown = " ".join(map(str, numbers))
-            raise UserError(f"--{item.name} {shown}: takes {between[0]} to {between[1]}")
+            text = " ".join(map(str, numbers))
+            raise UserError(f"--{item.name} {text}: takes {between[0]} to {between[1]}")
 
 
 def depth_defaults(vision_layers: int, text_layers: int) -> dict[str, Any]:

@@ -168,16 +168,16 @@ def draw_loops(axis: Axes, panel: Panel) -> None:
     loops = range(min(values, default=1), max(values, default=1) + 1)
     line = [np.nan if (value := values.get(loop)) is None else value for loop in loops]
     axis.plot(loops, line, color="tab:blue", marker="o", markersize=5)
-    known = {name: value for name, value in references.items() if value is not None}
+    defined = {name: value for name, value in references.items() if value is not None}
     styles = reference_styles(references)
-    found = [value for value in line if not np.isnan(value)] or list(known.values())
+    found = [value for value in line if not np.isnan(value)] or list(defined.values())
     reach = max(FAR, 2 * (max(found) - min(found))) if found else 0.0
-    near = [value for value in known.values() if min(found) - reach <= value <= max(found) + reach]
-    for name, value in known.items():
+    near = [value for value in defined.values() if min(found) - reach <= value <= max(found) + reach]
+    for name, value in defined.items():
         colour, style = styles[name]
         label = f"{name} {value:.2f}" + ("" if value in near else " (not in the chart)")
         axis.axhline(value, color=colour, linestyle=style, linewidth=1.4, zorder=1, label=label)
-    if known:
+    if defined:
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=2, fontsize=7, frameon=False)
     _limit_to(axis, [*found, *near])
     axis.set_xlim(loops[0] - 0.4, loops[-1] + 0.4)

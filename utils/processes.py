@@ -171,4 +171,4 @@ def _marker_file() -> Path | None:
     torch's launcher gives each process a file for errors, in a folder of the launch's attempt.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    return Path(error_file).parent.parent / "said" if error_file and env_world_size() > 1 else None
+    return Path(error_file).parent.parent / "final_message" if error_file and env_world_size() > 1 else None

@@ -100,14 +100,14 @@ def check(value: Any, hint: Any, source: object, key: str = "", limits: Mapping[
 def check_fields(values: Any, kind: Any, source: object, key: str = "") -> None:
     """Raise `UserError`, as `check` does, unless `values` is a table with the fields of the dataclass `kind`."""
     check(values, dict[str, Any], source, key)
-    known, hints = {item.name: item for item in fields(kind)}, type_hints(kind)
-    for name, item in known.items():
+    declared, hints = {item.name: item for item in fields(kind)}, type_hints(kind)
+    for name, item in declared.items():
         if name not in values and item.default is MISSING and item.default_factory is MISSING:
             raise UserError(f"{source}: {key or 'it'} has no '{name}', so it is damaged or of another version")
     for name, value in values.items():
-        if name in known:
-            if value is not None or known[name].default is not None:
-                check(value, hints[name], source, f"{key}.{name}" if key else name, known[name].metadata)
+        if name in declared:
+            if value is not None or declared[name].default is not None:
+                check(value, hints[name], source, f"{key}.{name}" if key else name, declared[name].metadata)
         elif issubclass(kind, MayHoldMore):
             check(value, kind.more, source, f"{key}[{_shown(name)}]")
         else:

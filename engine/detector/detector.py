@@ -191,8 +191,8 @@ class Detector(nn.Module):
         A file that is given must hold thresholds of this model, and `predict` rejects classes without any. Raises
         `UserError` for a file that is damaged or of another model.
         """
-        beside = calibration_files(checkpoint, self.source.path if self.source else None)
-        files = list(filter(Path.is_file, beside)) if calibration is None else [calibration]
+        candidates = calibration_files(checkpoint, self.source.path if self.source else None)
+        files = list(filter(Path.is_file, candidates)) if calibration is None else [calibration]
         if not files:
             return
         self.calibration = [entry for file in files for entry in read_calibration(file)]

@@ -1,1 +1,1 @@
-"""Testing: metrics of checkpoints on datasets, single images, loops beside one another, heatmaps."""
+"""Testing: metrics of checkpoints on datasets, single images, loops side by side, heatmaps."""

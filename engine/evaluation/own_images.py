@@ -180,12 +180,12 @@ def score_each(
     """Score each image, write its heatmap, and add it to the gallery; `UserError` if none can be read."""
     findings: list[Finding] = []
     taken: set[str] = set()
-    known = {digest for references in detector.references.values() for digest in references.images}
+    reference_digests = {digest for references in detector.references.values() for digest in references.images}
     duplicates = 0
     for path, name, pixels in images.read("scoring"):
         prediction = detector.predict(pixels, name, arguments.domain, class_names=arguments.class_names)
         finding = make_finding(path, name, pixels.size, prediction)
-        duplicates += bool(known) and content_digest(pixels) in known
+        duplicates += bool(reference_digests) and content_digest(pixels) in reference_digests
         name_in_report = images.short_name(path)
         drawn = overlay(pixels, prediction.anomaly_map)
         save_image(drawn, figure_path(heatmaps, name_in_report, "_heatmap.png", taken))
@@ -202,17 +202,17 @@ def thresholds_of(
     detector: Detector, classes: Sequence[str], domain: str, class_names: str | None
 ) -> Mapping[str, Entry]:
     """The thresholds of each class; logged, as well as classes without any if the model is calibrated for others."""
-    found = {}
+    entries = {}
     for name in classes if detector.calibration else ():
         key = detector.calibration_key(name, domain, class_names=class_names)
         entry = detector.thresholds(key)
         if entry is not None:
-            found[name] = entry
+            entries[name] = entry
             logger.info("%s: anomalous %s", name, entry)
         else:
             why = mismatch_reason(detector.calibration, key)
             logger.warning("%s: %s; no decision for %s without --calibrate", CALIBRATION_FILE, why, name)
-    return found
+    return entries
 
 
 def drift_notes(findings: Sequence[Finding], entries: Mapping[str, Entry]) -> list[str]:

@@ -61,8 +61,8 @@ def describe_run(name: str, checkpoint: Checkpoint, config: Mapping[str, Any]) -
         facts.append(("Later epochs", f"{len(whole) - len(history)}, which this file does not contain"))
     explicit = explicit_arguments(config)
     verdicts = advice(history, feedback)
-    known = {sentence.lower() for sentence in verdicts}
-    warnings = [text for row in messages if (text := str(row.get("message", ""))).lower() not in known]
+    reported = {sentence.lower() for sentence in verdicts}
+    warnings = [text for row in messages if (text := str(row.get("message", ""))).lower() not in reported]
     return Run(
         name,
         training_command(config),

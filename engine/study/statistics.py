@@ -67,9 +67,9 @@ class Groups:
 
 def nanmean(values: np.ndarray) -> np.ndarray:
     """The mean over the last axis without NaN; NaN if nothing else is left, without numpy's warning."""
-    known = ~np.isnan(values)
-    count = known.sum(-1)
-    total = np.where(known, values, 0).sum(-1)
+    defined = ~np.isnan(values)
+    count = defined.sum(-1)
+    total = np.where(defined, values, 0).sum(-1)
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 
@@ -92,12 +92,12 @@ def bootstrap_interval(differences: np.ndarray, groups: Groups, resamples: int =
     seeds = rng.integers(count, size=(resamples, count))
     means = np.zeros(resamples)
     for members, weight in zip(groups.members, groups.weights, strict=True):
-        known = [columns for row in differences[:, list(members)] if (columns := np.flatnonzero(~np.isnan(row))).size]
-        if len(known) < count:
+        defined = [columns for row in differences[:, list(members)] if (columns := np.flatnonzero(~np.isnan(row))).size]
+        if len(defined) < count:
             return math.nan, math.nan
-        sizes = np.array([len(columns) for columns in known])
+        sizes = np.array([len(columns) for columns in defined])
         table = np.zeros((count, sizes.max()), dtype=int)
-        for row, columns in enumerate(known):
+        for row, columns in enumerate(defined):
             table[row, : len(columns)] = columns
         # (resamples, seeds, classes): as many classes as the seed has, drawn with replacement.
         drawn = (rng.random((resamples, count, sizes.max())) * sizes[seeds][..., None]).astype(int)

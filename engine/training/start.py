@@ -54,8 +54,8 @@ class Start:
 
     def model_config(self) -> ModelConfig | None:
         """The model of the image side, or else the text side; None for files without config."""
-        known = (side for side in (self.image, self.text) if side and side.config)
-        return next((checkpoint.model_config() for checkpoint in known), None)
+        with_config = (side for side in (self.image, self.text) if side and side.config)
+        return next((checkpoint.model_config() for checkpoint in with_config), None)
 
     @property
     def activation(self) -> str | None:

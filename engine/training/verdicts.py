@@ -212,7 +212,7 @@ def validated_loop(results: Sequence[Mapping[str, Any]]) -> int | None:
     scores = []
     for result in results:
         values = [result.get("validation", {}).get(metric) for metric in ("pixel_auroc", "image_auroc")]
-        known = [value for value in values if value is not None]
-        if known:
-            scores.append((sum(known) / len(known), -result["loop"]))
+        defined = [value for value in values if value is not None]
+        if defined:
+            scores.append((sum(defined) / len(defined), -result["loop"]))
     return -max(scores)[1] if scores else None
