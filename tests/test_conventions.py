@@ -212,6 +212,9 @@ def test_images_that_are_not_masks_stay_images(tmp_path: Path) -> None:
     for name in ("label/a.png", "no_mask/a.png", "good/a.png", "good/a_label.png", "dent/a.png"):
         photo(tmp_path / "part/test" / name)
     assert len(records_of(tmp_path / "part")) == len(find_images(tmp_path, "--image").images) == 5
+    mask(tmp_path / "p_mask/ground_truth/dent/a.png")
+    photo(tmp_path / "p_mask/test/dent/a.png")
+    assert len(find_images(tmp_path, "--image").images) == 6
     for kind in ("line", "circle"):
         mask(tmp_path / f"drawing/test/{kind}/a.png")
     mask(tmp_path / "drawing/test/good/a.png")
@@ -251,5 +254,5 @@ def test_the_documented_names_are_accepted() -> None:
     assert len(names["normal images"]) >= 8 and all(map(is_normal_name, names["normal images"]))
     assert len(names["name of a mask"]) == 6
     assert {mask_key(Path(f"a{suffix}.png")) for suffix in names["name of a mask"]} == {"a"}
-    ground_truth = [is_ground_truth_name(name) or may_be_mask_name(name) for name in names["mask folders"][:6]]
+    ground_truth = [is_ground_truth_name(name) or may_be_mask_name(name) for name in names["mask folders"][1:7]]
     assert ground_truth == [True] * 6

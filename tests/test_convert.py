@@ -270,7 +270,8 @@ FOLDERS: list[tuple[dict[str, Any], str, dict[str, str]]] = [
     ({"ok/1.png bent/1.png cut/1.png": None, "mask_dir/bent/1.png": 255}, "good/1, bent/1 8, cut/1 -", {}),
     ({"a/ok/1.png a/bad/2.png b/ok/3.png": None}, "a/test/good/1, a/test/bad/2 -, b/test/good/3", {}),
     ({"ok/1.png x/1.png": None, "truth/1.png": 255}, "good/1, x/1 8", {"masks": "truth"}),
-    ({"a/1.png b/2.png": None, "x/b/2.png": 255}, "good/1, b/2 8", {"normal": "a", "masks": "x"}),
+    ({"a/1.png b/2.png": None, "ok/b/2.png": 255}, "good/1, b/2 8", {"normal": "a", "masks": "ok"}),
+    ({"ok/1.png x/2.png": None, "x/2.txt": ""}, "good/1, good/2", {}),
     ({"test/a/1.png test/good/2.png": None, "w/a/1.png": 255}, "a/1 8, good/2", {"masks": "w"}),
 ]
 
@@ -281,11 +282,12 @@ def test_folders_of_labelling_tools_and_with_masks(
 ) -> None:
     records = converted(draw(tmp_path / "raw", files), tmp_path / "new", **options)
     assert described(tmp_path / "new", records) == set(expected.split(", "))
-    unlabelled = {"img/4.png", "val/images/3.png", "x/2.png"}
+    unlabelled = {"img/4.png", "val/images/3.png", "x/Label/1_label.png"}
     assert ("count as normal" in caplog.text) == any(name in names.split() for names in files for name in unlabelled)
 
 
-RUNS = {"size": [8, 12], "counts": [19, 2, 6, 2, 6, 2, 6, 2, 51]}
+# Four pixels of the third column, and two of the next one.
+RUNS = {"size": [8, 12], "counts": [17, 4, 4, 2, 69]}
 
 
 def annotated(**annotation: Any) -> str:
@@ -313,8 +315,8 @@ POLYGONS = [[2, 3, 5, 3, 5, 4, 2, 4], [9, 1, 9, 2]]
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.json", annotated(segmentation=RUNS), "scratch/1 8, good/3"),
-        ("a.json", annotated(segmentation={**RUNS, "counts": "c02600000]1"}), "scratch/1 8, good/3"),
+        ("a.json", annotated(segmentation=RUNS), "scratch/1 6, good/3"),
+        ("a.json", annotated(segmentation={**RUNS, "counts": "a044NQ2"}), "scratch/1 6, good/3"),
         ("a.json", annotated(segmentation=POLYGONS), "scratch/1 8, good/3"),
         ("a.json", annotated(segmentation=POLYGONS[1:], bbox=[9, 1, 1, 1]), "good/1, good/3"),
         ("a.json", annotated(bbox=[9, 1, 0, 1]), "good/1, good/3"),
@@ -333,6 +335,9 @@ POLYGONS = [[2, 3, 5, 3, 5, 4, 2, 4], [9, 1, 9, 2]]
 def test_coco_files_tables_and_the_lists_of_real_iad(folder: Path, name: str, content: str, expected: str) -> None:
     text(folder / name, content)
     assert described(folder / "new", converted(folder / name, folder / "new")) == set(expected.split(", "))
+    if "counts" in content:
+        drawn = np.argwhere(np.asarray(read_mask(folder / "new/object/ground_truth/scratch/1_mask.png")))
+        assert drawn.tolist() == [[1, 2], [1, 3], [2, 2], [2, 3], [3, 2], [4, 2]]
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,12 @@ def test_a_complete_published_run_without_published_names(
     evaluate_checkpoints(
         str(tmp_path / "run"), "MPDD", data_root=world / "data", output_dir=tmp_path / "out", device="cpu"
     )
-    assert "--class_names is that of the run: published" in capsys.readouterr().err
+    log = capsys.readouterr().err
+    assert "--class_names is that of the run: published" in log
+    assert "--mask_threshold is that of the run: nonzero" in log
+    run = {"mask_threshold": "nonzero"}
+    assert load_task(str(world / "own"), run=run).mask_threshold == "nonzero"
+    assert load_task(str(world / "own"), run=run, mask_threshold=0.5).mask_threshold == 0.5
 
 
 # A checkpoint in the published form.

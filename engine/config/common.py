@@ -89,7 +89,7 @@ class DataArguments(Arguments):
         unset="catalog",
         type=names_or_file,
     )
-    mask_threshold: str | float = _data(
+    mask_threshold: str | float | None = _data(
         HALF, "share of a mask's largest value from which its pixels are anomalous, or nonzero", type=share_or_nonzero
     )
     max_megapixels: int = _data(179, "largest image that is read, in megapixels", free=True, between=(1, 100_000))

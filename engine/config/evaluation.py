@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dataset.prompts import NAMES
+from dataset.records import HALF
 from engine.config.common import DET_SCORE, DataArguments, MachineArguments, ModelArguments
 from engine.config.training import CrossAttentionArguments
 from engine.detector.hub import NO_CHECKPOINT
@@ -120,6 +121,7 @@ class TestingArguments(MachineArguments, DataArguments, TrainedModelArguments):
     )
     data_root: Path | None = changed(DataArguments, "data_root", unset=TEST_ROOT)
     class_names: str | None = changed(DataArguments, "class_names", unset=f"{ASSUMED} the catalog's")
+    mask_threshold: str | float | None = changed(DataArguments, "mask_threshold", None, unset=f"{ASSUMED} {HALF}")
     batch_size: int = setting(8, "images in a forward pass", "machine", between=(1, 100_000))
 
     def overrides(self) -> dict[str, Any]:
@@ -127,7 +129,7 @@ class TestingArguments(MachineArguments, DataArguments, TrainedModelArguments):
         names = (item.name for item in fields(self))
         return {name: value for name in names if name in OVERRIDES and (value := getattr(self, name)) is not None}
 
-    def image_choices(self) -> tuple[Path | None, Path | None, str | None, bool, str | float]:
+    def image_choices(self) -> tuple[Path | None, Path | None, str | None, bool, str | float | None]:
         """Where images are and how they are read, for `load_task`."""
         return self.data_root, self.metadata, self.class_names, self.skip_bad_images, self.mask_threshold
 
@@ -270,5 +272,6 @@ class VisualizationArguments(DataArguments):
     clip_weights: str | None = changed(TestingArguments, "clip_weights")
     dataset: str | None = changed(TestingArguments, "dataset")
     data_root: Path | None = changed(TestingArguments, "data_root")
+    mask_threshold: str | float | None = changed(TestingArguments, "mask_threshold")
     device: str = changed(MachineArguments, "device")
     output_dir: Path | None = setting(None, "folder of the figures", "output", unset="results/visualize")

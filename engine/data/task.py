@@ -77,14 +77,14 @@ def load_task(
     metadata: Path | None = None,
     class_names: str | Path | None = None,
     skip_bad_images: bool = False,
-    mask_threshold: str | float = HALF,
+    mask_threshold: str | float | None = None,
     run: Mapping[str, Any] | None = None,
 ) -> TaskData:
     """Load the test split of a dataset.
 
     The arguments of a run replace missing ones: its data root if it contains the dataset, its metadata and file of
-    class names for its own dataset, and `--class_names published` for every dataset. Paths that no longer exist are
-    ignored with a message.
+    class names for its own dataset, and `--class_names published` and its mask threshold for every dataset. Paths that
+    no longer exist are ignored with a message.
 
     Args:
         dataset: A name in the catalog, or a folder in MVTec's layout (`dataset.locate.locate_dataset`).
@@ -92,7 +92,7 @@ def load_task(
         metadata: A list of the images, instead of the one made from the folders.
         class_names: The source of the names in prompts (`dataset.class_names.class_display_names`).
         skip_bad_images: Leave out images that cannot be read.
-        mask_threshold: As for `dataset.images.read_mask`.
+        mask_threshold: As for `dataset.images.read_mask`. Default: the run's, else half of the largest value.
         run: Arguments of a run.
 
     Raises:
@@ -108,6 +108,10 @@ def load_task(
     if class_names is None and run.get("class_names") in NAMES:
         class_names = run["class_names"]
         logger.info("--class_names is that of the run: %s", class_names)
+    if mask_threshold is None:
+        mask_threshold = run.get("mask_threshold", HALF)
+        if mask_threshold != HALF:
+            logger.info("--mask_threshold is that of the run: %s", mask_threshold)
     if str(run.get("dataset")).lower() == dataset.lower():
         metadata = metadata or _existing(run, "metadata")
         class_names = class_names or _existing(run, "class_names")
