@@ -15,7 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
+
+# The turbo colour map, from 0 to 1.
+COLOURS = np.frombuffer(
+    bytes.fromhex(
+        "30123b4040a2466be34294ff28bceb18ddc232f2986dfe62a4fc3ccdec34eecf3afdac34fb7e21eb500ed02f05a916017a0403"
+    ),
+    np.uint8,
+).reshape(-1, 3)
 
 
 def read(path: Path) -> np.ndarray:
@@ -83,11 +91,24 @@ def boxes(mask: np.ndarray, anomaly_map: np.ndarray, size: tuple[int, int]) -> l
     return [box for _, box in sorted(scored, key=lambda item: -item[0])]
 
 
+def coloured(values: np.ndarray) -> np.ndarray:
+    """Values in [0, 1] as colours (..., 3), from blue to red."""
+    positions = np.linspace(0, 1, len(COLOURS))
+    return np.stack([np.interp(values, positions, channel) for channel in COLOURS.T], axis=-1)
+
+
 def overlay(image: np.ndarray, anomaly_map: np.ndarray) -> Image.Image:
-    """The image (H, W, 3), in red where its map (S, S) is high."""
+    """The image (H, W, 3) under its map (S, S), with a colour bar at its right."""
     height, width, _ = image.shape
-    share = enlarged(anomaly_map, (width, height))[..., None] * 0.7
-    return Image.fromarray(np.rint(image * (1 - share) + np.array([255, 0, 0]) * share).astype(np.uint8))
+    heat = Image.fromarray((0.5 * image + 0.5 * coloured(enlarged(anomaly_map, (width, height)))).astype(np.uint8))
+    size = max(10, height // 24)
+    picture = Image.new("RGB", (width + 3 * size, height), "white")
+    picture.paste(heat)
+    scale = np.repeat(np.linspace(1, 0, height)[:, None], size, axis=1)
+    picture.paste(Image.fromarray(coloured(scale).astype(np.uint8)), (width + size // 2, 0))
+    for label, top in (("1", 0), ("0", height - round(1.3 * size))):
+        ImageDraw.Draw(picture).text((width + round(1.8 * size), top), label, fill="black", font_size=size)
+    return picture
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -41,6 +41,7 @@ from tests.helpers import TINY_ARCHITECTURE, adapted_clip, config_for, fill_with
 from tests.scripts import ROOT, environment
 from tests.test_checkpoint import config_of, published_states, states_of, write_pair
 from utils.errors import UserError
+from utils.heatmaps import overlay as heatmap_over
 from utils.regions import regions_of
 
 onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
@@ -229,8 +230,11 @@ def test_the_example_runs_without_torch(calibrated: Path, tmp_path: Path) -> Non
         assert shown == str(path) and float(score) == pytest.approx(expected.score, abs=1e-3)
         assert decision == expected.decision
         assert found == " ".join(",".join(map(str, region[:4])) for region in expected.regions)
-        for ending in ("map", "mask"):
-            assert Image.open(tmp_path / "out" / f"{stem}_{ending}.png").size == (50, 70)
+        assert Image.open(tmp_path / "out" / f"{stem}_mask.png").size == (50, 70)
+        # The heatmap has the colours of the other heatmaps, and a colour bar at its right.
+        drawn = np.asarray(Image.open(tmp_path / "out" / f"{stem}_map.png")).astype(int)
+        heat = np.asarray(heatmap_over(Image.open(path), expected.anomaly_map)).astype(int)
+        assert np.abs(drawn[:, :50] - heat).max() < 8 and drawn.shape == (70, 80, 3)
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.integers(1, 90), st.integers(1, 90))
