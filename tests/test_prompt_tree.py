@@ -23,6 +23,7 @@ from tests.helpers import (
     tiny_prompts,
     trainable,
 )
+from utils.errors import UserError
 
 NAMES = ("metal nut", "a rather long name of a thing", "a", "nut")
 
@@ -87,3 +88,12 @@ def test_dropout_is_independent_for_every_prompt() -> None:
         model.text_cross_attn.train(training)
         model.batch_anchors(prompts, torch.tensor([0, 2, 0, 1]), features)
     assert calls == [prompts.tokens[0].numel(), prompts.tree.tokens.shape[1]]
+
+
+def test_a_prompt_that_is_too_long_is_named() -> None:
+    """CLIP has 77 tokens, of which two mark start and end, and the last must stay free."""
+    clip = tiny_clip()
+    fitting, longer = "a " * 74, "nut " * 75
+    assert Prompts.from_texts(clip, [(["a nut."], [fitting])]).tokens.shape == (1, 2, 76)
+    with pytest.raises(UserError, match="the prompt 'nut nut"):
+        Prompts.from_texts(clip, [(["a nut."], [fitting]), (["a nut."], [longer])])

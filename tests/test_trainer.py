@@ -18,6 +18,7 @@ from torch import nn
 
 from engine.config.training import BaseConfig
 from engine.runtime.run_folder import describe_differences
+from engine.training import restart
 from engine.training.restart import check_phases
 from engine.training.schedules import Schedule, halved_at, warmup_cosine
 from engine.training.stages import WATCHED, StageOutput
@@ -191,6 +192,16 @@ def test_a_started_stage_with_a_falling_rate_cannot_be_extended() -> None:
         check_phases([5, 3], [5, 20], phases(5, 10, can_grow=False), folder)
     assert check_phases([5, 0], [5, 20], phases(5, 30, can_grow=False), folder) == [5, 0]
     assert check_phases([5, 20], [5, 20], phases(5, 20, 4, 16, can_grow=False), folder) == [5, 20, 0, 0]
+
+
+def test_a_run_refused_by_another_process_ends_as_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(restart, "broadcast_object_list", lambda values: values.__setitem__(0, True))
+    with (
+        pytest.raises(SystemExit) as ended,
+        restart.locked_folder(tmp_path, {}, SimpleNamespace(is_main_process=False)),
+    ):
+        pass
+    assert ended.value.code == 2
 
 
 def test_differences_are_reported_with_both_values() -> None:
