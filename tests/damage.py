@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import functools
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,6 +69,7 @@ def halting_after(epochs: int) -> Iterator[None]:
 def world() -> Path:
     """A folder with `clip`, the dataset `images`, and the unfinished runs `base`, `cross` and `feedback`, made once."""
     folder, before = Path(tempfile.mkdtemp(prefix="damaged")), Path.cwd()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     os.chdir(folder)
