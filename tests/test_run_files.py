@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import logging
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ import utils.files
 from engine.config.training import BaseConfig
 from engine.training.base import train_base
 from engine.training.run import TrainingRun
+from engine.training.trainer import Trainer
 from tests.helpers import write_lock
 from tests.scripts import write_clip, write_dataset
 from utils.errors import Stopped, UserError, WriteError
@@ -70,6 +73,60 @@ def test_the_rates_of_a_base(world: Path, tmp_path: Path, monkeypatch: pytest.Mo
     train_base(base_config(world, tmp_path))
     text, image = ([phase.factor(step) for step in (0, 15999, 16000, 31999, 32000)] for phase in phases)
     assert (text, image) == ([1] * 5, [1, 1, 0.5, 0.5, 0.25])
+    assert not any(phase.reset_optimizers or phase.loader.pin_memory for phase in phases)
+
+
+def test_steps_and_images_of_a_base(world: Path) -> None:
+    """8 images: 2 steps of 4 in the text epoch, 4 of 2 in each image epoch."""
+    state = read(world / "base" / "training_state.pth")
+    assert [(row["steps"], row["images"]) for row in state["history"]] == [(2, 8), (4, 8), (4, 8)]
+    assert state["steps"] == {"text": 2, "image": 8} and state["loops"] == []
+    assert "loop" not in read(world / "base" / "image_adapter.pth")
+
+
+def test_a_run_without_epochs_leaves_its_state_and_arguments(world: Path, tmp_path: Path) -> None:
+    train_base(base_config(world, tmp_path, text_epoch=0, image_epoch=0))
+    assert {"training_state.pth", "args.json"} <= {file.name for file in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_signal_in_an_epoch_ends_the_run_with_its_number(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """After a signal an epoch has no result, or torch raises an error because the signal has ended its workers."""
+
+    def interrupted(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        if fails:
+            raise RuntimeError("a worker ended")
+
+    monkeypatch.setattr(Trainer, "train_epoch", interrupted)
+    monkeypatch.setattr("engine.training.trainer.ignore_ended_workers", lambda: None)
+    with pytest.raises(Stopped, match="repeats this epoch") as stopped:
+        train_base(base_config(world, tmp_path))
+    assert stopped.value.signal_number == signal.SIGINT
+
+
+def test_an_error_in_an_epoch_is_no_signal(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> None:
+        raise RuntimeError("an error")
+
+    monkeypatch.setattr(Trainer, "train_epoch", failing)
+    with pytest.raises(RuntimeError, match="an error"):
+        train_base(base_config(world, tmp_path))
+
+
+def test_each_stage_has_its_own_steps_in_tensorboard(tmp_path: Path) -> None:
+    history = [{"stage": "text"}, {"stage": "text"}, {"stage": "image"}]
+    logged: dict[int, list[str]] = {}
+    accelerator = SimpleNamespace(
+        log=lambda values, step: logged.update({step: list(values)}), trackers=[object()], is_main_process=True
+    )
+    run: Any = SimpleNamespace(history=history[:2], save_path=tmp_path, accelerator=accelerator)
+    TrainingRun._track(run, {"stage": "text", "epoch": 2, "loss": 1.0})
+    run.history = history
+    TrainingRun._track(run, {"stage": "image", "epoch": 1, "loss": 1.0})
+    assert logged == {2: ["text/loss"], 1: ["image/loss"]}
 
 
 def test_two_runs_at_once_on_one_folder(world: Path, tmp_path: Path) -> None:
