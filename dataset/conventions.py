@@ -22,17 +22,13 @@ def _words(text: str) -> frozenset[str]:
 
 
 NORMAL_NAMES = _words(
-    """
-    good ok normal normals negative negatives neg nondefective nondefect nodefect nodefects defectfree undamaged
+    """good ok normal normals negative negatives neg nondefective nondefect nodefect nodefects defectfree undamaged
     intact healthy nonanomalous noanomaly noanomalies anomalyfree pass passed flawless faultless nofault io
-    withoutdefect withoutdefects nodamage
-    """
+    withoutdefect withoutdefects nodamage"""
 )
 ANOMALOUS_NAMES = _words(
-    """
-    anomalous anomaly anomalies abnormal bad defect defects defective ng nok notok positive positives pos fail
-    failed faulty damaged ungood withdefect withdefects nio
-    """
+    """anomalous anomaly anomalies abnormal bad defect defects defective ng nok notok positive positives pos fail
+    failed faulty damaged ungood withdefect withdefects nio"""
 )
 GROUND_TRUTH_NAMES = _words("groundtruth groundtruths gt gts")
 # Also words for other things, such as a defective label: folders of these names are judged by their content as well.
@@ -99,8 +95,8 @@ def is_ground_truth_name(name: str) -> bool:
 
 
 def may_be_mask_name(name: str) -> bool:
-    """Whether a folder of this name contains masks if its images look like some."""
-    return not MASK_WORDS.isdisjoint(_split(name))
+    """Whether a folder of this name contains masks, at least if its images look like some."""
+    return is_ground_truth_name(name) or not MASK_WORDS.isdisjoint(_split(name))
 
 
 @cache

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import zip_longest
 
-from dataset.records import Record, natural_key
+from dataset.records import Record, natural_key, random_rank
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -68,19 +66,14 @@ def _spread_over_defect_types(records: Sequence[Record], seed: int) -> list[Reco
     by_type = defaultdict(list)
     for record in records:
         by_type[record.image_path.rpartition("/")[0]].append(record)
-    types = sorted(by_type, key=lambda folder: _rank(seed, folder))
+    types = sorted(by_type, key=lambda folder: random_rank(seed, folder))
     return _alternate(*(_shuffled(by_type[folder], seed) for folder in types))
 
 
 def _shuffled(records: Sequence[Record], seed: int) -> list[Record]:
-    return sorted(records, key=lambda record: _rank(seed, record.image_path))
+    return sorted(records, key=lambda record: random_rank(seed, record.image_path))
 
 
 def _alternate(*sequences: Sequence[Record]) -> list[Record]:
     """The first of each sequence, then the second of each, until all have ended."""
     return [record for group in zip_longest(*sequences) for record in group if record is not None]
-
-
-def _rank(seed: int, path: str) -> bytes:
-    """The place of a path in a random order that depends on nothing but the seed."""
-    return hashlib.sha256(json.dumps([seed, path]).encode("ascii")).digest()

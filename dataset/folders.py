@@ -33,8 +33,8 @@ from utils.text import list_names
 logger = logging.getLogger(__name__)
 
 # What operating systems and network storage add to folders; names with a leading dot are skipped anyway.
-_CLUTTER = frozenset({"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"})
-_CLUTTER_FILES = frozenset({"thumbs.db", "desktop.ini"})
+_CLUTTER = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"}
+_CLUTTER |= {"thumbs.db", "desktop.ini"}
 
 
 def listing(folder: Path) -> list[Path]:
@@ -43,8 +43,7 @@ def listing(folder: Path) -> list[Path]:
         entries = sorted(folder.iterdir())
     except OSError as error:
         raise UserError(f"the folder {folder} cannot be read: {error.strerror or error}") from error
-    clutter = _CLUTTER | _CLUTTER_FILES
-    return [entry for entry in entries if not entry.name.startswith(".") and entry.name.casefold() not in clutter]
+    return [entry for entry in entries if not entry.name.startswith(".") and entry.name.casefold() not in _CLUTTER]
 
 
 def subfolders(folder: Path | None) -> list[Path]:
@@ -215,9 +214,8 @@ def find_images(image: Path, flag: str) -> FoundImages:
         raise UserError(f"{flag} {image}: {reason}")
     found = images_below(image)
     if not found.images:
-        notes = [*found.problems[:1], *filter(None, [skipped_note(found.skipped)])]
-        note = f" ({'; '.join(notes)})" if notes else ""
-        raise UserError(f"{flag} {image}: no images in this folder or below{note}")
+        notes = "; ".join(filter(None, (*found.problems[:1], skipped_note(found.skipped))))
+        raise UserError(f"{flag} {image}: no images in this folder or below{notes and f' ({notes})'}")
     for problem in found.problems:
         logger.warning("skipped: %s", problem)
     if note := skipped_note(found.skipped):
@@ -236,11 +234,9 @@ def _is_image_inside(path: Path) -> bool:
 def find_folders(parent: Path, relative: str) -> Iterator[Path]:
     """All folders `relative` (forward slashes) below `parent`: first the exact name, then the same (`same_name`)."""
     first, _, rest = relative.partition("/")
-    for match in _children_named(parent, first):
-        if rest:
-            yield from find_folders(match, rest)
-        else:
-            yield match
+    matches = [child for child in subfolders(parent) if same_name(child.name, first)] if is_folder(parent) else []
+    for match in sorted(matches, key=lambda child: child.name != first):
+        yield from find_folders(match, rest) if rest else (match,)
 
 
 def find_folder(parent: Path | None, relative: str) -> Path | None:
@@ -265,11 +261,3 @@ def existing_path(root: Path, path: str) -> str:
         entries = listing(folder) if is_folder(folder) else []
         folder /= next((entry.name for entry in entries if normalized(entry.name) == normalized(part)), part)
     return folder.relative_to(root).as_posix()
-
-
-def _children_named(parent: Path, name: str) -> Iterator[Path]:
-    exact = parent / name
-    if is_folder(exact):
-        yield exact
-    if is_folder(parent):
-        yield from (child for child in subfolders(parent) if child.name != name and same_name(child.name, name))

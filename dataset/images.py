@@ -6,9 +6,7 @@ import hashlib
 import io
 import logging
 import os
-import struct
 import warnings
-import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -32,31 +30,10 @@ logger = logging.getLogger(__name__)
 
 # With the limit of `--max_megapixels`, for worker processes too.
 MAX_MEGAPIXELS_VARIABLE = "ANOMALY_MAX_MEGAPIXELS"
-# What Pillow raises for damaged files; for most formats it is an OSError.
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    ArithmeticError,
-    AttributeError,
-    RuntimeError,
-    TypeError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 _ORIENTATION_TAG = 0x0112
-_TRANSPOSE_OF_ORIENTATION = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# For the orientations from 2 on.
+_TRANSPOSES = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+_TRANSPOSE_OF_ORIENTATION = dict(enumerate((Image.Transpose[name] for name in _TRANSPOSES), start=2))
 # A mask whose largest value is below this holds class indices, not grey levels.
 _CLASS_INDICES = 32
 
@@ -255,11 +232,10 @@ def find_bad_images(root: Path, records: Sequence[Record]) -> list[tuple[Record,
 
 def drop_bad_images(root: Path, records: Sequence[Record]) -> list[Record]:
     """Return the records that can be read, and log a warning for each of the others (`--skip_bad_images`)."""
-    bad = find_bad_images(root, records)
-    for _, message in bad:
+    bad = dict(find_bad_images(root, records))
+    for message in bad.values():
         logger.warning("skipped: %s", message)
-    skipped = {record for record, _ in bad}
-    return [record for record in records if record not in skipped]
+    return [record for record in records if record not in bad]
 
 
 def exif_transpose(path: Path) -> Image.Transpose | None:
@@ -281,6 +257,8 @@ def _open(
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise UserError(f"{path} has {image.width} x {image.height} pixels; the limit is {max_pixels:,}")
             return upright(image)
+    except (UserError, MemoryError):
+        raise
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except UnidentifiedImageError as error:
@@ -292,7 +270,7 @@ def _open(
         raise UserError(
             f"{path} has more than {limit:.0f} megapixels: resize it, or allow more with --max_megapixels"
         ) from error
-    except _DECODE_ERRORS as error:
+    except Exception as error:  # Pillow raises errors of many classes for damaged files
         raise UserError(f"{path} cannot be read as an image: {' '.join(str(error).split())}") from error
 
 
@@ -306,8 +284,7 @@ def upright(image: Image.Image) -> Image.Image:
 def _transpose(image: Image.Image) -> Image.Transpose | None:
     try:
         return _TRANSPOSE_OF_ORIENTATION.get(image.getexif().get(_ORIENTATION_TAG, 1))
-    except _DECODE_ERRORS:
-        # Damaged tags do not make the image unusable.
+    except Exception:  # damaged tags do not make the image unusable
         return None
 
 
@@ -316,12 +293,9 @@ def _eight_bits(values: NDArray, path: Path | str) -> NDArray[np.uint8]:
     lowest, highest = float(values.min()), float(values.max())
     if not (lowest >= 0 and highest <= 65535):
         raise UserError(f"{path} has values from {lowest:g} to {highest:g}: convert it to 8 or 16 bits")
-    if highest > 255:
-        scale = 1 / 257
-    elif values.dtype.kind == "f" and highest <= 1:
+    scale = 1 / 257 if highest > 255 else 1.0
+    if values.dtype.kind == "f" and highest <= 1:
         scale = 255.0
-    else:
-        scale = 1.0
     return np.rint(values * scale).astype(np.uint8)
 
 
@@ -334,8 +308,6 @@ def _mask_values(image: Image.Image) -> NDArray:
     """The grey level of each pixel (H, W) of a mask of any mode."""
     if image.mode in ("L", "F", "I") or image.mode.startswith("I;"):
         return np.asarray(image)
-    if image.mode == "1":
-        return np.asarray(image.convert("L"))
     rgba = np.asarray(image.convert("RGBA")).astype(np.float64)
     strongest = rgba[..., :3].max(axis=2)
     return np.rint(strongest * rgba[..., 3] / 255)

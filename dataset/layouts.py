@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -26,7 +25,8 @@ from dataset.folders import (
 from dataset.masks import group_masks, pair_in_folders
 from dataset.records import Record, path_within
 from utils.errors import UserError
-from utils.paths import is_file, is_folder
+from utils.paths import is_file
+from utils.reading import read_table
 from utils.text import list_names
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def _test_folder_classes(root: Path, class_names: Sequence[str]) -> list[str]:
     return [
         name
         for name in class_names
-        if any(images_in(image_folder(kind)) for kind in _kinds(test_folder(_class_folder(root, name, class_names))))
+        if any(images_in(image_folder(kind)) for kind in _kinds(test_folder(class_folder(root, name, class_names))))
     ]
 
 
@@ -61,20 +61,16 @@ def _test_folder_records(root: Path, class_names: Sequence[str]) -> list[Record]
     records: list[Record] = []
     skipped: Counter[str] = Counter()
     for class_name in class_names:
-        class_folder = _class_folder(root, class_name, class_names)
-        test = test_folder(class_folder)
-        if class_folder is not None and test is not None:
-            records += _class_records(root, class_name, class_folder, test, skipped)
+        if test := test_folder(class_folder(root, class_name, class_names)):
+            records += _class_records(root, class_name, test, skipped)
     if note := skipped_note(skipped):
         logger.warning("%s: %s", root, note)
     return records
 
 
-def _class_records(
-    root: Path, class_name: str, class_folder: Path, test: Path, skipped: Counter[str]
-) -> Iterator[Record]:
+def _class_records(root: Path, class_name: str, test: Path, skipped: Counter[str]) -> Iterator[Record]:
     """The records of a class; `skipped` counts the files of its test folder that are not used."""
-    mask_folders = [child for child in (*subfolders(class_folder), *subfolders(test)) if is_named_like_masks(child)]
+    mask_folders = [child for child in (*subfolders(test.parent), *subfolders(test)) if is_named_like_masks(child)]
     kinds = [kind for kind in _kinds(test) if kind not in mask_folders]
     mask_folders += [child for kind in kinds for child in subfolders(kind) if is_named_like_masks(child)]
     content = {kind: images_and_masks_in(image_folder(kind)) for kind in kinds}
@@ -87,9 +83,9 @@ def _class_records(
         names = list_names([kind.name for kind in kinds])
         advice = "such a folder is called good, ok, normal or similar"
         logger.warning("%s: none of the folders %s in %s has normal images: %s", class_name, names, test, advice)
-    groups = group_masks(class_folder, mask_folders, [mask for kind in kinds for mask in content[kind][1]])
+    groups = group_masks(test.parent, mask_folders, [mask for kind in kinds for mask in content[kind][1]])
     anomalous = [image for kind in kinds if kind not in normal for image in content[kind][0]]
-    mask_of = pair_in_folders(class_folder, anomalous, groups)
+    mask_of = pair_in_folders(test.parent, anomalous, groups)
     for kind in kinds:
         for image in content[kind][0]:
             mask_path = _relative(mask_of[image], root) if image in mask_of else None
@@ -98,7 +94,7 @@ def _class_records(
     skipped.update(_unused(test, mask_folders, set(used)))
 
 
-def _class_folder(root: Path, class_name: str, class_names: Sequence[str]) -> Path | None:
+def class_folder(root: Path, class_name: str, class_names: Sequence[str]) -> Path | None:
     is_class_folder = len(class_names) == 1 and test_folder(root) is not None
     return root if is_class_folder else find_folder(root, class_name)
 
@@ -133,33 +129,20 @@ def _unused(test: Path, mask_folders: Sequence[Path], used: Collection[Path]) ->
 
 
 def visa_classes(root: Path, class_names: Sequence[str]) -> list[str]:
-    sides = ("Normal", "Anomaly")
-    return [
-        name
-        for name in class_names
-        if any(images_in(find_folder(root, f"{name}/Data/Images/{side}")) for side in sides)
-    ]
+    def has_images(name: str) -> bool:
+        return any(images_in(find_folder(root, f"{name}/Data/Images/{side}")) for side in ("Normal", "Anomaly"))
+
+    return list(filter(has_images, class_names))
 
 
 def visa_records(root: Path, class_names: Sequence[str], split: str = "test") -> list[Record]:
     """Rows of a split, "test" or "train", of split_csv/1cls.csv, for the classes that have images."""
     table = root / "split_csv" / "1cls.csv"
-    if not is_file(table):
-        raise UserError(f"{table} does not exist: it is in VisA's archive")
     present = set(visa_classes(root, class_names))
     records = []
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, restval="")
-            absent = {"object", "split", "label", "image", "mask"} - set(rows.fieldnames or ())
-            if absent:
-                raise UserError(f"{table} lacks the column {', '.join(sorted(absent))}: use the file of VisA's archive")
-            for row in rows:
-                if row["split"] == split and row["object"] in present:
-                    records.append(_visa_record(root, row, f"{table}:{rows.line_num}"))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{table} cannot be read ({reason}): use the file of VisA's archive") from error
+    for source, row in read_table(table, columns=("object", "split", "label", "image", "mask")):
+        if row["split"] == split and row["object"] in present:
+            records.append(_visa_record(root, row, source))
     return records
 
 
@@ -175,42 +158,27 @@ def _visa_record(root: Path, row: dict[str, str], source: str) -> Record:
     return Record(image_path, label, row["object"], mask_path if label else None)
 
 
-@dataclass(frozen=True)
-class _Flat:
+def _flat(expected: str, normal: str | None, anomalous: str, masks: str) -> Layout:
     """A layout of one class: folders of normal images (or None), of anomalous images, and of their masks."""
 
-    normal: str | None
-    anomalous: str
-    masks: str
+    def images_of(root: Path, folder: str | None) -> list[Path]:
+        return images_in(find_folder(root, folder)) if folder else []
 
-    def classes(self, root: Path, class_names: Sequence[str]) -> list[str]:
-        folders = (find_folder(root, name) for name in (self.normal, self.anomalous) if name)
-        return list(class_names) if any(map(images_in, folders)) else []
+    def classes(root: Path, class_names: Sequence[str]) -> list[str]:
+        return list(class_names) if images_of(root, normal) or images_of(root, anomalous) else []
 
-    def records(self, root: Path, class_names: Sequence[str]) -> list[Record]:
-        (class_name,) = class_names
-        normal = find_folder(root, self.normal) if self.normal else None
-        masks = find_folder(root, self.masks) or root / self.masks
-        anomalous = _anomalous_records(root, class_name, find_folder(root, self.anomalous), masks)
-        return _normal_records(root, class_name, normal) + anomalous
+    def records(root: Path, class_names: Sequence[str]) -> list[Record]:
+        (name,) = class_names
+        images = images_of(root, anomalous)
+        mask_of = pair_masks(images, images_of(root, masks))
+        if missing := next((image for image in images if image not in mask_of), None):
+            raise UserError(_no_mask(missing, find_folder(root, masks) or root / masks, ""))
+        return [
+            *(Record(_relative(image, root), 0, name) for image in images_of(root, normal)),
+            *(Record(_relative(image, root), 1, name, _relative(mask_of[image], root)) for image in images),
+        ]
 
-
-_MEDICAL = _Flat("test/good/img", "test/Ungood/img", "test/Ungood/label")
-_COLON = _Flat(None, "images", "masks")
-
-
-def _normal_records(root: Path, class_name: str, images: Path | None) -> list[Record]:
-    return [Record(_relative(image, root), 0, class_name) for image in images_in(images)]
-
-
-def _anomalous_records(root: Path, class_name: str, folder: Path | None, masks: Path) -> list[Record]:
-    """Pair each image with the mask of its name; `UserError` if one is missing."""
-    images = images_in(folder)
-    mask_of = pair_masks(images, images_in(masks) if is_folder(masks) else ())
-    for image in images:
-        if image not in mask_of:
-            raise UserError(_no_mask(image, masks, ""))
-    return [Record(_relative(image, root), 1, class_name, _relative(mask_of[image], root)) for image in images]
+    return Layout(expected, classes, records)
 
 
 def missing_mask(root: Path, record: Record) -> str:
@@ -240,10 +208,9 @@ LAYOUTS: dict[str, Layout] = {
         visa_classes,
         visa_records,
     ),
-    "medical": Layout(
+    "medical": _flat(
         "test/good/img/x.png, test/Ungood/img/x.png with mask test/Ungood/label/x.png",
-        _MEDICAL.classes,
-        _MEDICAL.records,
+        *("test/good/img", "test/Ungood/img", "test/Ungood/label"),
     ),
-    "colon": Layout("images/x.png with mask masks/x.png", _COLON.classes, _COLON.records),
+    "colon": _flat("images/x.png with mask masks/x.png", None, "images", "masks"),
 }

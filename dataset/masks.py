@@ -8,14 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
-from dataset.conventions import (
-    IMAGE_FOLDER_NAMES,
-    folder_word,
-    is_ground_truth_name,
-    may_be_mask_name,
-    pair_masks,
-    without_separators,
-)
+from dataset.conventions import IMAGE_FOLDER_NAMES, folder_word, may_be_mask_name, pair_masks, without_separators
 from dataset.folders import files_below, is_image, subfolders
 from utils.errors import UserError
 from utils.paths import is_file
@@ -34,8 +27,7 @@ def grouped(root: Path, files: Iterable[Path], ignored: Iterable[str] = ()) -> d
         names = (
             without_separators(name)
             for name in file.relative_to(root).parts[:-1]
-            if folder_word(name) not in IMAGE_FOLDER_NAMES
-            and not (may_be_mask_name(name) or is_ground_truth_name(name))
+            if folder_word(name) not in IMAGE_FOLDER_NAMES and not may_be_mask_name(name)
         )
         groups[frozenset(names).difference(map(without_separators, ignored))].append(file)
     return groups
@@ -71,23 +63,16 @@ def pair_in_folders(root: Path, images: Iterable[Path], groups: Groups) -> dict[
         ]
         matches = [pair_masks(images, files) for images in rest if images]
         if matches and not any(matches) and any(map(is_file, files)):
-            _warn_of_names(next(filter(None, rest))[0], files)
+            image = next(filter(None, rest))[0]
+            logger.warning(
+                "%s: none of the %d masks in %s is named like an image, such as %s: expected %s_mask.png or %s.png "
+                "(also -mask, _gt, _label, _seg), or several masks in a folder %s",
+                *(image.parent, len(files), files[0].parent, list_names([file.name for file in files], 3)),
+                *[image.stem] * 3,
+            )
         for match in matches:
             pairs.update(match)
     for file, count in Counter(pairs.values()).items():
         if count > 1:
             raise UserError(f"{file} belongs to {count} images by its name: put it in a folder named like theirs")
     return pairs
-
-
-def _warn_of_names(image: Path, masks: Sequence[Path]) -> None:
-    stem = image.stem
-    logger.warning(
-        "%s: none of the %d masks in %s is named like an image, such as %s: expected %s_mask.png or %s.png (also "
-        "-mask, _gt, _label, _seg), or several masks in a folder %s",
-        image.parent,
-        len(masks),
-        masks[0].parent,
-        list_names([mask.name for mask in masks], 3),
-        *(stem, stem, stem),
-    )

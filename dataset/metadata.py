@@ -72,17 +72,17 @@ def load_records(located: LocatedDataset, metadata_file: Path | None = None) -> 
                 f"the metadata {metadata_file} lists images of {short_repr(header.dataset)}, not of {spec.name}"
             )
         records = [_with_existing_paths(record, located.root) for record in records]
-        return without_black_masks(located.root, records) if is_own else records
-    records = build_metadata(located)
-    anomalous = sum(record.label for record in records)
-    logger.info("%s: %d images (%d normal, %d anomalous)", spec.name, len(records), len(records) - anomalous, anomalous)
-    present = {record.class_name for record in records}
-    if missing := [class_name for class_name in spec.class_names if class_name not in present]:
-        logger.warning("%s: no images of %s in %s", spec.name, ", ".join(missing), located.root)
-    if is_own:
-        return without_black_masks(located.root, records)
-    _save_list(located, records)
-    return records
+    else:
+        records = build_metadata(located)
+        anomalous = sum(record.label for record in records)
+        normal = len(records) - anomalous
+        logger.info("%s: %d images (%d normal, %d anomalous)", spec.name, len(records), normal, anomalous)
+        present = {record.class_name for record in records}
+        if missing := [class_name for class_name in spec.class_names if class_name not in present]:
+            logger.warning("%s: no images of %s in %s", spec.name, ", ".join(missing), located.root)
+        if not is_own:
+            _save_list(located, records)
+    return without_black_masks(located.root, records) if is_own else records
 
 
 def _save_list(located: LocatedDataset, records: Sequence[Record]) -> None:
@@ -100,16 +100,11 @@ def _save_list(located: LocatedDataset, records: Sequence[Record]) -> None:
         if saved_header is None:
             logger.warning("%s is not a list that was saved here and is not replaced: pass it with --metadata", file)
             return
-        added, removed = (
-            {record.image_path for record in one} - {record.image_path for record in other}
-            for one, other in ((records, saved), (saved, records))
-        )
-        changes = [f"{len(paths)} {word}" for word, paths in (("added", added), ("removed", removed)) if paths]
+        new, old = ({record.image_path for record in each} for each in (records, saved))
+        changes = [f"{len(paths)} {word}" for word, paths in (("added", new - old), ("removed", old - new)) if paths]
         if changes:
-            example = min(added or removed)
-            logger.warning(
-                "%s: images were %s since %s, such as %s", header.dataset, " and ".join(changes), file, example
-            )
+            text, example = " and ".join(changes), min(new - old or old - new)
+            logger.warning("%s: images were %s since %s, such as %s", header.dataset, text, file, example)
     rows = [{name: value for name, value in asdict(record).items() if value is not None} for record in records]
     try:
         write_text(file, "".join(json.dumps(row) + "\n" for row in (asdict(header), *rows)))

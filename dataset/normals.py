@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from dataset.conventions import is_normal_name
 from dataset.folders import find_folder, find_images, images_in, subfolders
-from dataset.layouts import image_folder, visa_records
+from dataset.layouts import class_folder, image_folder, visa_records
 from dataset.locate import LocatedDataset
+from dataset.records import random_rank
 from dataset.toy.classes import TOY_DATASETS
 from utils.errors import UserError
 
@@ -29,8 +28,7 @@ def training_normals(located: LocatedDataset, class_name: str) -> list[Path]:
         rows = visa_records(root, classes, split="train")
         images = [root / row.image_path for row in rows if row.class_name == class_name and not row.label]
     else:
-        is_class_folder = len(classes) == 1 and find_folder(root, "train") is not None
-        folder = root if is_class_folder else find_folder(root, class_name)
+        folder = class_folder(root, class_name, classes)
         if folder is not None and located.spec.name in TOY_DATASETS and find_folder(folder, "train") is None:
             from dataset.toy_world import write_toy_normals  # scipy is slow to import and rarely needed
 
@@ -73,7 +71,4 @@ def choose_normals(images: Sequence[Path], shots: int | None, seed: int, class_n
     if shots > len(images):
         raise UserError(f"--reference_shots {shots}: there are {len(images)} normal images of '{class_name}'")
 
-    def rank(path: Path) -> tuple[bytes, str]:
-        return hashlib.sha256(json.dumps([seed, class_name, path.name]).encode("ascii")).digest(), path.as_posix()
-
-    return sorted(images, key=rank)[:shots]
+    return sorted(images, key=lambda path: (random_rank(seed, class_name, path.name), path.as_posix()))[:shots]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import posixpath
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,6 +45,11 @@ def _piece_key(piece: str) -> tuple[int, str]:
     return (len(digits), digits) if piece[:1].isdecimal() and piece.isascii() else (0, piece)
 
 
+def random_rank(*key: int | str) -> bytes:
+    """The place of something in a random order that depends on its key alone, such as seed and path."""
+    return hashlib.sha256(json.dumps(key).encode("ascii")).digest()
+
+
 def metadata_digest(records: Sequence[Record]) -> str:
     """SHA-256 (hexadecimal) of the records in their order; the file they came from does not matter."""
     canonical = "\n".join(json.dumps([r.image_path, r.label, r.class_name, r.mask_path]) for r in records)
@@ -59,11 +65,8 @@ def path_within(path: str, source: str, key: str) -> str:
         raise UserError(
             f"{source}: {key} is an absolute Windows path: make it relative to the dataset's folder ({path})"
         )
-    depth, lowest = 0, 0
-    for part in PurePosixPath(path).parts:
-        depth += -1 if part == ".." else 1
-        lowest = min(lowest, depth)
-    if PurePosixPath(path).anchor or PurePath(path).anchor or lowest < 0 or depth < 1 or not _is_file_name(path):
+    outermost = PurePosixPath(posixpath.normpath(path)).parts[:1]
+    if outermost in ((), ("..",)) or PurePosixPath(path).anchor or PurePath(path).anchor or not _is_file_name(path):
         raise UserError(
             f"{source}: {key} must be the path of a file below the dataset's folder, not {short_repr(path)} "
             "(a symbolic link in that folder may lead elsewhere)"

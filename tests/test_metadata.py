@@ -136,7 +136,7 @@ def test_visa(visa, caplog):
     ("damage", "expected"),
     [
         (lambda root: table(root).unlink(), ["1cls.csv"]),
-        (lambda root: table(root).write_text("object,split\n"), ["image, label, mask"]),
+        (lambda root: table(root).write_text("object,split\n"), ["label, image, mask"]),
         (lambda root: table(root).write_text(VISA_ROWS.replace("anomaly", "odd")), [":2", "'odd'"]),
         (
             lambda root: table(root).write_text("object,split,label,image,mask\ncandle,test,normal\n"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 import reprlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,21 @@ def read_json_lines(path: Path, schema: Any = Any, name: str = "") -> Iterator[t
         if line.strip():
             source = f"{path}:{number}"
             yield source, parse_json(line, source, schema)
+
+
+def read_table(path: Path, name: str = "", columns: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the rows of a file with columns separated by commas, semicolons, tabs or bars, each with its "file:line".
+
+    The first line names the columns, which must include `columns`; missing values are empty.
+    """
+    text = read_text(path, name)
+    rows = csv.DictReader(io.StringIO(text), delimiter=max(",;\t|", key=text.partition("\n")[0].count), restval="")
+    try:
+        if absent := [column for column in columns if column not in (rows.fieldnames or ())]:
+            raise UserError(f"{path} lacks the column {', '.join(absent)}")
+        yield from ((f"{path}:{rows.line_num}", row) for row in rows)
+    except csv.Error as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -21,25 +21,14 @@ class ConversionArguments(Arguments):
     """Arguments of `python -m dataset.convert`."""
 
     source: Path = setting(MISSING, "list, COCO file, or folder of images", POSITIONAL)
-    target: Path = setting(MISSING, "folder of the dataset in MVTec's layout; it may exist already", POSITIONAL)
-    images: Path | None = setting(
-        None, "folder that the paths in a list or COCO file are relative to", "data", unset="the file's own"
-    )
-    class_name: str | None = setting(
-        None, "class of the images if SOURCE names none", "data", unset="the folder's name, or object"
-    )
+    target: Path = setting(MISSING, "new folder, for the dataset in MVTec's layout", POSITIONAL)
+    images: Path | None = setting(None, "folder that the paths in a list are relative to", "data", unset="its own")
+    class_name: str | None = setting(None, "class, if SOURCE names none", "data", unset="the folder's name, or object")
     normal: str | None = setting(
-        None,
-        "folder in SOURCE with normal images, or their label in a list",
-        "data",
-        unset="good, ok, normal and similar",
+        None, "folder of normal images, or their label in a list", "data", unset="good, ok, normal and similar"
     )
-    anomalous: str | None = setting(
-        None, "folder in SOURCE with anomalous images", "data", unset="all others, each a kind of defect"
-    )
-    masks: str | None = setting(
-        None, "folder in SOURCE with masks", "data", unset="by its name, or if its images look like masks"
-    )
+    anomalous: str | None = setting(None, "folder of anomalous images", "data", unset="all others, each a defect type")
+    masks: str | None = setting(None, "folder of masks", "data", unset="by its name, or if its images look like masks")
     copy: bool = setting(False, "copy images; hard links, the default, take no disk space", "output")
 
 

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import filecmp
 import io
 import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, count
 from pathlib import Path
+
+from PIL import Image
 
 from dataset.conventions import is_image_name, is_normal_name
 from dataset.convert.arguments import ConversionArguments
 from dataset.convert.items import ANOMALOUS, Item, Outlines
 from dataset.convert.sources import read_source
+from dataset.folders import files_below
 from dataset.images import read_image, read_mask
 from utils.errors import UserError
 from utils.files import check_folder, replacing
 from utils.logging import progress_bar
-from utils.paths import safe_name
+from utils.paths import is_folder, safe_name
 from utils.text import format_table
 
 logger = logging.getLogger(__name__)
@@ -28,37 +32,27 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Step:
-    """A file to make: `target` is the file `source`, or a PNG drawn from `outlines` or from the pixels of `source`."""
+    """A file to make: `target` is the file `source`, or a PNG of the image that `draw` returns."""
 
     target: Path
     source: Path
-    is_mask: bool = False
-    outlines: Outlines | None = None
+    draw: Callable[[], Image.Image] | None = None
 
-    @property
-    def is_drawn(self) -> bool:
-        """Whether the file is a new PNG: images need an extension."""
-        return self.outlines is not None or not is_image_name(self.source)
-
-    def content(self) -> bytes:
+    def content(self) -> bytes | None:
         """The bytes of a drawn file."""
-        if self.outlines is not None:
-            image = self.outlines.draw(self.source)
-        else:
-            image = read_mask(self.source) if self.is_mask else read_image(self.source)
+        if self.draw is None:
+            return None
         content = io.BytesIO()
-        image.save(content, format="PNG")
+        self.draw().save(content, format="PNG")
         return content.getvalue()
 
     def is_done(self) -> bool:
-        """Whether the file exists with this content; `UserError` if another file has its name."""
+        """Whether the file exists with this content; `UserError` if it cannot be drawn or another has its name."""
+        content = self.content()
         if not os.path.lexists(self.target):
             return False
-        if self.target.is_file():
-            if self.is_drawn and self.target.read_bytes() == self.content():
-                return True
-            if not self.is_drawn and filecmp.cmp(self.target, self.source, shallow=False):
-                return True
+        if self.target.is_file() and self.target.read_bytes() == (content or self.source.read_bytes()):
+            return True
         raise UserError(f"{self.target} exists already with another content and is not replaced: use another TARGET")
 
 
@@ -72,17 +66,19 @@ def convert(arguments: ConversionArguments) -> Counter[str]:
         How many files were linked, copied or written, and how many existed already.
 
     Raises:
-        UserError: The source cannot be read, or another file has the name of one to write; then nothing is written.
+        UserError: The source cannot be read, or the target holds other files; then nothing is written.
     """
-    kind, items = read_source(arguments)
+    source_kind, items = read_source(arguments)
+    target = arguments.target
     if not items:
         raise UserError(f"{arguments.source}: no images in it")
-    check_folder(arguments.target, "TARGET")
-    steps = list(plan(items, arguments.target))
+    check_folder(target, "TARGET")
+    steps = list(plan(items, target))
+    planned = {step.target for step in steps}
+    for file in files_below(target) if is_folder(target) else ():
+        if file not in planned:
+            raise UserError(f"{file} is not of this conversion: use a new folder instead of {target}")
     done = {step for step in steps if step.is_done()}
-    for step in steps:
-        if step.is_drawn and step not in done:
-            step.content()  # raises for unreadable images before anything is written
     counts: Counter[str] = Counter()
     link = not arguments.copy
     bar = progress_bar(len(steps), "converting")
@@ -91,10 +87,12 @@ def convert(arguments: ConversionArguments) -> Counter[str]:
         way = "existing" if step in done else make(step, link)
         if link and way == "copied":
             link = False
-            logger.info("Images cannot be linked to %s and are copied", arguments.target)
+            logger.info("Images cannot be linked to %s and are copied", target)
         counts[way] += 1
     bar.close()
-    log_summary(kind, items, counts, arguments.target)
+    log_summary(source_kind, items)
+    made = ", ".join(f"{count} {way}" for way, count in counts.items())
+    logger.info("%d files: %s. Use them with --dataset %s", counts.total(), made, target)
     return counts
 
 
@@ -102,24 +100,30 @@ def plan(items: Sequence[Item], target: Path) -> Iterator[Step]:
     """The files of a dataset in MVTec's layout; images of the same name in one folder get different stems."""
     stems: set[str] = set()
     labels: dict[str, int] = {}
-    for item in items:
+    for item in dict.fromkeys(items):
         if labels.setdefault(os.path.realpath(item.image), item.label) != item.label:
             raise UserError(f"{item.image} is both normal and anomalous in this source")
-    for item in dict.fromkeys(items):
-        class_folder, kind = _folder_name(item.class_name), _kind_folder(item)
+        class_folder, kind = _folder_name(item.class_name), _folder_name(item.kind) if item.label else "good"
         if class_folder.lower() == "test":
             raise UserError("a class cannot be called test, which is a folder of MVTec's layout: rename it")
+        if item.label and is_normal_name(kind):
+            kind = f"{kind}_{ANOMALOUS}"
         # In this layout anomalous images are for testing only.
         folder = f"{class_folder}/{'test' if item.label else item.split}/{kind}"
         stem = _free_stem(item.image, folder, stems)
-        yield Step(target / folder / f"{stem}{_ending(item.image)}", item.image)
-        mask = f"{class_folder}/ground_truth/{kind}/{stem}_mask"
-        if not item.label:
-            continue
-        if isinstance(item.mask, Outlines):
-            yield Step(target / f"{mask}.png", item.image, True, item.mask)
-        elif item.mask is not None:
-            yield Step(target / f"{mask}{_ending(item.mask)}", item.mask, True)
+        yield _step(target / folder / stem, item.image, read_image)
+        mask = target / class_folder / "ground_truth" / kind / f"{stem}_mask"
+        if item.label and isinstance(item.mask, Outlines):
+            yield Step(mask.with_name(f"{mask.name}.png"), item.image, partial(item.mask.draw, item.image))
+        elif item.label and isinstance(item.mask, Path):
+            yield _step(mask, item.mask, read_mask)
+
+
+def _step(target: Path, source: Path, read: Callable[[Path], Image.Image]) -> Step:
+    """The file itself, under a name that keeps its extension; files without one are read and written as PNG."""
+    if is_image_name(source):
+        return Step(target.with_name(target.name + source.suffix), source)
+    return Step(target.with_name(f"{target.name}.png"), source, partial(read, source))
 
 
 def _folder_name(text: str) -> str:
@@ -127,33 +131,20 @@ def _folder_name(text: str) -> str:
     return safe_name(text.strip()).lstrip(".") or "_"
 
 
-def _kind_folder(item: Item) -> str:
-    """The folder of an image's kind; a defect named like normal images gets another name."""
-    if not item.label:
-        return "good"
-    kind = _folder_name(item.kind)
-    return f"{kind}_{ANOMALOUS}" if is_normal_name(kind) else kind
-
-
 def _free_stem(image: Path, folder: str, stems: set[str]) -> str:
     """The image's name without ending; if it is taken in `folder`, with its folder's name, then with a number."""
-    stem, number = _folder_name(image.stem), 1
-    while f"{folder}/{stem}".casefold() in stems:
-        number += 1
-        stem = _folder_name(f"{image.parent.name}_{image.stem}" + (f"_{number}" if number > 2 else ""))
+    longer = f"{image.parent.name}_{image.stem}"
+    names = map(_folder_name, chain((image.stem, longer), (f"{longer}_{number}" for number in count(3))))
+    stem = next(name for name in names if f"{folder}/{name}".casefold() not in stems)
     stems.add(f"{folder}/{stem}".casefold())
     return stem
-
-
-def _ending(file: Path) -> str:
-    return file.suffix if is_image_name(file) else ".png"
 
 
 def make(step: Step, link: bool) -> str:
     """Make a file; returns "linked", "copied" or "written"."""
     with replacing(step.target) as temporary:
-        if step.is_drawn:
-            temporary.write_bytes(step.content())
+        if (content := step.content()) is not None:
+            temporary.write_bytes(content)
             return "written"
         if link:
             try:
@@ -166,19 +157,14 @@ def make(step: Step, link: bool) -> str:
     return "copied"
 
 
-def log_summary(kind: str, items: Sequence[Item], counts: Counter[str], target: Path) -> None:
-    """Log the images of each class, the files made, and how to use the dataset."""
+def log_summary(source_kind: str, items: Sequence[Item]) -> None:
+    """Log the number of images of each class."""
     rows = []
     for class_name in dict.fromkeys(item.class_name for item in items):
         own = [item for item in items if item.class_name == class_name]
-        training = sum(not item.label and item.split == "train" for item in own)
-        anomalous = sum(item.label for item in own)
+        normal = Counter(item.split for item in own if not item.label)
         masks = sum(item.mask is not None for item in own if item.label)
-        numbers = (training, len(own) - anomalous - training, anomalous, masks)
+        numbers = (normal["train"], normal["test"], len(own) - normal.total(), masks)
         rows.append([_folder_name(class_name), *map(str, numbers)])
     table = format_table(["Class", "normal for training", "normal", "anomalous", "with mask"], rows)
-    logger.info("%d images from %s\n\n%s\n", len(items), kind, table)
-    made = ", ".join(f"{count} {way}" for way, count in counts.items())
-    logger.info("%d files: %s. Use them with --dataset %s", counts.total(), made, target)
-    for file in sorted(target.glob("metadata_test*.jsonl")):
-        logger.warning("%s lists the images before this conversion: delete it", file)
+    logger.info("%d images from %s\n\n%s\n", len(items), source_kind, table)

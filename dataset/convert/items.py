@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
@@ -17,31 +16,32 @@ from utils.errors import UserError
 from utils.paths import is_file
 from utils.reading import short_repr
 
-logger = logging.getLogger(__name__)
-
 # The kind of a defect without a name.
 ANOMALOUS = "anomalous"
+_QUARTER_TURNS = {Image.Transpose[name] for name in ("TRANSPOSE", "TRANSVERSE", "ROTATE_90", "ROTATE_270")}
 
 
 @dataclass(frozen=True)
 class Region:
     """An annotated region in pixels, and its kind.
 
-    polygons: x, y, x, y, ...; boxes: left, top, width, height; runs: numbers of pixels outside and inside in turn,
-    column by column.
+    polygons: x, y, x, y, ...; runs: numbers of pixels outside and inside in turn, column by column.
     """
 
     kind: str
     polygons: tuple[tuple[float, ...], ...] = ()
-    boxes: tuple[tuple[float, ...], ...] = ()
     runs: tuple[int, ...] = ()
+
+    @property
+    def has_area(self) -> bool:
+        return bool(self.polygons) or any(self.runs[1::2])
 
 
 @dataclass(frozen=True)
 class Outlines:
     """The anomalous regions of an image. size: width and height of the annotated image, if known."""
 
-    regions: tuple[Region, ...]
+    regions: tuple[Region, ...] = ()
     size: tuple[int, int] | None = None
 
     @classmethod
@@ -60,26 +60,22 @@ class Outlines:
         The annotations may have been made on the image as it is shown, or on its pixels before the EXIF rotation.
         """
         size = read_image(path).size
-        transpose = exif_transpose(path)
         annotated = self.size or size
-        quarter_turn = transpose is not None and Image.new("1", (1, 2)).transpose(transpose).size == (2, 1)
-        if annotated not in (size, size[::-1] if quarter_turn else size):
+        transpose = None if annotated == size else exif_transpose(path)
+        if annotated != size and (annotated != size[::-1] or transpose not in _QUARTER_TURNS):
             raise UserError(
                 f"{path} is {size[0]} x {size[1]}, but its annotations were made on {annotated[0]} x {annotated[1]}"
             )
         mask = Image.new("L", annotated)
-        pen = ImageDraw.Draw(mask)
         for region in self.regions:
             for polygon in region.polygons:
-                pen.polygon(polygon, fill=255)
-            for left, top, width, height in region.boxes:
-                pen.rectangle((left, top, max(left, left + width - 1), max(top, top + height - 1)), fill=255)
+                ImageDraw.Draw(mask).polygon(polygon, fill=255)
             if region.runs:
                 columns = np.repeat(np.arange(len(region.runs)) % 2 == 1, region.runs).reshape(annotated)
                 mask.paste(255, mask=Image.fromarray(columns.T.astype(np.uint8) * 255))
         if mask.getbbox() is None:
             raise UserError(f"the annotations of {path} lie outside of it")
-        return mask if annotated == size or transpose is None else mask.transpose(transpose)
+        return mask if transpose is None else mask.transpose(transpose)
 
 
 @dataclass(frozen=True)
@@ -92,15 +88,6 @@ class Item:
     kind: str = ANOMALOUS
     mask: Path | Outlines | None = None
     split: str = "test"
-
-
-def without_stray_clicks(polygons: Iterable[Sequence[float]], source: str) -> tuple[tuple[float, ...], ...]:
-    """The polygons with at least three points; a warning counts the others."""
-    polygons = list(polygons)
-    kept = tuple(tuple(polygon) for polygon in polygons if len(polygon) >= 6)
-    if len(kept) < len(polygons):
-        logger.warning("%s: skipped %d polygons with fewer than three points", source, len(polygons) - len(kept))
-    return kept
 
 
 def existing_file(value: object, source: str, key: str, root: Path) -> Path:
