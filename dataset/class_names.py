@@ -40,7 +40,9 @@ def class_display_names(
     changed: dict[str, str] = {}
     if source == PUBLISHED_NAMES:
         changed = _published_names(spec)
-        _warn_of_unpublished(spec, changed, present or classes)
+        if without := [name for name in present or classes if spec.known_class(name) not in changed]:
+            which = list_names(list(map(short_repr, without))) if changed else "its classes"
+            logger.warning("%s: there are no published names of %s; the catalog's are used", spec.name, which)
     elif source not in (None, CATALOG_NAMES):
         changed = read_class_names(Path(source or ""))
     unknown = [name for name in changed if name not in classes and spec.known_class(name) is None]
@@ -73,13 +75,6 @@ def _published_names(spec: DatasetSpec) -> dict[str, str]:
     """The published names of a dataset's classes; the published code has some classes under other names."""
     names = _published_file().get(spec.name, {})
     return {known: text for name, text in names.items() if (known := spec.known_class(name)) is not None}
-
-
-def _warn_of_unpublished(spec: DatasetSpec, published: dict[str, str], classes: list[str]) -> None:
-    without = [name for name in classes if spec.known_class(name) not in published]
-    if without:
-        which = list_names(list(map(short_repr, without))) if published else "its classes"
-        logger.warning("%s: there are no published names of %s; the catalog's are used", spec.name, which)
 
 
 @cache

@@ -145,7 +145,7 @@ def images_below(folder: Path, masks_named: str | None = None) -> FoundImages:
         found.masks += masks
         found.mask_folders += mask_folders
         found.skipped["masks next to their images"] += len(masks)
-        found.skipped.update(map(skip_reason, set(entries).difference(folders, images, masks)))
+        found.skipped.update(map(skip_reason, sorted(set(entries).difference(folders, images, masks))))
     return found
 
 

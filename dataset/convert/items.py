@@ -66,12 +66,12 @@ class Outlines:
             raise UserError(
                 f"{path} is {size[0]} x {size[1]}, but its annotations were made on {annotated[0]} x {annotated[1]}"
             )
-        mask = Image.new("L", annotated)
+        mask = Image.new("L", size if transpose is None else size[::-1])
         for region in self.regions:
             for polygon in region.polygons:
                 ImageDraw.Draw(mask).polygon(polygon, fill=255)
             if region.runs:
-                columns = np.repeat(np.arange(len(region.runs)) % 2 == 1, region.runs).reshape(annotated)
+                columns = np.repeat(np.arange(len(region.runs)) % 2 == 1, region.runs).reshape(mask.size)
                 mask.paste(255, mask=Image.fromarray(columns.T.astype(np.uint8) * 255))
         if mask.getbbox() is None:
             raise UserError(f"the annotations of {path} lie outside of it")

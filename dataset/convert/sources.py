@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 # The extensions of tables, with columns separated by commas, semicolons, tabs or bars.
 TABLES = (".csv", ".tsv")
+LISTS = (".json", ".jsonl", *TABLES)
 # Folders of annotation files of one image each.
 TOOLS = ("json", "txt", "labelme", "yolo")
 _NO_KINDS = IMAGE_FOLDER_NAMES | {"train", "training", "test", "testing", "val", "valid", "validation"}
@@ -66,14 +67,11 @@ def read_source(arguments: ConversionArguments) -> tuple[str, list[Item]]:
 
 def _in_mvtec_layout(folder: Path) -> Path | None:
     """The folder with classes in MVTec's layout that have normal test images, also if others contain only this one."""
-    while True:
-        children = subfolders(folder)
-        kinds = [kind for child in (folder, *children) for kind in subfolders(test_folder(child))]
-        if any(is_normal_name(kind.name) and images_in(image_folder(kind)) for kind in kinds):
-            return folder
-        if len(children) != 1:
-            return None
-        folder = children[0]
+    children = subfolders(folder)
+    kinds = [kind for child in (folder, *children) for kind in subfolders(test_folder(child))]
+    if any(is_normal_name(kind.name) and images_in(image_folder(kind)) for kind in kinds):
+        return folder
+    return _in_mvtec_layout(children[0]) if len(children) == 1 else None
 
 
 def _read_file(arguments: ConversionArguments) -> tuple[str, list[Item]]:
@@ -110,9 +108,7 @@ def read_folder(arguments: ConversionArguments) -> list[Item]:
     groups = group_masks(source, found.mask_folders, found.masks)
     masks = pair_in_folders(source, [image for image, label in labels.items() if label != 0], groups)
     if not found.images or not (has_normal or arguments.anomalous or annotations or masks):
-        lists = [
-            file.relative_to(source).as_posix() for file in files if file.suffix.lower() in (".json", ".jsonl", *TABLES)
-        ]
+        lists = [file.relative_to(source).as_posix() for file in files if file.suffix.lower() in LISTS]
         note = _unused(file for file in files if not is_image(file))
         raise UserError(
             f"{source} holds {describe_folder(source)}: expected images in a folder good, ok or normal (or --normal) "
