@@ -799,6 +799,7 @@ def test_complete_loops_are_not_repeated() -> None:
     assert unchanged_loops([one], 4, [1, 1, 1, 0], phases(1, 1, 1, 1)) == [one]
     assert unchanged_loops([one, two], 4, [1, 1, 1, 1], phases(1, 1, 1, 2)) == [one]
     assert unchanged_loops([one], 4, [1, 1], phases(1, 1)) == []
+    assert unchanged_loops([one, two], 6, [1, 1, 1, 1], phases(1, 1, 1, 1)) == [one]
     assert unchanged_loops([], 2, [1, 1], phases(1, 1)) == []
 
 
