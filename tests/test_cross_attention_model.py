@@ -63,6 +63,7 @@ CASES: dict[str, dict[str, Any]] = {
     "trained_raw": {"text_context": "trained", "context_norm": "none"},
     "trained_early_levels": {"text_context": "trained", "levels": (1, 5)},
     "projectors": {"text_context": "projectors"},
+    "one_text_adapter": {"text_adapt_until": 1},
     "projectors_sequential": {"text_context": "projectors", "surgery": "sequential", "context_norm": "none"},
     "layer": {"context_norm": "layer"},
     "layer_matched": {"context_norm": "layer", "cross_attn_residual": "matched"},
@@ -260,6 +261,16 @@ def test_stage2(name: str) -> None:
         return stage2(model, batch, case.prompts)["total"]
 
     assert_gradients_agree(case.model, case.batch, loss_of, gradients, agree_by_branch)
+
+
+@pytest.mark.parametrize("name", ["eval", "trained"])
+def test_the_joint_forward_is_the_forward_with_gradients(name: str) -> None:
+    case = make_case(name)
+    model, batch = case.model.eval(), case.batch
+    joint = model.joint_forward(batch.images, case.prompts, batch.rows)
+    alone = model(batch.images, model.text_side(case.prompts), batch.rows)
+    assert_agrees(torch.stack(joint.levels), torch.stack(alone.levels), 1e-5)
+    assert_agrees(joint.det, alone.det, 1e-5)
 
 
 def test_state_dict_keys() -> None:
