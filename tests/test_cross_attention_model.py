@@ -271,6 +271,10 @@ def test_the_joint_forward_is_the_forward_with_gradients(name: str) -> None:
     alone = model(batch.images, model.text_side(case.prompts), batch.rows)
     assert_agrees(torch.stack(joint.levels), torch.stack(alone.levels), 1e-5)
     assert_agrees(joint.det, alone.det, 1e-5)
+    # With dropout every prompt is encoded separately.
+    model.train().text_cross_attn.dropout = model.image_cross_attn.dropout = 1e-12
+    dropped = model.joint_forward(batch.images, case.prompts, batch.rows)
+    assert_agrees(torch.stack(dropped.levels), torch.stack(alone.levels), 1e-5)
 
 
 def test_state_dict_keys() -> None:
