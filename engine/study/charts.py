@@ -38,7 +38,7 @@ def forest_charts(results: Results, setting: SettingResult) -> list[Chart]:
 def _draw_forest(figure: Figure, verdicts: Mapping[str, Verdict], margin: float, label: str) -> None:
     axis, rows = figure.subplots(), range(len(verdicts))
     axis.axvspan(-margin, margin, color="grey", alpha=0.15, linewidth=0)
-    # Only next to the intervals: the labels are between them.
+    # Only next to the intervals, and no grid: lines would cross the labels between them.
     axis.vlines(
         [0] * len(verdicts), [row - 0.15 for row in rows], [row + 0.3 for row in rows], color="grey", linewidth=0.8
     )
@@ -54,7 +54,6 @@ def _draw_forest(figure: Figure, verdicts: Mapping[str, Verdict], margin: float,
     axis.set_yticks([])
     axis.set_ylim(len(verdicts) - 0.5, -0.75)
     axis.set_xlabel(literal(label), fontsize=8)
-    axis.grid(axis="x", alpha=0.25)
     axis.tick_params(labelsize=8)
 
 
