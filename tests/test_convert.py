@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,18 +24,23 @@ from utils.errors import UserError
 SIZE = (12, 8)
 
 
-def picture(path: Path, value: int = 90, size: tuple[int, int] = SIZE, mode: str = "RGB", **how: Any) -> Path:
+def text(path: Path, content: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, value if mode == "L" else (value, value, value)).save(path, **how)
+    path.write_text(content, encoding="utf-8")
     return path
 
 
-def mask(path: Path, value: int = 255) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = Image.new("L", SIZE)
-    content.paste(value, (2, 3, 6, 5))
-    content.save(path)
-    return path
+def draw(root: Path, files: dict[str, Any]) -> Path:
+    """Photographs (None), masks (a value) or text for names with blanks between."""
+    for number, (name, content) in enumerate((name, files[names]) for names in files for name in names.split()):
+        pixels: Any = np.random.default_rng(number).integers(60, 200, (8, 12, 3), dtype=np.uint8)
+        text(root / name, str(content))
+        if isinstance(content, int):
+            pixels = np.zeros((8, 12), np.uint8)
+            pixels[3:5, 2:6] = content
+        if not isinstance(content, str):
+            Image.fromarray(pixels).save(root / name)
+    return root
 
 
 def converted(source: Path, target: Path, **more: Any) -> list[Record]:
@@ -49,30 +53,26 @@ def converted(source: Path, target: Path, **more: Any) -> list[Record]:
 
 
 def lines(file: Path, rows: list[dict[str, Any]]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return file
+    return text(file, "\n".join(map(json.dumps, rows)))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Images of two classes, two of them of one name."""
-    for name in ("raw/a/1.png", "raw/a/2.jpg", "raw/b/1.png", "raw/b/3.png"):
-        picture(tmp_path / name, value=len(name) + ord(name[4]) % 7)
-    mask(tmp_path / "raw/masks/1.png")
-    return tmp_path
+    images = "raw/a/1.png raw/a/2.jpg raw/b/1.png raw/b/3.png a/test/dent/1.png"
+    return draw(tmp_path, {images: None, "raw/masks/1.png": 255})
 
 
 @pytest.mark.parametrize(
-    ("image", "label", "class_name", "mask_path", "kind"),
+    "keys",
     [
-        ("image_path", "label", "class_name", "mask_path", "defect"),
-        ("img_path", "anomaly", "cls_name", "mask_path", "specie_name"),
-        ("filename", "label", "clsname", "maskname", "label_name"),
+        "image_path label class_name mask_path defect",
+        "img_path anomaly cls_name mask_path specie_name",
+        "filename label clsname maskname label_name",
     ],
 )
-def test_lists_in_several_formats(
-    folder: Path, image: str, label: str, class_name: str, mask_path: str, kind: str
-) -> None:
+def test_lists_in_several_formats(folder: Path, keys: str) -> None:
+    image, label, class_name, mask_path, kind = keys.split()
     rows = [
         {image: "raw/a/1.png", label: 1, class_name: "metal nut", mask_path: "raw/masks/1.png", kind: "bent"},
         {image: "raw/b/1.png", label: 1, class_name: "metal nut", mask_path: "", kind: "bent"},
@@ -89,52 +89,6 @@ def test_lists_in_several_formats(
     ]
 
 
-def test_saved_lists_and_lists_of_whole_splits(folder: Path) -> None:
-    tie = {"schema": 1, "dataset": "x", "layout": "mvtec", "classes": []}
-    row = {"image_path": "a/test/dent/1.png", "label": 1, "class_name": "a", "mask_path": "raw/masks/1.png"}
-    picture(folder / "a/test/dent/1.png")
-    assert [r.image_path for r in converted(lines(folder / "kept.jsonl", [tie, row]), folder / "one")] == [
-        "a/test/dent/1.png"
-    ]
-    meta = {
-        "train": {"a": [{"img_path": "raw/b/3.png", "cls_name": "a", "anomaly": 0}]},
-        "test": {"a": [{"img_path": "raw/a/1.png", "mask_path": "raw/masks/1.png", "anomaly": 1}]},
-    }
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-    assert [r.image_path for r in converted(folder / "meta.json", folder / "two")] == ["a/test/anomalous/1.png"]
-    assert (folder / "two/a/train/good/3.png").is_file()
-
-
-def coco(file: Path, **changes: Any) -> Path:
-    content = {
-        "images": [{"id": 1, "file_name": "a/1.png", "width": 12, "height": 8}, {"id": 2, "file_name": "b/3.png"}],
-        "categories": [{"id": 7, "name": "scratch"}, {"id": 8, "name": "good"}],
-        "annotations": [{"id": 1, "image_id": 1, "category_id": 7, "segmentation": [[2, 3, 5, 3, 5, 4, 2, 4]]}],
-        **changes,
-    }
-    file.write_text(json.dumps(content), encoding="utf-8")
-    return file
-
-
-def test_coco_polygons_and_boxes_become_masks(folder: Path) -> None:
-    (normal, record) = converted(coco(folder / "raw/coco.json"), folder / "new", class_name="nut")
-    assert record == Record("nut/test/scratch/1.png", 1, "nut", "nut/ground_truth/scratch/1_mask.png")
-    assert normal == Record("nut/test/good/3.png", 0, "nut")
-    expected = np.zeros((8, 12), bool)
-    expected[3:5, 2:6] = True
-    drawn = np.asarray(read_mask(folder / "new" / record.mask_path)) > 0
-    np.testing.assert_array_equal(drawn, expected)
-    box = [{"image_id": 1, "category_id": 8, "segmentation": [], "bbox": [2, 3, 4, 2]}]
-    box[0]["category_id"] = 9  # a category without a name
-    (record, _) = converted(coco(folder / "raw/coco.json", annotations=box), folder / "boxes")
-    assert record.image_path == "object/test/anomalous/1.png"
-    np.testing.assert_array_equal(np.asarray(read_mask(folder / "boxes" / record.mask_path)) > 0, expected)
-    # One annotation of each kind.
-    both = [*box, {"image_id": 1, "category_id": 7, "bbox": [0, 0, 1, 1]}]
-    (record, _) = converted(coco(folder / "raw/coco.json", annotations=both), folder / "both")
-    assert record.image_path == "object/test/combined/1.png"
-
-
 @pytest.mark.parametrize("turned", [False, True])
 def test_coco_masks_fit_images_with_exif_rotation(folder: Path, turned: bool) -> None:
     """Annotations may refer to the rotated image (8 x 12) or to the file's pixels."""
@@ -145,27 +99,23 @@ def test_coco_masks_fit_images_with_exif_rotation(folder: Path, turned: bool) ->
     pixels.save(folder / "raw/a/1.png", exif=exif)
     # The bright pixels, turned by 90 degrees.
     shown, stored = [3, 2, 2, 4], [2, 3, 4, 2]
-    size = {"width": 8, "height": 12} if turned else {"width": 12, "height": 8}
-    file = coco(
-        folder / "raw/coco.json",
-        images=[{"id": 1, "file_name": "a/1.png", **size}],
-        annotations=[{"image_id": 1, "bbox": shown if turned else stored}],
-    )
-    (record,) = converted(file, folder / "new")
+    content = {
+        "images": [{"id": 1, "file_name": "a/1.png", "width": 8 if turned else 12, "height": 12 if turned else 8}],
+        "annotations": [{"image_id": 1, "bbox": shown if turned else stored}],
+    }
+    text(folder / "raw/coco.json", json.dumps(content))
+    (record,) = converted(folder / "raw/coco.json", folder / "new", class_name="nut")
     image, drawn = read_pair(folder / "new", record)
+    assert record.class_name == "nut"
     np.testing.assert_array_equal(np.asarray(drawn) > 0, np.asarray(image.convert("L")) > 128)
 
 
 def test_visa_with_its_own_split(tmp_path: Path) -> None:
-    table = "object,split,label,image,mask\n"
-    for name, side, split in (("0", "Normal", "train"), ("1", "Normal", "test"), ("0", "Anomaly", "test")):
-        image, label = f"candle/Data/Images/{side}/{name}.JPG", "normal" if side == "Normal" else "anomaly"
-        picture(tmp_path / "visa" / image)
-        own = "candle/Data/Masks/Anomaly/0.png" if side == "Anomaly" else ""
-        table += f"candle,{split},{label},{image},{own}\n"
-    mask(tmp_path / "visa/candle/Data/Masks/Anomaly/0.png")
-    (tmp_path / "visa/split_csv").mkdir()
-    (tmp_path / "visa/split_csv/1cls.csv").write_text(table, encoding="utf-8")
+    images = "candle/Data/Images/Normal/0.JPG candle/Data/Images/Normal/1.JPG candle/Data/Images/Anomaly/0.JPG"
+    rows = [f"candle,{split},normal,{image}," for split, image in zip(("train", "test"), images.split(), strict=False)]
+    rows.append("candle,test,anomaly,candle/Data/Images/Anomaly/0.JPG,candle/Data/Masks/Anomaly/0.png")
+    table = "\n".join(["object,split,label,image,mask", *rows])
+    draw(tmp_path / "visa", {images: None, "candle/Data/Masks/Anomaly/0.png": 255, "split_csv/1cls.csv": table})
     assert converted(tmp_path / "visa", tmp_path / "new") == [
         Record("candle/test/bad/0.JPG", 1, "candle", "candle/ground_truth/bad/0_mask.png"),
         Record("candle/test/good/1.JPG", 0, "candle"),
@@ -173,41 +123,11 @@ def test_visa_with_its_own_split(tmp_path: Path) -> None:
     assert (tmp_path / "new/candle/train/good/0.JPG").is_file()
 
 
-def test_two_folders_with_and_without_masks(tmp_path: Path) -> None:
-    for name in ("OK/1.png", "NOK/bent/1.png", "NOK/2.png", "unsure/9.png"):
-        picture(tmp_path / "screw" / name)
-    mask(tmp_path / "screw/masks/bent/1_mask.png")
-    records = converted(tmp_path / "screw", tmp_path / "new", anomalous="NOK")
-    assert records == [
-        Record("screw/test/NOK/2.png", 1, "screw"),
-        Record("screw/test/bent/1.png", 1, "screw", "screw/ground_truth/bent/1_mask.png"),
-        Record("screw/test/good/1.png", 0, "screw"),
-    ]
-    # Each other folder is a kind of defect, and a target that lies in the source is none.
-    inside = tmp_path / "screw" / "converted"
+def test_the_target_may_lie_in_the_source(tmp_path: Path) -> None:
+    root = draw(tmp_path / "screw", {"OK/1.png NOK/bent/1.png unsure/9.png": None})
     for _ in range(2):
-        kinds = [Path(record.image_path).parent.name for record in converted(tmp_path / "screw", inside)]
-        assert kinds == ["NOK", "bent", "good", "unsure"]
-
-
-def text(path: Path, content: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content, encoding="utf-8")
-
-
-def draw(root: Path, files: dict[str, Any]) -> Path:
-    """Photographs (None), masks (a value) or text for names with blanks between."""
-    for names, content in files.items():
-        for number, name in enumerate(names.split()):
-            if content is None:
-                pixels = np.random.default_rng(number).integers(60, 200, (8, 12, 3), dtype=np.uint8)
-                (root / name).parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(root / name)
-            elif isinstance(content, int):
-                mask(root / name, content)
-            else:
-                text(root / name, content)
-    return root
+        kinds = [Path(record.image_path).parent.name for record in converted(root, root / "converted")]
+        assert kinds == ["bent", "good", "unsure"]
 
 
 def labelme(*shapes: tuple[str, str, list[list[float]]]) -> str:
@@ -272,6 +192,8 @@ FOLDERS: list[tuple[dict[str, Any], str, dict[str, str]]] = [
     ({"ok/1.png x/1.png": None, "truth/1.png": 255}, "good/1, x/1 8", {"masks": "truth"}),
     ({"a/1.png b/2.png": None, "ok/b/2.png": 255}, "good/1, b/2 8", {"normal": "a", "masks": "ok"}),
     ({"ok/1.png x/2.png": None, "x/2.txt": ""}, "good/1, good/2", {}),
+    ({"ok/1.png ng/z/1.png ng/2.png u/9.png": None, "gt/z/1.png": 255}, "ng/2 -, z/1 8, good/1", {"anomalous": "ng"}),
+    ({"ok/1.ppm bad/2.ppm": None, "masks/2_mask.gif": 255}, "good/1, bad/2 8", {}),
     ({"test/a/1.png test/good/2.png": None, "w/a/1.png": 255}, "a/1 8, good/2", {"masks": "w"}),
 ]
 
@@ -282,16 +204,20 @@ def test_folders_of_labelling_tools_and_with_masks(
 ) -> None:
     records = converted(draw(tmp_path / "raw", files), tmp_path / "new", **options)
     assert described(tmp_path / "new", records) == set(expected.split(", "))
+    images = {Path(name).suffix for names, content in files.items() if content is None for name in names.split()}
+    assert {Path(record.image_path).suffix for record in records} == images
     unlabelled = {"img/4.png", "val/images/3.png", "x/Label/1_label.png"}
     assert ("count as normal" in caplog.text) == any(name in names.split() for names in files for name in unlabelled)
 
 
+# The pixels of `mask`, and of the annotations.
+SQUARE = {(y, x) for y in (3, 4) for x in (2, 3, 4, 5)}
 # Four pixels of the third column, and two of the next one.
 RUNS = {"size": [8, 12], "counts": [17, 4, 4, 2, 69]}
 
 
-def annotated(**annotation: Any) -> str:
-    """A COCO file of two images, one with an annotation of the category scratch."""
+def annotated(*more: dict[str, Any], **annotation: Any) -> str:
+    """A COCO file of two images, one with an annotation of the category scratch, and with others."""
     return json.dumps(
         {
             "images": [
@@ -299,7 +225,7 @@ def annotated(**annotation: Any) -> str:
                 {"id": 2, "file_name": "raw\\b\\3.png"},
             ],
             "categories": [{"id": 7, "name": "scratch"}, {"id": 8, "name": "Good"}],
-            "annotations": [{"image_id": 1, "category_id": 7, **annotation}],
+            "annotations": [{"image_id": 1, "category_id": 7, **annotation}, *({"image_id": 1, **row} for row in more)],
         }
     )
 
@@ -309,6 +235,14 @@ REAL_IAD = {
     "train": [{"category": "a", "anomaly_class": "OK", "image_path": "b/3.png", "mask_path": None}],
     "test": [{"category": "a", "anomaly_class": "BX", "image_path": "a/1.png", "mask_path": "masks/1.png"}],
 }
+META = {
+    "train": {"a": [{"img_path": "raw/b/3.png", "cls_name": "a", "anomaly": 0}]},
+    "test": {"a": [{"img_path": "raw/a/1.png", "mask_path": "raw/masks/1.png", "anomaly": 1}]},
+}
+SAVED = [
+    {"schema": 1, "dataset": "x", "layout": "mvtec", "classes": []},
+    {"image_path": "a/test/dent/1.png", "label": 1, "class_name": "a", "mask_path": "raw/masks/1.png"},
+]
 POLYGONS = [[2, 3, 5, 3, 5, 4, 2, 4], [9, 1, 9, 2]]
 
 
@@ -320,6 +254,11 @@ POLYGONS = [[2, 3, 5, 3, 5, 4, 2, 4], [9, 1, 9, 2]]
         ("a.json", annotated(segmentation=POLYGONS), "scratch/1 8, good/3"),
         ("a.json", annotated(segmentation=POLYGONS[1:], bbox=[9, 1, 1, 1]), "good/1, good/3"),
         ("a.json", annotated(bbox=[9, 1, 0, 1]), "good/1, good/3"),
+        ("a.json", annotated(bbox=[2, 3, 4, 2], segmentation=[]), "scratch/1 8, good/3"),
+        ("a.json", annotated(bbox=[2, 3, 4, 2], category_id=9), "anomalous/1 8, good/3"),
+        ("a.json", annotated({"bbox": [2, 3, 1, 2]}, bbox=[3, 3, 3, 2]), "combined/1 8, good/3"),
+        ("meta.json", json.dumps(META), "anomalous/1 8"),
+        ("a.jsonl", "\n".join(map(json.dumps, SAVED)), "dent/1 8"),
         ("a.json", annotated(bbox=[2, 3, 4, 2], category_id=8), "good/1, good/3"),
         ("a.csv", "filename,label\nraw/a/1.png,1\nraw/b/3.png,0\n", "anomalous/1 -, good/3"),
         (
@@ -332,12 +271,27 @@ POLYGONS = [[2, 3, 5, 3, 5, 4, 2, 4], [9, 1, 9, 2]]
         ("a.json", json.dumps(REAL_IAD, indent=1), "BX/1 8"),
     ],
 )
-def test_coco_files_tables_and_the_lists_of_real_iad(folder: Path, name: str, content: str, expected: str) -> None:
+def test_coco_files_and_lists(folder: Path, name: str, content: str, expected: str) -> None:
     text(folder / name, content)
     assert described(folder / "new", converted(folder / name, folder / "new")) == set(expected.split(", "))
-    if "counts" in content:
-        drawn = np.argwhere(np.asarray(read_mask(folder / "new/object/ground_truth/scratch/1_mask.png")))
-        assert drawn.tolist() == [[1, 2], [1, 3], [2, 2], [2, 3], [3, 2], [4, 2]]
+    assert (folder / "new/a/train/good/3.png").is_file() == ('"train"' in content)
+    for drawn in (folder / "new").rglob("1_mask.png"):
+        rows, columns = np.nonzero(read_mask(drawn))
+        pixels = set(zip(rows.tolist(), columns.tolist(), strict=True))
+        assert pixels == ({(1, 2), (1, 3), (2, 2), (2, 3), (3, 2), (4, 2)} if "counts" in content else SQUARE)
+
+
+def test_a_second_source_is_not_mixed_with_the_first(folder: Path) -> None:
+    text(folder / "defects.json", annotated(bbox=[2, 3, 4, 2]))
+    text(folder / "normal.json", annotated(bbox=[2, 3, 0, 2]))
+    for first, second in (("defects", "normal"), ("normal", "defects")):
+        records = converted(folder / f"{first}.json", folder / first)
+        with pytest.raises(UserError, match="is not of this conversion: use a new folder"):
+            convert(ConversionArguments(source=folder / f"{second}.json", target=folder / first))
+        assert build_metadata(locate_dataset(str(folder / first))) == records
+
+
+GOOD = "file,label\n1.png,0\n3.png,0\n"
 
 
 @pytest.mark.parametrize(
@@ -347,18 +301,20 @@ def test_coco_files_tables_and_the_lists_of_real_iad(folder: Path, name: str, co
         ({"a/1.png": None, "a.csv": "a/1.png,0\na/1.png,0\n"}, "a.csv", "expected image_path and label"),
         ({"a/1.png": None, "a.csv": "file,label\nD:\\a\\1.png,0\n"}, "a.csv", "absolute path of Windows"),
         ({"a/1.png": None, "a/1.txt": "a red nut\n"}, "", r"a/1\.txt:1: expected a class of YOLO"),
-        (
-            {"good/1.png": None, "good/1.txt": "0 0.5 0.5 0.5 0.5\n"},
-            "",
-            "folder of normal images, but .* marks class_0",
-        ),
+        ({"ok/1.png": None, "ok/1.txt": "0 0.5 0.5 0.5 0.5\n"}, "", "normal images, but .* marks class_0"),
         ({"a/1.png b/1.png": None, "masks/1.png": 255}, "", r"masks/1\.png belongs to 2 images"),
         ({"a/1.png": None, "1.json": labelme(DENT)}, "1.json", "convert its folder"),
+        ({"a/1.png": None, "a.csv": "file,label\na/1.png,0\na/1.png,1\n"}, "a.csv", "both normal and anomalous"),
+        ({"1.png 3.png": None, "a.csv": GOOD, "new/object/test/good/3.png": 255}, "a.csv", "exists already with anot"),
+        ({"1.png 3.png": None, "a.csv": GOOD, "new/b/test/c/1.png": 255}, "a.csv", r"1\.png is not of this conver"),
     ],
 )
 def test_sources_that_are_refused(tmp_path: Path, files: dict[str, Any], source: str, message: str) -> None:
+    draw(tmp_path, files)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
     with pytest.raises(UserError, match=message):
-        convert(ConversionArguments(source=draw(tmp_path, files) / source, target=tmp_path / "new"))
+        convert(ConversionArguments(source=tmp_path / source, target=tmp_path / "new"))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
 
 
 @pytest.mark.parametrize(
@@ -383,52 +339,24 @@ def test_dataset_and_convert_name_each_other_only_if_the_other_reads_it(
         convert(ConversionArguments(source=root, target=tmp_path / "new"))
 
 
-def test_images_are_linked_or_copied_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    rows = [{"image_path": "raw/a/1.png", "label": 1, "class_name": "nut", "mask_path": "raw/masks/1.png"}]
-    file = lines(folder / "list.jsonl", rows)
-
-    def counts(target: str, copy: bool = False) -> Counter[str]:
-        return convert(ConversionArguments(source=file, target=folder / target, copy=copy))
-
-    assert counts("linked") == {"linked": 2}
-    assert (folder / "linked/nut/test/anomalous/1.png").samefile(folder / "raw/a/1.png")
-    assert counts("linked") == {"existing": 2}
-    assert "1 images from a list" in caplog.text and "2 existing" in caplog.text
-    assert counts("copied", copy=True) == {"copied": 2}
-    assert not (folder / "copied/nut/test/anomalous/1.png").samefile(folder / "raw/a/1.png")
-
-
-def test_files_that_cannot_be_linked_are_copied_with_a_message(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("way", ["linked", "copied", "refused"])
+def test_files_are_linked_or_copied_once(
+    folder: Path, way: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: object) -> None:
         raise OSError(18, "Invalid cross-device link")
 
+    if way == "refused":
+        monkeypatch.setattr(os, "link", refuse)
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(os, "link", refuse)
-    rows = [{"image_path": f"raw/b/{name}.png", "label": 0, "class_name": "nut"} for name in (1, 3)]
-    arguments = ConversionArguments(source=lines(folder / "list.jsonl", rows), target=folder / "new")
-    assert convert(arguments) == {"copied": 2}
-    assert caplog.text.count("cannot be linked") == 1
-    assert {path.name for path in (folder / "new/nut/test/good").iterdir()} == {"1.png", "3.png"}
-
-
-def test_an_existing_target_is_refused_before_writing(folder: Path) -> None:
-    rows = [{"image_path": f"raw/b/{name}.png", "label": 0, "class_name": "nut"} for name in (1, 3)]
-    own = picture(folder / "new/nut/test/good/3.png", value=7)
-    before = own.read_bytes()
-    with pytest.raises(UserError, match=r"3\.png exists already with another content"):
-        convert(ConversionArguments(source=lines(folder / "list.jsonl", rows), target=folder / "new"))
-    assert own.read_bytes() == before and [path.name for path in own.parent.iterdir()] == ["3.png"]
-
-
-def test_formats_that_pillow_reads_keep_their_extension(folder: Path) -> None:
-    picture(folder / "raw/c/odd.ppm")
-    mask(folder / "raw/c/odd_mask.gif")
-    row = {"image_path": "raw/c/odd.ppm", "label": 1, "class_name": "nut", "mask_path": "raw/c/odd_mask.gif"}
-    (record,) = converted(lines(folder / "list.jsonl", [row]), folder / "new")
-    assert record.image_path == "nut/test/anomalous/odd.ppm" and record.mask_path is not None
+    rows = [{"image_path": "raw/a/1.png", "label": 1, "class_name": "nut", "mask_path": "raw/masks/1.png"}]
+    source, target = lines(folder / "list.jsonl", rows), folder / "new"
+    arguments = ConversionArguments(source=source, target=target, copy=way == "copied")
+    assert convert(arguments) == {"linked" if way == "linked" else "copied": 2}
+    assert (target / "nut/test/anomalous/1.png").samefile(folder / "raw/a/1.png") == (way == "linked")
+    assert caplog.text.count("cannot be linked") == (way == "refused")
+    assert convert(arguments) == {"existing": 2}
+    assert "1 images from a list" in caplog.text and "2 existing" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -438,13 +366,6 @@ def test_names_of_the_source_stay_in_the_target(folder: Path, class_name: str, k
     row = {"image_path": "raw/a/1.png", "label": 1, "class_name": class_name, "defect": kind}
     (record,) = converted(lines(folder / "list.jsonl", [row]), folder / "new")
     assert (folder / "new" / record.image_path).resolve().is_relative_to(folder / "new")
-
-
-def test_an_image_cannot_be_normal_and_anomalous(folder: Path) -> None:
-    rows = [{"image_path": "raw/a/1.png", "label": label, "class_name": "nut"} for label in (0, 1)]
-    with pytest.raises(UserError, match="both normal and anomalous"):
-        convert(ConversionArguments(source=lines(folder / "list.jsonl", rows), target=folder / "new"))
-    assert not (folder / "new").exists()
 
 
 def test_arguments_are_positional() -> None:
