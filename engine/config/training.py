@@ -29,7 +29,7 @@ WEIGHT_DECAY = {"adamw": 0.01, "adam": 0.0}
 FROM_BASE = ("surgery_until_layer", "text_adapt_weight", "image_adapt_weight", "text_adapt_until", "image_adapt_until")
 BASE_ONLY = (*(item.name for item in fields(AugmentationConfig)), "stage1_levels", "focal_smoothing", "mask_threshold")
 
-Config = TypeVar("Config", bound="BaseConfig")
+Config = TypeVar("Config", bound="RunConfig")
 
 _base, _feedback = partial(setting, group="base"), partial(setting, group="feedback")
 _training, _schedule = partial(setting, group="training"), partial(setting, group="schedule")
@@ -117,6 +117,19 @@ class RunConfig(MachineArguments, DataArguments, ModelArguments):
     tracker: str = setting(
         "tensorboard", "where to log curves", "output", choices=("tensorboard", "wandb", "none"), free=True
     )
+
+    @classmethod
+    def of(cls: type[Config], **explicit: Any) -> Config:
+        """As `Arguments.of`; `UserError` for an explicit value that has no effect."""
+        config = super().of(**explicit)
+        for name, (used, needed) in config.needed().items():
+            if explicit.get(name) and not used:
+                raise UserError(f"--{name} has no effect without {needed}: leave --{name} out")
+        return config
+
+    def needed(self) -> dict[str, tuple[bool, str]]:
+        """Options that only some values of others use: whether they are used, and what they need."""
+        return {"shot": (self.training_mode == "few_shot", "--training_mode few_shot")}
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -290,6 +303,14 @@ class FeedbackConfig(CrossAttentionArguments):
     )
     reset_optimizers: bool = _schedule(False, "reset the optimizers' moments at the start of each loop")
     save_path: Path = changed(RunConfig, "save_path", Path("ckpt/feedback"))
+
+    def needed(self) -> dict[str, tuple[bool, str]]:
+        return {
+            **super().needed(),
+            "warmup_epochs": (self.lr_schedule == "cosine", "--lr_schedule cosine"),
+            "det_score": (bool(self.eval_dataset or self.val_fraction), "--eval_dataset or --val_fraction"),
+            "feedback_features": (self.num_feedback_loops > 1, "a second loop"),
+        }
 
     @property
     def weight_decay(self) -> float:

@@ -10,7 +10,6 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from engine.config.training import LOOP_BATCH, FeedbackConfig
-from engine.data.loaders import hold_out
 from engine.data.task import TaskData, load_task
 from engine.detector.detector import Detector
 from engine.evaluation.evaluate import METRICS, det_score_note, evaluate, summary_table
@@ -47,16 +46,13 @@ def train_feedback(config: FeedbackConfig) -> None:
     plan = plan_loops(config)
     setup = prepare(config, SCRIPT, read_start(config))
     config = setup.config
-    training, validation = setup.data, None
-    if config.val_fraction:
-        training, validation = hold_out(training, config.val_fraction, config.seed)
     tested = None
     if config.eval_dataset:
         tested = load_task(config.eval_dataset, mask_threshold=config.mask_threshold, run=config.to_dict())
     logger.info("%d feedback loops, preset %s\n\n%s\n", len(plan), config.preset, plan_table(plan))
     with open_run(setup, partial(loop_forward, config)) as run:
-        finisher = LoopFinisher(run, config, {"validation": validation, "eval_dataset": tested})
-        results = run.run(feedback_phases(config, plan, run, training), finisher)
+        finisher = LoopFinisher(run, config, {"validation": setup.validation, "eval_dataset": tested})
+        results = run.run(feedback_phases(config, plan, run, setup.data), finisher)
         logger.info("\nSummary\n\n%s\n", run_summary(run.history, feedback=True))
         if (selected := validated_loop(results)) is not None:
             logger.info("Best loop by held-out training images: loop %d (mean of pixel and image AUROC)", selected)

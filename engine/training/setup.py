@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from dataset.prompts import NAMES
 from engine.config.training import FROM_BASE, LOOP_BATCH, CrossAttentionArguments, FeedbackConfig, RunConfig
+from engine.data.loaders import hold_out
 from engine.data.task import TaskData, choose_training_images, load_task
 from engine.runtime.device import check_compiler
 from engine.runtime.distributed import make_accelerator
@@ -45,13 +46,15 @@ LIBRARIES = ("torch", "torchvision", "open_clip_torch", "accelerate", "numpy", "
 class RunSetup(Generic[Config]):
     """A checked run before anything is written.
 
-    signature: what a restart must equal; description: the `config` of checkpoints without a loop's choices.
+    validation: the images held out to select a loop; signature: what a restart must equal; description: the `config`
+    of checkpoints without a loop's choices.
     """
 
     config: Config
     start: Start
     accelerator: Accelerator
     data: TaskData
+    validation: TaskData | None
     model: AdaptedCLIP
     signature: dict[str, Any]
     description: dict[str, Any]
@@ -89,6 +92,9 @@ def prepare(config: Config, script: str, start: Start | None = None, text_adapte
     check_labels(config, data)
     data = choose_training_images(data, config.training_mode, config.shot, config.seed)
     check_anomalies(config, data)
+    validation = None
+    if isinstance(config, FeedbackConfig) and config.val_fraction:
+        data, validation = hold_out(data, config.val_fraction, config.seed)
     if config.compile:
         check_compiler(str(accelerator.device))
     clip = load_clip(config.model_name, config.clip_weights, config.img_size, config.activation or start.activation)
@@ -113,7 +119,7 @@ def prepare(config: Config, script: str, start: Start | None = None, text_adapte
         **(start.signature() if isinstance(config, CrossAttentionArguments) else {}),
     }
     del signature["text_adapted"]  # follows from the number of epochs, which is compared as such
-    return RunSetup(config, start, accelerator, data, model, signature, description)
+    return RunSetup(config, start, accelerator, data, validation, model, signature, description)
 
 
 def continue_settings(config: Config, start: Start) -> tuple[Config, Mapping[str, Any]]:
