@@ -224,17 +224,13 @@ def _named_source(model_name: str, clip_weights: str | Path | None) -> _Source:
     vision = model_cfg["vision_cfg"]
     plain_vit = isinstance(vision.get("patch_size"), int) and "timm_model_name" not in vision
     if "hf_tokenizer_name" in model_cfg["text_cfg"] or not plain_vit:
-        raise UserError(
-            f"--model_name {model_name}: only CLIP models with a plain ViT and CLIP's tokenizer can be adapted"
-        )
+        raise UserError(f"--model_name {model_name}: only models with a plain ViT and CLIP's tokenizer can be adapted")
     if clip_weights and Path(clip_weights).exists():
         return _Source(model_cfg, _weights_in(Path(clip_weights)))
     tag = str(clip_weights or DEFAULT_TAG)
     tags = list_pretrained_tags_by_model(model_name)
     if tag not in tags:
-        raise UserError(
-            f"--clip_weights {tag}: no such file, and no tag of {model_name} (its tags: {', '.join(tags) or 'none'})"
-        )
+        raise UserError(f"--clip_weights {tag}: no file and no tag of {model_name} (tags: {', '.join(tags) or 'none'})")
     return _hub_source(model_name, model_cfg, tag)
 
 

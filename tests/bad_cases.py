@@ -317,7 +317,7 @@ def datasets() -> Iterator[Case]:
     empty = changed_images(lambda folder: [shutil.rmtree(path) for path in (folder / "felt" / "test").iterdir()])
     yield case(DRAW, "datasets", "", changes, empty)
     few = changed_images(lambda folder: [path.unlink() for path in sorted((folder / "felt/test/good").iterdir())[1:]])
-    changes |= {"val_fraction": "0.5", "training_mode": "full_shot"}
+    changes |= {"val_fraction": "0.5", "training_mode": "full_shot", "shot": None}
     yield case(V2, "datasets", "--val_fraction", changes, few)
 
 
@@ -644,6 +644,12 @@ COMBINATIONS: list[tuple[str, str, Values]] = [
     (CROSS, "--freeze_base", {"freeze_base": True, "text_cross_attn_weight": 0}),
     (CROSS, "--freeze_base", {"freeze_base": True, **_NO_BASE}),
     (V2, "unknown dataset 'gone'", {"eval_dataset": "gone"}),
+    *((script, "--shot", {"training_mode": "full_shot"}) for script in (TRAIN, CROSS, V1)),
+    (TRAIN, "--shot", {"recipe": "toy", "model_name": None}),
+    (V2, "--warmup_epochs", {"lr_schedule": "constant", "warmup_epochs": 5}),
+    (V2, "--warmup_epochs", {"preset": "v3", "warmup_epochs": 5}),
+    (V2, "--det_score", {"det_score": "difference"}),
+    (V2, "--feedback_features", {"feedback_features": "projectors"}),
     (V2, "--cross_attn_start_loop", {"cross_attn_start_loop": 2}),
     (V2, "text_epochs_per_loop", {"num_feedback_loops": 3, "text_epochs_per_loop": ["1", "1"]}),
     (V2, "text_epochs_per_loop", {"preset": "v1", "num_feedback_loops": 4, "text_epochs_per_loop": None}),
@@ -677,6 +683,10 @@ COMBINATIONS: list[tuple[str, str, Values]] = [
     *((DRAW, "--class_name", {"class_name": name}) for name in ("", "nosuch", "FELT", "../felt", "\udcff")),
     *((DRAW, "--image_idx", {"image_idx": value}) for value in (["0", "all"], 4, "some")),
     (DRAW, "at least one", {"base_path": None}),
+    (DRAW, "--image_idx", {"image_idx": 0, "worst": 2}),
+    *((DRAW, f"--{name}", {"list_images": True, name: value}) for name, value in (("worst", 2), ("attention", True))),
+    (DRAW, "--feedback_loop", {"feedback_loop": 1}),
+    (DRAW, "--attention", {"attention": True}),
     (EXPORT, "--output", {"class_name": ["felt", "bolt"]}),
     (EXPORT, ".pt2", {"format": "torch"}),
     (EXPORT, "--reference_shots", {"reference_shots": 2}),

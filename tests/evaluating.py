@@ -37,7 +37,9 @@ def visualize_comparison(
     class_name: str, image_idx: tuple[int | str, ...], dataset: object, **values: Any
 ) -> list[Path]:
     values = {"class_name": class_name, "image_idx": image_idx, "dataset": dataset and str(dataset), **values}
-    return side_by_side.visualize_comparison(VisualizationArguments(device="cpu", **values))
+    arguments = VisualizationArguments(device="cpu", **values)
+    arguments.check()
+    return side_by_side.visualize_comparison(arguments)
 
 
 def _inference(checkpoint: object, **values: Any) -> InferenceArguments:

@@ -967,6 +967,20 @@ def test_held_out_images_cover_every_kind_and_are_repeatable(world: Path) -> Non
             assert {(record.class_name, record.label) for record in part.records} == kinds
 
 
+def test_too_few_images_to_hold_out_are_an_error_before_clip_is_loaded(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.training.setup.load_clip", None)
+    with pytest.raises(UserError, match="--val_fraction: class .* has a single normal image"):
+        train_feedback(asked(world, tmp_path / "run", shot=2, val_fraction=0.5))
+
+
+def test_values_of_a_preset_may_be_without_effect() -> None:
+    config = parse("--recipe", "toy", "--lr_schedule", "constant", "--num_feedback_loops", "1")
+    assert (config.training_mode, config.shot, config.warmup_epochs) == ("full_shot", 32, 2)
+    assert parse("--lr_schedule", "constant", "--warmup_epochs", "0").warmup_epochs == 0
+
+
 def test_each_loop_is_evaluated_and_the_best_on_held_out_images_is_reported(finished: Finished) -> None:
     trained = set.union(*(moment.records for moment in finished.seen.starts))
     held, tested = finished.seen.evaluated[:2]

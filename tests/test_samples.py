@@ -3,6 +3,8 @@
 import logging
 import os
 import random
+import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -25,6 +27,7 @@ from dataset.samples import AnomalyDataset, SampleKey, SeededSampler
 from engine.cli.checks import check_files
 from engine.config.evaluation import InferenceArguments
 from engine.data.loaders import evaluation_loader, training_loader
+from tests.in_process import ROOT
 from utils.errors import UserError, original_message
 
 MEAN, STD = (0.5, 0.25, 0.5), (0.5, 0.25, 0.25)
@@ -161,11 +164,20 @@ def test_too_large_images_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
     with pytest.raises(UserError, match="more than 0 megapixels: resize it"):
         read_image(path)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="is a Git LFS pointer"):
+        read_image(path)
     monkeypatch.setenv(MAX_MEGAPIXELS_VARIABLE, "")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
     with suppress(UserError):
         check_files(InferenceArguments(checkpoint="absent", max_megapixels=3))
     assert Image.MAX_IMAGE_PIXELS == 1_500_000 and os.environ[MAX_MEGAPIXELS_VARIABLE] == "3"
+    # A worker process has the limit too, and Pillow prints no warning of its own below it.
+    Image.new("L", (2000, 1000)).save(path)
+    worker = f"from pathlib import Path; from dataset.images import *; read_image(Path({str(path)!r}))"
+    worker += "; print(Image.MAX_IMAGE_PIXELS)"
+    output = subprocess.run([sys.executable, "-c", worker], cwd=ROOT, stderr=subprocess.STDOUT, stdout=subprocess.PIPE)
+    assert output.stdout.split() == [b"1500000"]
 
 
 BLACK_RED_GREY = np.array([[[0, 0, 0], [255, 0, 0], [90, 90, 90]]], np.uint8)

@@ -205,6 +205,7 @@ def test_other_weights_of_clip_are_refused(world: Path, tmp_path: Path) -> None:
 DAMAGES: dict[str, tuple[str, bytes]] = {
     "no config": ("config.json", b""),
     "cut": ("model.safetensors", b"\x00" * 100),
+    "pointer": ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"),
     "no JSON": ("config.json", b"{"),
     "foreign": ("config.json", b'{"architectures": ["BertModel"]}'),
 }
@@ -218,6 +219,7 @@ def test_a_damaged_folder_is_an_error(damage: str, world: Path, tmp_path: Path) 
     with pytest.raises(UserError) as caught:
         load_model(folder, device="cpu", model_name=f"local-dir:{world / 'clip'}")
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    assert ("Git LFS" in str(caught.value)) == (damage == "pointer")
 
 
 def test_other_files_are_not_overwritten(world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,6 +49,18 @@ def plan_in(folder: Path) -> Plan:
 def results(folder: Path) -> str:
     """The metrics of a study, to compare two runs."""
     return (folder / "studies" / "world" / "study.csv").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"dry_run": True, "report_only": True}, "--report_only has no effect with --dry_run"),
+        ({"report_only": True, "jobs": 2}, "--jobs has no effect with --report_only"),
+    ],
+)
+def test_options_without_effect_are_refused(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        arguments(tmp_path / "world.toml", tmp_path, **changes)
 
 
 @pytest.fixture(scope="module")

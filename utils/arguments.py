@@ -48,12 +48,19 @@ class Arguments:
 
     @classmethod
     def of(cls: type[Config], **explicit: Any) -> Config:
-        """The defaults, changed by the preset, then by the recipe, then by explicit values."""
+        """The defaults, changed by the preset, then by the recipe, then by explicit values.
+
+        Raises `UserError` for an explicit value that has no effect.
+        """
         values: dict[str, Any] = {}
         for option in ("preset", "recipe"):
             values |= cls.preset_values(explicit.get(option, getattr(cls, option, None)))
         explicit = {name: tuple(value) if isinstance(value, list) else value for name, value in explicit.items()}
-        return cls(**{**values, **explicit})
+        arguments = cls(**{**values, **explicit})
+        for name, reason in arguments.unused().items():
+            if explicit.get(name):
+                raise UserError(f"--{name} has no effect {reason}: leave --{name} out")
+        return arguments
 
     @classmethod
     def preset_values(cls, preset: str | None) -> dict[str, Any]:
@@ -61,6 +68,10 @@ class Arguments:
         names = {item.name for item in fields(cls)}
         values = cls.presets.get(preset or "", {})
         return {name: value for name, value in values.items() if name in names}
+
+    def unused(self) -> dict[str, str]:
+        """The options that have no effect with the values of others, and why."""
+        return {}
 
     def check(self) -> None:
         """Raise `UserError` for options that contradict each other."""

@@ -26,8 +26,6 @@ ADDRESS_NAMES = ("MASTER_ADDR", "MASTER_PORT")
 # accelerate's variables that do not contradict an option, and values without effect.
 KEPT = ("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_LOG_LEVEL", "ACCELERATE_CPU_AFFINITY")
 NO_EFFECT = ("", "0", "1", "no", "none", "false", "default")
-# A thread that may wait in native code for ever, for which the interpreter would wait at its exit.
-UNENDING_THREAD = "connecting"
 # Seconds within which a launcher ends the other processes after one has ended.
 LAUNCHER_DELAY = 10.0
 

@@ -14,7 +14,7 @@ from types import FrameType, TracebackType
 from typing import NoReturn
 
 from utils.errors import Interrupted, NotFiniteError, Stopped, UserError, original_message
-from utils.processes import UNENDING_THREAD, another_process_ended, check_launch, check_single_process, claim_message
+from utils.processes import another_process_ended, check_launch, check_single_process, claim_message
 
 USER_ERROR = 2
 NOT_FINITE = 3
@@ -58,9 +58,6 @@ def run_script(main: Callable[[], int | None], less_memory: str = "smaller batch
     status = _status_of(main, less_memory, shared, received)
     for number in SIGNALS:
         signal.signal(number, lambda number, _: os._exit(128 + number))
-    if any(thread.name == UNENDING_THREAD for thread in threading.enumerate()):
-        sys.stderr.flush()
-        os._exit(status)
     sys.exit(status)
 
 

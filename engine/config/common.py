@@ -46,16 +46,10 @@ class ModelArguments(Arguments):
         "ViT-L-14-336", "open_clip model name, local-dir:FOLDER, or toy (the toy CLIP in this repository)"
     )
     clip_weights: str | None = _model(
-        None,
-        "weights file that open_clip reads, its folder, or an open_clip tag",
-        free=True,
-        unset="OpenAI's from the hub",
+        None, "weights file for open_clip, its folder, or an open_clip tag", free=True, unset="OpenAI's from the hub"
     )
     img_size: int | None = _model_config(
-        "img_size",
-        None,
-        help="side of the square input image in pixels",
-        unset="518 for ViT-L-14-336, else the model's",
+        "img_size", None, help="side of the square input in pixels", unset="518 for ViT-L-14-336, else the model's"
     )
     activation: str | None = _model_config(
         "activation", None, help="activation function in CLIP's MLPs", unset="the one these weights were trained with"
@@ -76,12 +70,8 @@ class DataArguments(Arguments):
     """The images of a dataset."""
 
     dataset: str | None = _data("VisA", "dataset: a catalog name, or a folder in MVTec's layout")
-    data_root: Path | None = _data(
-        None, "folder that contains the datasets", free=True, unset="$ANOMALY_DATA_ROOT, else data"
-    )
-    metadata: Path | None = _data(
-        None, "image list in JSON lines, instead of the list made from the folders", free=True
-    )
+    data_root: Path | None = _data(None, "folder of the datasets", free=True, unset="$ANOMALY_DATA_ROOT, else data")
+    metadata: Path | None = _data(None, "image list in JSON lines, instead of the one made from the folders", free=True)
     class_names: str | None = _data(
         None,
         'class names in prompts: catalog, published (of AA-CLIP\'s code), or a JSON file {"class": "readable name"}',

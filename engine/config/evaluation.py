@@ -167,9 +167,7 @@ class InferenceArguments(ReferenceArguments, TestingArguments):
     """Options of `inference.py`."""
 
     checkpoint: str = _task(MISSING, "checkpoint file, folder (all its epochs, in order), or none for unadapted CLIP")
-    image: tuple[Path, ...] | None = _task(
-        None, "images, or folders of images in any layout, to score instead of a dataset"
-    )
+    image: tuple[Path, ...] | None = _task(None, "images, or folders in any layout, to score instead of a dataset")
     calibrate: Path | None = _task(None, "folder of normal images, whose scores set the threshold of anomalous images")
     false_alarms: float | None = _task(
         None,
@@ -258,10 +256,7 @@ class VisualizationArguments(DataArguments):
         (0,), "indices of the class's anomalous images, counted from 0, or all", type=all_or_index
     )
     worst: int | None = _task(
-        None,
-        "draw the N images with the lowest scores of the last model",
-        between=(1, 1_000_000),
-        unset="those of --image_idx",
+        None, "N images with the lowest scores of the last model", between=(1, 1_000_000), unset="those of --image_idx"
     )
     list_images: bool = _task(False, "list the class's anomalous images, and stop")
     attention: bool = _task(False, "add the attention maps of the cross-attentions")
@@ -275,3 +270,19 @@ class VisualizationArguments(DataArguments):
     mask_threshold: str | float | None = changed(TestingArguments, "mask_threshold")
     device: str = changed(MachineArguments, "device")
     output_dir: Path | None = setting(None, "folder of the figures", "output", unset="results/visualize")
+
+    def unused(self) -> dict[str, str]:
+        reasons = {} if self.worst is None else {"image_idx": "with --worst"}
+        if self.list_images:
+            reasons |= dict.fromkeys(("image_idx", "worst", "attention"), "with --list_images")
+        if self.feedback_path is None:
+            reasons["feedback_loop"] = "without --feedback_path"
+        return reasons
+
+    def check(self) -> None:
+        if ALL in self.image_idx and len(self.image_idx) > 1:
+            raise UserError(f"--image_idx {' '.join(map(str, self.image_idx))}: give indices, or {ALL}")
+        if self.list_images and self.dataset is None:
+            raise UserError("--list_images needs --dataset")
+        if not (self.list_images or self.base_path or self.cross_path or self.feedback_path):
+            raise UserError("give at least one of --base_path, --cross_path and --feedback_path")

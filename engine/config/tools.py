@@ -73,9 +73,7 @@ class AppArguments(TrainedModelArguments):
         if self.root_path is not None and not self.root_path.startswith(("/", "http://", "https://")):
             raise UserError(f"--root_path {self.root_path}: must begin with / or https://")
         if find_spec("gradio") is None:
-            raise UserError(
-                "Gradio is not installed: pip install -r requirements-app.txt, or start with python run.py app"
-            )
+            raise UserError("Gradio is missing: pip install -r requirements-app.txt, or start with python run.py app")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +90,7 @@ class ExportArguments(ReferenceArguments, TrainedModelArguments):
     precision: str = _task("fp32", "type of weights and products; fp16 halves the file size", choices=("fp32", "fp16"))
     domain: str = changed(InferenceArguments, "domain")
     class_names: str | None = _task(
-        None,
-        "class names in prompts: catalog, or published (of AA-CLIP's code)",
-        choices=NAMES,
-        unset=f"{ASSUMED} the catalog's",
+        None, "names in prompts: catalog, or published (of AA-CLIP)", choices=NAMES, unset=f"{ASSUMED} the catalog's"
     )
     reference_shots: int | None = changed(
         ReferenceArguments, "reference_shots", help="number of --references, the same for all classes"
@@ -149,9 +144,7 @@ class GradientTest(TrainedModelArguments):
     less_memory: ClassVar = "a smaller --batch_size or --img_size"
 
     model_name: str | None = changed(TestingArguments, "model_name", unset=f"{ASSUMED} toy")
-    checkpoint: Path | None = setting(
-        None, "file or run folder of a trained model, with or without cross-attention", "model"
-    )
+    checkpoint: Path | None = setting(None, "file or run folder of a model, with or without cross-attention", "model")
     preset: str | None = setting(
         None,
         "feedback preset whose cross-attention is measured",
@@ -187,9 +180,7 @@ class GradientTest(TrainedModelArguments):
 class StudyArguments(Arguments):
     """Options of `run_study.py`."""
 
-    study: Path = setting(
-        MISSING, "file of the study, such as studies/smoke.toml", POSITIONAL, type=path, metavar="STUDY.toml"
-    )
+    study: Path = setting(MISSING, "file such as studies/smoke.toml", POSITIONAL, type=path, metavar="STUDY.toml")
     seeds: tuple[int, ...] | None = _task(None, "seeds, instead of those of the study file", unset="those of the file")
     report_only: bool = _task(False, "only report the finished evaluations")
     dry_run: bool = _task(False, "only list the commands and missing data")
@@ -197,3 +188,8 @@ class StudyArguments(Arguments):
         1, "number of cells that run at the same time, each on its own GPUs, if available", "machine", between=(1, 4096)
     )
     save_path: Path = _output(Path("runs/studies"), "folder of all studies; each has its own folder in it")
+
+    def unused(self) -> dict[str, str]:
+        if self.dry_run:
+            return dict.fromkeys(("report_only", "jobs"), "with --dry_run")
+        return {"jobs": "with --report_only"} if self.report_only else {}

@@ -29,7 +29,7 @@ WEIGHT_DECAY = {"adamw": 0.01, "adam": 0.0}
 FROM_BASE = ("surgery_until_layer", "text_adapt_weight", "image_adapt_weight", "text_adapt_until", "image_adapt_until")
 BASE_ONLY = (*(item.name for item in fields(AugmentationConfig)), "stage1_levels", "focal_smoothing", "mask_threshold")
 
-Config = TypeVar("Config", bound="RunConfig")
+Config = TypeVar("Config", bound="BaseConfig")
 
 _base, _feedback = partial(setting, group="base"), partial(setting, group="feedback")
 _training, _schedule = partial(setting, group="training"), partial(setting, group="schedule")
@@ -57,30 +57,17 @@ class RunConfig(MachineArguments, DataArguments, ModelArguments):
     adapter: str = _adapters("adapter", help="two linear layers over half the width, or one (published form)")
     relu: bool = _adapters("relu", help="apply a LeakyReLU after the image projectors")
     levels: tuple[int, ...] | None = _adapters(
-        "levels",
-        None,
-        help="vision blocks whose patch tokens are used, counted from 1",
-        unset="each quarter of the depth",
+        "levels", None, help="blocks whose patch tokens are used, counted from 1", unset="each quarter of the depth"
     )
-    text_adapt_weight: float = _adapters("text_adapt_weight", help="share of the adapter's output in the text stream")
-    image_adapt_weight: float = _adapters(
-        "image_adapt_weight", help="share of the adapter's output in the image stream"
-    )
+    text_adapt_weight: float = _adapters("text_adapt_weight", help="share of the adapter output in the text stream")
+    image_adapt_weight: float = _adapters("image_adapt_weight", help="share of the adapter output in the image stream")
     text_adapt_until: int | None = _adapters(
-        "text_adapt_until",
-        None,
-        help="number of text blocks with an adapter, from the first",
-        unset="a quarter of them",
+        "text_adapt_until", None, help="number of first text blocks with an adapter", unset="a quarter of them"
     )
     image_adapt_until: int | None = _adapters(
-        "image_adapt_until",
-        None,
-        help="number of vision blocks with an adapter, from the first",
-        unset="a quarter of them",
+        "image_adapt_until", None, help="number of first vision blocks with an adapter", unset="a quarter of them"
     )
-    dataset: str = changed(
-        DataArguments, "dataset", help="dataset to train on: a catalog name, or a folder in MVTec's layout"
-    )
+    dataset: str = changed(DataArguments, "dataset", help="training data: catalog name, or folder in MVTec's layout")
     training_mode: str = _training(
         "few_shot", "train on --shot images of each class, or on all", choices=("few_shot", "full_shot")
     )
@@ -89,9 +76,7 @@ class RunConfig(MachineArguments, DataArguments, ModelArguments):
     image_batch_size: int = _training(2, "images in a step of Stage 2, over all processes", between=IMAGES)
     accumulate: int = _training(1, "batches whose gradients are accumulated for one optimizer step", between=IMAGES)
     checkpoint_blocks: bool = setting(False, "activation checkpointing: less memory, more time", "machine", free=True)
-    text_norm_weight: float = _training(
-        0.1, "weight of the overlap between anchors in Stage 1's loss", between=(0, 1000)
-    )
+    text_norm_weight: float = _training(0.1, "weight of the anchors' overlap in Stage 1's loss", between=(0, 1000))
     augment_fill: str = _augmentation("augment_fill", help="fill colour: mean (of CLIP's normalisation), or black")
     augment_resampling: str = _augmentation("augment_resampling", help="interpolation of augmentation")
     augment_moves: str = _augmentation(
@@ -102,9 +87,7 @@ class RunConfig(MachineArguments, DataArguments, ModelArguments):
     keep_label: bool = _augmentation(
         "keep_label", help="keep the label anomalous if augmentation moves the anomaly out of the image"
     )
-    stage1_levels: str = _training(
-        "all", "levels in Stage 1's loss; last is a bug of AA-CLIP's code", choices=("all", "last")
-    )
+    stage1_levels: str = _training("all", "levels in Stage 1's loss; last: a bug of AA-CLIP", choices=("all", "last"))
     focal_smoothing: float = _training(
         0.0, "smoothing of the focal loss, which bounds it for confident errors; 0: none", between=(0, 0.4)
     )
@@ -118,18 +101,8 @@ class RunConfig(MachineArguments, DataArguments, ModelArguments):
         "tensorboard", "where to log curves", "output", choices=("tensorboard", "wandb", "none"), free=True
     )
 
-    @classmethod
-    def of(cls: type[Config], **explicit: Any) -> Config:
-        """As `Arguments.of`; `UserError` for an explicit value that has no effect."""
-        config = super().of(**explicit)
-        for name, (used, needed) in config.needed().items():
-            if explicit.get(name) and not used:
-                raise UserError(f"--{name} has no effect without {needed}: leave --{name} out")
-        return config
-
-    def needed(self) -> dict[str, tuple[bool, str]]:
-        """Options that only some values of others use: whether they are used, and what they need."""
-        return {"shot": (self.training_mode == "few_shot", "--training_mode few_shot")}
+    def unused(self) -> dict[str, str]:
+        return {} if self.training_mode == "few_shot" else {"shot": "without --training_mode few_shot"}
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -175,10 +148,7 @@ class BaseConfig(RunConfig):
     """Options of `train.py`."""
 
     preset: str = _training(
-        "recommended",
-        "values of other options; published: AA-CLIP's code with all its defects",
-        choices=BASE_PRESETS,
-        free=True,
+        "recommended", "option values; published: AA-CLIP's code with all its defects", choices=BASE_PRESETS, free=True
     )
     text_epoch: int = _schedule(5, "epochs of Stage 1; 0 keeps CLIP's text embeddings", between=(0, EPOCHS), free=True)
     image_epoch: int = _schedule(20, "epochs of Stage 2", between=(0, EPOCHS), free=True)
@@ -199,10 +169,8 @@ class BaseConfig(RunConfig):
 class CrossAttentionArguments(RunConfig):
     """Options of the scripts with cross-attention: the branches, and the base to start from."""
 
-    text_cross_attn_weight: float = _cross("text_cross_attn_weight", help="weight of the text cross-attention; 0: off")
-    image_cross_attn_weight: float = _cross(
-        "image_cross_attn_weight", help="weight of the image cross-attention; 0: off"
-    )
+    text_cross_attn_weight: float = _cross("text_cross_attn_weight", help="weight of text cross-attention; 0: off")
+    image_cross_attn_weight: float = _cross("image_cross_attn_weight", help="weight of image cross-attention; 0: off")
     cross_attn_heads: int = _cross("cross_attn_heads", help="attention heads; must divide the text width")
     cross_attn_dropout: float = _cross("cross_attn_dropout", help="dropout of the attention weights during training")
     context_norm: str = _cross(
@@ -250,9 +218,7 @@ class CrossAttentionRunConfig(CrossAttentionArguments, BaseConfig):
 
     def check(self) -> None:
         if self.freeze_base and not (self.load_base_text_adapter or self.load_base_image_adapter):
-            raise UserError(
-                "--freeze_base would leave adapters untrained: give --load_base_text_adapter and _image_adapter"
-            )
+            raise UserError("--freeze_base leaves adapters untrained: give --load_base_text_adapter and _image_adapter")
         super().check()
 
 
@@ -304,13 +270,15 @@ class FeedbackConfig(CrossAttentionArguments):
     reset_optimizers: bool = _schedule(False, "reset the optimizers' moments at the start of each loop")
     save_path: Path = changed(RunConfig, "save_path", Path("ckpt/feedback"))
 
-    def needed(self) -> dict[str, tuple[bool, str]]:
-        return {
-            **super().needed(),
-            "warmup_epochs": (self.lr_schedule == "cosine", "--lr_schedule cosine"),
-            "det_score": (bool(self.eval_dataset or self.val_fraction), "--eval_dataset or --val_fraction"),
-            "feedback_features": (self.num_feedback_loops > 1, "a second loop"),
-        }
+    def unused(self) -> dict[str, str]:
+        reasons = super().unused()
+        if self.lr_schedule != "cosine":
+            reasons["warmup_epochs"] = "without --lr_schedule cosine"
+        if not (self.eval_dataset or self.val_fraction):
+            reasons["det_score"] = "without --eval_dataset or --val_fraction"
+        if self.num_feedback_loops == 1:
+            reasons["feedback_features"] = "in a single loop"
+        return reasons
 
     @property
     def weight_decay(self) -> float:

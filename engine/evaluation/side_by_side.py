@@ -38,8 +38,6 @@ def visualize_comparison(arguments: VisualizationArguments) -> list[Path]:
     Raises:
         UserError: For a class, index, run or loop that does not exist, and if no run is given.
     """
-    if ALL in arguments.image_idx and len(arguments.image_idx) > 1:
-        raise UserError(f"--image_idx {' '.join(map(str, arguments.image_idx))}: give indices, or {ALL}")
     if arguments.list_images:
         logger.info("%s", "\n".join(list_images(arguments)))
         return []
@@ -48,6 +46,8 @@ def visualize_comparison(arguments: VisualizationArguments) -> list[Path]:
     device = check_device(arguments.device, "fp32")
     checkpoints = find_checkpoints_of(arguments)
     host, *_ = trained = list(checkpoints.values())
+    if arguments.attention and not any("cross_attn" in name for one in trained for name in one.components):
+        raise UserError("--attention: these models have no cross-attention: leave --attention out")
     data = load_task(
         arguments.dataset or training_dataset(trained),
         arguments.data_root,
@@ -73,8 +73,7 @@ def visualize_comparison(arguments: VisualizationArguments) -> list[Path]:
 
 def list_images(arguments: VisualizationArguments) -> list[str]:
     """One line for each of the class's anomalous images: index and path."""
-    if arguments.dataset is None:
-        raise UserError("--list_images needs --dataset")
+    assert arguments.dataset is not None  # checked with the arguments
     data = load_task(arguments.dataset, arguments.data_root, arguments.metadata, arguments.class_names)
     records = anomalous_records(data, arguments.class_name)
     return [f"{index:4d}  {record.image_path}" for index, record in enumerate(records)]
@@ -91,8 +90,6 @@ def find_checkpoints_of(arguments: VisualizationArguments) -> dict[str, Checkpoi
             numbers = ", ".join(map(str, loops))
             raise UserError(f"--feedback_loop {loop}: {arguments.feedback_path} has loops {numbers}")
         checkpoints[f"Feedback (loop {loop})"] = read_checkpoint(loops[loop])
-    if not checkpoints:
-        raise UserError("give at least one of --base_path, --cross_path and --feedback_path")
     return checkpoints
 
 

@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent import futures
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from importlib.util import find_spec
@@ -24,7 +24,7 @@ from accelerate.utils import DataLoaderConfiguration, broadcast_object_list
 
 from engine.runtime.device import check_device, choose_precision
 from utils.errors import Interrupted, UserError
-from utils.processes import UNENDING_THREAD, another_process_ended, env_rank, env_world_size, is_main_process
+from utils.processes import another_process_ended, env_rank, env_world_size, is_main_process
 from utils.text import list_names
 
 Item = TypeVar("Item")
@@ -99,7 +99,7 @@ def _meet(rank: int, world_size: int) -> dist.Store:
             return f"rank 0 ({error.strerror or error})"
         return ""
 
-    tcp: Future[dist.TCPStore] = Future()
+    tcp: futures.Future[dist.TCPStore] = futures.Future()
 
     def connect() -> None:
         try:
@@ -114,7 +114,7 @@ def _meet(rank: int, world_size: int) -> dist.Store:
         else:
             _wait(unreachable, place)
             # torch waits for the answer in native code, without a timeout, and no signal ends it.
-            Thread(target=connect, name=UNENDING_THREAD, daemon=True).start()
+            Thread(target=connect, daemon=True).start()
             _wait(lambda: "" if tcp.done() else "the answer of rank 0", place, ANSWER_TIMEOUT)
         tcp.result(timeout=0).set_timeout(TIMEOUT)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -126,7 +126,7 @@ def _meet(rank: int, world_size: int) -> dist.Store:
             return "" if store.check(ranks) else list_names([name for name in ranks if not store.check([name])], 8)
 
         _wait(missing, place)
-    except (RuntimeError, ValueError, TimeoutError) as error:
+    except (RuntimeError, ValueError, futures.TimeoutError) as error:
         reason = str(error).partition("\n")[0] or "another program listens there: give a free port"
         raise UserError(f"MASTER_ADDR={address}, MASTER_PORT={port}: cannot meet there ({reason})") from error
     return store

@@ -93,9 +93,7 @@ def find_loops(save_path: Path) -> dict[int, Path]:
         raise UserError(f"--save_path {save_path}: no such folder")
     loops = _numbered(save_path, _LOOP)
     if not loops:
-        raise UserError(
-            f"--save_path {save_path}: no loop_*_final.pth in this folder; it holds {_checkpoints_in(save_path)}"
-        )
+        raise UserError(f"--save_path {save_path}: no loop_*_final.pth; the folder holds {_checkpoints_in(save_path)}")
     return loops
 
 

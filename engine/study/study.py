@@ -138,7 +138,7 @@ def _check(study: Study, path: Path) -> None:
         if not getattr(study, key):
             refuse(f"{key} is empty")
     if len(set(study.seeds)) < len(study.seeds):
-        refuse("seeds contains a seed twice")
+        refuse("seeds (or --seeds) contains a seed twice")
     trainings = [(pair.train, tuple(sorted(map(str, pair.arguments.items())))) for pair in study.pairs]
     if len(set(trainings)) < len(trainings):
         refuse("two pairs have the same training; list all test datasets in one of them")
