@@ -971,7 +971,7 @@ def test_too_few_images_to_hold_out_are_an_error_before_clip_is_loaded(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("engine.training.setup.load_clip", None)
-    with pytest.raises(UserError, match="--val_fraction: class .* has a single normal image"):
+    with pytest.raises(UserError, match=r"--val_fraction: class .* has a single normal image"):
         train_feedback(asked(world, tmp_path / "run", shot=2, val_fraction=0.5))
 
 
