@@ -77,6 +77,8 @@ def main(words: list[str] | None = None) -> int:
     if not PYTHON.is_file() and not {"-h", "--help"}.isdisjoint(arguments.rest):
         parser.print_help()  # the command's own help needs an environment
         return 0
+    if arguments.command == "demo" and {"-h", "--help", "--version"}.isdisjoint(arguments.rest) and arguments.rest:
+        parser.error(f"the demo takes no options: leave {' '.join(arguments.rest)} out")
     if sys.version_info < (3, 10):  # noqa: UP036  older versions of Python reach this line
         return fail("Python 3.10 or newer is needed, this is " + sys.version.split()[0])
     problem = set_up(REQUIREMENTS[arguments.command], options.torch_index)

@@ -178,6 +178,7 @@ def run_py() -> Iterator[Case]:
         "demo --torch-index",
         "--torch-index nosuch demo",
         "-x test",
+        "demo --shot 3",
     ]
     for words in wrong:
         yield Case(RUN, "flags", tuple(words.split()), "", stand_in=without_environment)

@@ -25,7 +25,7 @@ from engine.detector.loading import unadapted_detector
 from engine.detector.prediction import as_image
 from engine.evaluation import gallery as module
 from engine.evaluation.gallery import Finding, Gallery, scale_of
-from engine.evaluation.own_images import CSV_COLUMNS, class_of
+from engine.evaluation.own_images import CSV_COLUMNS, class_of, find_own_images
 from model.clip_loading import load_clip
 from tests.browser import browser  # noqa: F401
 from tests.evaluating import score_images
@@ -209,12 +209,13 @@ def test_several_images_and_folders(clip: str, tmp_path: Path) -> None:
     for name in ("a/x.png", "a/nut/x.png", "b/x.png"):
         save(tmp_path / "in" / name, RNG.integers(0, 255, (20, 20, 3)))
     (tmp_path / "in/b/broken.png").write_text("no image", encoding="utf-8")
-    places = [tmp_path / "in" / name for name in ("a", "b/x.png", "a/x.png", "b/broken.png")]
+    places = [tmp_path / "in" / name for name in ("a", "b/x.png", "b/../a/x.png", "b/broken.png")]
     findings = score(clip, places, tmp_path / "out", class_from_folder=True)
     classes = {found.path.relative_to(tmp_path / "in").as_posix(): found.class_name for found in findings}
     assert classes == {"a/nut/x.png": "nut", "a/x.png": "a", "b/x.png": "b"}
     drawn = sorted(path.relative_to(tmp_path / "out").as_posix() for path in tmp_path.rglob("*_heatmap.png"))
     assert drawn == [f"heatmaps/{name}_heatmap.png" for name in ("a/nut/x", "a/x", "b/x")]
+    assert find_own_images([places[1]] * 2, "--image", None, False).place == places[1].parent
 
 
 def bumps(*places: tuple[int, int, float], size: int = 40) -> np.ndarray:
