@@ -268,6 +268,8 @@ def test_the_example_refuses_values_like_the_model(value: float, tmp_path: Path)
     for read, error in ((run_onnx.read, ValueError), (read_image, UserError)):
         with pytest.raises(error, match="has values from"):
             read(tmp_path / "image.tif")
+    Image.fromarray(np.array([[65535, 1]], np.float32)).save(tmp_path / "image.tif")
+    np.testing.assert_array_equal(run_onnx.read(tmp_path / "image.tif")[0], read_image(tmp_path / "image.tif"))
 
 
 def test_the_example_takes_folders(tmp_path: Path) -> None:

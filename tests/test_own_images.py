@@ -18,12 +18,13 @@ from PIL import Image
 from playwright.sync_api import Browser
 from scipy import ndimage
 
-from dataset.folders import images_below
+from dataset.folders import FoundImages, images_below
 from dataset.images import read_image
 from engine.config.evaluation import InferenceArguments
 from engine.detector.loading import unadapted_detector
 from engine.detector.prediction import as_image
 from engine.evaluation import gallery as module
+from engine.evaluation import own_images
 from engine.evaluation.gallery import Finding, Gallery, scale_of
 from engine.evaluation.own_images import CSV_COLUMNS, class_of, find_own_images
 from model.clip_loading import load_clip
@@ -205,7 +206,7 @@ def test_a_list_of_images_gives_a_list_of_predictions(clip: str, tmp_path: Path)
     assert model.predict([]) == []
 
 
-def test_several_images_and_folders(clip: str, tmp_path: Path) -> None:
+def test_several_images_and_folders(clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a/x.png", "a/nut/x.png", "b/x.png"):
         save(tmp_path / "in" / name, RNG.integers(0, 255, (20, 20, 3)))
     (tmp_path / "in/b/broken.png").write_text("no image", encoding="utf-8")
@@ -215,7 +216,9 @@ def test_several_images_and_folders(clip: str, tmp_path: Path) -> None:
     assert classes == {"a/nut/x.png": "nut", "a/x.png": "a", "b/x.png": "b"}
     drawn = sorted(path.relative_to(tmp_path / "out").as_posix() for path in tmp_path.rglob("*_heatmap.png"))
     assert drawn == [f"heatmaps/{name}_heatmap.png" for name in ("a/nut/x", "a/x", "b/x")]
-    assert find_own_images([places[1]] * 2, "--image", None, False).place == places[1].parent
+    monkeypatch.setattr(own_images, "find_images", lambda place, _: FoundImages([place], problems=["locked"]))
+    found = find_own_images([places[1]] * 2, "--image", None, False)
+    assert (found.place, found.problems) == (places[1].parent, ["locked"] * 2)
 
 
 def bumps(*places: tuple[int, int, float], size: int = 40) -> np.ndarray:
