@@ -551,6 +551,17 @@ def test_the_loops_learning_rates_are_those_of_the_plan(world: Path, tmp_path: P
         assert rates[loop.loop, "image"] == pytest.approx(loop.image_lr)
 
 
+def test_every_step_uses_the_rate_of_its_place_in_the_schedule(finished: Finished) -> None:
+    config = asked(finished.folder, finished.folder)
+    plan = {(loop.loop, side): loop for loop in plan_loops(config) for side in SIDES}
+    for row in state(finished.folder)["history"]:
+        side, loop = row["stage"], plan[row["loop"], row["stage"]]
+        factor = rate_factor(config, side, getattr(loop, f"{side}_epochs"), row["steps"])
+        first = (row["epoch"] - 1) * row["steps"]
+        mean = sum(factor(first + step) for step in range(row["steps"])) / row["steps"]
+        assert row["lr"] == pytest.approx(getattr(loop, f"{side}_lr") * mean)
+
+
 # Cross-attention from a later loop on.
 
 
@@ -559,6 +570,11 @@ def delayed(world: Path, finished: Finished) -> Finished:
     folder = world / "delayed"
     config = asked(world, folder, num_feedback_loops=2, cross_attn_start_loop=2)
     return Finished(folder, watch(config, finished.picture), finished.picture)
+
+
+def test_the_state_describes_the_last_loop(delayed: Finished) -> None:
+    first, last = (torch.load(delayed.folder / f"loop_{loop}_final.pth")["config"] for loop in (1, 2))
+    assert state(delayed.folder)["config"] == last != first
 
 
 def test_before_its_start_loop_cross_attention_is_off_and_frozen(delayed: Finished) -> None:
