@@ -204,6 +204,7 @@ def test_folders_of_labelling_tools_and_with_masks(
 ) -> None:
     records = converted(draw(tmp_path / "raw", files), tmp_path / "new", **options)
     assert described(tmp_path / "new", records) == set(expected.split(", "))
+    assert len(list(tmp_path.glob("new/*/test/*/*"))) == len(records)
     images = {Path(name).suffix for names, content in files.items() if content is None for name in names.split()}
     assert {Path(record.image_path).suffix for record in records} == images
     unlabelled = {"img/4.png", "val/images/3.png", "x/Label/1_label.png"}
@@ -281,17 +282,19 @@ def test_coco_files_and_lists(folder: Path, name: str, content: str, expected: s
         assert pixels == ({(1, 2), (1, 3), (2, 2), (2, 3), (3, 2), (4, 2)} if "counts" in content else SQUARE)
 
 
+IMAGES = "raw/a/1.png raw/b/3.png"
+BOX = annotated(bbox=[2, 3, 4, 2])
+GOOD = "file,label\n1.png,0\n3.png,0\n"
+
+
 def test_a_second_source_is_not_mixed_with_the_first(folder: Path) -> None:
-    text(folder / "defects.json", annotated(bbox=[2, 3, 4, 2]))
+    text(folder / "defects.json", BOX)
     text(folder / "normal.json", annotated(bbox=[2, 3, 0, 2]))
     for first, second in (("defects", "normal"), ("normal", "defects")):
         records = converted(folder / f"{first}.json", folder / first)
         with pytest.raises(UserError, match="is not of this conversion: use a new folder"):
             convert(ConversionArguments(source=folder / f"{second}.json", target=folder / first))
         assert build_metadata(locate_dataset(str(folder / first))) == records
-
-
-GOOD = "file,label\n1.png,0\n3.png,0\n"
 
 
 @pytest.mark.parametrize(
@@ -305,6 +308,8 @@ GOOD = "file,label\n1.png,0\n3.png,0\n"
         ({"a/1.png b/1.png": None, "masks/1.png": 255}, "", r"masks/1\.png belongs to 2 images"),
         ({"a/1.png": None, "1.json": labelme(DENT)}, "1.json", "convert its folder"),
         ({"a/1.png": None, "a.csv": "file,label\na/1.png,0\na/1.png,1\n"}, "a.csv", "both normal and anomalous"),
+        ({IMAGES: None, "a.json": BOX.replace("12.0", "6")}, "a.json", "is 12 x 8, but its .* made on 6 x 8"),
+        ({IMAGES: None, "a.json": BOX.replace("8.0", "12").replace("12.0", "8")}, "a.json", "made on 8 x 12"),
         ({"1.png 3.png": None, "a.csv": GOOD, "new/object/test/good/3.png": 255}, "a.csv", "exists already with anot"),
         ({"1.png 3.png": None, "a.csv": GOOD, "new/b/test/c/1.png": 255}, "a.csv", r"1\.png is not of this conver"),
     ],
