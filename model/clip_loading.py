@@ -191,11 +191,8 @@ def _choose_activation(weights: Path, needed: str | None, activation: str | None
 def _local_source(model_name: str, folder: Path, clip_weights: str | Path | None) -> _Source:
     config_file = folder / "open_clip_config.json"
     if not config_file.is_file():
-        transformers = f" ({TRANSFORMERS})" if (folder / "config.json").is_file() else ""
-        raise UserError(
-            f"--model_name {model_name}: {config_file} does not exist; give the folder of an open_clip model"
-            f"{transformers}"
-        )
+        problem = TRANSFORMERS if (folder / "config.json").is_file() else "give the folder of an open_clip model"
+        raise UserError(f"--model_name {model_name}: {config_file} does not exist; {problem}")
     config = read_json(config_file, _ClipFile)
     weights = _weights_in(Path(clip_weights or folder))
     # In open_clip's configuration files the default is GELU.

@@ -301,7 +301,7 @@ def test_without_the_demo_the_page_has_unadapted_clip(
     monkeypatch.chdir(tmp_path)
     models = load_models(AppArguments.of())
     assert [model.clip.model_name for model in models.values()] == ["toy"]
-    assert "holds no models of the demo: make them with python run.py demo" in caplog.text
+    assert "holds no models: python run.py demo trains them" in caplog.text
 
 
 def test_the_demos_models_are_the_default(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,17 +39,14 @@ def check_files(arguments: Arguments) -> None:
     values = {name: value for name, value in vars(arguments).items() if value is not None}
     if "max_megapixels" in arguments.changed():
         allow_megapixels(str(values["max_megapixels"]))
-    for name, value in values.items():
+    each = [(name, one) for name, value in values.items() for one in (value if isinstance(value, tuple) else [value])]
+    for name, value in each:
         if name in FILES and not is_file(value):
             raise UserError(f"--{name} {value}: no such file")
-        if name == "checkpoint":
-            for checkpoint in value if isinstance(value, tuple) else (value,):
-                if checkpoint != NO_CHECKPOINT:
-                    check_checkpoint(checkpoint)
-        if name in IMAGES:
-            for image in value if isinstance(value, tuple) else (value,):
-                if not is_file(image) and not is_folder(image):
-                    find_images(image, f"--{name}")
+        if name == "checkpoint" and value != NO_CHECKPOINT:
+            check_checkpoint(value)
+        if name in IMAGES and not is_file(value) and not is_folder(value):
+            find_images(value, f"--{name}")
         if name in RUNS:
             find_latest(value, f"--{name}")
         if name == "feedback_path" or (name == "save_path" and isinstance(arguments, ComparisonArguments)):

@@ -82,9 +82,7 @@ class ExportArguments(ReferenceArguments, TrainedModelArguments):
 
     less_memory: ClassVar = "a smaller --img_size"
 
-    checkpoint: str = _task(
-        MISSING, "checkpoint file, folder (its latest checkpoint), model on the hub, or none for unadapted CLIP"
-    )
+    checkpoint: str = _task(MISSING, "checkpoint, folder (its latest), model on the hub, or none for unadapted CLIP")
     class_name: tuple[str, ...] = _task((DEFAULT_CLASS,), 'classes, such as "metal screw"; one file for each')
     format: str = _task(ONNX, "onnx, or a program of torch.export", choices=tuple(ENDINGS))
     precision: str = _task("fp32", "type of weights and products; fp16 halves the file size", choices=("fp32", "fp16"))

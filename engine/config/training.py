@@ -68,9 +68,7 @@ class RunConfig(MachineArguments, DataArguments, ModelArguments):
         "image_adapt_until", None, help="number of first vision blocks with an adapter", unset="a quarter of them"
     )
     dataset: str = changed(DataArguments, "dataset", help="training data: catalog name, or folder in MVTec's layout")
-    training_mode: str = _training(
-        "few_shot", "train on --shot images of each class, or on all", choices=("few_shot", "full_shot")
-    )
+    training_mode: str = _training("few_shot", "--shot images of each class, or all", choices=("few_shot", "full_shot"))
     shot: int = _training(32, "images of each class in few_shot, half of them anomalous, rounded up", between=IMAGES)
     text_batch_size: int = _training(16, "images in a step of Stage 1, over all processes", between=IMAGES)
     image_batch_size: int = _training(2, "images in a step of Stage 2, over all processes", between=IMAGES)
@@ -84,16 +82,12 @@ class RunConfig(MachineArguments, DataArguments, ModelArguments):
         help="rotate and shift in one interpolation, or rotate the normalised image, then shift it by whole pixels",
     )
     jitter_first: bool = _augmentation("jitter_first", help="jitter colours before resizing, not after")
-    keep_label: bool = _augmentation(
-        "keep_label", help="keep the label anomalous if augmentation moves the anomaly out of the image"
-    )
+    keep_label: bool = _augmentation("keep_label", help="keep the label anomalous if augmentation removes the anomaly")
     stage1_levels: str = _training("all", "levels in Stage 1's loss; last: a bug of AA-CLIP", choices=("all", "last"))
     focal_smoothing: float = _training(
         0.0, "smoothing of the focal loss, which bounds it for confident errors; 0: none", between=(0, 0.4)
     )
-    seed: int = _training(
-        0, "seed of initial weights, choice of images, their order and augmentation", between=(-(2**63), 2**63 - 1)
-    )
+    seed: int = _training(0, "seed of weights, images, their order and augmentation", between=(-(2**63), 2**63 - 1))
     text_lr: float = _schedule(1e-5, "learning rate of Stage 1", between=(0, LARGEST_RATE))
     image_lr: float = _schedule(5e-4, "learning rate of Stage 2", between=(0, LARGEST_RATE))
     save_path: Path = setting(Path("ckpt/base"), "folder of this run", "output", free=True)

@@ -103,9 +103,7 @@ def demo_checkpoints(folder: Path) -> dict[str, Path]:
         loops = find_loops(folder / "feedback")
         return {"base": find_latest(folder / "base", ""), **{f"loop {loop}": path for loop, path in loops.items()}}
     except UserError as error:
-        raise UserError(
-            f"{folder} holds no models of the demo: make them with python run.py demo, or give --checkpoint"
-        ) from error
+        raise UserError(f"{folder} holds no models: python run.py demo trains them, or give --checkpoint") from error
 
 
 def find_latest(path: Path, flag: str) -> Path:
