@@ -21,7 +21,7 @@ class ConversionArguments(Arguments):
     """Arguments of `python -m dataset.convert`."""
 
     source: Path = setting(MISSING, "list, COCO file, or folder of images", POSITIONAL)
-    target: Path = setting(MISSING, "new folder, for the dataset in MVTec's layout", POSITIONAL)
+    target: Path = setting(MISSING, "folder for the dataset in MVTec's layout, new or without the class", POSITIONAL)
     images: Path | None = setting(None, "folder that the paths in a list are relative to", "data", unset="its own")
     class_name: str | None = setting(None, "class, if SOURCE names none", "data", unset="the folder's name, or object")
     normal: str | None = setting(

@@ -75,9 +75,10 @@ def convert(arguments: ConversionArguments) -> Counter[str]:
     check_folder(target, "TARGET")
     steps = list(plan(items, target))
     planned = {step.target for step in steps}
-    for file in files_below(target) if is_folder(target) else ():
+    classes = sorted({target / step.target.relative_to(target).parts[0] for step in steps})
+    for file in (file for folder in classes if is_folder(folder) for file in files_below(folder)):
         if file not in planned:
-            raise UserError(f"{file} is not of this conversion: use a new folder instead of {target}")
+            raise UserError(f"{file} is not of this conversion: use a new folder, or another --class_name")
     done = {step for step in steps if step.is_done()}
     counts: Counter[str] = Counter()
     link = not arguments.copy
