@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from model import checkpoint
 from model.adapter import AdaptedCLIP
-from model.checkpoint_schema import SCHEMA
+from model.checkpoint_schema import SCHEMA, without_wrappers
 from model.clip import FrozenCLIP
 from model.clip_loading import load_clip
 from tests import reference
@@ -144,6 +144,8 @@ def test_names_of_wrapping_modules_are_ignored(wrapper: str, place: str, tmp_pat
     }
     torch.save(states, tmp_path / "image_adapter.pth")
     load_by_its_keys(tmp_path / "image_adapter.pth")
+    both = {f"{wrapper}a": 1, "a": 2}  # neither replaces the other
+    assert without_wrappers(both) == both
 
 
 NOT_ITSELF = {
