@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -35,7 +36,11 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def logging_ends_with_the_test() -> Iterator[None]:
     """Scripts keep early log records for a run's folder, which here would be another test's."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
     yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
     reset_logging()
 
 

@@ -172,6 +172,15 @@ def assert_all_agree(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor
         assert_agrees(value, expected[name], tolerance, name)
 
 
+def equal(one: Any, two: Any) -> bool:
+    """Bit for bit, through nested dicts and lists."""
+    if isinstance(one, dict):
+        return set(one) == set(two) and all(equal(value, two[key]) for key, value in one.items())
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(two) and all(map(equal, one, two))
+    return torch.equal(one, two) if isinstance(one, Tensor) else one == two
+
+
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:
     """All gradients, including those of tensors that should have none."""
     return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,6 +27,14 @@ from tests.helpers import TINY_ARCHITECTURE, tiny_open_clip
 from tests.in_process import ROOT, answer
 
 SIZE = 40
+# Values of the history that differ from one run to the next.
+TIMED = ("seconds", "images_per_second", "memory_gib")
+
+
+def flags(**values: object) -> list[object]:
+    """The options of a command; a tuple is an option with several values."""
+    several = {name: value if isinstance(value, tuple) else (value,) for name, value in values.items()}
+    return [word for name, words in several.items() for word in (f"--{name}", *words)]
 
 
 def environment() -> dict[str, str]:
@@ -37,9 +48,12 @@ def start(script: str, *arguments: object, cwd: Path = ROOT, slowly: bool = Fals
     if slowly and CAN_FORK:
         return Forked(words, cwd, environment(), slowly)
     command = [sys.executable, *(["-m", "tests.slowly"] if slowly else []), *words]
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment(), text=True, encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    return start_command(command, cwd)
+
+
+def start_command(command: list[str], cwd: Path = ROOT) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=cwd, env=environment(), text=True, encoding="utf-8", **pipes)
 
 
 def launch(processes: int, *words: object, slowly: bool = False) -> subprocess.Popen[str]:
@@ -48,16 +62,7 @@ def launch(processes: int, *words: object, slowly: bool = False) -> subprocess.P
     # Said, so that the launcher has nothing to remark upon; a port of this launch's own.
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launcher += ["--main_process_port", str(free_port()), *(["-m", "tests.slowly"] if slowly else [])]
-    command = [sys.executable, *launcher, *map(str, words)]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment(),
-        text=True,
-        encoding="utf-8",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    return start_command([sys.executable, *launcher, *map(str, words)])
 
 
 def fork(processes: int, script: str, *arguments: object) -> list[Forked]:
@@ -116,11 +121,39 @@ def error_line(script: str, *arguments: object, cwd: Path = ROOT, apart: bool = 
 
 def wait_for_rows(history: Path, rows: int, process: subprocess.Popen[str] | Forked) -> None:
     """Wait until a run has finished this many epochs."""
-    deadline = time.monotonic() + 120
-    while not history.is_file() or len(history.read_text(encoding="utf-8").splitlines()) < rows:
-        assert time.monotonic() < deadline
+
+    def is_there() -> bool:
         assert process.poll() is None, process.communicate()
+        return history.is_file() and len(history.read_text(encoding="utf-8").splitlines()) >= rows
+
+    wait_until(is_there)
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def kill_after(rows: int, save_path: Path, script: str, *arguments: object) -> None:
+    """Start a run, and kill it at a random moment after this many epochs."""
+    process = start(script, *arguments, slowly=True)
+    wait_for_rows(save_path / "history.jsonl", rows, process)
+    time.sleep(random.SystemRandom().uniform(0, 0.2))
+    process.kill()
+    process.wait()
+
+
+def read_csv(file: Path) -> list[dict[str, str]]:
+    with file.open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def read_history(save_path: Path) -> list[dict[str, Any]]:
+    """The history of a run without what differs from one run to the next."""
+    lines = (save_path / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name not in TIMED} for line in lines]
 
 
 def write_clip(folder: Path) -> Path:
@@ -157,9 +190,9 @@ def write_world(folder: Path, classes: tuple[str, ...], count: int = 6) -> Path:
     return folder
 
 
-def small_runs(folder: Path, **changes: Any) -> tuple[BaseConfig, FeedbackConfig]:
-    """A run `base`, and two loops of `feedback` from scratch, on the tiny CLIP and the dataset `train` of a folder."""
-    common = {
+def common_arguments(folder: Path, **changes: Any) -> dict[str, Any]:
+    """The arguments of a short run on the tiny CLIP and the dataset `train` of a folder."""
+    return {
         "model_name": f"local-dir:{folder / 'clip'}",
         "dataset": str(folder / "train"),
         "shot": 4,
@@ -169,6 +202,16 @@ def small_runs(folder: Path, **changes: Any) -> tuple[BaseConfig, FeedbackConfig
         "tracker": "none",
         **changes,
     }
+
+
+def base_arguments(folder: Path) -> dict[str, Any]:
+    """The arguments of a run that starts from the run `base` of a folder."""
+    return {f"load_base_{side}_adapter": folder / "base" / f"{side}_adapter.pth" for side in ("text", "image")}
+
+
+def small_runs(folder: Path, **changes: Any) -> tuple[BaseConfig, FeedbackConfig]:
+    """A run `base`, and two loops of `feedback` from scratch, on the tiny CLIP and the dataset `train` of a folder."""
+    common = common_arguments(folder, **changes)
     loops = {"num_feedback_loops": 2, "text_epochs_per_loop": (1,), "image_epochs_per_loop": (1,)}
     return (
         BaseConfig.of(**common, text_epoch=1, image_epoch=1, save_path=folder / "base"),

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import socket
 import threading
 import urllib.error
@@ -37,7 +38,7 @@ from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.graph import Thresholds
 from tests.browser import browser  # noqa: F401
 from tests.evaluating import calibrate_images
-from tests.scripts import train_small_runs
+from tests.scripts import free_port, train_small_runs
 from tests.test_inference_script import published_form
 from utils.errors import UserError
 
@@ -70,12 +71,6 @@ def normals(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def uploads_of(paths: list[Path]) -> list[Upload]:
     return [Upload(path.name, path) for path in paths]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def test_models_have_distinct_titles_and_share_one_clip(models: dict[str, Detector]) -> None:
@@ -305,13 +300,8 @@ def test_without_the_demo_the_page_has_unadapted_clip(
 
 
 def test_the_demos_models_are_the_default(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "runs").mkdir()
-    demo = tmp_path / "runs" / "demo"
-    demo.mkdir()
     for name in ("base", "feedback"):
-        (demo / name).mkdir()
-        for file in (world / name).glob("*.pth"):
-            (demo / name / file.name).write_bytes(file.read_bytes())
+        shutil.copytree(world / name, tmp_path / "runs" / "demo" / name)
     monkeypatch.chdir(tmp_path)
     assert list(load_models(AppArguments.of())) == ["unadapted", "base", "loop 1", "loop 2"]
     assert torch.is_grad_enabled()
@@ -455,10 +445,10 @@ def page(request: pytest.FixtureRequest, windows: BrowserContext, served: Served
     page = windows.new_page()
     page.set_viewport_size({"width": request.param, "height": 800})
     page.set_default_timeout(60_000)
-    complaints: list[str] = []
+    own, complaints = (served.address, "data:", "blob:"), []
     page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda sent: complaints.append(sent.url) if not _is_local(sent.url, served) else None)
+    page.on("request", lambda sent: complaints.append(sent.url) if not sent.url.startswith(own) else None)
     page.goto(served.address)
     page.wait_for_selector("#examples img")
     yield page
@@ -468,16 +458,8 @@ def page(request: pytest.FixtureRequest, windows: BrowserContext, served: Served
     assert complaints == []
 
 
-def _is_local(url: str, served: Served) -> bool:
-    return url.startswith((served.address, "data:", "blob:"))
-
-
 def upload(page: Page, where: str, files: list[Path] | list[Any]) -> None:
     page.locator(f"#{where} input[type=file]").set_input_files(files)
-
-
-def loaded_pictures(page: Page) -> list[list[Any]]:
-    return page.evaluate("[...document.querySelectorAll('#result img')].map(i => [i.complete, i.naturalWidth])")
 
 
 def test_an_uploaded_image_gets_a_map(page: Page, models: Mapping[str, Detector], images: list[Path]) -> None:
@@ -487,7 +469,8 @@ def test_an_uploaded_image_gets_a_map(page: Page, models: Mapping[str, Detector]
     wanted = models["loop_2_final"].predict(images[0], "cork").score
     expect(result).to_contain_text(f"{wanted:.4f}")
     expect(result).to_contain_text("Attention")
-    assert all(complete and width > 0 for complete, width in loaded_pictures(page))
+    pictures = "[...document.querySelectorAll('#result img')].map(i => [i.complete, i.naturalWidth])"
+    assert all(complete and width > 0 for complete, width in page.evaluate(pictures))
     page.locator("#model input").click()
     page.get_by_role("option", name="image_adapter").click()
     wanted = models["image_adapter"].predict(images[0], "cork").score

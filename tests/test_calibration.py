@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import re
@@ -45,7 +44,7 @@ from model.clip_loading import load_clip
 from tests.browser import browser  # noqa: F401
 from tests.evaluating import calibrate_images, score_images
 from tests.helpers import adapted_clip, tiny_clip
-from tests.scripts import SIZE, save, small_runs, write_world
+from tests.scripts import SIZE, read_csv, save, small_runs, write_world
 from utils.errors import UserError
 from utils.regions import regions_of
 
@@ -262,13 +261,12 @@ def test_each_class_of_a_folder_gets_its_thresholds_and_all_outputs_show_them(
     where = (str(world / "base"), world / "test")
     findings = score_images(*where, class_from_folder=True, output_dir=out, calibration=file, device="cpu")
     of_class = {entry.class_name: entry for entry in entries}
-    with (out / "scores.csv").open(encoding="utf-8", newline="") as rows:
-        for row, found in zip(csv.DictReader(rows), findings, strict=True):
-            entry = of_class[found.class_name]
-            assert row["decision"] == ("anomalous" if found.score > entry.image_threshold else "normal")
-            below = sum(score < found.score for score in entry.scores)
-            assert float(row["rank"]) == pytest.approx(below / (entry.images + 1), abs=1e-6)
-            assert (int(row["regions"]) > 0) == bool(row["region_area"])
+    for row, found in zip(read_csv(out / "scores.csv"), findings, strict=True):
+        entry = of_class[found.class_name]
+        assert row["decision"] == ("anomalous" if found.score > entry.image_threshold else "normal")
+        below = sum(score < found.score for score in entry.scores)
+        assert float(row["rank"]) == pytest.approx(below / (entry.images + 1), abs=1e-6)
+        assert (int(row["regions"]) > 0) == bool(row["region_area"])
     assert "of 24 anomalous" in caplog.text
     # Beside a checkpoint that is calibrated for another class alone there is no decision, and a line that says why.
     calibrated(world)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +21,6 @@ from model.clip import FrozenCLIP
 from model.clip_loading import load_clip
 from model.config import CrossAttentionConfig
 from model.cross_attention import CrossAttention
-from model.frozen import ImageFeatures
 from model.losses import stage1_losses, stage2_losses
 from model.text import Prompts
 from tests import reference
@@ -35,15 +34,13 @@ from tests.helpers import (
     double_clip,
     fill_with_noise,
     gradients_of,
-    in_double,
     random_batch,
     tiny_clip,
     tiny_prompts,
     trainable,
 )
-from utils.errors import UserError
+from tests.test_reference import NORM_WEIGHT, Case, assert_features_agree, reference_of, stage2
 
-NORM_WEIGHT = 0.1
 EXACT = 1e-10  # float64; other batch sizes may take other kernels, which add up in another order
 
 # The two weights and the numbers of heads differ from the defaults and from each other, so that a swap shows.
@@ -112,17 +109,8 @@ def model64(**changes: Any) -> AdaptedCLIPWithCrossAttention:
     return cross_model(double_clip(shared_clip()), **changes).eval()
 
 
-class Case(NamedTuple):
-    """A model in float32, and the reference in float64 on the same numbers."""
-
-    model: AdaptedCLIPWithCrossAttention
-    ref: reference.Reference
-    batch: Batch
-    prompts: Prompts
-
-    def precisions(self) -> Iterator[tuple[AdaptedCLIPWithCrossAttention, Batch, float]]:
-        yield self.model, self.batch, 1e-5
-        yield in_double(self.model), self.batch.to(torch.float64), 1e-9
+class CrossCase(Case):
+    """With the contexts of cross-attention."""
 
     def words(self) -> list[Tensor]:
         """The context of each image's tokens."""
@@ -156,26 +144,19 @@ class Case(NamedTuple):
         ]
 
 
-def make_case(name: str) -> Case:
+def make_case(name: str) -> CrossCase:
     model = cross_model(shared_clip(), **CASES[name]).train(name != "eval")
-    weights = {key: value.detach().double().requires_grad_() for key, value in trainable(model).items()}
-    ref = reference.Reference(double_clip(model.clip).clip, weights, model.config, cross=model.cross_config)
-    return Case(model, ref, random_batch(model.clip.img_size), tiny_prompts(model.clip))
-
-
-def stage1_features(model: AdaptedCLIPWithCrossAttention, batch: Batch, prompts: Prompts) -> ImageFeatures:
-    """The features of Stage 1, as `TextStage` requests them."""
-    return model.stage1_features(batch.images, prompts, batch.rows)
+    return CrossCase(model, reference_of(model), random_batch(model.clip.img_size), tiny_prompts(model.clip))
 
 
 def stage1(model: AdaptedCLIPWithCrossAttention, batch: Batch, prompts: Prompts) -> dict[str, Tensor]:
-    features = stage1_features(model, batch, prompts)
+    features = model.stage1_features(batch.images, prompts, batch.rows)
     anchors = model.batch_anchors(prompts, batch.rows, features)
     similarities = scoring.similarities(features.levels, anchors)
     return stage1_losses(similarities, anchors, batch.masks, NORM_WEIGHT)[0]
 
 
-def reference_stage1(case: Case) -> tuple[list[Tensor], Tensor]:
+def reference_stage1(case: CrossCase) -> tuple[list[Tensor], Tensor]:
     """Each image's anchors, and the loss."""
     with torch.no_grad():
         if case.ref.cross.text_context == "frozen":
@@ -188,12 +169,7 @@ def reference_stage1(case: Case) -> tuple[list[Tensor], Tensor]:
     return anchors, reference.stage1_loss(features, anchors, case.batch.masks.double(), NORM_WEIGHT)
 
 
-def stage2(model: AdaptedCLIPWithCrossAttention, batch: Batch, prompts: Prompts) -> dict[str, Tensor]:
-    outputs = model(batch.images, model.text_side(prompts), batch.rows)
-    return stage2_losses(outputs, batch.masks, batch.labels)[0]
-
-
-def reference_gradients(case: Case, loss: Tensor, side: str) -> dict[str, Tensor]:
+def reference_gradients(case: CrossCase, loss: Tensor, side: str) -> dict[str, Tensor]:
     parts = [f"{side}_adapter."]
     off = side == "text" and case.ref.cross.text_conditioning == "none"
     if getattr(case.ref.cross, f"{side}_cross_attn_weight") != 0 and not off:
@@ -225,7 +201,8 @@ def test_stage1(name: str) -> None:
     anchors, expected = reference_stage1(case)
     gradients = reference_gradients(case, expected, "text")
     for model, batch, tolerance in case.precisions():
-        found = model.batch_anchors(case.prompts, batch.rows, stage1_features(model, batch, case.prompts))
+        features = model.stage1_features(batch.images, case.prompts, batch.rows)
+        found = model.batch_anchors(case.prompts, batch.rows, features)
         assert_agrees(found, torch.stack(anchors), tolerance, "anchors")
         assert_agrees(stage1(model, batch, case.prompts)["total"], expected, tolerance, "total")
     assert {key.split(".")[0] for key in gradients} == set(case.model.trained_components("text"))
@@ -249,11 +226,10 @@ def test_stage2(name: str) -> None:
         text_side = model.text_side(case.prompts)
         found = model.image_features(batch.images, text_side, batch.rows)
         outputs = model(batch.images, text_side, batch.rows)
-        for k, level in enumerate(found.levels):
-            assert_agrees(level, torch.stack([levels[k] for levels, _ in features]), tolerance, f"level {k}")
+        assert_features_agree(found, features, tolerance)
+        for k in range(len(found.levels)):
             scores = [reference.similarity(image[0][k], pair) for image, pair in zip(features, anchors, strict=True)]
             assert_agrees(outputs.levels[k], torch.stack(scores), tolerance, f"similarity {k}")
-        assert_agrees(found.det, torch.stack([det for _, det in features]), tolerance, "det")
         assert_agrees(stage2(model, batch, case.prompts)["total"], expected, tolerance, "total")
     assert {key.split(".")[0] for key in gradients} == set(case.model.trained_components("image"))
 
@@ -284,22 +260,6 @@ def test_state_dict_keys() -> None:
         assert set(part.state_dict()) == keys
     assert list(model.components) == ["text_adapter", "text_cross_attn", "image_adapter", "image_cross_attn"]
     assert {name.split(".")[0] for name in trainable(model)} == set(model.components)
-
-
-@pytest.mark.parametrize(
-    ("choices", "words"),
-    [
-        ({"cross_attn_heads": 5}, "--cross_attn_heads 5: must divide"),
-        ({"cross_attn_dropout": 1.0}, "--cross_attn_dropout 1.0: takes 0 to 0.99"),
-        ({"context_norm": "raw"}, "--context_norm raw: choose one of"),
-        ({"cross_attn_init": "zero", "cross_attn_residual": "matched"}, "not go with --cross_attn_residual matched"),
-        ({"cross_attn_residual": "matched", "image_cross_attn_weight": 1.5}, "--image_cross_attn_weight 1.5: 0 to 1"),
-    ],
-)
-def test_invalid_choices_are_one_line(choices: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError) as caught:
-        cross_model(shared_clip(), **choices)
-    assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_options_of_a_disabled_branch_are_not_refused() -> None:

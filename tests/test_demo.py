@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from PIL import Image
 
 from engine.cli.demo import CONFIG, feedback_from, run_demo
 from tests.helpers import draw_few
+from tests.scripts import read_csv
 
 
 @pytest.mark.draws
@@ -32,8 +32,7 @@ def test_a_short_demo_trains_compares_and_draws(tmp_path: Path, monkeypatch: pyt
         base, num_feedback_loops=2, text_epochs_per_loop=(1,), image_epochs_per_loop=(1,), save_path=folder / "feedback"
     )
     run_demo(base, feedback, folder)
-    with (folder / "comparison.csv").open(encoding="utf-8", newline="") as file:
-        averages = {row["model"]: row for row in csv.DictReader(file) if row["class"] == "average"}
+    averages = {row["model"]: row for row in read_csv(folder / "comparison.csv") if row["class"] == "average"}
     assert len(averages) == 4
     # A few epochs on 64 images are no training to speak of, but they must point the right way.
     unadapted, *trained = (float(row["pixel_ap"]) for row in averages.values())

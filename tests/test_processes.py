@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -12,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -28,13 +26,22 @@ from engine.training.base import train_base
 from tests.helpers import relative_error
 from tests.in_process import ROOT
 from tests.launched import base_config, run_all
-from tests.scripts import environment, error_line, fork, free_port, launch, run, train_small_runs, wait_for_rows
+from tests.scripts import (
+    environment,
+    error_line,
+    fork,
+    free_port,
+    launch,
+    read_history,
+    run,
+    train_small_runs,
+    wait_for_rows,
+)
 from utils.errors import UserError
 from utils.processes import LAUNCH_NAMES, Share, another_process_ended, check_launch, claim_message, env_world_size
 
 RUNS = ("base", "cross", "feedback", "joint")
 WHY_NOT = "torch's launcher starts no processes on Windows"
-TIMED = ("seconds", "images_per_second", "memory_gib")
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +73,10 @@ def several(world: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Path,
     return output, said
 
 
-def rows(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name not in TIMED} for line in lines]
-
-
 def test_several_processes_train_like_one(one: Path, several: tuple[Path, str]) -> None:
     """Both stages, with accumulation; feedback with cross-attention and dropout; an incomplete step."""
     for name in RUNS:
-        first, expected = rows(several[0] / name), rows(one / name)
+        first, expected = read_history(several[0] / name), read_history(one / name)
         assert [list(row) for row in first] == [list(row) for row in expected]
         for row, other in zip(first, expected, strict=True):
             assert row.pop("stage") == other.pop("stage")
@@ -100,7 +102,7 @@ def test_several_processes_give_identical_test_results(one: Path, several: tuple
 def test_all_processes_stop_at_the_same_step_and_resume_identically(one: Path, several: tuple[Path, str]) -> None:
     lines = {file.read_text(encoding="utf-8") for file in several[0].glob("stopped_*.txt")}
     assert lines == {"stopped in loop 1, image epoch 1: the same command resumes, and repeats this epoch"}
-    assert rows(several[0] / "stopped") == rows(several[0] / "base")
+    assert read_history(several[0] / "stopped") == read_history(several[0] / "base")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason=WHY_NOT)
@@ -117,11 +119,11 @@ def test_a_killed_process_ends_the_others_and_any_number_resumes(world: Path, on
     _, said = process.communicate(timeout=100)
     assert len([line for line in said.splitlines() if line.startswith("stopped")]) == 1, said
     assert "Traceback" not in (config.save_path / "train.log").read_text(encoding="utf-8")
-    assert len(rows(config.save_path)) < 4, "killed too late to show anything"
+    assert len(read_history(config.save_path)) < 4, "killed too late to show anything"
     train_base(config)
     whole = replace(config, save_path=tmp_path / "whole")
     train_base(whole)
-    for row, other in zip(rows(config.save_path), rows(whole.save_path), strict=True):
+    for row, other in zip(read_history(config.save_path), read_history(whole.save_path), strict=True):
         assert row.pop("stage") == other.pop("stage")
         assert row == pytest.approx(other, rel=1e-5, abs=1e-6)
 

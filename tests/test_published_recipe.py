@@ -48,7 +48,7 @@ from tests.helpers import (
     tiny_open_clip,
     trainable,
 )
-from tests.scripts import ROOT, write_clip, write_dataset
+from tests.scripts import ROOT, common_arguments, write_clip, write_dataset
 from utils.arguments import make_parser
 
 REFERENCE = Path(__file__).parent / "data" / "published_loss_reference.npz"
@@ -99,17 +99,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def on_mpdd(world: Path) -> dict[str, Any]:
+    values = common_arguments(world, dataset="MPDD", data_root=world / "data")
+    return {name: value for name, value in values.items() if name not in ("shot", "text_batch_size")}
+
+
 def published_run(world: Path, save_path: Path, **changes: Any) -> BaseConfig:
-    given = {
-        "preset": "published",
-        "model_name": f"local-dir:{world / 'clip'}",
-        "dataset": "MPDD",
-        "data_root": world / "data",
-        "num_workers": 0,
-        "device": "cpu",
-        "tracker": "none",
-        "save_path": save_path,
-    }
+    given = {"preset": "published", **on_mpdd(world), "save_path": save_path}
     return BaseConfig.of(**{**given, **changes})
 
 
@@ -143,32 +139,23 @@ def published_anchors(ref: reference.Reference, opening: RunSetup, classes: list
     return [pairs[name] for name in classes]
 
 
-def test_a_step_of_stage_1_equals_the_published_code(opening: RunSetup) -> None:
-    batch = first_batch(opening, "geometric", 6, 1)
+@pytest.mark.parametrize(("side", "augment", "size"), [("text", "geometric", 6), ("image", "full", 4)])
+def test_a_step_equals_the_published_code(opening: RunSetup, side: str, augment: str, size: int) -> None:
+    number, stage_of = {"text": (1, TextStage), "image": (2, ImageStage)}[side]
+    batch = first_batch(opening, augment, size, number)
     ref = published_reference(opening)
     anchors = published_anchors(ref, opening, batch["class_name"])
     images, masks = batch["image"].double(), batch["mask"][:, 0].double()
-    expected = reference.published_stage1_loss(ref, images, anchors, masks)
+    if side == "text":
+        expected = reference.published_stage1_loss(ref, images, anchors, masks)
+    else:
+        expected = reference.published_stage2_loss(ref, images, anchors, masks, batch["label"])
 
     def loss_of(model: AdaptedCLIP, of_batch: Batch) -> Tensor:
-        stage = TextStage(model, opening.data.prompts(model.clip), opening.data.classes, opening.config)
+        stage = stage_of(model, opening.data.prompts(model.clip), opening.data.classes, opening.config)
         return stage({**batch, "image": of_batch.images, "mask": of_batch.masks[:, None]}).losses["total"]
 
-    check_step(opening.model, batch, loss_of, expected, ref, "text_adapter")
-
-
-def test_a_step_of_stage_2_equals_the_published_code(opening: RunSetup) -> None:
-    batch = first_batch(opening, "full", 4, 2)
-    ref = published_reference(opening)
-    anchors = published_anchors(ref, opening, batch["class_name"])
-    images, masks = batch["image"].double(), batch["mask"][:, 0].double()
-    expected = reference.published_stage2_loss(ref, images, anchors, masks, batch["label"])
-
-    def loss_of(model: AdaptedCLIP, of_batch: Batch) -> Tensor:
-        stage = ImageStage(model, opening.data.prompts(model.clip), opening.data.classes, opening.config)
-        return stage({**batch, "image": of_batch.images, "mask": of_batch.masks[:, None]}).losses["total"]
-
-    check_step(opening.model, batch, loss_of, expected, ref, "image_adapter")
+    check_step(opening.model, batch, loss_of, expected, ref, f"{side}_adapter")
 
 
 def check_step(
@@ -301,15 +288,8 @@ def test_a_published_checkpoint_keeps_its_settings(
     assert asked.clip.activation == "quick_gelu"
 
     def evaluated(**changes: Any) -> list[float]:
-        found = evaluate_checkpoints(
-            str(file),
-            "MPDD",
-            data_root=world / "data",
-            output_dir=tmp_path / "out",
-            device="cpu",
-            model_name=name,
-            **changes,
-        )
+        asked = {"data_root": world / "data", "output_dir": tmp_path / "out", "model_name": name, **changes}
+        found = evaluate_checkpoints(str(file), "MPDD", **asked)
         return [score.score for result in found[0].classes for score in result.scores]
 
     default = evaluated()
@@ -339,20 +319,9 @@ def test_training_continues_a_published_base_with_its_settings(opening: RunSetup
     file = write_published_form(tmp_path / "published", opening)
 
     def started(**changes: Any) -> RunSetup:
-        run = CrossAttentionRunConfig.of(
-            model_name=f"local-dir:{world / 'clip'}",
-            dataset="MPDD",
-            data_root=world / "data",
-            shot=2,
-            device="cpu",
-            tracker="none",
-            num_workers=0,
-            adapter="linear",
-            save_path=tmp_path / "cross",
-            load_base_text_adapter=file.with_name("text_adapter.pth"),
-            load_base_image_adapter=file,
-            **changes,
-        )
+        base = {"load_base_text_adapter": file.with_name("text_adapter.pth"), "load_base_image_adapter": file}
+        own = {"shot": 2, "adapter": "linear", "save_path": tmp_path / "cross"}
+        run = CrossAttentionRunConfig.of(**on_mpdd(world), **base, **own, **changes)
         return prepare(run, "train_cross_attention.py", read_base(run))
 
     found = started()

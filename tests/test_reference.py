@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import open_clip
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from model import scoring
 from model.adapter import AdaptedCLIP
 from model.clip import FrozenCLIP
-from model.frozen import UnadaptedCLIP, frozen_features
+from model.frozen import ImageFeatures, UnadaptedCLIP, frozen_features
 from model.losses import stage1_losses, stage2_losses
 from model.text import Prompts
 from tests import reference
@@ -57,15 +57,16 @@ activations = pytest.mark.parametrize("quick_gelu", [True, False], ids=["quick_g
 domains = pytest.mark.parametrize("domain", ["industrial", "medical"])
 
 
-class Case(NamedTuple):
+@dataclass(frozen=True)
+class Case:
     """A model in float32, and the reference in float64 on the same numbers."""
 
-    model: AdaptedCLIP
+    model: Any
     ref: reference.Reference
     batch: Batch
     prompts: Prompts
 
-    def precisions(self) -> Iterator[tuple[AdaptedCLIP, Batch, float]]:
+    def precisions(self) -> Iterator[tuple[Any, Batch, float]]:
         """The model and the batch in float32 and in float64, each with the tolerance that holds there."""
         yield self.model, self.batch, 1e-5
         yield in_double(self.model), self.batch.to(torch.float64), 1e-9
@@ -90,7 +91,17 @@ def make_case(quick_gelu: bool = True, **changes: Any) -> Case:
 
 def reference_of(model: AdaptedCLIP) -> reference.Reference:
     weights = {name: value.detach().double().requires_grad_() for name, value in trainable(model).items()}
-    return reference.Reference(double_clip(model.clip).clip, weights, model.config)
+    cross = getattr(model, "cross_config", None)
+    return reference.Reference(double_clip(model.clip).clip, weights, model.config, cross=cross)
+
+
+def assert_features_agree(
+    found: ImageFeatures, expected: Sequence[tuple[list[Tensor], Tensor]], tolerance: float
+) -> None:
+    """`expected`: the levels and det of each image."""
+    for k, level in enumerate(found.levels):
+        assert_agrees(level, torch.stack([levels[k] for levels, _ in expected]), tolerance, f"level {k}")
+    assert_agrees(found.det, torch.stack([det for _, det in expected]), tolerance, "det")
 
 
 def reference_anchors(ref: reference.Reference, prompts: Prompts) -> list[Tensor]:
@@ -163,10 +174,7 @@ def test_adapted_image(quick_gelu: bool, adapter: str, relu: bool) -> None:
     case = make_case(quick_gelu, adapter=adapter, relu=relu)
     expected = [reference.adapted_image(case.ref, image.double()) for image in case.batch.images]
     for model, batch, tolerance in case.precisions():
-        features = model.encode_image(batch.images)
-        for k, level in enumerate(features.levels):
-            assert_agrees(level, torch.stack([levels[k] for levels, _ in expected]), tolerance, f"level {k}")
-        assert_agrees(features.det, torch.stack([det for _, det in expected]), tolerance, "det")
+        assert_features_agree(model.encode_image(batch.images), expected, tolerance)
 
 
 @activations
@@ -177,10 +185,7 @@ def test_frozen_features(quick_gelu: bool, surgery: str, until: int) -> None:
     case = make_case(quick_gelu, surgery=surgery, surgery_until_layer=until, levels=(1, 2, 5, 8))
     expected = [reference.frozen_image(case.ref, image.double()) for image in case.batch.images]
     for model, batch, tolerance in case.precisions():
-        features = frozen_features(model.clip, batch.images, model.config)
-        for k, level in enumerate(features.levels):
-            assert_agrees(level, torch.stack([levels[k] for levels, _ in expected]), tolerance, f"level {k}")
-        assert_agrees(features.det, torch.stack([embedding for _, embedding in expected]), tolerance, "class")
+        assert_features_agree(frozen_features(model.clip, batch.images, model.config), expected, tolerance)
 
 
 @pytest.mark.parametrize("until", [4, 9], ids=lambda until: f"until{until}")

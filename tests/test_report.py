@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import shlex
@@ -28,7 +27,7 @@ from engine.report.runs import group_warnings, read_rows, until_checkpoint
 from model.checkpoint import Checkpoint
 from tests.browser import browser  # noqa: F401
 from tests.evaluating import compare_feedback_loops
-from tests.scripts import train_small_runs
+from tests.scripts import read_csv, train_small_runs
 from utils import svg_charts
 from utils.svg_charts import class_chart, loop_chart, training_charts
 
@@ -124,8 +123,7 @@ def test_the_table_equals_the_comparison(page: Page, report: Path) -> None:
     cells = page.evaluate(
         "[...document.querySelectorAll('#metrics tbody tr')].map(r => [...r.cells].map(c => c.innerText))"
     )
-    with (report.parent / "comparison.csv").open(encoding="utf-8", newline="") as file:
-        averages = [row for row in csv.DictReader(file) if row["class"] == "average"]
+    averages = [row for row in read_csv(report.parent / "comparison.csv") if row["class"] == "average"]
     assert [row[0] for row in cells] == [row["model"] for row in averages]
     for printed, row in zip(cells, averages, strict=True):
         # With two decimals of six.
@@ -182,11 +180,8 @@ def test_reports_without_history_or_readable_files(world: Path, tmp_path: Path) 
 
 
 def evaluation(name: str, **values: float | None) -> Evaluation:
-    full = {
-        metric: values.get(metric) if metric.startswith(PUBLISHED) else values.get(metric, 50.0)
-        for metric in ALL_METRICS
-    }
-    return Evaluation(name, "test", [ClassResult("cork", full, ())])
+    full = dict.fromkeys(METRICS, 50.0) | values
+    return Evaluation(name, "test", [ClassResult("cork", dict.fromkeys(ALL_METRICS) | full, ())])
 
 
 def made_up(**rows: dict[str, float | None]) -> Comparison:

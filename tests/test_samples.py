@@ -27,6 +27,7 @@ from dataset.samples import AnomalyDataset, SampleKey, SeededSampler
 from engine.cli.checks import check_files
 from engine.config.evaluation import InferenceArguments
 from engine.data.loaders import evaluation_loader, training_loader
+from tests.helpers import equal
 from tests.in_process import ROOT
 from utils.errors import UserError, original_message
 
@@ -242,13 +243,6 @@ def tree(tmp_path):
 
 def make_dataset(tree, augment="none", size=24):
     return AnomalyDataset(*tree, img_size=size, mean=MEAN, std=STD, augment=augment)
-
-
-def equal(one, other):
-    return one.keys() == other.keys() and all(
-        torch.equal(one[key], other[key]) if isinstance(one[key], torch.Tensor) else one[key] == other[key]
-        for key in one
-    )
 
 
 def test_sample_without_augmentation(tree):

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from engine.study.plan import Plan, make_plan
 from engine.study.run import run_study
 from engine.study.runner import GpuPool, cell_environment, visible_gpus
 from engine.study.study import read_study
+from tests.scripts import start, wait_until
 from tests.study_world import write_world
 from utils.errors import Stopped, UserError
 
@@ -69,13 +69,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     assert run_study(arguments(write_world(folder), folder, jobs=3)) == 0
     return folder
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_finished_cells_are_not_repeated(finished: Path, log: pytest.LogCaptureFixture) -> None:
@@ -134,16 +127,7 @@ def test_a_test_without_metrics_is_a_failure(
 
 def start_process(folder: Path, *more: str) -> subprocess.Popen[str]:
     """Run a study in another process."""
-    script, file = str(ROOT / "run_study.py"), str(folder / "world.toml")
-    return subprocess.Popen(
-        [sys.executable, script, file, "--save_path", str(folder / "studies"), *more],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
-        text=True,
-        encoding="utf-8",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    return start("run_study.py", folder / "world.toml", "--save_path", folder / "studies", *more, cwd=folder)
 
 
 def has_begun(process: subprocess.Popen[str], folder: Path) -> bool:

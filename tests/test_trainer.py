@@ -167,10 +167,9 @@ def test_a_loop_starts_from_its_own_rate() -> None:
 
 
 def phases(*epochs: int, can_grow: bool = True) -> list[Any]:
-    sides = ("text", "image", "text", "image")
     return [
-        SimpleNamespace(loop=1 + index // 2, stage=side, epochs=count, can_grow=can_grow)
-        for index, (side, count) in enumerate(zip(sides, epochs, strict=False))
+        SimpleNamespace(loop=1 + index // 2, stage=("text", "image")[index % 2], epochs=count, can_grow=can_grow)
+        for index, count in enumerate(epochs)
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 from dataclasses import replace
@@ -22,7 +21,8 @@ from engine.training.base import train_base
 from engine.training.cross_attention import train_cross_attention
 from engine.training.feedback import train_feedback
 from tests.evaluating import compare_feedback_loops, evaluate_checkpoints, score_images
-from tests.scripts import small_runs, train_small_runs
+from tests.helpers import equal
+from tests.scripts import base_arguments, read_csv, small_runs, train_small_runs
 from utils.errors import UserError
 from utils.logging import set_up_logging
 from utils.metrics import IMAGE_METRICS, PIXEL_METRICS
@@ -63,8 +63,8 @@ def test_image_metrics_need_no_masks(world: Path, tmp_path: Path) -> None:
     assert "Pixel metrics are n/a: none of the 6 anomalous images has a mask" in log_of(
         tmp_path / "out", "inference.log"
     )
-    with (tmp_path / "out/evaluation_none.csv").open(encoding="utf-8", newline="") as file:
-        assert {row[name] for row in csv.DictReader(file) for name in PIXEL_METRICS} == {"n/a"}
+    rows = read_csv(tmp_path / "out/evaluation_none.csv")
+    assert {row[name] for row in rows for name in PIXEL_METRICS} == {"n/a"}
 
 
 def test_a_class_that_lacks_one_mask_has_no_pixel_metrics(world: Path, tmp_path: Path) -> None:
@@ -112,8 +112,7 @@ def test_the_reported_image_metrics_are_those_of_the_scores_that_decide(
     )
     score_images(checkpoint, test, "cork", output_dir=tmp_path / "scored", **more)
     (file,) = (tmp_path / "scored").glob("scores*.csv")
-    with file.open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.DictReader(lines))
+    rows = read_csv(file)
     labels, scores = ["spot" in row["path"] for row in rows], [float(row["score"]) for row in rows]
     assert reported.classes[0].values["image_auroc"] == 100 * roc_auc_score(labels, scores)
     assert reported.classes[0].values["image_ap"] == 100 * average_precision_score(labels, scores)
@@ -141,15 +140,9 @@ def test_a_comparison_without_masks_tells_the_reason(world: Path, tmp_path: Path
 def config(world: Path, tmp_path: Path) -> BaseConfig:
     """The image loss on images without masks."""
     base, _ = small_runs(world)
-    values = {
-        **vars(base),
-        "dataset": str(world / "train_none"),
-        "image_epoch": 2,
-        "image_lr": 0.01,
-        "save_path": tmp_path / "run",
-    }
-    del values["text_epoch"]
-    return BaseConfig.of(**{**values, "image_loss_only": True})
+    changes = {"dataset": str(world / "train_none"), "image_epoch": 2, "image_lr": 0.01, "save_path": tmp_path / "run"}
+    values = {name: value for name, value in vars(base).items() if name != "text_epoch"}
+    return BaseConfig.of(**{**values, **changes, "image_loss_only": True})
 
 
 def weights(file: Path) -> dict[str, torch.Tensor]:
@@ -198,15 +191,12 @@ def test_the_image_loss_trains_adapters_and_det_proj_only(config: BaseConfig, tm
     fresh = replace(config, save_path=tmp_path / "fresh")
     train_base(fresh)
     second, straight = weights(config.save_path / "image_adapter.pth"), weights(fresh.save_path / "image_adapter.pth")
-    assert all(torch.equal(second[name], straight[name]) for name in straight)
+    assert equal(second, straight)
     changed = {name.split(".")[0] for name in first if not torch.equal(first[name], second[name])}
     assert changed == {"layer_adapters", "det_proj"}
     row = json.loads(log_of(config.save_path, "history.jsonl").splitlines()[0])
-    assert {name for name in row if name.startswith("grad_norm/")} == {
-        "grad_norm/layer_adapters",
-        "grad_norm/det_proj",
-        "grad_norm/total",
-    }
+    norms = {f"grad_norm/{part}" for part in ("layer_adapters", "det_proj", "total")}
+    assert {name for name in row if name.startswith("grad_norm/")} == norms
     saved = torch.load(config.save_path / "image_adapter.pth", weights_only=True)["config"]
     assert saved["arguments"]["image_loss_only"] is True and not saved["model"]["text_adapted"]
     with pytest.raises(UserError, match="image_loss_only was True, now False"):
@@ -214,10 +204,9 @@ def test_the_image_loss_trains_adapters_and_det_proj_only(config: BaseConfig, tm
 
 
 def test_cross_attention_with_the_image_loss_starts_from_a_base(world: Path, config: BaseConfig) -> None:
-    sides = {f"load_base_{side}_adapter": world / "base" / f"{side}_adapter.pth" for side in ("text", "image")}
     values = {name: value for name, value in vars(config).items() if name != "text_epoch"}
     set_up_logging()
-    train_cross_attention(CrossAttentionRunConfig.of(**values, **sides))
+    train_cross_attention(CrossAttentionRunConfig.of(**values, **base_arguments(world)))
     assert "the projectors of the maps remain those of the base" in log_of(config.save_path)
     before, after = (weights(world / "base/image_adapter.pth"), weights(config.save_path / "image_adapter.pth"))
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
