@@ -23,7 +23,16 @@ from model.checkpoint_schema import SCHEMA, without_wrappers
 from model.clip import FrozenCLIP
 from model.clip_loading import load_clip
 from tests import reference
-from tests.helpers import RunsCode, adapted_clip, assert_agrees, config_for, random_batch, tiny_clip, tiny_prompts
+from tests.helpers import (
+    RunsCode,
+    adapted_clip,
+    assert_agrees,
+    config_for,
+    equal,
+    random_batch,
+    tiny_clip,
+    tiny_prompts,
+)
 from utils.errors import UserError
 
 State = dict[str, Tensor]
@@ -100,6 +109,12 @@ def one_line(caught: pytest.ExceptionInfo[UserError], *parts: object) -> str:
     return message
 
 
+def assert_refused(file: Path, *parts: object) -> None:
+    with pytest.raises(UserError) as caught:
+        checkpoint.read_checkpoint(file)
+    one_line(caught, *(parts or [file]))
+
+
 @pytest.mark.parametrize("relu", [False, True])
 def test_a_published_checkpoint_gives_published_outputs(relu: bool, tmp_path: Path) -> None:
     states = published_states(relu)
@@ -128,9 +143,7 @@ def test_a_file_without_config_loads_by_its_keys(adapter: str, relu: bool, tmp_p
     assert ("0.fc1.weight" in states["text_adapter"]) == (adapter == "bottleneck")
     loaded = load_by_its_keys(write_pair(tmp_path, states))
     assert (loaded.config.adapter, loaded.config.relu) == (adapter, relu)
-    for name, state in states_of(loaded).items():
-        assert state.keys() == states[name].keys()
-        assert all(torch.equal(value, states[name][key]) for key, value in state.items())
+    assert equal(states_of(loaded), states)
 
 
 @pytest.mark.parametrize("place", ["file", "component", "inside"])
@@ -230,17 +243,11 @@ def test_a_missing_epoch_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureF
 
 def test_a_missing_text_side_is_an_error(tmp_path: Path) -> None:
     image, text = write_pair(tmp_path, published_states(relu=False)), tmp_path / "text_adapter.pth"
-    with pytest.raises(UserError) as caught:
-        checkpoint.read_checkpoint(text)
-    one_line(caught, text, "image_adapter")
+    assert_refused(text, text, "image_adapter")
     torch.save({"epoch": 1, "image_adapter": {}}, text)
-    with pytest.raises(UserError) as caught:
-        checkpoint.read_checkpoint(image)
-    one_line(caught, text, "text_adapter")
+    assert_refused(image, text, "text_adapter")
     text.unlink()
-    with pytest.raises(UserError) as caught:
-        checkpoint.read_checkpoint(image)
-    one_line(caught, image, text)
+    assert_refused(image, image, text)
 
 
 @pytest.mark.parametrize(
@@ -258,9 +265,7 @@ def test_a_missing_text_side_is_an_error(tmp_path: Path) -> None:
 )
 def test_other_files_are_refused(content: object, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "image_adapter.pth")
-    with pytest.raises(UserError) as caught:
-        checkpoint.read_checkpoint(tmp_path / "image_adapter.pth")
-    one_line(caught, tmp_path / "image_adapter.pth")
+    assert_refused(tmp_path / "image_adapter.pth")
 
 
 def test_additional_keys_of_later_versions_are_ignored(tmp_path: Path) -> None:
@@ -333,8 +338,7 @@ def refusal(module: nn.Module, state: State, name: str) -> str:
     before = checkpoint.state_of(module)
     with pytest.raises(UserError) as caught:
         checkpoint.load_component(module, state, name, Path("run/image_adapter.pth"))
-    after = checkpoint.state_of(module)
-    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert equal(checkpoint.state_of(module), before)
     return one_line(caught, "run/image_adapter.pth", name)
 
 
@@ -363,18 +367,14 @@ def test_a_file_that_contains_code_is_refused_and_not_run(form: str, tmp_path: P
         torch.save(content, path)
     else:
         path.write_bytes(pickle.dumps(content, protocol=2))
-    with pytest.raises(UserError) as caught:
-        checkpoint.read_checkpoint(path)
-    one_line(caught, path)
+    assert_refused(path)
     assert not target.exists()
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         checkpoint.read_checkpoint(tmp_path / "image_adapter.pth")
-    with pytest.raises(UserError) as caught:
-        checkpoint.read_checkpoint(tmp_path)
-    one_line(caught, tmp_path)
+    assert_refused(tmp_path)
 
 
 @functools.cache
@@ -389,9 +389,7 @@ def whole_file() -> bytes:
 def test_a_truncated_file_is_refused(fraction: float, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("truncated") / "image_adapter.pth"
     path.write_bytes(whole_file()[: int(fraction * len(whole_file()))])
-    with pytest.raises(UserError) as caught:
-        checkpoint.read_checkpoint(path)
-    one_line(caught, path)
+    assert_refused(path)
 
 
 def test_nested_tensors_are_saved_without_gradient(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`train_cross_attention_feedback_v2.py` as a user runs it: files, kills, signals, refusals."""
+"""`train_cross_attention_feedback_v2.py` as a user runs it: log, kills, signals."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def measure(world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+def measure(world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run the script; its exit status and standard output."""
 
     def run(*flags: str, **options: Any) -> tuple[int, str]:
@@ -44,10 +43,7 @@ def measure(world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         monkeypatch.setattr("sys.argv", ["test_stage2_gradients.py", *words, *flags])
         return script.script.main(), capsys.readouterr().out
 
-    root = logging.getLogger()
-    handlers = list(root.handlers)
-    yield run
-    root.handlers[:] = handlers
+    return run
 
 
 def number(output: str, name: str) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,15 +17,9 @@ logger = logging.getLogger("test")
 
 
 @pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    # What other tests have said is in nobody's log here.
-    root.handlers.clear()
-    logging.captureWarnings(False)
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+def no_earlier_messages() -> None:
+    """What other tests have said is in nobody's log here."""
+    logging.getLogger().handlers.clear()
     logging.captureWarnings(False)
 
 

@@ -1,4 +1,4 @@
-"""`train.py` as a user runs it: files, log, restart, refusals."""
+"""`train.py` as a user runs it: files, log, restarts."""
 
 from __future__ import annotations
 
