@@ -904,9 +904,9 @@ def test_too_few_images_to_hold_out_are_an_error_before_clip_is_loaded(
 
 
 def test_values_of_a_preset_may_be_without_effect() -> None:
-    config = parse("--recipe", "toy", "--lr_schedule", "constant", "--num_feedback_loops", "1")
+    config = parse(recipe="toy", lr_schedule="constant", num_feedback_loops=1)
     assert (config.training_mode, config.shot, config.warmup_epochs) == ("full_shot", 32, 2)
-    assert parse("--lr_schedule", "constant", "--warmup_epochs", "0").warmup_epochs == 0
+    assert parse(lr_schedule="constant", warmup_epochs=0).warmup_epochs == 0
 
 
 def test_each_loop_is_evaluated_and_the_best_on_held_out_images_is_reported(finished: Finished) -> None:
