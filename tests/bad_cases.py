@@ -649,7 +649,6 @@ COMBINATIONS: list[tuple[str, str, Values]] = [
     (TRAIN, "--shot", {"recipe": "toy", "model_name": None}),
     (V2, "--warmup_epochs", {"lr_schedule": "constant", "warmup_epochs": 5}),
     (V2, "--warmup_epochs", {"preset": "v3", "warmup_epochs": 5}),
-    (V2, "--det_score", {"det_score": "difference"}),
     (V2, "--feedback_features", {"feedback_features": "projectors"}),
     (V2, "--cross_attn_start_loop", {"cross_attn_start_loop": 2}),
     (V2, "text_epochs_per_loop", {"num_feedback_loops": 3, "text_epochs_per_loop": ["1", "1"]}),

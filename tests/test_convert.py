@@ -314,7 +314,11 @@ def test_a_second_source_is_not_mixed_with_the_first(folder: Path) -> None:
         ({IMAGES: None, "a.json": BOX.replace("12.0", "6")}, "a.json", "is 12 x 8, but its .* made on 6 x 8"),
         ({IMAGES: None, "a.json": BOX.replace("8.0", "12").replace("12.0", "8")}, "a.json", "made on 8 x 12"),
         ({"1.png 3.png": None, "a.csv": GOOD, "new/object/test/good/3.png": 255}, "a.csv", "exists already with anot"),
-        ({"1.png 3.png": None, "a.csv": GOOD, "new/object/test/c/1.png": 255}, "a.csv", r"1\.png is not of this conver"),
+        (
+            {"1.png 3.png": None, "a.csv": GOOD, "new/object/test/c/1.png": 255},
+            "a.csv",
+            r"1\.png is not of this conver",
+        ),
     ],
 )
 def test_sources_that_are_refused(tmp_path: Path, files: dict[str, Any], source: str, message: str) -> None:

@@ -45,7 +45,6 @@ from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.clip import FrozenCLIP
 from model.clip_loading import load_clip
 from model.config import LoopForward
-from tests.evaluating import evaluate_checkpoints
 from tests.helpers import config_for, equal, fill_with_noise, random_batch, tiny_prompts
 from tests.scripts import common_arguments, flags, read_history, write_world
 from tests.test_trainer import phases
@@ -924,22 +923,6 @@ def test_each_loop_is_evaluated_and_the_best_on_held_out_images_is_reported(fini
     means = [(found["validation"]["pixel_auroc"] + found["validation"]["image_auroc"]) / 2 for found in loops]
     assert int(said.group(1)) == 1 + means.index(max(means))
     assert selected_loop(finished.folder) == int(said.group(1))
-
-
-def test_tests_during_a_run_use_its_det_score(world: Path, tmp_path: Path) -> None:
-    """Checkpoints do not store it for the forward pass; a restart with another value would mix both."""
-    wanted = {**choosing(world), "num_feedback_loops": 1, "det_score": "difference"}
-    train_feedback(asked(world, tmp_path, **wanted))
-    assert "Loop 1 on test, image scores with det score difference" in log_of(tmp_path)
-    file = tmp_path / "loop_1_final.pth"
-    assert "det_score" not in torch.load(file, weights_only=True)["config"]["cross_attention"]
-    (found,) = evaluate_checkpoints(
-        str(file), str(world / "test"), device="cpu", det_score="difference", output_dir=tmp_path / "results"
-    )
-    kept = state(tmp_path)["loops"][0]["eval_dataset"]
-    assert kept == pytest.approx({metric: found.average(metric)[0] for metric in kept}, abs=1e-4)
-    with pytest.raises(UserError, match="det_score was difference, now abnormal"):
-        train_feedback(asked(world, tmp_path, **{**wanted, "det_score": "abnormal"}))
 
 
 def test_the_best_loop_is_the_earliest_of_equals() -> None:

@@ -16,7 +16,6 @@ from utils.fields import changed, setting
 
 # auto: bf16 on a GPU that supports it, else fp32.
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-DET_SCORE = "image score: similarity to the abnormal anchor, or difference of the similarities to both anchors"
 
 _model, _data = partial(setting, group="model"), partial(setting, group="data")
 _model_config = partial(changed, ModelConfig, group="model")

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from dataset.prompts import NAMES
 from dataset.records import HALF
-from engine.config.common import DET_SCORE, DataArguments, MachineArguments, ModelArguments
+from engine.config.common import DataArguments, MachineArguments, ModelArguments
 from engine.config.training import CrossAttentionArguments
 from engine.detector.hub import NO_CHECKPOINT
 from model.config import DET_SCORES, REFERENCE_FEATURES, REFERENCE_WEIGHT, CrossAttentionConfig
@@ -105,7 +105,12 @@ class TrainedModelArguments(Arguments):
     clip_weights: str | None = _as_trained("clip_weights", unset=f"{ASSUMED} from the hub")
     img_size: int | None = _as_trained("img_size")
     activation: str | None = _as_trained("activation")
-    det_score: str | None = _task(None, DET_SCORE, choices=DET_SCORES, unset=f"{DET_SCORES[0]}, as published")
+    det_score: str | None = _task(
+        None,
+        "image score: similarity to the abnormal anchor, or difference of the similarities to both anchors",
+        choices=DET_SCORES,
+        unset=DET_SCORES[0],
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

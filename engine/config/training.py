@@ -9,9 +9,9 @@ from typing import Any, ClassVar, TypeVar
 
 from dataset.locate import known_dataset
 from dataset.options import AugmentationConfig
-from engine.config.common import DET_SCORE, DataArguments, MachineArguments, ModelArguments
+from engine.config.common import DataArguments, MachineArguments, ModelArguments
 from engine.config.presets import BASE_PRESETS, FEEDBACK_PRESETS, RECIPES
-from model.config import DET_SCORES, CrossAttentionConfig, ModelConfig
+from model.config import CrossAttentionConfig, ModelConfig
 from utils.errors import UserError
 from utils.fields import changed, setting
 from utils.processes import env_world_size
@@ -246,7 +246,6 @@ class FeedbackConfig(CrossAttentionArguments):
     )
     init_from: Path | None = _base(None, "checkpoint of all components to start from, instead of a base", free=True)
     eval_dataset: str | None = _feedback(None, "dataset to test on after each loop, to monitor training", free=True)
-    det_score: str = _feedback(DET_SCORES[0], DET_SCORE, choices=DET_SCORES)
     val_fraction: float = _feedback(0.0, "share of the training images held out to select a loop", between=(0, 0.99))
     text_lr: float = changed(RunConfig, "text_lr", 2e-5, help="learning rate of Stage 1 in loop 1")
     image_lr: float = changed(RunConfig, "image_lr", 5e-3, help="learning rate of Stage 2 in loop 1")
@@ -268,8 +267,6 @@ class FeedbackConfig(CrossAttentionArguments):
         reasons = super().unused()
         if self.lr_schedule != "cosine":
             reasons["warmup_epochs"] = "without --lr_schedule cosine"
-        if not (self.eval_dataset or self.val_fraction):
-            reasons["det_score"] = "without --eval_dataset or --val_fraction"
         if self.num_feedback_loops == 1:
             reasons["feedback_features"] = "in a single loop"
         return reasons

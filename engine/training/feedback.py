@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from engine.config.training import LOOP_BATCH, FeedbackConfig
 from engine.data.task import TaskData, load_task
 from engine.detector.detector import Detector
-from engine.evaluation.evaluate import METRICS, det_score_note, evaluate, summary_table
+from engine.evaluation.evaluate import METRICS, evaluate, summary_table
 from engine.runtime.run_folder import CURVES_FILE, FINAL_FILE, loop_file
 from engine.training.phases import Phase, loader_factory
 from engine.training.plan import LoopPlan, loop_forward, plan_loops, plan_table
@@ -149,12 +149,11 @@ class LoopFinisher:
         results: dict[str, Any] = {}
         for name, data in self.evaluated.items():
             forward = loop_forward(self.config, loop)
-            detector = Detector(self.model, f"loop {loop}", None, forward, self.config.det_score)
+            detector = Detector(self.model, f"loop {loop}", None, forward)
             device = self.run.accelerator.device
             evaluation = evaluate({detector.name: detector}, data, device, LOOP_BATCH, 0, self.config.precision)
             results[name] = {metric: evaluation[detector.name].average(metric)[0] for metric in METRICS}
             title = "held-out training images" if name == "validation" else evaluation[detector.name].dataset
-            title += det_score_note(detector.det_score)
             logger.info("Loop %d on %s\n\n%s\n", loop, title, summary_table(list(evaluation.values())))
         logger.info(
             "Loop %d of %d complete: %s", loop, self.config.num_feedback_loops, self.config.save_path / loop_file(loop)
