@@ -24,16 +24,12 @@ SIZES = ((1500, 1000), (900, 900))
 ENDINGS: dict[str, dict[str, int]] = {"jpg": {"quality": 92}, "png": {}}
 
 
-def parse_arguments() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--images", type=int, default=8, help="different images of each kind, half of them with a mask")
     parser.add_argument("--repeats", type=int, default=5, help="times that each image is read")
     parser.add_argument("--img_size", type=int, default=518, help="side of the resized images in pixels")
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
+    arguments = parser.parse_args()
     print(f"{device_name('cpu')}, {arguments.img_size} px\n")
     print("| file | MB | images/s |\n|---|---:|---:|")
     with tempfile.TemporaryDirectory() as folder:

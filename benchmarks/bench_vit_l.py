@@ -20,10 +20,11 @@ from typing import Any
 
 import open_clip
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.plain_step import PlainModel, full_length, parameters_of
+from benchmarks.plain_step import PlainModel, parameters_of
 from dataset.prompts import build_prompts
 from engine.config.training import BaseConfig
 from engine.evaluation.evaluate import autocast
@@ -149,15 +150,12 @@ class Bench:
     def _plain_step(self, stage: str, batch: dict[str, Any]) -> Callable[[], Any]:
         model = self.models[False]
         plain, masks, rows = PlainModel(model), batch["mask"][:, 0], self.rows_of(batch)
-        tokens = full_length(self.prompts.tokens, self.clip.clip.context_length)
-        optimizer = (
-            torch.optim.Adam(parameters_of(model, [f"{stage}_adapter"]), lr=0.0) if stage != "evaluation" else None
-        )
+        tokens = F.pad(self.prompts.tokens, (0, self.clip.clip.context_length - self.prompts.tokens.shape[-1]))
         anchors = model.text_side(self.prompts)[rows]
 
-        def evaluate() -> list[Tensor]:
-            with torch.no_grad():
-                return plain.image_features(batch["image"])[0]
+        if stage == "evaluation":
+            return torch.no_grad()(lambda: plain.image_features(batch["image"])[0])
+        optimizer = torch.optim.Adam(parameters_of(model, [f"{stage}_adapter"]), lr=0.0)
 
         def train() -> float:
             model.requires_grad_(True)
@@ -172,7 +170,7 @@ class Bench:
             model.requires_grad_(False)
             return loss.item()
 
-        return evaluate if stage == "evaluation" else train
+        return train
 
     def check_losses(self) -> None:
         """Raise `SystemExit` if the losses of `plain` and `same` differ."""
@@ -213,17 +211,12 @@ def peak_memory(device: str) -> float:
 
 
 def make_rows(bench: Bench, arguments: argparse.Namespace) -> Iterator[Row]:
-    sizes = {
-        "text": arguments.text_batch_sizes,
-        "image": arguments.image_batch_sizes,
-        "evaluation": arguments.eval_batch_sizes,
-    }
     for stage, cross, variant in product(arguments.stages, (False, True), arguments.variants):
         # The published code has no cross-attention, only Stage 1 has frozen features, evaluation has no gradient.
         missing = {"plain": cross, "same": stage != "text", "checkpointed": stage == "evaluation"}
         if missing.get(variant) or (cross and not arguments.cross_attention):
             continue
-        for size in sizes[stage]:
+        for size in getattr(arguments, f"{stage}_batch_sizes"):
             yield Row(stage, variant, cross, size, bench.step(stage, variant, cross, size))
 
 
@@ -274,7 +267,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--cross_attention", action="store_true", help="also measure the model with cross-attention")
     parser.add_argument("--text_batch_sizes", nargs="+", type=int, default=[4], help="images per step of Stage 1")
     parser.add_argument("--image_batch_sizes", nargs="+", type=int, default=[2], help="images per step of Stage 2")
-    parser.add_argument("--eval_batch_sizes", nargs="+", type=int, default=[1], help="images per evaluation step")
+    parser.add_argument("--evaluation_batch_sizes", nargs="+", type=int, default=[1], help="images per evaluation step")
     parser.add_argument("--repeats", type=int, default=3, help="measured steps of each variant")
     parser.add_argument("--tiny", action="store_true", help="a tiny CLIP, to test the benchmark")
     return parser.parse_args(arguments)

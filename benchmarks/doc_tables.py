@@ -13,7 +13,6 @@ over classes, and `NAME_verdicts.csv`, the comparisons of arms. Then it updates 
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from engine.study.report import gain_cell
 from engine.study.results import metric_title
 from utils.errors import UserError
 from utils.files import write_text
+from utils.reading import read_table
 from utils.text import csv_table, markdown_table
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -35,12 +35,11 @@ KEYS = ("setting", "arm", "seed", "train", "test")
 
 def seed_means(study_csv: Path) -> str:
     """The metrics of a study as CSV: a row for each arm, seed and pair of datasets, the means over classes."""
-    with study_csv.open(encoding="utf-8", newline="") as lines:
-        reader = csv.DictReader(lines)
-        metrics = [name for name in reader.fieldnames or () if name not in (*KEYS, "class")]
-        rows = defaultdict(list)
-        for row in reader:
-            rows[tuple(row[key] for key in KEYS)].append([float(row[name]) for name in metrics])
+    rows = defaultdict(list)
+    metrics: list[str] = []
+    for _, row in read_table(study_csv):
+        metrics = [name for name in row if name not in (*KEYS, "class")]
+        rows[tuple(row[key] for key in KEYS)].append([float(row[name]) for name in metrics])
     means = ((*key, *(f"{sum(c) / len(c):.3f}" for c in zip(*values, strict=True))) for key, values in rows.items())
     return csv_table([[*KEYS, *metrics], *means])
 
@@ -48,12 +47,10 @@ def seed_means(study_csv: Path) -> str:
 def gains_table(verdicts_csv: Path, compared_with: str, metrics: Sequence[str], names: Sequence[str] = ()) -> str:
     """A Markdown table of gains over one arm, of all or the named arms, with intervals, from a study's verdicts."""
     arms: dict[str, dict[str, str]] = defaultdict(dict)
-    if verdicts_csv.is_file():
-        with verdicts_csv.open(encoding="utf-8", newline="") as lines:
-            for row in csv.DictReader(lines):
-                if row["compared_with"] == compared_with:
-                    numbers = (float(row[name] or "nan") for name in ("gain", "low", "high"))
-                    arms[row["arm"]][row["metric"]] = gain_cell(*numbers)
+    for _, row in read_table(verdicts_csv) if verdicts_csv.is_file() else ():
+        if row["compared_with"] == compared_with:
+            numbers = (float(row[name] or "nan") for name in ("gain", "low", "high"))
+            arms[row["arm"]][row["metric"]] = gain_cell(*numbers)
     missing = {*metrics} - set().union(*arms.values()) | {*names} - {*arms}
     if missing:
         raise UserError(f"{verdicts_csv}: no gains over {compared_with!r} in {', '.join(sorted(missing))}")

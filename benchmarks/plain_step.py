@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.adapter import AdaptedCLIP
+from model.adapter_modules import blend
+from model.losses import dice_loss
 
 SMOOTHING = 1e-5
 
@@ -41,11 +43,6 @@ class PlainModel:
         x = x + self.attention(block.attn, block.ln_1(x), values_only, mask)
         return x + block.mlp(block.ln_2(x))
 
-    def blend(self, x: Tensor, adapter: nn.Module, weight: float) -> Tensor:
-        adapted = adapter(x)
-        adapted = adapted * x.norm(dim=-1, keepdim=True) / adapted.norm(dim=-1, keepdim=True)
-        return weight * adapted + (1 - weight) * x
-
     def anchors(self, tokens: Tensor, normal: int) -> Tensor:
         """Prompts of classes as token ids (C, P, 77) -> anchors (C, D, 2)."""
         *adapters, projector = self.model.text_adapter
@@ -56,7 +53,7 @@ class PlainModel:
             for index, block in enumerate(self.clip.transformer.resblocks):
                 x = self.block(block, x, mask=mask)
                 if index < len(adapters):
-                    x = self.blend(x, adapters[index], self.config.text_adapt_weight)
+                    x = blend(x, adapters[index](x), self.config.text_adapt_weight)
             x = self.clip.ln_final(x)
             features = F.normalize(projector(x[torch.arange(len(x)), prompts.argmax(dim=-1)]), dim=-1)
             pair = [F.normalize(part.mean(dim=0), dim=-1) for part in (features[:normal], features[normal:])]
@@ -85,7 +82,7 @@ class PlainModel:
         for index, block in enumerate(visual.transformer.resblocks):
             x = self.block(block, x)
             if index < len(parts["layer_adapters"]):
-                x = self.blend(x, parts["layer_adapters"][index], self.config.image_adapt_weight)
+                x = blend(x, parts["layer_adapters"][index](x), self.config.image_adapt_weight)
             if index + 1 in self.config.levels:
                 streams.append(visual.ln_post(x[:, 1:]))
         features = [F.normalize(p(x), dim=-1) for p, x in zip(parts["seg_proj"], streams, strict=True)]
@@ -110,7 +107,7 @@ def level_loss(level: Tensor, anchors: Tensor, masks: Tensor) -> Tensor:
     side, size = round(level.shape[1] ** 0.5), masks.shape[-1]
     grid = (100 * level @ anchors).transpose(1, 2).reshape(len(level), 2, side, side)
     p = F.interpolate(grid, size, mode="bilinear", align_corners=True).softmax(dim=1)
-    return focal(p, masks) + dice(p[:, 0], 1 - masks) + dice(p[:, 1], masks)
+    return focal(p, masks) + dice_loss(p[:, 0], 1 - masks) + dice_loss(p[:, 1], masks)
 
 
 def focal(p: Tensor, masks: Tensor) -> Tensor:
@@ -119,16 +116,6 @@ def focal(p: Tensor, masks: Tensor) -> Tensor:
     one_hot = one_hot.clamp(SMOOTHING, 1 - SMOOTHING).to(p.device)
     p_t = (one_hot * flat).sum(dim=1) + SMOOTHING
     return (-((1 - p_t) ** 2) * p_t.log()).mean()
-
-
-def dice(p: Tensor, target: Tensor) -> Tensor:
-    p, target = p.flatten(1), target.flatten(1)
-    return (1 - (2 * (p * target).sum(dim=1) + 1) / (p.sum(dim=1) + target.sum(dim=1) + 1)).mean()
-
-
-def full_length(tokens: Tensor, length: int) -> Tensor:
-    """Pad token ids (..., T) to CLIP's context length, (..., length)."""
-    return F.pad(tokens, (0, length - tokens.shape[-1]))
 
 
 def parameters_of(model: AdaptedCLIP, names: Sequence[str]) -> list[nn.Parameter]:

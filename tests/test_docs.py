@@ -16,7 +16,6 @@ import pytest
 
 from engine.config.training import BaseConfig, CrossAttentionRunConfig, FeedbackConfig
 from engine.evaluation.evaluate import METRICS
-from engine.study.plan import command_options
 from engine.study.study import read_study
 from tests import check_commands
 from tests.documented import (
@@ -43,7 +42,7 @@ from tests.documented import (
     shortened,
     tables,
 )
-from utils.arguments import make_parser
+from utils.arguments import command_options, make_parser
 
 PAGES = pages()
 BLOCKS = [block for page in PAGES for block in blocks(page, read_page(page))]

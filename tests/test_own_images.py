@@ -261,7 +261,8 @@ def test_the_slider_reaches_all_scores_in_fine_steps(scores: list[float]) -> Non
 def fill(gallery: Gallery, count: int) -> None:
     for index in range(count):
         values, path = bumps((10, 10, 1.0)) * index / count, f"folder/{index}.png"
-        gallery.add(noise(200, 150), values, Finding(Path(path), "nut", index / count, Region(1, 2, 30, 40, 500)), path)
+        finding = Finding(Path(path), "nut", index / count, Region(1, 2, 30, 40, 500))
+        gallery.add(noise(200, 150), values, finding, path, (200, 150))
 
 
 def test_a_long_report_is_written_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from engine.study.plan import Plan, command_options, make_plan
+from engine.study.plan import Plan, make_plan
 from engine.study.run import describe_plan
 from engine.study.study import read_study
 from tests.documented import parsing
 from tests.study_world import write_world
-from utils.arguments import Parser
+from utils.arguments import Parser, command_options
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -98,6 +98,18 @@ def plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def command_options(values: Mapping[str, Any]) -> list[str]:
+    """Values as options of a command: true is a flag, false and None are left out, a list has several values."""
+    options: list[str] = []
+    for name, value in values.items():
+        if value is None or value is False:
+            continue
+        options.append(f"--{name}")
+        if value is not True:
+            options += [str(plain(item)) for item in (value if isinstance(value, (list, tuple)) else [value])]
+    return options
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser with `--version`, whose errors are `UserError`: one line and exit status 2."""
 

@@ -109,15 +109,8 @@ def mark_loops(axes: Sequence[Axes], spans: Sequence[Span]) -> None:
             for axis in axes:
                 axis.axvline(rows[0] - 0.5, color="grey", linewidth=0.8)
         middle = (rows[0] + rows[-1]) / 2
-        axes[0].annotate(
-            f"{loop}" if many and loop > 1 else f"loop {loop}",
-            (middle, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-        )
+        label, place = f"{loop}" if many and loop > 1 else f"loop {loop}", axes[0].get_xaxis_transform()
+        axes[0].text(middle, 1.02, label, transform=place, ha="center", fontsize=8)
 
 
 def stage_legend(figure: Figure, history: Sequence[Mapping[str, Any]]) -> None:

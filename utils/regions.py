@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 from scipy import ndimage
 
 EIGHT_CONNECTED = np.ones((3, 3), dtype=int)
@@ -23,6 +23,14 @@ class Region(NamedTuple):
     right: int
     bottom: int
     area: int
+
+
+def draw_box(picture: Image.Image, region: Region, size: tuple[int, int], width: int = 1) -> None:
+    """Draw the box of a region of an image of `size` (width, height) on a smaller picture of that image."""
+    across, down = picture.width / size[0], picture.height / size[1]
+    left, top = region.left * across, region.top * down
+    box = (left, top, max(left, region.right * across - 1), max(top, region.bottom * down - 1))
+    ImageDraw.Draw(picture).rectangle(box, outline="white", width=width)
 
 
 def worst_region(anomaly_map: np.ndarray, size: tuple[int, int]) -> Region | None:

@@ -12,32 +12,15 @@ from typing import Any
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from PIL import Image
 
-from utils.curves import (
-    Panel,
-    bottom_legend,
-    draw_loops,
-    draw_losses,
-    draw_norms,
-    draw_watch,
-    mark_loops,
-    reference_styles,
-    stage_legend,
-    stage_spans,
-)
+from utils import curves
 from utils.figures import literal
 
 WIDTH, HEIGHT = 3.9, 2.75
 # Colours of text, axes and ticks; the background is the page's.
 INKS = {"light": "#22262b", "dark": "#e3e6ea"}
-INKED: tuple[Any, ...] = (
-    "text.color",
-    "axes.edgecolor",
-    "axes.labelcolor",
-    "axes.titlecolor",
-    "xtick.color",
-    "ytick.color",
-)
+INKED: Any = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
 SETTINGS: dict[Any, Any] = {"svg.fonttype": "path", "svg.hashsalt": "charts", "axes.facecolor": "none", "font.size": 9}
 # Longer class names are cut, in characters.
 LONGEST = 18
@@ -78,20 +61,27 @@ def data_uri(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
+def picture_uri(picture: Image.Image, kind: str = "JPEG", quality: int = 88) -> str:
+    """A picture as a data URI."""
+    content = io.BytesIO()
+    picture.save(content, kind, quality=quality)
+    return data_uri(content.getvalue(), f"image/{kind.lower()}")
+
+
 def training_charts(history: Sequence[Mapping[str, Any]]) -> list[Chart]:
     """Loss, gradient norm, and p(abnormal) inside and outside the masks, over all epochs of a run.
 
     history: rows of `history.jsonl`, at least one.
     """
-    spans = stage_spans(history)
+    spans = curves.stage_spans(history)
     several = len({row["loop"] for row in history}) > 1
     kinds = (
-        ("Loss", "Loss of each epoch of both stages", draw_losses),
-        ("Gradient norm", "Gradient norm of each epoch, before clipping", draw_norms),
+        ("Loss", "Loss of each epoch of both stages", curves.draw_losses),
+        ("Gradient norm", "Gradient norm of each epoch, before clipping", curves.draw_norms),
         (
             "p(abnormal) in masks, dashed outside",
             "Mean p(abnormal) inside and outside the masks in each epoch",
-            draw_watch,
+            curves.draw_watch,
         ),
     )
 
@@ -100,18 +90,20 @@ def training_charts(history: Sequence[Mapping[str, Any]]) -> list[Chart]:
             axis = figure.subplots()
             draw(axis, spans)
             if several:
-                mark_loops([axis], spans)
+                curves.mark_loops([axis], spans)
             axis.set_xlabel("epoch, in the order of training")
-            stage_legend(figure, history if draw is draw_norms else [])
+            curves.stage_legend(figure, history if draw is curves.draw_norms else [])
 
         return make_chart(title, alternative, on)
 
     return [chart(*kind) for kind in kinds]
 
 
-def loop_chart(title: str, panel: Panel) -> Chart:
+def loop_chart(title: str, panel: curves.Panel) -> Chart:
     """One metric over the loops, and of other models, in percent (`curves.draw_loops`)."""
-    return make_chart(title, f"{title} of each loop, in percent", lambda figure: draw_loops(figure.subplots(), panel))
+    return make_chart(
+        title, f"{title} of each loop, in percent", lambda figure: curves.draw_loops(figure.subplots(), panel)
+    )
 
 
 def class_chart(title: str, values: Mapping[str, Mapping[str, float | None]]) -> Chart | None:
@@ -123,24 +115,20 @@ def class_chart(title: str, values: Mapping[str, Mapping[str, float | None]]) ->
         return None
     classes = list(next(iter(values.values())))
     *others, last = values
-    colours = {name: colour for name, (colour, _) in reference_styles(others).items()} | {last: "tab:blue"}
+    colours = {name: colour for name, (colour, _) in curves.reference_styles(others).items()} | {last: "tab:blue"}
 
     def on(figure: Figure) -> None:
         axis = figure.subplots()
         for index, (name, of_class) in enumerate(values.items()):
             points = [math.nan if value is None else value for value in of_class.values()]
-            style: dict[str, Any] = {
-                "color": colours[name],
-                "marker": MARKERS[index % len(MARKERS)],
-                "linestyle": "none",
-            }
-            axis.plot(points, range(len(points)), markersize=6, alpha=0.9, label=literal(name), **style)
+            (markers,) = axis.plot(points, range(len(points)), MARKERS[index % len(MARKERS)], label=literal(name))
+            markers.set(color=colours[name], markersize=6, alpha=0.9)
         labels = [literal(name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…") for name in classes]
         axis.set_yticks(range(len(classes)), labels)
         axis.set_ylim(len(classes) - 0.5, -0.5)
         axis.set_xlabel("percent")
         axis.grid(alpha=0.25)
         axis.tick_params(labelsize=8)
-        bottom_legend(figure, *axis.get_legend_handles_labels())
+        curves.bottom_legend(figure, *axis.get_legend_handles_labels())
 
     return make_chart(title, f"{title} of each class and model, in percent", on, 1.4 + 0.24 * len(classes))

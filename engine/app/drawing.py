@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 from scipy import ndimage
 
 from engine.app.session import ImageResult, Session, decide_on
@@ -17,8 +16,8 @@ from engine.evaluation.own_images import Finding
 from engine.evaluation.pages import render_page
 from model.graph import Thresholds
 from utils.heatmaps import ATTENTION_COLOURS, COLOURS, attention_range, on_scale, overlay
-from utils.regions import Region
-from utils.svg_charts import data_uri
+from utils.regions import Region, draw_box
+from utils.svg_charts import picture_uri
 
 TEMPLATE = Path(__file__).with_name("result.html")
 # Longer side of the thumbnails, in pixels.
@@ -43,22 +42,19 @@ def result_html(result: ImageResult, manual: Thresholds | None) -> str:
     prediction, finding = decide_on(result, manual)
     return render_page(
         TEMPLATE,
-        name=result.name,
-        size=result.size,
-        decision=finding.decision,
-        score=prediction.score,
+        result=result,
+        finding=finding,
         explanation=explanation(result, manual),
         ratio=f"{result.image.width} / {result.image.height}",
-        photo=_uri(result.image, "JPEG"),
-        heat=_uri(coloured(prediction.anomaly_map)),
-        outline=_uri(outline(result, prediction.mask, finding.region)),
+        photo=picture_uri(result.image),
+        heat=map_uri(prediction.anomaly_map),
+        outline=picture_uri(outline(result, prediction.mask, finding.region), "PNG"),
         outline_note="White: the worst region" if prediction.mask is None else "White: above the pixel threshold",
         regions=[*filter(None, [finding.region])] if prediction.regions is None else prediction.regions[:MAX_REGIONS],
         regions_note=regions_note(prediction.regions, finding),
-        levels=[_uri(coloured(level)) for level in prediction.level_maps],
-        levels_note="They do not include the references." if result.references else "",
+        levels=[map_uri(level) for level in prediction.level_maps],
         attention=[
-            (title, _uri(coloured(values, ATTENTION_COLOURS, *attention_range([values]))), values.min(), values.max())
+            (title, map_uri(values, ATTENTION_COLOURS, *attention_range([values])), values.min(), values.max())
             for title, values in result.attention.items()
         ],
     )
@@ -95,21 +91,18 @@ def outline(result: ImageResult, mask: np.ndarray | None, region: Region | None)
         mask = np.asarray(Image.fromarray(mask).resize(result.image.size, Image.Resampling.NEAREST))
         lines = ndimage.binary_dilation(mask, iterations=thickness) & ~mask
     elif region is not None:
-        scale = (width / result.size[0], height / result.size[1])
-        left, top, right, bottom = (value * scale[index % 2] for index, value in enumerate(region[:4]))
         drawing = Image.fromarray(lines)
-        box = (left, top, max(left, right - 1), max(top, bottom - 1))
-        ImageDraw.Draw(drawing).rectangle(box, outline=True, width=thickness)
+        draw_box(drawing, region, result.size, thickness)
         lines = np.asarray(drawing)
     white = np.zeros((height, width, 4), np.uint8)
     white[lines] = 255
     return Image.fromarray(white)
 
 
-def coloured(values: np.ndarray, colours: str = COLOURS, low: float = 0.0, high: float = 1.0) -> Image.Image:
-    """A map (H, W) as a picture of its size, coloured from `low` to `high`."""
+def map_uri(values: np.ndarray, colours: str = COLOURS, low: float = 0.0, high: float = 1.0) -> str:
+    """A picture of a map (H, W), coloured from `low` to `high`, as a data URI."""
     colour = matplotlib.colormaps[colours](on_scale(values, low, high))[..., :3]
-    return Image.fromarray((colour * 255).astype(np.uint8))
+    return picture_uri(Image.fromarray((colour * 255).astype(np.uint8)), "PNG")
 
 
 def messages_html(lines: Sequence[str], problems: Sequence[str] = ()) -> str:
@@ -117,9 +110,3 @@ def messages_html(lines: Sequence[str], problems: Sequence[str] = ()) -> str:
     paragraphs = [f'<p class="quiet">{html.escape(line)}</p>' for line in lines]
     paragraphs += [f'<p class="problem">{html.escape(line)}</p>' for line in problems]
     return f'<div class="messages">{"".join(paragraphs)}</div>'
-
-
-def _uri(picture: Image.Image, kind: str = "PNG") -> str:
-    content = io.BytesIO()
-    picture.save(content, kind, quality=88)
-    return data_uri(content.getvalue(), f"image/{kind.lower()}")

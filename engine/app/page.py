@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import gradio as gr
 
 from engine.app.drawing import messages_html, result_html, thumbnails
 from engine.app.examples import Example
-from engine.app.session import Progress, Session
+from engine.app.session import Session
 from engine.app.uploads import ENDINGS, MAX_BYTES, MAX_IMAGES, MAX_NORMAL, MAX_PIXELS, MAX_REFERENCES, make_uploads
 from engine.detector.detector import Detector
 from model.graph import Thresholds
@@ -149,7 +149,7 @@ class _Layout:
         changes = [self.analyze.click, self.class_name.submit, self.model.input, self.references.change]
         gr.on(changes, **analysis)
         self.examples.select(handlers.try_example, state, [state, self.class_name], **_PRIVATE).success(**analysis)
-        self.calibrate.click(handlers.find_thresholds, [*request, self.normals, self.rate], results, **_MODEL)
+        self.calibrate.click(handlers.analyze, [*request, self.normals, self.rate], results, **_MODEL)
         sliders = [slider.input for slider in self.thresholds]
         gr.on(sliders, handlers.set_thresholds, images, [state, self.overview, self.result], **_QUICK)
         self.overview.select(handlers.select, state, [state, self.result], **_QUICK)
@@ -187,34 +187,25 @@ class _Handlers:
         model: str,
         name: str,
         references: list[str] | None,
+        normals: list[str] | None = None,
+        rate: str | None = None,
         progress: gr.Progress = _PROGRESS,
     ) -> list[Any]:
+        """Analyze the uploads; with a rate of false alarms, find the thresholds on normal images first."""
         session = self._session(session)
 
-        def work() -> None:
+        def report(done: int, total: int) -> None:
+            progress((done, total), unit="images")
+
+        problems = []
+        try:
             session.compare_with(make_uploads(references, MAX_REFERENCES), model, name)
-            session.analyze(model, name, _steps(progress))
-
-        return _results(session, work)
-
-    def find_thresholds(
-        self,
-        session: Session | None,
-        model: str,
-        name: str,
-        references: list[str] | None,
-        files: list[str] | None,
-        rate: str,
-        progress: gr.Progress = _PROGRESS,
-    ) -> list[Any]:
-        session = self._session(session)
-
-        def work() -> None:
-            session.compare_with(make_uploads(references, MAX_REFERENCES), model, name)
-            session.calibrate(make_uploads(files, MAX_NORMAL), model, name, RATES[rate], _steps(progress))
-            session.analyze(model, name, _steps(progress))
-
-        return _results(session, work)
+            if rate is not None:
+                session.calibrate(make_uploads(normals, MAX_NORMAL), model, name, RATES[rate], report)
+            session.analyze(model, name, report)
+        except UserError as error:
+            problems = [str(error)]
+        return _results(session, [*problems, *session.problems])
 
     def set_thresholds(self, session: Session | None, image: float, pixel: float) -> tuple[Session, Any, str]:
         session = self._session(session)
@@ -241,10 +232,6 @@ def _slider(label: str, value: float, step: float = 0.001) -> gr.Slider:
     return gr.Slider(0, 1, value, step=step, label=label, elem_id=name, buttons=[], min_width=180)
 
 
-def _steps(progress: gr.Progress) -> Progress:
-    return lambda done, total: progress((done, total), unit="images")
-
-
 def _index(event: gr.SelectData, items: Sequence[Any]) -> int:
     """The index of the selected item; the first one if a browser sends an invalid index."""
     return event.index if isinstance(event.index, int) and 0 <= event.index < len(items) else 0
@@ -256,15 +243,9 @@ def _selected(session: Session) -> str:
     return result_html(session.results[session.selected], session.manual)
 
 
-def _results(session: Session, work: Callable[[], None]) -> list[Any]:
-    """Do the work, and return what the page shows then: the results, or the previous ones with an error."""
-    problems = []
-    try:
-        work()
-    except UserError as error:
-        problems = [str(error)]
+def _results(session: Session, problems: Sequence[str]) -> list[Any]:
+    """What the page shows after an analysis: the results, or the previous ones with an error."""
     results = session.results
-    problems += session.problems
     several = len(results) > 1
     lines = [f"{len(results)} images, the most anomalous first: select one."] if several else []
     if not results and not problems:

@@ -263,16 +263,6 @@ def autocast(device: torch.device | str, precision: str) -> torch.autocast:
     return torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype is not None)
 
 
-def det_score_note(det_score: str) -> str:
-    """Added to a heading if image scores are not the published ones."""
-    return "" if det_score == DET_SCORES[0] else f", image scores with det score {det_score}"
-
-
-def det_score_suffix(det_score: str) -> str:
-    """Added to file names if image scores are not the published ones."""
-    return "" if det_score == DET_SCORES[0] else f"_det_{det_score}"
-
-
 def format_value(value: float | None, digits: int = 2) -> str:
     return UNDEFINED if value is None else f"{value:.{digits}f}"
 

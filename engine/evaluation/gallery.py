@@ -6,23 +6,20 @@ with their number.
 
 from __future__ import annotations
 
-import io
 import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from engine.evaluation.pages import write_page
 from utils.heatmaps import overlay
-from utils.regions import Region
-from utils.svg_charts import data_uri
-from utils.version import project_version
+from utils.regions import Region, draw_box
+from utils.svg_charts import picture_uri
 
 TEMPLATE = Path(__file__).with_name("templates") / "gallery.html"
 # Longer side of the pictures in pixels, and JPEG quality.
@@ -34,7 +31,7 @@ STEPS = 200
 
 
 class StoredPicture(NamedTuple):
-    """A picture's bytes in the temporary file, and its size in pixels."""
+    """The place of a picture's data URI in the temporary file, and the picture's size in pixels."""
 
     start: int
     length: int
@@ -82,26 +79,17 @@ class Gallery:
         self._pictures.close()
 
     def add(
-        self,
-        image: Image.Image,
-        anomaly_map: np.ndarray,
-        finding: Finding,
-        name: str,
-        size: tuple[int, int] | None = None,
+        self, image: Image.Image, anomaly_map: np.ndarray, finding: Finding, name: str, size: tuple[int, int]
     ) -> None:
         """Add an image, called `name`, and its heatmap, from an anomaly map (h, w), with a box around the region.
 
-        size: (width, height) that the region refers to. Default: the image's.
+        size: (width, height) that the region refers to.
         """
-        width, height = size or image.size
         small = image.convert("RGB")
         small.thumbnail((SIDE, SIDE))
         heat = overlay(small, anomaly_map)
         if finding.region is not None:
-            scale = (small.width / width, small.height / height)
-            left, top, right, bottom = (value * scale[index % 2] for index, value in enumerate(finding.region[:4]))
-            box = (left, top, max(left, right - 1), max(top, bottom - 1))
-            ImageDraw.Draw(heat).rectangle(box, outline="white")
+            draw_box(heat, finding.region, size)
         self.images.append((finding, name, self._store(small), self._store(heat)))
 
     def write(
@@ -124,7 +112,6 @@ class Gallery:
             TEMPLATE,
             path,
             title=title,
-            written=f"{datetime.now():%Y-%m-%d %H:%M}, version {project_version()}",
             facts_of_page=facts,
             problems=problems,
             scale=scale,
@@ -135,10 +122,9 @@ class Gallery:
         )
 
     def _store(self, picture: Image.Image) -> StoredPicture:
-        content = io.BytesIO()
-        picture.save(content, format="JPEG", quality=QUALITY)
         start = self._pictures.tell()
-        return StoredPicture(start, self._pictures.write(content.getvalue()), *picture.size)
+        length = self._pictures.write(picture_uri(picture, quality=QUALITY).encode("ascii"))
+        return StoredPicture(start, length, *picture.size)
 
     def _with_pictures(
         self, images: Iterable[tuple[Finding, str, StoredPicture, StoredPicture]]
@@ -148,7 +134,7 @@ class Gallery:
             pictures = []
             for kind, picture in zip(("image", "heatmap"), stored, strict=True):
                 self._pictures.seek(picture.start)
-                pictures.append((kind, data_uri(self._pictures.read(picture.length), "image/jpeg"), picture))
+                pictures.append((kind, self._pictures.read(picture.length).decode("ascii"), picture))
             yield finding, name, pictures
 
 

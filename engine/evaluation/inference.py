@@ -12,18 +12,9 @@ from engine.data.task import TaskData, load_task, load_two_folders, mask_notes
 from engine.detector.detector import Detector
 from engine.detector.hub import NO_CHECKPOINT, RESULTS, folder_of, local_path
 from engine.detector.loading import PUBLISHED_MODEL, build_detector, load_clip_for, unadapted_detector
-from engine.evaluation.evaluate import (
-    CSV_COLUMNS,
-    Evaluation,
-    csv_rows,
-    det_score_note,
-    det_score_suffix,
-    evaluate,
-    evaluation_table,
-    summary_table,
-)
+from engine.evaluation.evaluate import CSV_COLUMNS, Evaluation, csv_rows, evaluate, evaluation_table, summary_table
 from engine.evaluation.image_heatmaps import draw_overlays
-from engine.evaluation.references import ReferenceChoice, add_dataset_references, references_note, references_suffix
+from engine.evaluation.references import ReferenceChoice, add_dataset_references, scoring_note, scoring_suffix
 from engine.runtime.device import check_compiler
 from engine.runtime.distributed import join_launch, main_process_first
 from engine.runtime.run_folder import find_checkpoints, find_latest
@@ -147,7 +138,7 @@ def write_results(
 ) -> None:
     """Log the tables, write the CSV file, and draw the images of `--visualize`."""
     references = ReferenceChoice.of(arguments)
-    note = det_score_note(detectors[0].det_score) + references_note(references)
+    note = scoring_note(detectors[0].det_score, references)
     for evaluation in evaluations:
         logger.info(
             "\n%s on %s, in percent%s\n\n%s\n", evaluation.model, evaluation.dataset, note, evaluation_table(evaluation)
@@ -157,7 +148,7 @@ def write_results(
     # The log starts here, so that an interrupted evaluation leaves no files.
     set_up_logging(folder / "inference.log")
     name = "unadapted_" if arguments.checkpoint == NO_CHECKPOINT else ""
-    kind = det_score_suffix(detectors[0].det_score) + references_suffix(references)
+    kind = scoring_suffix(detectors[0].det_score, references)
     tested = safe_name(data.located.spec.name) + kind
     path = folder / f"{name}evaluation_{tested}.csv"
     rows = [row for evaluation in evaluations for row in csv_rows(evaluation)]

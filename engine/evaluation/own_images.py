@@ -19,10 +19,15 @@ from engine.detector.calibration import ANOMALOUS, CALIBRATION_FILE, Entry, mism
 from engine.detector.detector import Detector
 from engine.detector.hub import NO_CHECKPOINT, local_path
 from engine.detector.prediction import Prediction
-from engine.evaluation.evaluate import det_score_suffix
 from engine.evaluation.gallery import Finding, Gallery
 from engine.evaluation.inference import load_detectors, output_folder
-from engine.evaluation.references import ReferenceChoice, add_image_references, image_references, references_suffix
+from engine.evaluation.references import (
+    ReferenceChoice,
+    add_image_references,
+    image_references,
+    references_suffix,
+    scoring_suffix,
+)
 from engine.runtime.device import check_device
 from engine.runtime.run_folder import find_checkpoints
 from model.text import Prompts
@@ -36,7 +41,6 @@ from utils.text import csv_table, list_names
 
 logger = logging.getLogger(__name__)
 
-SCORES, REPORT, HEATMAPS = "scores", "report", "heatmaps"
 CSV_COLUMNS = (
     "path",
     "class_name",
@@ -154,11 +158,11 @@ def score_images(arguments: InferenceArguments) -> list[Finding]:
     detector = load_last_detector(arguments, images.classes, references)
     detector.find_calibration(arguments.checkpoint, arguments.calibration)
     entries = thresholds_of(detector, images.classes, arguments.domain, class_names)
-    suffix = references_suffix(choice)
-    kind = det_score_suffix(detector.det_score) + suffix
-    scores, report, heatmaps = folder / f"{SCORES}{kind}.csv", folder / f"{REPORT}{kind}.html", f"{HEATMAPS}{suffix}"
+    kind = scoring_suffix(detector.det_score, choice)
+    scores, report = folder / f"scores{kind}.csv", folder / f"report{kind}.html"
+    heatmaps = folder / f"heatmaps{references_suffix(choice)}"
     with Gallery() as gallery:
-        findings = score_each(arguments, images, detector, gallery, folder / heatmaps)
+        findings = score_each(arguments, images, detector, gallery, heatmaps)
         write_scores(findings, scores)
         facts = facts_of(images.place, detector, arguments.domain, findings, images.problems)
         for name, entry in entries.items():
@@ -170,7 +174,7 @@ def score_images(arguments: InferenceArguments) -> list[Finding]:
         common = {entry.image_threshold for entry in entries.values()} if len(images.classes) == 1 else set()
         start = next(iter(common), None)
         gallery.write(report, f"Images of {images.place.resolve().name or images.place}", facts, images.problems, start)
-    summarise(findings, images.problems, detector, (report, scores, folder / heatmaps))
+    summarise(findings, images.problems, detector, (report, scores, heatmaps))
     return findings
 
 
@@ -189,7 +193,7 @@ def score_each(
         name_in_report = images.short_name(path)
         drawn = overlay(pixels, prediction.anomaly_map)
         save_image(drawn, figure_path(heatmaps, name_in_report, "_heatmap.png", taken))
-        gallery.add(pixels, prediction.anomaly_map, finding, name_in_report)
+        gallery.add(pixels, prediction.anomaly_map, finding, name_in_report, pixels.size)
         findings.append(finding)
     if not findings:
         raise UserError(f"--image {images.place}: none of its {len(images.problems)} images can be read")

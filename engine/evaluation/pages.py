@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from utils.files import replacing
+from utils.version import project_version
 
 SHARED = Path(__file__).with_name("templates")
 
 
 def render_page(template: Path, **content: Any) -> str:
-    """A page from a template, which may extend those in `templates`; all content is escaped."""
+    """A page from a template, which may extend those in `templates`; all content is escaped.
+
+    Templates also have `written`: the time and the version of this project.
+    """
     return _read(template).render(content)
 
 
@@ -34,4 +39,5 @@ def _read(template: Path) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template.name)
+    written = f"{datetime.now():%Y-%m-%d %H:%M}, version {project_version()}"
+    return environment.get_template(template.name, globals={"written": written})

@@ -7,13 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from PIL import Image
+
 from dataset.images import read_image
 from dataset.normals import choose_normals, normals_of_classes, training_normals
 from dataset.prompts import CATALOG_NAMES
 from engine.config.evaluation import REFERENCES
 from engine.data.task import TaskData
 from engine.detector.detector import Detector
-from model.config import REFERENCE_FEATURES, REFERENCE_WEIGHT
+from model.config import DET_SCORES, REFERENCE_FEATURES, REFERENCE_WEIGHT
 from utils.errors import UserError
 from utils.paths import is_file
 
@@ -54,9 +56,15 @@ class ReferenceChoice:
         return {name: choose_normals(paths, self.shots, self.seed, name) for name, paths in images.items()}
 
 
-def references_note(choice: ReferenceChoice | None) -> str:
-    """Added to a heading if images are compared with references."""
-    return "" if choice is None else ", compared with normal references"
+def scoring_note(det_score: str, choice: ReferenceChoice | None = None) -> str:
+    """Added to a heading if image scores are not the published ones, or if images are compared with references."""
+    note = "" if det_score == DET_SCORES[0] else f", image scores with det score {det_score}"
+    return note if choice is None else f"{note}, compared with normal references"
+
+
+def scoring_suffix(det_score: str, choice: ReferenceChoice | None) -> str:
+    """Added to file names if image scores are not the published ones, or if images are compared with references."""
+    return ("" if det_score == DET_SCORES[0] else f"_det_{det_score}") + references_suffix(choice)
 
 
 def references_suffix(choice: ReferenceChoice | None) -> str:
@@ -79,8 +87,10 @@ def add_dataset_references(detectors: Sequence[Detector], data: TaskData, choice
     tested = [root / record.image_path for record in data.records]
     check_disjoint([path for paths in chosen.values() for path in paths], tested)
     for name, paths in chosen.items():
-        # The class's name in prompts is already known, and several classes may share it.
-        _add(detectors, paths, data.names[name], choice, CATALOG_NAMES, key=name)
+        pictures = _read(name, paths)
+        for detector in detectors:
+            # The class's name in prompts is already known, and several classes may share it.
+            detector.add_references(pictures, data.names[name], choice.weight, choice.features, CATALOG_NAMES, name)
 
 
 def image_references(
@@ -97,22 +107,14 @@ def add_image_references(
     detector: Detector, images: Mapping[str, Sequence[Path]], choice: ReferenceChoice | None, class_names: str | None
 ) -> None:
     """Let a model compare images of each class with its references (`image_references`)."""
+    choice = choice or ReferenceChoice()
     for name, paths in images.items():
-        _add([detector], paths, name, choice or ReferenceChoice(), class_names)
+        detector.add_references(_read(name, paths), name, choice.weight, choice.features, class_names)
 
 
-def _add(
-    detectors: Sequence[Detector],
-    paths: Sequence[Path],
-    class_name: str,
-    choice: ReferenceChoice,
-    class_names: str | None,
-    key: str | None = None,
-) -> None:
-    images = [read_image(path) for path in paths]
-    for detector in detectors:
-        detector.add_references(images, class_name, choice.weight, choice.features, class_names, key)
-    logger.info("%s: compared with %d normal images, such as %s", key or class_name, len(paths), paths[0])
+def _read(class_name: str, paths: Sequence[Path]) -> list[Image.Image]:
+    logger.info("%s: compared with %d normal images, such as %s", class_name, len(paths), paths[0])
+    return [read_image(path) for path in paths]
 
 
 def check_disjoint(references: Iterable[Path], tested: Iterable[Path]) -> None:

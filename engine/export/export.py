@@ -22,7 +22,6 @@ from engine.detector.calibration import Entry
 from engine.detector.detector import Detector
 from engine.detector.hub import NO_CHECKPOINT, is_address
 from engine.detector.loading import load_model
-from engine.detector.prediction import Prediction
 from engine.detector.sharing import clip_licence, without_folders
 from engine.evaluation.inference import load_detectors
 from engine.evaluation.references import ReferenceChoice, add_image_references, image_references
@@ -45,22 +44,12 @@ MAX_ONNX_BYTES = 2**31 - 2**24
 Run = Callable[[np.ndarray], Sequence[np.ndarray]]
 
 
-class Difference(NamedTuple):
-    """The largest differences of maps and of scores."""
-
-    map: float
-    score: float
-
-
 class ExportTarget(NamedTuple):
     """The class that a file is made for; the fields are arguments of `Detector.predict`."""
 
     class_name: str
     domain: str = "industrial"
     class_names: str | None = None
-
-    def predict(self, detector: Detector, image: np.ndarray) -> Prediction:
-        return detector.predict(image, self.class_name, self.domain, class_names=self.class_names)
 
 
 def export_checkpoint(arguments: ExportArguments) -> list[Path]:
@@ -95,7 +84,7 @@ def export_checkpoint(arguments: ExportArguments) -> list[Path]:
 
 def export(
     detector: Detector, target: ExportTarget, path: Path, kind: str = ONNX, precision: str = "fp32"
-) -> Difference:
+) -> tuple[float, float]:
     """Write a model for one class as ONNX or as a program of torch.export.
 
     A model that is calibrated for the class also decides in the file. References of the class are part of the file.
@@ -108,7 +97,7 @@ def export(
         precision: `fp32` or `fp16`.
 
     Returns:
-        The largest differences of the file from the model on several images.
+        The largest differences of the file from the model on several images, in maps and in scores.
 
     Raises:
         UserError: The difference exceeds `TOLERANCE`, or the model is too large for ONNX.
@@ -146,7 +135,7 @@ def export(
             with temporary.open("wb") as file:
                 torch.export.save(program, file, extra_files={METADATA: json.dumps(content)})
         largest = compare_with_model(load_run(temporary, kind), detector, target, graph.one_by_one)
-        summary = f"map {largest.map:.1e}, score {largest.score:.1e} (allowed: {TOLERANCE[precision]:g})"
+        summary = f"map {largest[0]:.1e}, score {largest[1]:.1e} (allowed: {TOLERANCE[precision]:g})"
         if not max(largest) <= TOLERANCE[precision]:
             raise UserError(f"{path}: not written, because it would differ from the model ({summary})")
     logger.info("Largest difference from the model on images of several sizes: %s", summary)
@@ -183,20 +172,12 @@ def to_onnx(program: ExportedProgram, graph: ScoringGraph, content: Mapping[str,
             "which halves them, or --format torch"
         )
     names = list(graph.names)
-    exported = torch.onnx.export(program, dynamo=True, input_names=[INPUT], output_names=names, verbose=False)
+    axes = {INPUT: dict(enumerate(AXES))}
+    exported = torch.onnx.export(
+        program, dynamo=True, input_names=[INPUT], output_names=names, dynamic_shapes=axes, verbose=False
+    )
     assert exported is not None  # with dynamo
     model = exported.model_proto
-    # Instead of numbered symbols.
-    (image,) = model.graph.input
-    named = {
-        axis.dim_param: name
-        for axis, name in zip(image.type.tensor_type.shape.dim, AXES, strict=False)
-        if axis.dim_param
-    }
-    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
-        for axis in value.type.tensor_type.shape.dim:
-            if axis.dim_param in named:
-                axis.dim_param = named[axis.dim_param]
     for node in (*model.graph.node, *(node for function in model.functions for node in function.node)):
         del node.metadata_props[:]  # the trace, which is large
     onnx.helper.set_model_props(model, dict(content))
@@ -255,7 +236,9 @@ def pictures(size: int) -> list[np.ndarray]:
     return images
 
 
-def compare_with_model(run: Run, detector: Detector, target: ExportTarget, one_by_one: bool = False) -> Difference:
+def compare_with_model(
+    run: Run, detector: Detector, target: ExportTarget, one_by_one: bool = False
+) -> tuple[float, float]:
     """The largest differences of a file from the model, on images that are resized as in the graph."""
     size = detector.clip.img_size
     largest = np.zeros(2)
@@ -264,11 +247,12 @@ def compare_with_model(run: Run, detector: Detector, target: ExportTarget, one_b
         for batch in (picture[None], flipped[None]) if one_by_one else (np.stack([picture, flipped]),):
             maps, scores, *_ = run(batch)
             for image, anomaly_map, score in zip(batch, maps, scores, strict=True):
-                expected = target.predict(detector, resized(image, size))
+                pixels = resized(image, size)
+                expected = detector.predict(pixels, target.class_name, target.domain, class_names=target.class_names)
                 difference = (np.abs(anomaly_map[0] - expected.anomaly_map).max(), abs(float(score) - expected.score))
                 # Unlike `max`, this keeps NaN.
                 largest = np.maximum(largest, difference)
-    return Difference(*largest.tolist())
+    return largest[0], largest[1]
 
 
 def resized(image: np.ndarray, size: int) -> np.ndarray:

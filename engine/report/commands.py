@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.config.training import BaseConfig, CrossAttentionRunConfig, FeedbackConfig, RunConfig
-from utils.arguments import plain
+from utils.arguments import command_options
 
 SCRIPTS: dict[str, type[RunConfig]] = {
     "train.py": BaseConfig,
@@ -17,18 +17,8 @@ SCRIPTS: dict[str, type[RunConfig]] = {
 
 
 def command_line(script: str, values: Mapping[str, Any], launcher: Sequence[str] = ("python",)) -> str:
-    """A command with an option for each value, quoted for a POSIX shell or PowerShell.
-
-    None and False are left out, True becomes a flag, and a list several values.
-    """
-    words = [*launcher, script]
-    for name, value in values.items():
-        if value is None or value is False:
-            continue
-        words.append(f"--{name}")
-        if value is not True:
-            words += [str(plain(item)) for item in (value if isinstance(value, (list, tuple)) else [value])]
-    return shlex.join(words)
+    """A command with an option for each value, quoted for a POSIX shell or PowerShell."""
+    return shlex.join([*launcher, script, *command_options(values)])
 
 
 def training_command(config: Mapping[str, Any]) -> str:

@@ -8,20 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.evaluation.evaluate import (
-    CSV_COLUMNS,
-    METRICS,
-    UNDEFINED,
-    Evaluation,
-    csv_rows,
-    det_score_note,
-    format_value,
-)
+from engine.evaluation.evaluate import CSV_COLUMNS, METRICS, UNDEFINED, Evaluation, csv_rows, format_value
 from engine.evaluation.inference import CROSS_ATTENTION
-from engine.evaluation.references import ReferenceChoice, references_note, references_suffix
+from engine.evaluation.references import ReferenceChoice, references_suffix, scoring_note
 from model.checkpoint import Checkpoint
 from model.clip import FrozenCLIP
-from model.config import CrossAttentionConfig
+from model.config import SIDES, CrossAttentionConfig
 from model.scoring import DET_SCORES
 from utils.curves import Panel, loop_curves
 from utils.files import write_text
@@ -32,14 +24,7 @@ logger = logging.getLogger(__name__)
 # Short names of the metrics, for column titles.
 COLUMNS = {metric: title.removesuffix("-max") for metric, title in METRICS.items()}
 UNREADABLE = "unreadable"
-# Differences in these make a comparison unfair; the loops of one run have different numbers of steps.
-TRAINING_FACTS = (
-    "training data",
-    "share of the training images held out",
-    "seed",
-    "optimizer steps of the text side",
-    "optimizer steps of the image side",
-)
+STEPS = "optimizer steps"
 
 
 @dataclass(frozen=True)
@@ -90,7 +75,7 @@ class Comparison:
     @property
     def heading_note(self) -> str:
         """Added to headings if the metrics are not the published, zero-shot ones."""
-        return det_score_note(self.det_score) + references_note(self.references)
+        return scoring_note(self.det_score, self.references)
 
     def file(self, name: str) -> str:
         """The name of a result file, which contains the references if there are any."""
@@ -125,9 +110,12 @@ def unfair_notes(rows: Sequence[Row]) -> list[str]:
 def differences(last: Row, other: Row) -> list[str]:
     """A sentence for each fact about the training of `other` that differs from the last loop's."""
     notes = []
-    facts = zip(TRAINING_FACTS, training_facts(last), training_facts(other), strict=True)
-    for fact, expected, value in facts if other.loop is None else list(facts)[:-2]:
+    others = training_facts(other)
+    for fact, expected in training_facts(last).items():
+        value = others[fact]
         values = f"{last.name} {expected or 'unknown'}, {other.name} {value or 'unknown'}"
+        if other.loop is not None and fact.startswith(STEPS):
+            continue  # the loops of one run have different numbers of steps
         if not expected or not value:
             notes.append(f"Possibly unfair comparison: different {fact}? ({values})")
         elif value != expected:
@@ -135,18 +123,20 @@ def differences(last: Row, other: Row) -> list[str]:
     return notes
 
 
-def training_facts(row: Row) -> list[str | None]:
-    """The values of `TRAINING_FACTS` of a row; None if unknown. Steps include those of the run that it started from."""
+def training_facts(row: Row) -> dict[str, str | None]:
+    """What makes a comparison unfair if it differs; None if unknown.
+
+    Steps include those of the run that a run started from.
+    """
     config = row.config or {}
     steps = (row.checkpoint and row.checkpoint.steps) or {}
-    facts = (
-        describe_training_data(config) if config else None,
-        (config["arguments"].get("val_fraction") or 0.0) if config else None,
-        config.get("seed"),
-        steps.get("text"),
-        steps.get("image"),
-    )
-    return [None if value is None else str(value) for value in facts]
+    facts = {
+        "training data": describe_training_data(config) if config else None,
+        "share of the training images held out": config["arguments"].get("val_fraction") or 0.0 if config else None,
+        "seed": config.get("seed"),
+        **{f"{STEPS} of the {side} side": steps.get(side) for side in SIDES},
+    }
+    return {fact: None if value is None else str(value) for fact, value in facts.items()}
 
 
 def describe_training_data(config: Mapping[str, Any]) -> str:
@@ -259,9 +249,7 @@ def markdown(
     comparison: Comparison, cells: tuple[list[str], list[list[str]]], lines: Sequence[str], save_path: Path
 ) -> str:
     """The comparison in Markdown: the table, best loops, gains, notes, and the training of each row."""
-    facts = [
-        [row.name, *(value or "unknown" for value in training_facts(row))] for row in comparison.rows if row.checkpoint
-    ]
+    facts = {row.name: training_facts(row) for row in comparison.rows if row.checkpoint}
     parts = [
         f"# Feedback loops of `{save_path.as_posix()}` on {comparison.dataset}",
         f"Metrics in percent, averaged over classes{comparison.heading_note}. Each class is in "
@@ -272,7 +260,8 @@ def markdown(
     if comparison.notes:
         parts += ["## Before comparing", "\n".join(f"- {note}" for note in comparison.notes)]
     if facts:
-        parts += ["## Training", markdown_table(["", *TRAINING_FACTS], facts)]
+        rows = [[name, *(value or "unknown" for value in values.values())] for name, values in facts.items()]
+        parts += ["## Training", markdown_table(["", *next(iter(facts.values()))], rows)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -5,13 +5,10 @@ It contains every picture, loads nothing and runs no script.
 
 from __future__ import annotations
 
-import io
 import logging
 import math
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -24,21 +21,11 @@ from engine.detector.detector import Detector
 from engine.evaluation.evaluate import UNDEFINED, Evaluation, ImageScore, format_value
 from engine.evaluation.image_heatmaps import predict_heatmap, read_dataset_image
 from engine.evaluation.pages import write_page
-from engine.report.comparison import (
-    COLUMNS,
-    UNREADABLE,
-    Comparison,
-    Row,
-    best_lines,
-    gains_of_last_loop,
-    panel_of,
-    table_cells,
-)
+from engine.report.comparison import UNREADABLE, Comparison, Row, best_lines, gains_of_last_loop, panel_of, table_cells
 from engine.report.runs import describe_runs
 from model.config import limits_of
 from utils.heatmaps import outlined, overlay
-from utils.svg_charts import Chart, class_chart, data_uri, loop_chart
-from utils.version import project_version
+from utils.svg_charts import Chart, class_chart, loop_chart, picture_uri
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +37,8 @@ EXAMPLES = 3
 SIDE = 288
 
 
-@dataclass(frozen=True)
-class ExampleImage:
-    """An image of the dataset on the page, with its score and a picture for each model: (name, address, caption)."""
-
-    title: str
-    score: str
-    pictures: list[tuple[str, str, str]]
+# Title, score, and pictures (name, address, caption) of an image of the dataset.
+ExampleImage = tuple[str, str, list[tuple[str, str, str]]]
 
 
 def write_report(
@@ -72,13 +54,9 @@ def write_report(
         TEMPLATE,
         path,
         title=f"Feedback loops of {save_path.as_posix()}",
-        dataset=comparison.dataset,
-        compared=comparison.references is not None,
-        written=f"{datetime.now():%Y-%m-%d %H:%M}, version {project_version()}",
+        comparison=comparison,
         lines=best_lines(comparison),
-        gained=f"Gain of {comparison.loops[-1].name} on" if comparison.loops else "",
         gains=gains_of_last_loop(comparison),
-        notes=comparison.notes,
         header=header,
         rows=[(row, marks) for row, marks in zip(rows, best_of_columns(comparison), strict=True)],
         loop_charts=[
@@ -87,12 +65,10 @@ def write_report(
             if comparison.loops
         ],
         class_charts=class_charts(comparison),
-        class_header=["Class", "Model", *comparison.columns.values()],
         class_rows=class_rows(comparison),
         tested=tested_facts(comparison, data),
         groups=example_groups(comparison, models, data),
         runs=describe_runs(comparison),
-        without_config=[row.name for row in comparison.rows if row.checkpoint and not row.config],
         command=command,
     )
     logger.info("Report written to %s", path)
@@ -120,7 +96,7 @@ def class_charts(comparison: Comparison) -> list[Chart]:
             row.name: {each.class_name: each.values[metric] for each in comparison.evaluations[row.name].classes}
             for row in example_rows(comparison)
         }
-        charts.append(class_chart(COLUMNS[metric], values))
+        charts.append(class_chart(comparison.columns[metric], values))
     return [chart for chart in charts if chart is not None]
 
 
@@ -198,11 +174,4 @@ def make_example(image: ImageScore, models: Mapping[str, Detector], data: TaskDa
         heatmap = predict_heatmap(model, sample, name)
         coloured = outlined(overlay(photo, heatmap.anomaly_map), np.array(mask))
         pictures.append((name, picture_uri(coloured), heatmap.caption))
-    return ExampleImage(sample.title, f"{image.score:.2f}, {image.path}", pictures)
-
-
-def picture_uri(image: Image.Image) -> str:
-    """A picture as a data URI."""
-    content = io.BytesIO()
-    image.convert("RGB").save(content, format="JPEG", quality=88)
-    return data_uri(content.getvalue(), "image/jpeg")
+    return sample.title, f"{image.score:.2f}, {image.path}", pictures

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from engine.training.verdicts import advice, summary_cells
 from model.checkpoint import Checkpoint
 from utils.errors import UserError
 from utils.reading import read_json_lines
-from utils.svg_charts import Chart, training_charts
+from utils.svg_charts import training_charts
 from utils.text import readable_time
 
 logger = logging.getLogger(__name__)
@@ -24,21 +23,7 @@ logger = logging.getLogger(__name__)
 MOST_WARNINGS = 20
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training run on the page; rows of tables are lists of cells."""
-
-    name: str
-    command: str
-    facts: list[tuple[str, str]]
-    arguments: list[tuple[str, str, bool]]
-    charts: list[Chart]
-    header: list[str]
-    stages: list[list[str]]
-    warnings: list[str]
-
-
-def describe_runs(comparison: Comparison) -> list[Run]:
+def describe_runs(comparison: Comparison) -> list[dict[str, Any]]:
     """The runs that the models come from: each other model, and the feedback run by its last loop."""
     loops = [("feedback", row.checkpoint) for row in comparison.rows if row.loop is not None and row.checkpoint]
     others = [(row.name, row.checkpoint) for row in comparison.rows if row.loop is None and row.checkpoint]
@@ -49,8 +34,8 @@ def describe_runs(comparison: Comparison) -> list[Run]:
     ]
 
 
-def describe_run(name: str, checkpoint: Checkpoint, config: Mapping[str, Any]) -> Run:
-    """The arguments of a run, its course until the checkpoint, and its warnings."""
+def describe_run(name: str, checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run as the page shows it: its arguments, its course until the checkpoint, and its warnings."""
     folder = checkpoint.path.parent
     whole, messages = read_rows(folder / HISTORY_FILE), read_rows(folder / WARNINGS_FILE)
     history = until_checkpoint(whole, checkpoint)
@@ -59,21 +44,21 @@ def describe_run(name: str, checkpoint: Checkpoint, config: Mapping[str, Any]) -
     facts = run_facts(checkpoint, config, history)
     if len(history) < len(whole):
         facts.append(("Later epochs", f"{len(whole) - len(history)}, which this file does not contain"))
-    explicit = explicit_arguments(config)
+    arguments, explicit = config["arguments"], explicit_arguments(config)
     verdicts = advice(history, feedback)
     reported = {sentence.lower() for sentence in verdicts}
     warnings = [text for row in messages if (text := str(row.get("message", ""))).lower() not in reported]
-    return Run(
-        name,
-        training_command(config),
-        facts,
-        [(argument, _as_typed(value), argument in explicit) for argument, value in config["arguments"].items()],
-        training_charts(history) if history else [],
-        header,
-        stages,
+    return {
+        "name": name,
+        "command": training_command(config),
+        "facts": facts,
+        "arguments": [(argument, _as_typed(value), argument in explicit) for argument, value in arguments.items()],
+        "charts": training_charts(history) if history else [],
+        "header": header,
+        "stages": stages,
         # Verdicts first: there may be many warnings of single epochs.
-        [*verdicts, *group_warnings(warnings)],
-    )
+        "warnings": [*verdicts, *group_warnings(warnings)],
+    }
 
 
 def until_checkpoint(history: Sequence[Mapping[str, Any]], checkpoint: Checkpoint) -> list[Mapping[str, Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -48,9 +47,8 @@ def _draw_forest(figure: Figure, verdicts: Mapping[str, Verdict], margin: float,
             axis.plot([verdict.low, verdict.high], [row, row], color=colour, linewidth=2, solid_capstyle="butt")
         axis.plot(verdict.differences, [row + 0.16] * len(verdict.differences), "|", color=colour, markersize=5)
         axis.plot(verdict.gain, row, "o", color=colour, markersize=6)
-        place: dict[str, Any] = {"xy": (0, row - 0.2), "xycoords": ("axes fraction", "data")}
-        offset: dict[str, Any] = {"xytext": (2, 0), "textcoords": "offset points"}
-        axis.annotate(literal(_short(name)), **place, **offset, fontsize=8, va="bottom")
+        place = axis.get_yaxis_transform()
+        axis.text(0.01, row - 0.2, literal(_short(name)), transform=place, fontsize=8, va="bottom")
     axis.set_yticks([])
     axis.set_ylim(len(verdicts) - 0.5, -0.75)
     axis.set_xlabel(literal(label), fontsize=8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import math
 import pickle
@@ -14,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from engine.study.plan import Cell, Plan, command_options, training_folder
+from engine.study.plan import Cell, Plan, training_folder
+from utils.arguments import command_options
 from utils.errors import UserError
-from utils.reading import read_json, read_json_lines
+from utils.reading import read_json, read_json_lines, read_table
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,7 @@ class ClassMetrics:
 def read_evaluation(folder: Path) -> list[ClassMetrics]:
     """The metrics in the CSV file of an evaluation; if it contains several models, those of the last one."""
     for file in sorted(folder.glob("*.csv")):
-        with file.open(encoding="utf-8", newline="") as lines:
-            rows = list(csv.DictReader(lines))
+        rows = [row for _, row in read_table(file)]
         if rows and CLASS in rows[0]:
             rows = [row for row in rows if row.get(MODEL) == rows[-1].get(MODEL) and row[CLASS] != AVERAGE]
             return [

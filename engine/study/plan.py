@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.study.study import Arguments, Arm, Pair, Study
+from utils.arguments import command_options
 from utils.reading import read_json
 
 # The repository: working directory of all processes.
@@ -192,18 +193,6 @@ def _test_step(study: Study, cell: Cell, test: str) -> Step:
 def training_folder(cell_folder: Path) -> Path:
     """The `--save_path` of a cell's training."""
     return cell_folder / "run"
-
-
-def command_options(arguments: Mapping[str, Any]) -> list[str]:
-    """Arguments of a command: true is a flag, false is left out, a list has several values."""
-    options: list[str] = []
-    for name, value in arguments.items():
-        if value is False:
-            continue
-        options.append(f"--{name}")
-        if value is not True:
-            options += [str(item) for item in (value if isinstance(value, list) else [value])]
-    return options
 
 
 def digest(identity: Any) -> str:

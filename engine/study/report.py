@@ -7,7 +7,6 @@ import math
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from engine.study.statistics import LEVEL, Verdict, nanmean
 from engine.study.study import Study
 from utils.files import write_text
 from utils.text import csv_table, markdown_table
-from utils.version import project_version
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +28,6 @@ TEMPLATE = Path(__file__).with_name("study.html")
 UNDEFINED = "n/a"
 VERDICT_NUMBERS = ("gain", "low", "high", "p", "p_holm", "probability_of_gain", "detectable_gain")
 VERDICT_COLUMNS = ("Seeds", "Gain", "95 % interval", "p", "p, Holm", "P(gain)", "Detectable gain", "Verdict")
-REPORTED = "Reported elsewhere, under other protocols; not run here"
 # Header and rows.
 TextTable = tuple[list[str], list[list[str]]]
 
@@ -269,18 +266,15 @@ def page(results: Results, fairness: Fairness, command: Sequence[str]) -> str:
     return render_page(
         TEMPLATE,
         title=study.title or study.name,
-        written=f"{datetime.now():%Y-%m-%d %H:%M}, version {project_version()}",
         study_facts=study_facts(results),
-        missing=results.missing,
+        results=results,
+        study=study,
         sections=sections,
         explanation=explanation(results),
-        compare_with=study.compare_with,
-        margin=f"{study.margin:g}",
         fairness=fairness,
         arguments=argument_differences(results),
         notes=[(name, arm.note) for name, arm in study.arms.items() if arm.note],
         literature=literature_table(results),
-        reported=REPORTED,
         command=shlex.join(command),
         all_commands=[step.typed for cell in results.plan.cells for step in cell.steps],
     )

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from engine.study.evaluations import Evaluations, MetricTable, arm_table, metrics_of, read_evaluations
 from engine.study.plan import ROOT, Plan
 from engine.study.statistics import BETTER, NOT_DECIDED, WORSE, Comparison, Groups, Verdict, judge, nanmean
-from utils.errors import UserError
+from utils.reading import read_table
 from utils.text import list_names
 
 CAPITALS = {"auroc": "AUROC", "aupro": "AUPRO", "ap": "AP", "f1": "F1", "max": "max"}
@@ -156,16 +154,10 @@ def read_literature(results: Results) -> list[dict[str, str]]:
     study = results.plan.study
     if not study.literature:
         return []
-    path = ROOT / Path(study.literature)
-    try:
-        with path.open(encoding="utf-8", newline="") as content:
-            rows = list(csv.DictReader(content))
-    except OSError as error:
-        raise UserError(f"literature = {study.literature!r}: cannot be read ({error})") from error
     pairs = {(pair.train, test) for pair in study.pairs for test in pair.test}
     return [
         {f"published_{name}" if name.startswith("image") else name: value for name, value in row.items()}
-        for row in rows
+        for _, row in read_table(ROOT / study.literature, "literature")
         if (row.get("train"), row.get("test")) in pairs
     ]
 

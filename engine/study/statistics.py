@@ -7,6 +7,7 @@ Tested is the mean of the paired differences from the arm that is compared with.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -261,13 +262,8 @@ def seeds_to_exclude(mean: float, spread: float, margin: float) -> int | None:
 
 def _first(is_enough: Callable[[int], bool]) -> int | None:
     """The smallest sufficient number of seeds, by bisection."""
-    low, high = 1, MAX_SEEDS
-    if not is_enough(high):
-        return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if is_enough(middle) else (middle, high)
-    return high
+    seeds = 2 + bisect_left(range(2, MAX_SEEDS + 1), True, key=is_enough)
+    return None if seeds > MAX_SEEDS else seeds
 
 
 BETTER, WORSE, NO_DIFFERENCE, NOT_DECIDED = "better", "worse", "no difference", "not decided"
