@@ -270,7 +270,7 @@ def test_a_long_report_is_written_in_parts(tmp_path: Path, monkeypatch: pytest.M
     with Gallery() as gallery:
         fill(gallery, 150)
         tracemalloc.start()
-        gallery.write(tmp_path / "report.html", "Long", [])
+        gallery.write(tmp_path / "report.html", "Long", [], [], None)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     size = (tmp_path / "report.html").stat().st_size
@@ -280,7 +280,7 @@ def test_a_long_report_is_written_in_parts(tmp_path: Path, monkeypatch: pytest.M
 def test_the_slider_marks_images_above_it(tmp_path: Path, browser: Browser) -> None:  # noqa: F811
     with Gallery() as gallery:
         fill(gallery, 10)
-        gallery.write(tmp_path / "report.html", "Ten", [("Images", "10")], ["x.png cannot be read"])
+        gallery.write(tmp_path / "report.html", "Ten", [("Images", "10")], ["x.png cannot be read"], None)
     for width in (1280, 390):
         page = browser.new_page(viewport={"width": width, "height": 800})
         complaints: list[str] = []

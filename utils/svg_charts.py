@@ -75,15 +75,6 @@ def training_charts(history: Sequence[Mapping[str, Any]]) -> list[Chart]:
     """
     spans = curves.stage_spans(history)
     several = len({row["loop"] for row in history}) > 1
-    kinds = (
-        ("Loss", "Loss of each epoch of both stages", curves.draw_losses),
-        ("Gradient norm", "Gradient norm of each epoch, before clipping", curves.draw_norms),
-        (
-            "p(abnormal) in masks, dashed outside",
-            "Mean p(abnormal) inside and outside the masks in each epoch",
-            curves.draw_watch,
-        ),
-    )
 
     def chart(title: str, alternative: str, draw: Callable[..., None]) -> Chart:
         def on(figure: Figure) -> None:
@@ -96,14 +87,18 @@ def training_charts(history: Sequence[Mapping[str, Any]]) -> list[Chart]:
 
         return make_chart(title, alternative, on)
 
-    return [chart(*kind) for kind in kinds]
+    inside = "Mean p(abnormal) inside and outside the masks in each epoch"
+    return [
+        chart("Loss", "Loss of each epoch of both stages", curves.draw_losses),
+        chart("Gradient norm", "Gradient norm of each epoch, before clipping", curves.draw_norms),
+        chart("p(abnormal) in masks, dashed outside", inside, curves.draw_watch),
+    ]
 
 
 def loop_chart(title: str, panel: curves.Panel) -> Chart:
     """One metric over the loops, and of other models, in percent (`curves.draw_loops`)."""
-    return make_chart(
-        title, f"{title} of each loop, in percent", lambda figure: curves.draw_loops(figure.subplots(), panel)
-    )
+    alternative = f"{title} of each loop, in percent"
+    return make_chart(title, alternative, lambda figure: curves.draw_loops(figure.subplots(), panel))
 
 
 def class_chart(title: str, values: Mapping[str, Mapping[str, float | None]]) -> Chart | None:

@@ -21,6 +21,13 @@ def list_names(names: Sequence[str], limit: int = 6) -> str:
     return ", ".join(names[:limit]) + more
 
 
+def as_typed(value: object) -> str:
+    """A value as on the command line; a dash for none."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    return "–" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, shortened; the error's class if the message is empty."""
     lines = (line.strip() for line in str(error).splitlines())
@@ -30,10 +37,7 @@ def first_line(error: BaseException) -> str:
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table for a terminal: the first column is left-aligned, the others right-aligned."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in pairs)
-        for pairs in (enumerate(zip(row, widths, strict=True)) for row in (header, *rows))
-    ]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in (header, *rows)]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 

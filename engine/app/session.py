@@ -163,7 +163,8 @@ class Session:
                 save_image(picture, figure_path(folder / "heatmaps", result.name, "_heatmap.png", taken))
                 gallery.add(result.image, result.prediction.anomaly_map, findings[-1], result.name, result.size)
             write_scores(findings, folder / "scores.csv")
-            gallery.write(folder / "report.html", "Results", [("Model", ", ".join({r.model for r in self.results}))])
+            facts = [("Model", ", ".join({result.model for result in self.results}))]
+            gallery.write(folder / "report.html", "Results", facts, [], None)
             for entry in self._entries:
                 add_entry(folder / CALIBRATION_FILE, entry)
             shutil.make_archive(str(path.with_suffix("")), "zip", folder)

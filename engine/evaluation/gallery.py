@@ -93,17 +93,12 @@ class Gallery:
         self.images.append((finding, name, self._store(small), self._store(heat)))
 
     def write(
-        self,
-        path: Path,
-        title: str,
-        facts: Sequence[tuple[str, str]],
-        problems: Sequence[str] = (),
-        threshold: float | None = None,
+        self, path: Path, title: str, facts: Sequence[tuple[str, str]], problems: Sequence[str], threshold: float | None
     ) -> None:
         """Write the page, the highest scores first.
 
         facts: names and values above the images; problems: a line for each file that could not be read; threshold:
-        initial value of the slider, by default the highest score.
+        initial value of the slider; None for the highest score.
         """
         ranked = sorted(self.images, key=lambda image: (-image[0].score, image[1]))
         scores = [finding.score for finding, *_ in ranked]

@@ -115,7 +115,7 @@ def evaluate_checkpoints(arguments: InferenceArguments) -> list[Evaluation]:
     models, sizes = {detector.name: detector for detector in detectors}, (arguments.batch_size, arguments.num_workers)
     evaluations = list(evaluate(models, data, device, *sizes, arguments.precision).values())
     if is_main_process():
-        write_results(arguments, detectors, data, evaluations, folder)
+        write_results(arguments, detectors[-1], data, evaluations, folder)
     return evaluations
 
 
@@ -130,15 +130,11 @@ def load_images(arguments: InferenceArguments, detectors: Sequence[Detector]) ->
 
 
 def write_results(
-    arguments: InferenceArguments,
-    detectors: Sequence[Detector],
-    data: TaskData,
-    evaluations: Sequence[Evaluation],
-    folder: Path,
+    arguments: InferenceArguments, detector: Detector, data: TaskData, evaluations: Sequence[Evaluation], folder: Path
 ) -> None:
-    """Log the tables, write the CSV file, and draw the images of `--visualize`."""
+    """Log the tables, write the CSV file, and draw the images of `--visualize` with the last model."""
     references = ReferenceChoice.of(arguments)
-    note = scoring_note(detectors[0].det_score, references)
+    note = scoring_note(detector.det_score, references)
     for evaluation in evaluations:
         logger.info(
             "\n%s on %s, in percent%s\n\n%s\n", evaluation.model, evaluation.dataset, note, evaluation_table(evaluation)
@@ -148,7 +144,7 @@ def write_results(
     # The log starts here, so that an interrupted evaluation leaves no files.
     set_up_logging(folder / "inference.log")
     name = "unadapted_" if arguments.checkpoint == NO_CHECKPOINT else ""
-    kind = scoring_suffix(detectors[0].det_score, references)
+    kind = scoring_suffix(detector.det_score, references)
     tested = safe_name(data.located.spec.name) + kind
     path = folder / f"{name}evaluation_{tested}.csv"
     rows = [row for evaluation in evaluations for row in csv_rows(evaluation)]
@@ -156,5 +152,5 @@ def write_results(
     logger.info("Written to %s", path)
     if arguments.visualize is not None:
         drawn = folder / f"{name}pictures_{tested}"
-        count = draw_overlays(detectors[-1], data, arguments.visualize, drawn)
-        logger.info("%d heatmaps of %s in %s", count, detectors[-1].name, drawn)
+        count = draw_overlays(detector, data, arguments.visualize, drawn)
+        logger.info("%d heatmaps of %s in %s", count, detector.name, drawn)

@@ -41,15 +41,8 @@ from utils.text import csv_table, list_names
 
 logger = logging.getLogger(__name__)
 
-CSV_COLUMNS = (
-    "path",
-    "class_name",
-    "score",
-    "decision",
-    "rank",
-    "regions",
-    *(f"region_{name}" for name in Region._fields),
-)
+IMAGE_COLUMNS = ("path", "class_name", "score", "decision", "rank", "regions")
+CSV_COLUMNS = (*IMAGE_COLUMNS, *(f"region_{name}" for name in Region._fields))
 # Images of a class, and level of the test, for a warning of scores that differ from those of the calibration.
 LEAST_FOR_DRIFT, DRIFT_LEVEL = 20, 0.001
 # Scores listed in the log.

@@ -168,17 +168,16 @@ def forward_notes(rows: Sequence[Row], clip: FrozenCLIP) -> list[str]:
 def write_comparison(comparison: Comparison, save_path: Path, folder: Path) -> None:
     """Log the results, and write `comparison.csv`, `comparison.md` and `comparison.png` to `folder`."""
     table, page, picture = (comparison.file(f"comparison.{kind}") for kind in ("csv", "md", "png"))
-    cells = table_cells(comparison)
     lines = [*best_lines(comparison), *improvement_lines(comparison)]
     subject = comparison.dataset + ", in percent" + comparison.heading_note
-    logger.info("\nFeedback loops of %s on %s\n\n%s\n", save_path, subject, format_table(*cells))
+    logger.info("\nFeedback loops of %s on %s\n\n%s\n", save_path, subject, format_table(*table_cells(comparison)))
     for line in lines:
         logger.info("%s", line)
     for note in comparison.notes:
         logger.warning("%s", note)
     rows = [line for row in comparison.rows for line in csv_lines(comparison, row)]
     write_text(folder / table, csv_table([CSV_COLUMNS, *rows]))
-    write_text(folder / page, markdown(comparison, cells, lines, save_path))
+    write_text(folder / page, markdown(comparison, lines, save_path))
     draw(comparison, folder / picture)
     logger.info("Written to %s, %s and %s", folder / table, page, picture)
 
@@ -245,16 +244,14 @@ def gain(before: float | None, after: float | None) -> str:
     return UNDEFINED if before is None or after is None else f"{round(after - before, 2) + 0:+.2f}"
 
 
-def markdown(
-    comparison: Comparison, cells: tuple[list[str], list[list[str]]], lines: Sequence[str], save_path: Path
-) -> str:
+def markdown(comparison: Comparison, lines: Sequence[str], save_path: Path) -> str:
     """The comparison in Markdown: the table, best loops, gains, notes, and the training of each row."""
     facts = {row.name: training_facts(row) for row in comparison.rows if row.checkpoint}
     parts = [
         f"# Feedback loops of `{save_path.as_posix()}` on {comparison.dataset}",
         f"Metrics in percent, averaged over classes{comparison.heading_note}. Each class is in "
         f"`{comparison.file('comparison.csv')}`.",
-        markdown_table(*cells),
+        markdown_table(*table_cells(comparison)),
         "\n".join(f"- {line}" for line in lines),
     ]
     if comparison.notes:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from dataset.images import resize_image, resize_mask
+from dataset.images import resize_mask
 from engine.data.task import TaskData
 from engine.detector.detector import Detector
 from engine.evaluation.evaluate import UNDEFINED, Evaluation, ImageScore, format_value
@@ -133,8 +133,8 @@ def tested_facts(comparison: Comparison, data: TaskData) -> list[tuple[str, str]
 
 def example_groups(
     comparison: Comparison, models: Mapping[str, Detector], data: TaskData
-) -> list[tuple[str, str, list[ExampleImage]]]:
-    """Title, explanation and images of each kind of example, selected by the scores of the main row."""
+) -> list[tuple[str, list[ExampleImage]]]:
+    """Title and images of each kind of example, selected by the scores of the main row."""
     main = comparison.main_row
     if main is None or not models:
         return []
@@ -146,9 +146,8 @@ def example_groups(
     groups = []
     for title, anomalous, highest in kinds:
         images = extreme_images(comparison.evaluations[main.name], anomalous, highest)[:EXAMPLES]
-        order = f"By the scores of {main.name}, at most one image of a class"
         if images:
-            groups.append((title, order, [make_example(image, models, data) for image in images]))
+            groups.append((title, [make_example(image, models, data) for image in images]))
     return groups
 
 
@@ -165,10 +164,8 @@ def make_example(image: ImageScore, models: Mapping[str, Detector], data: TaskDa
     """An image with its ground truth and the heatmap of every model, as pictures of one size."""
     record = next(record for record in data.records if record.image_path == image.path)
     sample = read_dataset_image(data, record)
-    scale = SIDE / max(sample.image.size)
-    size = (max(1, round(scale * sample.image.width)), max(1, round(scale * sample.image.height)))
-    photo = resize_image(sample.image, size)
-    mask = resize_mask(Image.fromarray(sample.mask), size)
+    photo = ImageOps.contain(sample.image, (SIDE, SIDE))
+    mask = resize_mask(Image.fromarray(sample.mask), photo.size)
     pictures = [("Original", picture_uri(photo), ""), ("Ground truth", picture_uri(mask), "")]
     for name, model in models.items():
         heatmap = predict_heatmap(model, sample, name)

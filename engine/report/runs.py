@@ -16,7 +16,7 @@ from model.checkpoint import Checkpoint
 from utils.errors import UserError
 from utils.reading import read_json_lines
 from utils.svg_charts import training_charts
-from utils.text import readable_time
+from utils.text import as_typed, readable_time
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def describe_run(name: str, checkpoint: Checkpoint, config: Mapping[str, Any]) -
         "name": name,
         "command": training_command(config),
         "facts": facts,
-        "arguments": [(argument, _as_typed(value), argument in explicit) for argument, value in arguments.items()],
+        "arguments": [(argument, as_typed(value), argument in explicit) for argument, value in arguments.items()],
         "charts": training_charts(history) if history else [],
         "header": header,
         "stages": stages,
@@ -113,7 +113,3 @@ def group_warnings(warnings: Sequence[str]) -> list[str]:
         note = ", with other numbers" if len(set(group)) > 1 else ""
         lines.append(group[0] if len(group) == 1 else f"{group[0]} ({len(group)} times{note})")
     return lines if len(lines) <= MOST_WARNINGS else [*lines[:MOST_WARNINGS], f"and {len(lines) - MOST_WARNINGS} more"]
-
-
-def _as_typed(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

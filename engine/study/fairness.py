@@ -10,7 +10,7 @@ import numpy as np
 
 from engine.study.evaluations import read_arguments, read_facts
 from engine.study.results import Results
-from utils.text import list_names
+from utils.text import as_typed, list_names
 
 SAME, UNKNOWN = "same", "unknown"
 # What the runner adds to every training.
@@ -99,14 +99,7 @@ def argument_differences(results: Results) -> tuple[list[str], list[list[str]]]:
         }
     rows = []
     for name in dict.fromkeys(key for values in arguments.values() for key in values):
-        values = [_as_typed(of_arm.get(name)) for of_arm in arguments.values()]
+        values = [as_typed(of_arm.get(name)) for of_arm in arguments.values()]
         if len(set(values)) > 1:
             rows.append([name, *values])
     return ["Argument", *arguments], rows
-
-
-def _as_typed(value: Any) -> str:
-    """A value as on the command line; a dash for none."""
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(str, value))
-    return "–" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
