@@ -68,11 +68,6 @@ def free_stem(path: Path, taken: set[str]) -> str:
     return stem
 
 
-def enlarged(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A map (S, S), resized to the size (width, height) of its image."""
-    return np.asarray(Image.fromarray(values).resize(size, Image.Resampling.BILINEAR))
-
-
 def boxes(mask: np.ndarray, anomaly_map: np.ndarray, size: tuple[int, int]) -> list[tuple[int, int, int, int]]:
     """Boxes of a mask's 8-connected regions, in pixels of an image of `size` (width, height); the worst first."""
     remaining = set(map(tuple, np.argwhere(mask).tolist()))
@@ -100,7 +95,8 @@ def coloured(values: np.ndarray) -> np.ndarray:
 def overlay(image: np.ndarray, anomaly_map: np.ndarray) -> Image.Image:
     """The image (H, W, 3) under its map (S, S), with a colour bar at its right."""
     height, width, _ = image.shape
-    heat = Image.fromarray((0.5 * image + 0.5 * coloured(enlarged(anomaly_map, (width, height)))).astype(np.uint8))
+    enlarged = np.asarray(Image.fromarray(anomaly_map).resize((width, height), Image.Resampling.BILINEAR))
+    heat = Image.fromarray((0.5 * image + 0.5 * coloured(enlarged)).astype(np.uint8))
     size = max(10, height // 24)
     picture = Image.new("RGB", (width + 3 * size, height), "white")
     picture.paste(heat)

@@ -28,8 +28,7 @@ def load_models(arguments: AppArguments) -> dict[str, Detector]:
     it. Raises `UserError` as `load_model` does.
     """
     device = check_device(arguments.device, "fp32")
-    names = ("det_score", "model_name", "img_size", "activation", "surgery", "surgery_until_layer")
-    overrides = {name: getattr(arguments, name) for name in names}
+    overrides = arguments.overrides()
     options: dict[Path, str] = {}
     if arguments.checkpoint is None:
         files, with_unadapted = {}, True
@@ -59,7 +58,7 @@ def load_models(arguments: AppArguments) -> dict[str, Detector]:
     if own is not None:
         unadapted = unadapted_detector(own, arguments.det_score).to(device)
     else:
-        overrides["model_name"] = next((clip.model_name for clip in clips.values()), overrides["model_name"])
+        overrides["model_name"] = next((clip.model_name for clip in clips.values()), overrides.get("model_name"))
         (unadapted,) = load_detectors(NO_CHECKPOINT, arguments.clip_weights, device, **overrides)
     unadapted.find_calibration(NO_CHECKPOINT)
     return {UNADAPTED: unadapted, **models}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,7 +167,9 @@ class Session:
             gallery.write(folder / "report.html", "Results", facts, [], None)
             for entry in self._entries:
                 add_entry(folder / CALIBRATION_FILE, entry)
-            shutil.make_archive(str(path.with_suffix("")), "zip", folder)
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+                for file in sorted(filter(Path.is_file, folder.rglob("*"))):
+                    archive.write(file, file.relative_to(folder).as_posix())
 
     def _prepare(self, model: str, class_name: str) -> Detector:
         """The visitor's copy of a model, with the references of a class; `UserError` for an invalid class name."""

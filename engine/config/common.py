@@ -84,6 +84,10 @@ class DataArguments(Arguments):
     max_megapixels: int = _data(179, "largest image that is read, in megapixels", free=True, between=(1, 100_000))
     skip_bad_images: bool = _data(False, "skip images that cannot be read, and list them", free=True)
 
+    def image_choices(self) -> tuple[Path | None, Path | None, str | None, bool, str | float | None]:
+        """Where images are and how they are read, for `load_task`."""
+        return self.data_root, self.metadata, self.class_names, self.skip_bad_images, self.mask_threshold
+
 
 @dataclass(frozen=True)
 class MachineArguments(Arguments):

@@ -112,6 +112,11 @@ class TrainedModelArguments(Arguments):
         unset=DET_SCORES[0],
     )
 
+    def overrides(self) -> dict[str, Any]:
+        """The choices that replace those of a checkpoint, for `load_model`."""
+        names = (item.name for item in fields(self))
+        return {name: value for name in names if name in OVERRIDES and (value := getattr(self, name)) is not None}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TestingArguments(MachineArguments, DataArguments, TrainedModelArguments):
@@ -128,15 +133,6 @@ class TestingArguments(MachineArguments, DataArguments, TrainedModelArguments):
     class_names: str | None = changed(DataArguments, "class_names", unset=f"{ASSUMED} the catalog's")
     mask_threshold: str | float | None = changed(DataArguments, "mask_threshold", None, unset=f"{ASSUMED} {HALF}")
     batch_size: int = setting(8, "images in a forward pass", "machine", between=(1, 100_000))
-
-    def overrides(self) -> dict[str, Any]:
-        """The choices that replace those of a checkpoint, for `load_model`."""
-        names = (item.name for item in fields(self))
-        return {name: value for name in names if name in OVERRIDES and (value := getattr(self, name)) is not None}
-
-    def image_choices(self) -> tuple[Path | None, Path | None, str | None, bool, str | float | None]:
-        """Where images are and how they are read, for `load_task`."""
-        return self.data_root, self.metadata, self.class_names, self.skip_bad_images, self.mask_threshold
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,14 +48,8 @@ def visualize_comparison(arguments: VisualizationArguments) -> list[Path]:
     host, *_ = trained = list(checkpoints.values())
     if arguments.attention and not any("cross_attn" in name for one in trained for name in one.components):
         raise UserError("--attention: these models have no cross-attention: leave --attention out")
-    data = load_task(
-        arguments.dataset or training_dataset(trained),
-        arguments.data_root,
-        arguments.metadata,
-        arguments.class_names,
-        mask_threshold=arguments.mask_threshold,
-        run=arguments_of(host),
-    )
+    dataset = arguments.dataset or training_dataset(trained)
+    data = load_task(dataset, *arguments.image_choices(), run=arguments_of(host))
     records = anomalous_records(data, arguments.class_name)
     indices = chosen_indices(arguments, len(records))
     clip = load_clip_for(host, arguments.clip_weights)
@@ -74,7 +68,7 @@ def visualize_comparison(arguments: VisualizationArguments) -> list[Path]:
 def list_images(arguments: VisualizationArguments) -> list[str]:
     """One line for each of the class's anomalous images: index and path."""
     assert arguments.dataset is not None  # checked with the arguments
-    data = load_task(arguments.dataset, arguments.data_root, arguments.metadata, arguments.class_names)
+    data = load_task(arguments.dataset, *arguments.image_choices())
     records = anomalous_records(data, arguments.class_name)
     return [f"{index:4d}  {record.image_path}" for index, record in enumerate(records)]
 

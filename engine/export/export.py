@@ -59,7 +59,7 @@ def export_checkpoint(arguments: ExportArguments) -> list[Path]:
         UserError: The checkpoint, references or output folder are invalid, or a file would differ from the model.
     """
     checkpoint = arguments.checkpoint
-    options = {name: getattr(arguments, name) for name in ("model_name", "img_size", "activation", "det_score")}
+    options = arguments.overrides()
     if checkpoint == NO_CHECKPOINT:
         (detector,) = load_detectors(checkpoint, arguments.clip_weights, "cpu", **options)
         detector.find_calibration(checkpoint, arguments.calibration)

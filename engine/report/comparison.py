@@ -213,9 +213,8 @@ def best_lines(comparison: Comparison) -> list[str]:
 
 def best_loop(comparison: Comparison, metric: str) -> Row | None:
     """The loop with the highest average of a metric, the first of equals; None if it is undefined in all loops."""
-    values = {row.name: comparison.average(row, metric) for row in comparison.loops}
-    best = max((value for value in values.values() if value is not None), default=None)
-    return next((row for row in comparison.loops if best is not None and values[row.name] == best), None)
+    defined = [row for row in comparison.loops if comparison.average(row, metric) is not None]
+    return max(defined, key=lambda row: comparison.average(row, metric) or 0.0, default=None)
 
 
 def improvement_lines(comparison: Comparison) -> list[str]:

@@ -123,7 +123,7 @@ def sign_flip_test(differences: np.ndarray) -> np.ndarray:
     """
     result = stats.permutation_test(
         (differences,),
-        _mean_along,
+        np.mean,
         permutation_type="samples",
         vectorized=True,
         axis=-1,
@@ -131,10 +131,6 @@ def sign_flip_test(differences: np.ndarray) -> np.ndarray:
         random_state=np.random.default_rng(0),
     )
     return result.pvalue
-
-
-def _mean_along(values: np.ndarray, axis: int) -> np.ndarray:
-    return values.mean(axis)
 
 
 def smallest_p(seeds: int) -> float:
