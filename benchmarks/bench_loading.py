@@ -24,12 +24,16 @@ SIZES = ((1500, 1000), (900, 900))
 ENDINGS: dict[str, dict[str, int]] = {"jpg": {"quality": 92}, "png": {}}
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--images", type=int, default=8, help="different images of each kind, half of them with a mask")
     parser.add_argument("--repeats", type=int, default=5, help="times that each image is read")
     parser.add_argument("--img_size", type=int, default=518, help="side of the resized images in pixels")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
     print(f"{device_name('cpu')}, {arguments.img_size} px\n")
     print("| file | MB | images/s |\n|---|---:|---:|")
     with tempfile.TemporaryDirectory() as folder:

@@ -24,13 +24,17 @@ from utils.metrics import PixelCounter, image_metrics
 PATCH = 14
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--images", type=int, default=200, help="images of the class")
     parser.add_argument("--size", type=int, default=518, help="side of the maps in pixels")
     parser.add_argument("--batch_size", type=int, default=8, help="maps per update")
     parser.add_argument("--library", choices=("scikit-learn", "anomalib"), default="scikit-learn", help="to compare")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
     torch.set_num_threads(1)  # as scikit-learn
     print(f"{arguments.images} images of {arguments.size} x {arguments.size}, batches of {arguments.batch_size}\n")
     generator = torch.Generator().manual_seed(0)

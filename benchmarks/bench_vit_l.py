@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain_step import PlainModel, parameters_of
 from dataset.prompts import build_prompts
+from dataset.toy.clip import CONFIG as TOY
 from engine.config.training import BaseConfig
 from engine.evaluation.evaluate import autocast
 from engine.runtime.device import check_compiler, check_device, device_name
@@ -41,11 +42,6 @@ from model.text import Prompts
 from utils.text import format_table
 
 MODEL, SIZE = "ViT-L-14-336", 518
-TINY = {
-    "embed_dim": 32,
-    "vision_cfg": {"image_size": 32, "layers": 4, "width": 32, "patch_size": 8, "head_width": 16},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 4},
-}
 STAGES = ("text", "image", "evaluation")
 # plain: the step of the published code; same: its forward pass in this project; the others: the default forward pass.
 VARIANTS = ("plain", "same", "fp32", "checkpointed", "compiled", "bf16", "bf16_compiled")
@@ -84,9 +80,10 @@ class Bench:
 
     def __init__(self, device: str, tiny: bool, img_size: int = SIZE) -> None:
         torch.manual_seed(0)
-        config = TINY if tiny else open_clip.get_model_config(MODEL)
+        config = TOY if tiny else open_clip.get_model_config(MODEL)
         vision = config["vision_cfg"] if tiny else {**config["vision_cfg"], "image_size": img_size}
-        clip = FrozenCLIP(open_clip.CLIP(**{**config, "vision_cfg": vision}, quick_gelu=True), MODEL, "quick_gelu")
+        module = open_clip.CLIP(**{**config, "vision_cfg": vision, "quick_gelu": True})
+        clip = FrozenCLIP(module, MODEL, "quick_gelu")
         self.device, self.clip = device, clip.to(device)
         chosen = clip.model_config()
         self.models = {
@@ -269,7 +266,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--image_batch_sizes", nargs="+", type=int, default=[2], help="images per step of Stage 2")
     parser.add_argument("--evaluation_batch_sizes", nargs="+", type=int, default=[1], help="images per evaluation step")
     parser.add_argument("--repeats", type=int, default=3, help="measured steps of each variant")
-    parser.add_argument("--tiny", action="store_true", help="a tiny CLIP, to test the benchmark")
+    parser.add_argument("--tiny", action="store_true", help="the toy CLIP, to test the benchmark")
     return parser.parse_args(arguments)
 
 

@@ -18,9 +18,8 @@ def share(arguments: SharingArguments) -> Path:
     from engine.detector.sharing import check_target
 
     check_target(arguments.output, "--output")
-    names = ("model_name", "img_size", "activation", "det_score")
-    overrides = {name: getattr(arguments, name) for name in names}
-    model = load_model(arguments.checkpoint, clip_weights=arguments.clip_weights, device="cpu", **overrides)
+    options = arguments.overrides()
+    model = load_model(arguments.checkpoint, clip_weights=arguments.clip_weights, device="cpu", **options)
     address = arguments.push and f"{HUB}{arguments.push}"
     folder = model.save_pretrained(arguments.output, arguments.licence, address)
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())

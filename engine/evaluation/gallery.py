@@ -6,12 +6,13 @@ with their number.
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -28,15 +29,6 @@ SIDE, QUALITY = 240, 78
 IN_MEMORY = 2**26
 # Minimum number of slider positions between the lowest and the highest score.
 STEPS = 200
-
-
-class StoredPicture(NamedTuple):
-    """The place of a picture's data URI in the temporary file, and the picture's size in pixels."""
-
-    start: int
-    length: int
-    width: int
-    height: int
 
 
 @dataclass(frozen=True)
@@ -70,7 +62,8 @@ class Gallery:
 
     def __init__(self) -> None:
         self._pictures = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115
-        self.images: list[tuple[Finding, str, StoredPicture, StoredPicture]] = []
+        # With the place of each image's pictures in the temporary file.
+        self.images: list[tuple[Finding, str, int]] = []
 
     def __enter__(self) -> Gallery:
         return self
@@ -90,7 +83,9 @@ class Gallery:
         heat = overlay(small, anomaly_map)
         if finding.region is not None:
             draw_box(heat, finding.region, size)
-        self.images.append((finding, name, self._store(small), self._store(heat)))
+        self.images.append((finding, name, self._pictures.tell()))
+        pictures = [(picture_uri(picture, quality=QUALITY), picture.size) for picture in (small, heat)]
+        self._pictures.write(json.dumps(pictures).encode("ascii") + b"\n")
 
     def write(
         self, path: Path, title: str, facts: Sequence[tuple[str, str]], problems: Sequence[str], threshold: float | None
@@ -116,21 +111,11 @@ class Gallery:
             images=self._with_pictures(ranked),
         )
 
-    def _store(self, picture: Image.Image) -> StoredPicture:
-        start = self._pictures.tell()
-        length = self._pictures.write(picture_uri(picture, quality=QUALITY).encode("ascii"))
-        return StoredPicture(start, length, *picture.size)
-
-    def _with_pictures(
-        self, images: Iterable[tuple[Finding, str, StoredPicture, StoredPicture]]
-    ) -> Iterator[tuple[Finding, str, list[tuple[str, str, StoredPicture]]]]:
-        """Each image with its pictures: kind, data URI and size."""
-        for finding, name, *stored in images:
-            pictures = []
-            for kind, picture in zip(("image", "heatmap"), stored, strict=True):
-                self._pictures.seek(picture.start)
-                pictures.append((kind, self._pictures.read(picture.length).decode("ascii"), picture))
-            yield finding, name, pictures
+    def _with_pictures(self, images: Iterable[tuple[Finding, str, int]]) -> Iterator[tuple[Finding, str, Any]]:
+        """Each image with the data URI and size of its two pictures."""
+        for finding, name, place in images:
+            self._pictures.seek(place)
+            yield finding, name, json.loads(self._pictures.readline())
 
 
 def scale_of(scores: Sequence[float]) -> Scale:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image
@@ -83,9 +84,8 @@ def add_dataset_references(detectors: Sequence[Detector], data: TaskData, choice
     else:
         images = normals_of_classes(choice.folder, data.classes)
     chosen = choice.choose(images)
-    root = data.located.root
-    tested = [root / record.image_path for record in data.records]
-    check_disjoint([path for paths in chosen.values() for path in paths], tested)
+    tested = (data.located.root / record.image_path for record in data.records)
+    check_disjoint(chain.from_iterable(chosen.values()), tested)
     for name, paths in chosen.items():
         pictures = _read(name, paths)
         for detector in detectors:

@@ -11,14 +11,11 @@ from dataset.toy.classes import TOY_DATASETS
 from engine.config.tools import StudyArguments
 from engine.study.plan import Plan, make_plan, path_from_root
 from engine.study.report import write_study_report
-from engine.study.results import Results
 from engine.study.runner import run_cells
 from engine.study.study import read_study
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-INCOMPLETE = 1
 
 
 def run_study(arguments: StudyArguments) -> int:
@@ -35,18 +32,14 @@ def run_study(arguments: StudyArguments) -> int:
             run_cells(plan, arguments.jobs)
     seeds = ["--seeds", *map(str, arguments.seeds)] if arguments.seeds else []
     command = ["python", "run_study.py", path_from_root(file.resolve()), *seeds]
-    return log_results(write_study_report(plan, command))
-
-
-def log_results(results: Results) -> int:
-    """Log the verdicts and what is missing; return the exit status."""
+    results = write_study_report(plan, command)
     for setting in results.settings:
         for arm in setting.arms:
             if arm.summary:
                 logger.info("%s: %s", ", ".join(filter(None, [arm.name, setting.name])), arm.summary)
     for sentence in results.missing:
         logger.warning("missing: %s", sentence)
-    return INCOMPLETE if results.missing else 0
+    return int(bool(results.missing))
 
 
 def describe_plan(plan: Plan) -> list[str]:
