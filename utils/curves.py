@@ -172,7 +172,10 @@ def draw_loops(axis: Axes, panel: Panel) -> None:
         axis.axhline(value, color=colour, linestyle=style, linewidth=1.4, zorder=1, label=label)
     if defined:
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=2, fontsize=7, frameon=False)
-    _limit_to(axis, [*found, *near])
+    # A margin of at least half a percentage point, so that tiny differences do not fill the panel.
+    drawn = [*found, *near] or [0.0, 100.0]
+    margin = max(0.1 * (max(drawn) - min(drawn)), 0.5)
+    axis.set_ylim(min(drawn) - margin, max(drawn) + margin)
     axis.set_xlim(loops[0] - 0.4, loops[-1] + 0.4)
     axis.set_xticks(loops)
     axis.set_xlabel("loop", fontsize=9)
@@ -184,10 +187,3 @@ def draw_loops(axis: Axes, panel: Panel) -> None:
 def reference_styles(names: Iterable[str]) -> dict[str, tuple[str, Any]]:
     """Colour and line style of the other models, in their order."""
     return {name: REFERENCE_STYLES[index % len(REFERENCE_STYLES)] for index, name in enumerate(names)}
-
-
-def _limit_to(axis: Axes, values: Sequence[float]) -> None:
-    """Limits with a margin of at least half a percentage point, so that tiny differences do not fill the panel."""
-    low, high = (min(values), max(values)) if values else (0.0, 100.0)
-    margin = max(0.1 * (high - low), 0.5)
-    axis.set_ylim(low - margin, high + margin)

@@ -174,9 +174,8 @@ class Session:
     def _prepare(self, model: str, class_name: str) -> Detector:
         """The visitor's copy of a model, with the references of a class; `UserError` for an invalid class name."""
         if model not in self._detectors:
-            detector = copy.copy(self.models[model])
-            detector.references = {}
-            self._detectors[model] = detector
+            self._detectors[model] = copy.copy(self.models[model])
+            self._detectors[model].references = {}
         detector = self._detectors[model]
         Prompts.from_texts(detector.clip, [build_prompts(detector.name_in_prompts(class_name))])
         key = readable_name(class_name)

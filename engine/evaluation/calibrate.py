@@ -50,19 +50,18 @@ def calibrate_images(arguments: InferenceArguments) -> list[Entry]:
     chosen = {path for paths in references.values() for path in paths}
     images.names = {path: name for path, name in images.names.items() if path not in chosen}
     check_disjoint(chosen, images.names)
-    counts = {name: list(images.names.values()).count(name) for name in classes}
-    for name, count in counts.items():
-        check_enough(count, rate, f"--calibrate {folder}: '{name}'")
+    for name in classes:
+        check_enough(list(images.names.values()).count(name), rate, f"--calibrate {folder}: '{name}'")
     detector = load_last_detector(arguments, classes, references)
     numbers: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for name, pixels in different_images(images, detector):
         numbers[name].append(score_and_peak(detector, pixels, name, arguments.domain, class_names))
-    for name in counts:
+    for name in classes:
         check_enough(len(numbers[name]), rate, f"--calibrate {folder}: '{name}'")
-    entries = [
-        calibrate_detector(detector, numbers[name], name, rate, arguments.domain, class_names) for name in counts
-    ]
-    for name, entry in zip(counts, entries, strict=True):
+    entries = []
+    for name in classes:
+        entry = calibrate_detector(detector, numbers[name], name, rate, arguments.domain, class_names)
+        entries.append(entry)
         add_entry(file, entry)
         logger.info("%s, %s: anomalous %s", detector.name, name, entry)
     logger.info("Written to %s", file)

@@ -91,6 +91,12 @@ class Evaluation:
         values = [value for result in self.classes if (value := result.values[metric]) is not None]
         return (sum(values) / len(values) if values else None), len(values)
 
+    @property
+    def total(self) -> ClassResult:
+        """The averages, with the images of all classes."""
+        values = {metric: self.average(metric)[0] for metric in METRICS}
+        return ClassResult("average", values, tuple(image for result in self.classes for image in result.scores))
+
 
 class _BatchScores(NamedTuple):
     """A model's result for a batch.
@@ -271,12 +277,10 @@ def evaluation_table(evaluation: Evaluation) -> str:
     """One model's metrics: a row for each class and the average."""
     rows = [
         [result.class_name, str(result.images), *(format_value(result.values[metric]) for metric in evaluation.metrics)]
-        for result in evaluation.classes
+        for result in (*evaluation.classes, evaluation.total)
     ]
-    averages = [evaluation.average(metric) for metric in evaluation.metrics]
-    images = sum(result.images for result in evaluation.classes)
-    rows.append([f"average of {len(evaluation.classes)}", str(images), *(format_value(value) for value, _ in averages)])
-    counts = [count for _, count in averages]
+    rows[-1][0] = f"average of {len(evaluation.classes)}"
+    counts = [evaluation.average(metric)[1] for metric in evaluation.metrics]
     if min(counts) < len(evaluation.classes):
         rows.append(["  defined in", "", *(f"{count} classes" for count in counts)])
     return format_table(["Class", "Images", *evaluation.metrics.values()], rows)
@@ -291,12 +295,8 @@ def summary_table(evaluations: Sequence[Evaluation]) -> str:
 
 def csv_rows(evaluation: Evaluation) -> list[list[object]]:
     """A row per class and one for the average, in the columns of `CSV_COLUMNS`; undefined values are `n/a`."""
-    classes = evaluation.classes
-    averages = {metric: evaluation.average(metric)[0] for metric in METRICS}
-    images, anomalous = sum(each.images for each in classes), sum(each.anomalous for each in classes)
     rows: list[list[object]] = []
-    lines = [(each.class_name, each.images, each.anomalous, each.values) for each in classes]
-    for name, *counts, values in [*lines, ("average", images, anomalous, averages)]:
-        metrics = [format_value(values[metric], 6) for metric in METRICS]
-        rows.append([evaluation.model, evaluation.dataset, name, *counts, evaluation.det_score, *metrics])
+    for each in (*evaluation.classes, evaluation.total):
+        counts, metrics = (each.images, each.anomalous), [format_value(each.values[metric], 6) for metric in METRICS]
+        rows.append([evaluation.model, evaluation.dataset, each.class_name, *counts, evaluation.det_score, *metrics])
     return rows

@@ -59,11 +59,7 @@ def write_report(
         gains=gains_of_last_loop(comparison),
         header=header,
         rows=[(row, marks) for row, marks in zip(rows, best_of_columns(comparison), strict=True)],
-        loop_charts=[
-            loop_chart(title, panel_of(comparison, metric))
-            for metric, title in comparison.columns.items()
-            if comparison.loops
-        ],
+        loop_charts=[loop_chart(title, panel_of(comparison, metric)) for metric, title in comparison.columns.items()],
         class_charts=class_charts(comparison),
         class_rows=class_rows(comparison),
         tested=tested_facts(comparison, data),

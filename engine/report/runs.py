@@ -86,9 +86,8 @@ def run_facts(
     if history:
         seconds = sum(epoch["seconds"] for epoch in history)
         rate = sum(epoch["images"] for epoch in history) / seconds
-        facts.append(
-            ("Training time", f"{readable_time(seconds)} for {len(history)} epochs, {rate:.1f} images per second")
-        )
+        time = f"{readable_time(seconds)} for {len(history)} epochs, {rate:.1f} images per second"
+        facts.append(("Training time", time))
     return [*facts, ("Versions", ", ".join(f"{name} {number}" for name, number in config.get("versions", {}).items()))]
 
 

@@ -75,22 +75,15 @@ def _setting_result(
     study = plan.study
     tables = {name: arm_table(plan, evaluations, setting, name, metrics) for name in study.arms}
     tables = {name: table for name, table in tables.items() if not np.isnan(table.values).all()}
-    compared = [
-        name
-        for name in tables
-        if name != study.compare_with and study.arms[name].compare and study.compare_with in tables
-    ]
-    comparisons = {
-        (name, metric): _compare(tables[name], tables[study.compare_with], metric)
-        for name in compared
-        for metric in metrics
-    }
+    others = [name for name in tables if name != study.compare_with and study.arms[name].compare]
+    compared = others if study.compare_with in tables else []
     # The metrics of the verdict form one family over all arms; every other metric is a family of its own.
     families = [list(verdict_metrics), *([metric] for metric in metrics if metric not in verdict_metrics)]
     verdicts: dict[tuple[str, str], Verdict] = {}
     for family in families:
         keys = [(name, metric) for name in compared for metric in family]
-        judged = judge([comparisons[key] for key in keys], study.margin)
+        comparisons = [_compare(tables[name], tables[study.compare_with], metric) for name, metric in keys]
+        judged = judge(comparisons, study.margin)
         verdicts |= dict(zip(keys, judged, strict=True))
     arms = []
     for name, table in tables.items():

@@ -57,16 +57,13 @@ def describe_plan(plan: Plan) -> list[str]:
 def missing_data(plan: Plan) -> list[str]:
     """The datasets that are not found, and what else the study needs."""
     study = plan.study
+    needed = [(pair.train, study.arguments) for pair in study.pairs]
+    needed += [(test, study.test_arguments) for pair in study.pairs for test in pair.test]
     problems: dict[str, None] = {}
-    for arguments, names in (
-        (study.arguments, [pair.train for pair in study.pairs]),
-        (study.test_arguments, [test for pair in study.pairs for test in pair.test]),
-    ):
-        root = Path(arguments["data_root"]) if "data_root" in arguments else None
-        for name in names:
-            if name not in TOY_DATASETS:
-                try:
-                    locate_dataset(name, root)
-                except UserError as error:
-                    problems[str(error)] = None
+    for name, arguments in needed:
+        if name not in TOY_DATASETS:
+            try:
+                locate_dataset(name, Path(arguments["data_root"]) if "data_root" in arguments else None)
+            except UserError as error:
+                problems[str(error)] = None
     return [*problems, *([study.needs] if study.needs and problems else [])]
