@@ -57,7 +57,7 @@ class ReferenceChoice:
         return {name: choose_normals(paths, self.shots, self.seed, name) for name, paths in images.items()}
 
 
-def scoring_note(det_score: str, choice: ReferenceChoice | None = None) -> str:
+def scoring_note(det_score: str, choice: ReferenceChoice | None) -> str:
     """Added to a heading if image scores are not the published ones, or if images are compared with references."""
     note = "" if det_score == DET_SCORES[0] else f", image scores with det score {det_score}"
     return note if choice is None else f"{note}, compared with normal references"
