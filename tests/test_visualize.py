@@ -23,6 +23,7 @@ from engine.evaluation.side_by_side import anomalous_records, list_images
 from tests.evaluating import visualize_comparison
 from tests.scripts import error_line, save, train_small_runs
 from utils.errors import UserError
+from utils.heatmaps import attention_range
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +137,8 @@ def test_a_class_name_cannot_leave_the_folder(world: Path, tmp_path: Path) -> No
     )
     assert figure.parent == folder and len(list(folder.iterdir())) == 2
     assert {path.name for path in tmp_path.iterdir()} == {"list.jsonl", "a"}
+
+
+def test_small_differences_of_attention_do_not_fill_the_colour_range() -> None:
+    assert attention_range([np.array([0.98, 1.0]), np.array([1.02])]) == (0.5, 1.5)
+    assert attention_range([np.array([0.9, 3.0])]) == (-1.0, 3.0)
