@@ -9,7 +9,6 @@ peak. scikit-learn needs about 60 bytes per pixel; anomalib is not among the req
 from __future__ import annotations
 
 import argparse
-import resource
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
+from benchmarks.bench_vit_l import peak_memory
 from utils.metrics import PixelCounter, image_metrics
 
 PATCH = 14
@@ -53,9 +53,9 @@ def main() -> None:
 
 def measured(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float, float]:
     """The result of a function, its processor time in seconds, and the growth of the peak memory in GiB."""
-    start, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start, peak = time.process_time(), peak_memory("cpu")
     result = function(*arguments)
-    return result, time.process_time() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 2**20
+    return result, time.process_time() - start, peak_memory("cpu") - peak
 
 
 def draw_masks(images: int, size: int, generator: torch.Generator) -> Tensor:

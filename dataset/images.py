@@ -44,6 +44,8 @@ def allow_megapixels(megapixels: str) -> None:
     Image.MAX_IMAGE_PIXELS = int(megapixels) * 500_000  # where Pillow warns; it refuses twice as many
 
 
+# Pillow warns from half of the limit on; only an image above the limit is refused. Filtered once: a filter around each
+# read would make Python repeat all warnings that it has shown already.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 if MAX_MEGAPIXELS_VARIABLE in os.environ:
     allow_megapixels(os.environ[MAX_MEGAPIXELS_VARIABLE])

@@ -24,7 +24,7 @@ def toy_examples(dataset: str = "toy_test", count: int = 8) -> list[Example]:
     folders = list(CLASSES[dataset])
     defects = [toy.defects[row % len(toy.defects)] for row, toy in enumerate(CLASSES[dataset].values())]
     examples = []
-    for folder, defect in [*zip(folders[: count - 1], defects, strict=False), (folders[0], None)]:
+    for folder, defect in [*zip(folders[: count - 1], defects[: count - 1], strict=True), (folders[0], None)]:
         pixels, _ = draw_toy_class(dataset, folder, defect, 0)
         name = TOY_DATASETS[dataset][folder]
         caption = f"{name}, {defect.replace('_', ' ') if defect else 'normal'}"

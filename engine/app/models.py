@@ -16,6 +16,7 @@ from engine.runtime.device import check_device
 from engine.runtime.run_folder import DEMO_FOLDER, demo_checkpoints, find_checkpoints
 from model.checkpoint import Checkpoint, read_checkpoint
 from model.clip import FrozenCLIP
+from model.config import TOY
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def load_models(arguments: AppArguments) -> dict[str, Detector]:
         try:
             files = demo_checkpoints(DEMO_FOLDER)
         except UserError as error:
-            overrides["model_name"] = arguments.model_name or "toy"
+            overrides["model_name"] = arguments.model_name or TOY
             logger.warning("%s. Until then, the page shows unadapted CLIP (%s) alone", error, overrides["model_name"])
     else:
         with_unadapted = NO_CHECKPOINT in arguments.checkpoint

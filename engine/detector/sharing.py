@@ -17,7 +17,7 @@ from engine.detector.calibration import CALIBRATION_FILE, Entry, add_entry
 from engine.detector.hub import CARD_FILE, SHARED_FILES
 from model.checkpoint import Checkpoint
 from model.clip_loading import DEFAULT_TAG, is_tag
-from model.config import limits_of
+from model.config import TOY, limits_of
 from model.shared import Shared, is_shared, write_shared
 from utils.errors import UserError
 from utils.files import check_folder, write_text
@@ -116,7 +116,7 @@ def read_metrics(checkpoint: Path, names: Collection[str]) -> list[dict[str, str
 
 def clip_licence(model_name: str, clip_weights: str | None) -> str:
     """The licence of CLIP's own weights, as far as their name shows it."""
-    if model_name == "toy":
+    if model_name == TOY:
         return "this project's, which trained it"
     openai = model_name.removesuffix("-quickgelu") in OPENAI_MODELS and clip_weights in (None, DEFAULT_TAG)
     return "MIT, if they are OpenAI's" if openai else NOT_STATED

@@ -250,13 +250,13 @@ def _scored(
         for name, detector in models.items():
             with autocast(device, precision):
                 outputs = detector.model(images, text_sides[name], rows, shared)
-                of_class, of_image = (
+                published_maps, own_maps = (
                     maps.float() for maps in _anomaly_maps(detector, class_name, outputs, images, domain)
                 )
-            maps = of_class if published else of_image
+            maps = published_maps if published else own_maps
             pixels = pixels_of(maps, masks, batch["image_path"]) if masked[class_name] else None
-            low, high = torch.aminmax(of_class.flatten(1), dim=1)
-            score = calibrated_scores(of_image, outputs, domain, detector.det_score)
+            low, high = torch.aminmax(published_maps.flatten(1), dim=1)
+            score = calibrated_scores(own_maps, outputs, domain, detector.det_score)
             numbers = torch.stack([score, high, low, det_scores(outputs, detector.det_score)]).float()
             scores = _BatchScores(pixels, numbers)
             of_models[name] = scores.to("cpu") if is_distributed() else scores
@@ -275,15 +275,16 @@ def format_value(value: float | None, digits: int = 2) -> str:
 
 def evaluation_table(evaluation: Evaluation) -> str:
     """One model's metrics: a row for each class and the average."""
+    metrics = evaluation.metrics
     rows = [
-        [result.class_name, str(result.images), *(format_value(result.values[metric]) for metric in evaluation.metrics)]
+        [result.class_name, str(result.images), *(format_value(result.values[metric]) for metric in metrics)]
         for result in (*evaluation.classes, evaluation.total)
     ]
     rows[-1][0] = f"average of {len(evaluation.classes)}"
-    counts = [evaluation.average(metric)[1] for metric in evaluation.metrics]
+    counts = [evaluation.average(metric)[1] for metric in metrics]
     if min(counts) < len(evaluation.classes):
         rows.append(["  defined in", "", *(f"{count} classes" for count in counts)])
-    return format_table(["Class", "Images", *evaluation.metrics.values()], rows)
+    return format_table(["Class", "Images", *metrics.values()], rows)
 
 
 def summary_table(evaluations: Sequence[Evaluation]) -> str:

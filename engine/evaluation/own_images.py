@@ -217,12 +217,14 @@ def drift_notes(findings: Sequence[Finding], entries: Mapping[str, Entry]) -> li
 
     By a two-sample Kolmogorov-Smirnov test, for at least `LEAST_FOR_DRIFT` images.
     """
-    from scipy.stats import ks_2samp  # slow to import, and needed after a calibration only
-
     notes = []
     for name, entry in entries.items():
         scores = [finding.score for finding in findings if finding.class_name == name]
-        p = ks_2samp(scores, entry.scores).pvalue if len(scores) >= LEAST_FOR_DRIFT else 1.0
+        if len(scores) < LEAST_FOR_DRIFT:
+            continue
+        from scipy.stats import ks_2samp  # slow to import, and needed after a calibration only
+
+        p = ks_2samp(scores, entry.scores).pvalue
         if p < DRIFT_LEVEL:
             medians = (statistics.median(scores), statistics.median(entry.scores))
             direction = "higher" if medians[0] > medians[1] else "lower"

@@ -58,13 +58,13 @@ class ReferenceChoice:
 
 
 def scoring_note(det_score: str, choice: ReferenceChoice | None) -> str:
-    """Added to a heading if image scores are not the published ones, or if images are compared with references."""
+    """Added to a heading if image scores use another det score, or if images are compared with references."""
     note = "" if det_score == DET_SCORES[0] else f", image scores with det score {det_score}"
     return note if choice is None else f"{note}, compared with normal references"
 
 
 def scoring_suffix(det_score: str, choice: ReferenceChoice | None) -> str:
-    """Added to file names if image scores are not the published ones, or if images are compared with references."""
+    """Added to file names if image scores use another det score, or if images are compared with references."""
     return ("" if det_score == DET_SCORES[0] else f"_det_{det_score}") + references_suffix(choice)
 
 

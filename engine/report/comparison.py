@@ -74,7 +74,7 @@ class Comparison:
 
     @property
     def heading_note(self) -> str:
-        """Added to headings if the metrics are not the published, zero-shot ones."""
+        """Added to headings if image scores use another det score, or if images are compared with references."""
         return scoring_note(self.det_score, self.references)
 
     def file(self, name: str) -> str:

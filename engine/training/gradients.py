@@ -28,7 +28,7 @@ from model.adapter_modules import match_length
 from model.blocks import run_block
 from model.checkpoint import Checkpoint, load_component, read_checkpoint
 from model.clip_loading import load_clip
-from model.config import CrossAttentionConfig
+from model.config import TOY, CrossAttentionConfig
 from model.text import Prompts
 from utils.errors import UserError
 from utils.seeding import derive_seed
@@ -139,7 +139,7 @@ def build_model(test: GradientTest, checkpoint: Checkpoint | None) -> AdaptedCLI
     """
     torch.manual_seed(derive_seed(test.seed))
     if checkpoint is None:
-        clip = load_clip(test.model_name or "toy", test.clip_weights, test.img_size, test.activation)
+        clip = load_clip(test.model_name or TOY, test.clip_weights, test.img_size, test.activation)
         config = clip.model_config()
     else:
         clip = load_clip_for(checkpoint, test.clip_weights, **test.given("model_name", "img_size", "activation"))
