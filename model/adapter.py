@@ -12,8 +12,8 @@ from model.adapter_modules import SimpleProj, blend, make_adapter
 from model.blocks import run_block, run_block_for_class, unit
 from model.clip import FrozenCLIP
 from model.config import COMPONENTS, LoopForward, ModelConfig, check_depths
-from model.frozen import ImageFeatures, SharedStreams, frozen_features
-from model.scoring import Outputs, compare
+from model.frozen import ImageFeatures, SharedStreams, class_embedding, frozen_features
+from model.scoring import Outputs, compare, compare_class_token
 from model.text import CLIP_TEXT, Prompts, TextModules, encode_classes, pair_anchors
 
 
@@ -152,5 +152,11 @@ class AdaptedCLIP(nn.Module):
         Returns:
             Similarities on the patch grid and of the whole images.
         """
-        features = self.encode_image(images)
-        return compare(features.levels, features.det, text_side[rows])
+        return self.scored(images, self.encode_image(images), text_side[rows])
+
+    def scored(self, images: Tensor, features: ImageFeatures, anchors: Tensor) -> Outputs:
+        """Similarities of `features` of `images` to anchors (B, D, 2); of whole images with `config.image_feature`."""
+        outputs = compare(features.levels, features.det, anchors)
+        if self.config.image_feature == "projector":
+            return outputs
+        return outputs._replace(det=compare_class_token(class_embedding(self.clip, images), anchors))

@@ -227,11 +227,11 @@ class AdaptedCLIPWithCrossAttention(AdaptedCLIP):
         """As `AdaptedCLIP.forward`, with anchors conditioned on each image; the text side receives no gradient."""
         features = self.image_features(images, text_side, rows)
         if text_side.anchors is not None:
-            return compare(features.levels, features.det, text_side.anchors[rows])
+            return self.scored(images, features, text_side.anchors[rows])
         with torch.no_grad():
             context = self.text_context(self.context_features(images, features, text_side.loop, shared))
             anchors = self.conditioned_anchors(text_side.prompts, text_side.stream, rows, context)
-        return compare(features.levels, features.det, anchors)
+        return self.scored(images, features, anchors)
 
     def joint_forward(self, images: Tensor, prompts: Prompts, rows: Tensor, loop: LoopForward | None = None) -> Outputs:
         """`forward` with gradients on both sides; rows: (B,), each image's class in `prompts`."""

@@ -25,6 +25,8 @@ CROSS_ATTN_INITS = ("xavier", "zero")
 TEXT_CONDITIONINGS = ("image", "none")
 # The det score: similarity to the abnormal anchor, or its difference from the similarity to the normal one.
 DET_SCORES = ("abnormal", "difference")
+# The feature of whole images: the trained projector's, or CLIP's own class token.
+IMAGE_FEATURES = ("projector", "class_token")
 TEXT_CONTEXTS = ("frozen", "trained", "projectors")
 # Patch features to compare with normal references, and the weight of the reference map (docs/results.md).
 REFERENCE_FEATURES = ("trained", "frozen", "both")
@@ -63,6 +65,7 @@ class ModelConfig:
     relu: bool = False
     surgery: str = limited("dual", choices=SURGERIES)
     text_adapted: bool = True
+    image_feature: str = limited("projector", choices=IMAGE_FEATURES)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers only, so that checkpoints load with `weights_only=True`."""

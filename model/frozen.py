@@ -124,6 +124,16 @@ def frozen_features(
 
 
 @torch.no_grad()
+def class_embedding(clip: FrozenCLIP, images: Tensor) -> Tensor:
+    """CLIP's own embedding of images, (B, 3, S, S) -> (B, D), of length 1."""
+    x = clip.embed_image(images)
+    *blocks, last = clip.clip.visual.transformer.resblocks
+    for block in blocks:
+        x = clip.run(run_block, block, x)
+    return unit(clip.project_image(clip.run(run_block_for_class, last, x)[:, 0]))
+
+
+@torch.no_grad()
 def frozen_patches(clip: FrozenCLIP, images: Tensor, config: ModelConfig) -> list[Tensor]:
     """Unit patch features of `dual` without the class embedding, (B, N, D) at each level, for normal references."""
     streams, _ = surgery_stream(clip, images, replace(config, surgery="dual"), config.levels)

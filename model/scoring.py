@@ -52,6 +52,15 @@ def compare(levels: Sequence[Tensor], det: Tensor, anchors: Tensor) -> Outputs:
     return Outputs(similarities(levels, anchors), full_product(det[:, None], anchors)[:, 0], levels)
 
 
+def compare_class_token(embedding: Tensor, anchors: Tensor) -> Tensor:
+    """Similarities (B, 2) of CLIP's class token, (B, D), to anchors (B, D, 2), as differences of probabilities.
+
+    Cosines with CLIP's own token are close to each other, so they are scaled as CLIP does: p = softmax(100 cos). The
+    result is 2 p - 1 for both anchors, so that each of `det_scores` is p(abnormal).
+    """
+    return 2 * similarities([embedding[:, None]], anchors)[0][:, 0].softmax(dim=1) - 1
+
+
 def to_grid(tokens: Tensor) -> Tensor:
     """Patch tokens (B, N, C) -> (B, C, side, side)."""
     side = math.isqrt(tokens.shape[1])

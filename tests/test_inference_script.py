@@ -215,6 +215,23 @@ def test_another_det_score_has_separate_files(world: Path, tmp_path: Path) -> No
         model.predict(images[None][0].path, "cork", det_score="nonsense")
 
 
+def test_clips_class_token_replaces_the_projectors_feature(world: Path, tmp_path: Path) -> None:
+    file, images = world / "run" / "image_adapter_2.pth", world / "test" / "cork" / "test" / "spot"
+    plain, model = load_model(file, device="cpu"), load_model(file, device="cpu", image_feature="class_token")
+    for finding in score_images(file, images, "cork", output_dir=tmp_path, device="cpu", image_feature="class_token"):
+        pixels = model._pixels(read_image(Path(finding.path)))
+        side, _ = model._encode_class("cork", None)
+        token = model.clip.clip.encode_image(pixels, normalize=True)
+        probability = (100 * token @ side[0]).softmax(dim=1)[0, 1].item()
+        other = plain.predict(finding.path, "cork")
+        assert finding.score == pytest.approx(0.5 * float(other.anomaly_map.max()) + 0.5 * probability, abs=1e-5)
+        assert finding.score != other.score
+        assert model.predict(finding.path, "cork", det_score="difference").score == pytest.approx(
+            finding.score, abs=1e-6
+        )
+    assert model.digest != plain.digest, "thresholds belong to one feature"
+
+
 def test_a_missing_epoch_is_an_error_that_lists_the_others(world: Path) -> None:
     there = error_line("inference.py", "--checkpoint", world / "run" / "image_adapter_99.pth")
     assert "image_adapter_10.pth" in there

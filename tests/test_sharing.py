@@ -87,7 +87,10 @@ def write_cross(folder: Path, clip: FrozenCLIP, cross: CrossAttentionConfig) -> 
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "base": ("base", {}),
-    "base, otherwise": ("base", {"img_size": 48, "surgery": "sequential", "det_score": "difference"}),
+    "base, otherwise": (
+        "base",
+        {"img_size": 48, "surgery": "sequential", "det_score": "difference", "image_feature": "class_token"},
+    ),
     "cross": ("cross", {}),
     "cross, otherwise": ("cross", {"text_cross_attn_weight": 0.9, "context_norm": "none"}),
     "published": ("published", {"model_name": "clip"}),

@@ -12,7 +12,7 @@ from dataset.records import HALF
 from engine.config.common import DataArguments, MachineArguments, ModelArguments
 from engine.config.training import CrossAttentionArguments
 from engine.detector.hub import NO_CHECKPOINT
-from model.config import DET_SCORES, REFERENCE_FEATURES, REFERENCE_WEIGHT, CrossAttentionConfig
+from model.config import DET_SCORES, IMAGE_FEATURES, REFERENCE_FEATURES, REFERENCE_WEIGHT, CrossAttentionConfig
 from utils.arguments import Arguments, number
 from utils.errors import UserError
 from utils.fields import changed, setting
@@ -69,6 +69,7 @@ OVERRIDES = (
     "surgery",
     "surgery_until_layer",
     "det_score",
+    "image_feature",
     "text_conditioning",
     "text_context",
     "text_cross_attn_weight",
@@ -110,6 +111,12 @@ class TrainedModelArguments(Arguments):
         "image score: similarity to the abnormal anchor, or difference of the similarities to both anchors",
         choices=DET_SCORES,
         unset=DET_SCORES[0],
+    )
+    image_feature: str | None = _task(
+        None,
+        "image score: the trained projector of the patches, or CLIP's own class token (a second forward pass)",
+        choices=IMAGE_FEATURES,
+        unset=TRAINED,
     )
 
     def overrides(self) -> dict[str, Any]:

@@ -138,7 +138,7 @@ class GradientTest(TrainedModelArguments):
     """Options of `test_stage2_gradients.py`; None means not given."""
 
     presets: ClassVar = PRESETS
-    not_options: ClassVar = ("det_score",)
+    not_options: ClassVar = ("det_score", "image_feature")
     less_memory: ClassVar = "a smaller --batch_size or --img_size"
 
     model_name: str | None = changed(TestingArguments, "model_name", unset=f"{ASSUMED} toy")

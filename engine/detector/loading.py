@@ -24,7 +24,7 @@ from utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 PUBLISHED_MODEL = "ViT-L-14-336"
-FORWARD_OVERRIDES = ("surgery", "surgery_until_layer")
+FORWARD_OVERRIDES = ("surgery", "surgery_until_layer", "image_feature")
 # The forward that a shared model was saved with, which it keeps unless it is overridden.
 MODEL_OVERRIDES = ("model_name", "img_size", "activation", *FORWARD_OVERRIDES)
 # Choices of a checkpoint's cross-attention that can be overridden.
@@ -62,8 +62,8 @@ def load_model(
         calibration: a `calibration.json` with thresholds of this model. Default: the file next to the checkpoint, if
             it has thresholds of this model.
         **overrides: `model_name`, `img_size`, `activation`, `surgery`, `surgery_until_layer` (needed for files without
-            `config`, such as AA-CLIP's published files), those of `CROSS_ATTENTION_OVERRIDES` for a model with
-            cross-attention, and `det_score` (see `Detector`). Values that differ from training are logged.
+            `config`, such as AA-CLIP's published files), `image_feature`, those of `CROSS_ATTENTION_OVERRIDES` for
+            a model with cross-attention, and `det_score` (see `Detector`). Values that differ from training are logged.
 
     Returns:
         The model in evaluation mode on `device`.
