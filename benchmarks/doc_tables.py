@@ -1,4 +1,4 @@
-"""Tables in the documentation that show the gains of a study.
+"""Tables in the documentation that show the gains of a study, or the catalog of datasets.
 
     python -m benchmarks.doc_tables [FOLDER ...]
 
@@ -7,7 +7,8 @@ over classes, and `NAME_verdicts.csv`, the comparisons of arms. Then it updates 
 
     <!-- study: confirmation, compared with base continued: pixel_ap, image_auroc; arms: joint; feedback -->
 
-(the study, the arm that the others are compared with, the metrics; optionally the arms, otherwise all).
+(the study, the arm that the others are compared with, the metrics; optionally the arms, otherwise all), or a line
+`<!-- catalog: NAME -->` with one of `CATALOG_TABLES`.
 """
 
 from __future__ import annotations
@@ -18,18 +19,35 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from dataset.catalog import CATALOG, GROUPS
+from dataset.layouts import LAYOUTS
 from engine.study.report import gain_cell
 from engine.study.results import metric_title
 from utils.errors import UserError
 from utils.files import write_text
 from utils.reading import read_table
-from utils.text import csv_table, markdown_table
+from utils.text import csv_table, list_names, markdown_table
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BLOCK = re.compile(
     r"(?P<mark><!-- study: (?P<study>\w+), compared with (?P<arm>[^:>]+): (?P<metrics>[\w, ]+)"
     r"(; arms: (?P<arms>[^>]+))? -->)\n(\|.*\n)*"
 )
+CATALOG_BLOCK = re.compile(r"(?P<mark><!-- catalog: (?P<table>\w+) -->)\n(\|.*\n)*")
+CATALOG_TABLES = {
+    "datasets": [
+        "name",
+        "domain",
+        "classes",
+        "test images (normal + anomalous)",
+        "metrics",
+        "licence",
+        "source",
+        "folder",
+    ],
+    "notes": ["name", "names in prompts", "what papers compare, and pitfalls"],
+    "layouts": ["datasets", "files"],
+}
 KEYS = ("setting", "arm", "seed", "train", "test")
 
 
@@ -58,6 +76,21 @@ def gains_table(verdicts_csv: Path, compared_with: str, metrics: Sequence[str], 
     return markdown_table(["Arm", *map(metric_title, metrics)], rows)
 
 
+def catalog_table(table: str) -> str:
+    """One of `CATALOG_TABLES`, in Markdown."""
+    rows = []
+    specs = [CATALOG[name] for name in GROUPS["all"]]
+    for spec in specs if table != "layouts" else ():
+        size = "counted" if spec.size is None else " + ".join(map(str, spec.size))
+        folders = ", ".join(f"`{folder}`" for folder in (spec.folder, *spec.folders))
+        prompts = list_names(list(dict.fromkeys(spec.class_names.values())), 4)
+        facts = [spec.domain, str(len(spec.class_names)), size, spec.metrics, spec.licence, spec.source, folders]
+        rows.append([f"`{spec.name}`", *([prompts, spec.notes] if table == "notes" else facts)])
+    for key, layout in LAYOUTS.items() if table == "layouts" else ():
+        rows.append([", ".join(spec.name for spec in specs if key in spec.layouts), f"`{layout.expected}`"])
+    return markdown_table(CATALOG_TABLES[table], rows, "---")
+
+
 def updated(page: str, results: Path) -> str:
     """The text of a page, with its tables made from the studies in `results`."""
 
@@ -66,6 +99,7 @@ def updated(page: str, results: Path) -> str:
         names = match["arms"].split("; ") if match["arms"] else ()
         return f"{match['mark']}\n{gains_table(file, match['arm'], match['metrics'].split(', '), names)}\n"
 
+    page = CATALOG_BLOCK.sub(lambda match: f"{match['mark']}\n{catalog_table(match['table'])}\n", page)
     return BLOCK.sub(fill, page)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from dataset.catalog import CATALOG, DatasetSpec, mvtec_spec
+from dataset.catalog import CATALOG, GROUPS, DatasetSpec, known_dataset, mvtec_spec
 from dataset.folders import describe_folder, find_folders, subfolders
 from dataset.layouts import LAYOUTS, test_folder
 from dataset.prompts import readable_name
@@ -26,6 +26,10 @@ DEFAULT_DATA_ROOT = "data"
 _OTHER_SPLITS = ("2cls_fewshot", "2cls_highshot")
 
 
+class MissingDatasetError(UserError):
+    """A dataset of the catalog is not under the data root."""
+
+
 @dataclass(frozen=True)
 class LocatedDataset:
     """A dataset and its folder, which the paths of its records are relative to."""
@@ -38,11 +42,6 @@ class LocatedDataset:
         return _layout_in(self.spec, self.root)
 
 
-def known_dataset(name: str) -> DatasetSpec | None:
-    """The catalog's dataset of this name, in any letter case."""
-    return {known.lower(): spec for known, spec in CATALOG.items()}.get(name.lower())
-
-
 def locate_dataset(name_or_path: str, data_root: Path | None = None) -> LocatedDataset:
     """Find a dataset.
 
@@ -51,14 +50,15 @@ def locate_dataset(name_or_path: str, data_root: Path | None = None) -> LocatedD
     images of the folder are not checked here.
 
     Args:
-        name_or_path: A name in the catalog, in any letter case, or the path of a folder in MVTec's layout.
+        name_or_path: A name in the catalog (`known_dataset`), or the path of a folder in MVTec's layout.
         data_root: The folder of the datasets. Default: the environment variable ANOMALY_DATA_ROOT, then "data".
 
     Returns:
         The dataset and its folder.
 
     Raises:
-        UserError: The name is unknown, or the folder is missing; the message describes the expected layout.
+        MissingDatasetError: The folder is missing; the message describes the expected layout.
+        UserError: The name is unknown.
     """
     spec = known_dataset(name_or_path)
     if spec is None:
@@ -68,7 +68,7 @@ def locate_dataset(name_or_path: str, data_root: Path | None = None) -> LocatedD
     if root is None and spec.name in TOY_DATASETS:
         root = _draw_toy_dataset(spec, data_root)
     if root is None:
-        raise UserError(_missing_folder_message(spec, data_root))
+        raise MissingDatasetError(_missing_folder_message(spec, data_root))
     return LocatedDataset(spec, root)
 
 
@@ -76,7 +76,8 @@ def _locate_own_folder(path: str) -> LocatedDataset:
     root = expanded(path)
     if not path.strip() or not is_folder(root):
         raise UserError(
-            f"unknown dataset {path!r}: it is neither a folder nor one of the known datasets ({', '.join(CATALOG)})"
+            f"unknown dataset {path!r}: it is neither a folder nor one of the known datasets ({', '.join(CATALOG)}), "
+            f"nor one of inference.py's groups of them ({', '.join(GROUPS)})"
         )
     name = root.resolve().name
     classes = [name] if test_folder(root) else [child.name for child in subfolders(root) if test_folder(child)]
@@ -98,12 +99,12 @@ def _find(spec: DatasetSpec, data_root: Path) -> Path | None:
     if spec.is_own_name(data_root.resolve().name):
         named.append(data_root)
     fullest, most = _fullest(spec, chain(named, _below(named)))
-    # A folder of another name must hold most of the classes, because datasets share some. Medical datasets have one
-    # class and one layout, so that only the name tells them apart.
-    if len(spec.class_names) > 1:
-        count = len(_layout_in(spec, data_root)[1])
-        if count > most and 2 * count > len(spec.class_names):
-            return data_root
+    # A folder of another name must hold most of the classes, because datasets share some, or a layout that only this
+    # dataset has. Only the name tells datasets of one class and a common layout apart.
+    layout, classes = _layout_in(spec, data_root)
+    is_own = sum(layout in other.layouts for other in CATALOG.values()) == 1
+    if len(classes) > most and (is_own or 2 * len(classes) > len(spec.class_names) > 1):
+        return data_root
     return fullest or next(iter(named), None)
 
 

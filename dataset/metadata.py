@@ -11,10 +11,11 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dataset.catalog import CATALOG
+from dataset.catalog import CATALOG, IMAGE_METRICS
 from dataset.folders import describe_folder, existing_path
 from dataset.images import without_black_masks
 from dataset.layouts import LAYOUTS, missing_mask
@@ -76,7 +77,9 @@ def load_records(located: LocatedDataset, metadata_file: Path | None = None) -> 
         records = build_metadata(located)
         anomalous = sum(record.label for record in records)
         normal = len(records) - anomalous
-        logger.info("%s: %d images (%d normal, %d anomalous)", spec.name, len(records), normal, anomalous)
+        papers = "; papers count {} and {}".format(*spec.size) if spec.size not in (None, [normal, anomalous]) else ""
+        counts = (len(records), normal, anomalous)
+        logger.info("%s: %d images (%d normal, %d anomalous)%s", spec.name, *counts, papers)
         present = {record.class_name for record in records}
         if missing := [class_name for class_name in spec.class_names if class_name not in present]:
             logger.warning("%s: no images of %s in %s", spec.name, ", ".join(missing), located.root)
@@ -116,18 +119,20 @@ def _save_list(located: LocatedDataset, records: Sequence[Record]) -> None:
 def build_metadata(located: LocatedDataset) -> list[Record]:
     """List the test split from the dataset's folders: class by class, each class in natural order of its paths.
 
-    Anomalous images may lack a mask if the dataset is not in the catalog.
+    Anomalous images may lack a mask if the dataset is not in the catalog, or has no masks there.
 
     Raises:
         UserError: No image or not every mask was found; the message says what was found and what is expected.
     """
     spec, root = located.spec, located.root
+    check_lookalikes(located)
     layout = LAYOUTS[located.layout()[0]]
     expected = f"expected {', or '.join(LAYOUTS[name].expected for name in spec.layouts)}"
     try:
         records = layout.records(root, list(spec.class_names))
-        unmasked = next((record for record in records if record.lacks_mask), None)
-        if unmasked is not None and CATALOG.get(spec.name) is spec:
+        if spec.metrics == IMAGE_METRICS:
+            records = [replace(record, mask_path=None) for record in records]
+        elif CATALOG.get(spec.name) is spec and (unmasked := next(filter(attrgetter("lacks_mask"), records), None)):
             raise UserError(missing_mask(root, unmasked))
     except UserError as error:
         raise UserError(f"{error} ({expected}; for any other layout list the images with --metadata FILE)") from error
@@ -139,6 +144,20 @@ def build_metadata(located: LocatedDataset) -> list[Record]:
         )
     order = {class_name: i for i, class_name in enumerate(spec.class_names)}
     return sorted(records, key=lambda record: (order[record.class_name], natural_key(record.image_path)))
+
+
+def check_lookalikes(located: LocatedDataset) -> None:
+    """Raise `UserError` if the folder holds another dataset that goes by the same name."""
+    spec, root = located.spec, located.root
+    layout, classes = located.layout()
+    has_own_layout = bool(classes) and layout == spec.layouts[0]
+    for sign, other in spec.lookalikes.items():
+        if sign in LAYOUTS:
+            is_other = not has_own_layout and bool(LAYOUTS[sign].classes(root, list(spec.class_names)))
+        else:
+            is_other = len(classes) == int(sign)
+        if is_other:
+            raise UserError(f"{root} is not {spec.name} but another dataset that goes by this name: {other}")
 
 
 def _conversion_note(root: Path) -> str:

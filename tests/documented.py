@@ -107,7 +107,7 @@ def blocks(page: str, text: str) -> list[Block]:
             language, start, inside = match.group(2), number + 1, []
         elif mark := MARK.fullmatch(line):
             marks[mark.group(1)] = mark.group(2)
-        elif marks or (line.startswith("<!--") and not line.startswith("<!-- study: ")):
+        elif marks or (line.startswith("<!--") and not line.startswith(("<!-- study: ", "<!-- catalog: "))):
             raise ValueError(f"{page}:{number}: an unknown mark, or a mark without a block")
     return result
 

@@ -14,7 +14,9 @@ from engine.report import compare
 
 
 def evaluate_checkpoints(checkpoint: object, dataset: object = None, **values: Any) -> list[Evaluation]:
-    return inference.evaluate_checkpoints(_inference(checkpoint, dataset=dataset and str(dataset), **values))
+    return inference.evaluate_checkpoints(
+        _inference(checkpoint, dataset=(str(dataset),) if dataset else None, **values)
+    )
 
 
 def score_images(

@@ -32,11 +32,11 @@ from utils.metrics import image_metrics
 def check_dataset(folder: Path) -> None:
     """A dataset: its images are found, and it is scored and named as its entry says."""
     for place in ("good/img", "Ungood/img", "Ungood/label"):
-        path = folder / "Chest_AD" / "test" / place / "x.png"
+        path = folder / "Lung_AD" / "test" / place / "x.png"
         path.parent.mkdir(parents=True)
         Image.new("L", (8, 8), 255).save(path)
-    data = load_task("chest", folder)
-    assert data.names == {"Chest": "chest X-ray"}
+    data = load_task("lung", folder)
+    assert data.names == {"Lung": "lung tissue"}
     assert data.located.spec.domain == "medical"
     assert sorted(record.label for record in data.records) == [0, 1]
 

@@ -51,6 +51,13 @@ def _nested_rows(content: Any, place: str, keys: Sequence[str], values: Mapping[
         raise UserError(f"{place} must be a list of images, not {short_repr(content)}")
 
 
+def read_json_list(content: Any, root: Path, arguments: ConversionArguments) -> list[Item]:
+    """The images of the content of a JSON file; Real-IAD's paths begin with a folder that its first entry names."""
+    if isinstance(content, dict) and isinstance(content.get("meta"), dict):
+        root /= str(content.pop("meta").get("prefix", ""))
+    return read_list(rows_of(content, arguments.source), root, arguments)
+
+
 def read_list(rows: Iterable[Row], root: Path, arguments: ConversionArguments) -> list[Item]:
     """The images of the rows of a list; paths are relative to `root`."""
     pairs = [_item(row, source, root, arguments) for source, row in rows]

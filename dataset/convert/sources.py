@@ -12,7 +12,7 @@ from dataset.conventions import IMAGE_FOLDER_NAMES, folder_word, is_anomalous_na
 from dataset.convert.annotations import read_coco, read_outlines, yolo_classes
 from dataset.convert.arguments import ConversionArguments
 from dataset.convert.items import ANOMALOUS, Item, Outlines
-from dataset.convert.lists import read_list, rows_of
+from dataset.convert.lists import read_json_list, read_list
 from dataset.folders import (
     FoundImages,
     describe_folder,
@@ -89,9 +89,7 @@ def _read_file(arguments: ConversionArguments) -> tuple[str, list[Item]]:
         return "COCO annotations", read_coco(content, source, root, arguments.class_name or "object")
     if isinstance(content, dict) and "shapes" in content:
         raise UserError(f"{source} is labelme's file of one image: convert its folder")
-    if isinstance(content, dict) and isinstance(content.get("meta"), dict):  # Real-IAD
-        root /= str(content.pop("meta").get("prefix", ""))
-    return "a list", read_list(rows_of(content, source), root, arguments)
+    return "a list", read_json_list(content, root, arguments)
 
 
 def read_folder(arguments: ConversionArguments) -> list[Item]:

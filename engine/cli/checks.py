@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dataset.catalog import expand_groups, known_dataset
 from dataset.class_names import read_class_names
 from dataset.folders import find_images
 from dataset.images import allow_megapixels
-from dataset.locate import known_dataset, locate_dataset
+from dataset.locate import MissingDatasetError, locate_dataset
 from dataset.prompts import NAMES
 from dataset.toy.classes import TOY_DATASETS
 from engine.config.evaluation import ComparisonArguments
@@ -68,16 +69,24 @@ def check_dataset(arguments: Any) -> None:
     """Raise `UserError` for an unknown dataset, or one that is not where it is expected."""
     if getattr(arguments, "class_names", None) not in (None, *NAMES):
         read_class_names(Path(arguments.class_names))
-    spec = known_dataset(arguments.dataset)
     # A toy dataset is drawn on first use, and a checkpoint or an earlier run may contain the data root.
     elsewhere = arguments.data_root is None and (
         not isinstance(arguments, RunConfig)
         or any(vars(arguments).get(name) for name in STARTS)
         or run_arguments(arguments.save_path).get("data_root")
     )
-    if spec is None or not (elsewhere or spec.name in TOY_DATASETS):
-        with quiet():
-            locate_dataset(arguments.dataset, arguments.data_root)
+    names = [arguments.dataset] if isinstance(arguments.dataset, str) else expand_groups(arguments.dataset)
+    missing: list[UserError] = []
+    for name in names:
+        spec = known_dataset(name)
+        if spec is None or not (elsewhere or spec.name in TOY_DATASETS):
+            try:
+                with quiet():
+                    locate_dataset(name, arguments.data_root)
+            except MissingDatasetError as error:
+                missing.append(error)
+    if missing and len(missing) == len(names):
+        raise missing[0]
 
 
 def run_arguments(folder: Path) -> dict[str, Any]:

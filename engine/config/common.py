@@ -65,10 +65,9 @@ class ModelArguments(Arguments):
 
 
 @dataclass(frozen=True)
-class DataArguments(Arguments):
-    """The images of a dataset."""
+class ImageArguments(Arguments):
+    """Where images are and how they are read."""
 
-    dataset: str | None = _data("VisA", "dataset: a catalog name, or a folder in MVTec's layout")
     data_root: Path | None = _data(None, "folder of the datasets", free=True, unset="$ANOMALY_DATA_ROOT, else data")
     metadata: Path | None = _data(None, "image list in JSON lines, instead of the one made from the folders", free=True)
     class_names: str | None = _data(
@@ -87,6 +86,13 @@ class DataArguments(Arguments):
     def image_choices(self) -> tuple[Path | None, Path | None, str | None, bool, str | float | None]:
         """Where images are and how they are read, for `load_task`."""
         return self.data_root, self.metadata, self.class_names, self.skip_bad_images, self.mask_threshold
+
+
+@dataclass(frozen=True)
+class DataArguments(ImageArguments):
+    """The images of a dataset."""
+
+    dataset: str | None = _data("VisA", "dataset: a catalog name, or a folder in MVTec's layout")
 
 
 @dataclass(frozen=True)

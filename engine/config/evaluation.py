@@ -7,9 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from dataset.catalog import GROUPS
 from dataset.prompts import NAMES
 from dataset.records import HALF
-from engine.config.common import DataArguments, MachineArguments, ModelArguments
+from engine.config.common import DataArguments, ImageArguments, MachineArguments, ModelArguments
 from engine.config.training import CrossAttentionArguments
 from engine.detector.hub import NO_CHECKPOINT
 from model.config import DET_SCORES, IMAGE_FEATURES, REFERENCE_FEATURES, REFERENCE_WEIGHT, CrossAttentionConfig
@@ -126,19 +127,16 @@ class TrainedModelArguments(Arguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TestingArguments(MachineArguments, DataArguments, TrainedModelArguments):
+class TestingArguments(MachineArguments, ImageArguments, TrainedModelArguments):
     """Options of all testing."""
 
     less_memory: ClassVar = "a smaller --batch_size, --precision bf16, a smaller --img_size"
 
     surgery: str | None = _as_trained("surgery")
     surgery_until_layer: int | None = _as_trained("surgery_until_layer")
-    dataset: str | None = changed(
-        DataArguments, "dataset", None, unset="the training dataset, which is not zero-shot", help=TEST_DATASET
-    )
-    data_root: Path | None = changed(DataArguments, "data_root", unset=TEST_ROOT)
-    class_names: str | None = changed(DataArguments, "class_names", unset=f"{ASSUMED} the catalog's")
-    mask_threshold: str | float | None = changed(DataArguments, "mask_threshold", None, unset=f"{ASSUMED} {HALF}")
+    data_root: Path | None = changed(ImageArguments, "data_root", unset=TEST_ROOT)
+    class_names: str | None = changed(ImageArguments, "class_names", unset=f"{ASSUMED} the catalog's")
+    mask_threshold: str | float | None = changed(ImageArguments, "mask_threshold", None, unset=f"{ASSUMED} {HALF}")
     batch_size: int = setting(8, "images in a forward pass", "machine", between=(1, 100_000))
 
 
@@ -174,6 +172,13 @@ class ReferenceArguments(Arguments):
 class InferenceArguments(ReferenceArguments, TestingArguments):
     """Options of `inference.py`."""
 
+    dataset: tuple[str, ...] | None = changed(
+        DataArguments,
+        "dataset",
+        None,
+        unset="the training dataset, which is not zero-shot",
+        help=f"datasets to test on: catalog names, folders in MVTec's layout, or a group ({', '.join(GROUPS)})",
+    )
     checkpoint: str = _task(MISSING, "checkpoint file, folder (all its epochs, in order), or none for unadapted CLIP")
     image: tuple[Path, ...] | None = _task(None, "images, or folders in any layout, to score instead of a dataset")
     calibrate: Path | None = _task(None, "folder of normal images, whose scores set the threshold of anomalous images")
@@ -220,8 +225,14 @@ class InferenceArguments(ReferenceArguments, TestingArguments):
         folders = {"calibrate": self.calibrate, "image": self.image, "two folders": self.normal or self.anomalous}
         return next((name for name, folder in folders.items() if folder), "dataset")
 
+    def tests_several(self) -> bool:
+        """Whether `--dataset` names several datasets or a group; then missing ones are skipped."""
+        return len(self.dataset or ()) > 1 or any(name.lower() in GROUPS for name in self.dataset or ())
+
     def check(self) -> None:
         mode = self.mode()
+        if self.tests_several() and (self.metadata or self.class_names not in (None, *NAMES)):
+            raise UserError("--metadata and --class_names FILE are for a single --dataset: leave them out")
         for name in self.not_default(_REJECTED[mode]):
             raise UserError(f"{_REJECTED[mode][name]}: leave --{name} out")
         for name in self.not_default(ADAPTED) if self.checkpoint == NO_CHECKPOINT else ():
@@ -245,7 +256,7 @@ class ComparisonArguments(ReferenceArguments, TestingArguments):
     """Options of `compare_feedback_loops.py`."""
 
     save_path: Path = _task(MISSING, "folder of the feedback run, with its loop_*_final.pth")
-    dataset: str | None = changed(TestingArguments, "dataset", unset="none; required")
+    dataset: str | None = changed(DataArguments, "dataset", None, unset="none; required", help=TEST_DATASET)
     base_path: Path | None = _task(None, "folder or image checkpoint of a base run")
     cross_path: Path | None = _task(None, "folder or image checkpoint of a cross-attention run")
     unadapted: bool = _task(False, "evaluate unadapted CLIP as well")
@@ -273,7 +284,9 @@ class VisualizationArguments(DataArguments):
     feedback_path: Path | None = setting(None, "folder of a feedback run", "model")
     feedback_loop: int | None = setting(None, "loop of the feedback run", "model", between=(1, 1000), unset="the last")
     clip_weights: str | None = changed(TestingArguments, "clip_weights")
-    dataset: str | None = changed(TestingArguments, "dataset")
+    dataset: str | None = changed(
+        DataArguments, "dataset", None, unset="the training dataset, which is not zero-shot", help=TEST_DATASET
+    )
     data_root: Path | None = changed(TestingArguments, "data_root")
     mask_threshold: str | float | None = changed(TestingArguments, "mask_threshold")
     device: str = changed(MachineArguments, "device")

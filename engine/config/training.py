@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from dataset.locate import known_dataset
+from dataset.catalog import known_dataset
 from dataset.options import AugmentationConfig
 from engine.config.common import DataArguments, MachineArguments, ModelArguments
 from engine.config.presets import BASE_PRESETS, FEEDBACK_PRESETS, RECIPES

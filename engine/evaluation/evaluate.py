@@ -273,8 +273,8 @@ def format_value(value: float | None, digits: int = 2) -> str:
     return UNDEFINED if value is None else f"{value:.{digits}f}"
 
 
-def evaluation_table(evaluation: Evaluation) -> str:
-    """One model's metrics: a row for each class and the average."""
+def evaluation_table(evaluation: Evaluation, unit: str = "class", units: str = "classes") -> str:
+    """One model's metrics: a row for each class, or each unit of another kind, and the average."""
     metrics = evaluation.metrics
     rows = [
         [result.class_name, str(result.images), *(format_value(result.values[metric]) for metric in metrics)]
@@ -283,8 +283,8 @@ def evaluation_table(evaluation: Evaluation) -> str:
     rows[-1][0] = f"average of {len(evaluation.classes)}"
     counts = [evaluation.average(metric)[1] for metric in metrics]
     if min(counts) < len(evaluation.classes):
-        rows.append(["  defined in", "", *(f"{count} classes" for count in counts)])
-    return format_table(["Class", "Images", *metrics.values()], rows)
+        rows.append(["  defined in", "", *(f"{count} {units}" for count in counts)])
+    return format_table([unit.capitalize(), "Images", *metrics.values()], rows)
 
 
 def summary_table(evaluations: Sequence[Evaluation]) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dataset.catalog import expand_groups
+from dataset.locate import MissingDatasetError
 from engine.config.evaluation import DEFAULT_CLASS, InferenceArguments
 from engine.data.task import TaskData, load_task, load_two_folders, mask_notes
 from engine.detector.detector import Detector
@@ -32,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 # Names of the models that feedback loops are compared with.
 BASE, CROSS_ATTENTION = "base", "cross-attention"
+AVERAGE = "average"
 
 
 def load_detectors(checkpoint: str, clip_weights: str | None, device: str, **overrides: Any) -> list[Detector]:
@@ -86,15 +90,16 @@ def zero_shot_notes(configs: Mapping[str, Mapping[str, Any] | None], data: TaskD
 
 
 def evaluate_checkpoints(arguments: InferenceArguments) -> list[Evaluation]:
-    """Evaluate checkpoints on a dataset, or on two folders: tables to the log, rows to `evaluation_DATASET.csv`.
+    """Evaluate checkpoints on datasets, or on two folders: tables to the log, rows to `evaluation_DATASET.csv`.
 
-    File names contain the det score if it is not the published one, and the number of normal references.
+    File names contain the det score if it is not the published one, and the number of normal references. Several
+    datasets also get a table and `summary_DATASETS.csv` with a row for each and their average.
 
     Args:
         arguments: The arguments of `inference.py`.
 
     Returns:
-        One evaluation for each checkpoint.
+        One evaluation for each dataset and checkpoint.
 
     Raises:
         UserError: For files, datasets and devices that do not exist or do not fit.
@@ -107,16 +112,63 @@ def evaluate_checkpoints(arguments: InferenceArguments) -> list[Evaluation]:
         check_compiler(device)
     detectors = load_detectors(arguments.checkpoint, arguments.clip_weights, device, **arguments.overrides())
     detectors[0].clip.run = BlockRunner(compiled=(arguments.batch_size,) if arguments.compile else ())
+    several = arguments.tests_several()
     with main_process_first():
-        data = load_images(arguments, detectors)
+        tasks = load_several(arguments, detectors) if several else [load_images(arguments, detectors)]
+    evaluations: list[Evaluation] = []
+    for data in tasks:
+        try:
+            add_dataset_references(detectors, data, ReferenceChoice.of(arguments))
+        except UserError as error:
+            if data is tasks[-1] and not evaluations:
+                raise
+            logger.warning("%s is skipped: %s", data.located.spec.name, error)
+        else:
+            evaluations += _evaluate_task(arguments, detectors, data, device, folder)
+        for detector in detectors:
+            detector.references.clear()  # other datasets may have classes of the same name
+    if is_main_process() and several:
+        write_summary(arguments, detectors[-1], evaluations, folder)
+    return evaluations
+
+
+def _evaluate_task(
+    arguments: InferenceArguments, detectors: Sequence[Detector], data: TaskData, device: str, folder: Path
+) -> list[Evaluation]:
+    """Evaluate checkpoints on one dataset, and write the results."""
     for note in [*zero_shot_notes({d.name: d.config for d in detectors}, data), *mask_notes(data)]:
         logger.warning("%s", note)
-    add_dataset_references(detectors, data, ReferenceChoice.of(arguments))
     models, sizes = {detector.name: detector for detector in detectors}, (arguments.batch_size, arguments.num_workers)
     evaluations = list(evaluate(models, data, device, *sizes, arguments.precision).values())
     if is_main_process():
         write_results(arguments, detectors[-1], data, evaluations, folder)
     return evaluations
+
+
+def load_several(arguments: InferenceArguments, detectors: Sequence[Detector]) -> list[TaskData]:
+    """The datasets of `--dataset` that can be read; warnings list the others.
+
+    Groups do not contain the training datasets, which would not be zero-shot. Raises `UserError` if none can be read.
+    """
+    trained = {detector.config["dataset"] for detector in detectors if detector.config}
+    tasks: list[TaskData] = []
+    skipped: dict[str, UserError] = {}
+    for name in expand_groups(arguments.dataset or (), without=trained):
+        try:
+            tasks.append(load_task(name, *arguments.image_choices(), run=detectors[0].arguments))
+        except UserError as error:
+            skipped[name] = error
+    missing = [name for name, error in skipped.items() if isinstance(error, MissingDatasetError)]
+    if missing:
+        logger.warning("%d datasets are not under the data root and are skipped: %s", len(missing), ", ".join(missing))
+    for name in skipped.keys() - missing:
+        logger.warning("%s is skipped: %s", name, skipped[name])
+    if not tasks:
+        raise next(iter(skipped.values()), UserError("--dataset: nothing but training datasets; name them one by one"))
+    names = [safe_name(data.located.spec.name) for data in tasks]
+    if len(set(names)) < len(names):
+        raise UserError(f"--dataset: two datasets have the same name ({', '.join(names)}), so test one of them alone")
+    return tasks
 
 
 def load_images(arguments: InferenceArguments, detectors: Sequence[Detector]) -> TaskData:
@@ -125,7 +177,7 @@ def load_images(arguments: InferenceArguments, detectors: Sequence[Detector]) ->
         class_name = DEFAULT_CLASS if arguments.class_name is None else arguments.class_name
         folders = (arguments.normal, arguments.anomalous)
         return load_two_folders(*folders, class_name, arguments.domain, arguments.skip_bad_images)
-    dataset = arguments.dataset or training_dataset(detectors)
+    (dataset,) = arguments.dataset or [training_dataset(detectors)]
     return load_task(dataset, *arguments.image_choices(), run=detectors[0].arguments)
 
 
@@ -143,14 +195,38 @@ def write_results(
         logger.info("Averages%s\n\n%s\n", note, summary_table(evaluations))
     # The log starts here, so that an interrupted evaluation leaves no files.
     set_up_logging(folder / "inference.log")
-    name = "unadapted_" if arguments.checkpoint == NO_CHECKPOINT else ""
-    kind = scoring_suffix(detector.det_score, references)
-    tested = safe_name(data.located.spec.name) + kind
-    path = folder / f"{name}evaluation_{tested}.csv"
+    path = _results_file(arguments, detector, folder, f"evaluation_{safe_name(data.located.spec.name)}", ".csv")
     rows = [row for evaluation in evaluations for row in csv_rows(evaluation)]
     write_text(path, csv_table([CSV_COLUMNS, *rows]))
     logger.info("Written to %s", path)
     if arguments.visualize is not None:
-        drawn = folder / f"{name}pictures_{tested}"
+        drawn = _results_file(arguments, detector, folder, f"pictures_{safe_name(data.located.spec.name)}")
         count = draw_overlays(detector, data, arguments.visualize, drawn)
         logger.info("%d heatmaps of %s in %s", count, detector.name, drawn)
+
+
+def _results_file(
+    arguments: InferenceArguments, detector: Detector, folder: Path, name: str, extension: str = ""
+) -> Path:
+    """The path of a result, whose name contains how images were scored."""
+    kind = scoring_suffix(detector.det_score, ReferenceChoice.of(arguments))
+    return folder / f"{'unadapted_' * (arguments.checkpoint == NO_CHECKPOINT)}{name}{kind}{extension}"
+
+
+def write_summary(
+    arguments: InferenceArguments, detector: Detector, evaluations: Sequence[Evaluation], folder: Path
+) -> None:
+    """Log a table for each model and write a CSV file, with a row for each dataset and the average over datasets."""
+    rows = []
+    for model in dict.fromkeys(evaluation.model for evaluation in evaluations):
+        of_model = [evaluation for evaluation in evaluations if evaluation.model == model]
+        totals = [replace(evaluation.total, class_name=evaluation.dataset) for evaluation in of_model]
+        summary = Evaluation(model, AVERAGE, totals, of_model[0].det_score)
+        note = scoring_note(summary.det_score, ReferenceChoice.of(arguments))
+        table = evaluation_table(summary, "dataset", "datasets")
+        logger.info("\n%s on %d datasets, in percent%s\n\n%s\n", model, len(totals), note, table)
+        rows += [csv_rows(evaluation)[-1] for evaluation in (*of_model, summary)]
+    words = "_".join(Path(word).name for word in arguments.dataset or ())
+    path = _results_file(arguments, detector, folder, f"summary_{safe_name(words)}", ".csv")
+    write_text(path, csv_table([CSV_COLUMNS, *rows]))
+    logger.info("Written to %s", path)
