@@ -9,13 +9,7 @@ from engine.cli.runner import Script
 from engine.config.training import FeedbackConfig
 
 script = Script(
-    __doc__,
-    FeedbackConfig,
-    "engine.training.feedback.train_feedback",
-    shared=True,
-    preset="v1",
-    image_cross_attn_weight=0.1,
-    text_cross_attn_weight=0.1,
+    __doc__, FeedbackConfig, "engine.training.feedback.train_feedback", True, preset="v1", image_cross_attn_weight=0.1
 )
 
 if __name__ == "__main__":

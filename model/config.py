@@ -31,6 +31,21 @@ TEXT_CONTEXTS = ("frozen", "trained", "projectors")
 # Patch features to compare with normal references, and the weight of the reference map (docs/results.md).
 REFERENCE_FEATURES = ("trained", "frozen", "both")
 REFERENCE_WEIGHT = 0.5
+# The choices of a checkpoint that options can replace: of CLIP, the frozen features, and cross-attention.
+CLIP_OVERRIDES = ("model_name", "img_size", "activation")
+FORWARD_OVERRIDES = ("surgery", "surgery_until_layer", "image_feature")
+CROSS_ATTENTION_OVERRIDES = (
+    "text_cross_attn_weight",
+    "image_cross_attn_weight",
+    "context_norm",
+    "cross_attn_residual",
+    "text_conditioning",
+    "text_context",
+    "cross_attn_heads",
+)
+# Those that unadapted CLIP has no use for, and all.
+ADAPTED = (*FORWARD_OVERRIDES, *CROSS_ATTENTION_OVERRIDES)
+OVERRIDES = (*CLIP_OVERRIDES, "det_score", *ADAPTED)
 
 
 def limits_of(model_name: str) -> str | None:

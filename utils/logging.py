@@ -18,18 +18,7 @@ from utils.files import append_text, check_folder
 from utils.processes import is_main_process
 
 # Libraries whose INFO messages are not for users of this project.
-QUIET = (
-    "accelerate",
-    "httpx",
-    "httpcore",
-    "huggingface_hub",
-    "matplotlib",
-    "onnx_ir",
-    "onnxscript",
-    "PIL",
-    "torch",
-    "urllib3",
-)
+QUIET = ("accelerate", "httpx", "huggingface_hub", "matplotlib", "onnx_ir", "onnxscript", "torch")
 TIME = "%Y-%m-%d %H:%M:%S"
 Item = TypeVar("Item")
 # Records kept in memory until a run has its folder; nothing reaches this number.

@@ -13,7 +13,15 @@ from dataset.records import HALF
 from engine.config.common import DataArguments, ImageArguments, MachineArguments, ModelArguments
 from engine.config.training import CrossAttentionArguments
 from engine.detector.hub import NO_CHECKPOINT
-from model.config import DET_SCORES, IMAGE_FEATURES, REFERENCE_FEATURES, REFERENCE_WEIGHT, CrossAttentionConfig
+from model.config import (
+    ADAPTED,
+    DET_SCORES,
+    IMAGE_FEATURES,
+    OVERRIDES,
+    REFERENCE_FEATURES,
+    REFERENCE_WEIGHT,
+    CrossAttentionConfig,
+)
 from utils.arguments import Arguments, number
 from utils.errors import UserError
 from utils.fields import changed, setting
@@ -62,25 +70,6 @@ _REJECTED = {
         "domain": "a dataset has its own domain",
     },
 }
-# Choices of a checkpoint that these options replace.
-OVERRIDES = (
-    "model_name",
-    "img_size",
-    "activation",
-    "surgery",
-    "surgery_until_layer",
-    "det_score",
-    "image_feature",
-    "text_conditioning",
-    "text_context",
-    "text_cross_attn_weight",
-    "image_cross_attn_weight",
-    "context_norm",
-    "cross_attn_residual",
-    "cross_attn_heads",
-)
-# Those that unadapted CLIP has no use for.
-ADAPTED = tuple(name for name in OVERRIDES if name not in ("model_name", "img_size", "activation", "det_score"))
 # Options of `engine.evaluation.references.ReferenceChoice`.
 REFERENCES = ("references", "reference_shots", "reference_seed", "reference_weight", "reference_features")
 

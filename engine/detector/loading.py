@@ -17,26 +17,13 @@ from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.checkpoint import Checkpoint, infer_choices, load_component, read_checkpoint
 from model.clip import FrozenCLIP
 from model.clip_loading import is_tag, load_clip
-from model.config import CrossAttentionConfig, ModelConfig
+from model.config import CLIP_OVERRIDES, CROSS_ATTENTION_OVERRIDES, FORWARD_OVERRIDES, CrossAttentionConfig, ModelConfig
 from model.frozen import UnadaptedCLIP
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 PUBLISHED_MODEL = "ViT-L-14-336"
-FORWARD_OVERRIDES = ("surgery", "surgery_until_layer", "image_feature")
-# The forward that a shared model was saved with, which it keeps unless it is overridden.
-MODEL_OVERRIDES = ("model_name", "img_size", "activation", *FORWARD_OVERRIDES)
-# Choices of a checkpoint's cross-attention that can be overridden.
-CROSS_ATTENTION_OVERRIDES = (
-    "text_cross_attn_weight",
-    "image_cross_attn_weight",
-    "context_norm",
-    "cross_attn_residual",
-    "text_conditioning",
-    "text_context",
-    "cross_attn_heads",
-)
 
 
 def load_model(
@@ -210,7 +197,8 @@ def _explicit(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> dict[str,
     if checkpoint.shared is None:
         return explicit
     _, model, cross, det_score = checkpoint.shared
-    saved = {"det_score": det_score, **{name: getattr(model, name) for name in MODEL_OVERRIDES}}
+    # It keeps its forward unless that is overridden.
+    saved = {"det_score": det_score, **{name: getattr(model, name) for name in (*CLIP_OVERRIDES, *FORWARD_OVERRIDES)}}
     trained = checkpoint.cross_attention()
     if trained and cross:
         values = {name: getattr(cross, name) for name in CROSS_ATTENTION_OVERRIDES}

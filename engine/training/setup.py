@@ -80,15 +80,7 @@ def prepare(config: Config, script: str, start: Start | None = None, text_adapte
     config = replace(config, precision=precision)
     config.check_processes(accelerator.num_processes)
     with accelerator.main_process_first():  # it writes the metadata, and draws the toy datasets, on first use
-        data = load_task(
-            config.dataset,
-            config.data_root,
-            config.metadata,
-            config.class_names,
-            config.skip_bad_images,
-            config.mask_threshold,
-            earlier,
-        )
+        data = load_task(config.dataset, *config.image_choices(), run=earlier)
     check_labels(config, data)
     data = choose_training_images(data, config.training_mode, config.shot, config.seed)
     check_anomalies(config, data)

@@ -13,11 +13,11 @@ from torch import nn
 
 from engine.config.training import CrossAttentionArguments
 from engine.detector.detector import PUBLISHED_ARGUMENTS, arguments_of
-from engine.detector.loading import CROSS_ATTENTION_OVERRIDES, cross_attention_choices, log_activation, warn_of_changes
+from engine.detector.loading import cross_attention_choices, log_activation, warn_of_changes
 from engine.training.optimizers import transfer_moments
 from model.adapter import AdaptedCLIP
 from model.checkpoint import Checkpoint, file_digest, load_component, read_any
-from model.config import COMPONENTS, SIDES, CrossAttentionConfig, ModelConfig
+from model.config import COMPONENTS, CROSS_ATTENTION_OVERRIDES, SIDES, CrossAttentionConfig, ModelConfig
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
