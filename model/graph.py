@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from model.adapter import AdaptedCLIP
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention, TextSide
-from model.frozen import UnadaptedCLIP, frozen_patches
-from model.references import joined_calibrated_maps, reference_maps
-from model.scoring import Outputs, calibrated_maps, calibrated_scores, decisions
+from model.frozen import UnadaptedCLIP
+from model.references import References, joined_calibrated_maps
+from model.scoring import calibrated_maps, calibrated_scores, decisions
 
 # The parameter of Keys' cubic convolution and the unit of its weights, as in Pillow.
 CUBIC = -0.5
@@ -29,14 +29,6 @@ class Thresholds(NamedTuple):
     pixel: float
 
 
-class Memory(NamedTuple):
-    """Unit patch features of normal references, (M, D) of each level and branch; see `engine.detector.references`."""
-
-    levels: tuple[Tensor, ...]
-    weight: float
-    features: str
-
-
 class ScoringGraph(nn.Module):
     """`Detector.predict` for one class as a module: uint8 RGB images (B, H, W, 3) -> maps and scores.
 
@@ -46,7 +38,7 @@ class ScoringGraph(nn.Module):
         domain: as for `predict`.
         det_score: as for `predict`.
         thresholds: None for no decisions.
-        memory: normal references; None for none.
+        references: normal references; None for none.
         half: float16 weights and autocast.
     """
 
@@ -60,7 +52,7 @@ class ScoringGraph(nn.Module):
         domain: str,
         det_score: str,
         thresholds: Thresholds | None = None,
-        memory: Memory | None = None,
+        references: References | None = None,
         half: bool = False,
     ) -> None:
         super().__init__()
@@ -76,7 +68,7 @@ class ScoringGraph(nn.Module):
         self.domain = domain
         self.det_score = det_score
         self.thresholds = thresholds
-        self.memory = memory
+        self.references = references
         self.size = model.clip.img_size
         self.register_buffer("mean", torch.tensor(model.clip.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(model.clip.std).view(3, 1, 1))
@@ -99,27 +91,17 @@ class ScoringGraph(nn.Module):
         rows = torch.zeros_like(images[:, 0, 0, 0], dtype=torch.long)
         with torch.autocast(pixels.device.type, torch.float16, enabled=self.half_precision):
             outputs = self.model(pixels, self.text_side, rows)
-            features = self._compared(outputs, pixels)
-        if self.memory is None:
+            distances = self.references and self.references.maps(self.model, outputs, pixels, most=None)
+        if self.references is None or distances is None:
             levels = calibrated_maps(outputs, self.size)
         else:
-            distances = reference_maps(features, self.memory.levels, self.size, most=None)
-            distances = distances.unflatten(0, (-1, len(outputs.levels))).mean(dim=0)  # over branches
-            levels = joined_calibrated_maps(outputs, distances, self.memory.weight)
+            levels = joined_calibrated_maps(outputs, distances, self.references.weight)
         maps = levels.mean(dim=0)
         scores = calibrated_scores(maps, outputs, self.domain, self.det_score)
         if self.thresholds is None:
             return maps[:, None], scores
         labels, masks = decisions(scores, maps, *self.thresholds)
         return maps[:, None], scores, labels, masks[:, None]
-
-    def _compared(self, outputs: Outputs, pixels: Tensor) -> list[Tensor]:
-        """The patch features that references are compared with (`engine.detector.references.patch_features`)."""
-        which = self.memory.features if self.memory else "trained"
-        if which == "trained" or isinstance(self.model, UnadaptedCLIP):
-            return list(outputs.features)
-        frozen = frozen_patches(self.model.clip, pixels, self.model.config)
-        return frozen if which == "frozen" else [*outputs.features, *frozen]
 
 
 def resize(images: Tensor, size: int) -> Tensor:

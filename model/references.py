@@ -5,12 +5,17 @@ Without training, like PatchCore (arXiv:2106.08265) and, combined with text, Win
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from model.adapter import AdaptedCLIP
 from model.blocks import full_precision
+from model.frozen import UnadaptedCLIP, frozen_patches
 from model.scoring import Outputs, anomaly_map, calibrated_maps, enlarge, to_grid
 
 # Log-odds of an anomaly per unit of distance, which brings distances to the scale of published maps (docs/results.md).
@@ -18,6 +23,47 @@ LOG_ODDS = 10.0
 
 # Similarities in memory at once.
 MOST_AT_ONCE = 2**24
+
+
+@dataclass(frozen=True, eq=False)
+class References:
+    """Patch features of K normal images of a class, and the weight of the distance to them.
+
+    memory: unit features of each level (and branch), (K * N, D); images: digests of the images' content
+    (`dataset.images.content_digest`).
+    """
+
+    memory: tuple[Tensor, ...]
+    weight: float
+    features: str
+    images: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """A hex digest of the set of images, in any order, and of how images are compared with them."""
+        content = json.dumps([sorted(self.images), self.weight, self.features])
+        return hashlib.sha256(content.encode("ascii")).hexdigest()
+
+    def maps(
+        self, model: AdaptedCLIP | UnadaptedCLIP, outputs: Outputs, pixels: Tensor, most: int | None = MOST_AT_ONCE
+    ) -> Tensor:
+        """Distances of images (B, 3, S, S) to these, (levels, B, S, S), averaged over branches.
+
+        outputs: the model's for these images; most: as for `nearest_distances`.
+        """
+        features = patch_features(model, outputs, pixels, self.features)
+        memory = [level.to(pixels.device) for level in self.memory]
+        maps = reference_maps(features, memory, pixels.shape[-1], most)
+        return maps.unflatten(0, (-1, len(outputs.levels))).mean(dim=0)
+
+
+def patch_features(model: AdaptedCLIP | UnadaptedCLIP, outputs: Outputs, pixels: Tensor, features: str) -> list[Tensor]:
+    """Unit patch features (B, N, D) of images (B, 3, S, S): of each level, and each branch of `features`."""
+    # Unadapted CLIP already compares frozen features with prompts.
+    if features == "trained" or isinstance(model, UnadaptedCLIP):
+        return list(outputs.features)
+    frozen = frozen_patches(model.clip, pixels, model.config)
+    return frozen if features == "frozen" else [*outputs.features, *frozen]
 
 
 def nearest_distances(features: Tensor, memory: Tensor, most: int | None = MOST_AT_ONCE) -> Tensor:

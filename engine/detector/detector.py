@@ -20,14 +20,13 @@ from dataset.prompts import PUBLISHED_NAMES, build_prompts, readable_name
 from engine.detector.calibration import CalibrationKey, Entry, mismatch_reason, read_calibration
 from engine.detector.hub import calibration_files
 from engine.detector.prediction import ImageInput, Prediction, apply_thresholds, as_image
-from engine.detector.references import References, patch_features
 from model.adapter import AdaptedCLIP
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.checkpoint import Checkpoint, state_of
 from model.clip import FrozenCLIP
 from model.config import REFERENCE_FEATURES, REFERENCE_WEIGHT, LoopForward
 from model.frozen import UnadaptedCLIP
-from model.references import joined_calibrated_maps
+from model.references import References, joined_calibrated_maps, patch_features
 from model.scoring import DET_SCORES, DOMAINS, Outputs, calibrated_maps, calibrated_scores
 from model.shared import Shared
 from model.text import Prompts

@@ -25,7 +25,7 @@ from engine.detector.loading import load_model
 from engine.detector.sharing import clip_licence, without_folders
 from engine.evaluation.inference import load_detectors
 from engine.evaluation.references import ReferenceChoice, add_image_references, image_references
-from model.graph import Memory, ScoringGraph, Thresholds, resize
+from model.graph import ScoringGraph, Thresholds, resize
 from model.text import Prompts
 from utils.errors import UserError
 from utils.files import check_folder, replacing
@@ -117,7 +117,7 @@ def export(
             target.domain,
             detector.det_score,
             Thresholds(entry.image_threshold, entry.pixel_threshold) if entry else None,
-            Memory(references.memory, references.weight, references.features) if references else None,
+            references,
             half=precision == "fp16",
         ).eval()
         decides = f"decides {entry}" if entry else "has no thresholds, so it does not decide"
@@ -151,7 +151,7 @@ def trace(graph: ScoringGraph) -> ExportedProgram:
         sizes[0] = Dim("batch", min=1)
     example = torch.zeros(count, graph.size + 3, graph.size + 7, 3, dtype=torch.uint8)
     program = torch.export.export(graph, (example,), dynamic_shapes={INPUT: sizes})
-    if graph.half_precision or graph.memory is not None:
+    if graph.half_precision or graph.references is not None:
         # Resolves autocast regions to casts, which a program needs.
         program = program.run_decompositions({})
     for part in program.graph_module.modules():
