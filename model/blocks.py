@@ -123,16 +123,10 @@ class BlockRunner:
             function = compiled(function, dynamic=bool(text_options))
         if not (self.checkpointed and torch.is_grad_enabled() and streams[0].requires_grad):
             return function(block, *streams, **text_options)
-        return checkpoint(
-            function,
-            block,
-            *streams,
-            use_reentrant=False,
-            preserve_rng_state=False,
-            # A compiled block is one operation, so its attention cannot be saved separately.
-            context_fn=noop_context_fn if compiles else save_attention,
-            **text_options,
-        )
+        # A compiled block is one operation, so its attention cannot be saved separately.
+        context = noop_context_fn if compiles else save_attention
+        options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": context, **text_options}
+        return checkpoint(function, block, *streams, **options)
 
 
 @cache

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model.checkpoint_schema import SCHEMA, SavedFile, check_state, without_wrappers
 from model.config import COMPONENTS, SIDES, CrossAttentionConfig, ModelConfig
-from model.shared import Shared, read_shared
+from model.shared import POSITION, Shared, read_shared
 from utils.errors import UserError
 from utils.files import replacing
 from utils.reading import wrong_content
@@ -175,15 +175,8 @@ def as_checkpoint(content: Any, path: Path) -> Checkpoint:
                 raise UserError(f"{path}: {name} names more or fewer parameters than it has, so it is damaged")
     if content.get("epoch") is None:
         logger.warning("%s does not contain its number of epochs", path)
-    checkpoint = Checkpoint(
-        path,
-        {name: content[name] for name in COMPONENTS if content.get(name)},
-        optimizers,
-        content.get("epoch"),
-        content.get("loop"),
-        config,
-        content.get("steps"),
-    )
+    components = {name: content[name] for name in COMPONENTS if content.get(name)}
+    checkpoint = Checkpoint(path, components, optimizers, **{name: content.get(name) for name in POSITION})
     if config is not None:
         checkpoint.model_config()
     return checkpoint

@@ -68,13 +68,9 @@ class CrossAttention(nn.Module):
             The output projection, (B, T, C_q), not yet weighted.
         """
         q, k, v = (self._queries(queries), self._heads(self.k_proj, context), self._heads(self.v_proj, context))
-        attended = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=None if mask is None else mask[:, None, None],
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        mask = None if mask is None else mask[:, None, None]
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return linear_2d(attended.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
 
     def attention_weights(self, queries: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:

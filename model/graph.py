@@ -91,7 +91,7 @@ class ScoringGraph(nn.Module):
         rows = torch.zeros_like(images[:, 0, 0, 0], dtype=torch.long)
         with torch.autocast(pixels.device.type, torch.float16, enabled=self.half_precision):
             outputs = self.model(pixels, self.text_side, rows)
-            distances = self.references and self.references.maps(self.model, outputs, pixels, most=None)
+            distances = self.references.maps(self.model, outputs, pixels, most=None) if self.references else None
         if self.references is None or distances is None:
             levels = calibrated_maps(outputs, self.size)
         else:

@@ -73,12 +73,8 @@ def segmentation_loss(similarity: Tensor, mask: Tensor, smoothing: float = 0.0) 
     """
     logits = pixel_logits(similarity, mask.shape[-1])
     p = logits.softmax(dim=1)
-    return Segmentation(
-        focal_loss(logits, mask, smoothing=smoothing),
-        dice_loss(p[:, 0], 1 - mask),
-        dice_loss(p[:, 1], mask),
-        p[:, 1].detach(),
-    )
+    focal = focal_loss(logits, mask, smoothing=smoothing)
+    return Segmentation(focal, dice_loss(p[:, 0], 1 - mask), dice_loss(p[:, 1], mask), p[:, 1].detach())
 
 
 def stage1_losses(

@@ -102,7 +102,7 @@ def test_options_without_a_default_that_matters() -> None:
 
 
 def test_epochs_decay_and_weights_of_presets() -> None:
-    assert [loop.image_epochs for loop in plan_loops(FeedbackConfig())] == [15, 12, 9, 7, 6]
+    assert [loop.epochs["image"] for loop in plan_loops(FeedbackConfig())] == [15, 12, 9, 7, 6]
     for script in ("train_cross_attention", "train_cross_attention_feedback_v2", "train_cross_attention_feedback"):
         v3 = parsed(script, "--preset", "v3")
         assert (v3.text_cross_attn_weight, v3.image_cross_attn_weight, v3.cross_attn_init) == (0.0, 1.0, "zero")

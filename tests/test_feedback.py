@@ -249,7 +249,7 @@ def parse(**options: object) -> FeedbackConfig:
 
 def columns(config: FeedbackConfig) -> tuple[list[Any], ...]:
     plan = plan_loops(config)
-    return tuple([getattr(loop, name) for loop in plan] for name in ("text_epochs", "image_epochs"))
+    return tuple([loop.epochs[side] for loop in plan] for side in SIDES)
 
 
 def test_defaults_are_those_of_v2_and_of_recommended() -> None:
@@ -262,8 +262,8 @@ def test_v2_is_its_column_of_the_table() -> None:
     plan = plan_loops(parse())
     assert columns(parse()) == ([5, 4, 3, 2, 2], [15, 12, 9, 7, 6])
     assert [loop.loop for loop in plan] == [1, 2, 3, 4, 5]
-    assert [loop.text_lr for loop in plan] == pytest.approx([2e-5, 1.6e-5, 1.28e-5, 1.024e-5, 8.192e-6])
-    assert [loop.image_lr for loop in plan] == pytest.approx([5e-3, 4e-3, 3.2e-3, 2.56e-3, 2.048e-3])
+    assert [loop.rates["text"] for loop in plan] == pytest.approx([2e-5, 1.6e-5, 1.28e-5, 1.024e-5, 8.192e-6])
+    assert [loop.rates["image"] for loop in plan] == pytest.approx([5e-3, 4e-3, 3.2e-3, 2.56e-3, 2.048e-3])
     assert all(loop.cross_attention for loop in plan)
     config = parse()
     assert (config.optimizer, config.weight_decay, config.lr_schedule) == ("adamw", 0.01, "cosine")
@@ -275,8 +275,8 @@ def test_v1_original_is_its_column_of_the_table() -> None:
     config = parse(preset="v1_original")
     plan = plan_loops(config)
     assert columns(config) == ([5, 3, 2], [20, 10, 5])
-    assert [loop.text_lr for loop in plan] == pytest.approx([1e-5, 5e-6, 2.5e-6])
-    assert [loop.image_lr for loop in plan] == pytest.approx([5e-4, 2.5e-4, 1.25e-4])
+    assert [loop.rates["text"] for loop in plan] == pytest.approx([1e-5, 5e-6, 2.5e-6])
+    assert [loop.rates["image"] for loop in plan] == pytest.approx([5e-4, 2.5e-4, 1.25e-4])
     assert (config.optimizer, config.weight_decay, config.lr_schedule) == ("adam", 0.0, "multistep")
     assert (config.grad_clip, config.reset_optimizers) == (0.0, True)
     assert (config.text_cross_attn_weight, config.image_cross_attn_weight, config.context_norm) == (1.0, 1.0, "none")
@@ -324,7 +324,7 @@ def test_schedules_count_optimizer_steps_not_batches() -> None:
     loop, run = plan_loops(config)[0], SimpleNamespace(model=SimpleNamespace(components={}))
     factor = loop_phase(config, loop, "image", ImageStage, run, (None, ()), range(10)).factor
     assert factor(3 * config.warmup_epochs - 1) == 1 > factor(3 * config.warmup_epochs - 2)
-    assert factor(3 * loop.image_epochs - 1) > 0 == factor(3 * loop.image_epochs)
+    assert factor(3 * loop.epochs["image"] - 1) > 0 == factor(3 * loop.epochs["image"])
 
 
 def test_optimizers_have_their_documented_betas_and_decay(clip: FrozenCLIP) -> None:
@@ -473,8 +473,8 @@ def test_the_loops_learning_rates_are_those_of_the_plan(world: Path, tmp_path: P
     rates = {(row["loop"], row["stage"]): row["lr"] for row in state(tmp_path)["history"]}
     plan = plan_loops(config)
     for loop in plan:
-        assert rates[loop.loop, "text"] == pytest.approx(loop.text_lr)
-        assert rates[loop.loop, "image"] == pytest.approx(loop.image_lr)
+        assert rates[loop.loop, "text"] == pytest.approx(loop.rates["text"])
+        assert rates[loop.loop, "image"] == pytest.approx(loop.rates["image"])
 
 
 def test_every_step_uses_the_rate_of_its_place_in_the_schedule(finished: Finished) -> None:
@@ -482,10 +482,10 @@ def test_every_step_uses_the_rate_of_its_place_in_the_schedule(finished: Finishe
     plan = {(loop.loop, side): loop for loop in plan_loops(config) for side in SIDES}
     for row in state(finished.folder)["history"]:
         side, loop = row["stage"], plan[row["loop"], row["stage"]]
-        factor = rate_factor(config, side, getattr(loop, f"{side}_epochs"), row["steps"])
+        factor = rate_factor(config, side, loop.epochs[side], row["steps"])
         first = (row["epoch"] - 1) * row["steps"]
         mean = sum(factor(first + step) for step in range(row["steps"])) / row["steps"]
-        assert row["lr"] == pytest.approx(getattr(loop, f"{side}_lr") * mean)
+        assert row["lr"] == pytest.approx(loop.rates[side] * mean)
 
 
 # Cross-attention from a later loop on.

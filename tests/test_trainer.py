@@ -263,7 +263,7 @@ def train(
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = scaler
     schedule = Schedule({optimizer: 1.0, other: 0.5}, halved_at(()))
-    trainer = Trainer(stage, {"part": stage.part}, batches, [optimizer, other], schedule, accelerator, **options)
+    trainer = Trainer(stage, {"part": stage.part}, batches, schedule, accelerator, **options)
     return weights, trainer.train_epoch("epoch", lambda: stop, shares), schedule
 
 

@@ -124,7 +124,7 @@ def epoch_of(stage: Stage, batches: Sequence[dict[str, Any]]) -> None:
     optimizer = torch.optim.SGD(parameters, lr=1e-4)
     accelerator = Accelerator(cpu=batches[0]["image"].device.type == "cpu")
     schedule = Schedule({optimizer: 1e-4}, halved_at(()))
-    Trainer(stage, stage.trained, batches, [optimizer], schedule, accelerator, max_norm=1.0).train_epoch("epoch")
+    Trainer(stage, stage.trained, batches, schedule, accelerator, max_norm=1.0).train_epoch("epoch")
 
 
 def counted(side: str, kind: str, steps: int) -> Counter[str]:

@@ -65,13 +65,8 @@ def _acquire(lease: SoftFileLease, path: Path, patience: float) -> None:
     except Timeout:
         silence = _seconds_since_heartbeat(path)
     if silence > SILENT_AFTER:
-        logger.warning(
-            "Waiting up to %.0f s for the lock of %s, whose holder (%s) has been silent for %.0f s",
-            LEASE + BEAT,
-            path.parent,
-            _holder(lease),
-            silence,
-        )
+        silent = f"whose holder ({_holder(lease)}) has been silent for {silence:.0f} s"
+        logger.warning("Waiting up to %.0f s for the lock of %s, %s", LEASE + BEAT, path.parent, silent)
         with suppress(Timeout):
             lease.acquire(timeout=LEASE + BEAT)
             return

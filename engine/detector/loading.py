@@ -164,15 +164,11 @@ def cross_attention_choices(checkpoint: Checkpoint, **overrides: Any) -> CrossAt
 def log_activation(checkpoint: Checkpoint, activation: str, explicit: bool) -> None:
     """Log the activation that a file without config is assumed to need; explicit: it was set by an option."""
     names = "published" if checkpoint.is_published else "catalog's"
+    assumed = f"assumed trained with {activation} and the {names} class names"
     # The weights of a fork's file may have been trained with another activation than CLIP's own.
     uncertain = not (explicit or checkpoint.is_published or activation == "gelu")
-    logger.log(
-        logging.WARNING if uncertain else logging.INFO,
-        "%s has no config: assumed trained with %s and the %s class names (--activation, --class_names)",
-        checkpoint.path,
-        activation,
-        names,
-    )
+    level = logging.WARNING if uncertain else logging.INFO
+    logger.log(level, "%s has no config: %s (--activation, --class_names)", checkpoint.path, assumed)
 
 
 def _assumed_config(checkpoint: Checkpoint, clip: FrozenCLIP, chosen: dict[str, Any]) -> ModelConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import re
@@ -18,9 +17,10 @@ from engine.detector.hub import CARD_FILE, SHARED_FILES
 from model.checkpoint import Checkpoint
 from model.clip_loading import DEFAULT_TAG, is_tag
 from model.config import TOY, limits_of
-from model.shared import Shared, is_shared, write_shared
+from model.shared import POSITION, Shared, is_shared, write_shared
 from utils.errors import UserError
 from utils.files import check_folder, write_text
+from utils.reading import read_table
 from utils.text import markdown_table
 
 logger = logging.getLogger(__name__)
@@ -55,16 +55,17 @@ def write_pretrained(
     """Write what `Detector.save_pretrained` writes, with the forward of `shared`; returns the folder."""
     check_target(folder)
     shared = shared._replace(model=replace(shared.model, model_name=without_folders(shared.model.model_name)))
+    weights = (checkpoint.config or {}).get("arguments", {}).get("clip_weights")
     config = None if checkpoint.config is None else public_config(checkpoint.config)
-    position = {"epoch": checkpoint.epoch, "loop": checkpoint.loop, "steps": checkpoint.steps, "config": config}
+    checkpoint = replace(checkpoint, config=config)
+    position = {name: getattr(checkpoint, name) for name in POSITION}
     write_shared(folder, shared, checkpoint.components, position)
     thresholds = folder / CALIBRATION_FILE
     thresholds.unlink(missing_ok=True)
     for entry in entries:
         add_entry(thresholds, entry)
-    weights = (checkpoint.config or {}).get("arguments", {}).get("clip_weights")
     licences = (licence, clip_licence(shared.model.model_name, weights))
-    text = model_card(replace(checkpoint, config=config), shared, licences, address or folder.resolve().name)
+    text = model_card(checkpoint, shared, licences, address or folder.resolve().name)
     write_text(folder / CARD_FILE, text)
     return folder
 
@@ -108,8 +109,7 @@ def read_metrics(checkpoint: Path, names: Collection[str]) -> list[dict[str, str
         if file.stat().st_mtime < checkpoint.stat().st_mtime:
             logger.warning("%s is older than the checkpoint and is not included in the model card", file)
             continue
-        with file.open(encoding="utf-8", newline="") as lines:
-            rows = [row for row in csv.DictReader(lines) if row.pop("class", None) == "average"]
+        rows = [row for _, row in read_table(file) if row.pop("class", None) == "average"]
         averages += [row for row in rows if row.pop("model", None) in names]
     return averages
 

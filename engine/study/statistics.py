@@ -121,14 +121,9 @@ def sign_flip_test(differences: np.ndarray) -> np.ndarray:
     Returns:
         The p values (...).
     """
+    rng = np.random.default_rng(0)
     result = stats.permutation_test(
-        (differences,),
-        np.mean,
-        permutation_type="samples",
-        vectorized=True,
-        axis=-1,
-        n_resamples=PERMUTATIONS,
-        random_state=np.random.default_rng(0),
+        (differences,), np.mean, permutation_type="samples", axis=-1, n_resamples=PERMUTATIONS, random_state=rng
     )
     return result.pvalue
 
@@ -340,23 +335,15 @@ def _judge_one(
     comparison: Comparison, means: np.ndarray, p_values: tuple[float, float], family: int, margin: float
 ) -> Verdict:
     count = len(means)
-    verdict = Verdict(comparison.metric, comparison.seeds, tuple(means.tolist()))
+    gain = float(means.mean()) if count else math.nan
+    start = (comparison.metric, comparison.seeds, tuple(means.tolist()), gain)
     if count < 2:
-        gain = float(means[0]) if count else math.nan
         reason = f"{count} seed{'' if count == 1 else 's'} complete in both arms, but a spread needs 2"
-        return replace(verdict, gain=gain, reason=reason)
+        return Verdict(*start, reason=reason)
     effect, spread = detectable(count, LEVEL / family), _spread(means)
-    low, high = bootstrap_interval(comparison.differences, comparison.groups)
-    verdict = replace(
-        verdict,
-        gain=float(means.mean()),
-        low=low,
-        high=high,
-        p=p_values[0],
-        p_holm=p_values[1],
-        probability_of_gain=probability_of_gain(means),
-        detectable_gain=math.nan if effect is None else effect * spread,
-    )
+    interval = bootstrap_interval(comparison.differences, comparison.groups)
+    numbers = (*p_values, probability_of_gain(means), math.nan if effect is None else effect * spread)
+    verdict = Verdict(*start, *interval, *numbers)
     outcome, reason = _decide(verdict, spread, family, margin)
     return replace(verdict, outcome=outcome, reason=reason)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from functools import partial
 
-from engine.config.training import BaseConfig
+from engine.config.training import BaseConfig, Config
 from engine.data.task import TaskData
 from engine.runtime.run_folder import side_file
 from engine.training.image_loss import ImageLossStage
 from engine.training.phases import Phase, loader_factory
 from engine.training.run import TrainingRun
 from engine.training.schedules import halved_at
-from engine.training.setup import open_run, prepare
+from engine.training.setup import RunSetup, open_run, prepare
 from engine.training.stage1 import TextStage
 from engine.training.stage2 import ImageStage
 
@@ -29,7 +29,12 @@ def train_base(config: BaseConfig) -> None:
         NotFiniteError: For a loss or gradient that is not finite.
         Stopped: On a signal.
     """
-    setup = prepare(config, "train.py", text_adapted=config.text_epoch > 0)
+    train_two_stages(prepare(config, "train.py", text_adapted=config.text_epoch > 0))
+
+
+def train_two_stages(setup: RunSetup[Config]) -> None:
+    """Stage 1, then Stage 2, of a run that is set up."""
+    config = setup.config
     with open_run(setup) as run:
         run.run(two_phases(config, run, setup.data))
         logger.info(

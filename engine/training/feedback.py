@@ -104,9 +104,7 @@ def loop_phase(
     loader: DataLoader,
 ) -> Phase:
     """The phase of a loop's text or image stage; prompts: with their classes."""
-    all_epochs = {"text": loop.text_epochs, "image": loop.image_epochs}
-    rates = {"text": loop.text_lr, "image": loop.image_lr}
-    epochs = all_epochs[side]
+    epochs = loop.epochs[side]
     steps_per_epoch = -(-len(loader) // config.accumulate)
     final = [FINAL_FILE] if loop.loop == config.num_feedback_loops else []
 
@@ -117,7 +115,7 @@ def loop_phase(
         loop=loop.loop,
         stage=stage.name,
         epochs=epochs,
-        rates=rates if stage is JointStage else {side: rates[side]},
+        rates=loop.rates if stage is JointStage else {side: loop.rates[side]},
         factor=rate_factor(config, side, epochs, steps_per_epoch),
         make_stage=partial(stage, run.model, *prompts, config, loop_forward(config, loop.loop)),
         loader=loader,

@@ -69,15 +69,8 @@ def loader_factory(
     """Makes a run's training loaders from augmentation, batch size and stage number."""
 
     def make_loader(augment: str, batch_size: int, stage: int) -> DataLoader:
-        return training_loader(
-            make_dataset(data, clip, augment, config.augmentation()),
-            batch_size,
-            stage,
-            config.seed,
-            config.num_workers,
-            accelerator.device.type == "cuda",
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
+        samples = make_dataset(data, clip, augment, config.augmentation())
+        shared = (accelerator.device.type == "cuda", accelerator.process_index, accelerator.num_processes)
+        return training_loader(samples, batch_size, stage, config.seed, config.num_workers, *shared)
 
     return make_loader

@@ -6,19 +6,17 @@ import math
 from typing import NamedTuple
 
 from engine.config.training import FeedbackConfig
-from model.config import LoopForward, check_settings
+from model.config import SIDES, LoopForward, check_settings
 from utils.errors import UserError
 from utils.text import format_table
 
 
 class LoopPlan(NamedTuple):
-    """A loop: epochs and first learning rate of each stage, and whether cross-attention is on."""
+    """A loop: epochs and first learning rate of each side, and whether cross-attention is on."""
 
     loop: int
-    text_epochs: int
-    image_epochs: int
-    text_lr: float
-    image_lr: float
+    epochs: dict[str, int]
+    rates: dict[str, float]
     cross_attention: bool
 
 
@@ -28,25 +26,19 @@ def plan_loops(config: FeedbackConfig) -> list[LoopPlan]:
     check_settings(config)
     if not 1 <= start <= count:
         raise UserError(f"--cross_attn_start_loop {start}: takes 1 to {count}, the number of loops")
-    text = epochs_of_loops("text", config.text_epochs_per_loop, config)
-    image = epochs_of_loops("image", config.image_epochs_per_loop, config)
+    epochs = {side: epochs_of_loops(side, config) for side in SIDES}
     on = config.cross_attention().on
-    return [
-        LoopPlan(
-            loop,
-            text[loop - 1],
-            image[loop - 1],
-            config.text_lr * config.lr_decay_per_loop ** (loop - 1),
-            config.image_lr * config.lr_decay_per_loop ** (loop - 1),
-            on and loop >= start,
-        )
-        for loop in range(1, count + 1)
-    ]
+    plan = []
+    for loop in range(1, count + 1):
+        decay = config.lr_decay_per_loop ** (loop - 1)
+        rates = {"text": config.text_lr * decay, "image": config.image_lr * decay}
+        plan.append(LoopPlan(loop, {side: epochs[side][loop - 1] for side in SIDES}, rates, on and loop >= start))
+    return plan
 
 
-def epochs_of_loops(side: str, epochs: tuple[int, ...], config: FeedbackConfig) -> list[int]:
-    """Epochs of each loop: as given, or floor(first x decay^(k-1)), at least 1."""
-    count = config.num_feedback_loops
+def epochs_of_loops(side: str, config: FeedbackConfig) -> list[int]:
+    """Epochs of a side in each loop: as given, or floor(first x decay^(k-1)), at least 1."""
+    count, epochs = config.num_feedback_loops, getattr(config, f"{side}_epochs_per_loop")
     if len(epochs) == 1:
         # A product such as 10 * 0.1 ** 1 may be slightly smaller than the exact whole number.
         decayed = (epochs[0] * config.epochs_decay_rate**loop for loop in range(count))
@@ -68,15 +60,8 @@ def loop_forward(config: FeedbackConfig, loop: int) -> LoopForward:
 
 def plan_table(plan: list[LoopPlan]) -> str:
     """The plan as a table for the log."""
-    rows = [
-        [
-            str(loop.loop),
-            str(loop.text_epochs),
-            str(loop.image_epochs),
-            f"{loop.text_lr:.3g}",
-            f"{loop.image_lr:.3g}",
-            "on" if loop.cross_attention else "off",
-        ]
-        for loop in plan
-    ]
+    rows = []
+    for loop, epochs, rates, crossed in plan:
+        numbers = (loop, *epochs.values(), *(f"{rate:.3g}" for rate in rates.values()))
+        rows.append([*map(str, numbers), "on" if crossed else "off"])
     return format_table(["Loop", "Text epochs", "Image epochs", "Text lr", "Image lr", "Cross-attention"], rows)

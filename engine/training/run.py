@@ -15,6 +15,7 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.tracking import TensorBoardTracker
 from torch.utils.data import DataLoader
 
+from engine.config.training import FeedbackConfig, RunConfig
 from engine.runtime.device import warn_of_unused_gpu
 from engine.runtime.distributed import from_main_process, interrupted_by_others
 from engine.runtime.run_folder import ARGUMENTS_FILE, EVENTS_FOLDER, HISTORY_FILE, LOCK_FILE, STATE_FILE
@@ -35,8 +36,6 @@ from utils.seeding import derive_seed
 
 logger = logging.getLogger(__name__)
 
-STATE_FIELDS = ("done", "planned", "history", "schedule_step", "loops")
-
 
 @dataclass
 class TrainingRun:
@@ -44,22 +43,28 @@ class TrainingRun:
 
     optimizers: by side, "text" and "image"; parameters carry names. signature: what a restart must equal. describe: the
     `config` of a loop's checkpoints. begin_log: called once the run is known to start. steps_before: optimizer steps of
-    each side before this run, None if unknown. feedback: whether advice may name options of the feedback script.
+    each side before this run, None if unknown.
     """
 
     model: AdaptedCLIP
     optimizers: dict[str, torch.optim.Optimizer]
     accelerator: Accelerator
-    save_path: Path
-    seed: int
-    accumulate: int
+    config: RunConfig
     signature: dict[str, Any]
     describe: Callable[[int], dict[str, Any]]
     begin_log: Callable[[], object]
     steps_before: Mapping[str, int | None] = field(default_factory=dict)
-    feedback: bool = False
     state: RunState = field(default_factory=lambda: RunState([], []), init=False)
     _loaders: dict[int, DataLoader] = field(default_factory=dict, init=False)
+
+    @property
+    def save_path(self) -> Path:
+        return self.config.save_path
+
+    @property
+    def feedback(self) -> bool:
+        """Whether advice may name options of the feedback script."""
+        return isinstance(self.config, FeedbackConfig)
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -106,29 +111,20 @@ class TrainingRun:
         stage = phase.make_stage()
         stage.begin()
         resumed = self.state.done[index] > 0
-        optimizers = [self.optimizers[side] for side in phase.rates]
+        rates = {self.optimizers[side]: rate for side, rate in phase.rates.items()}
         if phase.reset_optimizers and not resumed:
-            for optimizer in optimizers:
+            for optimizer in rates:
                 optimizer.state.clear()
+        schedule = Schedule(rates, phase.factor, self.state.schedule_step if resumed else 0)
+        prepared, loader = self.accelerator.prepare(stage), self._prepared_loader(phase.loader)
         trainer = Trainer(
-            self.accelerator.prepare(stage),
-            stage.trained,
-            self._prepared_loader(phase.loader),
-            optimizers,
-            Schedule(
-                {self.optimizers[side]: rate for side, rate in phase.rates.items()},
-                phase.factor,
-                self.state.schedule_step if resumed else 0,
-            ),
-            self.accelerator,
-            self.accumulate,
-            phase.max_norm,
+            prepared, stage.trained, loader, schedule, self.accelerator, self.config.accumulate, phase.max_norm
         )
         for epoch in range(self.state.done[index] + 1, phase.epochs + 1):
             phase.sampler.set_position(phase.loop, epoch)
             # Each process draws its own dropout.
             rank = self.accelerator.process_index
-            torch.manual_seed(derive_seed(self.seed, stage.number, phase.loop, epoch, rank))
+            torch.manual_seed(derive_seed(self.config.seed, stage.number, phase.loop, epoch, rank))
             stage.train()
             row = self._train_epoch(trainer, phase, epoch, stop)
             self._finish_epoch(index, phase, row, trainer.schedule.step)
@@ -182,16 +178,10 @@ class TrainingRun:
             # An iterator draws a seed when it is made, which with persistent workers is not in every epoch. From
             # dropout's generator, it would make a run depend on the number of workers and on where it was killed.
             loader.generator = torch.Generator()
-            accelerator = self.accelerator
-            self._loaders[id(loader)] = prepare_data_loader(
-                loader,
-                accelerator.device,
-                # The loader loads this process's share already.
-                num_processes=1,
-                process_index=0,
-                put_on_device=True,
-                non_blocking=accelerator.non_blocking,
-            )
+            # The loader loads this process's share already.
+            options = {"num_processes": 1, "process_index": 0, "non_blocking": self.accelerator.non_blocking}
+            prepared = prepare_data_loader(loader, self.accelerator.device, put_on_device=True, **options)
+            self._loaders[id(loader)] = prepared
         return self._loaders[id(loader)]
 
     def _track(self, row: dict[str, Any]) -> None:
@@ -237,7 +227,7 @@ class TrainingRun:
                 "schema": STATE_SCHEMA,
                 "signature": self.signature,
                 **self._checkpoint(list(self.model.components), list(self.optimizers), loop),
-                **{name: getattr(self.state, name) for name in STATE_FIELDS},
+                **vars(self.state),
             },
             self.save_path / STATE_FILE,
         )

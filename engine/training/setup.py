@@ -190,15 +190,5 @@ def open_run(setup: RunSetup, loop_forward: Callable[[int], LoopForward] | None 
         if not (config.save_path / STATE_FILE).is_file():
             carry_over_moments(optimizers, setup.start)
         yield TrainingRun(
-            model,
-            optimizers,
-            accelerator,
-            config.save_path,
-            config.seed,
-            config.accumulate,
-            setup.signature,
-            describe,
-            begin_log,
-            setup.start.steps(),
-            feedback=loop_forward is not None,
+            model, optimizers, accelerator, config, setup.signature, describe, begin_log, setup.start.steps()
         )

@@ -139,12 +139,8 @@ def check_start(start: Start, model: ModelConfig, run: CrossAttentionArguments, 
             _check_config(checkpoint, side, model, run)
             _warn_of_other_names(checkpoint, checkpoint.config["prompt_names"], names)
         elif checkpoint is not None:
-            logger.info(
-                "%s has no config: assumed trained on these weights of %s at %d px",
-                checkpoint.path,
-                model.model_name,
-                model.img_size,
-            )
+            assumed = f"assumed trained on these weights of {model.model_name} at {model.img_size} px"
+            logger.info("%s has no config: %s", checkpoint.path, assumed)
             log_activation(checkpoint, model.activation, explicit=run.activation is not None)
     _warn_of_other_text_side(start)
     if start.whole and start.image is not None:
@@ -232,13 +228,8 @@ def log_initialisation(components: dict[str, nn.Module], start: Start, from_base
             origin = f"from the {'checkpoint' if start.whole else 'base'}: {describe_origin(checkpoint)}"
             kind = "" if start.whole else "Base "
             logger.info("%s loaded successfully!", f"{kind}{name.replace('_', ' ')}")
-        logger.info(
-            "%s mean weight magnitude: %.6f (%s parameters, %s)",
-            name,
-            weights.abs().mean().item(),
-            f"{weights.numel():,}",
-            origin,
-        )
+        described = f"{weights.numel():,} parameters, {origin}"
+        logger.info("%s mean weight magnitude: %.6f (%s)", name, weights.abs().mean().item(), described)
     for name in COMPONENTS if from_base else ():
         if name not in components:
             logger.info("%s: off (weight 0)", name)

@@ -127,7 +127,6 @@ class Trainer:
     stage: nn.Module
     components: Mapping[str, nn.Module]
     loader: DataLoader
-    optimizers: Sequence[torch.optim.Optimizer]
     schedule: Schedule
     accelerator: Accelerator
     accumulate: int = 1
@@ -189,7 +188,7 @@ class Trainer:
         """Take one optimizer step; returns whether any process was asked to stop."""
         scaler = self.accelerator.scaler
         if scaler is not None:
-            for optimizer in self.optimizers:
+            for optimizer in self.schedule.rates:
                 scaler.unscale_(optimizer)
         norms = gradient_norms(self.components)
         loss_value, norm, stopping = self._fetch(loss, norms["total"], should_stop)
@@ -202,13 +201,13 @@ class Trainer:
             if self.max_norm is not None:
                 parameters = [parameter for part in self.components.values() for parameter in part.parameters()]
                 clip_grads_with_norm_(parameters, self.max_norm, norms["total"])
-            totals.add_step(norms, self.optimizers[0].param_groups[0]["lr"])
-            for optimizer in self.optimizers:
+            totals.add_step(norms, next(iter(self.schedule.rates)).param_groups[0]["lr"])
+            for optimizer in self.schedule.rates:
                 optimizer.step()
             self.schedule.advance()
         if scaler is not None:
             scaler.update()
-        for optimizer in self.optimizers:
+        for optimizer in self.schedule.rates:
             optimizer.zero_grad()
         return stopping
 

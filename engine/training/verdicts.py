@@ -52,16 +52,9 @@ def log_epoch(row: Row, epochs: int) -> None:
     # Both are NaN if no masks are used.
     unwatched = math.isnan(inside) and math.isnan(outside)
     watched = "" if unwatched else f"p_abnormal {inside:.3f} inside masks and {outside:.3f} outside, "
-    logger.info(
-        "  epoch %d of %d, lr %.3g, %s%.1f images/s, %.2f GiB, %s left",
-        row["epoch"],
-        epochs,
-        row["lr"],
-        watched,
-        row["images_per_second"],
-        row["memory_gib"],
-        readable_time((epochs - row["epoch"]) * row["seconds"]),
-    )
+    left = readable_time((epochs - row["epoch"]) * row["seconds"])
+    speed = f"{row['images_per_second']:.1f} images/s, {row['memory_gib']:.2f} GiB, {left} left"
+    logger.info("  epoch %d of %d, lr %.3g, %s%s", row["epoch"], epochs, row["lr"], watched, speed)
     for warning in epoch_warnings(row):
         logger.warning("  %s", warning)
 
@@ -177,19 +170,11 @@ def judge_run(history: Sequence[Row], feedback: bool) -> dict[tuple[int, str], S
 
 def summary_cells(history: Sequence[Row], feedback: bool) -> tuple[list[str], list[list[str]]]:
     """The header and rows of a run's summary, one row for each stage of each loop."""
-    verdicts = judge_run(history, feedback)
-    table = [
-        [
-            str(loop),
-            side,
-            str(len(rows)),
-            f"{rows[0]['opening_loss']:.4f}",
-            f"{rows[-1]['loss']:.4f}",
-            f"{math.fsum(row['grad_norm/total'] for row in rows) / len(rows):.4f}",
-            verdicts[loop, side].label,
-        ]
-        for (loop, side), rows in stage_rows(history).items()
-    ]
+    verdicts, table = judge_run(history, feedback), []
+    for (loop, side), rows in stage_rows(history).items():
+        norm = math.fsum(row["grad_norm/total"] for row in rows) / len(rows)
+        numbers = (f"{value:.4f}" for value in (rows[0]["opening_loss"], rows[-1]["loss"], norm))
+        table.append([str(loop), side, str(len(rows)), *numbers, verdicts[loop, side].label])
     return ["Loop", "Stage", "Epochs", "First loss", "Last loss", "Grad norm", "Verdict"], table
 
 
