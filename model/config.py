@@ -31,7 +31,7 @@ TEXT_CONTEXTS = ("frozen", "trained", "projectors")
 # Patch features to compare with normal references, and the weight of the reference map (docs/results.md).
 REFERENCE_FEATURES = ("trained", "frozen", "both")
 REFERENCE_WEIGHT = 0.5
-# The choices of a checkpoint that options can replace: of CLIP, the frozen features, and cross-attention.
+# The choices of a checkpoint that options can replace: of CLIP, the image features, and cross-attention.
 CLIP_OVERRIDES = ("model_name", "img_size", "activation")
 FORWARD_OVERRIDES = ("surgery", "surgery_until_layer", "image_feature")
 CROSS_ATTENTION_OVERRIDES = (
