@@ -1,7 +1,5 @@
 """Serve a page in the browser: drop images on it to see their anomalies."""
 
-from __future__ import annotations
-
 from engine.cli.runner import Script
 from engine.config.tools import AppArguments
 

@@ -1,7 +1,5 @@
 """Compare the loops of a feedback run on a dataset, zero-shot, with each other and with other runs."""
 
-from __future__ import annotations
-
 from engine.cli.runner import Script
 from engine.config.evaluation import ComparisonArguments
 

@@ -1,7 +1,5 @@
 """Export a checkpoint as one file for one class, ONNX or a torch program, that runs without this repository."""
 
-from __future__ import annotations
-
 from engine.cli.runner import Script
 from engine.config.tools import ExportArguments
 

@@ -1,7 +1,5 @@
 """Evaluate checkpoints on a dataset, zero-shot, score your own images, or calibrate a decision threshold."""
 
-from __future__ import annotations
-
 from engine.cli.runner import Script
 from engine.config.evaluation import InferenceArguments
 

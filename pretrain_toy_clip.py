@@ -1,7 +1,5 @@
 """Pre-train the toy CLIP on drawn image-caption pairs (docs/toy_world.md); writes an open_clip model folder."""
 
-from __future__ import annotations
-
 from dataset.toy.options import PretrainArguments
 from engine.cli.runner import Script
 

@@ -1,7 +1,5 @@
 """Run or resume a study: arms over seeds and datasets, compared with statistics (docs/studies.md)."""
 
-from __future__ import annotations
-
 from engine.cli.runner import Script
 from engine.config.tools import StudyArguments
 

@@ -4,8 +4,6 @@ Without --checkpoint, the toy model with new adapters is tested, with the cross-
 The exit status is 1 for [CAUTION], a ratio outside 0.8 to 1.25 or a cosine below 0.95, unless --allow is given.
 """
 
-from __future__ import annotations
-
 from engine.cli.runner import Script
 from engine.config.tools import GradientTest
 

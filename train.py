@@ -1,7 +1,5 @@
 """Train the base method: text adapters (Stage 1), then image adapters (Stage 2), on a frozen CLIP."""
 
-from __future__ import annotations
-
 from engine.cli.runner import Script
 from engine.config.training import BaseConfig
 

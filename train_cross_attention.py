@@ -1,7 +1,5 @@
 """Train cross-attention between the text and image branches, starting from a trained base."""
 
-from __future__ import annotations
-
 from engine.cli.runner import Script
 from engine.config.training import CrossAttentionRunConfig
 

@@ -3,8 +3,6 @@
 The first version without changes, with both weights at 1, is --preset v1_original.
 """
 
-from __future__ import annotations
-
 from engine.cli.runner import Script
 from engine.config.training import FeedbackConfig
 

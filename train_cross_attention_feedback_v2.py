@@ -1,7 +1,5 @@
 """Train with feedback: loops of text and image training on one model, each using what the previous one learned."""
 
-from __future__ import annotations
-
 from engine.cli.runner import Script
 from engine.config.training import FeedbackConfig
 

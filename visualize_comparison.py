@@ -1,7 +1,5 @@
 """Draw the heatmaps of a base, a cross-attention run and a feedback loop side by side."""
 
-from __future__ import annotations
-
 from engine.cli.runner import Script
 from engine.config.evaluation import VisualizationArguments
 

@@ -4,8 +4,6 @@ The pictures are smooth noise with some grain; their files have about the size o
 measured, since other work on the machine disturbs it less than elapsed time.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import tempfile

@@ -6,8 +6,6 @@ four pixel metrics, this project all seven metrics. Times are processor time, me
 peak. scikit-learn needs about 60 bytes per pixel; anomalib is not among the requirements (`pip install anomalib`).
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections.abc import Callable

@@ -5,8 +5,6 @@ code (benchmarks/plain_step.py), are compared with those of the same forward pas
 Then all variants take steps in turn, `--repeats` times, after a warm-up step in which the operations are counted.
 """
 
-from __future__ import annotations
-
 import argparse
 import ctypes
 import statistics

@@ -11,8 +11,6 @@ over classes, and `NAME_verdicts.csv`, the comparisons of arms. Then it updates 
 `<!-- catalog: NAME -->` with one of `CATALOG_TABLES`.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections import defaultdict

@@ -6,8 +6,6 @@ of each image (`--surgery sequential`): the published form is a defect (docs/met
 cost. With the same weights, the losses equal those of this project.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

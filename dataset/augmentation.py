@@ -4,8 +4,6 @@ It works on PIL images: 8 bits, one thread, the same bits for any number of work
 AA-CLIP's published code, work on the normalised image.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """Known datasets (`catalog.json`): domain, layout, folder names, and the classes with their names in prompts."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The names of classes in prompts: the catalog's, those of AA-CLIP's published code, or those of a file."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable
 from functools import cache

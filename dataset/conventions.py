@@ -4,8 +4,6 @@ The one module for these rules (docs/datasets.md, "Names of folders and files").
 `dataset.folders` reads folders.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import re

@@ -1,7 +1,5 @@
 """The images of few-shot training (`--training_mode few_shot --shot K`)."""
 
-from __future__ import annotations
-
 import logging
 from collections import defaultdict
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Find folders and images; letter case, separators in names, and clutter of operating systems do not matter."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections import Counter

@@ -1,7 +1,5 @@
 """The layouts of datasets, and how to list the test split of each."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections import Counter

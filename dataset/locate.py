@@ -1,7 +1,5 @@
 """Find a dataset on disk: by its name in the catalog, or by the path of a folder in MVTec's layout."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterable, Iterator

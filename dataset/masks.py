@@ -1,7 +1,5 @@
 """Find the mask of each image, in mask folders and next to the images."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence

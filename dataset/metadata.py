@@ -5,8 +5,6 @@ The first line of a list that this program wrote names its dataset (`ListHeader`
 the dataset's folder. Lists of other origin have no header.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Sequence

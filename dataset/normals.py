@@ -1,7 +1,5 @@
 """Normal images of a dataset that are not tested on: the source of few-shot references."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

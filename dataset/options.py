@@ -1,7 +1,5 @@
 """Options of reading and augmenting images; a module without slow imports, since parsers need it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from utils.fields import limited

@@ -1,7 +1,5 @@
 """The prompts of normal and anomalous objects (docs/method.md, "Text")."""
 
-from __future__ import annotations
-
 from utils.errors import UserError
 from utils.reading import short_repr
 

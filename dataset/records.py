@@ -1,7 +1,5 @@
 """The record of one image of a dataset, the order of records, and their digest."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

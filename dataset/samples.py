@@ -1,7 +1,5 @@
 """Records as tensors, in an order that depends on the seed and the position in the run alone."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

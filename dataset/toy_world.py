@@ -1,7 +1,5 @@
 """The toy datasets (docs/toy_world.md): drawn from a seed and written once, in MVTec's layout."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Training, evaluation and prediction; `from engine import load_model` loads a checkpoint that is ready to predict."""
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

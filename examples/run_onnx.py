@@ -5,8 +5,6 @@ regions (left,top,right,bottom in pixels, the worst first). With --output_dir it
 file does not need the repository and can be copied.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys

@@ -1,7 +1,5 @@
 """AdaptedCLIP: a frozen CLIP with trainable adapters in both encoders (AA-CLIP, CVPR 2025; docs/method.md)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, cast
 

@@ -1,7 +1,5 @@
 """AdaptedCLIP with bidirectional cross-attention: text tokens see patches, image tokens see words (docs/method.md)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 

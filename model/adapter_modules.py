@@ -1,7 +1,5 @@
 """The small trainable modules: adapters inside the encoders, projectors after them (docs/method.md; AA-CLIP, 2025)."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from model.blocks import linear_2d

@@ -5,8 +5,6 @@ open_clip's blocks provide the weights. The forward is here, because `nn.Multihe
 batched matrix products in the backward pass on the CPU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from functools import cache

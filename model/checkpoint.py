@@ -1,7 +1,5 @@
 """Checkpoint files: written atomically, read as plain data only, refused with a one-line error if they do not fit."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Keys and value types of checkpoint files, which `utils.schema.check` compares with a file's content."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """Load CLIP weights of any common form with the activation they need (docs/method.md, "Frozen CLIP")."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 import zipfile

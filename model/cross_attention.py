@@ -1,7 +1,5 @@
 """Multi-head cross-attention, the branch that `AdaptedCLIPWithCrossAttention` adds to both streams (docs/method.md)."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Frozen image features by V-V attention for Stage 1, and unadapted CLIP as the baseline (docs/method.md)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple

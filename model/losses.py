@@ -1,7 +1,5 @@
 """Losses of both stages (docs/method.md, "Losses"): focal (Lin et al. 2017), Dice (Milletari et al. 2016), entropy."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 Without training, like PatchCore (arXiv:2106.08265) and, combined with text, WinCLIP (arXiv:2303.14814).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A model to share: a folder with the weights as safetensors and everything else as JSON (docs/deploying.md)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

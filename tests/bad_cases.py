@@ -4,8 +4,6 @@ Cases of arguments follow from the fields that declare them, so that a new optio
 the scratch folder's `here`.
 """
 
-from __future__ import annotations
-
 import builtins
 import errno
 import io

@@ -5,8 +5,6 @@ the last, no traceback, soon, and no file or folder made, changed or removed any
 as `__main__` and one after another, so that libraries are imported once. The cases are in `tests/bad_cases.py`.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """The browser that tests of pages share, as a fixture."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path

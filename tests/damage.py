@@ -1,7 +1,5 @@
 """Valid files of small runs and ways to damage them, for all tests of damaged files."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import copy

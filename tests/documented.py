@@ -14,8 +14,6 @@ the lines before a block mark it:
 `<!-- study: ... -->` precedes a table that `benchmarks/doc_tables.py` writes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import io

@@ -1,7 +1,5 @@
 """The functions of the evaluation scripts, called with keyword arguments, on the CPU and without worker processes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

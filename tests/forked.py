@@ -3,8 +3,6 @@
 It runs `python -m tests.forked`, reads a request from standard input a line, and answers in a line.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import os

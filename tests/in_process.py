@@ -1,7 +1,5 @@
 """Run scripts of the repository in this process, as `__main__`, so that libraries are imported only once."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

@@ -3,8 +3,6 @@
 Called in one process, `run_all` does the same, which the figures of several must equal.
 """
 
-from __future__ import annotations
-
 import signal
 import sys
 from collections.abc import Iterator, Mapping

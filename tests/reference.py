@@ -6,8 +6,6 @@ CLIP's own definition (open_clip's layer norms, projections and MLPs hold the we
 names that checkpoints carry. Everything is differentiable, so that gradients can be compared too.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

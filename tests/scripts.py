@@ -1,7 +1,5 @@
 """The scripts as a user runs them, with a tiny CLIP and a tiny dataset."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os

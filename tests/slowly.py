@@ -3,8 +3,6 @@
 A test that kills a run in the middle must come before its end, however fast the machine and however busy.
 """
 
-from __future__ import annotations
-
 import runpy
 import sys
 import time

@@ -1,7 +1,5 @@
 """A study that takes a second: a training and a test script that use only the standard library."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """An unreadable image stops a run, and the same command resumes without it (in this process, with a tiny CLIP)."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Bad inputs of every kind to every script end in one line and change nothing (`tests/bad_inputs.py`)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby

@@ -1,7 +1,5 @@
 """The step benchmark at a tiny size, and the gradients of the plain step."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

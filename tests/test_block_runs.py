@@ -1,7 +1,5 @@
 """Skipped, checkpointed and compiled blocks give the same results."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Checkpoint files of this project and of others: which load, and the errors of the others."""
 
-from __future__ import annotations
-
 import functools
 import io
 import logging

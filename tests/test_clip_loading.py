@@ -1,7 +1,5 @@
 """Weights files in common formats, and errors if they do not fit."""
 
-from __future__ import annotations
-
 import json
 import logging
 import socket

@@ -1,7 +1,5 @@
 """Names, options, defaults, files and output lines that users of the earlier scripts rely on."""
 
-from __future__ import annotations
-
 import inspect
 from dataclasses import fields
 from importlib import import_module

@@ -1,7 +1,5 @@
 """Names of folders and files (docs/datasets.md): which are normal, which are masks, and what is skipped."""
 
-from __future__ import annotations
-
 import logging
 import re
 import unicodedata

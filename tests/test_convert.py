@@ -1,7 +1,5 @@
 """`python -m dataset.convert`: each source becomes a dataset that is read, and nothing is overwritten."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

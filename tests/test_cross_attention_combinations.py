@@ -1,7 +1,5 @@
 """All combinations of cross-attention options: training, checkpoints and predictions."""
 
-from __future__ import annotations
-
 import functools
 import tempfile
 from dataclasses import fields, replace

@@ -1,7 +1,5 @@
 """Cross-attention against the plain reference, and properties for any weights (docs/method.md)."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from dataclasses import replace

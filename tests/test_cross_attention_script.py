@@ -1,7 +1,5 @@
 """`train_cross_attention.py` and `test_stage2_gradients.py` as a user runs them."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Damaged checkpoints and states are used if the damage is harmless, and otherwise refused in one line."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A run's data location is the default of every script that tests, draws or resumes the run."""
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

@@ -1,7 +1,5 @@
 """The demo, shortened, on the shipped toy CLIP and a few images of the toy datasets."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

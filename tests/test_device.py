@@ -1,7 +1,5 @@
 """Messages about the device and an unused GPU."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Tables in the documentation follow from the files of studies, and their gains from the seeds."""
 
-from __future__ import annotations
-
 import csv
 import statistics
 from collections import defaultdict

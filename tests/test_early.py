@@ -1,7 +1,5 @@
 """Errors and help that need no torch, whose import takes seconds."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The commands that the files in examples/ start under Slurm, whose programs are replaced here."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

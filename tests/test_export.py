@@ -1,7 +1,5 @@
 """Exported files equal the model for any size and number of images, without this repository or torch."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -1,7 +1,5 @@
 """The changes of docs/extending.md work in a copy of the repository and pass the style checks."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

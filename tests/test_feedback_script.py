@@ -1,7 +1,5 @@
 """`train_cross_attention_feedback_v2.py` as a user runs it: log, kills, signals."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -1,7 +1,5 @@
 """Files are written completely or not at all; errors are one line; files may be open in another program."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import os

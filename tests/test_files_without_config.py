@@ -1,7 +1,5 @@
 """Files of other code, which have no config: assumptions, messages and errors."""
 
-from __future__ import annotations
-
 import functools
 import logging
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The GPU benchmark at a tiny size on the CPU."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`test_stage2_gradients.py`: the model it measures, its verdict and its exit status (run in this process)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

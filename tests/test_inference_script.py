@@ -1,7 +1,5 @@
 """`inference.py` as a user runs it, and `load_model` as a notebook does (docs/method.md, "Scores")."""
 
-from __future__ import annotations
-
 import io
 import os
 import shutil

@@ -4,8 +4,6 @@ Each test holds a check and a small re-creation of the old behaviour: the code m
 behaviour, put in its place, must fail it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 

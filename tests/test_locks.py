@@ -1,7 +1,5 @@
 """The lock of a run's folder: it has one owner and ends with its process."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

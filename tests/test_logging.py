@@ -1,7 +1,5 @@
 """The log files contain all lines of the screen."""
 
-from __future__ import annotations
-
 import json
 import logging
 import warnings

@@ -3,8 +3,6 @@
 `python -m tests.test_notebook` draws the committed pictures anew, after `python run.py demo`.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import re

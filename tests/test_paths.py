@@ -1,7 +1,5 @@
 """File names from data, and checks of any path."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
 

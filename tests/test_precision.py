@@ -1,7 +1,5 @@
 """The precision of a run, its resumption, and computations that stay in float32."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Several processes of one launch compute what one process does, and end in one line."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -1,7 +1,5 @@
 """Prompts with shared prefixes are encoded together, with the results of separate encoding."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode

@@ -4,8 +4,6 @@ tests/data/published_loss_reference.npz was computed by the published code's own
 arrays are stands in it, under `about`.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A run's folder: one run at a time, full disks, open files."""
 
-from __future__ import annotations
-
 import errno
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """`run.py`: packages, indexes, arguments and signals."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

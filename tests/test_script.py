@@ -1,7 +1,5 @@
 """User errors and signals end scripts with one line."""
 
-from __future__ import annotations
-
 import errno
 import os
 import signal

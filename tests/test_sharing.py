@@ -1,7 +1,5 @@
 """Shared models: a folder that loads identically anywhere, its card, and the hub (with a replaced client)."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

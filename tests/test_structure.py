@@ -1,7 +1,5 @@
 """Imports follow one direction between packages and form no cycle; functions and files stay short."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from functools import cache

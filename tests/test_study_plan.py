@@ -1,7 +1,5 @@
 """Cells, commands and digests of a study file, and the files in `studies/`."""
 
-from __future__ import annotations
-
 import importlib
 import shlex
 import subprocess

@@ -1,7 +1,5 @@
 """The result files of complete and partial studies."""
 
-from __future__ import annotations
-
 import csv
 import math
 import re

@@ -1,7 +1,5 @@
 """Running studies: restarts, kills, failures, several processes, GPUs and threads."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """The statistics of studies, and their error rate and power on simulated studies."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

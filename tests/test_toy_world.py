@@ -1,7 +1,5 @@
 """The toy world: drawings depend on their seed, datasets have MVTec's layout, masks show the defects."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 

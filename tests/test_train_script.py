@@ -1,7 +1,5 @@
 """`train.py` as a user runs it: files, log, restarts."""
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

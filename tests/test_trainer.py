@@ -1,7 +1,5 @@
 """The training loop: verdicts, safeguards, rules of restarts, and errors."""
 
-from __future__ import annotations
-
 import json
 import math
 import signal

@@ -1,7 +1,5 @@
 """`visualize_comparison.py`: its images, models and figures (in this process, with a tiny CLIP)."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A training step waits for the device once, to check that loss and gradient are finite."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections import Counter

@@ -1,7 +1,5 @@
 """Image labels without masks: image metrics, and training without masks (docs/datasets.md)."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace

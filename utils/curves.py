@@ -1,7 +1,5 @@
 """Curves over epochs and loops: losses, gradient norms, metrics."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby

@@ -1,7 +1,5 @@
 """Exceptions that end a script in one line: user errors, files that cannot be written, signals."""
 
-from __future__ import annotations
-
 
 class UserError(Exception):
     """A user error; the message is one line that says what is wrong and what to do.

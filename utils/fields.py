@@ -1,7 +1,5 @@
 """Dataclass fields with limits for their values, and fields that are options of a script."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import MISSING, field
 from typing import Any

@@ -1,7 +1,5 @@
 """Figures as files, and text in them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg

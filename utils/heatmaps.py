@@ -1,7 +1,5 @@
 """Heatmaps over images: single ones, several models side by side, grids of examples."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One writer per folder: a lock file that names its holder and expires if the holder stops refreshing it."""
 
-from __future__ import annotations
-
 import logging
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """Logging to the screen, above progress bars, and to the files of a run."""
 
-from __future__ import annotations
-
 import json
 import logging
 import sys

@@ -1,7 +1,5 @@
 """Safe file names from text of data and checkpoints, and checks of paths that never raise."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

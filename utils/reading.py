@@ -1,7 +1,5 @@
 """Read text, JSON and TOML files that users or other programs wrote; every problem is a one-line `UserError`."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

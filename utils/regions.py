@@ -1,7 +1,5 @@
 """Regions of an image in which its anomaly map is high, in pixels of the original image."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ A dataclass defines the keys and their types; `between` and `choices` in the met
 the frozen dataclasses that describe a model are the schema of the files that contain them.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import types

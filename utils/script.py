@@ -1,7 +1,5 @@
 """Run a script's `main`: user errors and signals end in one line with a defined exit status, never in a traceback."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import re

@@ -1,7 +1,5 @@
 """Seeds derived from the position in a run, without a global random state (docs/method.md, "Training")."""
 
-from __future__ import annotations
-
 import numpy as np
 
 

@@ -1,7 +1,5 @@
 """Charts for HTML pages: an SVG for light and one for dark backgrounds, narrow enough for a phone."""
 
-from __future__ import annotations
-
 import base64
 import io
 import math

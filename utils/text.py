@@ -1,7 +1,5 @@
 """Tables and short texts for log lines, error messages, CSV files and Markdown."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Iterable, Sequence

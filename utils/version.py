@@ -1,7 +1,5 @@
 """The version of this project, as `pyproject.toml` states it."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`python -m dataset.convert`."""
 
-from __future__ import annotations
-
 from dataset.convert.arguments import ConversionArguments, build_parser
 from utils.script import run_script
 

@@ -1,7 +1,5 @@
 """Annotated regions: COCO files, and the files of one image each that labelme and YOLO's tools write."""
 
-from __future__ import annotations
-
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Arguments of `python -m dataset.convert`."""
 
-from __future__ import annotations
-
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Write the images of a source as a dataset in MVTec's layout."""
 
-from __future__ import annotations
-
 import io
 import logging
 import os

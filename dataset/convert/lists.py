@@ -1,7 +1,5 @@
 """Lists of images: JSON lines, a JSON list, a `meta.json` of splits and classes, Real-IAD's lists, and CSV."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any

@@ -1,7 +1,5 @@
 """Recognise a source and list its images; the labels in folders follow from names, masks, or annotation files."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections import Counter

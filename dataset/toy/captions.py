@@ -4,8 +4,6 @@ Captions name colours, materials, backgrounds and the small marks with their pla
 patches of intact drawings are labelled with words; damaged drawings have no patch labels.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import NamedTuple
 

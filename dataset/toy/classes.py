@@ -1,7 +1,5 @@
 """The classes of the toy datasets (`classes.json`, docs/toy_world.md)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

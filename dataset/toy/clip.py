@@ -1,7 +1,5 @@
 """The toy CLIP (docs/toy_world.md): open_clip's own model, a faster way to encode drawings, and its export."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

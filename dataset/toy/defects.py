@@ -4,8 +4,6 @@ A defect is a function of a `Site` (where, on what, how large) that returns a `C
 the region that it covers. Coordinates and distances are those of the image (-1 to 1).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 

@@ -4,8 +4,6 @@ An object is a function of its own coordinates (u, v), in which it reaches to ab
 its proportions; it returns its parts from back to front.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Arguments of `pretrain_toy_clip.py` (docs/toy_world.md)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

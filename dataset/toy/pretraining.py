@@ -4,8 +4,6 @@ The losses are CLIP's contrastive loss, and a loss between patches and the words
 random part of each drawing's patches (FLIP, arXiv:2212.00794), a quarter at first and more later, which is faster.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time

@@ -1,7 +1,5 @@
 """Drawing a picture of the toy world: background, things, small marks, a defect, light, blur and noise."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ A distance field is negative inside its shape. Distances are exact or close to i
 anti-aliasing and bevels need.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from functools import lru_cache

@@ -3,8 +3,6 @@
 A texture is a function of the coordinates (u, v) and of a generator that sets its proportions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

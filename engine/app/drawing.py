@@ -1,7 +1,5 @@
 """The HTML of a result, with embedded pictures that the browser stacks."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Images of the toy dataset to try the page with."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from PIL import Image

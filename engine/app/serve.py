@@ -1,7 +1,5 @@
 """Serve the page: by default on this machine only, with a queue, and without requests to other servers."""
 
-from __future__ import annotations
-
 import logging
 import os
 import socket

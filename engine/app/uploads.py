@@ -1,7 +1,5 @@
 """Images that a visitor uploads: limited in size and number, and named by names that are never used as paths."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

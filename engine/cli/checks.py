@@ -3,8 +3,6 @@
 Everything is checked again where it is used.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The demo: a short base, three loops of feedback from it, and both compared with unadapted CLIP on unseen classes."""
 
-from __future__ import annotations
-
 import logging
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A script: options to a frozen arguments object, early checks, then one function that does the work."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NoReturn

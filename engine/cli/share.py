@@ -1,7 +1,5 @@
 """Write a checkpoint as a folder to share, with trained weights and a model card, and upload it to the hub."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

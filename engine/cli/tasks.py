@@ -1,7 +1,5 @@
 """What scripts do that need more than one function of another package."""
 
-from __future__ import annotations
-
 from dataset.toy.options import PretrainArguments
 from engine.config.evaluation import InferenceArguments
 

@@ -1,7 +1,5 @@
 """Groups of options that several scripts share, and readers of their values."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """All presets, as tables of option values. A script uses the values of the options that it has."""
 
-from __future__ import annotations
-
 from typing import Any
 
 RECIPES = ("toy",)

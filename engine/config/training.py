@@ -1,7 +1,5 @@
 """The options of the training scripts; a run saves them, and must be resumed with the same values."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Samples and loaders of a task."""
 
-from __future__ import annotations
-
 import logging
 import os
 from dataclasses import replace

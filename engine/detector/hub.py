@@ -1,7 +1,5 @@
 """Where a checkpoint and its calibration are: a path, or a repository on the Hugging Face hub, `hf://ORG/NAME`."""
 
-from __future__ import annotations
-
 import logging
 import re
 from pathlib import Path

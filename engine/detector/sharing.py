@@ -1,7 +1,5 @@
 """A model as a folder to share: trained components, training choices, thresholds, and a model card."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re

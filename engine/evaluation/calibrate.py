@@ -1,7 +1,5 @@
 """`inference.py --calibrate`: thresholds of a model from normal images (docs/testing.md, "A decision")."""
 
-from __future__ import annotations
-
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator

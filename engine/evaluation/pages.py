@@ -1,7 +1,5 @@
 """HTML pages from templates, which share `base.html` (style) and `macros.html` (charts, facts, tables)."""
 
-from __future__ import annotations
-
 from datetime import datetime
 from pathlib import Path
 from typing import Any

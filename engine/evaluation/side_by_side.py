@@ -1,7 +1,5 @@
 """`visualize_comparison.py`: heatmaps of several models for anomalous images of a class, side by side."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path

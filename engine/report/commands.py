@@ -1,7 +1,5 @@
 """The command that repeats a run, from the arguments in its checkpoint."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any

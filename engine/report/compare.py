@@ -1,7 +1,5 @@
 """`compare_feedback_loops.py`: evaluate the loops of a feedback run and the models they are compared with."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The training runs of a comparison, as `report.html` shows them: arguments, curves, warnings, and the command."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The device of a run, checked before anything is built."""
 
-from __future__ import annotations
-
 import logging
 import os
 import platform

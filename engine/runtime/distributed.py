@@ -1,7 +1,5 @@
 """Data parallel processes of one launch: accelerate's Accelerator and collective operations (docs/scaling.md)."""
 
-from __future__ import annotations
-
 import atexit
 import math
 import os

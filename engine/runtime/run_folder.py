@@ -1,7 +1,5 @@
 """The files of a run's folder: their names, and finding the checkpoints among them."""
 
-from __future__ import annotations
-
 import logging
 import re
 from pathlib import Path

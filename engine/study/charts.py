@@ -1,7 +1,5 @@
 """Forest plots of a study: the differences between its arms with their intervals."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from functools import partial

@@ -1,7 +1,5 @@
 """Read what cells wrote: metrics of evaluations, training histories, and facts for the fairness check."""
 
-from __future__ import annotations
-
 import logging
 import math
 import pickle

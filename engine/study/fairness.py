@@ -1,7 +1,5 @@
 """Whether the arms of a study were compared fairly, and in which arguments they differ."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any

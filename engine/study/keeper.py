@@ -5,8 +5,6 @@ Only one keeper per marker runs a command at a time; another one exits with `BUS
 if the command succeeded. Only the standard library is imported, for a fast start.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Write the results of a study: CSV files, and a Markdown and an HTML report for each arm to compare with."""
 
-from __future__ import annotations
-
 import logging
 import math
 import shlex

@@ -1,7 +1,5 @@
 """The results of a study: metrics and verdicts of its arms."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

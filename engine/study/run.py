@@ -1,7 +1,5 @@
 """The work of `run_study.py`: plan a study, run its cells, and report."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The base method: Stage 1, then Stage 2, on a frozen CLIP (AA-CLIP, CVPR 2025)."""
 
-from __future__ import annotations
-
 import logging
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Cross-attention on a trained base: both stages once (docs/method.md, "Cross-attention")."""
 
-from __future__ import annotations
-
 from engine.config.training import CrossAttentionRunConfig
 from engine.training.base import train_two_stages
 from engine.training.setup import prepare

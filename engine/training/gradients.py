@@ -1,7 +1,5 @@
 """Whether cross-attention preserves the image adapter's gradient in Stage 2, in length and direction."""
 
-from __future__ import annotations
-
 import statistics
 import sys
 from collections.abc import Sequence

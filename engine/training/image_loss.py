@@ -1,7 +1,5 @@
 """Stage 2 from labels of whole images: its classification term alone (docs/training.md, "Without masks")."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any, cast
 

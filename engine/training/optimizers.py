@@ -1,7 +1,5 @@
 """The optimizers of a run, and their moments from one run to another (docs/method.md, "Training")."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from typing import Any

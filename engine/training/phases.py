@@ -1,7 +1,5 @@
 """A run as a list of phases, and its progress through them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """The loops of a feedback run (docs/method.md, "Feedback")."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

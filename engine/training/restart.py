@@ -1,7 +1,5 @@
 """Whether a run may start or resume in a folder, and which of its phases and loops need not be repeated."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A training run on one model: its phases, its state on disk, and resuming after a kill."""
 
-from __future__ import annotations
-
 import logging
 import signal
 from collections.abc import Callable, Mapping, Sequence

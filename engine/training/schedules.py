@@ -1,7 +1,5 @@
 """Learning rates over the steps of a stage, as factors of its first rate (docs/method.md, "Training")."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 

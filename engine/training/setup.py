@@ -1,7 +1,5 @@
 """What all training scripts do before training: check everything, build the model, then lock the run's folder."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

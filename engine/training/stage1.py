@@ -1,7 +1,5 @@
 """Stage 1: text adapters learn anchors that separate normal from abnormal image features (docs/method.md)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from engine.training.stages import Stage, StageOutput, present_classes, square_mask, watch_abnormal

@@ -1,7 +1,5 @@
 """Stage 2: image adapters and projectors align patches with the anchors that Stage 1 left (docs/method.md)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

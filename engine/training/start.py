@@ -1,7 +1,5 @@
 """The start of a run with cross-attention, checked and loaded: a trained base, any checkpoint, or nothing."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """`training_state.pth`, from which a run resumes: checked before anything is taken from it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The log of an epoch, warnings about it, the verdict on a stage, and a run's summary (docs/method.md, "Training")."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping, Sequence
