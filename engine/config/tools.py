@@ -30,6 +30,7 @@ from utils.fields import POSITIONAL, changed, setting
 DEFAULT_WEIGHT = CrossAttentionConfig.image_cross_attn_weight
 PORT = 7860
 ONNX, TORCH = "onnx", "torch"
+INT8 = "int8"
 ENDINGS = {ONNX: ".onnx", TORCH: ".pt2"}
 # Names of modules; requirements-export.txt has the versions.
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -85,7 +86,13 @@ class ExportArguments(ReferenceArguments, TrainedModelArguments):
     checkpoint: str = _task(MISSING, "checkpoint, folder (its latest), model on the hub, or none for unadapted CLIP")
     class_name: tuple[str, ...] = _task((DEFAULT_CLASS,), 'classes, such as "metal screw"; one file for each')
     format: str = _task(ONNX, "onnx, or a program of torch.export", choices=tuple(ENDINGS))
-    precision: str = _task("fp32", "type of weights and products; fp16 halves the file size", choices=("fp32", "fp16"))
+    precision: str = _task(
+        "fp32",
+        "type of weights and products; fp16 halves the file size, int8 (onnx alone) divides it by four",
+        choices=("fp32", "fp16", INT8),
+    )
+    calibrate: Path | None = _task(None, "folder of normal images, which --precision int8 needs")
+    tolerance: float = _task(0.01, "share of decisions on them that --precision int8 may change", between=(0, 1))
     domain: str = changed(InferenceArguments, "domain")
     class_names: str | None = _task(
         None, "names in prompts: catalog, or published (of AA-CLIP)", choices=NAMES, unset=f"{ASSUMED} the catalog's"
@@ -109,6 +116,10 @@ class ExportArguments(ReferenceArguments, TrainedModelArguments):
             raise UserError("--output names one file: give one --class_name, or leave --output out")
         if self.output is not None and self.output.suffix.lower() != ending:
             raise UserError(f"--output {self.output}: a file of --format {self.format} ends in {ending}")
+        if self.precision == INT8 and (self.format != ONNX or self.calibrate is None):
+            raise UserError("--precision int8 needs --format onnx and --calibrate FOLDER")
+        for name in self.not_default(("calibrate", "tolerance")) if self.precision != INT8 else ():
+            raise UserError(f"--{name} needs --precision int8")
         missing = [name for name in ONNX_PACKAGES if find_spec(name) is None] if self.format == ONNX else []
         if missing:
             raise UserError(

@@ -16,8 +16,9 @@ from PIL import Image
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
+from dataset.folders import find_images
 from dataset.prompts import build_prompts, readable_name
-from engine.config.tools import ENDINGS, ONNX, ExportArguments
+from engine.config.tools import ENDINGS, INT8, ONNX, ExportArguments
 from engine.detector.calibration import Entry
 from engine.detector.detector import Detector
 from engine.detector.hub import NO_CHECKPOINT, is_address
@@ -25,6 +26,7 @@ from engine.detector.loading import load_model
 from engine.detector.sharing import clip_licence, without_folders
 from engine.evaluation.inference import load_detectors
 from engine.evaluation.references import ReferenceChoice, add_image_references, image_references
+from engine.export.int8 import write_int8
 from model.graph import ScoringGraph, Thresholds, resize
 from model.text import Prompts
 from utils.errors import UserError
@@ -35,7 +37,7 @@ from utils.version import PROJECT, project_version
 logger = logging.getLogger(__name__)
 
 # Largest accepted difference of a file from the model, in maps and scores, both from 0 to 1.
-TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2}
+TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, INT8: 1e-3}
 INPUT, AXES = "images", ("batch", "height", "width")
 METADATA = "metadata.json"
 # A protocol buffer, such as an ONNX file, has at most 2 GiB.
@@ -71,19 +73,26 @@ def export_checkpoint(arguments: ExportArguments) -> list[Path]:
     classes = list(dict.fromkeys(arguments.class_name))
     choice = ReferenceChoice.of(arguments)
     add_image_references(detector, image_references(choice, classes), choice, arguments.class_names)
+    images = find_images(arguments.calibrate, "--calibrate").images if arguments.calibrate else ()
     files = []
     for class_name in classes:
         name = safe_name(f"{detector.name}_{class_name}") + ENDINGS[arguments.format]
         path = arguments.output or folder / name
         check_folder(path.parent, "--output")
         target = ExportTarget(class_name, arguments.domain, arguments.class_names)
-        export(detector, target, path, arguments.format, arguments.precision)
+        export(detector, target, path, arguments.format, arguments.precision, images, arguments.tolerance)
         files.append(path)
     return files
 
 
 def export(
-    detector: Detector, target: ExportTarget, path: Path, kind: str = ONNX, precision: str = "fp32"
+    detector: Detector,
+    target: ExportTarget,
+    path: Path,
+    kind: str = ONNX,
+    precision: str = "fp32",
+    images: Sequence[Path] = (),
+    tolerance: float = 0.01,
 ) -> tuple[float, float]:
     """Write a model for one class as ONNX or as a program of torch.export.
 
@@ -94,35 +103,28 @@ def export(
         target: The class.
         path: The file; it is replaced only if the new file passes the check.
         kind: `onnx` or `torch`.
-        precision: `fp32` or `fp16`.
+        precision: `fp32`, `fp16` or `int8`.
+        images: Normal images, for int8.
+        tolerance: The largest share of decisions on `images` that int8 may change.
 
     Returns:
-        The largest differences of the file from the model on several images, in maps and in scores.
+        The largest differences of the file, for int8 before quantisation, from the model on several images, in maps and
+        in scores.
 
     Raises:
-        UserError: The difference exceeds `TOLERANCE`, or the model is too large for ONNX.
+        UserError: The difference exceeds `TOLERANCE`, int8 changes too many decisions, or the model is too large for
+            ONNX.
     """
     detector = detector.cpu()
     name = detector.name_in_prompts(target.class_name, target.class_names)
     key = detector.calibration_key(target.class_name, target.domain, class_names=target.class_names)
     entry = detector.thresholds(key)
     references = detector.references.get(readable_name(target.class_name))
-    # A file cannot contain views.
-    views = Prompts.from_texts(detector.clip, [build_prompts(name)])
-    prompts = Prompts(views.tokens.clone(memory_format=torch.contiguous_format), views.normal, views.tree)
+    decides = f"decides {entry}" if entry else "has no thresholds, so it does not decide"
+    logger.info("%s for '%s' %s", detector.name, name, decides)
+    logger.info("Exporting as %s, %s: this may take minutes", kind, precision)
     with torch.no_grad():
-        graph = ScoringGraph(
-            detector.model,
-            detector.text_side(prompts),
-            target.domain,
-            detector.det_score,
-            Thresholds(entry.image_threshold, entry.pixel_threshold) if entry else None,
-            references,
-            half=precision == "fp16",
-        ).eval()
-        decides = f"decides {entry}" if entry else "has no thresholds, so it does not decide"
-        logger.info("%s for '%s' %s", detector.name, name, decides)
-        logger.info("Exporting as %s, %s: this may take minutes", kind, precision)
+        graph = scoring_graph(detector, target, name, entry, half=precision == "fp16")
         program = trace(graph)
     content = metadata(detector, name, target.domain, precision, entry, graph)
     content["references"] = f"{len(references.images)} images ({references.digest})" if references else "none"
@@ -138,9 +140,28 @@ def export(
         summary = f"map {largest[0]:.1e}, score {largest[1]:.1e} (allowed: {TOLERANCE[precision]:g})"
         if not max(largest) <= TOLERANCE[precision]:
             raise UserError(f"{path}: not written, because it would differ from the model ({summary})")
+        if precision == INT8:
+            write_int8(temporary, images, entry and entry.image_threshold, tolerance)
     logger.info("Largest difference from the model on images of several sizes: %s", summary)
     logger.info("%s: %.1f MB", path, path.stat().st_size / 1e6)
     return largest
+
+
+def scoring_graph(detector: Detector, target: ExportTarget, name: str, entry: Entry | None, half: bool) -> ScoringGraph:
+    """The whole path of an image of a class, whose name in prompts is `name`, with its thresholds and references."""
+    references = detector.references.get(readable_name(target.class_name))
+    # A file cannot contain views.
+    views = Prompts.from_texts(detector.clip, [build_prompts(name)])
+    prompts = Prompts(views.tokens.clone(memory_format=torch.contiguous_format), views.normal, views.tree)
+    return ScoringGraph(
+        detector.model,
+        detector.text_side(prompts),
+        target.domain,
+        detector.det_score,
+        Thresholds(entry.image_threshold, entry.pixel_threshold) if entry else None,
+        references,
+        half=half,
+    ).eval()
 
 
 def trace(graph: ScoringGraph) -> ExportedProgram:
