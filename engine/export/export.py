@@ -141,7 +141,7 @@ def export(
         if not max(largest) <= TOLERANCE[precision]:
             raise UserError(f"{path}: not written, because it would differ from the model ({summary})")
         if precision == INT8:
-            write_int8(temporary, images, entry and entry.image_threshold, tolerance)
+            write_int8(temporary, images, entry.image_threshold if entry else None, tolerance)
     logger.info("Largest difference from the model on images of several sizes: %s", summary)
     logger.info("%s: %.1f MB", path, path.stat().st_size / 1e6)
     return largest
