@@ -31,10 +31,8 @@ from engine.runtime.device import check_compiler, check_device, device_name
 from engine.training.stage1 import TextStage
 from engine.training.stage2 import ImageStage
 from model.adapter import AdaptedCLIP
-from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.blocks import BlockRunner
 from model.clip import FrozenCLIP
-from model.config import CrossAttentionConfig
 from model.scoring import anomaly_map
 from model.text import Prompts
 from utils.text import format_table
@@ -54,7 +52,6 @@ class Row:
     """A variant of a step and its measurements.
 
     Attributes:
-        cross: Whether the model has cross-attention.
         batch: Images per step.
         seconds: Elapsed time of each step.
         processor: Processor time of all threads, which is less affected by other work on the machine.
@@ -64,7 +61,6 @@ class Row:
 
     stage: str
     variant: str
-    cross: bool
     batch: int
     step: Callable[[], object]
     seconds: list[float] = field(default_factory=list)
@@ -74,20 +70,16 @@ class Row:
 
 
 class Bench:
-    """A model with and one without cross-attention on the same CLIP, and their steps."""
+    """An adapted model and its steps."""
 
-    def __init__(self, device: str, tiny: bool, img_size: int = SIZE) -> None:
+    def __init__(self, device: str, tiny: bool) -> None:
         torch.manual_seed(0)
         config = TOY if tiny else open_clip.get_model_config(MODEL)
-        vision = config["vision_cfg"] if tiny else {**config["vision_cfg"], "image_size": img_size}
+        vision = config["vision_cfg"] if tiny else {**config["vision_cfg"], "image_size": SIZE}
         module = open_clip.CLIP(**{**config, "vision_cfg": vision, "quick_gelu": True})
         clip = FrozenCLIP(module, MODEL, "quick_gelu")
         self.device, self.clip = device, clip.to(device)
-        chosen = clip.model_config()
-        self.models = {
-            False: AdaptedCLIP(clip, chosen).to(device),
-            True: AdaptedCLIPWithCrossAttention(clip, chosen, cross=CrossAttentionConfig()).to(device),
-        }
+        self.model = AdaptedCLIP(clip, clip.model_config()).to(device)
         texts = [build_prompts(name) for name in CLASSES]
         self.prompts = Prompts.from_texts(clip, texts).to(device)
 
@@ -106,9 +98,9 @@ class Bench:
     def rows_of(self, batch: dict[str, Any]) -> Tensor:
         return torch.tensor([CLASSES.index(name) for name in batch["class_name"]], device=self.device)
 
-    def step(self, stage: str, variant: str, cross: bool, size: int) -> Callable[[], Any]:
+    def step(self, stage: str, variant: str, size: int) -> Callable[[], Any]:
         """A function that takes a step without changing weights, and returns the loss, or the maps in evaluation."""
-        batch, model = self.batch(size), self.models[cross]
+        batch, model = self.batch(size), self.model
         precision = "bf16" if variant.startswith("bf16") else "fp32"
         runner = BlockRunner(variant == "checkpointed", (size,) if variant.endswith("compiled") else ())
         surgery = "sequential" if variant in ("plain", "same") else "dual"
@@ -143,7 +135,7 @@ class Bench:
         return train
 
     def _plain_step(self, stage: str, batch: dict[str, Any]) -> Callable[[], Any]:
-        model = self.models[False]
+        model = self.model
         plain, masks, rows = PlainModel(model), batch["mask"][:, 0], self.rows_of(batch)
         tokens = F.pad(self.prompts.tokens, (0, self.clip.clip.context_length - self.prompts.tokens.shape[-1]))
         anchors = model.text_side(self.prompts)[rows]
@@ -170,7 +162,7 @@ class Bench:
     def check_losses(self) -> None:
         """Raise `SystemExit` if the losses of `plain` and `same` differ."""
         for stage in ("text", "image"):
-            plain, same = (self.step(stage, variant, False, 1)() for variant in ("plain", "same"))
+            plain, same = (self.step(stage, variant, 1)() for variant in ("plain", "same"))
             print(f"{stage} loss: plain {plain:.6f}, same {same:.6f}")
             if abs(plain - same) > 1e-4 * abs(plain):
                 raise SystemExit("the losses differ")
@@ -206,21 +198,20 @@ def peak_memory(device: str) -> float:
 
 
 def make_rows(bench: Bench, arguments: argparse.Namespace) -> Iterator[Row]:
-    for stage, cross, variant in product(arguments.stages, (False, True), arguments.variants):
-        # The published code has no cross-attention, only Stage 1 has frozen features, evaluation has no gradient.
-        missing = {"plain": cross, "same": stage != "text", "checkpointed": stage == "evaluation"}
-        if missing.get(variant) or (cross and not arguments.cross_attention):
+    for stage, variant in product(arguments.stages, arguments.variants):
+        # Only Stage 1 has frozen features, and evaluation has no gradient.
+        if stage in {"same": STAGES[1:], "checkpointed": STAGES[2:]}.get(variant, ()):
             continue
         for size in getattr(arguments, f"{stage}_batch_sizes"):
-            yield Row(stage, variant, cross, size, bench.step(stage, variant, cross, size))
+            yield Row(stage, variant, size, bench.step(stage, variant, size))
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:
     """Measure and print all rows."""
-    device = check_device(arguments.device, "fp32", arguments.tf32).partition(":")[0]
+    device = check_device(arguments.device, "fp32").partition(":")[0]
     if any(variant.endswith("compiled") for variant in arguments.variants):
         check_compiler(device)
-    bench = Bench(device, arguments.tiny, arguments.img_size)
+    bench = Bench(device, arguments.tiny)
     bench.check_losses()
     rows = list(make_rows(bench, arguments))
     for row in rows:
@@ -246,20 +237,16 @@ def table(rows: Sequence[Row], device: str) -> str:
         numbers = [f"{value:.3f}" for value in (seconds, processor, row.batch / seconds)]
         flops = f"{row.flops / 1e12:.3f}" if row.flops else "-"
         speed = f"{base / cost[id(row)]:.2f}" if base else "-"
-        attention = "on" if row.cross else "off"
-        lines.append([row.stage, attention, row.variant, str(row.batch), *numbers, f"{row.gib:.2f}", flops, speed])
+        lines.append([row.stage, row.variant, str(row.batch), *numbers, f"{row.gib:.2f}", flops, speed])
     measured = ["seconds", "processor s", "images/s", "GiB", "TFLOP", "times plain"]
-    return format_table(["stage", "cross-attention", "variant", "images", *measured], lines)
+    return format_table(["stage", "variant", "images", *measured], lines)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--tf32", choices=("on", "off"), default="on", help="for fp32 on a GPU")
-    parser.add_argument("--img_size", type=int, default=SIZE, help="side of the images in pixels")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS[:4])
-    parser.add_argument("--cross_attention", action="store_true", help="also measure the model with cross-attention")
     parser.add_argument("--text_batch_sizes", nargs="+", type=int, default=[4], help="images per step of Stage 1")
     parser.add_argument("--image_batch_sizes", nargs="+", type=int, default=[2], help="images per step of Stage 2")
     parser.add_argument("--evaluation_batch_sizes", nargs="+", type=int, default=[1], help="images per evaluation step")

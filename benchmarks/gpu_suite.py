@@ -148,7 +148,7 @@ def steps(suite: Suite) -> Rows:
             continue
         size = by_stage[stage]
         torch.set_float32_matmul_precision("high" if mode == "tf32" else "highest")
-        row = Row(stage, mode, False, size, bench.step(stage, "fp32" if mode == "tf32" else mode, False, size))
+        row = Row(stage, mode, size, bench.step(stage, "fp32" if mode == "tf32" else mode, size))
         result: dict[str, Any] = {"stage": stage, "mode": mode, "images": size}
         try:
             if mode == "fp32":
@@ -173,7 +173,7 @@ def steps(suite: Suite) -> Rows:
 def product_rate(device: str, side: int) -> float:
     """Operations per second of a large bf16 matrix product."""
     left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    row = Row("", "", False, 1, lambda: [left @ right for _ in range(10)])
+    row = Row("", "", 1, lambda: [left @ right for _ in range(10)])
     for _ in range(4):
         measure(row, device)
     return 10 * 2 * side**3 / min(row.seconds)
@@ -202,7 +202,7 @@ def _peak(bench: Bench, stage: str, mode: str, size: int) -> float:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:
-        bench.step(stage, mode, False, size)()
+        bench.step(stage, mode, size)()
     except torch.OutOfMemoryError:
         return float("inf")
     return float(torch.cuda.max_memory_reserved())
@@ -249,7 +249,7 @@ def pixel_counting(suite: Suite) -> Rows:
     masks = draw_masks(count, side, generator)
     maps = draw_maps(masks, generator)
     for device in dict.fromkeys((suite.device, "cpu")):
-        row = Row("", "", False, count, partial(streamed, maps.to(device), masks, 8))
+        row = Row("", "", count, partial(streamed, maps.to(device), masks, 8))
         for _ in range(2):
             measure(row, device)
         yield {"device": device, "images": count, "seconds": row.seconds[1]}
@@ -269,7 +269,7 @@ def onnx(suite: Suite) -> Rows:
         image = torch.randint(0, 256, (1, 512, 512, 3), dtype=torch.uint8).numpy()
         for provider in ("CUDAExecutionProvider", "CPUExecutionProvider"):
             session = onnxruntime.InferenceSession(file, providers=[provider])
-            row = Row("", "", False, 1, partial(session.run, None, {"images": image}))
+            row = Row("", "", 1, partial(session.run, None, {"images": image}))
             for _ in range(30):
                 measure(row, "cpu")
             yield {"provider": provider, "ms": 1000 * statistics.median(row.seconds)}

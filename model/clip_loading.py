@@ -4,7 +4,7 @@ import logging
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from model.checkpoint_schema import FloatTensor, check_state, without_wrappers
 from model.clip import FrozenCLIP
 from model.config import ACTIVATIONS, TOY
 from utils.errors import UserError
+from utils.fields import limited
 from utils.reading import read_json, wrong_content
 from utils.schema import MayHoldMore, Plain, check
 from utils.text import first_line
@@ -40,37 +41,26 @@ TRANSFORMERS = (
 OPENAI_ENTRIES = ("input_resolution", "context_length", "vocab_size")
 
 
-def _size(default: int, most: int = 2**20) -> int:
-    """A size in a CLIP configuration."""
-    return field(default=default, metadata={"between": (1, most)})
-
-
 @dataclass
 class _Vision(CLIPVisionCfg):
-    """open_clip's own fields, with the limits of a plain, square ViT."""
+    """open_clip's own fields, with the limits of a plain, square ViT; open_clip checks the other sizes."""
 
-    layers: int = _size(12, 1000)
-    width: int = _size(768)
-    head_width: int = _size(64)
-    patch_size: int = _size(16)
-    image_size: int = _size(224, 8192)
+    layers: int = limited(12, between=(1, 1000))
+    patch_size: int = limited(16, between=(1, 8192))
+    image_size: int = limited(224, between=(1, 8192))
 
 
 @dataclass
 class _Text(CLIPTextCfg):
     """open_clip's own fields, with limits."""
 
-    context_length: int = _size(77)
-    vocab_size: int = _size(49408)
-    width: int = _size(512)
-    heads: int = _size(8)
-    layers: int = _size(12, 1000)
+    layers: int = limited(12, between=(1, 1000))
 
 
 @dataclass
 class _Clip(MayHoldMore):
     more = Plain
-    embed_dim: int = field(metadata={"between": (1, 2**20)})
+    embed_dim: int
     vision_cfg: _Vision
     text_cfg: _Text
     quick_gelu: bool = False
@@ -80,7 +70,7 @@ class _Clip(MayHoldMore):
 class _Preprocessing(MayHoldMore):
     more = Plain
     mean: tuple[float, float, float] = open_clip.OPENAI_DATASET_MEAN
-    std: tuple[float, float, float] = field(default=open_clip.OPENAI_DATASET_STD, metadata={"between": (1e-6, 1e6)})
+    std: tuple[float, float, float] = limited(open_clip.OPENAI_DATASET_STD, between=(1e-6, 1e6))
 
 
 @dataclass

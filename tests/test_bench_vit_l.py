@@ -10,14 +10,13 @@ from tests.helpers import assert_agrees
 
 def test_every_variant_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     variants = [variant for variant in VARIANTS if not variant.endswith("compiled")]
-    options = ["--tiny", "--device", "cpu", "--cross_attention", "--repeats", "1", "--variants", *variants]
+    options = ["--tiny", "--device", "cpu", "--repeats", "1", "--variants", *variants]
     rows = run(parse_arguments(options))
     assert {(row.stage, row.variant) for row in rows} >= {
         ("text", "plain"),
         ("image", "checkpointed"),
         ("evaluation", "bf16"),
     }
-    assert any(row.cross for row in rows) and not any(row.cross and row.variant == "plain" for row in rows)
     assert all(len(row.seconds) == 1 and row.seconds[0] > 0 and row.flops > 0 for row in rows)
     printed = capsys.readouterr().out
     assert "text loss: plain" in printed and len(printed.splitlines()) >= len(rows) + 5
@@ -30,7 +29,7 @@ def gradients_of_step(bench: Bench, stage: str, variant: str) -> list[Tensor]:
     def note(optimizer: torch.optim.Optimizer) -> None:
         found.extend(p.grad.clone() for group in optimizer.param_groups for p in group["params"])
 
-    step = bench.step(stage, variant, False, 2)
+    step = bench.step(stage, variant, 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.Adam, "step", note)
         step()

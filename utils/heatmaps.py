@@ -84,8 +84,7 @@ def comparison_figure(
     columns, rows = 2 + len(heatmaps), 1 + len(extra)
     figure = Figure(figsize=(2.3 * columns + 0.8, 2.6 * rows + 0.5), layout="compressed")
     axes = figure.subplots(rows, columns, squeeze=False, subplot_kw=NO_TICKS)
-    _draw(axes[0], image, mask, heatmaps)
-    _set_titles(axes[0], heatmaps)
+    _draw(axes[0], image, mask, heatmaps, titles=True)
     _colour_bar(figure, axes[0], COLOURS, 0, 1, "p(abnormal)")
     for row, name in zip(axes[1:], extra, strict=True):
         low, high = attention_range([h.attention[name] for h in heatmaps if name in h.attention])
@@ -120,9 +119,8 @@ def example_grid(examples: Sequence[Example], path: Path, title: str) -> None:
     figure = Figure(figsize=(1.75 * columns + 0.6, 1.75 * len(examples) + 0.9), layout="compressed")
     axes = figure.subplots(len(examples), columns, squeeze=False, subplot_kw=NO_TICKS)
     for row, example in zip(axes, examples, strict=True):
-        _draw(row, example.image, example.mask, example.heatmaps)
+        _draw(row, example.image, example.mask, example.heatmaps, titles=example is examples[0])
         row[0].set_ylabel(literal(example.title), fontsize=8)
-    _set_titles(axes[0], examples[0].heatmaps)
     _colour_bar(figure, axes, COLOURS, 0, 1, "p(abnormal)")
     figure.suptitle(title, fontsize=11)
     save_png(figure, path)
@@ -132,8 +130,7 @@ def stacked_picture(image: Image.Image, mask: np.ndarray, heatmap: Heatmap, path
     """The result of one model, from top to bottom: original, ground truth, heatmap."""
     figure = Figure(figsize=(2.8, 8.2), layout="constrained")
     axes = figure.subplots(3, 1, subplot_kw=NO_TICKS)
-    _draw(axes, image, mask, [heatmap])
-    _set_titles(axes, [heatmap])
+    _draw(axes, image, mask, [heatmap], titles=True)
     save_png(figure, path)
 
 
@@ -143,7 +140,7 @@ def attention_range(maps: Sequence[np.ndarray]) -> tuple[float, float]:
     return 1 - reach, 1 + reach
 
 
-def _draw(axes: np.ndarray, image: Image.Image, mask: np.ndarray, heatmaps: Sequence[Heatmap]) -> None:
+def _draw(axes: np.ndarray, image: Image.Image, mask: np.ndarray, heatmaps: Sequence[Heatmap], titles: bool) -> None:
     """An image, its ground truth and its heatmaps, one on each of the axes."""
     axes[0].imshow(image)
     axes[1].imshow(mask, cmap="gray", vmin=0, vmax=1)
@@ -151,11 +148,8 @@ def _draw(axes: np.ndarray, image: Image.Image, mask: np.ndarray, heatmaps: Sequ
         axis.imshow(overlay(image, heatmap.anomaly_map))
         axis.set_xlabel(heatmap.caption, fontsize=8, labelpad=2)
         _outline(axis, mask)
-
-
-def _set_titles(axes: np.ndarray, heatmaps: Sequence[Heatmap]) -> None:
     names = ["Original", "Ground truth", *(literal(heatmap.model) for heatmap in heatmaps)]
-    for axis, name in zip(axes, names, strict=True):
+    for axis, name in zip(axes, names, strict=True) if titles else ():
         axis.set_title(name, fontsize=10)
 
 

@@ -231,12 +231,6 @@ def pretrain_toy_clip(arguments: PretrainArguments, device: str = "cpu") -> tupl
         loss = run.train_epoch(epoch)
         export_toy_clip(run.model, arguments.output)
         accuracies = held_out_accuracy(run.model, held_out)
-        percent = [100 * accuracy for accuracy in accuracies]
-        logger.info(
-            "epoch %d/%d loss %.3f; held out: class %.1f %%, caption among 100 %.1f %%",
-            epoch + 1,
-            arguments.epochs,
-            loss,
-            *percent,
-        )
+        numbers = (epoch + 1, arguments.epochs, loss, *(100 * accuracy for accuracy in accuracies))
+        logger.info("epoch %d/%d loss %.3f; held out: class %.1f %%, caption among 100 %.1f %%", *numbers)
     return accuracies

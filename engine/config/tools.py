@@ -180,10 +180,6 @@ class GradientTest(TrainedModelArguments):
         """The explicit options alone: a preset's values are not options, so that options can be told from them."""
         return cls(**explicit)
 
-    def given(self, *names: str) -> dict[str, Any]:
-        """The fields among `names` that are not None."""
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
-
 
 @dataclass(frozen=True, kw_only=True)
 class StudyArguments(Arguments):

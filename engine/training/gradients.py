@@ -26,7 +26,7 @@ from model.adapter_modules import match_length
 from model.blocks import run_block
 from model.checkpoint import Checkpoint, load_component, read_checkpoint
 from model.clip_loading import load_clip
-from model.config import TOY, CrossAttentionConfig
+from model.config import CROSS_ATTENTION_OVERRIDES, TOY, CrossAttentionConfig
 from model.text import Prompts
 from utils.errors import UserError
 from utils.seeding import derive_seed
@@ -136,13 +136,14 @@ def build_model(test: GradientTest, checkpoint: Checkpoint | None) -> AdaptedCLI
     Raises `UserError` if the checkpoint, the weights and the options do not fit together.
     """
     torch.manual_seed(derive_seed(test.seed))
+    overrides = test.overrides()
     if checkpoint is None:
         clip = load_clip(test.model_name or TOY, test.clip_weights, test.img_size, test.activation)
         config = clip.model_config()
     else:
-        clip = load_clip_for(checkpoint, test.clip_weights, **test.given("model_name", "img_size", "activation"))
+        clip = load_clip_for(checkpoint, test.clip_weights, **overrides)
         config = checkpoint_config(checkpoint, clip)
-    options = test.given("image_cross_attn_weight", "text_cross_attn_weight", "context_norm", "cross_attn_residual")
+    options = {name: value for name, value in overrides.items() if name in CROSS_ATTENTION_OVERRIDES}
     cross = replace(default_cross_attention(test, checkpoint), **options)
     if "image_cross_attn_weight" in options:
         # Also for a feedback loop before its cross-attention starts.
