@@ -21,6 +21,8 @@ from engine.config.evaluation import InferenceArguments
 from engine.data.task import load_task
 from engine.evaluation.evaluate import METRICS
 from engine.evaluation.inference import load_several
+from engine.study.study import read_study
+from tests.documented import ROOT
 from tests.scripts import error_line, read_csv, run, write_clip
 from utils.errors import UserError
 from utils.metrics import IMAGE_METRICS, PIXEL_METRICS
@@ -364,6 +366,11 @@ def test_a_group_on_half_of_its_datasets(clip: Path, tmp_path: Path) -> None:
     assert "Endo is skipped: " in run("inference.py", *words, "Endo", "RSDD", "--reference_shots", 1)
     rows = read_csv(tmp_path / "out/unadapted_summary_Endo_RSDD_1_references.csv")
     assert [row["dataset"] for row in rows] == ["RSDD", "average"]
+
+
+def test_the_published_study_tests_all_datasets_but_those_of_its_trainings() -> None:
+    visa, mvtec = read_study(ROOT / "studies/published.toml").pairs
+    assert {*visa.test, visa.train} == set(GROUPS["all"]) and mvtec.test == ("VisA",)
 
 
 def test_a_group_does_not_contain_the_training_dataset(tmp_path: Path) -> None:

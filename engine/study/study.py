@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+from dataset.catalog import expand_groups
 from utils.errors import UserError
 from utils.reading import read_toml
 from utils.schema import check_fields, type_hints
@@ -17,7 +18,7 @@ Arguments = dict[str, Any]
 
 @dataclass(frozen=True)
 class Pair:
-    """A training dataset with its test datasets; `arguments` are added to its trainings."""
+    """A training dataset with its test datasets (in files also groups); `arguments` are added to its trainings."""
 
     train: str
     test: tuple[str, ...]
@@ -108,8 +109,8 @@ def read_study(path: Path, seeds: tuple[int, ...] | None = None) -> Study:
     table = {**content["study"], "arms": content["arms"]}
     check_fields(table, Study, path)
     study: Study = _build(Study, table)
-    if seeds:
-        study = replace(study, seeds=seeds)
+    pairs = [replace(pair, test=tuple(expand_groups(pair.test, without=[pair.train]))) for pair in study.pairs]
+    study = replace(study, seeds=seeds or study.seeds, pairs=tuple(pairs))
     _check(study, path)
     return study
 
