@@ -56,7 +56,7 @@ def locate_dataset(name_or_path: str, data_root: Path | None = None) -> LocatedD
 
     Raises:
         MissingDatasetError: The folder is missing; the message describes the expected layout.
-        UserError: The name is unknown.
+        UserError: The name is unknown, or the data root is another dataset that goes by this name.
     """
     spec = known_dataset(name_or_path)
     if spec is None:
@@ -66,11 +66,28 @@ def locate_dataset(name_or_path: str, data_root: Path | None = None) -> LocatedD
     if root is None and spec.name in TOY_DATASETS:
         root = _draw_toy_dataset(spec, data_root)
     if root is None:
+        if is_folder(data_root):
+            check_lookalikes(spec, data_root)
         raise MissingDatasetError(_missing_folder_message(spec, data_root))
     return LocatedDataset(spec, root)
 
 
+def check_lookalikes(spec: DatasetSpec, folder: Path) -> None:
+    """Raise `UserError` if a folder holds another dataset that goes by this name."""
+    layout, classes = _layout_in(spec, folder)
+    has_own_layout = bool(classes) and layout == spec.layouts[0]
+    for sign, other in spec.lookalikes.items():
+        if sign in LAYOUTS:
+            is_other = not has_own_layout and bool(LAYOUTS[sign].classes(folder, list(spec.class_names)))
+        else:
+            is_other = len(classes) == int(sign)
+        if is_other:
+            raise UserError(f"{folder} is not {spec.name} but another dataset that goes by this name: {other}")
+
+
 def _locate_own_folder(path: str) -> LocatedDataset:
+    if path.lower() in GROUPS:
+        raise UserError(f"{path} is a group of datasets, which only inference.py and studies accept: name one dataset")
     root = expanded(path)
     if not path.strip() or not is_folder(root):
         raise UserError(

@@ -17,7 +17,7 @@ from dataset.catalog import CATALOG, IMAGE_METRICS
 from dataset.folders import describe_folder, existing_path
 from dataset.images import without_black_masks
 from dataset.layouts import LAYOUTS, missing_mask
-from dataset.locate import LocatedDataset
+from dataset.locate import LocatedDataset, check_lookalikes
 from dataset.prompts import MAX_NAME_LENGTH
 from dataset.records import Record, natural_key, parse_label, path_within
 from utils.errors import UserError
@@ -123,7 +123,7 @@ def build_metadata(located: LocatedDataset) -> list[Record]:
         UserError: No image or not every mask was found; the message says what was found and what is expected.
     """
     spec, root = located.spec, located.root
-    check_lookalikes(located)
+    check_lookalikes(spec, root)
     layout = LAYOUTS[located.layout()[0]]
     expected = f"expected {', or '.join(LAYOUTS[name].expected for name in spec.layouts)}"
     try:
@@ -142,20 +142,6 @@ def build_metadata(located: LocatedDataset) -> list[Record]:
         )
     order = {class_name: i for i, class_name in enumerate(spec.class_names)}
     return sorted(records, key=lambda record: (order[record.class_name], natural_key(record.image_path)))
-
-
-def check_lookalikes(located: LocatedDataset) -> None:
-    """Raise `UserError` if the folder holds another dataset that goes by the same name."""
-    spec, root = located.spec, located.root
-    layout, classes = located.layout()
-    has_own_layout = bool(classes) and layout == spec.layouts[0]
-    for sign, other in spec.lookalikes.items():
-        if sign in LAYOUTS:
-            is_other = not has_own_layout and bool(LAYOUTS[sign].classes(root, list(spec.class_names)))
-        else:
-            is_other = len(classes) == int(sign)
-        if is_other:
-            raise UserError(f"{root} is not {spec.name} but another dataset that goes by this name: {other}")
 
 
 def _conversion_note(root: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,10 +140,20 @@ def dagm(folder: str, classes: Iterable[str] = DAGM) -> Tree:
     )
 
 
+def doubled(tree: Tree) -> Tree:
+    """The same with each class folder twice: Class1/Class1."""
+
+    def twice(path: str) -> str:
+        return re.sub(r"(Class\d+)/", r"\1/\1/", path)
+
+    anomalous = {twice(image): twice(mask or "") for image, mask in tree.anomalous.items()}
+    return Tree(list(map(twice, tree.normal)), anomalous, list(map(twice, tree.unused)))
+
+
 # The archives of each dataset as they unpack into a folder, and other copies of them.
 TREES: dict[str, list[Tree]] = {
     "DTD-Synthetic": [mvtec([f"DTD-Synthetic/{name}" for name in DTD])],
-    "DAGM": [dagm("DAGM_KaggleUpload"), dagm("."), dagm("DAGM2007/DAGM2007")],
+    "DAGM": [dagm("DAGM_KaggleUpload"), dagm("."), dagm("DAGM2007/DAGM2007"), doubled(dagm("DAGM"))],
     "KolektorSDD": [
         Tree(
             ["kos01/Part0.jpg", "kos02/Part0.jpg"],
@@ -281,12 +292,17 @@ def brats(folder: str) -> Tree:
     ],
 )
 def test_another_dataset_of_the_same_name_is_rejected(name: str, tree: Tree, expected: str, tmp_path: Path) -> None:
+    tree.write(tmp_path / "data")
     with pytest.raises(UserError, match=f"is not {name} but another dataset that goes by this name: .*{expected}"):
-        load_task(name, tree.write(tmp_path))
-    # The same folders under the right name.
+        load_task(name, tmp_path / "data")
+    # A data root of another name, and the same folders under the right one.
+    other = (tmp_path / "data" / name).rename(tmp_path / "other")
+    with pytest.raises(
+        UserError, match=f"other is not {name} but another dataset that goes by this name: .*{expected}"
+    ):
+        load_task(name, other)
     if name == "BrainMRI":
-        (tmp_path / "BrainMRI").rename(tmp_path / "Brain")
-        assert len(load_task("Brain", tmp_path).records) == 3
+        assert len(load_task("Brain", other.rename(tmp_path / "Brain")).records) == 3
 
 
 @pytest.mark.parametrize(
@@ -388,6 +404,7 @@ def test_a_group_does_not_contain_the_training_dataset(tmp_path: Path) -> None:
         (("industrail",), "neither a folder nor one of the known datasets (MVTec, VisA, "),
         (("RSDD", "industrail"), "nor one of inference.py's groups of them (industrial, medical, all)"),
         (("medical",), "is not under the data root"),
+        (("medical", "--data_root", "nothing"), "the data root nothing does not exist"),
         (("RSDD", "Endo", "--metadata", "list.jsonl"), "are for a single --dataset"),
         (("all", "--class_names", "list.jsonl"), "are for a single --dataset"),
         (("a/part", "b/part"), "two datasets have the same name (part, part)"),

@@ -126,7 +126,7 @@ def evaluate_checkpoints(arguments: InferenceArguments) -> list[Evaluation]:
         else:
             evaluations += _evaluate_task(arguments, detectors, data, device, folder)
         for detector in detectors:
-            detector.references.clear()  # other datasets may have classes of the same name
+            detector.references.clear()  # they take memory, and other datasets have their own
     if is_main_process() and several:
         write_summary(arguments, detectors[-1], evaluations, folder)
     return evaluations
