@@ -329,6 +329,11 @@ def test_only_the_name_tells_some_datasets_apart(tmp_path: Path) -> None:
             locate_dataset(name, tmp_path)
 
 
+def test_a_group_is_no_training_dataset() -> None:
+    with pytest.raises(UserError, match="Industrial is a group of datasets"):
+        locate_dataset("Industrial")
+
+
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_clip(tmp_path_factory.mktemp("clip") / "clip")
