@@ -6,8 +6,8 @@ from typing import Any
 from engine.config.evaluation import ComparisonArguments, InferenceArguments, VisualizationArguments
 from engine.evaluation import calibrate, inference, own_images, side_by_side
 from engine.evaluation.calibrate import Entry
-from engine.evaluation.evaluate import Evaluation
 from engine.evaluation.gallery import Finding
+from engine.evaluation.results import Evaluation
 from engine.report import compare
 
 

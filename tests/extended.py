@@ -19,7 +19,7 @@ import train_cross_attention
 import train_cross_attention_feedback_v2
 from engine.config.training import BaseConfig
 from engine.data.task import load_task
-from engine.evaluation.evaluate import METRICS
+from engine.evaluation.results import METRICS
 from engine.report.comparison import COLUMNS
 from engine.training.base import train_base
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention

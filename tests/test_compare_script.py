@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from engine.evaluation.evaluate import METRICS as ALL_METRICS
-from engine.evaluation.evaluate import PUBLISHED
+from engine.evaluation.results import METRICS as ALL_METRICS
+from engine.evaluation.results import PUBLISHED
 from tests.evaluating import compare_feedback_loops, evaluate_checkpoints
 from tests.scripts import SIZE, base_arguments, common_arguments, flags, read_csv, run, save, write_world
 from utils.errors import UserError

@@ -20,8 +20,8 @@ from dataset.locate import locate_dataset
 from dataset.toy.classes import TOY_DATASETS
 from engine.config.evaluation import InferenceArguments
 from engine.data.task import load_task
-from engine.evaluation.evaluate import METRICS
 from engine.evaluation.inference import load_several
+from engine.evaluation.results import METRICS
 from engine.study.study import read_study
 from tests.documented import ROOT
 from tests.scripts import error_line, read_csv, run, write_clip
@@ -359,7 +359,8 @@ def test_all_datasets_are_evaluated_in_one_call(clip: Path, tmp_path: Path) -> N
         tree, spec = TREES[row["dataset"]][0], CATALOG[row["dataset"]]
         counts = len([*tree.normal, *tree.anomalous]), len(tree.anomalous)
         assert (int(row["images"]), int(row["anomalous"])) == counts
-        assert [metric for metric in METRICS if row[metric] == "n/a"] == list(UNDEFINED[spec.metrics])
+        undefined = [metric for metric in METRICS if row[metric] == "n/a" and metric != "aupimo"]
+        assert undefined == list(UNDEFINED[spec.metrics])
         *classes, last = read_csv(tmp_path / f"out/unadapted_evaluation_{spec.name}.csv")
         assert last == row
         names = [name for name in spec.class_names if any(f"/{name}/" in path for path in tree.anomalous)]

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 import pytest
 
 from engine.config.training import BaseConfig, CrossAttentionRunConfig, FeedbackConfig
-from engine.evaluation.evaluate import METRICS
+from engine.evaluation.results import METRICS
 from engine.study.study import read_study
 from tests import check_commands
 from tests.documented import (

@@ -7,14 +7,23 @@ import logging
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+from sklearn.metrics import (
+    average_precision_score,
+    jaccard_score,
+    precision_recall_curve,
+    precision_recall_fscore_support,
+    roc_auc_score,
+)
 
+from engine.config.evaluation import ProtocolArguments
 from engine.data.loaders import evaluation_loader, make_dataset
 from engine.data.task import TaskData, load_task
+from engine.detector.calibration import make_entry
 from engine.detector.detector import Detector
 from engine.detector.loading import unadapted_detector
 from engine.evaluation import evaluate as module
-from engine.evaluation.evaluate import METRICS, evaluate
+from engine.evaluation.evaluate import evaluate
+from engine.evaluation.results import METRICS, evaluation_table
 from model import frozen
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.clip_loading import load_clip
@@ -23,7 +32,7 @@ from tests.helpers import adapted_clip
 from tests.scripts import write_clip, write_dataset
 from tests.test_metrics import plain_aupro
 from utils.errors import UserError
-from utils.metrics import IMAGE_METRICS
+from utils.metrics import DECISION_METRICS, FPR_LIMIT, IMAGE_METRICS
 
 BATCH = 4
 
@@ -118,6 +127,31 @@ def test_metrics_equal_scikit_learn_on_full_arrays(
         assert [image.path for image in result.scores] == [r.image_path for r in data.records[: len(labels)]]
 
 
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_decisions_of_thresholds_equal_scikit_learn(
+    data: TaskData, models: dict[str, Detector], calibrated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thresholds apply to the maps of `predict`, also if metrics are those of published maps."""
+    monkeypatch.setattr(module, "in_catalog", lambda _: True)
+    detector = models["model 1"]
+    _, masks, labels, scores, _, maps = full_arrays(detector, data, "cork")
+    image, pixel = float(np.median(scores)), float(np.quantile(maps, 0.9))
+    protocol = ProtocolArguments(threshold=None if calibrated else (image, pixel))
+    if calibrated:
+        key = detector.calibration_key(data.names["cork"], "industrial", class_names="catalog")
+        detector = Detector(detector.model, "calibrated")
+        detector.calibration = [make_entry(key, "calibrated", [image], [pixel], 0.5)]
+    cork, reed = evaluate({"m": detector}, data, "cpu", BATCH, protocol=protocol)["m"].classes
+    for kind, truth, called in (("image", labels, scores > image), ("pixel", masks, maps > pixel)):
+        truth, called = truth.ravel().astype(bool), called.ravel()
+        expected = [*precision_recall_fscore_support(truth, called, average="binary")[:3], jaccard_score(truth, called)]
+        values = [cork.values[f"{kind}_{name}"] for name in DECISION_METRICS]
+        assert values == pytest.approx([100 * value for value in expected], abs=1e-6)
+    # Without an entry there are no decisions; without normal images they are undefined.
+    assert reed.values.get("image_f1") is None
+    assert ("pixel_f1" in reed.values) is not calibrated
+
+
 def test_another_det_score_changes_image_scores_only_and_is_named(data: TaskData, models: dict[str, Detector]) -> None:
     detector = models["model 1"]
     asked = Detector(detector.model, "asked", det_score="difference")
@@ -146,7 +180,7 @@ def test_another_det_score_changes_image_scores_only_and_is_named(data: TaskData
 def test_image_metrics_are_undefined_without_normal_images(data: TaskData, models: dict[str, Detector]) -> None:
     _, reed = evaluate(models, data, "cpu")["model 1"].classes
     published = {f"published_{name}" for name in IMAGE_METRICS}
-    assert {name for name, value in reed.values.items() if value is None} == published | set(IMAGE_METRICS)
+    assert {name for name, value in reed.values.items() if value is None} == published | {"aupimo", *IMAGE_METRICS}
     assert (reed.images, reed.anomalous) == (3, 3)
 
 
@@ -171,8 +205,12 @@ def test_averages_state_the_number_of_classes(
     cork, reed = (result.values for result in evaluation.classes)
     assert evaluation.average("aupro") == (pytest.approx((cork["aupro"] + reed["aupro"]) / 2), 2)
     assert evaluation.average("image_f1_max") == (cork["image_f1_max"], 1)
-    table = module.evaluation_table(evaluation)
+    table = evaluation_table(evaluation)
     assert "average of 2" in table
     assert [line.split()[2::2] for line in table.splitlines() if "defined in" in line] == [
         [str(evaluation.average(metric)[1]) for metric in evaluation.metrics]
     ]
+
+
+def test_the_usual_protocol_is_that_of_the_metrics() -> None:
+    assert ProtocolArguments().aupro_limit == FPR_LIMIT

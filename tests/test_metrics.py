@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import warnings
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+from sklearn.metrics import (
+    average_precision_score,
+    jaccard_score,
+    precision_recall_curve,
+    precision_recall_fscore_support,
+    roc_auc_score,
+)
 from torch import Tensor
 
 from benchmarks import bench_metrics
 from model.scoring import Outputs, anomaly_map
+from utils import metrics
 from utils.errors import UserError
-from utils.metrics import PixelCounter, image_metrics, region_coverage
+from utils.metrics import PixelCounter, decision_metrics, image_metrics, overkill_at, region_shares
 from utils.pixel_counts import COARSE_BINS, score_keys
 
 # In percentage points.
@@ -74,9 +82,34 @@ def plain_aupro(maps: np.ndarray, masks: np.ndarray, limit: float = 0.3) -> floa
     return 100 * float(np.trapezoid(y, x)) / limit
 
 
+def plain_aupimo(maps: np.ndarray, masks: np.ndarray) -> float | None:
+    """The authors' trapezoid over log(FPR) for each anomalous image, with all scores as thresholds, in percent."""
+    anomalous = masks.any(axis=(1, 2))
+    if anomalous.all() or not anomalous.any():
+        return None
+    thresholds = [np.inf, *np.unique(maps)[::-1]]
+    fpr = np.array([(maps[~anomalous] >= threshold).mean() for threshold in thresholds])
+    low, high = np.log(metrics.AUPIMO_LIMITS)
+    areas = []
+    for image, mask in zip(maps[anomalous], masks[anomalous], strict=True):
+        overlap = np.array([(image[mask] >= threshold).mean() for threshold in thresholds])
+        clean = overlap[fpr == 0].max()
+        # A step at the first rate above 0, then the reached points, with the last one of several at the same rate.
+        x = np.log(fpr[fpr > 0])
+        points = [(low, clean), (x[0], clean), *zip(x, overlap[fpr > 0], strict=True)]
+        area = 0.0
+        for (left, before), (right, after) in pairwise(points):
+            start, end = max(left, low), min(right, high)
+            if end > start:
+                heights = [before + (after - before) * (at - left) / (right - left) for at in (start, end)]
+                area += (end - start) * sum(heights) / 2
+        areas.append(area / (high - low))
+    return 100 * float(np.mean(areas))
+
+
 def full_reference(maps: Tensor, masks: Tensor) -> dict[str, float | None]:
     maps, masks = maps.float().numpy() + np.float32(0), masks.numpy()
-    return {**reference(maps, masks), "aupro": plain_aupro(maps, masks)}
+    return {**reference(maps, masks), "aupro": plain_aupro(maps, masks), "aupimo": plain_aupimo(maps, masks)}
 
 
 def feed(counter: PixelCounter, maps: Tensor, masks: Tensor, batch: int = 3) -> None:
@@ -171,9 +204,9 @@ def test_undefined_metrics_are_none():
     maps = torch.rand(2, 5, 5)
     for sizes in (TINY, {}):
         nothing = stream(maps, torch.zeros(2, 5, 5, dtype=torch.bool), **sizes).result()
-        assert nothing == {"pixel_auroc": None, "pixel_ap": None, "pixel_f1_max": None, "aupro": None}
+        assert nothing == dict.fromkeys(metrics.PIXEL_METRICS)
         everything = stream(maps, torch.ones(2, 5, 5), **sizes).result()
-        assert everything == {"pixel_auroc": None, "pixel_ap": 100.0, "pixel_f1_max": 100.0, "aupro": None}
+        assert everything == {**nothing, "pixel_ap": 100.0, "pixel_f1_max": 100.0}
     assert set(PixelCounter().result().values()) == {None}
 
 
@@ -329,10 +362,10 @@ def test_memory_does_not_grow_with_images():
     counter = PixelCounter(buffer=1 << 18)
     for _ in range(6):
         feed(counter, maps, masks)
-        assert state_bytes(counter) <= 50 * 2**20 + 16 * (1 << 18)
+        assert state_bytes(counter) <= 82 * 2**20 + 16 * (1 << 18)
     kept = PixelCounter(buffer=1 << 18)
     feed(kept, maps[:8], masks[:8])
-    assert state_bytes(kept) == 4 * maps[:8].numel() + 12 * int(masks[:8].sum())
+    assert state_bytes(kept) == 4 * maps[:8].numel() + 20 * int(masks[:8].sum())
 
 
 @settings(deadline=None, max_examples=40)
@@ -353,11 +386,51 @@ def test_aupro_integrates_to_its_limit():
         assert_within(counter, {"aupro": plain_aupro(counted, masks.numpy(), limit)}, ROUNDING)
 
 
+@settings(deadline=None, max_examples=25)
+@given(
+    st.sampled_from([*KINDS, "ties"]), st.integers(0, 2**32), st.sampled_from([(1e-5, 1e-4), (0.01, 0.2), (0.05, 0.9)]),
+    st.booleans(), st.booleans(), st.integers(1, 100),
+)  # fmt: skip
+@example("constant", 0, (0.01, 0.2), False, False, 16)
+def test_aupimo_agrees_with_the_plain_definition(kind, seed, limits, one_region, raised, buffer):
+    """Of images in the order normal, anomalous, normal, in bins too; ties, constant maps and single regions."""
+    rng = np.random.default_rng(seed)
+    masks = rng.random((5, 8, 9)) < 0.2
+    if one_region:
+        masks[:] = False
+        masks[:, 2:5, 3:7] = True
+    masks[[0, 2, 4]] = False
+    scores = rng.integers(0, 20, masks.shape) / 4 if kind == "ties" else KINDS[kind](rng, masks.shape)
+    scores = scores.astype(np.float32)
+    scores = np.where(raised & masks, np.abs(scores), scores)
+    maps, masks = torch.from_numpy(scores), torch.from_numpy(masks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "AUPIMO_LIMITS", limits)
+        exact, binned = stream(maps, masks), stream(maps, masks, bins=COARSE_BINS + 500, buffer=buffer)
+        assert_within(exact, {"aupimo": plain_aupimo(maps.numpy() + np.float32(0), masks.numpy())}, 1e-6)
+        assert_within(binned, full_reference(as_counted(binned, maps), masks), 1e-6)
+
+
+def test_aupimo_of_known_curves():
+    """One anomalous image, of which half is found without false positives and the rest at a rate of 0.1."""
+    masks = torch.zeros(2, 1, 10, dtype=torch.bool)
+    masks[0, 0, :4] = True
+    maps = torch.zeros(2, 1, 10)
+    maps[0, 0, :4] = torch.tensor([9.0, 9.0, 5.0, 5.0])
+    maps[1, 0, 0] = 7.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "AUPIMO_LIMITS", (0.01, 0.1))
+        assert stream(maps, masks).result()["aupimo"] == pytest.approx(50)
+        patch.setattr(metrics, "AUPIMO_LIMITS", (0.01, 1.0))
+        # From 0.1 on, all is found.
+        assert stream(maps, masks).result()["aupimo"] == pytest.approx(75)
+
+
 def test_regions_touch_diagonally_and_not_across_images():
     """One region of two pixels and one of one: half of the first found, then the second, before any normal pixel."""
     masks = torch.zeros(2, 3, 3, dtype=torch.bool)
     masks[0, 1, 1] = masks[0, 2, 2] = masks[1, 0, 0] = True
-    assert [part.tolist() for part in region_coverage(masks.numpy())] == [[4, 8, 9], [0.5, 0.5, 1]]
+    assert [part.tolist() for part in region_shares(masks.numpy())] == [[4, 8, 9], [[0.5, 0.5], [0.5, 0.5], [1, 1]]]
     maps = torch.zeros(2, 3, 3)
     maps[0, 2, 2] = 2.0
     found = stream(maps, masks).result()["aupro"]
@@ -418,3 +491,36 @@ def test_image_metrics_are_exact(images):
 def test_non_finite_image_scores_are_reported_with_their_image():
     with pytest.raises(UserError, match=r"b\.png"):
         image_metrics(np.array([0, 1]), np.array([0.5, np.nan]), ["a.png", "b.png"])
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=1, max_size=30), st.integers(-1, 6))
+@example([(0, False)], 0)
+@example([(0, True)], 0)
+def test_decisions_agree_with_scikit_learn(images, threshold):
+    scores, labels = (np.array(column) for column in zip(*images, strict=True))
+    called = scores > threshold
+    counts = ((called & labels).sum(), (called & ~labels).sum(), (~called & labels).sum())
+    values = decision_metrics("image", *map(int, counts))
+    expected = precision_recall_fscore_support(labels, called, average="binary", zero_division=0)[:3]
+    expected = [*expected, jaccard_score(labels, called, zero_division=0)]
+    assert list(values) == ["image_precision", "image_recall", "image_f1", "image_iou"]
+    assert list(values.values()) == ([pytest.approx(100 * one) for one in expected] if labels.any() else [None] * 4)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 8), st.booleans()), min_size=1, max_size=30),
+    st.sampled_from([0, 0.05, 0.1, 0.25, 0.29, 0.5, 1]),
+)
+@example([(1, True), (2, False)], 1)
+def test_overkill_and_escape_rates_are_the_best_of_all_thresholds(images, rate):
+    scores, labels = (np.array(column) for column in zip(*images, strict=True))
+    for truth, values in ((labels, scores), (~labels, -scores)):
+        found = overkill_at(truth, values, rate)
+        if truth.all() or not truth.any():
+            assert found is None
+            continue
+        called = [values > threshold for threshold in (*np.unique(values), -np.inf)]
+        allowed = [100 * one[~truth].mean() for one in called if 1 - one[truth].mean() <= rate + 1e-12]
+        assert found == pytest.approx(min(allowed), abs=1e-9)

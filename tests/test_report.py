@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from playwright.sync_api import Browser, Page
 
 from engine.config.training import BaseConfig, CrossAttentionRunConfig, FeedbackConfig, RunConfig
-from engine.evaluation.evaluate import METRICS as ALL_METRICS
-from engine.evaluation.evaluate import PUBLISHED, ClassResult, Evaluation, ImageScore
+from engine.evaluation.results import METRICS as ALL_METRICS
+from engine.evaluation.results import PUBLISHED, ClassResult, Evaluation, ImageScore
 from engine.report.commands import command_line, training_command
 from engine.report.comparison import Comparison, Row
 from engine.report.page import best_of_columns, example_rows, extreme_images

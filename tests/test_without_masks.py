@@ -13,8 +13,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from engine.config.training import BaseConfig, CrossAttentionRunConfig
 from engine.data.task import load_task, load_two_folders, mask_notes
-from engine.evaluation.evaluate import Evaluation
 from engine.evaluation.image_heatmaps import read_dataset_image
+from engine.evaluation.results import Evaluation
 from engine.training.base import train_base
 from engine.training.cross_attention import train_cross_attention
 from engine.training.feedback import train_feedback

@@ -17,6 +17,7 @@ from utils.version import project_version
 GROUPS = (
     POSITIONAL,
     "task",
+    "metrics",
     "references",
     "model",
     "adapters",

@@ -39,18 +39,22 @@ def score_keys(scores: Tensor) -> Tensor:
 class Bins:
     """The bins with anomalous pixels, the highest scores first; all metrics follow from them.
 
-    positives, normals: pixels in each; normals_above: normal pixels with higher scores, in any bin; coverage: sum over
-    its anomalous pixels of 1 / (pixels of their region). All (n,).
+    positives, normals: pixels in each; normals_above: normal pixels with higher scores, in any bin; clean, clean_above:
+    the same for pixels of normal images; coverage, overlap: sums over its anomalous pixels of 1 / (pixels of their
+    region) and of 1 / (anomalous pixels of their image). All (n,).
     """
 
     positives: NDArray
     normals: NDArray
     normals_above: NDArray
+    clean: NDArray
+    clean_above: NDArray
     coverage: NDArray
+    overlap: NDArray
 
 
 class PixelCounts:
-    """Pixels, anomalous pixels, and the regions' coverage (each region's pixels sum to 1) by score key.
+    """Pixels, anomalous pixels, and their shares of regions and images (each sums to 1), by score key.
 
     Args:
         size: the maximum number of bins, at least 65536.
@@ -60,7 +64,8 @@ class PixelCounts:
     def __init__(self, size: int, buffer: int) -> None:
         self.size = size
         self.buffer = buffer
-        self._keys: list[Tensor] = []
+        # Of images with anomalous pixels, and of normal images.
+        self._keys: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._kept = 0
         self._positives: list[tuple[Tensor, Tensor]] = []
         # Coarse bins that have been cut, in that order, and into how many bins: powers of two.
@@ -68,10 +73,10 @@ class PixelCounts:
         self._bits = np.zeros(0, dtype=np.int64)
         self._rounds = 0
         self._shift = self._origin = torch.zeros(0)
-        self._pixels = self._anomalous = self._coverage = torch.zeros(0)
+        self._pixels, self._anomalous, self._shares = torch.zeros(2, 0), torch.zeros(0), torch.zeros(0, 2)
 
-    def add(self, keys: Tensor) -> None:
-        """Count pixels (n,), anomalous or not."""
+    def add(self, keys: Tensor, normal: bool = False) -> None:
+        """Count pixels (n,), anomalous or not; normal: they are of a normal image."""
         index = self._index(keys)
         if index is not None:
             outside = index < 0
@@ -79,24 +84,24 @@ class PixelCounts:
                 keys, index = keys[outside], index[~outside]
             else:
                 keys = keys[:0]
-            self._pixels.index_add_(0, index, self._pixels.new_ones(1).expand(len(index)))
+            self._pixels[int(normal)].index_add_(0, index, self._pixels.new_ones(1).expand(len(index)))
         if len(keys):
-            self._keys.append(keys)
+            self._keys[normal].append(keys)
             self._kept += len(keys)
         if self._kept > self.buffer:
             self._choose_bins()
 
-    def add_positives(self, keys: Tensor, coverage: Tensor) -> None:
-        """Count anomalous pixels (n,), which `add` counts as well, with the share (n,) of their region they are."""
+    def add_positives(self, keys: Tensor, shares: Tensor) -> None:
+        """Count anomalous pixels (n,), which `add` counts as well, with their shares (n, 2) of region and image."""
         index = self._index(keys)
         if index is not None:
             outside = index < 0
-            index, share = index[~outside], coverage[~outside]
-            keys, coverage = keys[outside], coverage[outside]
+            index, counted = index[~outside], shares[~outside]
+            keys, shares = keys[outside], shares[outside]
             self._anomalous.index_add_(0, index, self._anomalous.new_ones(1).expand(len(index)))
-            self._coverage.index_add_(0, index, share)
+            self._shares.index_add_(0, index, counted)
         if len(keys):
-            self._positives.append((keys, coverage))
+            self._positives.append((keys, shares))
 
     def ties(self, keys: Tensor) -> Tensor:
         """The lowest key of each key's bin, or the key itself if it has no bin; equal for pixels that count as ties."""
@@ -108,37 +113,53 @@ class PixelCounts:
 
     def bins(self) -> Bins:
         """What has been counted."""
-        kept = np.sort(_joined(self._keys))
-        raw, coverage = (
-            (_joined(parts) for parts in zip(*self._positives, strict=True)) if self._positives else ((), ())
+        raw, shares = (
+            (_joined(parts) for parts in zip(*self._positives, strict=True))
+            if self._positives
+            else ((), np.zeros((0, 2)))
         )
         found, inverse, counts = np.unique(np.asarray(raw, dtype=np.int64), return_inverse=True, return_counts=True)
-        covered = np.bincount(inverse, weights=coverage, minlength=len(found))
-        lowest, pixels, positives, coverage_of_bins = self._bins_in_order()
+        covered = [np.bincount(inverse, weights=column, minlength=len(found)) for column in shares.T]
+        lowest, pixels, positives, shares_of_bins = self._bins_in_order()
         used = np.flatnonzero(positives)
         keys = np.concatenate([found, lowest[used]])
         order = np.argsort(keys)
         keys = keys[order]
         positives = np.concatenate([counts, positives[used]])[order]
-        covered = np.concatenate([covered, coverage_of_bins[used]])[order]
-        above = np.append(pixels[::-1].cumsum()[::-1], 0)
-        at_least, more_than = (
-            len(kept) - np.searchsorted(kept, keys, side) + above[np.searchsorted(lowest, keys, side)]
-            for side in ("left", "right")
+        in_bins, above = [], []
+        for kept, binned in zip(self._keys, pixels, strict=True):
+            ordered, higher = np.sort(_joined(kept)), np.append(binned[::-1].cumsum()[::-1], 0)
+            at_least, more_than = (
+                len(ordered) - np.searchsorted(ordered, keys, side) + higher[np.searchsorted(lowest, keys, side)]
+                for side in ("left", "right")
+            )
+            in_bins.append(at_least - more_than)
+            above.append(more_than)
+        normals_above = above[0] + above[1] - (positives.sum() - positives.cumsum())
+        coverage, overlap = (
+            np.concatenate([column, binned[used]])[order]
+            for column, binned in zip(covered, shares_of_bins.T, strict=True)
         )
-        positives_above = positives.sum() - positives.cumsum()
-        normals = at_least - more_than - positives
-        return Bins(*(each[::-1] for each in (positives, normals, more_than - positives_above, covered)))
+        values = (
+            positives,
+            in_bins[0] + in_bins[1] - positives,
+            normals_above,
+            in_bins[1],
+            above[1],
+            coverage,
+            overlap,
+        )
+        return Bins(*(each[::-1] for each in values))
 
     def _bins_in_order(self) -> tuple[NDArray, NDArray, NDArray, NDArray]:
-        """The lowest key of each bin in ascending order, its pixels, its anomalous pixels, and their coverage."""
+        """The lowest key of each bin in ascending order, pixels (2, n), anomalous pixels and their shares (n, 2)."""
         coarse = np.repeat(self._cut, 1 << self._bits)
         first = np.repeat((1 << self._bits).cumsum() - (1 << self._bits), 1 << self._bits)
         within = np.arange(len(coarse)) - first
         lowest = _lowest_keys(coarse) + (within << np.repeat(COARSE_BITS - self._bits, 1 << self._bits))
         order = np.argsort(lowest)
-        counts = (self._pixels, self._anomalous, self._coverage)
-        return (lowest[order], *(each.cpu().numpy()[: len(order)][order] for each in counts))
+        pixels, anomalous, shares = (each.cpu().numpy() for each in (self._pixels, self._anomalous, self._shares))
+        return lowest[order], pixels[:, order], anomalous[order], shares[order]
 
     def _index(self, keys: Tensor) -> Tensor | None:
         """The bin of each key, negative for keys of coarse bins without bins; None if there are no bins."""
@@ -150,17 +171,19 @@ class PixelCounts:
 
     def _choose_bins(self) -> None:
         """Cut the most frequent coarse bins of the buffer into bins, and count their pixels there."""
-        keys, positives = torch.cat(self._keys), self._positives
+        kept, positives = self._keys, self._positives
+        keys = torch.cat([*kept[0], *kept[1]])
         device = keys.device
         counts = torch.bincount(_coarse(keys), minlength=COARSE_BINS).cpu().numpy()
         rarest = np.argsort(counts, kind="stable")
         staying = rarest[counts[rarest].cumsum() <= STAYING * self.buffer]
         new = np.setdiff1d(np.flatnonzero(counts), staying)
         if not self._rounds:
-            self._pixels = torch.zeros(self.size, dtype=torch.int64, device=device)
-            self._anomalous, self._coverage = self._pixels.clone(), self._pixels.double()
+            self._pixels = torch.zeros(2, self.size, dtype=torch.int64, device=device)
+            self._anomalous = self._pixels[0].clone()
+            self._shares = torch.zeros(self.size, 2, dtype=torch.float64, device=device)
         in_bins = np.repeat(self._cut, 1 << self._bits)
-        earlier = np.bincount(in_bins, self._pixels.cpu().numpy()[: len(in_bins)], minlength=COARSE_BINS)
+        earlier = np.bincount(in_bins, self._pixels.sum(dim=0).cpu().numpy()[: len(in_bins)], minlength=COARSE_BINS)
         wanted = demand(counts + earlier)[new]
         # One bin each is reserved for every coarse bin; of the others, later rounds get smaller shares.
         self._rounds += 1
@@ -172,8 +195,10 @@ class PixelCounts:
         first = (1 << self._bits).cumsum() - (1 << self._bits)
         origin[self._cut] = first - (_lowest_keys(self._cut) >> shift[self._cut])
         self._shift, self._origin = (torch.from_numpy(each.astype(np.int32)).to(device) for each in (shift, origin))
-        self._keys, self._kept, self._positives = [], 0, []
-        self.add(keys)
+        self._keys, self._kept, self._positives = ([], []), 0, []
+        for normal, parts in enumerate(kept):
+            for part in parts:
+                self.add(part, bool(normal))
         for pair in positives:
             self.add_positives(*pair)
 

@@ -22,25 +22,27 @@ from model.config import (
     REFERENCE_WEIGHT,
     CrossAttentionConfig,
 )
-from utils.arguments import Arguments, number
+from utils.arguments import Arguments, number, path
 from utils.errors import UserError
-from utils.fields import changed, setting
+from utils.fields import POSITIONAL, changed, setting
 from utils.processes import check_single_process
 
-ALL = "all"
+ALL, ORIGINAL = "all", "original"
 TRAINED = "as trained"
 # In a file without a config.
 ASSUMED = f"{TRAINED}, else"
 TEST_DATASET = "dataset to test on: a catalog name, or a folder in MVTec's layout"
 TEST_ROOT = "the run's while it exists, $ANOMALY_DATA_ROOT, else data"
+# Image and pixel threshold.
+Thresholds = tuple[float, float]
 # The class of images if none is given.
 DEFAULT_CLASS = "object"
+# Options of `ProtocolArguments`.
+PROTOCOL = ("aupro_limit", "map_size", "threshold", "escape_rate", "overkill_rate")
 # Options that `inference.py` rejects, with the reason, by mode.
-_NO_DECISION = {
-    "false_alarms": "--false_alarms needs --calibrate",
-    "calibration": "--calibration needs --image, which reads it, or --calibrate, which writes it",
-}
+_NO_FALSE_ALARMS = {"false_alarms": "--false_alarms needs --calibrate"}
 _NO_DATASET = {
+    **dict.fromkeys((*PROTOCOL, "save_maps"), "metrics need images that are known to be normal or anomalous"),
     **dict.fromkeys(("metadata", "mask_threshold"), "without a dataset there are no masks and lists"),
     **dict.fromkeys(("batch_size", "compile"), "images that are not in a dataset are processed one at a time"),
 }
@@ -54,17 +56,18 @@ _REJECTED = {
         **_NO_DATASET,
         **dict.fromkeys(("dataset", "normal", "anomalous"), "--image scores images that are not in a dataset"),
         "visualize": "--image draws a heatmap of each image anyway",
-        "false_alarms": _NO_DECISION["false_alarms"],
+        **_NO_FALSE_ALARMS,
     },
     "two folders": {
-        **_NO_DECISION,
+        **_NO_FALSE_ALARMS,
         **dict.fromkeys(
             ("dataset", "metadata", "class_names", "mask_threshold"), "--normal and --anomalous replace a dataset"
         ),
         "class_from_folder": "--normal and --anomalous contain images of one class",
+        **dict.fromkeys(("aupro_limit", "map_size"), "without masks there are no pixel metrics"),
     },
     "dataset": {
-        **_NO_DECISION,
+        **_NO_FALSE_ALARMS,
         "class_from_folder": "--class_from_folder needs --image or --calibrate",
         "class_name": "all classes of a dataset are tested, and --class_names FILE renames them",
         "domain": "a dataset has its own domain",
@@ -74,6 +77,7 @@ _REJECTED = {
 REFERENCES = ("references", "reference_shots", "reference_seed", "reference_weight", "reference_features")
 
 _task, _references = partial(setting, group="task"), partial(setting, group="references")
+_metrics = partial(setting, group="metrics")
 _as_trained = partial(changed, ModelArguments, default=None, unset=TRAINED)
 _cross = partial(changed, CrossAttentionArguments, default=None)
 
@@ -81,6 +85,11 @@ _cross = partial(changed, CrossAttentionArguments, default=None)
 def all_or_number(text: str) -> str | int:
     """The word all, or a positive number."""
     return text if text == ALL else number(int, (1, 1_000_000))(text)
+
+
+def original_or_side(text: str) -> str | int:
+    """The word original, or the side of a square in pixels."""
+    return text if text == ORIGINAL else number(int, (1, 8192))(text)
 
 
 def all_or_index(text: str) -> str | int:
@@ -158,7 +167,59 @@ class ReferenceArguments(Arguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferenceArguments(ReferenceArguments, TestingArguments):
+class ProtocolArguments(Arguments):
+    """How metrics are computed."""
+
+    aupro_limit: float = _metrics(0.3, "false positive rate up to which AUPRO is integrated", between=(1e-6, 1))
+    map_size: str | int | None = _metrics(
+        None,
+        "size of maps and masks: original (each image's own), or the side of a square",
+        type=original_or_side,
+        unset="the model's input",
+    )
+    threshold: tuple[float, ...] | None = _metrics(
+        None, "thresholds of scores and calibrated maps, or one for both", unset="those of a calibration, if any"
+    )
+    escape_rate: float | None = _metrics(None, "share of missed anomalous images for the overkill", between=(0, 1))
+    overkill_rate: float | None = _metrics(None, "share of rejected normal images for the escapes", between=(0, 1))
+
+    @property
+    def note(self) -> str:
+        """Added to a heading if pixel metrics are not the usual ones."""
+        limit = "" if self.aupro_limit == ProtocolArguments.aupro_limit else f", AUPRO up to {self.aupro_limit:g}"
+        return limit + ("" if self.map_size is None else f", map size {self.map_size}")
+
+    @property
+    def thresholds(self) -> Thresholds | None:
+        """One threshold applies to images and pixels."""
+        return None if self.threshold is None else (self.threshold[0], self.threshold[-1])
+
+    def check(self) -> None:
+        if self.threshold is not None and len(self.threshold) > 2:
+            raise UserError(f"--threshold {' '.join(map(str, self.threshold))}: give one or two numbers")
+        super().check()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RescoreArguments(ProtocolArguments, ImageArguments):
+    """Options of `python -m engine.evaluation.rescore`."""
+
+    not_options: ClassVar = ("class_names", "max_megapixels")
+
+    maps: Path = setting(
+        MISSING, "folder of maps (.npy, .npz, .tiff, 16-bit .png) with the images' paths", POSITIONAL, type=path
+    )
+    dataset: str = _task(MISSING, TEST_DATASET)
+    scores: Path | None = _task(
+        None, "CSV file with columns path and score", unset="scores.csv in MAPS, else the maximum of each map"
+    )
+    name: str | None = _task(None, "name of the method in reports", unset="the name of MAPS")
+    map_size: str | int | None = changed(ProtocolArguments, "map_size", unset="both the size of each map, and original")
+    output_dir: Path | None = setting(None, "folder of the results", "output", unset="MAPS")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceArguments(ProtocolArguments, ReferenceArguments, TestingArguments):
     """Options of `inference.py`."""
 
     dataset: tuple[str, ...] | None = changed(
@@ -192,6 +253,7 @@ class InferenceArguments(ReferenceArguments, TestingArguments):
         nargs="?",
         const=ALL,
     )
+    save_maps: bool = setting(False, "also write anomaly maps and scores, for engine.evaluation.rescore", "output")
     output_dir: Path | None = setting(None, "folder of the results", "output", unset="results next to the checkpoint")
     text_conditioning: str | None = _cross("text_conditioning", unset=TRAINED)
     text_context: str | None = changed(

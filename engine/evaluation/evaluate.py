@@ -5,110 +5,45 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dataset.catalog import CATALOG
-from dataset.prompts import readable_name
+from dataset.prompts import CATALOG_NAMES, readable_name
+from engine.config.evaluation import ProtocolArguments, Thresholds
 from engine.data.loaders import batches_of_classes, evaluation_loader, make_dataset
 from engine.data.task import TaskData
 from engine.detector.detector import Detector
+from engine.evaluation.maps import read_truth, resized, write_map
+from engine.evaluation.results import DEFAULT_PROTOCOL, PUBLISHED, ClassResult, Evaluation, ImageScore
 from engine.runtime.device import choose_precision
 from engine.runtime.distributed import from_main_process, gather_in_order, is_distributed, rank_and_world_size
-from model.config import DET_SCORES
 from model.frozen import SharedStreams
 from model.references import joined_anomaly_map, joined_calibrated_maps
 from model.scoring import Outputs, anomaly_map, calibrated_maps, calibrated_scores, class_image_scores, det_scores
 from utils.logging import progress_bar
-from utils.metrics import PixelCounter, Pixels, image_metrics, pixels_of
-from utils.text import format_table
-
-METRICS = {
-    "pixel_auroc": "Pixel AUROC",
-    "pixel_ap": "Pixel AP",
-    "pixel_f1_max": "Pixel F1-max",
-    "aupro": "AUPRO",
-    "image_auroc": "Image AUROC",
-    "image_ap": "Image AP",
-    "image_f1_max": "Image F1-max",
-    "published_image_auroc": "Published AUROC",
-    "published_image_ap": "Published AP",
-    "published_image_f1_max": "Published F1-max",
-}
-PUBLISHED = "published_"
-# Table cell of an undefined metric.
-UNDEFINED = "n/a"
-CSV_COLUMNS = ("model", "dataset", "class", "images", "anomalous", "det_score", *METRICS)
+from utils.metrics import PixelCounter, Pixels, decision_metrics, image_metrics, overkill_at, pixels_of
 
 
-@dataclass(frozen=True)
-class ImageScore:
-    """An image's path under the dataset's root, whether it is anomalous, and its score as in `Detector.predict`."""
-
-    path: str
-    anomalous: bool
-    score: float
-
-
-@dataclass(frozen=True)
-class ClassResult:
-    """Metrics of one class in percent, None where undefined, and its images in the order of evaluation."""
-
-    class_name: str
-    values: dict[str, float | None]
-    scores: tuple[ImageScore, ...]
-
-    @property
-    def images(self) -> int:
-        return len(self.scores)
-
-    @property
-    def anomalous(self) -> int:
-        return sum(image.anomalous for image in self.scores)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A model's metrics on a dataset, per class and averaged over the classes in which they are defined."""
-
-    model: str
-    dataset: str
-    classes: list[ClassResult]
-    det_score: str = DET_SCORES[0]
-
-    @property
-    def metrics(self) -> dict[str, str]:
-        """Titles of the metrics that are reported: those of published scores only if they are defined in a class."""
-        return {
-            name: title for name, title in METRICS.items() if not name.startswith(PUBLISHED) or self.average(name)[1]
-        }
-
-    def average(self, metric: str) -> tuple[float | None, int]:
-        """The mean of a metric in percent, and the number of classes in which it is defined."""
-        values = [value for result in self.classes if (value := result.values[metric]) is not None]
-        return (sum(values) / len(values) if values else None), len(values)
-
-    @property
-    def total(self) -> ClassResult:
-        """The averages, with the images of all classes."""
-        values = {metric: self.average(metric)[0] for metric in METRICS}
-        return ClassResult("average", values, tuple(image for result in self.classes for image in result.scores))
-
-
-class _BatchScores(NamedTuple):
+class BatchScores(NamedTuple):
     """A model's result for a batch.
 
-    pixels: None without masks; numbers: image score, maximum and minimum of the published map, det score, (4, B).
+    numbers: image score, maximum and minimum of the published map, det score, (4, B); pixels: none without masks;
+    decided: numbers of pixels for `decision_metrics`, (3,), 0 without thresholds.
     """
 
-    pixels: Pixels | None
     numbers: Tensor
+    pixels: tuple[Pixels, ...]
+    decided: Tensor
 
-    def to(self, device: torch.device | str) -> _BatchScores:
-        return _BatchScores(self.pixels and self.pixels.to(device), self.numbers.to(device))
+    def to(self, device: torch.device | str) -> BatchScores:
+        pixels = tuple(pixels.to(device) for pixels in self.pixels)
+        return BatchScores(self.numbers.to(device), pixels, self.decided.to(device))
 
 
 class _Batch(NamedTuple):
@@ -117,11 +52,11 @@ class _Batch(NamedTuple):
     class_name: str
     paths: list[str]
     labels: Tensor
-    of_models: dict[str, _BatchScores]
+    of_models: dict[str, BatchScores]
 
 
 @dataclass
-class _ClassScores:
+class ClassScores:
     """Pixel counts and image numbers of one class, from which its metrics follow.
 
     published: whether metrics of the published image scores, which need all images of a class, are computed too.
@@ -129,14 +64,20 @@ class _ClassScores:
 
     domain: str
     published: bool
-    pixels: PixelCounter = field(default_factory=PixelCounter)
+    protocol: ProtocolArguments
+    thresholds: Thresholds | None
+    decided: list[Tensor] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     numbers: list[Tensor] = field(default_factory=list)
     labels: list[Tensor] = field(default_factory=list)
 
-    def add(self, scores: _BatchScores, paths: Sequence[str], labels: Tensor) -> None:
-        if scores.pixels is not None:
-            self.pixels.add(scores.pixels)
+    def __post_init__(self) -> None:
+        self.pixels = PixelCounter(fpr_limit=self.protocol.aupro_limit)
+
+    def add(self, scores: BatchScores, paths: Sequence[str], labels: Tensor) -> None:
+        for pixels in scores.pixels:
+            self.pixels.add(pixels)
+        self.decided.append(scores.decided)
         self.paths += paths
         self.numbers.append(scores.numbers)
         self.labels.append(labels)
@@ -148,15 +89,32 @@ class _ClassScores:
         of_images = image_metrics(labels.numpy(), scores.numpy(), self.paths)
         published = dict.fromkeys(of_images)
         if self.published:
-            normalised = class_image_scores(maxima, minima, det, self.domain)
+            # Scores of other methods have no such part: they are as published.
+            normalised = scores if det.isnan().any() else class_image_scores(maxima, minima, det, self.domain)
             published = image_metrics(labels.numpy(), normalised.numpy(), self.paths)
         of_images |= {PUBLISHED + name: value for name, value in published.items()}
+        of_images |= self._more_metrics(labels.bool().numpy(), scores.numpy())
         if labels.all():
             # AP and F1-max would be 100 for any model.
             of_images = dict.fromkeys(of_images)
-        pairs = zip(self.paths, labels.tolist(), scores.tolist(), strict=True)
-        images = tuple(ImageScore(path, bool(label), score) for path, label, score in pairs)
-        return ClassResult(class_name, {**self.pixels.result(), **of_images}, images)
+        columns = zip(self.paths, labels.bool().tolist(), scores.tolist(), det.tolist(), strict=True)
+        decided = torch.stack(self.decided).sum(dim=0).tolist()
+        of_pixels = decision_metrics("pixel", *decided) if self.thresholds else {}
+        values = {**self.pixels.result(), **of_images, **of_pixels}
+        return ClassResult(class_name, values, tuple(ImageScore(*image) for image in columns))
+
+    def _more_metrics(self, labels: NDArray, scores: NDArray) -> dict[str, float | None]:
+        """Image metrics at the threshold, and at the rates of the protocol."""
+        values: dict[str, float | None] = {}
+        if self.thresholds:
+            called = scores > self.thresholds[0]
+            counts = ((called & labels).sum(), (called & ~labels).sum(), (labels & ~called).sum())
+            values |= decision_metrics("image", *map(int, counts))
+        if (rate := self.protocol.escape_rate) is not None:
+            values["overkill"] = overkill_at(labels, scores, rate)
+        if (rate := self.protocol.overkill_rate) is not None:
+            values["escape"] = overkill_at(~labels, -scores, rate)
+        return values
 
 
 @torch.inference_mode()
@@ -167,6 +125,8 @@ def evaluate(
     batch_size: int = 8,
     num_workers: int = 0,
     precision: str = "auto",
+    protocol: ProtocolArguments = DEFAULT_PROTOCOL,
+    maps_folder: Path | None = None,
 ) -> dict[str, Evaluation]:
     """Evaluate models that share one CLIP on all images of `data`, which are loaded once.
 
@@ -183,6 +143,8 @@ def evaluate(
         batch_size: images in a forward pass, all of one class.
         num_workers: processes that load images.
         precision: "fp32", "bf16", "fp16", or "auto" (bf16 on a GPU that has it, for a dataset of the catalog).
+        protocol: limits, sizes and thresholds of the metrics.
+        maps_folder: where to write the last model's maps of which pixel metrics are computed. Default: nowhere.
 
     Returns:
         The evaluation of each model by its name.
@@ -191,16 +153,18 @@ def evaluate(
         UserError: an image cannot be read, or its map is not finite.
     """
     results: dict[str, list[ClassResult]] = {name: [] for name in models}
+    thresholds = {name: class_thresholds(detector, data, protocol) for name, detector in models.items()}
     samples = make_dataset(data, next(iter(models.values())).clip)
     loader = evaluation_loader(
         samples, batch_size, num_workers, torch.device(device).type == "cuda", *rank_and_world_size()
     )
     bar = progress_bar(len(samples), f"evaluating on {data.located.spec.name}")
     batches = gather_in_order(
-        _scored(models, data, loader, device, precision), len(batches_of_classes(samples, batch_size))
+        _scored(models, data, loader, precision, protocol, maps_folder), len(batches_of_classes(samples, batch_size))
     )
     for class_name, of_class in groupby(batches, key=lambda batch: batch.class_name):
-        scores = {name: _ClassScores(data.located.spec.domain, in_catalog(data)) for name in models}
+        how = (data.located.spec.domain, in_catalog(data), protocol)
+        scores = {name: ClassScores(*how, thresholds[name].get(class_name)) for name in models}
         for batch in of_class:
             for name, class_scores in scores.items():
                 of_batch = batch.of_models[name]
@@ -211,7 +175,7 @@ def evaluate(
     bar.close()
     results = from_main_process(lambda: results)
     dataset = data.located.spec.name
-    return {name: Evaluation(name, dataset, rows, models[name].det_score) for name, rows in results.items()}
+    return {name: Evaluation(name, dataset, rows, models[name].det_score, protocol) for name, rows in results.items()}
 
 
 def in_catalog(data: TaskData) -> bool:
@@ -231,19 +195,64 @@ def _anomaly_maps(
     return published, joined_calibrated_maps(outputs, distances, references.weight).mean(dim=0)
 
 
+def class_thresholds(detector: Detector, data: TaskData, protocol: ProtocolArguments) -> dict[str, Thresholds]:
+    """The thresholds of each class: those of the protocol, or else of the model's calibration, if it has any."""
+    if protocol.thresholds is not None:
+        return dict.fromkeys(data.classes, protocol.thresholds)
+    thresholds = {}
+    for name in data.classes if detector.calibration else ():
+        key = detector.calibration_key(data.names[name], data.located.spec.domain, class_names=CATALOG_NAMES)
+        references = detector.references.get(readable_name(name))
+        entry = detector.thresholds(key._replace(references=references.digest if references else None))
+        if entry is not None:
+            thresholds[name] = (entry.image_threshold, entry.pixel_threshold)
+    return thresholds
+
+
+def count_pixels(
+    maps: Tensor, own_maps: Tensor, truths: Sequence[Tensor], paths: Sequence[str], thresholds: Thresholds | None
+) -> tuple[tuple[Pixels, ...], Tensor]:
+    """The pixels and decisions of `BatchScores`.
+
+    maps, own_maps: for metrics and for thresholds, (B, H, W) each; truths: masks (n, H, W) of one size each, to which
+    maps are resized, and of all images together or of none.
+    """
+    pixels, decided, first = [], torch.zeros(3, dtype=torch.long, device=maps.device), 0
+    for truth in truths:
+        rows, size = slice(first, first + len(truth)), truth.shape[-2:]
+        first += len(truth)
+        pixels.append(pixels_of(resized(maps[rows], size), truth, paths[rows]))
+        if thresholds:
+            called, anomalous = resized(own_maps[rows], size) > thresholds[1], truth.to(maps.device) > 0.5
+            decided += torch.stack([called & anomalous, called & ~anomalous, anomalous & ~called]).flatten(1).sum(dim=1)
+    return tuple(pixels), decided
+
+
 def _scored(
-    models: Mapping[str, Detector], data: TaskData, loader: DataLoader, device: torch.device | str, precision: str
+    models: Mapping[str, Detector],
+    data: TaskData,
+    loader: DataLoader,
+    precision: str,
+    protocol: ProtocolArguments,
+    maps_folder: Path | None,
 ) -> Iterator[_Batch]:
     """The models' results for this process's batches, on the CPU if another process counts them."""
-    prompts = data.prompts(next(iter(models.values())).clip).to(device)
+    *_, last = models
+    device = models[last].device
+    prompts = data.prompts(models[last].clip).to(device)
     text_sides = {name: detector.text_side(prompts) for name, detector in models.items()}
+    thresholds = {name: class_thresholds(detector, data, protocol) for name, detector in models.items()}
     domain = data.located.spec.domain
     masked = {name: not data.lacking_masks(name) for name in data.classes}
+    records = {record.image_path: record for record in data.records}
     published = in_catalog(data)
     if precision == "auto" and not published:
         precision = "fp32"  # as in `predict`, so that the same scores are reported
     for batch in loader:
-        class_name, masks = batch["class_name"][0], batch["mask"].flatten(0, 1)
+        class_name, paths = batch["class_name"][0], batch["image_path"]
+        truths = [batch["mask"].flatten(0, 1)] if masked[class_name] else []
+        if protocol.map_size is not None and truths:
+            truths = [read_truth(data, records[path], protocol.map_size) for path in paths]
         images = batch["image"].to(device, non_blocking=True)
         rows = torch.full((len(images),), data.classes.index(class_name), device=device)
         of_models, shared = {}, SharedStreams()
@@ -254,50 +263,19 @@ def _scored(
                     maps.float() for maps in _anomaly_maps(detector, class_name, outputs, images, domain)
                 )
             maps = published_maps if published else own_maps
-            pixels = pixels_of(maps, masks, batch["image_path"]) if masked[class_name] else None
             low, high = torch.aminmax(published_maps.flatten(1), dim=1)
             score = calibrated_scores(own_maps, outputs, domain, detector.det_score)
             numbers = torch.stack([score, high, low, det_scores(outputs, detector.det_score)]).float()
-            scores = _BatchScores(pixels, numbers)
+            counted = count_pixels(maps, own_maps, truths, paths, thresholds[name].get(class_name))
+            scores = BatchScores(numbers, *counted)
             of_models[name] = scores.to("cpu") if is_distributed() else scores
-        yield _Batch(class_name, batch["image_path"], batch["label"], of_models)
+            if maps_folder is not None and name == last:
+                for path, anomaly_map in zip(paths, maps.cpu().numpy(), strict=True):
+                    write_map(maps_folder, path, anomaly_map)
+        yield _Batch(class_name, paths, batch["label"], of_models)
 
 
 def autocast(device: torch.device | str, precision: str) -> torch.autocast:
     """Autocast for bf16 and fp16; disabled for fp32."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choose_precision(device, precision))
     return torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype is not None)
-
-
-def format_value(value: float | None, digits: int = 2) -> str:
-    return UNDEFINED if value is None else f"{value:.{digits}f}"
-
-
-def evaluation_table(evaluation: Evaluation, unit: str = "class", units: str = "classes") -> str:
-    """One model's metrics: a row for each class, or each unit of another kind, and the average."""
-    metrics = evaluation.metrics
-    rows = [
-        [result.class_name, str(result.images), *(format_value(result.values[metric]) for metric in metrics)]
-        for result in (*evaluation.classes, evaluation.total)
-    ]
-    rows[-1][0] = f"average of {len(evaluation.classes)}"
-    counts = [evaluation.average(metric)[1] for metric in metrics]
-    if min(counts) < len(evaluation.classes):
-        rows.append(["  defined in", "", *(f"{count} {units}" for count in counts)])
-    return format_table([unit.capitalize(), "Images", *metrics.values()], rows)
-
-
-def summary_table(evaluations: Sequence[Evaluation]) -> str:
-    """Averages of several models, a row each."""
-    metrics = evaluations[0].metrics
-    rows = [[e.model, *(format_value(e.average(metric)[0]) for metric in metrics)] for e in evaluations]
-    return format_table(["Model", *metrics.values()], rows)
-
-
-def csv_rows(evaluation: Evaluation) -> list[list[object]]:
-    """A row per class and one for the average, in the columns of `CSV_COLUMNS`; undefined values are `n/a`."""
-    rows: list[list[object]] = []
-    for each in (*evaluation.classes, evaluation.total):
-        counts, metrics = (each.images, each.anomalous), [format_value(each.values[metric], 6) for metric in METRICS]
-        rows.append([evaluation.model, evaluation.dataset, each.class_name, *counts, evaluation.det_score, *metrics])
-    return rows

@@ -15,9 +15,11 @@ from engine.data.task import TaskData, load_task, load_two_folders, mask_notes
 from engine.detector.detector import Detector
 from engine.detector.hub import NO_CHECKPOINT, RESULTS, folder_of, local_path
 from engine.detector.loading import PUBLISHED_MODEL, build_detector, load_clip_for, unadapted_detector
-from engine.evaluation.evaluate import CSV_COLUMNS, Evaluation, csv_rows, evaluate, evaluation_table, summary_table
+from engine.evaluation.evaluate import evaluate
 from engine.evaluation.image_heatmaps import draw_overlays
+from engine.evaluation.maps import write_scores
 from engine.evaluation.references import ReferenceChoice, add_dataset_references, scoring_note, scoring_suffix
+from engine.evaluation.results import Evaluation, evaluation_csv, evaluation_table, file_suffix, summary_table
 from engine.runtime.device import check_compiler
 from engine.runtime.distributed import join_launch, main_process_first
 from engine.runtime.run_folder import find_checkpoints, find_latest
@@ -29,7 +31,6 @@ from utils.files import check_folder, write_text
 from utils.logging import set_up_logging
 from utils.paths import safe_name
 from utils.processes import is_main_process
-from utils.text import csv_table
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +113,8 @@ def evaluate_checkpoints(arguments: InferenceArguments) -> list[Evaluation]:
         check_compiler(device)
     detectors = load_detectors(arguments.checkpoint, arguments.clip_weights, device, **arguments.overrides())
     detectors[0].clip.run = BlockRunner(compiled=(arguments.batch_size,) if arguments.compile else ())
+    for detector in detectors:
+        detector.find_calibration(arguments.checkpoint, arguments.calibration)
     several = arguments.tests_several()
     with main_process_first():
         tasks = load_several(arguments, detectors) if several else [load_images(arguments, detectors)]
@@ -138,8 +141,10 @@ def _evaluate_task(
     """Evaluate checkpoints on one dataset, and write the results."""
     for note in [*zero_shot_notes({d.name: d.config for d in detectors}, data), *mask_notes(data)]:
         logger.warning("%s", note)
-    models, sizes = {detector.name: detector for detector in detectors}, (arguments.batch_size, arguments.num_workers)
-    evaluations = list(evaluate(models, data, device, *sizes, arguments.precision).values())
+    models = {detector.name: detector for detector in detectors}
+    machine = (device, arguments.batch_size, arguments.num_workers, arguments.precision)
+    maps = _results_file(arguments, detectors[-1], folder, f"maps_{safe_name(data.located.spec.name)}")
+    evaluations = list(evaluate(models, data, *machine, arguments, maps if arguments.save_maps else None).values())
     if is_main_process():
         write_results(arguments, detectors[-1], data, evaluations, folder)
     return evaluations
@@ -186,7 +191,7 @@ def write_results(
 ) -> None:
     """Log the tables, write the CSV file, and draw the images of `--visualize` with the last model."""
     references = ReferenceChoice.of(arguments)
-    note = scoring_note(detector.det_score, references)
+    note = scoring_note(detector.det_score, references) + arguments.note
     for evaluation in evaluations:
         logger.info(
             "\n%s on %s, in percent%s\n\n%s\n", evaluation.model, evaluation.dataset, note, evaluation_table(evaluation)
@@ -195,12 +200,16 @@ def write_results(
         logger.info("Averages%s\n\n%s\n", note, summary_table(evaluations))
     # The log starts here, so that an interrupted evaluation leaves no files.
     set_up_logging(folder / "inference.log")
-    path = _results_file(arguments, detector, folder, f"evaluation_{safe_name(data.located.spec.name)}", ".csv")
-    rows = [row for evaluation in evaluations for row in csv_rows(evaluation)]
-    write_text(path, csv_table([CSV_COLUMNS, *rows]))
+    name = safe_name(data.located.spec.name)
+    path = _results_file(arguments, detector, folder, f"evaluation_{name}", ".csv")
+    write_text(path, evaluation_csv(evaluations))
     logger.info("Written to %s", path)
+    if arguments.save_maps:
+        maps = _results_file(arguments, detector, folder, f"maps_{name}")
+        write_scores([image for result in evaluations[-1].classes for image in result.scores], maps)
+        logger.info("Maps and scores of %s in %s", detector.name, maps)
     if arguments.visualize is not None:
-        drawn = _results_file(arguments, detector, folder, f"pictures_{safe_name(data.located.spec.name)}")
+        drawn = _results_file(arguments, detector, folder, f"pictures_{name}")
         count = draw_overlays(detector, data, arguments.visualize, drawn)
         logger.info("%d heatmaps of %s in %s", count, detector.name, drawn)
 
@@ -209,7 +218,7 @@ def _results_file(
     arguments: InferenceArguments, detector: Detector, folder: Path, name: str, extension: str = ""
 ) -> Path:
     """The path of a result, whose name contains how images were scored."""
-    kind = scoring_suffix(detector.det_score, ReferenceChoice.of(arguments))
+    kind = scoring_suffix(detector.det_score, ReferenceChoice.of(arguments)) + file_suffix(arguments.note)
     return folder / f"{'unadapted_' * (arguments.checkpoint == NO_CHECKPOINT)}{name}{kind}{extension}"
 
 
@@ -217,16 +226,16 @@ def write_summary(
     arguments: InferenceArguments, detector: Detector, evaluations: Sequence[Evaluation], folder: Path
 ) -> None:
     """Log a table for each model and write a CSV file, with a row for each dataset and the average over datasets."""
-    rows = []
+    summaries = []
     for model in dict.fromkeys(evaluation.model for evaluation in evaluations):
         of_model = [evaluation for evaluation in evaluations if evaluation.model == model]
         totals = [replace(evaluation.total, class_name=evaluation.dataset) for evaluation in of_model]
-        summary = Evaluation(model, AVERAGE, totals, of_model[0].det_score)
-        note = scoring_note(summary.det_score, ReferenceChoice.of(arguments))
+        summary = Evaluation(model, AVERAGE, totals, of_model[0].det_score, arguments)
+        note = scoring_note(summary.det_score, ReferenceChoice.of(arguments)) + arguments.note
         table = evaluation_table(summary, "dataset", "datasets")
         logger.info("\n%s on %d datasets, in percent%s\n\n%s\n", model, len(totals), note, table)
-        rows += [csv_rows(evaluation)[-1] for evaluation in (*of_model, summary)]
+        summaries += [*of_model, summary]
     words = "_".join(Path(word).name for word in arguments.dataset or ())
     path = _results_file(arguments, detector, folder, f"summary_{safe_name(words)}", ".csv")
-    write_text(path, csv_table([CSV_COLUMNS, *rows]))
+    write_text(path, evaluation_csv(summaries, averages_only=True))
     logger.info("Written to %s", path)

@@ -10,9 +10,10 @@ from engine.config.evaluation import ComparisonArguments
 from engine.data.task import TaskData, load_task, mask_notes
 from engine.detector.detector import UNADAPTED, Detector
 from engine.detector.loading import build_detector, checkpoint_config, load_clip_for, unadapted_detector
-from engine.evaluation.evaluate import Evaluation, evaluate
+from engine.evaluation.evaluate import evaluate
 from engine.evaluation.inference import read_runs, zero_shot_notes
 from engine.evaluation.references import ReferenceChoice, add_dataset_references
+from engine.evaluation.results import Evaluation
 from engine.report.commands import command_line
 from engine.report.comparison import Comparison, Row, forward_notes, unfair_notes, write_comparison
 from engine.report.page import example_rows, write_report

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.evaluation.evaluate import CSV_COLUMNS, METRICS, UNDEFINED, Evaluation, csv_rows, format_value
 from engine.evaluation.inference import CROSS_ATTENTION
 from engine.evaluation.references import ReferenceChoice, references_suffix, scoring_note
+from engine.evaluation.results import CSV_COLUMNS, METRICS, UNDEFINED, Evaluation, csv_rows, format_value
 from model.checkpoint import Checkpoint
 from model.clip import FrozenCLIP
 from model.config import SIDES, CrossAttentionConfig
@@ -198,7 +198,8 @@ def csv_lines(comparison: Comparison, row: Row) -> list[list[object]]:
     if row.name in comparison.evaluations:
         return csv_rows(comparison.evaluations[row.name])
     counts = [UNDEFINED, UNDEFINED, comparison.det_score]
-    return [[row.name, comparison.dataset, "average", *counts, *[UNREADABLE] * len(METRICS)]]
+    unreadable = [UNREADABLE] * (len(CSV_COLUMNS) - 6)
+    return [[row.name, comparison.dataset, "average", *counts, *unreadable]]
 
 
 def best_lines(comparison: Comparison) -> list[str]:

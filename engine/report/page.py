@@ -18,9 +18,9 @@ from PIL import Image, ImageOps
 from dataset.images import resize_mask
 from engine.data.task import TaskData
 from engine.detector.detector import Detector
-from engine.evaluation.evaluate import UNDEFINED, Evaluation, ImageScore, format_value
 from engine.evaluation.image_heatmaps import predict_heatmap, read_dataset_image
 from engine.evaluation.pages import write_page
+from engine.evaluation.results import UNDEFINED, Evaluation, ImageScore, format_value
 from engine.report.comparison import UNREADABLE, Comparison, Row, best_lines, gains_of_last_loop, panel_of, table_cells
 from engine.report.runs import describe_runs
 from model.config import limits_of

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 from engine.config.training import LOOP_BATCH, FeedbackConfig
 from engine.data.task import TaskData, load_task
 from engine.detector.detector import Detector
-from engine.evaluation.evaluate import METRICS, evaluate, summary_table
+from engine.evaluation.evaluate import evaluate
+from engine.evaluation.results import METRICS, summary_table
 from engine.runtime.run_folder import CURVES_FILE, FINAL_FILE, loop_file
 from engine.training.phases import Phase, loader_factory
 from engine.training.plan import LoopPlan, loop_forward, plan_loops, plan_table
