@@ -14,7 +14,7 @@ from engine.config.tools import StudyArguments
 from engine.study.evaluations import read_evaluation, read_facts
 from engine.study.fairness import argument_differences, check_fairness
 from engine.study.plan import Plan, make_plan
-from engine.study.report import write_study_report
+from engine.study.report import literature_table, write_study_report
 from engine.study.results import metric_title, read_results
 from engine.study.run import run_study
 from engine.study.runner import run_cells
@@ -25,6 +25,10 @@ from utils.errors import UserError
 LITERATURE = """method,train,test,pixel_ap,image_auroc,source
 Somebody,a,b,46.5,92.9,"a table, page 3"
 Nobody,x,y,1.0,1.0,elsewhere
+"""
+RESCORED = """model,dataset,class,images,anomalous,det_score,aupro_limit,map_size,pixel_ap,image_auroc
+Mapper,{test},cork,4,2,,0.3,model,1.0,2.0
+Mapper,{test},average,4,2,,0.3,model,56.789123,n/a
 """
 
 
@@ -40,12 +44,18 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     """Six seeds, enough for a verdict on one arm; three test datasets in two pairs."""
     folder = tmp_path_factory.mktemp("world")
     (folder / "literature.csv").write_text(LITERATURE, encoding="utf-8")
+    rescored = []
+    for test, train in (("c", ""), ("a", "b"), ("b", "x"), ("x", "")):
+        file = folder / f"rescored_{test}.csv"
+        file.write_text(RESCORED.format(test=test), encoding="utf-8")
+        rescored.append({"file": file.as_posix(), "train": train})
     return run(
         folder,
         **{
             "study.seeds": [0, 1, 2, 3, 4, 5],
             "study.pairs": [{"train": "a", "test": ["b", "c"]}, {"train": "b", "test": ["a"]}],
             "study.literature": (folder / "literature.csv").as_posix(),
+            "study.rescored": rescored,
             "study.title": "A <study> & its title",
             "arms.untrained.compare": False,
             "arms.tested.compare": False,
@@ -109,6 +119,19 @@ def test_the_page_and_the_text(files: dict[str, str]) -> None:
     assert page.count("data:image/svg+xml") == 2 * 2, "a forest plot for each metric, light and dark"
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)", page) and "<script" not in page, "loads nothing"
     assert "rgba(46, 160, 67, 0.60)" in page
+
+
+def test_results_of_other_methods(plan: Plan) -> None:
+    """Of the study's pairs only: reported elsewhere, and rescored here if they were trained on the same data or none."""
+    header, rows = literature_table(read_results(plan))
+    columns = [header.index(name) for name in ("Method", "Trained on", "Tested on", "Pixel AP", "Image AUROC")]
+    found = [[row[column] for column in columns] for row in rows]
+    assert [row for row in found if "(" in row[0]] == [
+        ["Somebody (reported elsewhere)", "a", "b", "46.5", "–"],
+        ["Mapper (rescored here)", "a", "c", "56.79", "–"],
+        ["Mapper (rescored here)", "b", "a", "56.79", "–"],
+    ]
+    assert {row[-1] for row in rows if row[0] == "better"} == {"this study"}
 
 
 def test_one_verdict_on_several_metrics(plan: Plan) -> None:

@@ -178,7 +178,10 @@ class ProtocolArguments(Arguments):
         unset="the model's input",
     )
     threshold: tuple[float, ...] | None = _metrics(
-        None, "thresholds of scores and calibrated maps, or one for both", unset="those of a calibration, if any"
+        None,
+        "thresholds of scores and calibrated maps, or one for both",
+        between=(-1e30, 1e30),
+        unset="those of a calibration, if any",
     )
     escape_rate: float | None = _metrics(None, "share of missed anomalous images for the overkill", between=(0, 1))
     overkill_rate: float | None = _metrics(None, "share of rejected normal images for the escapes", between=(0, 1))

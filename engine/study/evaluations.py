@@ -20,7 +20,9 @@ logger = logging.getLogger(__name__)
 
 # Columns of an evaluation's CSV file; every other column is a metric in percent. The last row is an average.
 CLASS, MODEL, AVERAGE = "class", "model", "average"
-NO_METRICS = ("model", "dataset", CLASS, "images", "anomalous", "det_score")
+NO_METRICS = ("model", "dataset", CLASS, "images", "anomalous", "det_score", "aupro_limit", "map_size")
+# Lower is better.
+NO_METRICS += ("overkill", "escape")
 COUNTS = ("images", "anomalous")
 HISTORY, ARGUMENTS = "history.jsonl", "args.json"
 
@@ -43,7 +45,7 @@ def read_evaluation(folder: Path) -> list[ClassMetrics]:
             return [
                 ClassMetrics(
                     row[CLASS],
-                    {name: _number(value) for name, value in row.items() if name not in NO_METRICS},
+                    {name: as_number(value) for name, value in row.items() if name not in NO_METRICS},
                     tuple(row.get(name, "") for name in COUNTS),
                 )
                 for row in rows
@@ -51,7 +53,7 @@ def read_evaluation(folder: Path) -> list[ClassMetrics]:
     return []
 
 
-def _number(text: str) -> float:
+def as_number(text: str) -> float:
     try:
         return float(text)
     except ValueError:

@@ -178,7 +178,7 @@ def literature_table(results: Results) -> TextTable:
         for row in published:
             if (row["train"], row["test"]) == pair:
                 cells = [row.get(metric) or "–" for metric in results.metrics]
-                rows.append([f"{row.get('method', '')} (reported elsewhere)", *pair, *cells, row.get("source", "")])
+                rows.append([row["method"], *pair, *cells, row.get("source", "")])
         for name, means in own:
             if pair in means:
                 rows.append([name, *pair, *(number(value) for value in means[pair]), "this study"])

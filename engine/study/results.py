@@ -6,13 +6,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.study.evaluations import Evaluations, MetricTable, arm_table, metrics_of, read_evaluations
+from engine.study.evaluations import (
+    AVERAGE,
+    CLASS,
+    NO_METRICS,
+    Evaluations,
+    MetricTable,
+    arm_table,
+    as_number,
+    metrics_of,
+    read_evaluations,
+)
 from engine.study.plan import ROOT, Plan
 from engine.study.statistics import BETTER, NOT_DECIDED, WORSE, Comparison, Groups, Verdict, judge, nanmean
 from utils.reading import read_table
 from utils.text import list_names
 
-CAPITALS = {"auroc": "AUROC", "aupro": "AUPRO", "ap": "AP", "f1": "F1", "max": "max"}
+CAPITALS = {"auroc": "AUROC", "aupro": "AUPRO", "aupimo": "AUPIMO", "iou": "IoU", "ap": "AP", "f1": "F1", "max": "max"}
 
 
 @dataclass(frozen=True)
@@ -138,19 +148,28 @@ def missing_cells(plan: Plan, evaluations: Evaluations) -> list[str]:
 
 
 def read_literature(results: Results) -> list[dict[str, str]]:
-    """The rows of the study's literature file for its pairs; `UserError` if the file cannot be read.
+    """Results of other methods for the study's pairs, reported elsewhere or rescored here.
 
-    Image metrics are those of published scores.
+    Reported image metrics are those of published scores. Raises `UserError` if a file cannot be read.
     """
     study = results.plan.study
-    if not study.literature:
-        return []
-    pairs = {(pair.train, test) for pair in study.pairs for test in pair.test}
-    return [
+    pairs = [(pair.train, test) for pair in study.pairs for test in pair.test]
+    reported = read_table(ROOT / study.literature, "literature") if study.literature else ()
+    rows = [
         {f"published_{name}" if name.startswith("image") else name: value for name, value in row.items()}
-        for _, row in read_table(ROOT / study.literature, "literature")
+        | {"method": f"{row.get('method', '')} (reported elsewhere)"}
+        for _, row in reported
         if (row.get("train"), row.get("test")) in pairs
     ]
+    for source in study.rescored:
+        for _, row in read_table(ROOT / source.file, "rescored", ("model", "dataset", CLASS)):
+            numbers = {name: as_number(value) for name, value in row.items() if name not in NO_METRICS}
+            values = {name: f"{value:.2f}" for name, value in numbers.items() if not math.isnan(value)}
+            values |= {"method": f"{row['model']} (rescored here)", "source": source.file}
+            for train, test in pairs:
+                if row[CLASS] == AVERAGE and row["dataset"] == test and source.train in ("", train):
+                    rows.append({**values, "train": train, "test": test})
+    return rows
 
 
 def dataset_means(arm: ArmResult) -> dict[tuple[str, str], np.ndarray]:

@@ -34,6 +34,14 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Rescored:
+    """A CSV file of `engine.evaluation.rescore`; train: the training dataset, empty without training."""
+
+    file: str
+    train: str = ""
+
+
+@dataclass(frozen=True)
 class Arm:
     """One way to train or to test.
 
@@ -72,6 +80,7 @@ class Study:
         verdict_metrics: Metrics of the verdict; default: the first one.
         margin: Largest difference that does not matter, in percentage points.
         literature: CSV file of published results for the same pairs.
+        rescored: Results of other methods' maps on the test datasets.
         needs: What the study needs besides its datasets; `--dry_run` prints it.
     """
 
@@ -90,6 +99,7 @@ class Study:
     verdict_metrics: tuple[str, ...] = ()
     margin: float = 0.5
     literature: str = ""
+    rescored: tuple[Rescored, ...] = ()
     needs: str = ""
 
 
