@@ -7,12 +7,24 @@ import torch
 from torch import Tensor, nn
 
 from model.adapter_modules import SimpleProj, blend, make_adapter
-from model.blocks import run_block, run_block_for_class, unit
+from model.blocks import full_precision, run_block, run_block_for_class, unit
 from model.clip import FrozenCLIP
 from model.config import COMPONENTS, LoopForward, ModelConfig, check_depths
 from model.frozen import ImageFeatures, SharedStreams, class_embedding, frozen_features
 from model.scoring import Outputs, compare, compare_class_token
 from model.text import CLIP_TEXT, Prompts, TextModules, encode_classes, pair_anchors
+
+
+class AnchorVectors(nn.Module):
+    """A normal and an abnormal vector, (2, D), which are the anchors of all classes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.vectors = nn.Parameter(unit(torch.randn(2, width)))
+
+    def forward(self, classes: int) -> Tensor:
+        """The same anchors for each class, (classes, D, 2)."""
+        return unit(full_precision(self.vectors)).T.expand(classes, -1, -1)
 
 
 class AdaptedCLIP(nn.Module):
@@ -24,7 +36,7 @@ class AdaptedCLIP(nn.Module):
 
     Attributes:
         text_adapter: ModuleList of the adapters after the first text blocks and, last, the projector that replaces
-            CLIP's text projection.
+            CLIP's text projection; or of `AnchorVectors` alone.
         image_adapter: ModuleDict of `layer_adapters`, `seg_proj` (one projector per level) and `det_proj`.
 
     Raises:
@@ -39,6 +51,8 @@ class AdaptedCLIP(nn.Module):
         d_t, d_v, d = clip.text_width, clip.vision_width, clip.embed_dim
         text_adapters = [make_adapter(config.adapter, d_t) for _ in range(config.text_adapt_until)]
         self.text_adapter = nn.ModuleList([*text_adapters, SimpleProj(d_t, d, relu=True)])
+        if config.text_side == "vectors":
+            self.text_adapter = nn.ModuleList([AnchorVectors(d)])
         image_adapters = [make_adapter(config.adapter, d_v) for _ in range(config.image_adapt_until)]
         self.image_adapter = nn.ModuleDict(
             {
@@ -72,6 +86,9 @@ class AdaptedCLIP(nn.Module):
 
     def anchors(self, prompts: Prompts) -> Tensor:
         """Anchors of all C classes from one text pass, (C, D, 2); CLIP's own without text adaptation."""
+        if self.config.text_side == "vectors" and self.config.text_adapted:
+            (vectors,) = self.text_adapter
+            return vectors(len(prompts.tokens))
         return pair_anchors(encode_classes(self.clip, prompts, self.text_modules), prompts.normal)
 
     def frozen_features(self, images: Tensor) -> ImageFeatures:

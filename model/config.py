@@ -17,6 +17,8 @@ SIDES = ("text", "image")
 # The files of a model to share (docs/deploying.md).
 SHARED_WEIGHTS, SHARED_CONFIG = "model.safetensors", "config.json"
 ADAPTERS = ("bottleneck", "linear")
+# Anchors from the text encoder, or two learned vectors for all classes: a control without language.
+TEXT_SIDES = ("encoder", "vectors")
 SURGERIES = ("dual", "sequential", "batch_axis")
 ACTIVATIONS = ("gelu", "quick_gelu")
 CONTEXT_NORMS = ("unit", "none", "layer")
@@ -81,6 +83,7 @@ class ModelConfig:
     surgery: str = limited("dual", choices=SURGERIES)
     text_adapted: bool = True
     image_feature: str = limited("projector", choices=IMAGE_FEATURES)
+    text_side: str = limited("encoder", choices=TEXT_SIDES)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers only, so that checkpoints load with `weights_only=True`."""

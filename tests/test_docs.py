@@ -67,7 +67,13 @@ def known_flags() -> frozenset[str]:
     """All options of scripts, tools and benchmarks."""
     scripts = [file.stem for file in ROOT.glob("*.py") if file.stem != "run"]
     modules = [f"benchmarks.{file.stem}" for file in (ROOT / "benchmarks").glob("[!_]*.py")]
-    others = ["tests.check_commands", "dataset.convert", "engine.cli.share", "examples.run_onnx"]
+    others = [
+        "tests.check_commands",
+        "dataset.convert",
+        "engine.cli.share",
+        "engine.evaluation.rescore",
+        "examples.run_onnx",
+    ]
     return frozenset().union(*map(flags_of, [*scripts, *modules, *others]))
 
 

@@ -10,8 +10,12 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from tests.documented import check_arguments
 
@@ -80,3 +84,34 @@ def test_commands_of_job_files_are_accepted(file: Path, tmp_path: Path) -> None:
         assert [value["--machine_rank"] for value in values] == ["0", "1"]
         same = {name: {value[name] for value in values} for name in ("--num_processes", "--main_process_ip")}
         assert same == {"--num_processes": {"8"}, "--main_process_ip": {"node1"}}
+
+
+@pytest.mark.parametrize("library", ["anomalib", "open_clip"])
+def test_maps_of_other_libraries_are_rescored(library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for anomalib, and open_clip itself with a tiny model."""
+    from engine.config.evaluation import RescoreArguments
+    from engine.evaluation.rescore import rescore
+    from examples import write_maps
+    from tests.scripts import write_clip, write_dataset
+
+    class TorchInferencer:
+        def __init__(self, path: str) -> None:
+            assert path == "model.pt"
+
+        def predict(self, image: Path) -> SimpleNamespace:
+            pixels = np.asarray(Image.open(image).convert("L").resize((20, 20))) / 255
+            return SimpleNamespace(anomaly_map=torch.from_numpy(pixels)[None], pred_score=torch.tensor([pixels.max()]))
+
+    monkeypatch.setitem(sys.modules, "anomalib", ModuleType("anomalib"))
+    monkeypatch.setitem(sys.modules, "anomalib.deploy", SimpleNamespace(TorchInferencer=TorchInferencer))
+    write_dataset(tmp_path / "test", classes=("cork",), count=3)
+    model = {"anomalib": ["model.pt"], "open_clip": [f"local-dir:{write_clip(tmp_path / 'clip')}", ""]}[library]
+    write_maps.main([str(tmp_path / "test"), str(tmp_path / "maps"), library, *model])
+    own, _ = rescore(RescoreArguments.of(maps=tmp_path / "maps", dataset=str(tmp_path / "test")))
+    assert own.total.images == 6
+    assert set(own.total.values) >= {"aupimo", "image_auroc"} and own.total.values["pixel_auroc"] is not None
+    if library == "anomalib":
+        # Defects are bright.
+        assert own.total.values["image_auroc"] == 100 and own.total.values["pixel_auroc"] > 95
+    scores = (tmp_path / "maps" / "scores.csv").read_text(encoding="utf-8").splitlines()
+    assert [line.split(",")[0] for line in scores[:2]] == ["path", "cork/test/good/000.png"]

@@ -122,7 +122,7 @@ def test_the_page_and_the_text(files: dict[str, str]) -> None:
 
 
 def test_results_of_other_methods(plan: Plan) -> None:
-    """Of the study's pairs only: reported elsewhere, and rescored here if they were trained on the same data or none."""
+    """Of the pairs of the study: reported elsewhere, and rescored here if trained on the same data or on none."""
     header, rows = literature_table(read_results(plan))
     columns = [header.index(name) for name in ("Method", "Trained on", "Tested on", "Pixel AP", "Image AUROC")]
     found = [[row[column] for column in columns] for row in rows]

@@ -5,9 +5,13 @@ import logging
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from dataset.prompts import build_prompts
+from engine import load_model
+from model.text import Prompts
 from tests.helpers import equal
 from tests.scripts import common_arguments, error_line, flags, kill_after, run, write_clip, write_dataset
 from utils.logging import set_up_logging
@@ -96,6 +100,30 @@ def test_without_stage_1_anchors_come_from_clip(world: Path, tmp_path: Path) -> 
     assert "text_adapter" not in checkpoint
     assert checkpoint["config"]["model"]["text_adapted"] is False
     assert not (path / "text_adapter.pth").exists()
+
+
+def test_two_vectors_replace_the_text_encoder(world: Path, tmp_path: Path) -> None:
+    """They are trained by Stage 1 alone, are the anchors of every class, and are no base for cross-attention."""
+    path = tmp_path / "vectors"
+    run("train.py", *arguments(world, path, text_side="vectors", text_lr=0.01))
+    (text,) = torch.load(path / "text_adapter.pth")["text_adapter"].values()
+    (later,) = torch.load(path / "image_adapter.pth")["text_adapter"].values()
+    assert torch.equal(text, later) and text.shape[0] == 2
+    rows = [json.loads(line) for line in (path / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = [row["loss"] for row in rows if row["stage"] == "text"]
+    assert losses[0] > losses[-1]
+    model = load_model(path, device="cpu")
+    assert model.model.config.text_side == "vectors"
+    image = next((world / "train").rglob("spot/*.png"))
+    first, second = (model.predict(image, class_name=name) for name in ("bolt", "a thing of another kind"))
+    assert np.array_equal(first.anomaly_map, second.anomaly_map) and first.score == second.score
+    side = model.text_side(Prompts.from_texts(model.clip, [build_prompts("bolt"), build_prompts("felt")]))
+    assert torch.equal(side[0], side[1]) and torch.allclose(side[0].T, text / text.norm(dim=1, keepdim=True))
+    base = {f"load_base_{side}_adapter": path / f"{side}_adapter.pth" for side in ("text", "image")}
+    line = error_line("train_cross_attention.py", *arguments(world, tmp_path / "cross", **base))
+    assert "was trained with --text_side vectors" in line
+    line = error_line("train.py", *arguments(world, tmp_path / "none", text_side="vectors", text_epoch=0))
+    assert "--text_side has no effect without epochs of Stage 1" in line
 
 
 def test_a_bad_image_ends_in_one_line_also_in_a_worker(world: Path, tmp_path: Path) -> None:

@@ -144,9 +144,13 @@ class BaseConfig(RunConfig):
     )
     text_epoch: int = _schedule(5, "epochs of Stage 1; 0 keeps CLIP's text embeddings", between=(0, EPOCHS), free=True)
     image_epoch: int = _schedule(20, "epochs of Stage 2", between=(0, EPOCHS), free=True)
+    text_side: str = _adapters("text_side", help="anchors from the text encoder, or two learned vectors, a control")
     image_loss_only: bool = _training(
         False, "train only the classification of whole images in Stage 2: needs no masks, but does not train the maps"
     )
+
+    def unused(self) -> dict[str, str]:
+        return super().unused() | ({} if self.text_epoch else {"text_side": "without epochs of Stage 1"})
 
     @classmethod
     def of(cls: type[Config], **explicit: Any) -> Config:
@@ -194,6 +198,8 @@ class CrossAttentionArguments(RunConfig):
 @dataclass(frozen=True)
 class CrossAttentionRunConfig(CrossAttentionArguments, BaseConfig):
     """Options of `train_cross_attention.py`."""
+
+    not_options: ClassVar = ("text_side",)
 
     preset: str = changed(
         BaseConfig,

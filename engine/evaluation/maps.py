@@ -1,7 +1,5 @@
 """Anomaly maps as files: write, find, match with a dataset's images, read and resize."""
 
-from __future__ import annotations
-
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence

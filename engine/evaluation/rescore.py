@@ -1,7 +1,5 @@
 """The metrics of anomaly maps of any method, from files: `python -m engine.evaluation.rescore`."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping, Sequence

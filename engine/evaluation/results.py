@@ -1,7 +1,5 @@
 """The metrics of evaluations, as tables and CSV files."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

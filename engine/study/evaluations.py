@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 
 # Columns of an evaluation's CSV file; every other column is a metric in percent. The last row is an average.
 CLASS, MODEL, AVERAGE = "class", "model", "average"
-NO_METRICS = ("model", "dataset", CLASS, "images", "anomalous", "det_score", "aupro_limit", "map_size")
-# Lower is better.
-NO_METRICS += ("overkill", "escape")
+# Of the rates of errors, lower is better.
+CHOICES = ("det_score", "aupro_limit", "map_size")
+NO_METRICS = ("model", "dataset", CLASS, "images", "anomalous", *CHOICES, "overkill", "escape")
 COUNTS = ("images", "anomalous")
 HISTORY, ARGUMENTS = "history.jsonl", "args.json"
 

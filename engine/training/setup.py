@@ -136,7 +136,7 @@ def resolve_model(config: RunConfig, clip: FrozenCLIP, start: Start, text_adapte
     """
     depths = ("levels", "text_adapt_until", "image_adapt_until", "surgery_until_layer")
     names = ("text_adapt_weight", "image_adapt_weight", "adapter", "relu", "surgery")
-    choices = {name: getattr(config, name) for name in names}
+    choices = {name: getattr(config, name) for name in (*names, "text_side") if hasattr(config, name)}
     choices |= {name: depth for name in depths if (depth := getattr(config, name)) is not None}
     if (base := start.model_config()) is not None:
         choices |= {name: getattr(base, name) for name in FROM_BASE if name in config.not_options}

@@ -152,6 +152,8 @@ def _check_config(checkpoint: Checkpoint, side: str, model: ModelConfig, run: Cr
             f"{checkpoint.path}: its text side was not trained (--text_epoch 0); train a base with both stages, "
             "or give --allow_partial_base"
         )
+    if before.text_side == "vectors":
+        raise UserError(f"{checkpoint.path}: was trained with --text_side vectors, without language; give another base")
     for name in ("weights_digest", "activation", "adapter", "relu", "levels", "img_size"):
         was, now = getattr(before, name), getattr(model, name)
         if was != now:
