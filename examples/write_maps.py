@@ -9,79 +9,65 @@ TAG` compares windows of the image with two prompts, as WinCLIP does. This file 
 
 import argparse
 import csv
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-# The map (H, W) and the score of an image.
-Predictor = Callable[[Path], tuple[np.ndarray, float]]
-ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
+ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+SIDE, WINDOW = 240, 80
 
 
-def anomalib_predictor(model: str) -> Predictor:
+def anomalib_maps(paths: list[Path], model: str) -> Iterator[tuple[np.ndarray, float]]:
+    """The map (H, W) and the score of each image."""
     from anomalib.deploy import TorchInferencer
 
     inferencer = TorchInferencer(path=model)
-
-    def predict(path: Path) -> tuple[np.ndarray, float]:
-        result = inferencer.predict(image=path)
-        return np.asarray(result.anomaly_map), float(result.pred_score)
-
-    return predict
+    for result in (inferencer.predict(image=path) for path in paths):
+        yield np.asarray(result.anomaly_map), float(result.pred_score)
 
 
-def open_clip_predictor(name: str, pretrained: str, windows: int = 5) -> Predictor:
+def open_clip_maps(paths: list[Path], name: str, pretrained: str) -> Iterator[tuple[np.ndarray, float]]:
+    """As `anomalib_maps`, from the image and 25 windows of a third of its side."""
     import open_clip
     import torch
 
     clip, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained)
     clip.eval()
     prompts = open_clip.get_tokenizer(name)(["a photo of a flawless object", "a photo of a damaged object"])
-    with torch.inference_mode():
-        anchors = clip.encode_text(prompts, normalize=True)
-
-    def predict(path: Path) -> tuple[np.ndarray, float]:
-        image = Image.open(path).convert("RGB").resize((240, 240))
-        # Windows of a third of the side, and the whole image.
-        corners = [(x, y) for y in np.linspace(0, 160, windows) for x in np.linspace(0, 160, windows)]
-        crops = [image, *(image.crop((int(x), int(y), int(x) + 80, int(y) + 80)) for x, y in corners)]
+    windows = [(x, y, x + WINDOW, y + WINDOW) for y in range(0, 161, 40) for x in range(0, 161, 40)]
+    for path in paths:
+        image = Image.open(path).convert("RGB").resize((SIDE, SIDE))
+        crops = torch.stack([preprocess(crop) for crop in (image, *map(image.crop, windows))])
         with torch.inference_mode():
-            features = clip.encode_image(torch.stack([preprocess(crop) for crop in crops]), normalize=True)
+            features, anchors = clip.encode_image(crops, normalize=True), clip.encode_text(prompts, normalize=True)
             whole, *parts = (100 * features @ anchors.T).softmax(dim=1)[:, 1].tolist()
-        total, count = np.zeros((240, 240)), np.zeros((240, 240))
-        for (x, y), score in zip(corners, parts, strict=True):
-            total[int(y) : int(y) + 80, int(x) : int(x) + 80] += score
-            count[int(y) : int(y) + 80, int(x) : int(x) + 80] += 1
-        return total / count, (whole + max(parts)) / 2
-
-    return predict
+        total, count = np.zeros((SIDE, SIDE)), np.zeros((SIDE, SIDE))
+        for (left, top, right, bottom), score in zip(windows, parts, strict=True):
+            total[top:bottom, left:right] += score
+            count[top:bottom, left:right] += 1
+        yield total / count, (whole + max(parts)) / 2
 
 
-PREDICTORS = {"anomalib": anomalib_predictor, "open_clip": open_clip_predictor}
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", type=Path, help="folder of a dataset")
-    parser.add_argument("maps", type=Path, help="folder for the maps and scores.csv")
-    parser.add_argument("library", choices=PREDICTORS)
-    parser.add_argument("model", nargs="+", help="MODEL.pt for anomalib, NAME TAG for open_clip")
-    return parser
+LIBRARIES = {"anomalib": anomalib_maps, "open_clip": open_clip_maps}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = build_parser().parse_args(arguments)
-    predict = PREDICTORS[options.library](*options.model)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", type=Path, help="folder of a dataset")
+    parser.add_argument("maps", type=Path, help="folder for the maps and scores.csv")
+    parser.add_argument("library", choices=LIBRARIES)
+    parser.add_argument("model", nargs="+", help="MODEL.pt for anomalib, NAME TAG for open_clip")
+    options = parser.parse_args(arguments)
+    files = [path for path in sorted(options.images.rglob("*")) if path.suffix.lower() in ENDINGS]
+    paths = [path for path in files if not {"train", "ground_truth"} & set(path.relative_to(options.images).parts)]
     rows: list[tuple[object, ...]] = [("path", "score")]
-    for path in sorted(options.images.rglob("*")):
+    for path, (anomaly_map, score) in zip(paths, LIBRARIES[options.library](paths, *options.model), strict=True):
         name = path.relative_to(options.images)
-        if path.suffix.lower() in ENDINGS and not {"train", "ground_truth"} & set(name.parts):
-            anomaly_map, score = predict(path)
-            (options.maps / name).parent.mkdir(parents=True, exist_ok=True)
-            np.save(options.maps / f"{name}.npy", anomaly_map.astype(np.float32))
-            rows.append((name.as_posix(), score))
+        (options.maps / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(options.maps / f"{name}.npy", anomaly_map.astype(np.float32))
+        rows.append((name.as_posix(), score))
     with (options.maps / "scores.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows(rows)
 

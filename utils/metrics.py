@@ -27,7 +27,7 @@ FPR_LIMIT = 0.3
 # False positive rates on normal images between which AUPIMO is integrated.
 AUPIMO_LIMITS = (1e-5, 1e-4)
 PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro", "aupimo")
-DECISION_METRICS = ("precision", "recall", "f1", "iou")
+DECISION_METRICS = {"precision": "precision", "recall": "recall", "f1": "F1", "iou": "IoU"}
 IMAGE_METRICS = ("image_auroc", "image_ap", "image_f1_max")
 
 

@@ -23,7 +23,11 @@ METRICS = {
 }
 # Metrics that need a threshold or a rate, and are reported if there is one.
 MORE_METRICS = {
-    **{f"{kind}_{name}": f"{kind.title()} {name}" for kind in ("image", "pixel") for name in DECISION_METRICS},
+    **{
+        f"{kind}_{name}": f"{kind.title()} {title}"
+        for kind in ("image", "pixel")
+        for name, title in DECISION_METRICS.items()
+    },
     "overkill": "Overkill",
     "escape": "Escape",
 }
