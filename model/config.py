@@ -33,6 +33,10 @@ TEXT_CONTEXTS = ("frozen", "trained", "projectors")
 # Patch features to compare with normal references, and the weight of the reference map (docs/results.md).
 REFERENCE_FEATURES = ("trained", "frozen", "both")
 REFERENCE_WEIGHT = 0.5
+# Square tiles of images: none, by the image's size, or their number along the shorter side, of at most so many.
+TILES, MOST_TILES = ("off", "auto"), 8
+# Images and tiles in a forward pass of `Detector.predict`.
+BATCH_SIZE = 8
 # The choices of a checkpoint that options can replace: of CLIP, the image features, and cross-attention.
 CLIP_OVERRIDES = ("model_name", "img_size", "activation")
 FORWARD_OVERRIDES = ("surgery", "surgery_until_layer", "image_feature")
@@ -47,7 +51,7 @@ CROSS_ATTENTION_OVERRIDES = (
 )
 # Those that unadapted CLIP has no use for, and all.
 ADAPTED = (*FORWARD_OVERRIDES, *CROSS_ATTENTION_OVERRIDES)
-OVERRIDES = (*CLIP_OVERRIDES, "det_score", *ADAPTED)
+OVERRIDES = (*CLIP_OVERRIDES, "det_score", "tiles", *ADAPTED)
 
 
 def limits_of(model_name: str) -> str | None:
@@ -210,3 +214,11 @@ class SavedArguments(MayHoldMore):
     metadata: str | None = None
     class_names: str | None = None
     val_fraction: float = field(default=0.0, metadata={"between": (0, 1)})
+
+
+def tiles_choice(tiles: str | int) -> str:
+    """A choice of tiles as text; `UserError` for an unknown one."""
+    text = str(tiles)
+    if text in TILES or text in map(str, range(1, MOST_TILES + 1)):
+        return text
+    raise UserError(f"--tiles {text[:40]}: choose {', '.join(TILES)}, or a number from 1 to {MOST_TILES}")

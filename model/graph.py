@@ -12,7 +12,7 @@ from model.adapter import AdaptedCLIP
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention, TextSide
 from model.frozen import UnadaptedCLIP
 from model.references import References, joined_calibrated_maps
-from model.scoring import calibrated_maps, calibrated_scores, decisions
+from model.scoring import calibrated_maps, calibrated_scores, decisions, det_scores
 
 # The parameter of Keys' cubic convolution and the unit of its weights, as in Pillow.
 CUBIC = -0.5
@@ -97,7 +97,7 @@ class ScoringGraph(nn.Module):
         else:
             levels = joined_calibrated_maps(outputs, distances, self.references.weight)
         maps = levels.mean(dim=0)
-        scores = calibrated_scores(maps, outputs, self.domain, self.det_score)
+        scores = calibrated_scores(maps, det_scores(outputs, self.det_score), self.domain)
         if self.thresholds is None:
             return maps[:, None], scores
         labels, masks = decisions(scores, maps, *self.thresholds)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model.adapter import AdaptedCLIP
 from model.blocks import full_precision
+from model.config import TILES
 from model.frozen import UnadaptedCLIP, frozen_patches
 from model.scoring import Outputs, anomaly_map, calibrated_maps, enlarge, to_grid
 
@@ -27,14 +28,15 @@ MOST_AT_ONCE = 2**24
 class References:
     """Patch features of K normal images of a class, and the weight of the distance to them.
 
-    memory: unit features of each level (and branch), (K * N, D); images: digests of the images' content
-    (`dataset.images.content_digest`).
+    memory: unit features of each level (and branch), (V * N, D) for V views of the K images; images: digests of the
+    images' content (`dataset.images.content_digest`); tiles: those of which `memory` contains the features.
     """
 
     memory: tuple[Tensor, ...]
     weight: float
     features: str
     images: tuple[str, ...]
+    tiles: str = TILES[0]
 
     @property
     def digest(self) -> str:

@@ -149,20 +149,19 @@ def calibrated_maps(outputs: Outputs, size: int) -> Tensor:
     return torch.stack([pixel_logits(similarity, size).softmax(dim=1)[:, 1] for similarity in outputs.levels])
 
 
-def calibrated_scores(maps: Tensor, outputs: Outputs, domain: str, kind: str = DET_SCORES[0]) -> Tensor:
+def calibrated_scores(maps: Tensor, det: Tensor, domain: str) -> Tensor:
     """Image scores without statistics of a class.
 
     Args:
-        maps: calibrated maps, mean over levels, (B, S, S).
-        outputs: the forward of the same images.
+        maps: calibrated maps, mean over levels, (B, H, W).
+        det: `det_scores` of the same images, (B,).
         domain: "industrial": half the map's maximum plus half the det score; "medical": the maximum.
-        kind: as for `det_scores`.
 
     Returns:
         Scores in [0, 1], (B,).
     """
     peaks = maps.flatten(1).amax(dim=1)
-    return 0.5 * peaks + 0.5 * det_scores(outputs, kind) if DOMAINS[domain].uses_det else peaks
+    return 0.5 * peaks + 0.5 * det if DOMAINS[domain].uses_det else peaks
 
 
 def decisions(

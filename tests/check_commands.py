@@ -86,8 +86,10 @@ def documented_items() -> Iterator[Item]:
         for block in blocks(page, read_page(page)):
             yield from map(command_item, commands(block))
             if block.language == PYTHON:
-                argv = [sys.executable, "-c", "\n".join(block.lines)]
-                yield Item(f"{page}:{block.line}", f"Python, {len(block.lines)} lines", "as written", argv)
+                needs = block.marks.get("needs")
+                argv = None if needs else [sys.executable, "-c", "\n".join(block.lines)]
+                form = f"not run: {needs}" if needs else "as written"
+                yield Item(f"{page}:{block.line}", f"Python, {len(block.lines)} lines", form, argv)
 
 
 def command_item(command: Command) -> Item:

@@ -8,6 +8,8 @@ import json
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -37,8 +39,9 @@ from engine.detector.detector import Detector
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.graph import Thresholds
 from tests.browser import browser  # noqa: F401
+from tests.documented import blocks, read_page
 from tests.evaluating import calibrate_images
-from tests.scripts import free_port, train_small_runs
+from tests.scripts import environment, free_port, train_small_runs
 from tests.test_inference_script import published_form
 from utils.errors import UserError
 
@@ -138,9 +141,9 @@ def test_references_belong_to_one_visitor(models: dict[str, Detector], images: l
         model = models[name]
         path = next(path for path in images if read_image(path).tobytes() == result.image.tobytes())
         plain = model.predict(path, "cork")
-        references = model.add_references(normals[:3], "cork")
+        model.add_references(normals[:3], "cork")
+        wanted = model.predict(path, "cork")
         del model.references["cork"]
-        wanted = model.predict(path, "cork", references=references)
         assert result.references == 3
         assert not np.array_equal(plain.anomaly_map, wanted.anomaly_map)
         np.testing.assert_array_equal(result.prediction.anomaly_map, wanted.anomaly_map)
@@ -401,6 +404,33 @@ def test_files_cannot_be_read_by_their_paths(served: Served, images: list[Path],
         assert answer["success"] is False
         answer = served.ask(served.index("analyze", "click"), [None, "image_adapter", file], f"text{number}")
         assert answer["success"] is False
+        answer = served.ask(served.index("request", "click"), [[file], "cork", "image_adapter", "off"], f"api{number}")
+        assert answer["success"] is False
+
+
+def test_the_documented_request_gets_the_results_of_predict(
+    served: Served, models: Mapping[str, Detector], images: list[Path]
+) -> None:
+    page = "docs/deploying.md"
+    (example,) = [
+        "\n".join(block.lines) for block in blocks(page, read_page(page)) if "gradio_client" in str(block.lines)
+    ]
+    for documented, here in (
+        ("http://127.0.0.1:7860", served.address),
+        ("data/toy_test/cup/test/bend/000.png", images[0].as_posix()),
+        ('"base"', '"image_adapter"'),
+        ('tiles="off"', 'tiles="2"'),
+    ):
+        assert documented in example
+        example = example.replace(documented, here)
+    # In a process of its own, because the client looks up the hub.
+    code = f"{example}\nimport json\nprint(json.dumps(answer))"
+    command = [sys.executable, "-c", code]
+    variables = {**environment(), "GRADIO_ANALYTICS_ENABLED": "False", "no_proxy": "*"}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, encoding="utf-8", check=True)
+    expected = models["image_adapter"].predict(images[0], "cup", tiles=2).to_dict()
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert answer == {"results": [{"name": images[0].name, **expected}], "problems": []}
 
 
 def test_too_large_uploads_are_rejected(served: Served) -> None:
@@ -421,7 +451,7 @@ def test_a_full_queue_rejects_requests_and_recovers(
     monkeypatch.setattr(Session, "analyze", lambda *args: (resume.wait(60), look(*args))[1])
     function, count = served.index("analyze", "click"), MAX_WAITING + 12
     with ThreadPoolExecutor(count) as pool:
-        click = [None, "image_adapter", "cork", None]
+        click = [None, "image_adapter", "cork", "off", None]
         asked = [pool.submit(served.ask, function, click, f"many{index}") for index in range(count)]
         wait(asked, 60, return_when=FIRST_COMPLETED)
         resume.set()

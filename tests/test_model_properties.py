@@ -189,7 +189,7 @@ def test_losses_and_scores_by_hand() -> None:
         assert abnormal.tolist() == [[[0.75]]]
     outputs = scoring.Outputs([], torch.tensor([[0.2, 0.6]]))
     assert scoring.det_scores(outputs).item() == pytest.approx(0.8)
-    assert scoring.calibrated_scores(mask, outputs, "industrial").item() == pytest.approx(0.9)
+    assert scoring.calibrated_scores(mask, scoring.det_scores(outputs), "industrial").item() == pytest.approx(0.9)
 
 
 def test_decisions_and_ranks_by_hand() -> None:

@@ -302,7 +302,7 @@ def assert_scores_agree(
     assert_agrees(det, expected.det, tolerance, "det score")
     calibrated = scoring.calibrated_maps(outputs, size).mean(dim=0)
     assert_agrees(calibrated, expected.calibrated_maps, tolerance, "calibrated map")
-    scores = scoring.calibrated_scores(calibrated, outputs, domain, kind)
+    scores = scoring.calibrated_scores(calibrated, det, domain)
     assert_agrees(scores, expected.calibrated, tolerance, "calibrated scores")
 
     # Min-max normalisation magnifies the rounding of its input by the input's size over its range.

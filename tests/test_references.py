@@ -120,7 +120,7 @@ def test_unadapted_clip_accepts_references(world: Path, model: Detector) -> None
 def test_evaluation_uses_the_combined_map(world: Path, model: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
     data = load_task(str(world / "test"))
     before = evaluate({"m": model}, data, "cpu")["m"].classes[0]
-    found = model.add_references(paths_of(world / "normal" / "cork"), "cork", class_names="catalog", key="cork")
+    found = model.add_references(paths_of(world / "normal" / "cork"), "cork", class_names=data.names)
     after, unchanged = evaluate({"m": model}, data, "cpu")["m"].classes
     assert after.values != before.values
     side, highest, lowest, det = model.text_side(data.prompts(model.clip)), [], [], []

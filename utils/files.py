@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from utils.errors import UserError, WriteError
+from utils.text import csv_table
 
 logger = logging.getLogger(__name__)
 
@@ -157,6 +158,13 @@ def write_json(path: Path, value: Any) -> None:
 def write_json_lines(path: Path, rows: Sequence[Any]) -> None:
     """Write one line of JSON for each row; numbers that are not finite become null."""
     write_text(path, "".join(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows))
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]], json_lines: bool = False) -> None:
+    """Write rows with the same keys as CSV, None as an empty cell; json_lines: also as JSON lines, ending in .jsonl."""
+    write_text(path, csv_table([list(rows[0]), *(list(row.values()) for row in rows)]))
+    if json_lines:
+        write_json_lines(path.with_suffix(".jsonl"), rows)
 
 
 def finite(value: Any) -> Any:

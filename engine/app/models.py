@@ -57,7 +57,7 @@ def load_models(arguments: AppArguments) -> dict[str, Detector]:
     # Published files have their own activation, which unadapted CLIP should not use.
     own = next((model.clip for model in models.values() if model.config is not None), None)
     if own is not None:
-        unadapted = unadapted_detector(own, arguments.det_score).to(device)
+        unadapted = unadapted_detector(own, arguments.det_score, arguments.tiles).to(device)
     else:
         overrides["model_name"] = next((clip.model_name for clip in clips.values()), overrides.get("model_name"))
         (unadapted,) = load_detectors(NO_CHECKPOINT, arguments.clip_weights, device, **overrides)

@@ -14,6 +14,7 @@ from engine.app.examples import Example
 from engine.app.session import Session
 from engine.app.uploads import ENDINGS, MAX_BYTES, MAX_IMAGES, MAX_NORMAL, MAX_PIXELS, MAX_REFERENCES, make_uploads
 from engine.detector.detector import Detector
+from model.config import MOST_TILES, TILES
 from model.graph import Thresholds
 from utils.errors import UserError
 
@@ -74,7 +75,8 @@ def build_page(
         domain: How images are scored.
     """
     with _Page(title="Anomaly detection", analytics_enabled=False, delete_cache=(3600, EXPIRY)) as page:
-        _Layout(list(models), examples, next(iter(models.values())).clip.limits).connect(
+        detector = next(iter(models.values()))
+        _Layout(list(models), examples, detector.clip.limits, detector.tiles).connect(
             _Handlers(models, examples, folder, domain)
         )
     return page
@@ -83,20 +85,20 @@ def build_page(
 class _Layout:
     """The components of the page."""
 
-    def __init__(self, names: list[str], examples: Sequence[Example], limits: str | None) -> None:
+    def __init__(self, names: list[str], examples: Sequence[Example], limits: str | None, tiles: str) -> None:
         self.state = gr.State(None, time_to_live=EXPIRY)
         gr.Markdown("# Anomaly detection\nUpload images and name what they show; the model marks anomalous regions.")
         if limits:
             gr.Markdown(f"**{limits}.**")
         with gr.Row(elem_id="layout"):
             with gr.Column(elem_id="inputs"):
-                self._add_inputs(names)
+                self._add_inputs(names, tiles)
             with gr.Column(elem_id="outputs"):
                 self._add_outputs(examples)
             with gr.Column(elem_id="panels"):
                 self._add_panels()
 
-    def _add_inputs(self, names: list[str]) -> None:
+    def _add_inputs(self, names: list[str], tiles: str) -> None:
         self.files = _files("Images", "images")
         self.class_name = gr.Textbox(
             label="Class name",
@@ -106,6 +108,14 @@ class _Layout:
             info="What the images show, for example: metal screw",
         )
         self.model = gr.Dropdown(names, value=names[-1], label="Model", elem_id="model", filterable=False)
+        self.tiles = gr.Dropdown(
+            [*TILES, *map(str, range(1, MOST_TILES + 1))],
+            value=tiles,
+            label="Tiles",
+            elem_id="tiles",
+            filterable=False,
+            info="For small defects in large images: slower",
+        )
         self.analyze = gr.Button("Analyze", variant="primary", elem_id="analyze")
         gr.Markdown(LIMITS)
 
@@ -135,6 +145,8 @@ class _Layout:
         self.save = gr.Button("Download all results", visible=False, elem_id="save", size="sm")
         # Hidden: the button above fills it and clicks on it.
         self.archive = gr.DownloadButton(visible="hidden", elem_id="zip")
+        # The HTTP interface: an event of the page, so that Gradio checks the files that it gets.
+        self.request, self.answer = gr.Button(visible=False, elem_id="request"), gr.JSON(visible=False)
         gr.Markdown("### Examples of the toy dataset")
         pictures = [(example.image.read(), example.caption) for example in examples]
         self.examples = gr.Gallery(pictures, columns=8, elem_id="examples", **_GALLERY)
@@ -142,12 +154,15 @@ class _Layout:
     def connect(self, handlers: _Handlers) -> None:
         """Connect the events of the components to their handlers."""
         state, images = self.state, [self.state, *self.thresholds]
-        request: list[Any] = [state, self.model, self.class_name, self.references]
+        request: list[Any] = [state, self.model, self.class_name, self.tiles, self.references]
         results = [state, self.messages, self.overview, self.controls, *self.thresholds, self.result, self.save]
         analysis: dict[str, Any] = {"fn": handlers.analyze, "inputs": request, "outputs": results, **_MODEL}
         self.files.change(handlers.upload, [state, self.files], state, **_PRIVATE).success(**analysis)
-        changes = [self.analyze.click, self.class_name.submit, self.model.input, self.references.change]
-        gr.on(changes, **analysis)
+        changes = [self.analyze.click, self.class_name.submit, self.model.input, self.tiles.input]
+        gr.on([*changes, self.references.change], **analysis)
+        public = {**_MODEL, "api_visibility": "public", "api_name": "predict", "trigger_mode": "multiple"}
+        inputs = [self.files, self.class_name, self.model, self.tiles]
+        self.request.click(handlers.predict, inputs, self.answer, **public)
         self.examples.select(handlers.try_example, state, [state, self.class_name], **_PRIVATE).success(**analysis)
         self.calibrate.click(handlers.analyze, [*request, self.normals, self.rate], results, **_MODEL)
         sliders = [slider.input for slider in self.thresholds]
@@ -186,6 +201,7 @@ class _Handlers:
         session: Session | None,
         model: str,
         name: str,
+        tiles: str,
         references: list[str] | None,
         normals: list[str] | None = None,
         rate: str | None = None,
@@ -193,6 +209,7 @@ class _Handlers:
     ) -> list[Any]:
         """Analyze the uploads; with a rate of false alarms, find the thresholds on normal images first."""
         session = self._session(session)
+        session.tiles = tiles
 
         def report(done: int, total: int) -> None:
             progress((done, total), unit="images")
@@ -206,6 +223,16 @@ class _Handlers:
         except UserError as error:
             problems = [str(error)]
         return _results(session, [*problems, *session.problems])
+
+    def predict(self, images: list[str] | None, class_name: str, model: str, tiles: str) -> dict[str, Any]:
+        """The result of each image, the most anomalous first, with decisions by the checkpoint's thresholds."""
+        try:
+            session = Session(self.models, self.domain, make_uploads(images, MAX_IMAGES), tiles=tiles)
+            session.analyze(model, class_name)
+        except UserError as error:
+            raise gr.Error(str(error)) from error
+        results = [{"name": result.name, **result.prediction.to_dict()} for result in session.results]
+        return {"results": results, "problems": session.problems}
 
     def set_thresholds(self, session: Session | None, image: float, pixel: float) -> tuple[Session, Any, str]:
         session = self._session(session)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,13 @@ from engine.detector.prediction import Prediction, decide
 from engine.evaluation.calibrate import calibrate_detector, score_and_peak
 from engine.evaluation.gallery import Finding, Gallery
 from engine.evaluation.image_heatmaps import attention_heatmaps
-from engine.evaluation.own_images import make_finding, write_scores
+from engine.evaluation.own_images import make_finding
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
+from model.config import TILES
 from model.graph import Thresholds
 from model.text import Prompts
 from utils.errors import UserError
+from utils.files import write_table
 from utils.heatmaps import overlay, save_image
 from utils.paths import figure_path
 
@@ -79,6 +82,7 @@ class Session:
         selected: Index of the displayed result.
         manual: Manual thresholds.
         normals: Normal images to compare with, by class.
+        tiles: The tiles of images, as for `Detector.predict`.
     """
 
     models: Mapping[str, Detector]
@@ -89,6 +93,7 @@ class Session:
     selected: int = 0
     manual: Thresholds | None = None
     normals: dict[str, Sequence[Upload]] = field(default_factory=dict)
+    tiles: str = TILES[0]
     _detectors: dict[str, Detector] = field(default_factory=dict)
     _entries: list[Entry] = field(default_factory=list)
 
@@ -162,7 +167,7 @@ class Session:
                 picture = overlay(result.image, result.prediction.anomaly_map, opacity=opacity)
                 save_image(picture, figure_path(folder / "heatmaps", result.name, "_heatmap.png", taken))
                 gallery.add(result.image, result.prediction.anomaly_map, findings[-1], result.name, result.size)
-            write_scores(findings, folder / "scores.csv")
+            write_table(folder / "scores.csv", [finding.to_dict() for finding in findings])
             facts = [("Model", ", ".join({result.model for result in self.results}))]
             gallery.write(folder / "report.html", "Results", facts, [], None)
             for entry in self._entries:
@@ -177,9 +182,11 @@ class Session:
             self._detectors[model] = copy.copy(self.models[model])
             self._detectors[model].references = {}
         detector = self._detectors[model]
+        detector.tiles = self.tiles
         Prompts.from_texts(detector.clip, [build_prompts(detector.name_in_prompts(class_name))])
         key = readable_name(class_name)
-        if self.normals.get(key) and key not in detector.references:
+        references = detector.references.get(key)
+        if self.normals.get(key) and (references is None or references.tiles != self.tiles):
             detector.add_references([upload.read() for upload in self.normals[key]], class_name)
         return detector
 
@@ -194,6 +201,9 @@ class Session:
         if prediction.attention is not None:
             normal = build_prompts(detector.name_in_prompts(class_name))[0]
             attention = attention_heatmaps(prediction.attention, len(normal))
+        # Displayed only, so that a pixel for each one on the screen is enough.
+        step = math.ceil(max(prediction.anomaly_map.shape) / MAX_SIDE)
+        prediction = replace(prediction, level_maps=prediction.level_maps[:, ::step, ::step].copy())
         thumbnail = pixels.copy()
         thumbnail.thumbnail((MAX_SIDE, MAX_SIDE))
         return ImageResult(

@@ -20,7 +20,9 @@ from model.config import (
     OVERRIDES,
     REFERENCE_FEATURES,
     REFERENCE_WEIGHT,
+    TILES,
     CrossAttentionConfig,
+    tiles_choice,
 )
 from utils.arguments import Arguments, number, path
 from utils.errors import UserError
@@ -50,7 +52,7 @@ _REJECTED = {
     "calibrate": {
         **_NO_DATASET,
         **dict.fromkeys(("dataset", "image", "normal", "anomalous"), "--calibrate takes only normal images"),
-        **dict.fromkeys(("visualize", "output_dir"), "--calibrate writes only thresholds, to --calibration"),
+        **dict.fromkeys(("visualize", "output_dir", "json"), "--calibrate writes only thresholds, to --calibration"),
     },
     "image": {
         **_NO_DATASET,
@@ -249,6 +251,14 @@ class InferenceArguments(ProtocolArguments, ReferenceArguments, TestingArguments
     class_name: str | None = _task(None, 'class of these images, such as "metal screw"', unset=DEFAULT_CLASS)
     class_from_folder: bool = _task(False, "the class of an image is the first folder below --image or --calibrate")
     domain: str = _task("industrial", "kind of images, which decides the scoring", choices=("industrial", "medical"))
+    tiles: str | None = _task(
+        None,
+        "overlapping square tiles in addition to the whole image: off, their number along the shorter side, or auto "
+        "(from twice the input size on)",
+        type=tiles_choice,
+        metavar="auto|N|off",
+        unset=TILES[0],
+    )
     visualize: str | int | None = _task(
         None,
         "draw heatmaps of N images of each class, or of all images; with several checkpoints, those of the last",
@@ -258,6 +268,7 @@ class InferenceArguments(ProtocolArguments, ReferenceArguments, TestingArguments
     )
     save_maps: bool = setting(False, "also write anomaly maps and scores, for engine.evaluation.rescore", "output")
     output_dir: Path | None = setting(None, "folder of the results", "output", unset="results next to the checkpoint")
+    json: bool = setting(False, "also write the CSV file as JSON lines, with the ending .jsonl", "output")
     text_conditioning: str | None = _cross("text_conditioning", unset=TRAINED)
     text_context: str | None = changed(
         CrossAttentionConfig,

@@ -54,6 +54,7 @@ class AppArguments(TrainedModelArguments):
         unset="the demo's models",
     )
     domain: str = changed(InferenceArguments, "domain")
+    tiles: str | None = changed(InferenceArguments, "tiles")
     surgery: str | None = changed(TestingArguments, "surgery")
     surgery_until_layer: int | None = changed(TestingArguments, "surgery_until_layer")
     device: str = changed(MachineArguments, "device", "cpu")

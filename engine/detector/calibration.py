@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+from model.config import TILES
 from utils.errors import UserError
 from utils.files import write_json
 from utils.paths import is_file, is_no_file
@@ -34,7 +35,7 @@ class CalibrationKey(NamedTuple):
     """What thresholds are valid for; anything else has another distribution of scores.
 
     checkpoint: digest of the model (`Detector.digest`); class_name: the name in prompts; references: digest of the
-    normal images that maps are compared with, None without any.
+    normal images that maps are compared with, None without any; tiles: the choice of `Detector.predict`.
     """
 
     checkpoint: str
@@ -42,6 +43,7 @@ class CalibrationKey(NamedTuple):
     domain: str
     det_score: str
     references: str | None = None
+    tiles: str = TILES[0]
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,11 @@ class Entry:
     scores: list[float]
     peaks: list[float]
     pillow: str = ""
+    tiles: str = TILES[0]
 
     @property
     def key(self) -> CalibrationKey:
-        return CalibrationKey(self.checkpoint, self.class_name, self.domain, self.det_score, self.references)
+        return CalibrationKey(*(getattr(self, name) for name in CalibrationKey._fields))
 
     def __str__(self) -> str:
         low, high = (100 * value for value in self.interval)
@@ -136,7 +139,16 @@ def make_entry(
     k = order_of_threshold(len(scores), false_alarms)
     interval = false_alarm_interval(len(scores), false_alarms)
     return Entry(
-        *key, model, len(scores), false_alarms, scores[k - 1], peaks[k - 1], interval, scores, peaks, version("pillow")
+        **key._asdict(),
+        model=model,
+        images=len(scores),
+        false_alarms=false_alarms,
+        image_threshold=scores[k - 1],
+        pixel_threshold=peaks[k - 1],
+        interval=interval,
+        scores=scores,
+        peaks=peaks,
+        pillow=version("pillow"),
     )
 
 
@@ -171,6 +183,9 @@ def mismatch_reason(entries: Sequence[Entry], key: CalibrationKey) -> str:
     classes = list_names(list(dict.fromkeys(f"'{entry.class_name}'" for entry in entries)))
     if all(entry.class_name != key.class_name for entry in entries):
         return f"its thresholds are of {classes}, not of '{key.class_name}'"
+    tiles = list(dict.fromkeys(entry.tiles for entry in entries if entry.key == key._replace(tiles=entry.tiles)))
+    if tiles:
+        return f"its thresholds of '{key.class_name}' are for --tiles {' or '.join(tiles)}, not for --tiles {key.tiles}"
     return f"its thresholds of {classes} are for another domain, det score or set of references"
 
 

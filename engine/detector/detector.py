@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from PIL import Image
@@ -24,10 +24,10 @@ from model.adapter import AdaptedCLIP
 from model.adapter_cross_attention import AdaptedCLIPWithCrossAttention
 from model.checkpoint import Checkpoint, state_of
 from model.clip import FrozenCLIP
-from model.config import REFERENCE_FEATURES, REFERENCE_WEIGHT, LoopForward
+from model.config import BATCH_SIZE, REFERENCE_FEATURES, REFERENCE_WEIGHT, TILES, LoopForward, tiles_choice
 from model.frozen import UnadaptedCLIP
 from model.references import References, joined_calibrated_maps, patch_features
-from model.scoring import DET_SCORES, DOMAINS, Outputs, calibrated_maps, calibrated_scores
+from model.scoring import DET_SCORES, DOMAINS, Outputs, calibrated_maps, calibrated_scores, det_scores
 from model.shared import Shared
 from model.text import Prompts
 from utils.errors import UserError
@@ -36,6 +36,19 @@ from utils.errors import UserError
 UNADAPTED = "unadapted"
 # AA-CLIP's published code trained with these, whatever CLIP's weights need.
 PUBLISHED_ARGUMENTS = {"activation": "gelu", "class_names": PUBLISHED_NAMES}
+
+
+class _Request(NamedTuple):
+    """What `predict` needs for each batch; the fields are its arguments, and what follows from them."""
+
+    text_side: Any
+    domain: str
+    det_score: str
+    tiles: str
+    batch_size: int
+    return_attention: bool
+    references: References | None
+    entry: Entry | None
 
 
 class Detector(nn.Module):
@@ -47,6 +60,7 @@ class Detector(nn.Module):
         checkpoint: the file that it was loaded from, if any.
         loop_forward: the forward of a feedback loop, in training.
         det_score: which det score is part of image scores, one of `DET_SCORES`. Default: the published one.
+        tiles: the tiles of images, as for `predict`. Default: off.
 
     Attributes:
         epoch, loop, config: of the checkpoint; None if unknown.
@@ -63,10 +77,12 @@ class Detector(nn.Module):
         checkpoint: Checkpoint | None = None,
         loop_forward: LoopForward | None = None,
         det_score: str | None = None,
+        tiles: str | int | None = None,
     ) -> None:
         super().__init__()
         self.loop_forward = loop_forward
         self.det_score = check_det_score(det_score or DET_SCORES[0])
+        self.tiles = tiles_choice(TILES[0] if tiles is None else tiles)
         self.model = model.eval().requires_grad_(False)
         self.name = name
         self.source: Checkpoint | None = None
@@ -116,8 +132,10 @@ class Detector(nn.Module):
     def _components(self) -> Mapping[str, nn.Module]:
         return {} if isinstance(self.model, UnadaptedCLIP) else self.model.components
 
-    def name_in_prompts(self, class_name: str, class_names: str | None = None) -> str:
+    def name_in_prompts(self, class_name: str, class_names: str | Mapping[str, str] | None = None) -> str:
         """The name of a class in prompts; class_names: as for `predict`."""
+        if isinstance(class_names, Mapping):
+            return class_names[class_name]
         if (class_names or self.arguments.get("class_names")) == PUBLISHED_NAMES:
             from dataset.class_names import published_name  # loads the dataset catalog, which is rarely needed here
 
@@ -125,12 +143,18 @@ class Detector(nn.Module):
         return readable_name(class_name)
 
     def calibration_key(
-        self, class_name: str, domain: str = "industrial", det_score: str | None = None, class_names: str | None = None
+        self,
+        class_name: str,
+        domain: str = "industrial",
+        det_score: str | None = None,
+        class_names: str | Mapping[str, str] | None = None,
+        tiles: str | int | None = None,
     ) -> CalibrationKey:
         """The key of thresholds for this model, a class and its references; arguments as for `predict`."""
         name, references = self.name_in_prompts(class_name, class_names), self.references.get(readable_name(class_name))
         digest = None if references is None else references.digest
-        return CalibrationKey(self.digest, name, domain, det_score or self.det_score, digest)
+        tiles = self.tiles if tiles is None else tiles_choice(tiles)
+        return CalibrationKey(self.digest, name, domain, det_score or self.det_score, digest, tiles)
 
     @torch.inference_mode()
     def add_references(
@@ -139,8 +163,7 @@ class Detector(nn.Module):
         class_name: str = "object",
         weight: float = REFERENCE_WEIGHT,
         features: str = REFERENCE_FEATURES[0],
-        class_names: str | None = None,
-        key: str | None = None,
+        class_names: str | Mapping[str, str] | None = None,
     ) -> References:
         """Compare images of a class with these normal images from now on (docs/method.md, "References").
 
@@ -151,7 +174,6 @@ class Detector(nn.Module):
             features: "trained" (those compared with prompts), "frozen" (CLIP's own with V-V attention, which needs
                 a second forward pass), or "both".
             class_names: as for `predict`.
-            key: the class under which `predict` finds them. Default: `class_name`.
 
         Returns:
             The references, which `references` holds from now on.
@@ -163,26 +185,33 @@ class Detector(nn.Module):
             raise UserError(f"--reference_features {features}: choose one of {', '.join(REFERENCE_FEATURES)}")
         if not images:
             raise UserError(f"no normal images of '{class_name}' to compare with")
-        side, rows = self._encode_class(class_name, class_names)
+        from engine.detector.views import views_of  # not needed to load a model
+
+        side = self._encode_class(class_name, class_names)
         patches, digests = [], []
         for image in map(as_image, images):
-            pixels = self._pixels(image)
-            patches.append(patch_features(self.model, self.model(pixels, side, rows), pixels, features))
+            views = [view for _, view in views_of(image, self.tiles, self.clip.img_size)]
+            for start in range(0, len(views), BATCH_SIZE):
+                pixels = torch.cat([self.as_input(view) for view in views[start : start + BATCH_SIZE]])
+                patches.append(patch_features(self.model, self._forward(pixels, side), pixels, features))
             digests.append(content_digest(image))
-        memory = tuple(torch.cat([image[0] for image in level]) for level in zip(*patches, strict=True))
-        references = References(memory, weight, features, tuple(digests))
-        self.references[readable_name(key or class_name)] = references
+        memory = tuple(torch.cat([views.flatten(0, 1) for views in level]) for level in zip(*patches, strict=True))
+        references = References(memory, weight, features, tuple(digests), self.tiles)
+        self.references[readable_name(class_name)] = references
         return references
 
-    def _pixels(self, image: Image.Image) -> torch.Tensor:
+    def as_input(self, image: Image.Image) -> torch.Tensor:
         """An RGB image as model input, (1, 3, S, S)."""
         return image_tensor(image, self.clip.img_size, self.clip.mean, self.clip.std)[None].to(self.device)
 
-    def _encode_class(self, class_name: str, class_names: str | None) -> tuple[Any, torch.Tensor]:
-        """The text side of one class, and the rows of a batch of one image of it."""
+    def _encode_class(self, class_name: str, class_names: str | Mapping[str, str] | None) -> Any:
+        """The text side of one class."""
         prompts = Prompts.from_texts(self.clip, [build_prompts(self.name_in_prompts(class_name, class_names))])
-        rows = torch.zeros(1, dtype=torch.long, device=self.device)
-        return self.text_side(prompts.to(self.device)), rows
+        return self.text_side(prompts.to(self.device))
+
+    def _forward(self, pixels: torch.Tensor, side: Any) -> Outputs:
+        """The forward of images of the class of a text side."""
+        return self.model(pixels, side, torch.zeros(len(pixels), dtype=torch.long, device=self.device))
 
     def find_calibration(self, checkpoint: str | Path, calibration: Path | None = None) -> None:
         """Use the thresholds of the file `calibration`, or else those kept for `checkpoint`, if there are any.
@@ -225,8 +254,9 @@ class Detector(nn.Module):
         domain: str = "industrial",
         return_attention: bool = False,
         det_score: str | None = None,
-        class_names: str | None = None,
-        references: References | None = None,
+        class_names: str | Mapping[str, str] | None = None,
+        tiles: str | int | None = None,
+        batch_size: int = BATCH_SIZE,
     ) -> Prediction | list[Prediction]:
         """Predict the anomaly map and score of one image, or of each in a list.
 
@@ -241,43 +271,63 @@ class Detector(nn.Module):
             return_attention: also return cross-attention weights, in `Prediction.attention`.
             det_score: one of `DET_SCORES`. Default: the detector's.
             class_names: "published" uses the published names for classes of AA-CLIP's datasets, "catalog" leaves
-                names as they are. Default: as in training.
-            references: normal images to compare with. Default: those added for the class.
+                names as they are; or the name in prompts of each class. Default: as in training.
+            tiles: "off"; a number of overlapping square tiles along the shorter side, from which maps are blended
+                (docs/testing.md, "Large images"); or "auto", by the image's size. Default: the detector's.
+            batch_size: images and tiles in a forward pass.
 
         Returns:
-            The prediction, with a decision if there is a calibration for this class, domain, det score and references;
-            for a list, a list of predictions.
+            The prediction, with a decision if there is a calibration for this class, domain, det score, tiles and
+            references; for a list, a list of predictions.
 
         Raises:
-            UserError: an unreadable image or another type, an unknown domain or det score, no cross-attention, or a
-                score of NaN.
+            UserError: an unreadable image or another type, an unknown domain or det score, no cross-attention,
+                references of other tiles, or a score of NaN.
         """
-        if isinstance(image, (list, tuple)):
-            options = (class_name, domain, return_attention, det_score, class_names, references)
-            return [self.predict(each, *options) for each in image]
-        det_score = check_det_score(det_score or self.det_score)
-        if domain not in DOMAINS:
-            raise UserError(f"domain {domain}: choose one of {', '.join(DOMAINS)}")
         if return_attention and not isinstance(self.model, AdaptedCLIPWithCrossAttention):
             raise UserError(f"{self.name} has no cross-attention to show")
-        image = as_image(image)
-        pixels = self._pixels(image)
-        references = references or self.references.get(readable_name(class_name))
-        entry = None
+        det_score = check_det_score(det_score or self.det_score)
+        tiles = self.tiles if tiles is None else tiles_choice(tiles)
+        if domain not in DOMAINS:
+            raise UserError(f"domain {domain}: choose one of {', '.join(DOMAINS)}")
+        references, entry = self._references_of(class_name, tiles), None
         if self.calibration:  # computing the digest for the key takes time
-            key = self.calibration_key(class_name, domain, det_score, class_names)
-            entry = self.thresholds(key._replace(references=references.digest if references else None))
-        side, rows = self._encode_class(class_name, class_names)
-        outputs = self.model(pixels, side, rows)
-        levels = self._level_maps(outputs, pixels, references)
-        mean = levels.mean(dim=0)
-        score = self._check_finite(float(calibrated_scores(mean, outputs, domain, det_score)[0]))
-        prediction = Prediction(mean[0].cpu().numpy(), score, levels[:, 0].cpu().numpy())
-        if entry is not None:
-            prediction = apply_thresholds(prediction, entry, image.size)
-        if return_attention and isinstance(self.model, AdaptedCLIPWithCrossAttention):
-            return replace(prediction, attention=self.model.attention(pixels, side, rows))
-        return prediction
+            entry = self.thresholds(self.calibration_key(class_name, domain, det_score, class_names, tiles))
+        side = self._encode_class(class_name, class_names)
+        request = _Request(side, domain, det_score, tiles, batch_size, return_attention, references, entry)
+        images = image if isinstance(image, (list, tuple)) else [image]
+        batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+        predictions = [prediction for batch in batches for prediction in self._predict(batch, request)]
+        return predictions if images is image else predictions[0]
+
+    def _predict(self, images: Sequence[ImageInput], request: _Request) -> Iterator[Prediction]:
+        from engine.detector.views import score_views  # not needed to load a model
+
+        def score(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            outputs = self._forward(pixels, request.text_side)
+            return self._level_maps(outputs, pixels, request.references), det_scores(outputs, request.det_score)
+
+        opened = list(map(as_image, images))
+        scored = score_views(opened, self.as_input, score, (request.tiles, self.clip.img_size), request.batch_size)
+        for image, (levels, det) in zip(opened, scored, strict=True):
+            mean = levels.mean(dim=0)
+            score_of_image = self._check_finite(float(calibrated_scores(mean[None], det[None], request.domain)))
+            prediction = Prediction(mean.cpu().numpy(), score_of_image, levels.cpu().numpy())
+            if request.entry is not None:
+                prediction = apply_thresholds(prediction, request.entry, image.size)
+            if request.return_attention and isinstance(self.model, AdaptedCLIPWithCrossAttention):
+                pixels, row = self.as_input(image), torch.zeros(1, dtype=torch.long, device=self.device)
+                prediction = replace(prediction, attention=self.model.attention(pixels, request.text_side, row))
+            yield prediction
+
+    def _references_of(self, class_name: str, tiles: str) -> References | None:
+        references = self.references.get(readable_name(class_name))
+        if references is not None and references.tiles != tiles:
+            raise UserError(
+                f"the references of '{class_name}' were added with tiles {references.tiles}, not {tiles}: set the "
+                "detector's tiles, and add them again"
+            )
+        return references
 
     def _level_maps(self, outputs: Outputs, pixels: torch.Tensor, references: References | None) -> torch.Tensor:
         """The calibrated maps of all levels (levels, B, S, S), joined with the distances to references."""

@@ -49,8 +49,9 @@ def load_model(
         calibration: a `calibration.json` with thresholds of this model. Default: the file next to the checkpoint, if
             it has thresholds of this model.
         **overrides: `model_name`, `img_size`, `activation`, `surgery`, `surgery_until_layer` (needed for files without
-            `config`, such as AA-CLIP's published files), `image_feature`, those of `CROSS_ATTENTION_OVERRIDES` for
-            a model with cross-attention, and `det_score` (see `Detector`). Values that differ from training are logged.
+            `config`, such as AA-CLIP's published files), `image_feature`, those of `CROSS_ATTENTION_OVERRIDES` for a
+            model with cross-attention, `det_score` and `tiles` (see `Detector`). Values that differ from training are
+            logged.
 
     Returns:
         The model in evaluation mode on `device`.
@@ -112,12 +113,14 @@ def build_detector(checkpoint: Checkpoint, clip: FrozenCLIP, **overrides: Any) -
             raise UserError(f"{checkpoint.path}: has no '{name}', which a model of its config needs; it is damaged")
     epochs = "an unknown number of" if checkpoint.epoch is None else checkpoint.epoch
     logger.info("%s: %s epochs", checkpoint.path, epochs)
-    return Detector(model, checkpoint.name, checkpoint, det_score=_explicit(checkpoint, overrides).get("det_score"))
+    chosen = _select(("det_score", "tiles"), _explicit(checkpoint, overrides))
+    return Detector(model, checkpoint.name, checkpoint, **chosen)
 
 
-def unadapted_detector(clip: FrozenCLIP, det_score: str | None = None) -> Detector:
+def unadapted_detector(clip: FrozenCLIP, det_score: str | None = None, tiles: str | None = None) -> Detector:
     """Unadapted CLIP, the baseline, with the same prompts and scoring."""
-    return Detector(UnadaptedCLIP(clip, clip.model_config(text_adapted=False)), UNADAPTED, det_score=det_score)
+    model = UnadaptedCLIP(clip, clip.model_config(text_adapted=False))
+    return Detector(model, UNADAPTED, det_score=det_score, tiles=tiles)
 
 
 def checkpoint_config(checkpoint: Checkpoint, clip: FrozenCLIP, **overrides: Any) -> ModelConfig:

@@ -27,8 +27,8 @@ ImageInput = Image.Image | np.ndarray | str | Path
 class Prediction:
     """The result of `Detector.predict` for one image. It unpacks into `anomaly_map, score, level_maps`.
 
-    S is the model's image size. The fields from `decision` to `regions` need a calibration for the class (see
-    docs/testing.md, "A decision"); without one they are None.
+    S is the model's image size; with tiles, maps are larger and keep the image's aspect ratio. The fields from
+    `decision` to `regions` need a calibration for the class (docs/testing.md, "A decision"); without one they are None.
 
     Attributes:
         anomaly_map: (S, S) float32 in [0, 1], p(abnormal) averaged over levels, and joined with the distances to
@@ -50,6 +50,11 @@ class Prediction:
     mask: np.ndarray | None = None
     regions: tuple[Region, ...] | None = None
     attention: Attention | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Score, decision, rank and regions as plain values for JSON, without the maps."""
+        regions = None if self.regions is None else [region._asdict() for region in self.regions]
+        return {"score": self.score, "decision": self.decision, "rank": self.rank, "regions": regions}
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.anomaly_map, self.score, self.level_maps))

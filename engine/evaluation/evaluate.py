@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dataset.catalog import CATALOG
-from dataset.prompts import CATALOG_NAMES, readable_name
+from dataset.images import read_image
+from dataset.prompts import readable_name
 from engine.config.evaluation import ProtocolArguments, Thresholds
 from engine.data.loaders import batches_of_classes, evaluation_loader, make_dataset
 from engine.data.task import TaskData
 from engine.detector.detector import Detector
+from engine.detector.views import Score, score_views
 from engine.evaluation.maps import read_truth, resized, write_map
 from engine.evaluation.results import DEFAULT_PROTOCOL, PUBLISHED, ClassResult, Evaluation, ImageScore
 from engine.runtime.device import choose_precision
 from engine.runtime.distributed import from_main_process, gather_in_order, is_distributed, rank_and_world_size
+from model.config import TILES
 from model.frozen import SharedStreams
 from model.references import joined_anomaly_map, joined_calibrated_maps
 from model.scoring import Outputs, anomaly_map, calibrated_maps, calibrated_scores, class_image_scores, det_scores
@@ -160,7 +165,8 @@ def evaluate(
     )
     bar = progress_bar(len(samples), f"evaluating on {data.located.spec.name}")
     batches = gather_in_order(
-        _scored(models, data, loader, precision, protocol, maps_folder), len(batches_of_classes(samples, batch_size))
+        _scored(models, data, loader, precision, protocol, maps_folder, batch_size),
+        len(batches_of_classes(samples, batch_size)),
     )
     for class_name, of_class in groupby(batches, key=lambda batch: batch.class_name):
         how = (data.located.spec.domain, in_catalog(data), protocol)
@@ -183,16 +189,53 @@ def in_catalog(data: TaskData) -> bool:
     return CATALOG.get(data.located.spec.name) is data.located.spec
 
 
-def _anomaly_maps(
-    detector: Detector, class_name: str, outputs: Outputs, images: Tensor, domain: str
-) -> tuple[Tensor, Tensor]:
-    """The published maps and those of `Detector.predict`, (B, S, S) each, with the references of the class."""
+def _anomaly_maps(detector: Detector, class_name: str, outputs: Outputs, images: Tensor, domain: str) -> Tensor:
+    """The published maps and those of `Detector.predict`, (2, B, S, S), with the references of the class."""
     size, references = images.shape[-1], detector.references.get(readable_name(class_name))
     if references is None:
-        return anomaly_map(outputs, size, domain), calibrated_maps(outputs, size).mean(dim=0)
+        return torch.stack([anomaly_map(outputs, size, domain), calibrated_maps(outputs, size).mean(dim=0)]).float()
     distances = references.maps(detector.model, outputs, images)
     published = joined_anomaly_map(outputs, distances, references.weight, domain)
-    return published, joined_calibrated_maps(outputs, distances, references.weight).mean(dim=0)
+    own = joined_calibrated_maps(outputs, distances, references.weight).mean(dim=0)
+    return torch.stack([published, own]).float()
+
+
+def _score(
+    detector: Detector,
+    text_side: Any,
+    class_row: tuple[str, int],
+    domain: str,
+    precision: str,
+    images: Tensor,
+    shared: SharedStreams | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`_anomaly_maps` and det scores (B,) of images of a class, whose row in the text side is given."""
+    class_name, row = class_row
+    with autocast(images.device, precision):
+        rows = torch.full((len(images),), row, device=images.device)
+        outputs = detector.model(images, text_side, rows, shared)
+        maps = _anomaly_maps(detector, class_name, outputs, images, domain)
+    return maps, det_scores(outputs, detector.det_score)
+
+
+def _numbers(maps: Tensor, det: Tensor, domain: str) -> Tensor:
+    """`_BatchScores.numbers` from `_anomaly_maps` and det scores (B,)."""
+    published, own = maps
+    low, high = torch.aminmax(published.flatten(1), dim=1)
+    return torch.stack([calibrated_scores(own, det, domain), high, low, det.float()]).float()
+
+
+def _score_tiles(
+    detector: Detector, files: Sequence[Path], score: Score, domain: str, batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """Maps, reduced to the model's size S, and numbers of the images in files, which are read again in full size."""
+    size, maps, numbers = detector.clip.img_size, [], []
+    for file in files:
+        grid = (detector.tiles, size)
+        ((blended, det),) = score_views([read_image(file)], detector.as_input, score, grid, batch_size)
+        numbers.append(_numbers(blended[:, None], det[None], domain))
+        maps.append(F.interpolate(blended[None], size=(size, size), mode="area")[0])
+    return torch.stack(maps, dim=1), torch.cat(numbers, dim=1)
 
 
 def class_thresholds(detector: Detector, data: TaskData, protocol: ProtocolArguments) -> dict[str, Thresholds]:
@@ -201,9 +244,7 @@ def class_thresholds(detector: Detector, data: TaskData, protocol: ProtocolArgum
         return dict.fromkeys(data.classes, protocol.thresholds)
     thresholds = {}
     for name in data.classes if detector.calibration else ():
-        key = detector.calibration_key(data.names[name], data.located.spec.domain, class_names=CATALOG_NAMES)
-        references = detector.references.get(readable_name(name))
-        entry = detector.thresholds(key._replace(references=references.digest if references else None))
+        entry = detector.thresholds(detector.calibration_key(name, data.located.spec.domain, class_names=data.names))
         if entry is not None:
             thresholds[name] = (entry.image_threshold, entry.pixel_threshold)
     return thresholds
@@ -235,6 +276,7 @@ def _scored(
     precision: str,
     protocol: ProtocolArguments,
     maps_folder: Path | None,
+    batch_size: int,
 ) -> Iterator[_Batch]:
     """The models' results for this process's batches, on the CPU if another process counts them."""
     *_, last = models
@@ -254,23 +296,22 @@ def _scored(
         if protocol.map_size is not None and truths:
             truths = [read_truth(data, records[path], protocol.map_size) for path in paths]
         images = batch["image"].to(device, non_blocking=True)
-        rows = torch.full((len(images),), data.classes.index(class_name), device=device)
         of_models, shared = {}, SharedStreams()
         for name, detector in models.items():
-            with autocast(device, precision):
-                outputs = detector.model(images, text_sides[name], rows, shared)
-                published_maps, own_maps = (
-                    maps.float() for maps in _anomaly_maps(detector, class_name, outputs, images, domain)
-                )
-            maps = published_maps if published else own_maps
-            low, high = torch.aminmax(published_maps.flatten(1), dim=1)
-            score = calibrated_scores(own_maps, outputs, domain, detector.det_score)
-            numbers = torch.stack([score, high, low, det_scores(outputs, detector.det_score)]).float()
-            counted = count_pixels(maps, own_maps, truths, paths, thresholds[name].get(class_name))
+            row = (class_name, data.classes.index(class_name))
+            score = partial(_score, detector, text_sides[name], row, domain, precision)
+            if detector.tiles == TILES[0]:
+                maps, det = score(images, shared)
+                numbers = _numbers(maps, det, domain)
+            else:
+                files = [data.located.root / path for path in paths]
+                maps, numbers = _score_tiles(detector, files, score, domain, batch_size)
+            chosen = maps[0 if published else 1]
+            counted = count_pixels(chosen, maps[1], truths, paths, thresholds[name].get(class_name))
             scores = BatchScores(numbers, *counted)
             of_models[name] = scores.to("cpu") if is_distributed() else scores
             if maps_folder is not None and name == last:
-                for path, anomaly_map in zip(paths, maps.cpu().numpy(), strict=True):
+                for path, anomaly_map in zip(paths, chosen.cpu().numpy(), strict=True):
                     write_map(maps_folder, path, anomaly_map)
         yield _Batch(class_name, paths, batch["label"], of_models)
 

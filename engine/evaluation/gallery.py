@@ -47,6 +47,19 @@ class Finding:
     rank: float | None = None
     regions: int | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """The row of a table of scores, None where there is no value."""
+        region = self.region or [None] * len(Region._fields)
+        return {
+            "path": self.path.as_posix(),
+            "class_name": self.class_name,
+            "score": float(f"{self.score:.9g}"),
+            "decision": self.decision or None,
+            "rank": None if self.rank is None else round(self.rank, 6),
+            "regions": self.regions,
+            **{f"region_{name}": value for name, value in zip(Region._fields, region, strict=True)},
+        }
+
 
 class Scale(NamedTuple):
     """The range of the slider, and the decimals of its values."""

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dataset.images import read_pair, resize_mask
-from dataset.prompts import CATALOG_NAMES, build_prompts, readable_name
+from dataset.prompts import build_prompts, readable_name
 from dataset.records import Record
 from engine.data.task import TaskData
 from engine.detector.detector import Detector
@@ -54,11 +54,10 @@ def predict_heatmap(detector: Detector, picture: DatasetImage, name: str, attent
     crossed = isinstance(detector.model, AdaptedCLIPWithCrossAttention)
     prediction = detector.predict(
         picture.image,
-        picture.class_name,
+        picture.record.class_name,
         picture.domain,
         return_attention=attention and crossed,
-        class_names=CATALOG_NAMES,  # the class name is already the one in prompts
-        references=detector.references.get(readable_name(picture.record.class_name)),
+        class_names={picture.record.class_name: picture.class_name},
     )
     maps: dict[str, np.ndarray] = {}
     if prediction.attention is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +21,14 @@ from engine.evaluation.evaluate import evaluate
 from engine.evaluation.image_heatmaps import draw_overlays
 from engine.evaluation.maps import write_scores
 from engine.evaluation.references import ReferenceChoice, add_dataset_references, scoring_note, scoring_suffix
-from engine.evaluation.results import Evaluation, evaluation_csv, evaluation_table, file_suffix, summary_table
+from engine.evaluation.results import (
+    UNDEFINED,
+    Evaluation,
+    evaluation_csv,
+    evaluation_table,
+    file_suffix,
+    summary_table,
+)
 from engine.runtime.device import check_compiler
 from engine.runtime.distributed import join_launch, main_process_first
 from engine.runtime.run_folder import find_checkpoints, find_latest
@@ -27,7 +36,7 @@ from model.blocks import BlockRunner
 from model.checkpoint import Checkpoint, read_checkpoint
 from model.clip_loading import load_clip
 from utils.errors import UserError
-from utils.files import check_folder, write_text
+from utils.files import check_folder, write_json_lines, write_text
 from utils.logging import set_up_logging
 from utils.paths import safe_name
 from utils.processes import is_main_process
@@ -37,6 +46,8 @@ logger = logging.getLogger(__name__)
 # Names of the models that feedback loops are compared with.
 BASE, CROSS_ATTENTION = "base", "cross-attention"
 AVERAGE = "average"
+# Columns of `evaluation_csv` that are text, even if it looks like a number.
+TEXT_COLUMNS = ("model", "dataset", "class", "det_score")
 
 
 def load_detectors(checkpoint: str, clip_weights: str | None, device: str, **overrides: Any) -> list[Detector]:
@@ -44,7 +55,7 @@ def load_detectors(checkpoint: str, clip_weights: str | None, device: str, **ove
     if checkpoint == NO_CHECKPOINT:
         name = overrides.get("model_name") or PUBLISHED_MODEL
         clip = load_clip(name, clip_weights, overrides.get("img_size"), overrides.get("activation"))
-        return [unadapted_detector(clip, overrides.get("det_score")).to(device)]
+        return [unadapted_detector(clip, overrides.get("det_score"), overrides.get("tiles")).to(device)]
     files = [read_checkpoint(file) for file in find_checkpoints(local_path(checkpoint))]
     clip = load_clip_for(files[0], clip_weights, **overrides)
     return [build_detector(file, clip, **overrides).to(device) for file in files]
@@ -191,7 +202,7 @@ def write_results(
 ) -> None:
     """Log the tables, write the CSV file, and draw the images of `--visualize` with the last model."""
     references = ReferenceChoice.of(arguments)
-    note = scoring_note(detector.det_score, references) + arguments.note
+    note = scoring_note(detector.det_score, references, detector.tiles) + arguments.note
     for evaluation in evaluations:
         logger.info(
             "\n%s on %s, in percent%s\n\n%s\n", evaluation.model, evaluation.dataset, note, evaluation_table(evaluation)
@@ -202,8 +213,7 @@ def write_results(
     set_up_logging(folder / "inference.log")
     name = safe_name(data.located.spec.name)
     path = _results_file(arguments, detector, folder, f"evaluation_{name}", ".csv")
-    write_text(path, evaluation_csv(evaluations))
-    logger.info("Written to %s", path)
+    _write_csv(evaluation_csv(evaluations), path, arguments.json)
     if arguments.save_maps:
         maps = _results_file(arguments, detector, folder, f"maps_{name}")
         write_scores([image for result in evaluations[-1].classes for image in result.scores], maps)
@@ -214,11 +224,31 @@ def write_results(
         logger.info("%d heatmaps of %s in %s", count, detector.name, drawn)
 
 
+def _write_csv(table: str, path: Path, json_lines: bool) -> None:
+    """Write a table, also as JSON lines if `json_lines`: numbers are numbers there, and undefined values null."""
+    write_text(path, table)
+    if json_lines:
+        rows = [
+            {name: _json_value(name, cell) for name, cell in row.items()} for row in csv.DictReader(table.splitlines())
+        ]
+        write_json_lines(path.with_suffix(".jsonl"), rows)
+    logger.info("Written to %s", path)
+
+
+def _json_value(name: str, cell: str) -> object:
+    if name in TEXT_COLUMNS:
+        return cell
+    try:
+        return None if cell in ("", UNDEFINED) else json.loads(cell)
+    except ValueError:
+        return cell
+
+
 def _results_file(
     arguments: InferenceArguments, detector: Detector, folder: Path, name: str, extension: str = ""
 ) -> Path:
     """The path of a result, whose name contains how images were scored."""
-    kind = scoring_suffix(detector.det_score, ReferenceChoice.of(arguments)) + file_suffix(arguments.note)
+    kind = scoring_suffix(detector, ReferenceChoice.of(arguments)) + file_suffix(arguments.note)
     return folder / f"{'unadapted_' * (arguments.checkpoint == NO_CHECKPOINT)}{name}{kind}{extension}"
 
 
@@ -231,11 +261,10 @@ def write_summary(
         of_model = [evaluation for evaluation in evaluations if evaluation.model == model]
         totals = [replace(evaluation.total, class_name=evaluation.dataset) for evaluation in of_model]
         summary = Evaluation(model, AVERAGE, totals, of_model[0].det_score, arguments)
-        note = scoring_note(summary.det_score, ReferenceChoice.of(arguments)) + arguments.note
+        note = scoring_note(summary.det_score, ReferenceChoice.of(arguments), detector.tiles) + arguments.note
         table = evaluation_table(summary, "dataset", "datasets")
         logger.info("\n%s on %d datasets, in percent%s\n\n%s\n", model, len(totals), note, table)
         summaries += [*of_model, summary]
     words = "_".join(Path(word).name for word in arguments.dataset or ())
     path = _results_file(arguments, detector, folder, f"summary_{safe_name(words)}", ".csv")
-    write_text(path, evaluation_csv(summaries, averages_only=True))
-    logger.info("Written to %s", path)
+    _write_csv(evaluation_csv(summaries, averages_only=True), path, arguments.json)

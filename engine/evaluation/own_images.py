@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,24 +25,22 @@ from engine.evaluation.references import (
     ReferenceChoice,
     add_image_references,
     image_references,
-    references_suffix,
+    maps_suffix,
     scoring_suffix,
 )
 from engine.runtime.device import check_device
 from engine.runtime.run_folder import find_checkpoints
 from model.text import Prompts
 from utils.errors import UserError
-from utils.files import check_folder, write_text
+from utils.files import check_folder, write_table
 from utils.heatmaps import overlay, save_image
 from utils.logging import with_progress
 from utils.paths import common_folder, figure_path, is_file
-from utils.regions import Region, worst_region
-from utils.text import csv_table, list_names
+from utils.regions import worst_region
+from utils.text import list_names
 
 logger = logging.getLogger(__name__)
 
-IMAGE_COLUMNS = ("path", "class_name", "score", "decision", "rank", "regions")
-CSV_COLUMNS = (*IMAGE_COLUMNS, *(f"region_{name}" for name in Region._fields))
 # Images of a class, and level of the test, for a warning of scores that differ from those of the calibration.
 LEAST_FOR_DRIFT, DRIFT_LEVEL = 20, 0.001
 # Scores listed in the log.
@@ -129,7 +127,7 @@ def score_images(arguments: InferenceArguments) -> list[Finding]:
     """Score an image, or all images in a folder and below: heatmaps, `scores.csv`, and `report.html`.
 
     Of several checkpoints in a folder the last one is used. File names contain the det score if it is not the published
-    one, and the number of normal references. A file of a folder that cannot be read is left out, with a line.
+    one, tiles, and the number of normal references. A file of a folder that cannot be read is left out, with a line.
 
     Args:
         arguments: The arguments of `inference.py`, with `image`.
@@ -151,12 +149,12 @@ def score_images(arguments: InferenceArguments) -> list[Finding]:
     detector = load_last_detector(arguments, images.classes, references)
     detector.find_calibration(arguments.checkpoint, arguments.calibration)
     entries = thresholds_of(detector, images.classes, arguments.domain, class_names)
-    kind = scoring_suffix(detector.det_score, choice)
+    kind = scoring_suffix(detector, choice)
     scores, report = folder / f"scores{kind}.csv", folder / f"report{kind}.html"
-    heatmaps = folder / f"heatmaps{references_suffix(choice)}"
+    heatmaps = folder / f"heatmaps{maps_suffix(detector, choice)}"
     with Gallery() as gallery:
         findings = score_each(arguments, images, detector, gallery, heatmaps)
-        write_scores(findings, scores)
+        write_table(scores, [finding.to_dict() for finding in findings], arguments.json)
         facts = facts_of(images.place, detector, arguments.domain, findings, images.problems)
         for name, entry in entries.items():
             facts.append(("Decision" if len(entries) == 1 else f"Decision, {name}", f"anomalous {entry}"))
@@ -259,17 +257,6 @@ def make_finding(path: Path, class_name: str, size: tuple[int, int], prediction:
     return Finding(path, class_name, prediction.score, found[0] if found else None, *decision)
 
 
-def write_scores(findings: Iterable[Finding], path: Path) -> None:
-    """Write a row for each image, with the columns `CSV_COLUMNS`; cells without a decision or region are empty."""
-    rows: list[Sequence[object]] = [CSV_COLUMNS]
-    for finding in findings:
-        region = finding.region or [""] * len(Region._fields)
-        rank, regions = ("", "") if finding.rank is None else (f"{finding.rank:.6f}", finding.regions)
-        image = (finding.path.as_posix(), finding.class_name, f"{finding.score:.9g}")
-        rows.append([*image, finding.decision, rank, regions, *region])
-    write_text(path, csv_table(rows))
-
-
 def facts_of(
     image: Path, detector: Detector, domain: str, findings: Sequence[Finding], problems: Sequence[str]
 ) -> list[tuple[str, str]]:
@@ -281,6 +268,7 @@ def facts_of(
         ("Images", count),
         ("Model", f"{detector.name}, {detector.clip.model_name} at {detector.clip.img_size} pixels"),
         ("Class in prompts", list_names(classes, 10)),
+        ("Tiles", detector.tiles),
         ("Score", "half the map's maximum, half the whole image's" if domain == "industrial" else "the map's maximum"),
     ]
     counts = sorted({len(references.images) for references in detector.references.values()})

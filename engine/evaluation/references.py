@@ -12,11 +12,10 @@ from PIL import Image
 
 from dataset.images import read_image
 from dataset.normals import choose_normals, normals_of_classes, training_normals
-from dataset.prompts import CATALOG_NAMES
 from engine.config.evaluation import REFERENCES
 from engine.data.task import TaskData
 from engine.detector.detector import Detector
-from model.config import DET_SCORES, REFERENCE_FEATURES, REFERENCE_WEIGHT
+from model.config import DET_SCORES, REFERENCE_FEATURES, REFERENCE_WEIGHT, TILES
 from utils.errors import UserError
 from utils.paths import is_file
 
@@ -57,15 +56,21 @@ class ReferenceChoice:
         return {name: choose_normals(paths, self.shots, self.seed, name) for name, paths in images.items()}
 
 
-def scoring_note(det_score: str, choice: ReferenceChoice | None) -> str:
-    """Added to a heading if image scores use another det score, or if images are compared with references."""
+def scoring_note(det_score: str, choice: ReferenceChoice | None, tiles: str = TILES[0]) -> str:
+    """Added to a heading for another det score, for tiles, and if images are compared with references."""
     note = "" if det_score == DET_SCORES[0] else f", image scores with det score {det_score}"
+    note += "" if tiles == TILES[0] else f", tiles {tiles}"
     return note if choice is None else f"{note}, compared with normal references"
 
 
-def scoring_suffix(det_score: str, choice: ReferenceChoice | None) -> str:
-    """Added to file names if image scores use another det score, or if images are compared with references."""
-    return ("" if det_score == DET_SCORES[0] else f"_det_{det_score}") + references_suffix(choice)
+def scoring_suffix(detector: Detector, choice: ReferenceChoice | None) -> str:
+    """Added to file names if image scores use another det score, tiles, or references."""
+    return ("" if detector.det_score == DET_SCORES[0] else f"_det_{detector.det_score}") + maps_suffix(detector, choice)
+
+
+def maps_suffix(detector: Detector, choice: ReferenceChoice | None) -> str:
+    """Added to the names of heatmaps with tiles or references."""
+    return ("" if detector.tiles == TILES[0] else f"_tiles_{detector.tiles}") + references_suffix(choice)
 
 
 def references_suffix(choice: ReferenceChoice | None) -> str:
@@ -89,8 +94,7 @@ def add_dataset_references(detectors: Sequence[Detector], data: TaskData, choice
     for name, paths in chosen.items():
         pictures = _read(name, paths)
         for detector in detectors:
-            # The class's name in prompts is already known, and several classes may share it.
-            detector.add_references(pictures, data.names[name], choice.weight, choice.features, CATALOG_NAMES, name)
+            detector.add_references(pictures, name, choice.weight, choice.features, data.names)
 
 
 def image_references(
