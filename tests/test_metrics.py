@@ -431,6 +431,8 @@ def test_regions_touch_diagonally_and_not_across_images():
     masks = torch.zeros(2, 3, 3, dtype=torch.bool)
     masks[0, 1, 1] = masks[0, 2, 2] = masks[1, 0, 0] = True
     assert [part.tolist() for part in region_shares(masks.numpy())] == [[4, 8, 9], [[0.5, 0.5], [0.5, 0.5], [1, 1]]]
+    two_regions = np.array([[[True, False, True], [False, False, True]]])
+    assert region_shares(two_regions)[1].tolist() == [[1, 1 / 3], [0.5, 1 / 3], [0.5, 1 / 3]]
     maps = torch.zeros(2, 3, 3)
     maps[0, 2, 2] = 2.0
     found = stream(maps, masks).result()["aupro"]
