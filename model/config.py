@@ -98,8 +98,7 @@ class ModelConfig:
         """The config of a checkpoint; `UserError`, starting with `source`, for missing, unknown or invalid values."""
         check_fields(values, cls, source, "config.model")
         for item in fields(cls):
-            # The default may have been another one at training time, unless training does not know the field.
-            if item.name not in values and item.name != "image_feature":
+            if item.name not in values:  # the default may have been another one at training time
                 raise UserError(f"{source}: config.model has no '{item.name}'; use the version that wrote it")
         arguments: dict[str, Any] = {**values, "levels": tuple(values["levels"])}
         return cls(**arguments)
