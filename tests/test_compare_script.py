@@ -109,7 +109,7 @@ def test_table_and_files_contain_every_model_in_order(compared: tuple[Path, str]
     lines = errors.splitlines()
     top = lines.index(next(line for line in lines if line.startswith("Loop ") and "Pixel AUROC" in line))
     assert lines[top].split("  ")[0] == "Loop"
-    header = "Pixel AUROC  Pixel AP  Pixel F1  AUPRO  Image AUROC  Image AP  Image F1"
+    header = "Pixel AUROC  Pixel AP  Pixel F1  AUPRO  AUPIMO  Image AUROC  Image AP  Image F1"
     assert " ".join(lines[top].split()[1:]) == " ".join(header.split())
     found = averages(folder)
     for line, model in zip(lines[top + 2 :], models, strict=False):
@@ -133,7 +133,7 @@ def test_best_and_improvement_lines_follow_from_the_figures(compared: tuple[Path
         # Of loops that are equal but for rounding, any.
         assert found[best][metric] == pytest.approx(max(found[model][metric] for model in loops), rel=0, abs=2e-6)
         assert f"- {line}" in page_of(folder)
-    labels = ("Pixel AUROC", "Pixel AP", "Pixel F1", "AUPRO", "Image AUROC", "Image AP", "Image F1")
+    labels = ("Pixel AUROC", "Pixel AP", "Pixel F1", "AUPRO", "AUPIMO", "Image AUROC", "Image AP", "Image F1")
     for start in ("Loop 1", *OTHERS):
         begin = f"Improvement from {start} to Loop 10: "
         (line,) = (line for line in errors.splitlines() if line.startswith(begin))

@@ -360,7 +360,7 @@ def test_all_datasets_are_evaluated_in_one_call(clip: Path, tmp_path: Path) -> N
         counts = len([*tree.normal, *tree.anomalous]), len(tree.anomalous)
         assert (int(row["images"]), int(row["anomalous"])) == counts
         undefined = [metric for metric in METRICS if row[metric] == "n/a" and metric != "aupimo"]
-        assert undefined == list(UNDEFINED[spec.metrics])
+        assert undefined == [metric for metric in UNDEFINED[spec.metrics] if metric != "aupimo"]
         *classes, last = read_csv(tmp_path / f"out/unadapted_evaluation_{spec.name}.csv")
         assert last == row
         names = [name for name in spec.class_names if any(f"/{name}/" in path for path in tree.anomalous)]

@@ -217,8 +217,8 @@ def test_clips_class_token_replaces_the_projectors_feature(world: Path, tmp_path
     file, images = world / "run" / "image_adapter_2.pth", world / "test" / "cork" / "test" / "spot"
     plain, model = load_model(file, device="cpu"), load_model(file, device="cpu", image_feature="class_token")
     for finding in score_images(file, images, "cork", output_dir=tmp_path, device="cpu", image_feature="class_token"):
-        pixels = model._pixels(read_image(Path(finding.path)))
-        side, _ = model._encode_class("cork", None)
+        pixels = model.as_input(read_image(Path(finding.path)))
+        side = model._encode_class("cork", None)
         token = model.clip.clip.encode_image(pixels, normalize=True)
         probability = (100 * token @ side[0]).softmax(dim=1)[0, 1].item()
         other = plain.predict(finding.path, "cork")

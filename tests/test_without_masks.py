@@ -139,7 +139,7 @@ def config(world: Path, tmp_path: Path) -> BaseConfig:
     """The image loss on images without masks."""
     base, _ = small_runs(world)
     changes = {"dataset": str(world / "train_none"), "image_epoch": 2, "image_lr": 0.01, "save_path": tmp_path / "run"}
-    values = {name: value for name, value in vars(base).items() if name != "text_epoch"}
+    values = {name: value for name, value in vars(base).items() if name not in ("text_epoch", "text_side")}
     return BaseConfig.of(**{**values, **changes, "image_loss_only": True})
 
 
@@ -202,7 +202,7 @@ def test_the_image_loss_trains_adapters_and_det_proj_only(config: BaseConfig, tm
 
 
 def test_cross_attention_with_the_image_loss_starts_from_a_base(world: Path, config: BaseConfig) -> None:
-    values = {name: value for name, value in vars(config).items() if name != "text_epoch"}
+    values = {name: value for name, value in vars(config).items() if name not in ("text_epoch", "text_side")}
     set_up_logging()
     train_cross_attention(CrossAttentionRunConfig.of(**values, **base_arguments(world)))
     assert "the projectors of the maps remain those of the base" in log_of(config.save_path)
@@ -217,6 +217,6 @@ def test_the_image_loss_is_refused_by_other_options(config: BaseConfig, monkeypa
     assert BaseConfig.of(image_loss_only=True, text_epoch=0).text_epoch == 0
     data = load_task(config.dataset)
     medical = replace(data, located=replace(data.located, spec=replace(data.located.spec, domain="medical")))
-    monkeypatch.setattr("engine.training.setup.load_task", lambda *_: medical)
+    monkeypatch.setattr("engine.training.setup.load_task", lambda *_, **__: medical)
     with pytest.raises(UserError, match="scored by their maps alone"):
         train_base(config)
