@@ -388,9 +388,13 @@ def test_aupro_integrates_to_its_limit():
 
 @settings(deadline=None, max_examples=25)
 @given(
-    st.sampled_from([*KINDS, "ties"]), st.integers(0, 2**32), st.sampled_from([(1e-5, 1e-4), (0.01, 0.2), (0.05, 0.9)]),
-    st.booleans(), st.booleans(), st.integers(1, 100),
-)  # fmt: skip
+    st.sampled_from([*KINDS, "ties"]),
+    st.integers(0, 2**32),
+    st.sampled_from([(1e-5, 1e-4), (0.01, 0.2), (0.05, 0.9)]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(1, 100),
+)
 @example("constant", 0, (0.01, 0.2), False, False, 16)
 def test_aupimo_agrees_with_the_plain_definition(kind, seed, limits, one_region, raised, buffer):
     """Of images in the order normal, anomalous, normal, in bins too; ties, constant maps and single regions."""

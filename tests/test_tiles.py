@@ -147,8 +147,11 @@ def test_no_pass_has_more_than_a_batch_of_tiles(model: Detector, monkeypatch: py
     model.add_references(images[:1], "nut")
     assert sizes == [8, 8] and len(model.references["nut"].memory[0]) == 16 * 25
     assert json.loads(json.dumps(together[0].to_dict())) == {
-        "score": together[0].score, "decision": None, "rank": None, "regions": None
-    }  # fmt: skip
+        "score": together[0].score,
+        "decision": None,
+        "rank": None,
+        "regions": None,
+    }
 
 
 def test_references_belong_to_their_tiles(model: Detector) -> None:
@@ -189,8 +192,11 @@ def test_thresholds_belong_to_their_tiles(world: Path, tmp_path: Path, caplog: p
     found = score_images("none", image, calibration=file, tiles="auto", json=True, **asked)
     assert {finding.decision for finding in found} <= {"normal", "anomalous"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "heatmaps_tiles_auto", "report_tiles_auto.html", "scores_tiles_auto.csv", "scores_tiles_auto.jsonl"
-    }  # fmt: skip
+        "heatmaps_tiles_auto",
+        "report_tiles_auto.html",
+        "scores_tiles_auto.csv",
+        "scores_tiles_auto.jsonl",
+    }
     with pytest.raises(UserError, match="are for --tiles auto, not for --tiles off"):
         score_images("none", image, calibration=file, **asked)
     assert_json_is_csv(tmp_path / "out" / "scores_tiles_auto.csv")
