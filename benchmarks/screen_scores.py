@@ -55,7 +55,7 @@ def candidates(outputs: Outputs, class_token: Tensor, own_anchors: Tensor, size:
         "mean of the top 0.1 %": top,
         "half top 0.1 %, half det": 0.5 * top + 0.5 * det,
         "maximum, a quarter of the logit scale": softer,
-        "half of it, half det": 0.5 * softer + 0.5 * det,
+        "half maximum at that scale, half det": 0.5 * softer + 0.5 * det,
         "half maximum, half CLIP's class token": 0.5 * peak + 0.5 * class_token,
         "CLIP's class token": class_token,
         "CLIP's class token and anchors": own_anchors,

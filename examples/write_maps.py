@@ -36,12 +36,14 @@ def open_clip_maps(paths: list[Path], name: str, pretrained: str) -> Iterator[tu
     clip, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained)
     clip.eval()
     prompts = open_clip.get_tokenizer(name)(["a photo of a flawless object", "a photo of a damaged object"])
+    with torch.inference_mode():
+        anchors = clip.encode_text(prompts, normalize=True)
     windows = [(x, y, x + WINDOW, y + WINDOW) for y in range(0, 161, 40) for x in range(0, 161, 40)]
     for path in paths:
         image = Image.open(path).convert("RGB").resize((SIDE, SIDE))
         crops = torch.stack([preprocess(crop) for crop in (image, *map(image.crop, windows))])
         with torch.inference_mode():
-            features, anchors = clip.encode_image(crops, normalize=True), clip.encode_text(prompts, normalize=True)
+            features = clip.encode_image(crops, normalize=True)
             whole, *parts = (100 * features @ anchors.T).softmax(dim=1)[:, 1].tolist()
         total, count = np.zeros((SIDE, SIDE)), np.zeros((SIDE, SIDE))
         for (left, top, right, bottom), score in zip(windows, parts, strict=True):

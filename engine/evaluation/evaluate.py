@@ -165,7 +165,7 @@ def evaluate(
     )
     bar = progress_bar(len(samples), f"evaluating on {data.located.spec.name}")
     batches = gather_in_order(
-        _scored(models, data, loader, precision, protocol, maps_folder, batch_size),
+        _scored(models, data, loader, precision, protocol, thresholds, maps_folder, batch_size),
         len(batches_of_classes(samples, batch_size)),
     )
     for class_name, of_class in groupby(batches, key=lambda batch: batch.class_name):
@@ -219,7 +219,7 @@ def _score(
 
 
 def _numbers(maps: Tensor, det: Tensor, domain: str) -> Tensor:
-    """`_BatchScores.numbers` from `_anomaly_maps` and det scores (B,)."""
+    """`BatchScores.numbers` from `_anomaly_maps` and det scores (B,)."""
     published, own = maps
     low, high = torch.aminmax(published.flatten(1), dim=1)
     return torch.stack([calibrated_scores(own, det, domain), high, low, det.float()]).float()
@@ -275,15 +275,18 @@ def _scored(
     loader: DataLoader,
     precision: str,
     protocol: ProtocolArguments,
+    thresholds: Mapping[str, Mapping[str, Thresholds]],
     maps_folder: Path | None,
     batch_size: int,
 ) -> Iterator[_Batch]:
-    """The models' results for this process's batches, on the CPU if another process counts them."""
+    """The models' results for this process's batches, on the CPU if another process counts them.
+
+    thresholds: of each model and class.
+    """
     *_, last = models
     device = models[last].device
     prompts = data.prompts(models[last].clip).to(device)
     text_sides = {name: detector.text_side(prompts) for name, detector in models.items()}
-    thresholds = {name: class_thresholds(detector, data, protocol) for name, detector in models.items()}
     domain = data.located.spec.domain
     masked = {name: not data.lacking_masks(name) for name in data.classes}
     records = {record.image_path: record for record in data.records}

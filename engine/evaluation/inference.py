@@ -22,6 +22,7 @@ from engine.evaluation.image_heatmaps import draw_overlays
 from engine.evaluation.maps import write_scores
 from engine.evaluation.references import ReferenceChoice, add_dataset_references, scoring_note, scoring_suffix
 from engine.evaluation.results import (
+    AVERAGE,
     UNDEFINED,
     Evaluation,
     evaluation_csv,
@@ -45,7 +46,6 @@ logger = logging.getLogger(__name__)
 
 # Names of the models that feedback loops are compared with.
 BASE, CROSS_ATTENTION = "base", "cross-attention"
-AVERAGE = "average"
 # Columns of `evaluation_csv` that are text, even if it looks like a number.
 TEXT_COLUMNS = ("model", "dataset", "class", "det_score")
 

@@ -71,7 +71,8 @@ def match_paths(names: Iterable[str], records: Sequence[Record], source: str) ->
         UserError: A name fits several images, or an image several names; `source` says what the names are.
     """
     parts = [PurePosixPath(record.image_path).parts for record in records]
-    shared = next((n for n, level in enumerate(zip(*parts, strict=False)) if len(set(level)) > 1), 0)
+    # Paths may differ in depth: folders are compared as far as all paths have them.
+    shared = next((depth for depth, level in enumerate(zip(*parts, strict=False)) if len(set(level)) > 1), 0)
     endings: dict[tuple[str, ...], dict[str, int]] = defaultdict(dict)
     for record, (*folders, name) in zip(records, parts, strict=True):
         for own in (name, PurePosixPath(name).stem):

@@ -34,6 +34,8 @@ MORE_METRICS = {
 PUBLISHED = "published_"
 # Table cell of an undefined metric.
 UNDEFINED = "n/a"
+# The name of the row after those of the classes.
+AVERAGE = "average"
 CSV_COLUMNS = ("model", "dataset", "class", "images", "anomalous", "det_score", "aupro_limit", "map_size", *METRICS)
 DEFAULT_PROTOCOL = ProtocolArguments()
 
@@ -96,7 +98,7 @@ class Evaluation:
     def total(self) -> ClassResult:
         """The averages, with the images of all classes."""
         values = {metric: self.average(metric)[0] for metric in (*METRICS, *MORE_METRICS)}
-        return ClassResult("average", values, tuple(image for result in self.classes for image in result.scores))
+        return ClassResult(AVERAGE, values, tuple(image for result in self.classes for image in result.scores))
 
 
 def format_value(value: float | None, digits: int = 2) -> str:
